@@ -1,0 +1,1 @@
+"""Generated from protos/mpt/v1 by `make protos`."""

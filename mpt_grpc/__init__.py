@@ -1,0 +1,1 @@
+"""mpt-grpc: serves the MPT family of language models over gRPC."""

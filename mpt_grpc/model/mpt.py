@@ -1,0 +1,139 @@
+"""MPT's forward pass, over flattened tokens of any number of sequences, without padding.
+
+What a token may look at, and where its keys and values are kept, is not known here: the caller passes `attend`.
+The tensors carry the names of the published checkpoints. Architecture: https://www.databricks.com/blog/mpt-7b and
+llm-foundry's `modeling_mpt.py`; exact GELU, pre-norm, tied embedding and head, no dropout at inference.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.linear import Linear
+
+
+class Attend(Protocol):
+    """Causal attention of one layer for the tokens of one step."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Returns the context [num_tokens, n_heads, head_dim].
+
+        `query` is [num_tokens, n_heads, head_dim]; `key` and `value` are [num_tokens, n_kv_heads, head_dim].
+        """
+        ...
+
+
+class Attention(nn.Module):
+    """Projects to queries, keys and values (one matrix: all Q, then K, then V), attends, projects back."""
+
+    def __init__(self, config: MPTConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        d_kv = config.n_kv_heads * config.head_dim
+        self.Wqkv = Linear(config.d_model, config.d_model + 2 * d_kv, config.bias)
+        self.out_proj = Linear(config.d_model, config.d_model, config.bias)
+        if config.qk_ln:
+            self.q_ln = _norm(config, config.d_model)
+            self.k_ln = _norm(config, d_kv)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        config = self.config
+        qkv = self.Wqkv(x)
+        if config.clip_qkv is not None:
+            qkv = qkv.clamp(-config.clip_qkv, config.clip_qkv)
+        d_kv = config.n_kv_heads * config.head_dim
+        query, key, value = qkv.split([config.d_model, d_kv, d_kv], dim=-1)
+        if config.qk_ln:
+            query, key = self.q_ln(query), self.k_ln(key)
+        context = attend(
+            self.layer,
+            query.unflatten(-1, (config.n_heads, config.head_dim)),
+            key.unflatten(-1, (config.n_kv_heads, config.head_dim)),
+            value.unflatten(-1, (config.n_kv_heads, config.head_dim)),
+        )
+        return self.out_proj(context.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """Up, GELU, down."""
+
+    def __init__(self, config: MPTConfig) -> None:
+        super().__init__()
+        self.up_proj = Linear(config.d_model, config.d_ffn, config.bias)
+        self.down_proj = Linear(config.d_ffn, config.d_model, config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each after a norm and around a residual."""
+
+    def __init__(self, config: MPTConfig, layer: int) -> None:
+        super().__init__()
+        self.norm_1 = _norm(config, config.d_model)
+        self.attn = Attention(config, layer)
+        self.norm_2 = _norm(config, config.d_model)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attn(self.norm_1(x), attend)
+        return x + self.ffn(self.norm_2(x))
+
+
+class Transformer(nn.Module):
+    """Token embeddings, the blocks and the last norm."""
+
+    def __init__(self, config: MPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        if not config.alibi:
+            self.wpe = nn.Embedding(config.max_seq_len, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm_f = _norm(config, config.d_model)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        x = self.wte(token_ids)
+        if hasattr(self, "wpe"):
+            x = x + self.wpe(positions)
+        for block in self.blocks:
+            x = block(x, attend)
+        return x
+
+
+class MPT(nn.Module):
+    """The language model. `forward` gives hidden states, `logits` turns the rows that are asked for into scores."""
+
+    def __init__(self, config: MPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Returns hidden states [num_tokens, d_model] for `token_ids` and `positions`, both [num_tokens] of int64."""
+        hidden: Tensor = self.transformer(token_ids, positions, attend)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns float32 scores [n, vocab_size] for the rows `hidden` [n, d_model]."""
+        scores = F.linear(self.transformer.norm_f(hidden), self.transformer.wte.weight).to(torch.float32)
+        return scores if self.config.logit_scale is None else scores * self.config.logit_scale
+
+
+def alibi_slopes(n_heads: int, bias_max: float) -> Tensor:
+    """Returns the slope of each head, [n_heads] of float32, as in MPT (https://arxiv.org/abs/2108.12409).
+
+    For a head count that is no power of two the slopes of the next one are taken, the odd ones first.
+    """
+    power = 1 << (n_heads - 1).bit_length()
+    slopes = 2.0 ** -(torch.arange(1, power + 1, dtype=torch.float32) * (bias_max / power))
+    return slopes if power == n_heads else torch.cat([slopes[1::2], slopes[::2]])[:n_heads]
+
+
+def _norm(config: MPTConfig, size: int) -> nn.LayerNorm:
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
