@@ -60,7 +60,7 @@ def main() -> None:
     checkpoint = arguments.work / "checkpoint.pt"
     if arguments.export:
         model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
-        _export(model, tokenizer, arguments.work, held_out)
+        _export(model, tokenizer, held_out)
         return
     stream = _encode(tokenizer, train_documents)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(stream):,} training tokens", flush=True)
@@ -68,7 +68,12 @@ def main() -> None:
 
 
 def _train(
-    model: MPT, stream: Tensor, tokenizer: Tokenizer, held_out: list[str], arguments: argparse.Namespace, checkpoint: Path
+    model: MPT,
+    stream: Tensor,
+    tokenizer: Tokenizer,
+    held_out: list[str],
+    arguments: argparse.Namespace,
+    checkpoint: Path,
 ) -> None:
     _initialise(model)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "wte" not in name]
@@ -116,7 +121,7 @@ def causal_attention(config: MPTConfig, batch: int, length: int, device: str) ->
     slopes = alibi_slopes(config.n_heads, config.alibi_bias_max)
     bias = (slopes[:, None, None] * distance).masked_fill(distance > 0, -torch.inf)[None].to(device)
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001 - the same in each
         q, k, v = (t.unflatten(0, (batch, length)).transpose(1, 2) for t in (query, key, value))
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=config.softmax_scale)
         return context.transpose(1, 2).flatten(0, 1)
@@ -201,7 +206,7 @@ def _encode(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _export(model: MPT, tokenizer: Tokenizer, work: Path, held_out: list[str]) -> None:
+def _export(model: MPT, tokenizer: Tokenizer, held_out: list[str]) -> None:
     DEMO.mkdir(exist_ok=True)
     weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})

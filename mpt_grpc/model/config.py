@@ -15,14 +15,21 @@ from typing import Any
 
 from mpt_grpc.errors import ConfigError
 
-# Fields that are bookkeeping or matter in training only: any value gives the same tokens at inference.
+# Fields that are bookkeeping or matter in training only: any value gives the same scores at inference. transformers
+# writes its own, sampling defaults included, into every object of the file.
 _IGNORED = frozenset(
-    "architectures attn_pdrop auto_map bos_token_id dtype emb_pdrop embedding_fraction eos_token_id"
-    " fc_type id2label init_config init_device initializer_range is_encoder_decoder label2id model_type"
-    " name output_attentions output_hidden_states pad_token_id problem_type resid_pdrop return_dict tokenizer_name"
-    " torch_dtype transformers_version use_cache verbose _name_or_path".split()
+    "_attn_implementation_autoset _name_or_path add_cross_attention architectures attn_impl attn_pdrop auto_map"
+    " bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size"
+    " decoder_start_token_id diversity_penalty do_sample dtype early_stopping emb_pdrop embedding_fraction"
+    " encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty fc_type finetuning_task"
+    " forced_bos_token_id forced_eos_token_id fused_qkv id2label init_config init_device initializer_range"
+    " is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type name"
+    " no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states"
+    " output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty"
+    " resid_pdrop return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params"
+    " temperature tf_legacy_loss tie_encoder_decoder tokenizer_class tokenizer_name top_k top_p torch_dtype"
+    " torchscript transformers_version typical_p use_bfloat16 use_cache verbose".split()
 )
-_IGNORED_ATTENTION = frozenset("attn_impl attn_pdrop fc_type fused_qkv model_type".split())
 
 # Fields for which one set of values is implemented; an absent field has the first.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
@@ -88,13 +95,9 @@ class MPTConfig:
         top = _Fields("", raw)
         attention = _Fields("attn_config.", top.take("attn_config", {}) or {})
         ffn = _Fields("ffn_config.", top.take("ffn_config", {}) or {})
-        for fields, fixed, ignored in (
-            (top, _FIXED, _IGNORED),
-            (attention, _FIXED_ATTENTION, _IGNORED_ATTENTION),
-            (ffn, _FIXED_FFN, frozenset[str]()),
-        ):
+        for fields, fixed in ((top, _FIXED), (attention, _FIXED_ATTENTION), (ffn, _FIXED_FFN)):
             fields.check_fixed(fixed)
-            fields.skip(ignored)
+            fields.skip(_IGNORED)
 
         d_model = top.integer("d_model", 2048)
         n_heads = top.integer("n_heads", 16)
@@ -103,7 +106,7 @@ class MPTConfig:
         alibi, learned = attention.boolean("alibi", True), top.boolean("learned_pos_emb", True)
         if not alibi and not learned:
             raise ConfigError("attn_config.alibi: False is supported only with learned_pos_emb: true")
-        scale = attention.number("softmax_scale")
+        bias_max, scale = attention.number("alibi_bias_max"), attention.number("softmax_scale")
         config = cls(
             d_model=d_model,
             n_heads=n_heads,
@@ -113,7 +116,7 @@ class MPTConfig:
             vocab_size=top.integer("vocab_size", 50368),
             max_seq_len=top.integer("max_seq_len", 2048),
             alibi=alibi,
-            alibi_bias_max=attention.number("alibi_bias_max") or 8.0,
+            alibi_bias_max=8.0 if bias_max is None else bias_max,
             softmax_scale=1 / math.sqrt(d_model // n_heads) if scale is None else scale,
             clip_qkv=attention.number("clip_qkv") or None,
             logit_scale=_logit_scale(top, d_model),

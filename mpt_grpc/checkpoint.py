@@ -1,0 +1,39 @@
+"""Finds the folder of a checkpoint: the embedded demo model, a folder, or a Hugging Face hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from mpt_grpc.errors import ModelError
+
+DEMO = Path(__file__).parent / "demo"
+
+# Never *.py: no code of a checkpoint is run, so none is fetched.
+_PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+_WEIGHTS = [["*.safetensors", "*.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model.bin.index.json"]]
+
+
+def find_checkpoint(model: str, *, weights: bool = True) -> Path:
+    """Returns the folder of `model`: 'demo', a path, or a hub id, which is downloaded (or found in the hub's cache).
+
+    `weights=False` leaves the tensors out. Raises ModelError when there is no such model.
+    """
+    if model == "demo":
+        return DEMO
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ModelError(f"--model {model}: no such folder, and no hub id either (OWNER/NAME)")
+    try:
+        found = Path(snapshot_download(model, allow_patterns=_PATTERNS))
+        for patterns in _WEIGHTS if weights else ():
+            if any(next(found.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+                break
+            snapshot_download(model, allow_patterns=patterns)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"--model {model}: no such folder, and the hub did not give it: {error}") from error
+    return found

@@ -1,0 +1,169 @@
+"""The command line: the only reader of argv."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpt_grpc import __version__
+from mpt_grpc.errors import ModelError, SettingsError
+from mpt_grpc.settings import CacheSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 1 for a start that failed, 2 for bad arguments."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        return _serve(_settings(parsed))
+    except (ModelError, SettingsError) as error:
+        print(f"mpt-grpc: {error}", file=sys.stderr)
+        return 1
+
+
+def _serve(settings: Settings) -> int:
+    # gRPC's core says in its own words on stderr what is said here in one line.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # Imported here: `--help` should not wait for torch.
+    from mpt_grpc.server.server import serve
+    from mpt_grpc.server.welcome import welcome
+
+    asyncio.run(serve(settings, lambda server: print(welcome(server), flush=True)))
+    return 0
+
+
+def _settings(parsed: argparse.Namespace) -> Settings:
+    return Settings(
+        model=ModelSettings(
+            model=parsed.model,
+            device=parsed.device,
+            dtype=parsed.dtype,
+            load_format=parsed.load_format,
+            max_context_tokens=parsed.max_context_tokens,
+        ),
+        cache=CacheSettings(kv_cache_gib=parsed.kv_cache_gib, memory_fraction=parsed.memory_fraction),
+        scheduler=SchedulerSettings(
+            max_running_requests=parsed.max_running_requests,
+            max_waiting_requests=parsed.max_waiting_requests,
+            max_step_tokens=parsed.max_step_tokens,
+        ),
+        server=ServerSettings(
+            host=parsed.host, port=parsed.port, grace_s=parsed.grace_s, stall_timeout_s=parsed.stall_timeout_s
+        ),
+        trace_file=parsed.trace_file,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(
+        prog="mpt-grpc", description="Serve the MPT family of language models over gRPC.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"mpt-grpc {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model until SIGTERM",
+        description="Serve a model until SIGTERM, then let running requests finish.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    model = serve.add_argument_group("model")
+    model.add_argument(
+        "--model", default=defaults.model.model, help="'demo', a folder in Hugging Face's layout, or a hub id"
+    )
+    model.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
+    )
+    model.add_argument(
+        "--dtype",
+        choices=("auto", "float16", "bfloat16", "float32"),
+        default="auto",
+        help="auto takes float16 on a GPU, bfloat16 on a CPU that computes it, float32 on others",
+    )
+    model.add_argument(
+        "--load-format",
+        choices=("auto", "random"),
+        default="auto",
+        help="random fills the model's shape with random weights; the folder needs no weights then",
+    )
+    model.add_argument(
+        "--max-context-tokens",
+        type=int,
+        metavar="N",
+        help="the most tokens of one request; ALiBi allows more than the model's own limit (default: its own)",
+    )
+
+    memory = serve.add_argument_group("memory and scheduling")
+    memory.add_argument(
+        "--kv-cache-gib",
+        type=float,
+        metavar="GIB",
+        help="size of the KV cache (default: 1 on a CPU; on a GPU what the weights leave of --memory-fraction)",
+    )
+    memory.add_argument(
+        "--memory-fraction",
+        type=float,
+        default=defaults.cache.memory_fraction,
+        metavar="F",
+        help="share of a GPU's memory for weights and cache",
+    )
+    memory.add_argument(
+        "--max-running-requests",
+        type=int,
+        default=defaults.scheduler.max_running_requests,
+        metavar="N",
+        help="requests in one batch",
+    )
+    memory.add_argument(
+        "--max-waiting-requests",
+        type=int,
+        default=defaults.scheduler.max_waiting_requests,
+        metavar="N",
+        help="requests that queue; the next is refused with RESOURCE_EXHAUSTED",
+    )
+    memory.add_argument(
+        "--max-step-tokens",
+        type=int,
+        default=defaults.scheduler.max_step_tokens,
+        metavar="N",
+        help="tokens that one step computes; longer prompts are computed in chunks",
+    )
+
+    server = serve.add_argument_group("server")
+    server.add_argument(
+        "--host", default=defaults.server.host, help="address to listen on; 0.0.0.0 for all, without authentication"
+    )
+    server.add_argument("--port", type=int, default=defaults.server.port, metavar="N", help="0 takes a free one")
+    server.add_argument(
+        "--grace-s",
+        type=float,
+        default=defaults.server.grace_s,
+        metavar="S",
+        help="seconds that running requests have to finish after SIGTERM",
+    )
+    server.add_argument(
+        "--stall-timeout-s",
+        type=float,
+        default=defaults.server.stall_timeout_s,
+        metavar="S",
+        help="health says NOT_SERVING when work waits and nothing has come of it for so many seconds",
+    )
+    server.add_argument(
+        "--trace-file",
+        type=Path,
+        metavar="FILE",
+        help="append spans as JSON lines; OTEL_EXPORTER_OTLP_ENDPOINT sends them by OTLP (default: no tracing)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Makes an engine from settings: finds the checkpoint, resolves what is 'auto', loads, sizes the cache."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import torch
+from opentelemetry.trace import Tracer
+
+from mpt_grpc.checkpoint import find_checkpoint
+from mpt_grpc.engine.admission import RequestLimits
+from mpt_grpc.engine.engine import Engine
+from mpt_grpc.errors import ModelError, SettingsError
+from mpt_grpc.model.attention.torch_backend import TorchAttention
+from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.kv_cache import KVCache
+from mpt_grpc.model.runner import Runner
+from mpt_grpc.model.sampler import Sampler
+from mpt_grpc.model.weights import load_model, num_parameters, random_model
+from mpt_grpc.schedule.block_pool import BlockPool
+from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
+from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
+from mpt_grpc.text.tokenizer import Tokenizer
+
+BLOCK_SIZE = 16
+"""Tokens of a KV block."""
+_DEFAULT_CPU_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What was loaded, for those who ask: GetModelInfo and the line printed on start."""
+
+    name: str
+    config: MPTConfig
+    num_parameters: int
+    dtype: str
+    device: str
+    weight_bytes: int
+    num_blocks: int
+    cache_bytes: int
+
+    @property
+    def cache_tokens(self) -> int:
+        return self.num_blocks * BLOCK_SIZE
+
+
+def load_engine(
+    settings: Settings, *, tracer: Tracer | None = None, loop: asyncio.AbstractEventLoop | None = None
+) -> tuple[Engine, LoadedModel]:
+    """Loads the model and returns an engine that is not started yet. Raises ModelError or SettingsError."""
+    wanted = settings.model
+    random = wanted.load_format == "random"
+    folder = find_checkpoint(wanted.model, weights=not random)
+    config = MPTConfig.from_file(folder / "config.json")
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.json, {config.vocab_size} in the model")
+    device, dtype = _device(wanted), _dtype(wanted)
+    max_context_tokens = wanted.max_context_tokens or config.max_seq_len
+    if not config.alibi and max_context_tokens > config.max_seq_len:
+        raise SettingsError(f"--max-context-tokens: {max_context_tokens} is above the {config.max_seq_len} positions")
+
+    model = random_model(config, dtype, device) if random else load_model(folder, config, dtype, device)
+    block_bytes = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
+    num_blocks = _num_blocks(settings.cache, device, block_bytes)
+    # One request may fill the whole cache, never more: it could not end otherwise.
+    max_context_tokens = min(max_context_tokens, num_blocks * BLOCK_SIZE)
+
+    limits = settings.scheduler
+    engine = Engine(
+        Runner(model, KVCache(config, num_blocks, BLOCK_SIZE, dtype, device), TorchAttention(config, device), device),
+        Sampler(tokenizer.vocab_size),
+        Scheduler(
+            SchedulerLimits(limits.max_running_requests, limits.max_step_tokens, max_context_tokens),
+            BlockPool(num_blocks, BLOCK_SIZE),
+            tokenizer.eos_token_ids,
+        ),
+        tokenizer,
+        RequestLimits(tokenizer.vocab_size, max_context_tokens),
+        max_in_flight=limits.max_running_requests + limits.max_waiting_requests,
+        tracer=tracer,
+        loop=loop,
+    )
+    loaded = LoadedModel(
+        name="demo" if wanted.model == "demo" else folder.name if wanted.model.startswith((".", "/")) else wanted.model,
+        config=config,
+        num_parameters=num_parameters(config),
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        weight_bytes=num_parameters(config) * dtype.itemsize,
+        num_blocks=num_blocks,
+        cache_bytes=num_blocks * block_bytes,
+    )
+    return engine, loaded
+
+
+def _device(wanted: ModelSettings) -> torch.device:
+    if wanted.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device: cuda is not available here; use cpu")
+    return torch.device("cuda" if wanted.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(wanted: ModelSettings) -> torch.dtype:
+    if wanted.dtype != "auto":
+        return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[wanted.dtype]
+    if _device(wanted).type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def _num_blocks(wanted: CacheSettings, device: torch.device, block_bytes: int) -> int:
+    if wanted.kv_cache_gib is not None:
+        free_bytes = int(wanted.kv_cache_gib * (1 << 30))
+    elif device.type == "cpu":
+        free_bytes = _DEFAULT_CPU_CACHE_BYTES
+    else:
+        free, total = torch.cuda.mem_get_info(device)
+        free_bytes = free - int(total * (1 - wanted.memory_fraction))
+    if free_bytes < block_bytes:
+        raise SettingsError(
+            f"--kv-cache-gib: {free_bytes} bytes are left for the KV cache, one block takes {block_bytes}"
+        )
+    return free_bytes // block_bytes

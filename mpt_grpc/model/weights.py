@@ -1,0 +1,165 @@
+"""Puts a checkpoint's tensors into the model, one at a time, so that loading needs the model once plus one tensor.
+
+Reads safetensors and PyTorch's zip files, whole or in shards with an index, memory-mapped. PyTorch's files are read
+with `weights_only=True`: what else a pickle may hold is refused by torch and never run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mpt_grpc.errors import WeightsError
+from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.linear import Linear
+from mpt_grpc.model.mpt import MPT
+
+_LAYOUTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_TIED_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+
+
+def load_model(folder: Path, config: MPTConfig, dtype: torch.dtype, device: torch.device) -> MPT:
+    """Loads the checkpoint in `folder`. Raises WeightsError naming a tensor that is missing, extra or misshapen."""
+    return _fill(config, _tensors(weight_files(folder)), dtype, device)
+
+
+def random_model(config: MPTConfig, dtype: torch.dtype, device: torch.device) -> MPT:
+    """Fills the shape with random weights that keep activations finite, for benchmarks without a checkpoint."""
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in MPT(config).named_parameters()}
+    generator = torch.Generator(device).manual_seed(0)
+
+    def tensor(name: str, shape: torch.Size) -> Tensor:
+        if len(shape) == 1:
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        std = 0.02 if name == _EMBEDDING else shape[1] ** -0.5
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
+
+    return _fill(config, ((name, tensor(name, shape)) for name, shape in shapes.items()), dtype, device)
+
+
+def num_parameters(config: MPTConfig) -> int:
+    """The number of weights of a model."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MPT(config).parameters())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the tensors, in order. Raises WeightsError naming what is missing."""
+    for single, index in _LAYOUTS:
+        if (folder / index).is_file():
+            try:
+                names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise WeightsError(f"{folder / index}: not an index of shards: {error!r}") from error
+            for name in names:
+                if Path(name).name != name or not (folder / name).is_file():
+                    raise WeightsError(f"{folder / index}: the shard {name!r} is not in the folder")
+            return [folder / name for name in names]
+        if (folder / single).is_file():
+            return [folder / single]
+    raise WeightsError(f"{folder}: no weights; expected one of {', '.join(name for pair in _LAYOUTS for name in pair)}")
+
+
+def _fill(config: MPTConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device) -> MPT:
+    with torch.device("meta"):
+        model = MPT(config)
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    total_bytes = sum(shape.numel() for shape in expected.values()) * dtype.itemsize
+    missing = set(expected)
+    with _progress(total_bytes) as advance:
+        for name, tensor in tensors:
+            if name == _TIED_HEAD and name not in expected:
+                _check_tied(model, tensor.to(dtype))
+                continue
+            if name not in expected:
+                raise WeightsError(f"tensor {name!r} is not part of this model")
+            if tensor.shape != expected[name]:
+                raise WeightsError(f"tensor {name!r} has the shape {list(tensor.shape)}, not {list(expected[name])}")
+            # A copy that is ours: the file's mapping is let go.
+            own = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+            _set(model, name, own)
+            missing.discard(name)
+            advance(own.nbytes)
+    if missing:
+        raise WeightsError(f"{len(missing)} tensors are missing, the first is {min(missing)!r}")
+    return model.eval()
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    if isinstance(module, Linear) and leaf == "weight":
+        module.prepack()
+
+
+def _check_tied(model: MPT, head: Tensor) -> None:
+    embedding = model.transformer.wte.weight
+    if not embedding.is_meta and not torch.equal(embedding, head.to(embedding.device)):
+        raise WeightsError(f"tensor {_TIED_HEAD!r} differs from {_EMBEDDING!r}: untied heads are not implemented")
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    # The embedding comes first, so that a head stored beside it can be compared.
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as opened:
+                    for name in _embedding_first(opened.keys()):
+                        yield name, opened.get_tensor(name)
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+                    raise WeightsError(f"{file}: not a mapping of names to tensors")
+                for name in _embedding_first(state):
+                    yield name, state[name]
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+            raise WeightsError(f"cannot read {file}: {error}") from error
+
+
+def _embedding_first(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: (name == _TIED_HEAD, name != _EMBEDDING, name))
+
+
+def _progress(total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar on a terminal, a line for each quarter elsewhere, nothing for models that load in a moment."""
+    if total_bytes < 100 << 20:
+        return nullcontext(lambda _: None)
+    return _Bar(total_bytes) if sys.stderr.isatty() else nullcontext(_Lines(total_bytes))
+
+
+class _Bar(AbstractContextManager[Callable[[int], None]]):
+    def __init__(self, total_bytes: int) -> None:
+        self._progress = Progress(transient=True)
+        self._task = self._progress.add_task("loading weights", total=total_bytes)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._progress.start()
+        return lambda num_bytes: self._progress.advance(self._task, num_bytes)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+class _Lines:
+    def __init__(self, total_bytes: int) -> None:
+        self._total_bytes, self._done, self._quarters = total_bytes, 0, 0
+
+    def __call__(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        if self._done * 4 // self._total_bytes > self._quarters:
+            self._quarters = self._done * 4 // self._total_bytes
+            print(f"loading weights: {self._quarters * 25}%", file=sys.stderr, flush=True)

@@ -1,0 +1,111 @@
+"""What every call of the service passes through: a server span from the caller's context, and errors to status."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+from opentelemetry.context import Context
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from mpt_grpc.errors import InternalError, MptGrpcError
+from mpt_grpc.server import status
+from mpt_grpc.telemetry import names
+
+_SERVICE = "mpt.v1.TextGenerationService"
+_log = logging.getLogger(__name__)
+_span: ContextVar[Span | None] = ContextVar("rpc_span", default=None)
+
+# grpc.aio's types name the messages of one method; an interceptor sees those of all.
+_Handler = grpc.RpcMethodHandler[Any, Any]
+_CallContext = grpc.aio.ServicerContext[Any, Any]
+
+
+def current_span() -> Span | None:
+    """The span of the call that this coroutine serves; None when nothing is traced."""
+    return _span.get()
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps the methods of TextGenerationService; health and reflection pass untouched."""
+
+    def __init__(self, tracer: Tracer | None) -> None:
+        self._tracer = tracer
+        self._propagator = TraceContextTextMapPropagator()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler:
+        handler = await continuation(handler_call_details)
+        service, _, method = handler_call_details.method.removeprefix("/").partition("/")
+        if service != _SERVICE or handler is None:
+            return handler
+        codecs = (handler.request_deserializer, handler.response_serializer)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), *codecs)
+        return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), *codecs)
+
+    def _unary(self, method: str, serve: Callable[..., Any]) -> Callable[..., Any]:
+        async def unary(request: Any, context: _CallContext) -> Any:
+            async with self._call(method, context):
+                return await serve(request, context)
+
+        return unary
+
+    def _stream(self, method: str, serve: Callable[..., Any]) -> Callable[..., Any]:
+        async def stream(request: Any, context: _CallContext) -> AsyncIterator[Any]:
+            async with self._call(method, context):
+                async for response in serve(request, context):
+                    yield response
+
+        return stream
+
+    @asynccontextmanager
+    async def _call(self, method: str, context: _CallContext) -> AsyncIterator[None]:
+        span = self._start_span(method, context)
+        code = grpc.StatusCode.OK
+        try:
+            yield
+        except MptGrpcError as error:
+            code, _ = status.code_and_reason(error)
+            await self._fail(context, span, error)
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception:
+            _log.exception("%s failed", method)
+            code = grpc.StatusCode.INTERNAL
+            await self._fail(context, span, InternalError("the server failed; its log says why"))
+        finally:
+            if span is not None:
+                span.set_attribute(names.RPC_STATUS_CODE, code.value[0])
+                span.end()
+
+    def _start_span(self, method: str, context: _CallContext) -> Span | None:
+        if self._tracer is None:
+            return None
+        carrier = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        span = self._tracer.start_span(
+            f"{_SERVICE}/{method}",
+            context=self._propagator.extract(carrier, context=Context()),
+            kind=SpanKind.SERVER,
+            attributes={names.RPC_SYSTEM: "grpc", names.RPC_SERVICE: _SERVICE, names.RPC_METHOD: method},
+        )
+        # Each call runs in a task of its own, so that the variable needs no reset.
+        _span.set(span)
+        return span
+
+    @staticmethod
+    async def _fail(context: _CallContext, span: Span | None, error: MptGrpcError) -> None:
+        if span is not None:
+            span.set_attribute(names.ERROR_TYPE, status.code_and_reason(error)[1])
+            span.set_status(StatusCode.ERROR, str(error))
+        await status.abort(context, error)

@@ -1,0 +1,69 @@
+"""The one table from the domain's errors to gRPC status, with details of google.rpc."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from mpt_grpc.errors import (
+    DuplicateRequestError,
+    InternalError,
+    InvalidRequestError,
+    MptGrpcError,
+    OverloadedError,
+    UnavailableError,
+    UnknownModelError,
+)
+
+_DOMAIN = "mpt-grpc"
+_TABLE: dict[type[MptGrpcError], tuple[grpc.StatusCode, str]] = {
+    InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    UnknownModelError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
+    DuplicateRequestError: (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
+    OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    UnavailableError: (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    InternalError: (grpc.StatusCode.INTERNAL, "ENGINE_FAULT"),
+}
+
+
+def code_and_reason(error: MptGrpcError) -> tuple[grpc.StatusCode, str]:
+    """The status of an error, and its stable name in `ErrorInfo.reason`."""
+    return _TABLE[type(error)]
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: MptGrpcError) -> None:
+    """Ends the call with the error's status. Always raises."""
+    code, reason = code_and_reason(error)
+    details = [_packed(detail) for detail in _details(error, reason)]
+    status = status_pb2.Status(code=code.value[0], message=str(error), details=details)
+    trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", status.SerializeToString())]
+    if isinstance(error, OverloadedError):
+        # gRPC's own retries read this trailer, hand-written ones read RetryInfo.
+        trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
+    await context.abort(code, str(error), tuple(trailers))
+
+
+def _details(error: MptGrpcError, reason: str) -> Iterator[Message]:
+    yield error_details_pb2.ErrorInfo(reason=reason, domain=_DOMAIN)
+    if isinstance(error, InvalidRequestError):
+        violations = error_details_pb2.BadRequest.FieldViolation
+        yield error_details_pb2.BadRequest(
+            field_violations=[violations(field=v.field, description=v.description) for v in error.violations]
+        )
+    if isinstance(error, OverloadedError):
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        yield error_details_pb2.RetryInfo(retry_delay=delay)
+        quota = error_details_pb2.QuotaFailure.Violation(subject="server:requests", description=str(error))
+        yield error_details_pb2.QuotaFailure(violations=[quota])
+
+
+def _packed(detail: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed

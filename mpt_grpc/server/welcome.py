@@ -1,0 +1,29 @@
+"""What a server prints when it is ready."""
+
+from __future__ import annotations
+
+from mpt_grpc.engine.load import BLOCK_SIZE
+from mpt_grpc.server.server import SERVICE, RunningServer
+
+
+def welcome(server: RunningServer) -> str:
+    """Returns a few lines: the model, its memory, the port and a line to try."""
+    model = server.model
+    address = f"{server.settings.server.host}:{server.port}"
+    return "\n".join(
+        (
+            f"mpt-grpc serves {model.name}: {model.num_parameters / 1e6:,.1f} M parameters in {model.dtype}"
+            f" on {model.device}",
+            f"  weights   {_size(model.weight_bytes)}",
+            f"  KV cache  {_size(model.cache_bytes)}: {model.num_blocks:,} blocks of {BLOCK_SIZE}"
+            f" = {model.cache_tokens:,} tokens",
+            f"  context   {server.engine.limits.max_context_tokens:,} tokens a request",
+            f"  gRPC      {address}",
+            f'  try       grpcurl -plaintext -d \'{{"text": "Once upon a time"}}\' {address} {SERVICE}/StreamGenerate',
+        )
+    )
+
+
+def _size(num_bytes: int) -> str:
+    unit, size = ("GiB", 1 << 30) if num_bytes >= 1 << 30 else ("MiB", 1 << 20)
+    return f"{num_bytes / size:,.1f} {unit}"

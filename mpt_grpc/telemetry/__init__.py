@@ -1,0 +1,1 @@
+"""OpenTelemetry: what is measured, under which names, and where it goes."""

@@ -1,0 +1,88 @@
+"""Where spans go, and the spans of a request's phases.
+
+Contexts are handed over as arguments: the scheduler thread has no current span.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
+from opentelemetry.trace import Tracer
+from opentelemetry.util.types import AttributeValue
+
+from mpt_grpc import __version__
+from mpt_grpc.errors import SettingsError
+from mpt_grpc.request import GenerationRequest, RequestStats
+from mpt_grpc.telemetry import names
+
+
+def make_tracer_provider(trace_file: Path | None) -> TracerProvider | None:
+    """Returns a provider that exports by OTLP when OTEL_EXPORTER_OTLP_ENDPOINT is set and to `trace_file` when given.
+
+    None when neither is: then nothing is traced. Raises SettingsError when the file cannot be written.
+    """
+    exporters = []
+    if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+        exporters.append(BatchSpanProcessor(OTLPSpanExporter()))
+    if trace_file is not None:
+        try:
+            out = trace_file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise SettingsError(f"--trace-file: cannot write {trace_file}: {error}") from error
+        lines = ConsoleSpanExporter(out=out, formatter=lambda span: span.to_json(indent=None) + "\n")
+        exporters.append(BatchSpanProcessor(lines))
+    if not exporters:
+        return None
+    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: "mpt-grpc", SERVICE_VERSION: __version__}))
+    for exporter in exporters:
+        provider.add_span_processor(exporter)
+    return provider
+
+
+def record_phases(tracer: Tracer, context: Context, stats: RequestStats, num_output_tokens: int) -> None:
+    """Writes the spans `queue`, `prefill` and `decode` of an ended request under the span in `context`."""
+    queue_end = stats.scheduled_time_s or stats.end_time_s
+    _span(tracer, context, names.SPAN_QUEUE, stats.arrival_time_s, queue_end, {})
+    if stats.scheduled_time_s is None:
+        return
+    prefill_end = stats.first_token_time_s or stats.end_time_s
+    prefill = {names.USAGE_INPUT_TOKENS: stats.num_prompt_tokens, names.CACHED_TOKENS: stats.num_cached_tokens}
+    _span(tracer, context, names.SPAN_PREFILL, stats.scheduled_time_s, prefill_end, prefill)
+    if stats.first_token_time_s is not None:
+        decode = {names.USAGE_OUTPUT_TOKENS: num_output_tokens, names.PREEMPTIONS: stats.num_preemptions}
+        _span(tracer, context, names.SPAN_DECODE, stats.first_token_time_s, stats.end_time_s, decode)
+
+
+def request_attributes(request: GenerationRequest, model: str) -> Mapping[str, AttributeValue]:
+    """GenAI attributes of a request, as far as they were asked for."""
+    sampling = request.sampling
+    attributes: dict[str, AttributeValue] = {
+        names.OPERATION: "text_completion",
+        names.PROVIDER: "mpt-grpc",
+        names.REQUEST_MODEL: model,
+        names.REQUEST_ID: request.request_id,
+        names.RESPONSE_ID: request.request_id,
+        names.REQUEST_TEMPERATURE: sampling.temperature,
+        names.REQUEST_TOP_P: sampling.top_p,
+        names.REQUEST_TOP_K: sampling.top_k,
+    }
+    if sampling.seed is not None:
+        # Attributes are int64; a seed is uint64.
+        attributes[names.REQUEST_SEED] = str(sampling.seed)
+    if request.stopping.max_new_tokens is not None:
+        attributes[names.REQUEST_MAX_TOKENS] = request.stopping.max_new_tokens
+    return attributes
+
+
+def _span(
+    tracer: Tracer, context: Context, name: str, start_s: float, end_s: float, attributes: Mapping[str, AttributeValue]
+) -> None:
+    span = tracer.start_span(name, context=context, start_time=int(start_s * 1e9), attributes=attributes)
+    span.end(int(end_s * 1e9))
