@@ -211,6 +211,7 @@ def _export(model: MPT, tokenizer: Tokenizer, held_out: list[str]) -> None:
     weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     save_file(weights, DEMO / "model.safetensors", metadata={"format": "pt"})
+    (DEMO / "model.safetensors").chmod(0o644)
     tokenizer.save(str(DEMO / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

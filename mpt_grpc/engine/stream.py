@@ -28,7 +28,7 @@ class OutputStream(Protocol):
 class OutputAssembly:
     """Turns the events of one request into deltas. After a matched stop string it only waits for the account."""
 
-    def __init__(self, text: TextAssembler, end_request: Callable[[], None]) -> None:
+    def __init__(self, text: TextAssembler, end_request: Callable[[], object]) -> None:
         """`end_request` tells the engine that no more tokens are wanted."""
         self._text, self._end_request = text, end_request
         self._stop_string: str | None = None
@@ -36,7 +36,8 @@ class OutputAssembly:
 
     def advance(self, events: Iterable[TokenEvent]) -> OutputDelta | None:
         """Returns what is new, or None when there is nothing to say yet. Raises the error that ended the request."""
-        text, token_ids = "", []
+        text = ""
+        token_ids: list[int] = []
         for event in events:
             if event.error is not None:
                 self.ended = True

@@ -132,9 +132,12 @@ def duration(seconds: float) -> Duration:
 
 
 def _finish(finish: Finish) -> pb.Finish:
-    return pb.Finish(
-        reason=_FINISH_REASONS[finish.reason], stop_token_id=finish.stop_token_id, stop_string=finish.stop_string
-    )
+    message = pb.Finish(reason=_FINISH_REASONS[finish.reason])
+    if finish.stop_token_id is not None:
+        message.stop_token_id = finish.stop_token_id
+    if finish.stop_string is not None:
+        message.stop_string = finish.stop_string
+    return message
 
 
 def _duration(start_s: float | None, end_s: float | None) -> Duration | None:

@@ -41,16 +41,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> _Handler:
+    ) -> _Handler | None:
         handler = await continuation(handler_call_details)
         service, _, method = handler_call_details.method.removeprefix("/").partition("/")
         if service != _SERVICE or handler is None:
             return handler
         codecs = (handler.request_deserializer, handler.response_serializer)
-        if handler.response_streaming:
+        if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), *codecs)
+        assert handler.unary_unary is not None
         return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), *codecs)
 
     def _unary(self, method: str, serve: Callable[..., Any]) -> Callable[..., Any]:

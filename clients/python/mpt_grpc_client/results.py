@@ -1,0 +1,144 @@
+"""What the client answers, as frozen values; `responses.py` makes them."""
+
+from __future__ import annotations
+
+import builtins
+import enum
+from dataclasses import dataclass
+
+
+class FinishReason(enum.Enum):
+    """Why an output ended; the numbers are the API's."""
+
+    UNKNOWN = 0
+    """A reason that is younger than this client."""
+    MAX_NEW_TOKENS = 1
+    EOS_TOKEN = 2
+    """The model's end mark."""
+    STOP_STRING = 3
+    STOP_TOKEN = 4
+    CONTEXT_LENGTH = 5
+    """The context is full."""
+    CANCELLED = 6
+    """`abort` was called."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> FinishReason | None:
+        return cls.UNKNOWN if isinstance(value, int) else None
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of an output: why, and the stop token (or end mark) or stop string that was met, if one was."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+    stop_string: str | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of a request."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Tokens of the prompt that were taken from the prefix cache."""
+    num_output_tokens: int
+    num_preemptions: int
+    """How often the request gave its memory back to others and was computed again."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where a request's time went on the server; None for a phase that was never entered."""
+
+    queue_s: float | None
+    prefill_s: float | None
+    decode_s: float | None
+    """From the first token to the last."""
+    time_to_first_token_s: float | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A whole output with its account."""
+
+    request_id: str
+    text: str
+    num_tokens: int
+    """Tokens generated; those of special tokens and of a stop string included."""
+    token_ids: tuple[int, ...]
+    """Empty unless asked for by `return_token_ids`."""
+    prompt_token_ids: tuple[int, ...]
+    """Empty unless asked for by `return_prompt_token_ids`."""
+    finish: Finish
+    usage: Usage
+    timings: Timings
+    seed: int
+    """The seed that was used."""
+    trace_id: str
+    """The W3C trace id, 32 hexadecimal digits; empty if the request was not traced."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a text; its bytes need not be whole characters."""
+
+    id: int
+    bytes: builtins.bytes
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model that is loaded."""
+
+    name: str
+    num_parameters: int
+    dtype: str
+    """What it computes in: float32, float16 or bfloat16."""
+    device: str
+    """Where it computes: cpu or cuda."""
+    vocab_size: int
+    max_context_tokens: int
+    """The most tokens, prompt and output together, that one request may have."""
+    eos_token_ids: tuple[int, ...]
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a server."""
+
+    max_running_requests: int
+    max_waiting_requests: int
+    max_step_tokens: int
+    """Tokens that one step computes at most."""
+    max_message_bytes: int
+    cache_tokens: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy a server is; the last three count since its start."""
+
+    running_requests: int
+    waiting_requests: int
+    total_blocks: int
+    free_blocks: int
+    steps: int
+    generated_tokens: int
+    batched_sequences: int
+    """Summed over the steps: divided by `steps` it is the mean batch size."""
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """A server's limits and load."""
+
+    version: str
+    uptime_s: float
+    limits: Limits
+    load: Load

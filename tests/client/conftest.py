@@ -1,0 +1,160 @@
+"""A real gRPC server whose answers a test scripts: what the client sends and what it makes of the answers is tested."""
+
+# ruff: noqa: N802  (a servicer's methods are named as in the API)
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+
+import grpc
+import pytest
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from mpt.v1 import text_generation_pb2 as pb
+from mpt.v1 import text_generation_pb2_grpc as pb_grpc
+from mpt_grpc_client import Client
+
+
+class ScriptedService(pb_grpc.TextGenerationServiceServicer):
+    """Records each call's request and metadata; answers its fields, unless it was told to refuse or to hang."""
+
+    def __init__(self) -> None:
+        self.requests: list[Message] = []
+        self.metadata: list[dict[str, str | bytes]] = []
+        self.whole = pb.GenerateResponse()
+        self.pieces: list[pb.StreamGenerateResponse] = []
+        self.tokens = pb.TokenizeResponse()
+        self.text = pb.DetokenizeResponse()
+        self.aborted = pb.AbortResponse()
+        self.model = pb.GetModelInfoResponse()
+        self.server = pb.GetServerInfoResponse()
+        self._refusals: list[object] = []
+        self._hang: Hang | None = None
+
+    def refuse(self, code: grpc.StatusCode, message: str, reason: str, *details: Message, times: int = 1) -> None:
+        """The next so many attempts end with this status."""
+        packed = []
+        for detail in (error_details_pb2.ErrorInfo(reason=reason, domain="mpt-grpc"), *details):
+            packed.append(any_pb2.Any())
+            packed[-1].Pack(detail)
+        status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=packed))
+        self._refusals += [status] * times
+
+    def hang(self) -> Hang:
+        """Calls go on until the client leaves; a stream answers its pieces first."""
+        self._hang = Hang()
+        return self._hang
+
+    def Generate(self, request, context):
+        self._arrive(request, context)
+        self._wait()
+        return self.whole
+
+    def StreamGenerate(self, request, context):
+        self._arrive(request, context)
+        yield from self.pieces
+        self._wait()
+
+    def Tokenize(self, request, context):
+        self._arrive(request, context)
+        return self.tokens
+
+    def Detokenize(self, request, context):
+        self._arrive(request, context)
+        return self.text
+
+    def Abort(self, request, context):
+        self._arrive(request, context)
+        return self.aborted
+
+    def GetModelInfo(self, request, context):
+        self._arrive(request, context)
+        return self.model
+
+    def GetServerInfo(self, request, context):
+        self._arrive(request, context)
+        return self.server
+
+    def _arrive(self, request: Message, context: grpc.ServicerContext) -> None:
+        self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+        if self._refusals:
+            context.abort_with_status(self._refusals.pop(0))
+        # From the start: a client that leaves a stream between two pieces is not seen by whoever makes them.
+        if self._hang and not context.add_callback(self._hang.left.set):
+            self._hang.left.set()
+
+    def _wait(self) -> None:
+        if self._hang:
+            self._hang.reached.set()
+            assert self._hang.left.wait(30), "the client never left"
+
+
+class Hang:
+    """What a hanging call comes to: `reached` the point where it hangs, and `left` by its client."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.left = threading.Event()
+
+
+@pytest.fixture
+def service() -> ScriptedService:
+    return ScriptedService()
+
+
+@pytest.fixture
+def answer(service: ScriptedService) -> ScriptedService:
+    """The service with one output to answer, as a whole and in three pieces; the first piece has no text yet."""
+    prompt = pb.PromptInfo(num_tokens=2, token_ids=[12092, 1533])
+    finish = pb.Finish(reason=pb.FINISH_REASON_STOP_STRING, stop_string="END")
+    summary = pb.Summary(
+        usage=pb.Usage(num_prompt_tokens=2, num_cached_tokens=1, num_output_tokens=5, num_preemptions=3),
+        seed=2**64 - 1,
+        trace_id="0af7651916cd43dd8448eb211c80319c",
+    )
+    summary.timings.queue.FromMilliseconds(250)
+    summary.timings.time_to_first_token.FromMilliseconds(1500)
+    service.whole = pb.GenerateResponse(
+        request_id="r-1",
+        prompt=prompt,
+        output=pb.Output(text="Once 🐈 upon", num_tokens=5, token_ids=[7, 8, 9, 10, 11], finish=finish),
+        summary=summary,
+    )
+    outputs = (
+        pb.Output(num_tokens=1, token_ids=[7]),
+        pb.Output(text="Once 🐈", num_tokens=3, token_ids=[8, 9, 10]),
+        pb.Output(text=" upon", num_tokens=1, token_ids=[11], finish=finish),
+    )
+    service.pieces = [pb.StreamGenerateResponse(request_id="r-1", output=output) for output in outputs]
+    service.pieces[0].prompt.CopyFrom(prompt)
+    service.pieces[-1].summary.CopyFrom(summary)
+    return service
+
+
+@pytest.fixture
+def endless(answer: ScriptedService) -> Hang:
+    """The service with a generation that does not end: a unary call hangs, a stream does so after two pieces."""
+    del answer.pieces[2:]
+    return answer.hang()
+
+
+@pytest.fixture
+def target(service: ScriptedService) -> Iterator[str]:
+    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 1024 * 1024)]
+    server = grpc.server(futures.ThreadPoolExecutor(4), options=options)
+    pb_grpc.add_TextGenerationServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+@pytest.fixture
+def client(target: str) -> Iterator[Client]:
+    with Client(target, timeout_s=30) as client:
+        yield client

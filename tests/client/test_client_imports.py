@@ -1,0 +1,16 @@
+"""The client stands alone: it needs gRPC and OpenTelemetry's API, and nothing of the server's."""
+
+import subprocess
+import sys
+
+
+def test_the_client_imports_without_the_server_and_what_it_needs():
+    blocked = ("torch", "mpt_grpc", "numpy", "transformers", "tokenizers", "opentelemetry.sdk", "rich")
+    script = (
+        f"import sys\nsys.modules.update(dict.fromkeys({blocked!r}))\n"
+        "import mpt_grpc_client as client\n"
+        "client.Client().close()\n"
+        "assert all(hasattr(client, name) for name in client.__all__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

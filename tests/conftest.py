@@ -1,0 +1,117 @@
+"""Fixtures that several floors share. Engines compute in float32, where results do not depend on the batch's shape."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mpt_grpc.engine import load
+from mpt_grpc.engine.engine import Engine
+from mpt_grpc.model.runner import Runner
+from mpt_grpc.request import GenerationRequest, SamplingParameters, StoppingCriteria
+from mpt_grpc.settings import CacheSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
+from mpt_grpc.step import StepPlan
+
+DEMO_BLOCK_BYTES = 2 * 8 * 16 * 256 * 4
+"""One block of the demo model's cache in float32: keys and values, 8 layers, 16 tokens, 256 wide."""
+
+
+def demo_settings(num_blocks: int = 512, **scheduler: Any) -> Settings:
+    """The demo model in float32 with a cache of `num_blocks`, on a free port."""
+    return Settings(
+        model=ModelSettings(device="cpu", dtype="float32"),
+        cache=CacheSettings(kv_cache_gib=num_blocks * DEMO_BLOCK_BYTES / (1 << 30)),
+        scheduler=replace(SchedulerSettings(), **scheduler),
+        server=ServerSettings(port=0, grace_s=20),
+    )
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return demo_settings()
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., Engine]]:
+    """Starts engines on the demo model, and closes them at the end."""
+    with ExitStack() as stack:
+
+        def make(num_blocks: int = 512, **scheduler: Any) -> Engine:
+            engine, _ = load.load_engine(demo_settings(num_blocks, **scheduler))
+            return stack.enter_context(engine)
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def shared_engine() -> Iterator[Engine]:
+    """One engine for tests that leave nothing behind."""
+    engine, _ = load.load_engine(demo_settings())
+    with engine:
+        yield engine
+
+
+def generation(
+    request_id: str = "r",
+    prompt: str | tuple[int, ...] = "Once upon a time",
+    *,
+    max_new_tokens: int | None = 24,
+    sampling: SamplingParameters | None = None,
+    stop: tuple[str, ...] = (),
+    ignore_eos: bool = True,
+    **fields: Any,
+) -> GenerationRequest:
+    """A greedy request, unless `sampling` says otherwise."""
+    stopping = StoppingCriteria(max_new_tokens=max_new_tokens, stop_strings=stop, ignore_eos=ignore_eos)
+    return GenerationRequest(request_id, prompt, sampling or SamplingParameters(temperature=0), stopping, **fields)
+
+
+class SteppedRunner(Runner):
+    """A runner that computes only as many steps as the test allows, and says when it has been asked for one more."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._allowed = threading.Semaphore(0)
+        self._asked = threading.Semaphore(0)
+        self._free = False
+        self.plans: list[StepPlan] = []
+
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        self.plans.append(plan)
+        self._asked.release()
+        if not self._free:
+            self._allowed.acquire()
+        return super().run(plan)
+
+    def wait_for_step(self) -> StepPlan:
+        """Blocks until the engine has planned a step that was not seen yet, and returns its plan."""
+        assert self._asked.acquire(timeout=30)
+        return self.plans[-1]
+
+    def allow(self) -> None:
+        self._allowed.release()
+
+    def run_free(self) -> None:
+        self._free = True
+        self._allowed.release()
+
+
+@pytest.fixture
+def stepped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SteppedRunner]]:
+    """Engines that are made in the test get a SteppedRunner each; they are listed here."""
+    runners: list[SteppedRunner] = []
+
+    def make(*parts: Any) -> SteppedRunner:
+        runners.append(SteppedRunner(*parts))
+        return runners[-1]
+
+    monkeypatch.setattr(load, "Runner", make)
+    yield runners
+    for runner in runners:
+        runner.run_free()

@@ -1,0 +1,323 @@
+"""The engine as a library: what a request yields alone, in a crowd, when memory is short, and when something fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import SteppedRunner, generation
+
+from mpt_grpc.engine import load
+from mpt_grpc.engine.engine import Engine
+from mpt_grpc.engine.stream import ThreadStream, collect
+from mpt_grpc.errors import (
+    DuplicateRequestError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
+from mpt_grpc.model.runner import Runner
+from mpt_grpc.request import CacheOptions, FinishReason, GenerationRequest, Output, SamplingParameters
+from mpt_grpc.step import StepPlan
+
+SEEDED = SamplingParameters(temperature=0.9, top_p=0.95, top_k=200, min_p=0.01, seed=1234)
+PROMPTS = [
+    "Once upon a time",
+    "The old rabbit said to his wife, ",
+    "A king had three daughters. The eldest",
+    "Down by the river " * 8,
+    "Peter",
+    "It was a dark night, and the wind blew through the trees. " * 3,
+    "“Where are you going?” asked the",
+    "The fox",
+]
+
+
+def crowd(engine: Engine, requests: list[GenerationRequest]) -> dict[str, Output]:
+    """Runs the requests at the same time."""
+    streams = [engine.submit(request, ThreadStream) for request in requests]
+    return {stream.request.request_id: collect(stream) for stream in streams}
+
+
+def mixed_requests(n: int) -> list[GenerationRequest]:
+    return [
+        generation(
+            f"r{i}",
+            PROMPTS[i % len(PROMPTS)] + " and" * (i // len(PROMPTS)),
+            max_new_tokens=16 + 5 * (i % 7),
+            sampling=SamplingParameters(temperature=0.8, top_k=50 * (i % 3), min_p=0.02 * (i % 2), seed=i)
+            if i % 3
+            else None,
+        )
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(shared_engine: Engine) -> dict[str, Output]:
+    """What each of 16 requests yields when nothing else runs."""
+    return {r.request_id: shared_engine.generate(r) for r in mixed_requests(16)}
+
+
+def assert_same_tokens(outputs: dict[str, Output], expected: dict[str, Output]) -> None:
+    assert {i: o.token_ids for i, o in outputs.items()} == {i: o.token_ids for i, o in expected.items()}
+    assert {i: o.text for i, o in outputs.items()} == {i: o.text for i, o in expected.items()}
+
+
+def test_a_crowd_of_16_yields_what_each_yields_alone(shared_engine: Engine, alone: dict[str, Output]) -> None:
+    assert_same_tokens(crowd(shared_engine, mixed_requests(16)), alone)
+
+
+def test_preempted_requests_yield_the_same(make_engine: Callable[..., Engine], alone: dict[str, Output]) -> None:
+    engine = make_engine(num_blocks=24)
+    outputs = crowd(engine, mixed_requests(16))
+    assert_same_tokens(outputs, alone)
+    assert sum(output.stats.num_preemptions for output in outputs.values()) > 0
+    assert engine.load.num_free_blocks == 24
+
+
+def test_chunked_prompts_yield_the_same(make_engine: Callable[..., Engine], alone: dict[str, Output]) -> None:
+    engine = make_engine(max_step_tokens=7, max_running_requests=5)
+    assert_same_tokens(crowd(engine, mixed_requests(16)), alone)
+
+
+def test_streamed_pieces_add_up_to_the_whole(shared_engine: Engine) -> None:
+    request = generation(sampling=SEEDED, max_new_tokens=40)
+    deltas = list(shared_engine.stream(request))
+    assert len(deltas) > 10
+    assert collect(deltas).text == shared_engine.generate(request).text
+    assert [delta.finish is None for delta in deltas] == [True] * (len(deltas) - 1) + [False]
+
+
+def test_a_prompt_seen_before_is_not_computed_again(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    prompt = tuple(range(1, 101))
+    first = engine.generate(generation("a", prompt))
+    again = engine.generate(generation("b", prompt))
+    assert first.stats.num_cached_tokens == 0
+    assert again.stats.num_cached_tokens == 96
+    assert again.token_ids == first.token_ids
+    for options in (CacheOptions(salt="another tenant"), CacheOptions(bypass=True)):
+        other = engine.generate(generation("c", prompt, cache=options))
+        assert other.stats.num_cached_tokens == 0
+        assert other.token_ids == first.token_ids
+
+
+def test_the_seed_that_was_drawn_gives_the_same_again(shared_engine: Engine) -> None:
+    drawn = shared_engine.generate(generation(sampling=SamplingParameters()))
+    assert drawn.stats.seed != shared_engine.generate(generation(sampling=SamplingParameters())).stats.seed
+    again = shared_engine.generate(generation(sampling=SamplingParameters(seed=drawn.stats.seed)))
+    assert again.token_ids == drawn.token_ids
+
+
+def test_a_stop_string_ends_the_text_before_it(shared_engine: Engine) -> None:
+    whole = shared_engine.generate(generation(max_new_tokens=40)).text
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 5]
+    output = shared_engine.generate(generation(max_new_tokens=40, stop=("never to be seen", stop)))
+    assert output.text == whole[: whole.index(stop)]
+    assert output.finish.reason is FinishReason.STOP_STRING
+    assert output.finish.stop_string == stop
+    assert len(output.token_ids) < 40
+
+
+def test_the_end_mark_ends_the_output_and_leaves_no_text(shared_engine: Engine) -> None:
+    (end,) = shared_engine.tokenizer.eos_token_ids
+    outputs = (
+        shared_engine.generate(
+            generation(
+                prompt="And they lived happily ever after.\n",
+                max_new_tokens=1500,
+                ignore_eos=False,
+                sampling=SamplingParameters(seed=seed),
+            )
+        )
+        for seed in range(20)
+    )
+    output = next(o for o in outputs if o.finish.reason is FinishReason.EOS_TOKEN)
+    assert output.token_ids[-1] == end
+    assert output.finish.stop_token_id == end
+    assert output.text == shared_engine.tokenizer.decode(output.token_ids[:-1])
+
+
+def test_the_default_length_is_cut_by_the_context(shared_engine: Engine) -> None:
+    context = shared_engine.limits.max_context_tokens
+    output = shared_engine.generate(generation(prompt=(7,) * (context - 5), max_new_tokens=None))
+    assert len(output.token_ids) == 5
+    assert output.finish.reason is FinishReason.CONTEXT_LENGTH
+
+
+def test_every_bad_field_is_named_at_once(shared_engine: Engine) -> None:
+    request = GenerationRequest(
+        "x" * 200,
+        (1, 999_999),
+        SamplingParameters(temperature=float("nan"), top_k=-1, top_p=0.0, min_p=2.0, seed=-1),
+        generation(max_new_tokens=0, stop=("", "s" * 300)).stopping,
+        CacheOptions(salt="s" * 200),
+        priority=101,
+    )
+    with pytest.raises(InvalidRequestError) as caught:
+        shared_engine.generate(request)
+    assert {violation.field for violation in caught.value.violations} == {
+        "request_id",
+        "token_ids.ids[1]",
+        "sampling.temperature",
+        "sampling.top_k",
+        "sampling.top_p",
+        "sampling.min_p",
+        "sampling.seed",
+        "stopping.max_new_tokens",
+        "stopping.stop_strings[0]",
+        "stopping.stop_strings[1]",
+        "cache.salt",
+        "priority",
+    }
+
+
+def test_a_request_larger_than_the_cache_is_refused_and_the_next_one_served(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(num_blocks=4)
+    with pytest.raises(InvalidRequestError, match=r"stopping.max_new_tokens: 60 .* context of 64: ask for at most 54"):
+        engine.generate(generation(prompt=(5,) * 10, max_new_tokens=60))
+    assert len(engine.generate(generation(prompt=(5,) * 10, max_new_tokens=54)).token_ids) == 54
+
+
+def test_a_full_queue_is_overload_and_a_known_id_a_duplicate(
+    stepped: list[SteppedRunner], make_engine: Callable[..., Engine]
+) -> None:
+    engine = make_engine(max_running_requests=1, max_waiting_requests=1)
+    streams = [engine.submit(generation(name), ThreadStream) for name in ("a", "b")]
+    with pytest.raises(OverloadedError):
+        engine.submit(generation("c"), ThreadStream)
+    engine.abort("b")
+    stepped[0].run_free()
+    assert collect(streams[1]).finish.reason is FinishReason.CANCELLED
+    assert len(collect(streams[0]).token_ids) == 24
+
+
+def test_a_request_id_in_flight_is_refused(stepped: list[SteppedRunner], make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    stream = engine.submit(generation("a"), ThreadStream)
+    with pytest.raises(DuplicateRequestError):
+        engine.submit(generation("a"), ThreadStream)
+    stepped[0].run_free()
+    assert len(collect(stream).token_ids) == 24
+    assert len(engine.generate(generation("a")).token_ids) == 24
+
+
+@pytest.mark.parametrize("state", ["waiting", "mid-prefill", "running"])
+def test_an_aborted_request_frees_its_blocks_within_one_step(
+    state: str, stepped: list[SteppedRunner], make_engine: Callable[..., Engine]
+) -> None:
+    engine = make_engine(num_blocks=64, max_running_requests=2, max_step_tokens=32)
+    runner = stepped[0]
+    other = engine.submit(generation("other", (3,) * 8, max_new_tokens=400), ThreadStream)
+    runner.wait_for_step()
+    if state == "waiting":
+        filler = engine.submit(generation("filler", (4,) * 8, max_new_tokens=400), ThreadStream)
+    stream = engine.submit(generation("gone", (9,) * (100 if state == "mid-prefill" else 20)), ThreadStream)
+    for _ in range(2 if state == "mid-prefill" else 4):
+        runner.allow()
+        plan = runner.wait_for_step()
+    planned = {sequence.request_id: sequence for sequence in plan.sequences}
+    assert ("gone" in planned) == (state != "waiting")
+    assert state == "waiting" or planned["gone"].samples == (state == "running")
+
+    assert engine.abort("gone")
+    runner.allow()
+    plan = runner.wait_for_step()
+    owned = {block for sequence in plan.sequences for block in sequence.block_table}
+    assert "gone" not in {sequence.request_id for sequence in plan.sequences}
+    assert collect(stream).finish.reason is FinishReason.CANCELLED
+    assert not engine.abort("gone")
+    runner.allow()
+    runner.wait_for_step()
+    assert engine.load.num_free_blocks == 64 - len(owned)
+    for name in ("other", "filler"):
+        engine.abort(name)
+    runner.run_free()
+    assert collect(other).finish.reason is FinishReason.CANCELLED
+    if state == "waiting":
+        collect(filler)
+    assert engine.load.num_free_blocks == 64
+
+
+def test_leaving_a_stream_early_ends_the_request(stepped: list[SteppedRunner], make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    stepped[0].run_free()
+    deltas = engine.stream(generation("left", max_new_tokens=1000))
+    next(deltas)
+    deltas.close()  # type: ignore[attr-defined]
+    engine.generate(generation("next"))
+    assert engine.num_in_flight == 0
+    assert engine.load.num_free_blocks == 512
+
+
+class FaultyRunner(Runner):
+    """Fails when it is to compute token 666."""
+
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        if any(666 in sequence.token_ids for sequence in plan.sequences):
+            raise RuntimeError("a kernel has failed")
+        return super().run(plan)
+
+
+def test_a_fault_of_one_request_ends_that_request_alone(
+    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine], alone: dict[str, Output]
+) -> None:
+    monkeypatch.setattr(load, "Runner", FaultyRunner)
+    engine = make_engine()
+    requests = mixed_requests(16)
+    streams = [engine.submit(request, ThreadStream) for request in requests[:8]]
+    bad = engine.submit(generation("bad", (1, 2, 666)), ThreadStream)
+    streams += [engine.submit(request, ThreadStream) for request in requests[8:]]
+    with pytest.raises(InternalError):
+        collect(bad)
+    assert_same_tokens({stream.request.request_id: collect(stream) for stream in streams}, alone)
+    assert engine.load.num_free_blocks == 512
+    assert not engine.is_stuck(60)
+
+
+def test_closing_ends_what_is_in_flight_with_an_error(
+    stepped: list[SteppedRunner], make_engine: Callable[..., Engine]
+) -> None:
+    engine = make_engine()
+    stream = engine.submit(generation(max_new_tokens=1000), ThreadStream)
+    stepped[0].wait_for_step()
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    stepped[0].run_free()
+    closing.join()
+    with pytest.raises(UnavailableError):
+        collect(stream)
+    with pytest.raises(UnavailableError):
+        engine.generate(generation())
+
+
+def test_work_that_stands_still_is_stuck(stepped: list[SteppedRunner], make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    assert not engine.is_stuck(0.0)
+    stream = engine.submit(generation(), ThreadStream)
+    stepped[0].wait_for_step()
+    assert engine.is_stuck(0.0)
+    assert not engine.is_stuck(60.0)
+    stepped[0].run_free()
+    collect(stream)
+    assert not engine.is_stuck(0.0)
+
+
+def test_higher_priority_runs_first(stepped: list[SteppedRunner], make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_running_requests=1)
+    order: list[str] = []
+    first = engine.submit(generation("first"), ThreadStream)
+    stepped[0].wait_for_step()
+    streams: dict[str, Any] = {
+        name: engine.submit(generation(name, priority=priority, max_new_tokens=2), ThreadStream)
+        for name, priority in (("low", -1), ("middle", 0), ("high", 0))
+    }
+    stepped[0].run_free()
+    collect(first)
+    order = sorted(streams, key=lambda name: collect(streams[name]).stats.scheduled_time_s or 0)
+    assert order == ["middle", "high", "low"]

@@ -1,0 +1,58 @@
+"""A real server in this process, on a free port, and real channels to it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import pytest
+from conftest import demo_settings
+
+from mpt.v1 import text_generation_pb2 as pb
+from mpt.v1.text_generation_pb2_grpc import TextGenerationServiceStub
+from mpt_grpc.server.server import RunningServer, running_server
+from mpt_grpc.settings import Settings
+
+
+@dataclass(frozen=True)
+class Service:
+    """A server and a channel to it."""
+
+    server: RunningServer
+    channel: grpc.aio.Channel
+    stub: Any
+    """TextGenerationServiceStub of grpc.aio, which has no type of its own."""
+
+    async def all_blocks_free(self) -> bool:
+        """Whether, once a request of our own has run after all the others, no block has an owner."""
+        await self.stub.Generate(pb.GenerateRequest(text="x", stopping=pb.StoppingCriteria(max_new_tokens=1)))
+        info = await self.stub.GetServerInfo(pb.GetServerInfoRequest())
+        return info.load.free_blocks == info.load.total_blocks and self.server.engine.num_in_flight == 0
+
+
+MakeService = Callable[..., Any]
+
+
+@pytest.fixture
+async def make_service() -> AsyncIterator[MakeService]:
+    async with AsyncExitStack() as stack:
+
+        async def make(settings: Settings | None = None, options: Any = (), **changes: Any) -> Service:
+            server = await stack.enter_async_context(running_server(settings or demo_settings(**changes)))
+            channel = await stack.enter_async_context(
+                grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=[("grpc.enable_retries", 0), *options])
+            )
+            return Service(server, channel, TextGenerationServiceStub(channel))
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+async def service() -> AsyncIterator[Service]:
+    """One server for tests that leave nothing behind."""
+    async with running_server(demo_settings()) as server:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            yield Service(server, channel, TextGenerationServiceStub(channel))

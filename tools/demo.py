@@ -1,0 +1,159 @@
+"""Shows the service at work: starts a server on the built-in model and streams eight prompts from it at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+
+from mpt_grpc_client import Client, Generation, Load
+
+PROMPTS = (
+    "Once upon a time there was a little",
+    "The fox",
+    "“Good morning,” said the old rabbit. “I have been looking for you everywhere, because",
+    "There was once a king who had three sons. The two elder were proud and strong, but the youngest was kind, and one"
+    " day the king called them all to him and said:",
+    "It was snowing.",
+    "Peter ran down to the river as fast as his legs would carry him, and there on the bank he saw",
+    "The princess opened the door of the tower, and",
+    "In the middle of the forest stood a small house. Nobody had lived in it for a hundred years, so the children were"
+    " very much surprised when they saw smoke coming out of the chimney. They crept nearer, and",
+)
+MAX_NEW_TOKENS = 120
+BAR_WIDTH = 60
+
+
+def main() -> None:
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        trace_file = Path(folder) / "spans.jsonl"
+        with running_server(trace_file) as (target, welcome), Client(target, timeout_s=120) as client:
+            console.print(welcome, highlight=False, markup=False)
+            before = client.server_info().load
+            generations = stream_all(client, console)
+            after = client.server_info().load
+        print_table(console, generations, before, after)
+        print_waterfall(console, trace_file, generations[-1].trace_id)
+
+
+@contextmanager
+def running_server(trace_file: Path) -> Iterator[tuple[str, str]]:
+    """Starts a server, yields its target and what it printed, stops it and makes sure that it ended well."""
+    command = [sys.executable, "-m", "mpt_grpc.cli", "serve", "--port", "0", "--trace-file", str(trace_file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        welcome = []
+        assert process.stdout is not None
+        for line in process.stdout:
+            welcome.append(line.rstrip())
+            if line.strip().startswith("try"):
+                break
+        targets = [line.split()[1] for line in welcome if line.strip().startswith("gRPC")]
+        if not targets:
+            sys.exit("the server did not start; its words are above")
+        yield targets[0], "\n".join(welcome)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        status = process.wait()
+    if status:
+        sys.exit(f"the server ended with status {status}")
+
+
+def stream_all(client: Client, console: Console) -> list[Generation]:
+    """Streams every prompt at the same time and shows the texts as they grow."""
+    texts = list(PROMPTS)
+    start = threading.Barrier(len(PROMPTS))
+
+    def stream(index: int) -> Generation:
+        start.wait()
+        with client.stream(PROMPTS[index], max_new_tokens=MAX_NEW_TOKENS, temperature=0.7, seed=index + 1) as pieces:
+            for piece in pieces:
+                texts[index] += piece
+        return pieces.result
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        futures = [pool.submit(stream, index) for index in range(len(PROMPTS))]
+        if console.is_terminal:
+            with Live(get_renderable=lambda: side_by_side(texts, console), console=console, refresh_per_second=12):
+                generations = [future.result() for future in futures]
+        else:
+            generations = [future.result() for future in futures]
+            for index, text in enumerate(texts):
+                console.print(
+                    f"[{index + 1}] {' '.join(text.split())}\n", highlight=False, markup=False, soft_wrap=True
+                )
+    return generations
+
+
+def side_by_side(texts: list[str], console: Console) -> Columns:
+    """The ends of the texts, in two rows of four panels."""
+    width, height = console.width // 4 - 1, max(6, (console.height - 2) // 2)
+    room = (width - 4) * (height - 3)
+    panels = [
+        Panel(" ".join(text.split())[-room:], title=str(index + 1), width=width, height=height)
+        for index, text in enumerate(texts)
+    ]
+    return Columns(panels, padding=0)
+
+
+def print_table(console: Console, generations: list[Generation], before: Load, after: Load) -> None:
+    table = Table("request", "prompt", "new", "finish", "TTFT ms", "TPOT ms", "tokens/s", title="eight requests")
+    for index, generation in enumerate(generations):
+        usage, timings = generation.usage, generation.timings
+        decode_s, first_s = timings.decode_s or 0.0, timings.time_to_first_token_s or 0.0
+        table.add_row(
+            str(index + 1),
+            str(usage.num_prompt_tokens),
+            str(usage.num_output_tokens),
+            generation.finish.reason.name.lower(),
+            f"{first_s * 1e3:.0f}",
+            f"{decode_s * 1e3 / max(1, usage.num_output_tokens - 1):.1f}",
+            f"{usage.num_output_tokens / (first_s + decode_s):.0f}",
+        )
+    console.print(table)
+    steps = after.steps - before.steps
+    busy_s = max((g.timings.time_to_first_token_s or 0) + (g.timings.decode_s or 0) for g in generations)
+    new_tokens = after.generated_tokens - before.generated_tokens
+    console.print(
+        f"{new_tokens} new tokens in {steps} steps and {busy_s:.1f} s: {new_tokens / busy_s:.0f} tokens/s,"
+        f" mean batch size {(after.batched_sequences - before.batched_sequences) / steps:.1f}",
+        highlight=False,
+    )
+
+
+def print_waterfall(console: Console, trace_file: Path, trace_id: str) -> None:
+    """Draws the spans of one request as bars over time."""
+    lines = trace_file.read_text(encoding="utf-8").splitlines()
+    spans = [span for span in map(json.loads, lines) if span["context"]["trace_id"] == f"0x{trace_id}"]
+    times = {
+        span["name"].rpartition("/")[2]: [
+            datetime.fromisoformat(span[key]).timestamp() for key in ("start_time", "end_time")
+        ]
+        for span in spans
+    }
+    first = min(start for start, _ in times.values())
+    length = max(end for _, end in times.values()) - first
+    console.print(f"\ntrace {trace_id}", highlight=False)
+    for name, (start, end) in sorted(times.items(), key=lambda item: (item[1][0], -item[1][1])):
+        left = round((start - first) / length * BAR_WIDTH)
+        bar = " " * left + "█" * max(1, round((end - start) / length * BAR_WIDTH))
+        console.print(f"  {name:<15}{bar:<{BAR_WIDTH + 1}} {(end - start) * 1e3:8.1f} ms", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
