@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -34,6 +34,7 @@ from mpt_grpc.request import (
     TokenEvent,
 )
 from mpt_grpc.schedule.scheduler import Progress, Scheduler
+from mpt_grpc.schedule.sequence import Sequence
 from mpt_grpc.step import StepPlan, StepResult
 from mpt_grpc.telemetry.tracing import record_phases
 from mpt_grpc.text.detokenizer import TextAssembler
@@ -185,6 +186,7 @@ class Engine:
         try:
             while self._running:
                 self._take_mail()
+                self._deliver()  # what mail has ended does not wait for the step
                 plan = self._scheduler.plan()
                 if plan.sequences:
                     self._mark_scheduled(plan)
@@ -232,7 +234,7 @@ class Engine:
             if flight.scheduled_time_s is None:
                 flight.scheduled_time_s = self._now_s()
 
-    def _account(self, plan: StepPlan, result: StepResult, progress: Sequence[Progress]) -> None:
+    def _account(self, plan: StepPlan, result: StepResult, progress: Iterable[Progress]) -> None:
         for step in progress:
             flight = self._flights[step.sequence.request_id]
             if step.token_id is not None:
@@ -241,7 +243,7 @@ class Engine:
             token_ids = () if step.token_id is None else (step.token_id,)
             event = TokenEvent(flight.request.request_id, token_ids, step.finish, step.error)
             if step.finish is not None or step.error is not None:
-                stats = self._end(flight, step.sequence.num_cached_tokens, step.sequence.num_preemptions)
+                stats = self._end(flight, step.sequence)
                 event = replace(event, stats=stats)
             self._outbox.append((flight, event))
         if result.token_ids or not result.errors:
@@ -258,15 +260,15 @@ class Engine:
         if sequence is None:
             return
         flight = self._flights[request_id]
-        stats = self._end(flight, sequence.num_cached_tokens, sequence.num_preemptions)
+        stats = self._end(flight, sequence)
         self._outbox.append((flight, TokenEvent(request_id, (), Finish(FinishReason.CANCELLED), stats=stats)))
 
-    def _end(self, flight: _Flight, num_cached_tokens: int, num_preemptions: int) -> RequestStats:
+    def _end(self, flight: _Flight, sequence: Sequence) -> RequestStats:
         """Lets go of a flight and returns its account."""
         stats = RequestStats(
             num_prompt_tokens=len(flight.prompt_token_ids),
-            num_cached_tokens=num_cached_tokens,
-            num_preemptions=num_preemptions,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            num_preemptions=sequence.num_preemptions,
             seed=flight.request.sampling.seed or 0,
             arrival_time_s=flight.arrival_time_s,
             scheduled_time_s=flight.scheduled_time_s,

@@ -122,7 +122,7 @@ class MPTConfig:
             logit_scale=_logit_scale(top, d_model),
             qk_ln=attention.boolean("qk_ln", False),
             bias=not top.boolean("no_bias", True),
-            norm_eps=top.number("layer_norm_epsilon") or top.number("norm_eps") or 1e-5,
+            norm_eps=_norm_eps(top),
         )
         for fields in (top, attention, ffn):
             fields.refuse_rest()
@@ -157,7 +157,7 @@ class _Fields:
         value = self.take(name)
         if value is None:
             return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
             raise self.error(name, value, "expected a number, 0 or more, or null")
         return float(value)
 
@@ -182,7 +182,7 @@ def _n_kv_heads(attention: _Fields, n_heads: int) -> int:
     kind = attention.take("attn_type", "multihead_attention")
     stated = attention.take("kv_n_heads")
     implied = {"multihead_attention": n_heads, "multiquery_attention": 1, "grouped_query_attention": stated}
-    if kind not in implied:
+    if not isinstance(kind, str) or kind not in implied:
         raise attention.error("attn_type", kind, f"only {', '.join(implied)} are implemented")
     n_kv_heads = implied[kind]
     if not isinstance(n_kv_heads, int) or n_kv_heads < 1 or n_heads % n_kv_heads:
@@ -200,12 +200,20 @@ def _d_ffn(top: _Fields, d_model: int) -> int:
     return int(d_ffn)
 
 
+def _norm_eps(top: _Fields) -> float:
+    """llm-foundry calls it `norm_eps`, transformers `layer_norm_epsilon`."""
+    stated = [value for value in (top.number("norm_eps"), top.number("layer_norm_epsilon")) if value is not None]
+    if len(set(stated)) > 1:
+        raise ConfigError(f"layer_norm_epsilon: {stated[1]!r} differs from norm_eps {stated[0]!r}")
+    return stated[0] if stated else 1e-5
+
+
 def _logit_scale(top: _Fields, d_model: int) -> float | None:
     value = top.take("logit_scale")
     if value is None:
         return None
     if value == "inv_sqrt_d_model":
         return 1 / math.sqrt(d_model)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     raise top.error("logit_scale", value, "expected a number, 'inv_sqrt_d_model' or null")

@@ -50,8 +50,10 @@ class Sampler:
 def _draw(logits: Tensor, sequences: Sequence[SequenceStep]) -> Tensor:
     parameters = [sequence.sampling for sequence in sequences]
     device = logits.device
-    temperatures = torch.tensor([p.temperature for p in parameters], device=device)
-    scores = _filter(logits / temperatures[:, None], parameters)
+    # Below the smallest normal float32 a temperature would round to 0; from the best score down nothing overflows to +inf.
+    tiny = torch.finfo(torch.float32).tiny
+    temperatures = torch.tensor([max(p.temperature, tiny) for p in parameters], device=device)
+    scores = _filter((logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None], parameters)
     return (scores + _gumbel(sequences, logits.shape[1], device)).argmax(dim=-1)
 
 
@@ -87,8 +89,9 @@ def _gumbel(sequences: Sequence[SequenceStep], vocab_size: int, device: torch.de
     tokens = torch.arange(1, vocab_size + 1, device=device) * _signed(0x9E3779B97F4A7C15)
     bits = _mix(stream[:, None] + tokens[None, :]) & 0xFFFFFFFF
     uniform = (bits.to(torch.float32) + 0.5) * 2.0**-32
-    # An exponential variate by log1p is exact near 0, where the winners are; 1 rounds to +inf and never wins.
-    return -(-torch.log1p(-uniform.clamp_(max=1.0))).log()
+    # An exponential variate by log1p is exact near 0, where the winners are. 1 would give -inf, as if the token were
+    # filtered out, so the largest float32 below 1 stands for it.
+    return -(-torch.log1p(-uniform.clamp_(max=1 - 2.0**-24))).log()
 
 
 def _mix(x: Tensor) -> Tensor:

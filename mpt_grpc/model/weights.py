@@ -61,8 +61,9 @@ def weight_files(folder: Path) -> list[Path]:
     for single, index in _LAYOUTS:
         if (folder / index).is_file():
             try:
-                names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+                weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+                names = sorted({str(name) for name in weight_map.values()})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise WeightsError(f"{folder / index}: not an index of shards: {error!r}") from error
             for name in names:
                 if Path(name).name != name or not (folder / name).is_file():
@@ -78,23 +79,24 @@ def _fill(config: MPTConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch
         model = MPT(config)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     total_bytes = sum(shape.numel() for shape in expected.values()) * dtype.itemsize
-    missing = set(expected)
+    missing, head = set(expected), None
     with _progress(total_bytes) as advance:
         for name, tensor in tensors:
             if name == _TIED_HEAD and name not in expected:
-                _check_tied(model, tensor.to(dtype))
+                head = tensor  # to be compared when the embedding is there, in whichever shard it is
                 continue
             if name not in expected:
                 raise WeightsError(f"tensor {name!r} is not part of this model")
             if tensor.shape != expected[name]:
                 raise WeightsError(f"tensor {name!r} has the shape {list(tensor.shape)}, not {list(expected[name])}")
             # A copy that is ours: the file's mapping is let go.
-            own = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-            _set(model, name, own)
+            _set(model, name, torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor))
             missing.discard(name)
-            advance(own.nbytes)
+            advance(tensor.numel() * dtype.itemsize)
     if missing:
         raise WeightsError(f"{len(missing)} tensors are missing, the first is {min(missing)!r}")
+    if head is not None and not torch.equal(model.transformer.wte.weight, head.to(device, dtype)):
+        raise WeightsError(f"tensor {_TIED_HEAD!r} differs from {_EMBEDDING!r}: untied heads are not implemented")
     return model.eval()
 
 
@@ -106,32 +108,21 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
         module.prepack()
 
 
-def _check_tied(model: MPT, head: Tensor) -> None:
-    embedding = model.transformer.wte.weight
-    if not embedding.is_meta and not torch.equal(embedding, head.to(embedding.device)):
-        raise WeightsError(f"tensor {_TIED_HEAD!r} differs from {_EMBEDDING!r}: untied heads are not implemented")
-
-
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    # The embedding comes first, so that a head stored beside it can be compared.
     for file in files:
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
-                    for name in _embedding_first(opened.keys()):
+                    for name in opened.keys():
                         yield name, opened.get_tensor(name)
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
                 if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
                     raise WeightsError(f"{file}: not a mapping of names to tensors")
-                for name in _embedding_first(state):
+                for name in state:
                     yield name, state[name]
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
             raise WeightsError(f"cannot read {file}: {error}") from error
-
-
-def _embedding_first(names: Iterable[str]) -> list[str]:
-    return sorted(names, key=lambda name: (name == _TIED_HEAD, name != _EMBEDDING, name))
 
 
 def _progress(total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:

@@ -20,6 +20,7 @@ from mpt_grpc.request import (
     SamplingParameters,
     StoppingCriteria,
 )
+from mpt_grpc.text.tokenizer import Tokenizer
 
 _FINISH_REASONS = {
     FinishReason.MAX_NEW_TOKENS: pb.FINISH_REASON_MAX_NEW_TOKENS,
@@ -95,6 +96,11 @@ def summary(stats: RequestStats, num_output_tokens: int, trace_id: str) -> pb.Su
         seed=stats.seed,
         trace_id=trace_id,
     )
+
+
+def tokens(tokenizer: Tokenizer, text: str) -> pb.TokenizeResponse:
+    ids = tokenizer.encode(text)
+    return pb.TokenizeResponse(tokens=[pb.Token(id=token, bytes=tokenizer.token_bytes(token)) for token in ids])
 
 
 def model_info(model: LoadedModel, limits: RequestLimits, eos: frozenset[int]) -> pb.GetModelInfoResponse:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from opentelemetry.context import Context
@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 _span: ContextVar[Span | None] = ContextVar("rpc_span", default=None)
 
 # grpc.aio's types name the messages of one method; an interceptor sees those of all.
-_Handler = grpc.RpcMethodHandler[Any, Any]
-_CallContext = grpc.aio.ServicerContext[Any, Any]
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 def current_span() -> Span | None:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from opentelemetry.trace import format_trace_id, set_span_in_context
@@ -29,7 +29,7 @@ _MAX_ABORT_IDS = 1000
 # Longer texts are tokenized beside the event loop, which would otherwise stand still for a millisecond or more.
 _LONG_TEXT = 4096
 
-_CallContext = grpc.aio.ServicerContext[Any, Any]
+_CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
@@ -77,9 +77,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 prompt = None
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _CallContext) -> pb.TokenizeResponse:
-        tokenizer = self._engine.tokenizer
-        ids = await asyncio.to_thread(tokenizer.encode, request.text)
-        return pb.TokenizeResponse(tokens=[pb.Token(id=token, bytes=tokenizer.token_bytes(token)) for token in ids])
+        return await asyncio.to_thread(convert.tokens, self._engine.tokenizer, request.text)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: _CallContext) -> pb.DetokenizeResponse:
         tokenizer = self._engine.tokenizer

@@ -185,7 +185,7 @@ def test_a_request_larger_than_the_cache_is_refused_and_the_next_one_served(make
 
 
 def test_a_full_queue_is_overload_and_a_known_id_a_duplicate(
-    stepped: list[SteppedRunner], make_engine: Callable[..., Engine]
+    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
 ) -> None:
     engine = make_engine(max_running_requests=1, max_waiting_requests=1)
     streams = [engine.submit(generation(name), ThreadStream) for name in ("a", "b")]
@@ -197,7 +197,7 @@ def test_a_full_queue_is_overload_and_a_known_id_a_duplicate(
     assert len(collect(streams[0]).token_ids) == 24
 
 
-def test_a_request_id_in_flight_is_refused(stepped: list[SteppedRunner], make_engine: Callable[..., Engine]) -> None:
+def test_a_request_id_in_flight_is_refused(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
     engine = make_engine()
     stream = engine.submit(generation("a"), ThreadStream)
     with pytest.raises(DuplicateRequestError):
@@ -209,7 +209,7 @@ def test_a_request_id_in_flight_is_refused(stepped: list[SteppedRunner], make_en
 
 @pytest.mark.parametrize("state", ["waiting", "mid-prefill", "running"])
 def test_an_aborted_request_frees_its_blocks_within_one_step(
-    state: str, stepped: list[SteppedRunner], make_engine: Callable[..., Engine]
+    state: str, make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
 ) -> None:
     engine = make_engine(num_blocks=64, max_running_requests=2, max_step_tokens=32)
     runner = stepped[0]
@@ -244,7 +244,9 @@ def test_an_aborted_request_frees_its_blocks_within_one_step(
     assert engine.load.num_free_blocks == 64
 
 
-def test_leaving_a_stream_early_ends_the_request(stepped: list[SteppedRunner], make_engine: Callable[..., Engine]) -> None:
+def test_leaving_a_stream_early_ends_the_request(
+    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
+) -> None:
     engine = make_engine()
     stepped[0].run_free()
     deltas = engine.stream(generation("left", max_new_tokens=1000))
@@ -281,7 +283,7 @@ def test_a_fault_of_one_request_ends_that_request_alone(
 
 
 def test_closing_ends_what_is_in_flight_with_an_error(
-    stepped: list[SteppedRunner], make_engine: Callable[..., Engine]
+    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
 ) -> None:
     engine = make_engine()
     stream = engine.submit(generation(max_new_tokens=1000), ThreadStream)
@@ -296,7 +298,7 @@ def test_closing_ends_what_is_in_flight_with_an_error(
         engine.generate(generation())
 
 
-def test_work_that_stands_still_is_stuck(stepped: list[SteppedRunner], make_engine: Callable[..., Engine]) -> None:
+def test_work_that_stands_still_is_stuck(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
     engine = make_engine()
     assert not engine.is_stuck(0.0)
     stream = engine.submit(generation(), ThreadStream)
@@ -308,7 +310,7 @@ def test_work_that_stands_still_is_stuck(stepped: list[SteppedRunner], make_engi
     assert not engine.is_stuck(0.0)
 
 
-def test_higher_priority_runs_first(stepped: list[SteppedRunner], make_engine: Callable[..., Engine]) -> None:
+def test_higher_priority_runs_first(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
     engine = make_engine(max_running_requests=1)
     order: list[str] = []
     first = engine.submit(generation("first"), ThreadStream)

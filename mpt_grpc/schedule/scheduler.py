@@ -1,0 +1,191 @@
+"""Decides what the next step computes, and takes in what came of it.
+
+`plan` serves the sequences by rank, priority before arrival, in one pass; `commit` takes the chosen tokens. When
+blocks run short, the last in rank gives its own back, waits, and is computed again later.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mpt_grpc.request import Finish, FinishReason, GenerationRequest
+from mpt_grpc.schedule.block_pool import BlockPool
+from mpt_grpc.schedule.sequence import Sequence
+from mpt_grpc.step import SequenceStep, StepPlan, StepResult
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """`max_step_tokens` is at least `max_running_requests`, so that each running sequence gets its token."""
+
+    max_running_requests: int
+    max_step_tokens: int
+    max_context_tokens: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step did for one sequence that samples or failed."""
+
+    sequence: Sequence
+    token_id: int | None = None
+    finish: Finish | None = None
+    error: Exception | None = None
+
+
+class Scheduler:
+    """All sequences that wait or run. Belongs to one thread."""
+
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool, eos_token_ids: frozenset[int]) -> None:
+        assert limits.max_step_tokens >= limits.max_running_requests
+        assert limits.max_context_tokens <= pool.num_blocks * pool.block_size, "one request must fit in the cache"
+        self._limits, self._pool, self._eos_token_ids = limits, pool, eos_token_ids
+        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._arrivals = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._pool.num_free
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, request: GenerationRequest, prompt_token_ids: tuple[int, ...]) -> None:
+        """Takes an admitted request: its seed and `max_new_tokens` are resolved, its prompt is within the context."""
+        sequence = Sequence(request, prompt_token_ids, self._arrivals)
+        self._arrivals += 1
+        self._sequences[request.request_id] = sequence
+        insort(self._waiting, sequence, key=_rank)
+
+    def end(self, request_id: str) -> Sequence | None:
+        """Removes a sequence wherever it is; its blocks are free at once. None if it is not here (any more)."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            (self._running if sequence in self._running else self._waiting).remove(sequence)
+            self._pool.free(sequence.release())
+        return sequence
+
+    def plan(self) -> StepPlan:
+        """Returns what to compute now; empty only if there is no work."""
+        self._admit()
+        return StepPlan(tuple(self._share_budget()))
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Progress]:
+        """Takes in the result of `plan`, in its order. Sequences that have ended since are passed over."""
+        progress = []
+        for step in plan.sequences:
+            sequence = self._sequences.get(step.request_id)
+            if sequence is None:
+                continue
+            if (error := result.errors.get(step.request_id)) is not None:
+                self.end(step.request_id)
+                progress.append(Progress(sequence, error=error))
+                continue
+            sequence.num_computed = step.length
+            self._publish(sequence)
+            if step.samples:
+                token_id = result.token_ids[step.request_id]
+                sequence.token_ids.append(token_id)
+                finish = self._finish(sequence, token_id)
+                if finish is not None:
+                    self.end(step.request_id)
+                progress.append(Progress(sequence, token_id, finish))
+        return progress
+
+    def _admit(self) -> None:
+        """Lets waiting sequences in, strictly by rank, as long as there is a seat and room for all they know.
+
+        A sequence of higher priority takes the room of running ones of lower priority.
+        """
+        while self._waiting:
+            head = self._waiting[0]
+            hits = self._cached_blocks(head)
+            while self._is_crowded_for(head, hits):
+                last = self._running[-1] if self._running else None
+                if last is None or last.request.priority >= head.request.priority:
+                    return
+                self._preempt(last)
+            self._waiting.remove(head)
+            self._pool.share(hits)
+            head.start(hits, len(hits) * self._pool.block_size)
+            insort(self._running, head, key=_rank)
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold a beginning of the sequence; at least one token is left to compute."""
+        if sequence.request.cache.bypass:
+            return []
+        block_size = self._pool.block_size
+        return self._pool.find(sequence.digests((len(sequence.token_ids) - 1) // block_size, block_size))
+
+    def _is_crowded_for(self, head: Sequence, hits: list[int]) -> bool:
+        """Whether a seat is missing, or blocks for what `head` and the running sequences know and one token more."""
+        promised = sum(self._num_blocks_missing(s, len(s.token_ids) + 1) for s in self._running)
+        wanted = self._num_blocks_missing(head, len(head.token_ids) + 1) - len(hits) + self._pool.num_unowned(hits)
+        return len(self._running) == self._limits.max_running_requests or promised + wanted > self._pool.num_free
+
+    def _share_budget(self) -> Iterator[SequenceStep]:
+        """Gives each running sequence one token, and what is left of the budget to the first in rank that want more."""
+        budget, index = self._limits.max_step_tokens, 0
+        while index < len(self._running):
+            sequence = self._running[index]
+            reserved = len(self._running) - index - 1
+            num_tokens = min(sequence.num_uncomputed, budget - reserved)
+            # Whoever is preempted comes after this sequence in rank, so it is not in the plan yet.
+            while (
+                missing := self._num_blocks_missing(sequence, sequence.num_computed + num_tokens)
+            ) > self._pool.num_free:
+                last = self._running[-1]
+                self._preempt(last)
+                if last is sequence:
+                    return
+            sequence.block_table += tuple(self._pool.allocate(missing))
+            yield sequence.step(num_tokens)
+            budget -= num_tokens
+            index += 1
+
+    def _num_blocks_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        return max(0, -(-num_tokens // self._pool.block_size) - len(sequence.block_table))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._pool.free(sequence.release())
+        sequence.num_preemptions += 1
+        insort(self._waiting, sequence, key=_rank)
+
+    def _publish(self, sequence: Sequence) -> None:
+        num_full = sequence.num_computed // self._pool.block_size
+        if num_full == sequence.num_published or sequence.request.cache.bypass:
+            return
+        digests = sequence.digests(num_full, self._pool.block_size)
+        for index in range(sequence.num_published, num_full):
+            self._pool.publish(sequence.block_table[index], digests[index])
+        sequence.num_published = num_full
+
+    def _finish(self, sequence: Sequence, token_id: int) -> Finish | None:
+        stopping = sequence.request.stopping
+        if token_id in self._eos_token_ids and not stopping.ignore_eos:
+            return Finish(FinishReason.EOS_TOKEN, stop_token_id=token_id)
+        if token_id in stopping.stop_token_ids:
+            return Finish(FinishReason.STOP_TOKEN, stop_token_id=token_id)
+        if sequence.num_output_tokens == stopping.max_new_tokens:
+            return Finish(FinishReason.MAX_NEW_TOKENS)
+        if len(sequence.token_ids) == self._limits.max_context_tokens:
+            return Finish(FinishReason.CONTEXT_LENGTH)
+        return None
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

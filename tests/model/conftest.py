@@ -1,0 +1,162 @@
+"""Tiny models of any architecture, checkpoints of them in every published layout, and a way to step them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from model.numpy_reference import Array
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpt_grpc.model.attention.torch_backend import TorchAttention
+from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.kv_cache import KVCache
+from mpt_grpc.model.mpt import MPT
+from mpt_grpc.model.runner import Runner
+from mpt_grpc.model.weights import load_model
+from mpt_grpc.request import SamplingParameters
+from mpt_grpc.step import SequenceStep, StepPlan
+
+CPU = torch.device("cpu")
+GREEDY = SamplingParameters(temperature=0, seed=0)
+Format = Literal["safetensors", "bin"]
+
+
+def tiny_config(attn_config: Mapping[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    """A `config.json` of a model that runs in milliseconds, with some fields set otherwise."""
+    base = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 96, "max_seq_len": 128}
+    return {**base, "attn_config": dict(attn_config or {}), **fields}
+
+
+def random_weights(config: Mapping[str, Any], *, qkv_std: float = 0.2) -> dict[str, Tensor]:
+    """Float32 tensors with the published names, wide enough for scores that differ by several units."""
+    attention = config["attn_config"]
+    d_model, n_heads = config["d_model"], config["n_heads"]
+    kind = attention.get("attn_type", "multihead_attention")
+    n_kv_heads = {"multihead_attention": n_heads, "multiquery_attention": 1}.get(kind, attention.get("kv_n_heads"))
+    d_kv = d_model // n_heads * n_kv_heads
+    d_ffn = int(d_model * config.get("expansion_ratio", 4))
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+
+    def add(name: str, *shape: int, std: float = 0.1) -> None:
+        tensors[f"{name}.weight"] = torch.randn(shape, generator=generator) * std + (1.0 if len(shape) == 1 else 0.0)
+        if not config.get("no_bias", True) and "wte" not in name and "wpe" not in name:
+            tensors[f"{name}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
+
+    add("transformer.wte", config["vocab_size"], d_model)
+    if not attention.get("alibi", True):
+        add("transformer.wpe", config["max_seq_len"], d_model)
+    for layer in range(config["n_layers"]):
+        block = f"transformer.blocks.{layer}"
+        add(f"{block}.norm_1", d_model)
+        add(f"{block}.attn.Wqkv", d_model + 2 * d_kv, d_model, std=qkv_std)
+        if attention.get("qk_ln"):
+            add(f"{block}.attn.q_ln", d_model)
+            add(f"{block}.attn.k_ln", d_kv)
+        add(f"{block}.attn.out_proj", d_model, d_model)
+        add(f"{block}.norm_2", d_model)
+        add(f"{block}.ffn.up_proj", d_ffn, d_model)
+        add(f"{block}.ffn.down_proj", d_model, d_ffn)
+    add("transformer.norm_f", d_model)
+    return tensors
+
+
+def make_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    shards: int = 1,
+    format: Format = "safetensors",  # noqa: A002
+) -> dict[str, Tensor]:
+    """Writes `config.json` and the tensors to `folder`, random ones unless `weights` are given, and returns them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = random_weights(config) if weights is None else dict(weights)
+    (folder / "config.json").write_text(json.dumps(config))
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[format]
+    names = list(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"{stem}.{format}" if shards == 1 else f"{stem}-{shard + 1:05}-of-{shards:05}.{format}"
+        part = {
+            name: tensors[name] for name in names[len(names) * shard // shards : len(names) * (shard + 1) // shards]
+        }
+        if format == "safetensors":
+            save_file(part, folder / file, metadata={"format": "pt"})
+        else:
+            torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    if shards > 1:
+        (folder / f"{stem}.{format}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tensors
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> MPT:
+    """The checkpoint in `folder` by the code under test."""
+    return load_model(folder, MPTConfig.from_file(folder / "config.json"), dtype, CPU)
+
+
+def as_arrays(weights: Mapping[str, Tensor]) -> dict[str, Array]:
+    """The weights as the NumPy reference takes them."""
+    return {name: tensor.numpy().astype(np.float64) for name, tensor in weights.items()}
+
+
+def random_tokens(count: int, vocab_size: int = 96, seed: int = 0) -> list[int]:
+    """Token ids that are the same at every call."""
+    return random.Random(seed).choices(range(vocab_size), k=count)
+
+
+class Stepper:
+    """Steps a Runner as a scheduler would, with block tables in no order; block 0 belongs to a stranger's sequence."""
+
+    def __init__(self, model: MPT, *, num_blocks: int = 256, block_size: int = 4) -> None:
+        config, dtype = model.config, model.transformer.wte.weight.dtype
+        cache = KVCache(config, num_blocks, block_size, dtype, CPU)
+        self._runner = Runner(model, cache, TorchAttention(config, CPU), CPU)
+        self._block_size = block_size
+        self._known: dict[str, int] = {}
+        self._tables: dict[str, list[int]] = {}
+        self._free = list(range(1, num_blocks))
+        random.Random(0).shuffle(self._free)
+        self._free.append(0)
+        self.step({"stranger": random_tokens(block_size, config.vocab_size, seed=1)})
+
+    def step(self, chunks: Mapping[str, Sequence[int]], samples: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Appends to each sequence its chunk, all in one step, and returns the scores [vocab_size] of who samples.
+
+        Without `samples` all do.
+        """
+        sampling = list(chunks) if samples is None else [name for name in chunks if name in set(samples)]
+        steps = [self._sequence_step(name, tuple(chunk), name in sampling) for name, chunk in chunks.items()]
+        rows = self._runner.run(StepPlan(tuple(steps)))
+        return dict(zip(sampling, rows, strict=True))
+
+    def release(self, name: str) -> None:
+        """Ends a sequence; its blocks are the next to be used."""
+        del self._known[name]
+        self._free += self._tables.pop(name)
+
+    def _sequence_step(self, name: str, token_ids: tuple[int, ...], samples: bool) -> SequenceStep:
+        start, table = self._known.get(name, 0), self._tables.setdefault(name, [])
+        self._known[name] = start + len(token_ids)
+        while len(table) * self._block_size < self._known[name]:
+            table.append(self._free.pop())
+        return SequenceStep(name, token_ids, start, tuple(table), samples, GREEDY, 0)
+
+
+def run_prompt(model: MPT, token_ids: Sequence[int], chunk_sizes: Iterable[int], *, block_size: int = 4) -> Tensor:
+    """Runs one sequence alone, in chunks of these sizes; returns the scores after each chunk, [chunks, vocab_size]."""
+    stepper = Stepper(model, num_blocks=len(token_ids) // block_size + 8, block_size=block_size)
+    rows, first = [], 0
+    for size in chunk_sizes:
+        rows.append(stepper.step({"alone": token_ids[first : first + size]})["alone"])
+        first += size
+    assert first == len(token_ids)
+    return torch.stack(rows)

@@ -1,0 +1,210 @@
+"""The forward pass against transformers where it honours a field, against NumPy in float64 where it does not.
+
+All in float32 unless a test says otherwise. The tolerance of 1e-4 is for scores that spread over several units.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from model.conftest import (
+    Stepper,
+    as_arrays,
+    load,
+    make_checkpoint,
+    random_tokens,
+    random_weights,
+    run_prompt,
+    tiny_config,
+)
+from model.numpy_reference import reference_logits
+from transformers import MptForCausalLM
+
+GQA = {"attn_type": "grouped_query_attention"}
+STORYWRITER = {"alibi_bias_max": 16, "clip_qkv": 6}
+REPLIT = {**GQA, "kv_n_heads": 8}
+
+
+def transformers_model(folder: Path) -> MptForCausalLM:
+    return MptForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(tiny_config(), id="plain"),
+        pytest.param(tiny_config(n_heads=1), id="1-head"),
+        pytest.param(tiny_config(d_model=72, n_heads=6), id="6-heads"),
+        pytest.param(tiny_config(d_model=96, n_heads=24), id="24-heads"),
+        pytest.param(tiny_config({"softmax_scale": 0.05}), id="softmax_scale"),
+        pytest.param(tiny_config({"clip_qkv": 1.5}), id="clip_qkv"),
+        pytest.param(tiny_config(layer_norm_epsilon=0.1), id="layer_norm_epsilon"),
+        pytest.param(tiny_config(learned_pos_emb=False), id="alibi-without-learned_pos_emb"),
+    ],
+)
+def test_scores_are_those_of_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
+    make_checkpoint(tmp_path, config)
+    tokens = random_tokens(48)
+    with torch.inference_mode():
+        expected = transformers_model(tmp_path)(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(run_prompt(load(tmp_path), tokens, [1] * 48), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_heads", [4, 24])
+def test_greedy_text_is_that_of_transformers_over_64_steps(tmp_path: Path, n_heads: int) -> None:
+    make_checkpoint(tmp_path, tiny_config(d_model=96, n_heads=n_heads))
+    prompt = random_tokens(9)
+    expected = transformers_model(tmp_path).generate(
+        torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, len(prompt) :]
+    stepper = Stepper(load(tmp_path))
+    tokens = [int(stepper.step({"a": prompt})["a"].argmax())]
+    while len(tokens) < 64:
+        tokens.append(int(stepper.step({"a": tokens[-1:]})["a"].argmax()))
+    assert tokens == expected.tolist()
+    assert len(set(tokens)) > 8, "a text that stands still would prove little"
+
+
+# What transformers passes over or refuses. The weights of Wqkv are wide where a clip at 6 has to bite.
+@pytest.mark.parametrize(
+    ("config", "qkv_std"),
+    [
+        pytest.param(tiny_config(), 0.2, id="plain"),
+        pytest.param(tiny_config({"alibi_bias_max": 16}), 0.2, id="alibi_bias_max"),
+        pytest.param(tiny_config({"clip_qkv": 6}), 0.6, id="clip_qkv"),
+        pytest.param(tiny_config(STORYWRITER), 0.6, id="storywriter"),
+        pytest.param(tiny_config({**GQA, "kv_n_heads": 2}), 0.2, id="gqa"),
+        pytest.param(tiny_config({"attn_type": "multiquery_attention"}), 0.2, id="mqa"),
+        pytest.param(tiny_config(expansion_ratio=3), 0.2, id="expansion_ratio"),
+        pytest.param(tiny_config(expansion_ratio=2.5), 0.2, id="expansion_ratio-float"),
+        pytest.param(tiny_config(logit_scale=0.25), 0.2, id="logit_scale"),
+        pytest.param(tiny_config(logit_scale="inv_sqrt_d_model"), 0.2, id="inv_sqrt_d_model"),
+        pytest.param(tiny_config({"softmax_scale": 0.5}), 0.2, id="softmax_scale"),
+        pytest.param(tiny_config({"qk_ln": True}), 0.2, id="qk_ln"),
+        pytest.param(tiny_config({"qk_ln": True, **GQA, "kv_n_heads": 2}, no_bias=False), 0.2, id="qk_ln-gqa-biases"),
+        pytest.param(tiny_config(no_bias=False), 0.2, id="biases"),
+        pytest.param(tiny_config({"alibi": False}), 0.2, id="learned-positions"),
+        pytest.param(tiny_config(REPLIT, d_model=96, n_heads=24), 0.2, id="replit-1.5"),
+        pytest.param(tiny_config({"alibi_bias_max": 16}, d_model=60, n_heads=5), 0.2, id="5-heads"),
+    ],
+)
+def test_scores_are_those_of_the_reference(tmp_path: Path, config: dict[str, Any], qkv_std: float) -> None:
+    weights = make_checkpoint(tmp_path, config, random_weights(config, qkv_std=qkv_std))
+    tokens = random_tokens(48)
+    expected = reference_logits(as_arrays(weights), config, tokens)
+    np.testing.assert_allclose(run_prompt(load(tmp_path), tokens, [1] * 48).numpy(), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(run_prompt(load(tmp_path), tokens, [48]).numpy(), expected[-1:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "without"),
+    [
+        ("alibi_bias_max", tiny_config({"clip_qkv": 6})),
+        ("clip_qkv", tiny_config({"alibi_bias_max": 16})),
+        ("logit_scale", tiny_config(STORYWRITER)),
+    ],
+)
+def test_a_model_that_ignored_a_field_would_be_found_out(field: str, without: dict[str, Any]) -> None:
+    config = tiny_config(STORYWRITER, logit_scale=0.5) if field == "logit_scale" else tiny_config(STORYWRITER)
+    weights = as_arrays(random_weights(config, qkv_std=0.6))
+    tokens = random_tokens(48)
+    assert np.abs(reference_logits(weights, config, tokens) - reference_logits(weights, without, tokens)).max() > 0.1
+
+
+def test_prefill_and_decode_agree_at_every_position(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, tiny_config({**GQA, "kv_n_heads": 2}))
+    model, tokens = load(tmp_path), random_tokens(40)
+    decoded = run_prompt(model, tokens, [1] * 40)
+    prefilled = torch.cat([run_prompt(model, tokens[:count], [count]) for count in range(1, 41)])
+    torch.testing.assert_close(prefilled, decoded, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_chunking_gives_the_same_scores(tmp_path: Path, seed: int) -> None:
+    make_checkpoint(tmp_path, tiny_config(d_model=72, n_heads=6))
+    model, tokens, draw = load(tmp_path), random_tokens(70), random.Random(seed)
+    sizes: list[int] = []
+    while sum(sizes) < 70:
+        sizes.append(min(draw.randint(1, 17), 70 - sum(sizes)))
+    ends = np.cumsum(sizes) - 1
+    whole = run_prompt(model, tokens, [1] * 70)
+    chunked = run_prompt(model, tokens, sizes, block_size=draw.choice([1, 3, 16]))
+    torch.testing.assert_close(chunked, whole[ends], rtol=0, atol=1e-5)
+
+
+def test_sixteen_sequences_batched_score_as_alone(tmp_path: Path) -> None:
+    """Of different lengths, in chunks that differ by step, so that prefill and decode meet in one step."""
+    make_checkpoint(tmp_path, tiny_config({**GQA, "kv_n_heads": 2}))
+    model, draw = load(tmp_path), random.Random(0)
+    prompts = {f"r{i}": random_tokens(3 + 5 * i, seed=i) for i in range(16)}
+    alone = {name: run_prompt(model, tokens, [1] * len(tokens)) for name, tokens in prompts.items()}
+    stepper, done, mixed_steps = Stepper(model, num_blocks=512), dict.fromkeys(prompts, 0), 0
+    while waiting := [name for name in prompts if done[name] < len(prompts[name])]:
+        sizes = {name: draw.choice([1, 1, 2, 9]) for name in waiting}
+        mixed_steps += len({size == 1 for size in sizes.values()}) == 2
+        rows = stepper.step({name: prompts[name][done[name] : done[name] + size] for name, size in sizes.items()})
+        for name, row in rows.items():
+            done[name] = min(done[name] + sizes[name], len(prompts[name]))
+            expected = alone[name][done[name] - 1]
+            torch.testing.assert_close(row, expected, rtol=0, atol=1e-5)
+            assert row.argmax() == expected.argmax()
+    assert mixed_steps > 10
+
+
+def test_only_the_sequences_that_sample_get_scores(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, tiny_config())
+    model = load(tmp_path)
+    stepper = Stepper(model)
+    assert stepper.step({"a": [1, 2], "b": [3]}, samples=()) == {}
+    rows = stepper.step({"a": [4], "b": [5, 6], "c": [7]}, samples=("b", "c"))
+    assert list(rows) == ["b", "c"]
+    torch.testing.assert_close(rows["b"], run_prompt(model, [3, 5, 6], [3])[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(rows["c"], run_prompt(model, [7], [1])[0], rtol=0, atol=1e-5)
+
+
+def test_twelve_thousand_tokens_on_a_model_trained_on_two_thousand(tmp_path: Path) -> None:
+    """Slopes of 2^-8 and 2^-16: the second head sees the whole context."""
+    config = tiny_config({"alibi_bias_max": 16}, d_model=32, n_heads=2, max_seq_len=2048)
+    weights = make_checkpoint(tmp_path, config)
+    model, tokens = load(tmp_path), random_tokens(12_000)
+    sizes = [4096, 4096, 3800] + [1] * 8
+    ends = np.cumsum(sizes) - 1
+    scores = run_prompt(model, tokens, sizes, block_size=16).numpy()
+    np.testing.assert_allclose(scores, reference_logits(as_arrays(weights), config, tokens)[ends], rtol=0, atol=1e-4)
+
+
+def test_what_is_not_finite_stays_with_its_sequence(tmp_path: Path) -> None:
+    """Token 5 has an embedding of NaN. Its sequence computes beside a sound one, then leaves its blocks to another."""
+    config = tiny_config()
+    weights = random_weights(config)
+    weights["transformer.wte.weight"][5] = torch.nan
+    make_checkpoint(tmp_path, config, weights)
+    model = load(tmp_path)
+    others = [token for token in range(96) if token != 5]
+    sound = [token for token in random_tokens(24) if token != 5]
+    alone = run_prompt(model, sound, [len(sound)])[0, others]
+    stepper = Stepper(model)
+    stepper.step({"bad": [5] * 41})
+    rows = stepper.step({"bad": [5], "beside": sound})
+    assert rows["bad"].isnan().all()
+    torch.testing.assert_close(rows["beside"][others], alone, rtol=0, atol=1e-5)
+    stepper.release("bad")
+    stepper.step({"after": sound[:-1]})
+    rows = stepper.step({"after": sound[-1:], "beside": [1]})
+    torch.testing.assert_close(rows["after"][others], alone, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
+    """Bfloat16 keeps 8 bits: over two layers the error is a few hundredths of the scores' spread, and has no drift."""
+    make_checkpoint(tmp_path, tiny_config(STORYWRITER))
+    tokens = random_tokens(64)
+    sizes = [30] + [1] * 34
+    exact = run_prompt(load(tmp_path), tokens, sizes)
+    rounded = run_prompt(load(tmp_path, torch.bfloat16), tokens, sizes)
+    error = (rounded - exact).std() / exact.std()
+    assert error < 0.05

@@ -1,0 +1,217 @@
+"""The service as a caller sees it: answers, errors with their details, health and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+from conftest import SteppedRunner
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from mpt.v1 import text_generation_pb2 as pb
+
+GREEDY = pb.SamplingParameters(temperature=0)
+
+
+def request(text: str = "Once upon a time", max_new_tokens: int = 24, **fields: Any) -> pb.GenerateRequest:
+    stopping = pb.StoppingCriteria(max_new_tokens=max_new_tokens, ignore_eos=True)
+    return pb.GenerateRequest(**{"text": text, "sampling": GREEDY, "stopping": stopping, **fields})
+
+
+async def failure(call: Any) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+def details(error: grpc.aio.AioRpcError) -> dict[str, Any]:
+    """The google.rpc details of an error, by their names."""
+    packed = next(value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin")
+    status = status_pb2.Status.FromString(packed)
+    assert status.code == error.code().value[0]
+    found = {}
+    for detail in status.details:
+        kind = getattr(error_details_pb2, detail.type_url.rpartition(".")[2])
+        found[kind.__name__] = kind.FromString(detail.value)
+    assert found["ErrorInfo"].domain == "mpt-grpc"
+    return found
+
+
+async def test_streamed_pieces_add_up_to_the_unary_answer(service: Any) -> None:
+    options = pb.ResponseOptions(prompt_token_ids=True, output_token_ids=True)
+    asked = request(max_new_tokens=40, sampling=pb.SamplingParameters(seed=5), response=options)
+    whole = await service.stub.Generate(asked)
+    pieces = [piece async for piece in service.stub.StreamGenerate(asked)]
+    assert "".join(piece.output.text for piece in pieces) == whole.output.text
+    assert [i for piece in pieces for i in piece.output.token_ids] == list(whole.output.token_ids)
+    assert sum(piece.output.num_tokens for piece in pieces) == whole.output.num_tokens == 40
+    assert pieces[0].prompt == whole.prompt
+    assert whole.prompt.num_tokens == len(whole.prompt.token_ids)
+    assert [piece.HasField("prompt") for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.HasField("summary") for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert pieces[-1].output.finish == whole.output.finish == pb.Finish(reason=pb.FINISH_REASON_MAX_NEW_TOKENS)
+    assert len({piece.request_id for piece in pieces}) == 1
+    assert whole.summary.seed == 5
+    assert whole.summary.usage.num_output_tokens == 40
+    assert whole.summary.timings.time_to_first_token.ToNanoseconds() > 0
+    assert whole.summary.trace_id == ""
+
+
+async def test_token_ids_are_answered_only_if_asked_for(service: Any) -> None:
+    answer = await service.stub.Generate(request(max_new_tokens=3))
+    assert not answer.output.token_ids
+    assert not answer.prompt.token_ids
+
+
+async def test_tokens_and_text_convert_both_ways(service: Any) -> None:
+    text = "The fox said: “Où est la lune? 🌙”"
+    tokens = (await service.stub.Tokenize(pb.TokenizeRequest(text=text))).tokens
+    assert b"".join(token.bytes for token in tokens) == text.encode()
+    ids = [token.id for token in tokens]
+    assert (await service.stub.Detokenize(pb.DetokenizeRequest(ids=ids))).text == text
+    by_text = await service.stub.Generate(request(text))
+    by_ids = await service.stub.Generate(
+        pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids), sampling=GREEDY, stopping=request().stopping)
+    )
+    assert by_ids.output == by_text.output
+
+
+async def test_special_tokens_are_shown_on_request(service: Any) -> None:
+    ids = [0, 260, 0]
+    skipped = await service.stub.Detokenize(pb.DetokenizeRequest(ids=ids))
+    shown = await service.stub.Detokenize(pb.DetokenizeRequest(ids=ids, skip_special_tokens=False))
+    assert shown.text == f"<|endoftext|>{skipped.text}<|endoftext|>"
+
+
+async def test_every_bad_field_is_named_in_bad_request(service: Any) -> None:
+    bad = pb.GenerateRequest(
+        text="x",
+        sampling=pb.SamplingParameters(temperature=-1, top_p=0, min_p=1.5),
+        stopping=pb.StoppingCriteria(max_new_tokens=0, stop_strings=["a", ""], stop_token_ids=[9999999]),
+        priority=1000,
+    )
+    for call in (service.stub.Generate(bad), anext(aiter(service.stub.StreamGenerate(bad)))):
+        error = await failure(call)
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert details(error)["ErrorInfo"].reason == "INVALID_REQUEST"
+        assert [violation.field for violation in details(error)["BadRequest"].field_violations] == [
+            "priority",
+            "sampling.temperature",
+            "sampling.top_p",
+            "sampling.min_p",
+            "stopping.max_new_tokens",
+            "stopping.stop_strings[1]",
+            "stopping.stop_token_ids[0]",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        (pb.GenerateRequest(), "prompt"),
+        (pb.GenerateRequest(text=""), "text"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds()), "token_ids.ids"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 4096])), "token_ids.ids[1]"),
+        (pb.GenerateRequest(text="word " * 5000), "text"),
+        (request(max_new_tokens=2048), "stopping.max_new_tokens"),
+    ],
+)
+async def test_a_prompt_that_does_not_fit_is_refused_by_name(service: Any, bad: pb.GenerateRequest, field: str) -> None:
+    error = await failure(service.stub.Generate(bad))
+    (violation,) = details(error)["BadRequest"].field_violations
+    assert violation.field == field
+    assert violation.description
+
+
+async def test_other_methods_name_their_bad_fields(service: Any) -> None:
+    error = await failure(service.stub.Detokenize(pb.DetokenizeRequest(ids=[1, 2, 5000])))
+    assert details(error)["BadRequest"].field_violations[0].field == "ids[2]"
+    error = await failure(service.stub.Abort(pb.AbortRequest(request_ids=["x"] * 1001)))
+    assert details(error)["BadRequest"].field_violations[0].field == "request_ids"
+
+
+async def test_an_unknown_model_is_not_found(service: Any) -> None:
+    error = await failure(service.stub.Generate(request(model="gpt-7")))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert details(error)["ErrorInfo"].reason == "UNKNOWN_MODEL"
+    assert "demo" in error.details()
+    assert (await service.stub.Generate(request(model="demo", max_new_tokens=1))).output.num_tokens == 1
+
+
+async def test_a_request_id_in_flight_already_exists(make_service: Any, stepped: list[SteppedRunner]) -> None:
+    service = await make_service(max_running_requests=1, max_waiting_requests=1)
+    first = service.stub.Generate(request(request_id="mine"))
+    await asyncio.to_thread(stepped[0].wait_for_step)
+    error = await failure(service.stub.Generate(request(request_id="mine")))
+    assert error.code() is grpc.StatusCode.ALREADY_EXISTS
+    assert details(error)["ErrorInfo"].reason == "DUPLICATE_REQUEST_ID"
+    stepped[0].run_free()
+    assert (await first).request_id == "mine"
+
+
+async def test_a_full_queue_says_when_to_come_back(make_service: Any, stepped: list[SteppedRunner]) -> None:
+    service = await make_service(max_running_requests=1, max_waiting_requests=0)
+    first = service.stub.Generate(request())
+    await asyncio.to_thread(stepped[0].wait_for_step)
+    error = await failure(service.stub.Generate(request()))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details(error)["RetryInfo"].retry_delay.ToMilliseconds() == 1000
+    assert details(error)["QuotaFailure"].violations[0].subject == "server:requests"
+    assert ("grpc-retry-pushback-ms", "1000") in tuple(error.trailing_metadata())
+    assert not tuple(error.initial_metadata())
+    stepped[0].run_free()
+    assert (await first).output.num_tokens == 24
+
+
+async def test_abort_answers_what_there_is(make_service: Any, stepped: list[SteppedRunner]) -> None:
+    service = await make_service()
+    unary = service.stub.Generate(request(request_id="unary", max_new_tokens=1000))
+    await asyncio.to_thread(stepped[0].wait_for_step)
+    for _ in range(3):
+        stepped[0].allow()
+        await asyncio.to_thread(stepped[0].wait_for_step)
+    response = await service.stub.Abort(pb.AbortRequest(request_ids=["unary", "nobody"]))
+    assert list(response.request_ids) == ["unary"]
+    stepped[0].run_free()
+    answer = await unary
+    assert answer.output.finish.reason == pb.FINISH_REASON_CANCELLED
+    assert 3 <= answer.output.num_tokens <= 4
+    assert not (await service.stub.Abort(pb.AbortRequest(request_ids=["unary"]))).request_ids
+    assert await service.all_blocks_free()
+
+
+async def test_model_info_tells_the_model(service: Any) -> None:
+    info = await service.stub.GetModelInfo(pb.GetModelInfoRequest())
+    assert (info.name, info.dtype, info.device, info.vocab_size) == ("demo", "float32", "cpu", 4096)
+    assert info.num_parameters == 7_344_384
+    assert info.max_context_tokens == 2048
+    assert list(info.eos_token_ids) == [0]
+
+
+async def test_health_is_serving_after_the_warm_up_and_reflection_lists_the_api(service: Any) -> None:
+    health = health_pb2_grpc.HealthStub(service.channel)
+    for name in ("", "mpt.v1.TextGenerationService"):
+        response = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert response.status == health_pb2.HealthCheckResponse.SERVING
+    assert service.server.engine.load.num_steps >= 2
+    assert await asyncio.to_thread(_reflected_services, service.server.port) == {
+        "mpt.v1.TextGenerationService",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
+
+
+def _reflected_services(port: int) -> set[str]:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        return set(ProtoReflectionDescriptorDatabase(channel).get_services())
+
+
+async def test_a_message_over_the_limit_is_refused_and_the_channel_lives_on(service: Any) -> None:
+    info = await service.stub.GetServerInfo(pb.GetServerInfoRequest())
+    error = await failure(service.stub.Tokenize(pb.TokenizeRequest(text="x" * (info.limits.max_message_bytes + 1))))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await service.stub.Tokenize(pb.TokenizeRequest(text="x" * 1_000_000))).tokens
