@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,16 +17,24 @@ _PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokeniz
 _WEIGHTS = [["*.safetensors", "*.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model.bin.index.json"]]
 
 
-def find_checkpoint(model: str, *, weights: bool = True) -> Path:
-    """Returns the folder of `model`: 'demo', a path, or a hub id, which is downloaded (or found in the hub's cache).
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files, and the name that it is served under."""
+
+    name: str
+    folder: Path
+
+
+def find_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
+    """Finds `model`: 'demo', a folder, or a hub id, which is downloaded (or found in the hub's cache).
 
     `weights=False` leaves the tensors out. Raises ModelError when there is no such model.
     """
     if model == "demo":
-        return DEMO
+        return Checkpoint("demo", DEMO)
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder
+        return Checkpoint(folder.resolve().name, folder)
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(f"--model {model}: no such folder, and no hub id either (OWNER/NAME)")
     try:
@@ -36,4 +45,4 @@ def find_checkpoint(model: str, *, weights: bool = True) -> Path:
             snapshot_download(model, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"--model {model}: no such folder, and the hub did not give it: {error}") from error
-    return found
+    return Checkpoint(model, found)

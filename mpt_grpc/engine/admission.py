@@ -63,16 +63,18 @@ def _prompt(
     num_tokens, context = len(prompt_token_ids), limits.max_context_tokens
     if not prompt_token_ids:
         yield FieldViolation(field, "empty: a prompt has at least one token")
+        return
+    if num_tokens >= context:
+        yield FieldViolation(
+            field, f"{num_tokens} tokens leave no room for a new one in the context of {context}: shorten the prompt"
+        )
+        return
     for index, token in enumerate(prompt_token_ids):
         if not 0 <= token < limits.vocab_size:
             yield FieldViolation(f"{field}[{index}]", f"{token} is not a token id: they are below {limits.vocab_size}")
             break
     max_new_tokens = request.stopping.max_new_tokens
-    if num_tokens >= context:
-        yield FieldViolation(
-            field, f"{num_tokens} tokens leave no room for a new one in the context of {context}: shorten the prompt"
-        )
-    elif max_new_tokens is not None and num_tokens + max_new_tokens > context:
+    if max_new_tokens is not None and num_tokens + max_new_tokens > context:
         yield FieldViolation(
             "stopping.max_new_tokens",
             f"{max_new_tokens} new tokens after a prompt of {num_tokens} exceed the context of {context}:"

@@ -52,7 +52,8 @@ def load_engine(
     """Loads the model and returns an engine that is not started yet. Raises ModelError or SettingsError."""
     wanted = settings.model
     random = wanted.load_format == "random"
-    folder = find_checkpoint(wanted.model, weights=not random)
+    checkpoint = find_checkpoint(wanted.model, weights=not random)
+    folder = checkpoint.folder
     config = MPTConfig.from_file(folder / "config.json")
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -84,7 +85,7 @@ def load_engine(
         loop=loop,
     )
     loaded = LoadedModel(
-        name="demo" if wanted.model == "demo" else folder.name if wanted.model.startswith((".", "/")) else wanted.model,
+        name=checkpoint.name,
         config=config,
         num_parameters=num_parameters(config),
         dtype=str(dtype).removeprefix("torch."),

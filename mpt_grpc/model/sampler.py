@@ -50,7 +50,7 @@ class Sampler:
 def _draw(logits: Tensor, sequences: Sequence[SequenceStep]) -> Tensor:
     parameters = [sequence.sampling for sequence in sequences]
     device = logits.device
-    # Below the smallest normal float32 a temperature would round to 0; from the best score down nothing overflows to +inf.
+    # A temperature under the smallest normal float32 would round to 0; from the best score down nothing overflows.
     tiny = torch.finfo(torch.float32).tiny
     temperatures = torch.tensor([max(p.temperature, tiny) for p in parameters], device=device)
     scores = _filter((logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None], parameters)

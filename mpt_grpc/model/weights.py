@@ -113,7 +113,7 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():
+                    for name in opened.offset_keys():
                         yield name, opened.get_tensor(name)
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -1,7 +1,7 @@
 """MPT once more, in NumPy and float64: the oracle for what transformers passes over.
 
-It shares no code with mpt_grpc and has no cache, no batch and no blocks: one whole sequence goes in, the scores of all its
-positions come out. It reads the raw `config.json` itself. Written after llm-foundry's `modeling_mpt.py`.
+It shares no code with mpt_grpc and has no cache, no batch and no blocks: one whole sequence goes in, the scores of all
+its positions come out. It reads the raw `config.json` itself. Written after llm-foundry's `modeling_mpt.py`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _attention(part: _Part, config: Mapping[str, Any], attention: Mapping[str, A
 
 
 def _slopes(n_heads: int, bias_max: float) -> list[float]:
-    """For n heads 2^(-bias_max/n), 2^(-2 bias_max/n), …; between powers of two, those of the next one, odd ones first."""
+    """For n heads 2^(-bias_max/n), 2^(-2 bias_max/n), …; n no power of two takes those of the next one, even i first."""
     power = 1
     while power < n_heads:
         power *= 2

@@ -1,0 +1,209 @@
+"""`config.json`, as published and as transformers saves it; what is not implemented is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from model.conftest import tiny_config
+from transformers import MptConfig
+
+from mpt_grpc.errors import ConfigError
+from mpt_grpc.model.config import MPTConfig
+
+PUBLISHED = next(
+    (folder for parent in Path(__file__).parents if (folder := parent / "shared/data/mpt_configs").is_dir()), None
+)
+GQA = "grouped_query_attention"
+
+SEVEN_B = MPTConfig(
+    d_model=4096,
+    n_heads=32,
+    n_kv_heads=32,
+    n_layers=32,
+    d_ffn=16384,
+    vocab_size=50432,
+    max_seq_len=2048,
+    alibi=True,
+    alibi_bias_max=8.0,
+    softmax_scale=1 / math.sqrt(128),
+    clip_qkv=None,
+    logit_scale=None,
+    qk_ln=False,
+    bias=False,
+    norm_eps=1e-5,
+)
+
+
+def but(config: MPTConfig, **fields: Any) -> MPTConfig:
+    return MPTConfig(**{**vars(config), **fields})
+
+
+@pytest.mark.skipif(PUBLISHED is None, reason="the published configs are not on this machine (shared/data/mpt_configs)")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mpt-7b", SEVEN_B),
+        ("mpt-7b-chat", SEVEN_B),
+        ("mpt-7b-instruct", SEVEN_B),
+        ("mpt-7b-storywriter", but(SEVEN_B, max_seq_len=65536, alibi_bias_max=16.0, clip_qkv=6.0)),
+        ("mpt-30b", but(SEVEN_B, d_model=7168, n_heads=64, n_kv_heads=64, n_layers=48, d_ffn=28672, max_seq_len=8192,
+                        softmax_scale=1 / math.sqrt(112))),
+        ("replit-code-v1-3b", but(SEVEN_B, d_model=2560, d_ffn=10240, vocab_size=32768,
+                                  softmax_scale=1 / math.sqrt(80))),
+        ("replit-code-v1_5-3b", but(SEVEN_B, d_model=3072, n_heads=24, n_kv_heads=8, d_ffn=12288, vocab_size=32768,
+                                    max_seq_len=4096)),
+    ],
+)  # fmt: skip
+def test_published_configs_are_read_as_they_are(name: str, expected: MPTConfig) -> None:
+    assert PUBLISHED is not None
+    assert MPTConfig.from_file(PUBLISHED / f"{name}.json") == expected
+
+
+def test_fields_that_are_absent_have_the_values_of_the_family() -> None:
+    assert MPTConfig.from_dict({"model_type": "mpt"}) == but(
+        SEVEN_B, d_model=2048, n_heads=16, n_kv_heads=16, n_layers=24, d_ffn=8192, vocab_size=50368
+    )
+
+
+@pytest.mark.parametrize(
+    ("raw", "field", "expected"),
+    [
+        (tiny_config({"clip_qkv": 6}), "clip_qkv", 6.0),
+        (tiny_config({"clip_qkv": 0.5}), "clip_qkv", 0.5),
+        (tiny_config({"clip_qkv": 0}), "clip_qkv", None),
+        (tiny_config({"attn_type": "multiquery_attention"}), "n_kv_heads", 1),
+        (tiny_config({"attn_type": "multiquery_attention", "kv_n_heads": 1}), "n_kv_heads", 1),
+        (tiny_config({"attn_type": "multihead_attention", "kv_n_heads": 4}), "n_kv_heads", 4),
+        (tiny_config({"attn_type": GQA, "kv_n_heads": 2}), "n_kv_heads", 2),
+        (tiny_config({"softmax_scale": 0.25}), "softmax_scale", 0.25),
+        (tiny_config({"softmax_scale": None}), "softmax_scale", 0.25),
+        (tiny_config({"alibi": False}), "alibi", False),
+        (tiny_config({"qk_ln": True}), "qk_ln", True),
+        (tiny_config(logit_scale=-1), "logit_scale", -1.0),
+        (tiny_config(logit_scale="inv_sqrt_d_model"), "logit_scale", 0.125),
+        (tiny_config(expansion_ratio=2.5), "d_ffn", 160),
+        (tiny_config(no_bias=False), "bias", True),
+        (tiny_config(layer_norm_epsilon=1e-6), "norm_eps", 1e-6),
+        (tiny_config(norm_eps=0), "norm_eps", 0.0),
+        (tiny_config(norm_eps=1e-6, layer_norm_epsilon=1e-6), "norm_eps", 1e-6),
+    ],
+)
+def test_fields_that_change_the_arithmetic_are_taken(raw: dict[str, Any], field: str, expected: object) -> None:
+    value = getattr(MPTConfig.from_dict(raw), field)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prefix_lm", True),
+        ("attn_uses_sequence_id", True),
+        ("qk_gn", True),
+        ("rope", True),
+        ("sliding_window_size", 1024),
+        ("attn_logit_softcapping", 30.0),
+        ("kv_dim", 32),
+        ("reuse_kv_layer_idx", 0),
+        ("rope_theta", 10000),
+        ("alibi", "yes"),
+        ("alibi", None),
+        ("qk_ln", 1),
+        ("alibi_bias_max", "8"),
+        ("alibi_bias_max", math.nan),
+        ("clip_qkv", -6),
+        ("clip_qkv", True),
+        ("softmax_scale", math.inf),
+        ("attn_type", "linear_attention"),
+        ("attn_type", ["multihead_attention"]),
+        ("kv_n_heads", 2),
+    ],
+)
+def test_what_attention_does_not_implement_is_named(field: str, value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        MPTConfig.from_dict(tiny_config({field: value}))
+    assert f"attn_config.{field}: {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", "llama"),
+        ("norm_type", "rmsnorm"),
+        ("tie_word_embeddings", False),
+        ("final_logit_softcapping", 30.0),
+        ("block_overrides", {"order": []}),
+        ("num_experts", 8),
+        ("d_model", "64"),
+        ("d_model", 0),
+        ("n_heads", 3),
+        ("n_heads", 4.0),
+        ("n_layers", True),
+        ("vocab_size", None),
+        ("max_seq_len", -1),
+        ("expansion_ratio", 0.3),
+        ("expansion_ratio", "4"),
+        ("no_bias", 1),
+        ("learned_pos_emb", "no"),
+        ("logit_scale", "sqrt"),
+        ("logit_scale", math.nan),
+        ("layer_norm_epsilon", -1e-5),
+    ],
+)
+def test_what_the_model_does_not_implement_is_named(field: str, value: object) -> None:
+    with pytest.raises(ConfigError) as error:
+        MPTConfig.from_dict(tiny_config(**{field: value}))
+    assert f"{field}: {value!r}" in str(error.value) or f"{field}: {value} " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (tiny_config({"alibi": False}, learned_pos_emb=False), "attn_config.alibi: False"),
+        (tiny_config(ffn_config={"ffn_type": "mptglu"}), "ffn_config.ffn_type: 'mptglu'"),
+        (tiny_config(ffn_config={"ffn_hidden_size": 100}), "ffn_config.ffn_hidden_size: 100"),
+        (tiny_config({"attn_type": GQA}), "attn_config.kv_n_heads: None"),
+        (tiny_config({"attn_type": GQA, "kv_n_heads": 3}), "attn_config.kv_n_heads: 3"),
+        (tiny_config({"attn_type": GQA, "kv_n_heads": 0}), "attn_config.kv_n_heads: 0"),
+        (tiny_config({"attn_type": "multiquery_attention", "kv_n_heads": 2}), "attn_config.kv_n_heads: 2"),
+        (tiny_config(norm_eps=1e-5, layer_norm_epsilon=1e-6), "layer_norm_epsilon: 1e-06"),
+        ({**tiny_config(), "attn_config": "flash"}, "attn_config: expected a JSON object, not 'flash'"),
+        ({}, "model_type: None"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        MPTConfig.from_dict(raw)
+    assert message in str(error.value)
+
+
+def test_a_config_that_transformers_saved_is_read(tmp_path: Path) -> None:
+    saved = MptConfig(
+        d_model=96, n_heads=6, n_layers=3, vocab_size=100, attn_config={"clip_qkv": 6.0, "alibi_bias_max": 16}
+    )
+    (tmp_path / "diff").mkdir()
+    saved.save_pretrained(tmp_path / "diff")
+    (tmp_path / "whole.json").write_text(saved.to_json_string(use_diff=False))
+    expected = but(SEVEN_B, d_model=96, n_heads=6, n_kv_heads=6, n_layers=3, d_ffn=384, vocab_size=100,
+                   softmax_scale=0.25, clip_qkv=6.0, alibi_bias_max=16.0)  # fmt: skip
+    assert MPTConfig.from_file(tmp_path / "diff" / "config.json") == expected
+    assert MPTConfig.from_file(tmp_path / "whole.json") == expected
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '"mpt"', "\xff"])
+def test_a_file_that_is_no_json_object_is_refused_with_its_path(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        MPTConfig.from_file(path)
+
+
+def test_the_error_names_what_the_file_says(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config({"prefix_lm": True})))
+    with pytest.raises(ConfigError, match=r"attn_config\.prefix_lm: True: only False is implemented"):
+        MPTConfig.from_file(tmp_path / "config.json")
