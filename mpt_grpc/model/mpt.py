@@ -91,9 +91,9 @@ class Transformer(nn.Module):
 
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.wte = _embedding(config.vocab_size, config.d_model)
         if not config.alibi:
-            self.wpe = nn.Embedding(config.max_seq_len, config.d_model)
+            self.wpe = _embedding(config.max_seq_len, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm_f = _norm(config, config.d_model)
 
@@ -133,6 +133,11 @@ def alibi_slopes(n_heads: int, bias_max: float) -> Tensor:
     power = 1 << (n_heads - 1).bit_length()
     slopes = 2.0 ** -(torch.arange(1, power + 1, dtype=torch.float32) * (bias_max / power))
     return slopes if power == n_heads else torch.cat([slopes[1::2], slopes[::2]])[:n_heads]
+
+
+def _embedding(rows: int, size: int) -> nn.Embedding:
+    # With a weight given, torch does not initialise one, for which it would import sympy: 1.7 s at every start.
+    return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
 
 
 def _norm(config: MPTConfig, size: int) -> nn.LayerNorm:

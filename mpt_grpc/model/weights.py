@@ -82,7 +82,7 @@ def _fill(config: MPTConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch
     missing, head = set(expected), None
     with _progress(total_bytes) as advance:
         for name, tensor in tensors:
-            if name == _TIED_HEAD and name not in expected:
+            if name == _TIED_HEAD:
                 head = tensor  # to be compared when the embedding is there, in whichever shard it is
                 continue
             if name not in expected:

@@ -65,6 +65,7 @@ class Scheduler:
 
     def add(self, request: GenerationRequest, prompt_token_ids: tuple[int, ...]) -> None:
         """Takes an admitted request: its seed and `max_new_tokens` are resolved, its prompt is within the context."""
+        assert 0 < len(prompt_token_ids) < self._limits.max_context_tokens
         sequence = Sequence(request, prompt_token_ids, self._arrivals)
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
@@ -88,8 +89,8 @@ class Scheduler:
         progress = []
         for step in plan.sequences:
             sequence = self._sequences.get(step.request_id)
-            if sequence is None:
-                continue
+            if sequence is None or not sequence.block_table:
+                continue  # ended, and another of its name may wait
             if (error := result.errors.get(step.request_id)) is not None:
                 self.end(step.request_id)
                 progress.append(Progress(sequence, error=error))
@@ -106,22 +107,28 @@ class Scheduler:
         return progress
 
     def _admit(self) -> None:
-        """Lets waiting sequences in, strictly by rank, as long as there is a seat and room for all they know.
+        """Lets waiting sequences in, strictly by rank, as long as there is budget, a seat and room for all they know.
 
-        A sequence of higher priority takes the room of running ones of lower priority.
+        A sequence of higher priority takes the place of running ones of lower priority, if it fits in then.
         """
-        while self._waiting:
+        while self._waiting and self._has_budget_for(self._waiting[0]):
             head = self._waiting[0]
             hits = self._cached_blocks(head)
-            while self._is_crowded_for(head, hits):
-                last = self._running[-1] if self._running else None
-                if last is None or last.request.priority >= head.request.priority:
+            if self._is_crowded_for(head, hits):
+                staying = [s for s in self._running if s.request.priority >= head.request.priority]
+                if len(staying) == len(self._running) or not self._fits_beside(staying, head, hits):
                     return
-                self._preempt(last)
+                while self._is_crowded_for(head, hits):
+                    self._preempt(self._running[-1])
             self._waiting.remove(head)
             self._pool.share(hits)
             head.start(hits, len(hits) * self._pool.block_size)
             insort(self._running, head, key=_rank)
+
+    def _has_budget_for(self, head: Sequence) -> bool:
+        """Whether those who go before `head` leave a token to it: until then it owns nothing, and may find more."""
+        ahead = sum(s.num_uncomputed for s in self._running if _rank(s) < _rank(head))
+        return ahead < self._limits.max_step_tokens
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """Blocks that hold a beginning of the sequence; at least one token is left to compute."""
@@ -135,6 +142,12 @@ class Scheduler:
         promised = sum(self._num_blocks_missing(s, len(s.token_ids) + 1) for s in self._running)
         wanted = self._num_blocks_missing(head, len(head.token_ids) + 1) - len(hits) + self._pool.num_unowned(hits)
         return len(self._running) == self._limits.max_running_requests or promised + wanted > self._pool.num_free
+
+    def _fits_beside(self, staying: list[Sequence], head: Sequence, hits: list[int]) -> bool:
+        """Whether `head` would find a seat and room if only `staying` ran."""
+        owned = len(set(hits).union(*(s.block_table for s in staying)))
+        missing = sum(self._num_blocks_missing(s, len(s.token_ids) + 1) for s in (*staying, head)) - len(hits)
+        return len(staying) < self._limits.max_running_requests and owned + missing <= self._pool.num_blocks
 
     def _share_budget(self) -> Iterator[SequenceStep]:
         """Gives each running sequence one token, and what is left of the budget to the first in rank that want more."""

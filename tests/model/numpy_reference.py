@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-_QUERIES_AT_ONCE = 512
+_QUERIES_AT_ONCE = 64
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
@@ -94,7 +94,7 @@ def _attention(part: _Part, config: Mapping[str, Any], attention: Mapping[str, A
 
 
 def _slopes(n_heads: int, bias_max: float) -> list[float]:
-    """For n heads 2^(-bias_max/n), 2^(-2 bias_max/n), …; n no power of two takes those of the next one, even i first."""
+    """2^(-bias_max i/n) for i from 1 to n heads; if n is no power of two, those of the next one, even i first."""
     power = 1
     while power < n_heads:
         power *= 2

@@ -88,6 +88,10 @@ def test_each_row_of_a_batch_has_its_own_filters() -> None:
         assert result.token_ids[str(i)] in kept(logits.tolist(), *choice), choice
 
 
+def test_top_p_stops_where_the_sum_is_reached() -> None:
+    assert set(draws(torch.zeros(4), 2000, top_p=0.5)) == {0, 1}
+
+
 def test_among_equals_top_k_keeps_k() -> None:
     assert set(draws(torch.zeros(12), 2000, top_k=3)) == {0, 1, 2}
 
@@ -204,6 +208,11 @@ def test_a_row_that_is_not_finite_ends_its_own_request(temperature: float, fault
 def test_next_to_temperature_0_the_best_is_chosen(temperature: float, filters: dict[str, Any]) -> None:
     logits = random_logits(1, 100, std=50.0)[0]
     assert set(draws(logits, 200, temperature=temperature, **filters)) == {int(logits.argmax())}
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-300])
+def test_next_to_temperature_0_equals_stay_equal(temperature: float) -> None:
+    assert set(draws(torch.tensor([3.0, 7.0, 7.0, 5.0]), 200, temperature=temperature)) == {1, 2}
 
 
 def test_at_temperature_100_the_choice_is_almost_even() -> None:

@@ -46,6 +46,20 @@ def test_the_digest_depends_on_the_salt_and_on_all_tokens_before() -> None:
     assert digests(1, 2)[1] == digests(1, 2)[1]
 
 
+def test_no_salt_can_be_made_to_meet_the_blocks_of_another() -> None:
+    # A salt that spells out what a block's digest is made of: its parent's digest, as text, and the block's tokens.
+    parent = next(root for root in map(root_digest, map(str, range(10**6))) if _is_text(root))
+    salt = (parent + (7).to_bytes(8, "little")).decode()
+    assert root_digest(salt) != block_digest(parent, [7])
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        return bool(data.decode())
+    except UnicodeDecodeError:
+        return False
+
+
 def test_a_shared_block_is_free_when_its_last_owner_has_gone() -> None:
     pool = BlockPool(1, 1)
     (block,) = pool.allocate(1)

@@ -52,15 +52,19 @@ class Machine:
     limits: SchedulerLimits
     num_blocks: int
     prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    sharers: dict[str, str] = field(default_factory=dict)
+    """Which requests may read each other's slots: those of one salt; one that bypasses the cache only its own."""
     outputs: dict[str, list[int]] = field(default_factory=dict)
     ended: dict[str, Progress] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.limits, BlockPool(self.num_blocks, BLOCK_SIZE), frozenset({EOS}))
-        self.slots: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.slots: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
 
     def add(self, added: GenerationRequest, prompt: tuple[int, ...]) -> None:
-        self.prompts[added.request_id], self.outputs[added.request_id] = prompt, []
+        name, cache = added.request_id, added.cache
+        self.prompts[name], self.outputs[name] = prompt, []
+        self.sharers[name] = f"only {name}" if cache.bypass else f"salt {cache.salt}"
         self.scheduler.add(added, prompt)
 
     def plan(self) -> StepPlan:
@@ -69,6 +73,7 @@ class Machine:
         assert plan.num_tokens <= self.limits.max_step_tokens
         assert len(plan.sequences) <= self.limits.max_running_requests
         assert len({s.request_id for s in plan.sequences}) == len(plan.sequences)
+        assert len(plan.sequences) == self.scheduler.num_running, "one that runs was left out"
         written = [slot for s in plan.sequences for slot in self._slots(s, s.start, s.length)]
         assert len(written) == len(set(written)), "two sequences write one slot"
         return plan
@@ -77,14 +82,15 @@ class Machine:
         chosen = {}
         for s in plan.sequences:
             known = (*self.prompts[s.request_id], *self.outputs[s.request_id])
+            sharers = self.sharers[s.request_id]
             assert s.token_ids == known[s.start : s.length]
             assert s.samples == (s.length == len(known))
             assert s.output_position == len(self.outputs[s.request_id])
             assert len(s.block_table) == -(-s.length // BLOCK_SIZE)
             for position, slot in enumerate(self._slots(s, 0, s.start)):
-                assert self.slots[slot] == known[: position + 1], "reads what another sequence wrote"
+                assert self.slots[slot] == (sharers, known[: position + 1]), "reads what another sequence wrote"
             for position, slot in enumerate(self._slots(s, s.start, s.length), s.start):
-                self.slots[slot] = known[: position + 1]
+                self.slots[slot] = (sharers, known[: position + 1])
             if s.samples:
                 chosen[s.request_id] = next_token(known)
         errors = {name: InternalError("fault") for name in failing}
@@ -131,7 +137,7 @@ arrivals = st.fixed_dictionaries(
         "salt": st.sampled_from(["", "", "", "tenant"]),
         "bypass": st.sampled_from([False, False, True]),
         "steps_before": st.integers(0, 3),
-        "fate": st.sampled_from(["live"] * 6 + ["cancel", "fail"]),
+        "fate": st.sampled_from(["live"] * 6 + ["cancel", "cancel in a step", "fail"]),
     }
 )
 
@@ -162,6 +168,9 @@ def test_whatever_comes_each_yields_what_it_yields_alone(
         for _ in range(int(str(a["steps_before"]))):
             plan = m.plan()
             planned = {s.request_id for s in plan.sequences}
+            for gone in planned:
+                if fates[gone] == "cancel in a step":
+                    m.scheduler.end(gone)
             m.run(plan, frozenset(name for name in planned if fates[name] == "fail"))
             if not m.scheduler.has_work:
                 break
@@ -169,7 +178,7 @@ def test_whatever_comes_each_yields_what_it_yields_alone(
             m.scheduler.end(name)
             assert m.scheduler.end(name) is None
     for name, fate in fates.items():
-        if fate == "fail":
+        if fate != "live":
             m.scheduler.end(name)
     m.finish()
     for name, fate in fates.items():
@@ -228,6 +237,67 @@ def test_a_higher_priority_takes_the_seat_of_a_lower_one() -> None:
     assert m.outputs["low"] == expected_output((1, 2, 3), 20, 100)
 
 
+def test_none_is_preempted_for_a_request_that_would_not_fit_even_so() -> None:
+    m = machine(num_blocks=16, max_context=64)
+    m.add(request("large", 20, priority=1), tuple(range(1, 41)))
+    m.add(request("small", 20), (50, 51, 52))
+    m.step()
+    m.step()
+    m.add(request("urgent", 1, priority=1), tuple(range(100, 132)))
+    assert {s.request_id for s in m.step().sequences} == {"large", "small"}
+    m.finish()
+
+
+def test_a_higher_priority_preempts_no_more_than_it_needs() -> None:
+    m = machine(num_blocks=16, max_context=64)
+    for index, name in enumerate(("first", "second", "third")):
+        m.add(request(name, 30), tuple(range(20 * index + 1, 20 * index + 17)))
+    m.step()
+    m.step()
+    m.add(request("urgent", 1, priority=1), tuple(range(100, 108)))
+    assert {s.request_id for s in m.step().sequences} == {"urgent", "first", "second"}
+    m.finish()
+
+
+def test_a_prompt_enters_when_budget_is_left_and_finds_what_the_one_before_it_computed() -> None:
+    m = machine(max_step_tokens=8)
+    prompt = tuple(range(1, 25))
+    m.add(request("first"), prompt)
+    m.add(request("second"), prompt)
+    for _ in range(3):
+        assert [s.request_id for s in m.step().sequences] == ["first"]
+    assert [s.request_id for s in m.step().sequences] == ["first", "second"]
+    m.finish()
+    assert m.ended["second"].sequence.num_cached_tokens == 20
+
+
+def test_cached_blocks_without_an_owner_count_as_free_only_once() -> None:
+    m = machine(num_blocks=8)
+    prompt = tuple(range(1, 17))
+    m.add(request("first", 1), prompt)
+    m.finish()
+    m.add(request("holder", 3), tuple(range(100, 117)))
+    m.step()
+    assert m.scheduler.num_free_blocks == 3
+    m.add(request("second", 1), prompt)
+    assert [s.request_id for s in m.step().sequences] == ["holder"]
+    m.finish()
+    assert m.ended["second"].sequence.num_preemptions == 0
+    assert m.ended["second"].sequence.num_cached_tokens == 12
+
+
+def test_what_a_preemption_undid_is_found_in_the_cache_and_not_told_as_cached() -> None:
+    m = machine(max_running=1)
+    m.add(request("low", 4), tuple(range(1, 22)))
+    m.step()
+    m.add(request("high", 1, priority=1), (50, 51))
+    m.step()
+    assert [(s.request_id, s.start) for s in m.step().sequences] == [("low", 20)]
+    m.finish()
+    assert m.ended["low"].sequence.num_preemptions == 1
+    assert m.ended["low"].sequence.num_cached_tokens == 0
+
+
 def test_a_cancelled_prefill_frees_its_blocks_at_once() -> None:
     m = machine(max_step_tokens=8)
     m.add(request("long"), tuple(range(1, 60)))
@@ -247,6 +317,17 @@ def test_a_request_that_ends_between_plan_and_commit_is_passed_over() -> None:
     m.scheduler.end("gone")
     assert [p.sequence.request_id for p in m.run(plan)] == ["stays"]
     m.finish()
+
+
+def test_a_request_is_not_taken_for_an_ended_one_of_its_name() -> None:
+    m = machine()
+    m.add(request("again"), (1, 2, 3, 4, 5))
+    plan = m.plan()
+    m.scheduler.end("again")
+    m.scheduler.add(request("again"), (1, 2, 3, 4, 5))
+    assert m.run(plan) == []
+    m.finish()
+    assert m.outputs["again"] == expected_output((1, 2, 3, 4, 5), 8, 100)
 
 
 @pytest.mark.parametrize(
