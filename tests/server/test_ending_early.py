@@ -1,0 +1,146 @@
+"""A caller who leaves: whatever the request was doing, it is gone before the next step and its memory with it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from conftest import SteppedRunner, generation
+
+from mpt.v1 import text_generation_pb2 as pb
+from mpt_grpc.engine.stream import AsyncStream
+from mpt_grpc.step import StepPlan
+
+CHUNK = 32
+LONG_PROMPT = [300 + i for i in range(100)]
+"""Four chunks."""
+DEADLINE_S = 2.0
+
+
+def asked(prompt: list[int], max_new_tokens: int = 500, **fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=prompt),
+        sampling=pb.SamplingParameters(temperature=0),
+        stopping=pb.StoppingCriteria(max_new_tokens=max_new_tokens, ignore_eos=True),
+        response=pb.ResponseOptions(output_token_ids=True),
+        **fields,
+    )
+
+
+async def step_until(runner: SteppedRunner, condition: Callable[[StepPlan], bool]) -> StepPlan:
+    """Lets the engine compute, step by step, until a plan is as wished; it is not computed yet."""
+    plan = await asyncio.to_thread(runner.wait_for_step)
+    while not condition(plan):
+        runner.allow()
+        plan = await asyncio.to_thread(runner.wait_for_step)
+    return plan
+
+
+def leaver(plan: StepPlan) -> Any:
+    """The leaver's share of a step, if it has one."""
+    return next((sequence for sequence in plan.sequences if sequence.request_id == "leaver"), None)
+
+
+@pytest.mark.parametrize("way", ["cancel", "disconnect", "deadline"])
+@pytest.mark.parametrize("state", ["waiting", "mid-prefill", "running"])
+@pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
+async def test_a_request_that_is_left_is_gone_with_its_blocks_within_a_step(
+    make_service: Any, stepped: list[SteppedRunner], method: str, state: str, way: str
+) -> None:
+    num_blocks = 64
+    max_running_requests = 1 if state == "waiting" else 2
+    service = await make_service(num_blocks=num_blocks, max_running_requests=max_running_requests, max_step_tokens=CHUNK)
+    engine, runner = service.server.engine, stepped[0]
+    # It goes to the engine directly, so that the leaver's call is the only one that the server answers.
+    stays = engine.submit(generation("stays", (7,), max_new_tokens=500), AsyncStream)
+
+    call = getattr(service.stub, method)(
+        asked(LONG_PROMPT, request_id="leaver"), timeout=DEADLINE_S if way == "deadline" else None
+    )
+    ended = asyncio.ensure_future(call if method == "Generate" else anext(aiter(call)))
+    reached: Callable[[StepPlan], bool] = {
+        "waiting": lambda _: engine.load.num_waiting == 1,
+        "mid-prefill": lambda plan: leaver(plan) is not None and leaver(plan).start > 0,
+        "running": lambda plan: leaver(plan) is not None and leaver(plan).output_position == 2,
+    }[state]
+    plan = await step_until(runner, reached)
+    assert (leaver(plan) is None) == (state == "waiting")
+
+    if way == "cancel":
+        call.cancel()
+    elif way == "disconnect":
+        await service.channel.close()
+    # A drain waits until no call is being answered, which is the server's word that it has seen the leaver go.
+    await service.server.drain()
+    runner.allow()
+    after = await asyncio.to_thread(runner.wait_for_step)
+
+    assert [sequence.request_id for sequence in after.sequences] == ["stays"]
+    assert engine.num_in_flight == 1
+    staying = next(sequence for sequence in plan.sequences if sequence.request_id == "stays")
+    assert engine.load.num_free_blocks == num_blocks - len(staying.block_table)
+    runner.run_free()
+    assert sum([len(delta.token_ids) async for delta in stays]) == 500
+    assert engine.load.num_free_blocks == num_blocks
+    await asyncio.wait([ended])
+
+
+async def test_a_deadline_cuts_a_stream_after_the_text_that_was_there(
+    make_service: Any, stepped: list[SteppedRunner]
+) -> None:
+    service = await make_service()
+    call = service.stub.StreamGenerate(asked([300], request_id="leaver"), timeout=DEADLINE_S)
+    await step_until(stepped[0], lambda plan: plan.sequences[0].output_position == 4)
+    received = []
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for piece in call:
+            received += piece.output.token_ids
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    stepped[0].run_free()
+    whole = await service.stub.Generate(asked([300], max_new_tokens=4))
+    assert received == list(whole.output.token_ids)
+
+
+async def test_streams_that_stay_are_right_while_others_leave_and_memory_is_short(
+    make_service: Any, service: Any
+) -> None:
+    fates = random.Random(5)
+    requests = [
+        asked([300 + i, 400, 500 + i], max_new_tokens=fates.randint(16, 40), request_id=f"r{i}") for i in range(32)
+    ]
+    ways = [fates.choice(["stay", "stay", "cancel", "deadline", "abort"]) for _ in requests]
+    patience = [fates.randint(1, 12) for _ in requests]
+    alone = [list((await service.stub.Generate(request)).output.token_ids) for request in requests]
+
+    crowded = await make_service(num_blocks=16)
+
+    async def stream(request: pb.GenerateRequest, way: str, num_pieces: int) -> tuple[list[int], pb.Summary | None]:
+        timeout = num_pieces / 20 if way == "deadline" else None
+        call = crowded.stub.StreamGenerate(request, timeout=timeout)
+        token_ids: list[int] = []
+        summary = None
+        try:
+            async for piece in call:
+                token_ids += piece.output.token_ids
+                summary = piece.summary if piece.HasField("summary") else None
+                num_pieces -= 1
+                if num_pieces <= 0 and way == "cancel":
+                    call.cancel()
+                if num_pieces == 0 and way == "abort":
+                    await crowded.stub.Abort(pb.AbortRequest(request_ids=[request.request_id]))
+        except grpc.aio.AioRpcError as error:
+            assert (way, error.code()) == ("deadline", grpc.StatusCode.DEADLINE_EXCEEDED)
+        except asyncio.CancelledError:
+            assert way == "cancel"
+        return token_ids, summary
+
+    outcomes = await asyncio.gather(*map(stream, requests, ways, patience))
+    for expected, way, (token_ids, _) in zip(alone, ways, outcomes, strict=True):
+        assert token_ids == (expected if way == "stay" else expected[: len(token_ids)])
+    assert sum(summary.usage.num_preemptions for _, summary in outcomes if summary is not None) > 0
+    assert {"stay", "cancel", "deadline", "abort"} == set(ways)
+    assert await crowded.all_blocks_free()
