@@ -35,7 +35,7 @@ PROMPTS = (
     " very much surprised when they saw smoke coming out of the chimney. They crept nearer, and",
 )
 MAX_NEW_TOKENS = 120
-BAR_WIDTH = 60
+BAR_WIDTH = 48
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ async def test_an_open_health_watch_does_not_hold_a_stop_up() -> None:
 async def test_what_still_runs_is_ended_when(how: str) -> None:
     settings = server_settings(grace_s=0 if how == "the grace is over" else 3600)
     hurry = asyncio.Event()
-    async with grpc.aio.insecure_channel("127.0.0.1:1") as channel, running_server(settings) as server:
+    async with running_server(settings) as server:
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
         pieces = aiter(TextGenerationServiceStub(channel).StreamGenerate(asked(2000)))
         await anext(pieces)
