@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ModelError, SettingsError) as error:
         print(f"mpt-grpc: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the server was ready; from then on it drains
+        return 130
 
 
 def _serve(settings: Settings) -> int:

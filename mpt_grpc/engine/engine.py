@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
@@ -119,7 +118,7 @@ class Engine:
         try:
             yield from stream
         finally:
-            self.abort(request.request_id)
+            stream.cancel()
 
     def submit(
         self,
@@ -142,8 +141,8 @@ class Engine:
         stopping = request.stopping
         detokenizer = self.tokenizer.detokenizer(prompt_token_ids, request.skip_special_tokens)
         text = TextAssembler(detokenizer, stopping.stop_strings, stopping.include_stop_string)
-        stream = kind(request, prompt_token_ids, OutputAssembly(text, partial(self.abort, request.request_id)))
-        flight = _Flight(request, prompt_token_ids, stream.receive, context, self._now_s())
+        stream = kind(request, prompt_token_ids, OutputAssembly(text, lambda: self._cancel(flight)))
+        flight: _Flight = _Flight(request, prompt_token_ids, stream.receive, context, self._now_s())
         with self._admission:
             if self._closed is not None:
                 raise UnavailableError(str(self._closed))
@@ -151,16 +150,18 @@ class Engine:
                 raise DuplicateRequestError(f"request_id {request.request_id!r} is in flight already")
             if len(self._flights) >= self._max_in_flight:
                 raise OverloadedError(f"{len(self._flights)} requests are in flight, no more may wait", _RETRY_AFTER_S)
+            if not self._flights:
+                self._progress_time_s = time.monotonic()
             self._flights[request.request_id] = flight
             self._inbox.put(lambda: self._scheduler.add(request, prompt_token_ids))
         return stream
 
     def abort(self, request_id: str) -> bool:
         """Ends a request with CANCELLED before the next step; its blocks are free then. False: not in flight."""
-        if request_id not in self._flights:
-            return False
-        self._inbox.put(lambda: self._cancel(request_id))
-        return True
+        flight = self._flights.get(request_id)
+        if flight is not None:
+            self._cancel(flight)
+        return flight is not None
 
     @property
     def num_in_flight(self) -> int:
@@ -193,16 +194,16 @@ class Engine:
                     result = self._compute(plan)
                     self._account(plan, result, self._scheduler.commit(plan, result))
                 self._deliver()
-        except Exception as error:
+        except BaseException as error:
             _log.exception("the engine has stopped")
             self.refuse(f"the engine has stopped: {error!r}")
         finally:
-            self._fail_all(self._closed or UnavailableError("the engine has stopped"))
+            assert self._closed is not None, "close() refuses before it stops the thread"
+            self._fail_all(self._closed)
 
     def _take_mail(self) -> None:
         if not self._scheduler.has_work:
             self._inbox.get()()
-            self._progress_time_s = time.monotonic()
         while True:
             try:
                 mail = self._inbox.get_nowait()
@@ -255,13 +256,18 @@ class Engine:
             num_batched_sequences=self.load.num_batched_sequences + len(plan.sequences),
         )
 
-    def _cancel(self, request_id: str) -> None:
-        sequence = self._scheduler.end(request_id)
-        if sequence is None:
-            return
-        flight = self._flights[request_id]
-        stats = self._end(flight, sequence)
-        self._outbox.append((flight, TokenEvent(request_id, (), Finish(FinishReason.CANCELLED), stats=stats)))
+    def _cancel(self, flight: _Flight) -> None:
+        """Any thread may ask; a flight that has ended is passed over, even if its id is in flight again."""
+
+        def end() -> None:
+            request_id = flight.request.request_id
+            if self._flights.get(request_id) is flight and (sequence := self._scheduler.end(request_id)) is not None:
+                cancelled = TokenEvent(
+                    request_id, (), Finish(FinishReason.CANCELLED), stats=self._end(flight, sequence)
+                )
+                self._outbox.append((flight, cancelled))
+
+        self._inbox.put(end)
 
     def _end(self, flight: _Flight, sequence: Sequence) -> RequestStats:
         """Lets go of a flight and returns its account."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Protocol
 
 from mpt_grpc.request import Finish, FinishReason, GenerationRequest, Output, OutputDelta, TokenEvent
 from mpt_grpc.text.detokenizer import TextAssembler
@@ -17,43 +16,38 @@ from mpt_grpc.text.detokenizer import TextAssembler
 _TEXTLESS = (FinishReason.EOS_TOKEN, FinishReason.STOP_TOKEN)
 
 
-class OutputStream(Protocol):
-    """What the engine needs of a stream."""
-
-    def receive(self, event: TokenEvent) -> None:
-        """Takes an event, in the thread that the engine delivers to."""
-        ...
-
-
 class OutputAssembly:
     """Turns the events of one request into deltas. After a matched stop string it only waits for the account."""
 
-    def __init__(self, text: TextAssembler, end_request: Callable[[], object]) -> None:
+    def __init__(self, text: TextAssembler, end_request: Callable[[], None]) -> None:
         """`end_request` tells the engine that no more tokens are wanted."""
         self._text, self._end_request = text, end_request
         self._stop_string: str | None = None
         self.ended = False
 
-    def advance(self, events: Iterable[TokenEvent]) -> OutputDelta | None:
-        """Returns what is new, or None when there is nothing to say yet. Raises the error that ended the request."""
-        text = ""
+    def advance(self, events: Iterable[TokenEvent]) -> Iterator[OutputDelta]:
+        """Yields what is new as one delta, if anything is; then raises the error, if one has ended the request."""
+        text, error = "", None
         token_ids: list[int] = []
         for event in events:
-            if event.error is not None:
-                self.ended = True
-                raise event.error
+            self.ended = event.finish is not None or event.error is not None
+            error = event.error
             if self._stop_string is None:
                 piece, used = self._feed(event)
                 text += piece
                 token_ids += event.token_ids[:used]
             if event.finish is not None:
-                self.ended = True
-                if self._stop_string is not None:
-                    finish = Finish(FinishReason.STOP_STRING, stop_string=self._stop_string)
-                else:
-                    finish, text = event.finish, text + self._text.finish()
-                return OutputDelta(text, tuple(token_ids), finish, event.stats)
-        return OutputDelta(text, tuple(token_ids)) if text or token_ids else None
+                yield self._last(text, token_ids, event)
+                return
+        if text or token_ids:
+            yield OutputDelta(text, tuple(token_ids))
+        if error is not None:
+            raise error
+
+    def cancel(self) -> None:
+        """Ends the request; without effect once it has ended."""
+        if not self.ended:
+            self._end_request()
 
     def _feed(self, event: TokenEvent) -> tuple[str, int]:
         """Returns the text of the event's tokens, and how many of them belong to the output."""
@@ -62,9 +56,14 @@ class OutputAssembly:
         if assembled.stop_string is None:
             return assembled.text, len(event.token_ids)
         self._stop_string = assembled.stop_string
-        if event.finish is None:
-            self._end_request()
+        self.cancel()
         return assembled.text, assembled.num_tokens
+
+    def _last(self, text: str, token_ids: list[int], event: TokenEvent) -> OutputDelta:
+        if self._stop_string is None:
+            return OutputDelta(text + self._text.finish(), tuple(token_ids), event.finish, event.stats)
+        finish = Finish(FinishReason.STOP_STRING, stop_string=self._stop_string)
+        return OutputDelta(text, tuple(token_ids), finish, event.stats)
 
 
 class AsyncStream:
@@ -72,6 +71,7 @@ class AsyncStream:
 
     def __init__(self, request: GenerationRequest, prompt_token_ids: tuple[int, ...], assembly: OutputAssembly) -> None:
         self.request, self.prompt_token_ids = request, prompt_token_ids
+        self.cancel = assembly.cancel
         self._assembly = assembly
         self._events: list[TokenEvent] = []
         self._arrived = asyncio.Event()
@@ -85,7 +85,7 @@ class AsyncStream:
             await self._arrived.wait()
             self._arrived.clear()
             events, self._events = self._events, []
-            if (delta := self._assembly.advance(events)) is not None:
+            for delta in self._assembly.advance(events):
                 yield delta
 
 
@@ -94,6 +94,7 @@ class ThreadStream:
 
     def __init__(self, request: GenerationRequest, prompt_token_ids: tuple[int, ...], assembly: OutputAssembly) -> None:
         self.request, self.prompt_token_ids = request, prompt_token_ids
+        self.cancel = assembly.cancel
         self._assembly = assembly
         self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
 
@@ -102,8 +103,7 @@ class ThreadStream:
 
     def __iter__(self) -> Iterator[OutputDelta]:
         while not self._assembly.ended:
-            if (delta := self._assembly.advance([self._events.get()])) is not None:
-                yield delta
+            yield from self._assembly.advance([self._events.get()])
 
 
 def collect(deltas: Iterable[OutputDelta]) -> Output:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from opentelemetry.trace import Tracer
 
 from mpt.v1 import text_generation_pb2 as pb
 from mpt.v1 import text_generation_pb2_grpc as pb_grpc
@@ -41,9 +42,9 @@ async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -
     def on_signal() -> None:
         (hurry if stop.is_set() else stop).set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
     async with running_server(settings) as server:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
         on_ready(server)
         await stop.wait()
         await server.drain(hurry)
@@ -78,10 +79,11 @@ class RunningServer:
         """Keeps health true: NOT_SERVING while the engine is stuck. Runs until cancelled."""
         while not self._draining:
             stuck = self.engine.is_stuck(self.settings.server.stall_timeout_s)
-            await self._set_serving(not stuck)
+            await self.set_serving(not stuck)
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
-    async def _set_serving(self, serving: bool) -> None:
+    async def set_serving(self, serving: bool) -> None:
+        """Sets what health says, of the whole server and of the service."""
         statuses = health_pb2.HealthCheckResponse
         for service in ("", SERVICE):
             await self._health.set(service, statuses.SERVING if serving else statuses.NOT_SERVING)
@@ -91,7 +93,16 @@ class RunningServer:
 async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
     """Binds the port, loads the model, warms it up and serves inside the block; then stops, ending what still runs."""
     provider = make_tracer_provider(settings.trace_file)
-    tracer = None if provider is None else provider.get_tracer(names.SCOPE)
+    try:
+        async with _serving(settings, None if provider is None else provider.get_tracer(names.SCOPE)) as server:
+            yield server
+    finally:
+        if provider is not None:
+            await asyncio.to_thread(provider.shutdown)
+
+
+@asynccontextmanager
+async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[RunningServer]:
     server = grpc.aio.server(interceptors=[CallInterceptor(tracer)], options=_channel_options(settings.server))
     port = _bind(server, settings.server)
     loop = asyncio.get_running_loop()
@@ -102,6 +113,7 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
     health_pb2_grpc.add_HealthServicer_to_server(running.health, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     with engine:
+        await running.set_serving(False)
         await server.start()
         await asyncio.to_thread(engine.generate, _WARM_UP)
         watch = asyncio.create_task(running.watch())
@@ -113,8 +125,6 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
                 await watch
             await server.stop(_STOP_GRACE_S)
             await asyncio.to_thread(engine.close)
-    if provider is not None:
-        await asyncio.to_thread(provider.shutdown)
 
 
 _WARM_UP = GenerationRequest(

@@ -121,7 +121,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             try:
                 yield _Generation(stream, message.response)
             finally:
-                self._engine.abort(stream.request.request_id)
+                stream.cancel()
         finally:
             self._num_generations -= 1
             if not self._num_generations:

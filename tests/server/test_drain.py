@@ -129,9 +129,12 @@ async def test_health_says_when_work_stands_still_and_when_it_moves_on(
     await watch.until(SERVING)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fault", [RuntimeError, SystemExit])
 async def test_health_says_when_the_engine_has_died_and_calls_end(
-    make_service: Any, monkeypatch: pytest.MonkeyPatch
+    make_service: Any, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException]
 ) -> None:
+    monkeypatch.setattr(MortalScheduler, "fault", fault)
     monkeypatch.setattr(load, "Scheduler", MortalScheduler)
     service = await make_service()
     watch = Watch(service.channel)
@@ -149,7 +152,9 @@ async def test_health_says_when_the_engine_has_died_and_calls_end(
 class MortalScheduler(Scheduler):
     """A scheduler with a fault that is nobody's request's: it breaks once two requests run, one of them named so."""
 
+    fault: type[BaseException] = RuntimeError
+
     def commit(self, plan: StepPlan, result: StepResult) -> list[Progress]:
         if len(plan.sequences) == 2 and any(sequence.request_id == "deadly" for sequence in plan.sequences):
-            raise RuntimeError("the books do not balance")
+            raise self.fault("the books do not balance")
         return super().commit(plan, result)

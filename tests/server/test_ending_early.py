@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +54,9 @@ async def test_a_request_that_is_left_is_gone_with_its_blocks_within_a_step(
 ) -> None:
     num_blocks = 64
     max_running_requests = 1 if state == "waiting" else 2
-    service = await make_service(num_blocks=num_blocks, max_running_requests=max_running_requests, max_step_tokens=CHUNK)
+    service = await make_service(
+        num_blocks=num_blocks, max_running_requests=max_running_requests, max_step_tokens=CHUNK
+    )
     engine, runner = service.server.engine, stepped[0]
     # It goes to the engine directly, so that the leaver's call is the only one that the server answers.
     stays = engine.submit(generation("stays", (7,), max_new_tokens=500), AsyncStream)
@@ -91,16 +94,42 @@ async def test_a_request_that_is_left_is_gone_with_its_blocks_within_a_step(
     await asyncio.wait([ended])
 
 
+async def test_leaving_an_ended_stream_spares_the_next_request_of_its_id(
+    make_service: Any, stepped: list[SteppedRunner]
+) -> None:
+    # More than the window of HTTP/2 holds, so that the server still answers when the engine has long ended the request.
+    service = await make_service(options=[("grpc.http2.lookahead_bytes", 16_384), ("grpc.http2.bdp_probe", 0)])
+    name, runner = "same".ljust(128, "."), stepped[0]
+    first = service.stub.StreamGenerate(asked([300], max_new_tokens=300, request_id=name))
+    await step_until(runner, lambda plan: plan.sequences[0].output_position == 299)
+    runner.allow()
+    follower = generation("follower", max_new_tokens=1)
+    service.server.engine.submit(follower, AsyncStream)
+    await step_until(runner, lambda plan: plan.sequences[0].request_id == "follower")
+    second = asyncio.ensure_future(service.stub.Generate(asked([400], max_new_tokens=20, request_id=name)))
+    runner.allow()
+    await step_until(runner, lambda plan: plan.sequences[0].request_id == name)
+
+    first.cancel()
+    await service.stub.GetServerInfo(pb.GetServerInfoRequest())  # goes the same way, behind the cancel
+    runner.run_free()
+    assert (await second).output.finish.reason == pb.FINISH_REASON_MAX_NEW_TOKENS
+
+
 async def test_a_deadline_cuts_a_stream_after_the_text_that_was_there(
     make_service: Any, stepped: list[SteppedRunner]
 ) -> None:
     service = await make_service()
     call = service.stub.StreamGenerate(asked([300], request_id="leaver"), timeout=DEADLINE_S)
     await step_until(stepped[0], lambda plan: plan.sequences[0].output_position == 4)
-    received = []
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    received: list[int] = []
+
+    async def read() -> None:
         async for piece in call:
-            received += piece.output.token_ids
+            received.extend(piece.output.token_ids)
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await read()
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     stepped[0].run_free()
     whole = await service.stub.Generate(asked([300], max_new_tokens=4))
@@ -120,29 +149,29 @@ async def test_streams_that_stay_are_right_while_others_leave_and_memory_is_shor
 
     crowded = await make_service(num_blocks=16)
 
-    async def stream(request: pb.GenerateRequest, way: str, num_pieces: int) -> tuple[list[int], pb.Summary | None]:
-        timeout = num_pieces / 20 if way == "deadline" else None
-        call = crowded.stub.StreamGenerate(request, timeout=timeout)
+    async def stream(
+        request: pb.GenerateRequest, way: str, num_pieces: int
+    ) -> tuple[list[int], pb.Summary | None, grpc.StatusCode]:
+        """Reads until the end that its way gives it; `num_pieces` is how many it waits for before it leaves."""
+        call = crowded.stub.StreamGenerate(request, timeout=num_pieces / 20 if way == "deadline" else None)
         token_ids: list[int] = []
         summary = None
-        try:
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
             async for piece in call:
                 token_ids += piece.output.token_ids
                 summary = piece.summary if piece.HasField("summary") else None
                 num_pieces -= 1
-                if num_pieces <= 0 and way == "cancel":
+                if num_pieces == 0 and way == "cancel":
                     call.cancel()
                 if num_pieces == 0 and way == "abort":
                     await crowded.stub.Abort(pb.AbortRequest(request_ids=[request.request_id]))
-        except grpc.aio.AioRpcError as error:
-            assert (way, error.code()) == ("deadline", grpc.StatusCode.DEADLINE_EXCEEDED)
-        except asyncio.CancelledError:
-            assert way == "cancel"
-        return token_ids, summary
+        return token_ids, summary, await call.code()
 
     outcomes = await asyncio.gather(*map(stream, requests, ways, patience))
-    for expected, way, (token_ids, _) in zip(alone, ways, outcomes, strict=True):
+    allowed = {"cancel": grpc.StatusCode.CANCELLED, "deadline": grpc.StatusCode.DEADLINE_EXCEEDED}
+    for expected, way, (token_ids, _, code) in zip(alone, ways, outcomes, strict=True):
         assert token_ids == (expected if way == "stay" else expected[: len(token_ids)])
-    assert sum(summary.usage.num_preemptions for _, summary in outcomes if summary is not None) > 0
+        assert code in (grpc.StatusCode.OK, allowed.get(way))
+    assert sum(summary.usage.num_preemptions for _, summary, _ in outcomes if summary is not None) > 0
     assert {"stay", "cancel", "deadline", "abort"} == set(ways)
     assert await crowded.all_blocks_free()

@@ -1,0 +1,103 @@
+"""What the READMEs tell a reader to type works as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+READMES = ("README.md", "clients/python/README.md")
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "benchmarks/*.md", "clients/**/*.md", "docs/**/*.md", "mpt_grpc/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+ADDRESS = "localhost:50051"
+# A block may await at its top level, as in `python -m asyncio`.
+RUN_BLOCK = """
+import ast, asyncio, sys
+block = eval(compile(sys.stdin.read(), "block", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), {"__name__": "__main__"})
+if block is not None:
+    asyncio.run(block)
+"""
+
+
+def blocks(language: str) -> list[Any]:
+    """Every code block of the READMEs in a language, as parameters."""
+    found = []
+    for name in READMES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for number, match in enumerate(re.finditer(rf"```{language}\n(.*?)```", text, re.DOTALL)):
+            found.append(pytest.param(match[1], id=f"{name}-{number}"))
+    assert found
+    return found
+
+
+def commands() -> list[Any]:
+    """Every command of the shell blocks, as parameters; a command may go on over lines that end with a backslash."""
+    lines = "".join(block.values[0] for block in blocks("sh")).replace("\\\n", " ").splitlines()
+    return [pytest.param(line, id=" ".join(shlex.split(line, comments=True)[:6])) for line in lines if line.strip()]
+
+
+def run(command: list[str], server: Any, stdin: str = "") -> str:
+    """Runs a command, with the binaries of the environment at hand, and returns what it prints."""
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "MPT_GRPC_TARGET": server.target,
+        "OMP_NUM_THREADS": "1",
+    }
+    ended = subprocess.run(
+        command, input=stdin, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT, env=environment
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_a_python_block_runs_and_prints(block: str, server: Any) -> None:
+    assert run([sys.executable, "-c", RUN_BLOCK], server, block.replace(ADDRESS, server.target)).strip()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_shell_command_works(command: str, server: Any) -> None:
+    program, *arguments = shlex.split(command, comments=True)
+    match program:
+        case "make":
+            assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        case "grpcurl" | "buf":
+            if shutil.which(program, path=BIN) is None:
+                pytest.skip(f"{program} is not in this environment")
+            printed = run(["sh", "-c", command.replace(ADDRESS, server.target)], server)
+            assert "TextGenerationService" in printed or "SERVING" in printed or '"text"' in printed
+        case ".venv/bin/mpt-grpc":
+            assert arguments[0] == "serve"
+            flags = {argument for argument in arguments if argument.startswith("--")}
+            help_text = run([sys.executable, "-m", "mpt_grpc.cli", "serve", "--help"], server)
+            assert flags <= set(re.findall(r"--[a-z][a-z-]+", help_text))
+        case _:
+            pytest.fail(f"nobody knows how to try {command!r}")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_to_a_file_leads_to_one(name: str) -> None:
+    document = ROOT / name
+    links = re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_flag_that_a_readme_names_exists(name: str, server: Any) -> None:
+    prose = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    help_text = run([sys.executable, "-m", "mpt_grpc.cli", "serve", "--help"], server)
+    assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= set(re.findall(r"--[a-z][a-z-]+", help_text))

@@ -1,0 +1,166 @@
+"""The Python client against the real server: what its own tests, with a scripted server, cannot show."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import SteppedRunner
+
+from mpt.v1 import text_generation_pb2 as pb
+from mpt_grpc.errors import OverloadedError
+from mpt_grpc_client import (
+    AsyncClient,
+    Client,
+    FieldViolation,
+    FinishReason,
+    InvalidRequestError,
+    NotFoundError,
+)
+
+
+@pytest.fixture
+def client(service: Any) -> Iterator[Client]:
+    with Client(f"127.0.0.1:{service.server.port}", timeout_s=60) as client:
+        yield client
+
+
+async def test_generate_and_stream_agree_from_threads(client: Client) -> None:
+    whole = await asyncio.to_thread(
+        client.generate, "The fox said", max_new_tokens=30, seed=7, ignore_eos=True, return_token_ids=True
+    )
+    assert whole.num_tokens == len(whole.token_ids) == whole.usage.num_output_tokens == 30
+    assert whole.finish.reason is FinishReason.MAX_NEW_TOKENS
+    assert whole.seed == 7
+    assert whole.usage.num_prompt_tokens == len(await asyncio.to_thread(client.tokenize, "The fox said"))
+    assert whole.timings.queue_s >= 0
+    assert whole.timings.time_to_first_token_s >= whole.timings.prefill_s > 0
+    assert whole.timings.decode_s > 0
+
+    def stream() -> tuple[list[str], Any]:
+        with client.stream("The fox said", max_new_tokens=30, seed=7, ignore_eos=True, return_token_ids=True) as pieces:
+            return list(pieces), pieces.result
+
+    pieces, result = await asyncio.to_thread(stream)
+    assert "".join(pieces) == result.text == whole.text
+    assert result.token_ids == whole.token_ids
+    assert all(pieces)
+
+
+async def test_the_async_client_answers_the_same(service: Any, client: Client) -> None:
+    expected = await asyncio.to_thread(client.generate, "Once upon a time", max_new_tokens=40, temperature=0)
+    async with AsyncClient(f"127.0.0.1:{service.server.port}") as twin:
+        assert (await twin.generate("Once upon a time", max_new_tokens=40, temperature=0)).text == expected.text
+        async with twin.stream("Once upon a time", max_new_tokens=40, temperature=0) as stream:
+            pieces = [piece async for piece in stream]
+        assert "".join(pieces) == expected.text
+        assert stream.usage.num_output_tokens == expected.usage.num_output_tokens
+        assert stream.finish == expected.finish
+
+
+async def test_a_stop_string_ends_the_text_before_it(client: Client) -> None:
+    free = await asyncio.to_thread(client.generate, "Once upon a time", max_new_tokens=40, temperature=0)
+    stop = free.text[20:24]
+    cut = await asyncio.to_thread(client.generate, "Once upon a time", max_new_tokens=40, temperature=0, stop=stop)
+    assert cut.text == free.text[: free.text.index(stop)]
+    assert (cut.finish.reason, cut.finish.stop_string) == (FinishReason.STOP_STRING, stop)
+
+
+async def test_the_other_methods_answer(client: Client) -> None:
+    tokens = await asyncio.to_thread(client.tokenize, "Où est la lune?")
+    assert b"".join(token.bytes for token in tokens).decode() == "Où est la lune?"
+    assert await asyncio.to_thread(client.detokenize, [token.id for token in tokens]) == "Où est la lune?"
+    assert (await asyncio.to_thread(client.model_info)).name == "demo"
+    assert (await asyncio.to_thread(client.server_info)).load.total_blocks == 512
+    assert await asyncio.to_thread(client.abort, "nobody") == ()
+
+
+async def test_bad_fields_are_named(client: Client) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        await asyncio.to_thread(client.generate, "x", temperature=-1, max_new_tokens=0)
+    assert caught.value.violations == (
+        FieldViolation("sampling.temperature", "-1.0 is not in [0, 100]"),
+        FieldViolation("stopping.max_new_tokens", "0 is below 1"),
+    )
+    with pytest.raises(NotFoundError, match="demo"):
+        await asyncio.to_thread(client.generate, "x", model="gpt-7")
+
+
+async def test_leaving_a_stream_ends_its_request(make_service: Any, stepped: list[SteppedRunner]) -> None:
+    service = await make_service()
+    async with AsyncClient(f"127.0.0.1:{service.server.port}") as client:
+        stepped[0].run_free()
+        async with client.stream("Once upon a time", max_new_tokens=2000, ignore_eos=True) as stream:
+            await anext(stream)
+        # A drain waits until no call is being answered.
+        await service.server.drain()
+    assert 0 < stream.num_tokens < 2000
+    assert len(stepped[0].plans) < 2000
+
+
+async def test_a_full_server_is_asked_again_when_it_said(
+    make_service: Any, stepped: list[SteppedRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = await make_service(max_running_requests=1, max_waiting_requests=0)
+    engine, refused = service.server.engine, asyncio.Event()
+    submit = engine.submit
+
+    def watched_submit(*arguments: Any, **options: Any) -> Any:
+        try:
+            return submit(*arguments, **options)
+        except OverloadedError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(engine, "submit", watched_submit)
+    with Client(f"127.0.0.1:{service.server.port}", timeout_s=60) as client:
+        first = asyncio.create_task(asyncio.to_thread(client.generate, "first", max_new_tokens=2, ignore_eos=True))
+        await asyncio.to_thread(stepped[0].wait_for_step)
+        second = asyncio.create_task(asyncio.to_thread(client.generate, "second", max_new_tokens=2, ignore_eos=True))
+        await refused.wait()
+        stepped[0].run_free()
+        assert (await first).num_tokens == (await second).num_tokens == 2
+
+
+async def test_a_client_may_ping_through_a_long_call(make_service: Any, stepped: list[SteppedRunner]) -> None:
+    often = [("grpc.keepalive_time_ms", 100), ("grpc.http2.max_pings_without_data", 0)]
+    service = await make_service(options=often)
+    call = service.stub.Generate(pb.GenerateRequest(text="x", stopping=pb.StoppingCriteria(max_new_tokens=1)))
+    await asyncio.to_thread(stepped[0].wait_for_step)
+    # Pings come with time and nothing counts them, so that this has to wait: gRPC sends at most one a second, and a
+    # server of default settings hangs up at the fourth.
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(call)), 4.5)
+    stepped[0].run_free()
+    assert (await call).output.num_tokens == 1
+
+
+async def test_a_slow_reader_gets_longer_pieces_and_keeps_nobody_waiting(make_service: Any) -> None:
+    # A small window of HTTP/2, and pieces that are large for their few tokens, so that it is full soon.
+    service = await make_service(options=[("grpc.http2.lookahead_bytes", 16_384), ("grpc.http2.bdp_probe", 0)])
+    num_tokens = 300
+    request = pb.GenerateRequest(
+        text="Once upon a time",
+        request_id="slow".ljust(128, "."),
+        sampling=pb.SamplingParameters(temperature=0),
+        stopping=pb.StoppingCriteria(max_new_tokens=num_tokens, ignore_eos=True),
+    )
+    slow = aiter(service.stub.StreamGenerate(request))
+    first = await anext(slow)
+
+    async with AsyncClient(f"127.0.0.1:{service.server.port}") as other:
+        async with other.stream("The fox", max_new_tokens=num_tokens, ignore_eos=True) as quick:
+            num_quick_pieces = len([piece async for piece in quick])
+    assert quick.result.num_tokens == num_tokens
+    # The quick one came later and has ended: so the engine has long done with the slow one too.
+    assert service.server.engine.num_in_flight == 0
+
+    pieces = [first, *[piece async for piece in slow]]
+    assert sum(piece.output.num_tokens for piece in pieces) == num_tokens
+    assert max(piece.output.num_tokens for piece in pieces) > 50
+    assert len(pieces) < num_quick_pieces
+    whole = await service.stub.Generate(request)
+    assert "".join(piece.output.text for piece in pieces) == whole.output.text
+    assert await service.all_blocks_free()

@@ -1,0 +1,176 @@
+"""One trace from the caller through the call to the engine's phases, and where the spans go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from conftest import demo_settings
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.sdk.trace import TracerProvider
+
+from mpt.v1 import text_generation_pb2 as pb
+from mpt.v1.text_generation_pb2_grpc import TextGenerationServiceStub
+from mpt_grpc.server.server import running_server
+from mpt_grpc_client import AsyncClient
+
+TRACE_ID, CALLER_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+FROM_CALLER = (("traceparent", f"00-{TRACE_ID}-{CALLER_ID}-01"),)
+RPC = "mpt.v1.TextGenerationService/"
+
+
+def asked(max_new_tokens: int = 5, **fields: Any) -> pb.GenerateRequest:
+    stopping = pb.StoppingCriteria(max_new_tokens=max_new_tokens, ignore_eos=True)
+    return pb.GenerateRequest(**{"text": "Once upon a time", "stopping": stopping, **fields})
+
+
+@asynccontextmanager
+async def stub_of_server(trace_file: Path | None) -> AsyncIterator[tuple[Any, int]]:
+    """A stub and the port; the spans are in the file once the block is left."""
+    async with running_server(replace(demo_settings(), trace_file=trace_file)) as server:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            yield TextGenerationServiceStub(channel), server.port
+
+
+def spans_in(trace_file: Path, trace_id: str) -> dict[str, dict[str, Any]]:
+    spans = [json.loads(line) for line in trace_file.read_text(encoding="utf-8").splitlines()]
+    return {span["name"]: span for span in spans if span["context"]["trace_id"] == f"0x{trace_id}"}
+
+
+@pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
+async def test_the_callers_trace_goes_on_to_the_last_token(tmp_path: Path, method: str) -> None:
+    trace_file = tmp_path / "spans.jsonl"
+    request = asked(
+        request_id="traced",
+        sampling=pb.SamplingParameters(temperature=0.5, top_p=0.25, top_k=40, seed=2**64 - 1),
+    )
+    async with stub_of_server(trace_file) as (stub, _):
+        call = getattr(stub, method)(request, metadata=FROM_CALLER)
+        answer = await call if method == "Generate" else [piece async for piece in call][-1]
+    assert answer.summary.trace_id == TRACE_ID
+
+    spans = spans_in(trace_file, TRACE_ID)
+    assert set(spans) == {RPC + method, "queue", "prefill", "decode"}
+    rpc = spans[RPC + method]
+    assert (rpc["kind"], rpc["parent_id"]) == ("SpanKind.SERVER", f"0x{CALLER_ID}")
+    assert rpc["resource"]["attributes"]["service.name"] == "mpt-grpc"
+    num_prompt_tokens = answer.summary.usage.num_prompt_tokens
+    assert rpc["attributes"] == {
+        "rpc.system": "grpc",
+        "rpc.service": "mpt.v1.TextGenerationService",
+        "rpc.method": method,
+        "rpc.grpc.status_code": 0,
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "mpt-grpc",
+        "gen_ai.request.model": "demo",
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.top_p": 0.25,
+        "gen_ai.request.top_k": 40,
+        "gen_ai.request.seed": "18446744073709551615",
+        "gen_ai.request.max_tokens": 5,
+        "gen_ai.response.id": "traced",
+        "gen_ai.response.finish_reasons": ["max_new_tokens"],
+        "gen_ai.usage.input_tokens": num_prompt_tokens,
+        "gen_ai.usage.output_tokens": 5,
+        "mpt.request_id": "traced",
+    }
+    assert {spans[phase]["parent_id"] for phase in ("queue", "prefill", "decode")} == {rpc["context"]["span_id"]}
+    assert spans["prefill"]["attributes"] == {"gen_ai.usage.input_tokens": num_prompt_tokens, "mpt.cached_tokens": 0}
+    assert spans["decode"]["attributes"] == {"gen_ai.usage.output_tokens": 5, "mpt.preemptions": 0}
+    assert spans["queue"]["end_time"] == spans["prefill"]["start_time"]
+    assert spans["prefill"]["end_time"] == spans["decode"]["start_time"]
+
+
+async def test_calls_that_fail_or_are_left_say_so_in_their_spans(tmp_path: Path) -> None:
+    trace_file = tmp_path / "spans.jsonl"
+    left_id = TRACE_ID[::-1]
+    async with stub_of_server(trace_file) as (stub, _):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.Generate(asked(0), metadata=FROM_CALLER)
+        left = stub.StreamGenerate(asked(1000), metadata=(("traceparent", f"00-{left_id}-{CALLER_ID}-01"),))
+        await anext(aiter(left))
+        left.cancel()
+
+    failed = spans_in(trace_file, TRACE_ID)
+    assert set(failed) == {f"{RPC}Generate"}
+    rpc = failed[f"{RPC}Generate"]
+    assert rpc["status"]["status_code"] == "ERROR"
+    assert "stopping.max_new_tokens" in rpc["status"]["description"]
+    assert rpc["attributes"]["error.type"] == "INVALID_REQUEST"
+    assert rpc["attributes"]["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+
+    left_spans = spans_in(trace_file, left_id)
+    assert set(left_spans) == {f"{RPC}StreamGenerate", "queue", "prefill", "decode"}
+    assert left_spans[f"{RPC}StreamGenerate"]["attributes"]["rpc.grpc.status_code"] == 1
+    assert left_spans["decode"]["attributes"]["gen_ai.usage.output_tokens"] < 1000
+
+
+async def test_the_client_library_hands_its_span_on(tmp_path: Path) -> None:
+    trace_file = tmp_path / "spans.jsonl"
+    tracer = TracerProvider().get_tracer("caller")
+    async with stub_of_server(trace_file) as (_, port), AsyncClient(f"127.0.0.1:{port}") as client:
+        with tracer.start_as_current_span("work") as work:
+            generation = await client.generate("Once upon a time", max_new_tokens=2)
+    caller = work.get_span_context()
+    assert generation.trace_id == f"{caller.trace_id:032x}"
+    rpc = spans_in(trace_file, generation.trace_id)[f"{RPC}Generate"]
+    assert rpc["parent_id"] == f"0x{caller.span_id:016x}"
+
+
+async def test_a_call_without_a_trace_begins_one(tmp_path: Path) -> None:
+    trace_file = tmp_path / "spans.jsonl"
+    async with stub_of_server(trace_file) as (stub, _):
+        answers = [await stub.Generate(asked(1)) for _ in range(2)]
+    first, second = (answer.summary.trace_id for answer in answers)
+    assert first != second
+    assert spans_in(trace_file, first)[f"{RPC}Generate"]["parent_id"] is None
+
+
+async def test_without_the_option_nothing_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    async with stub_of_server(None) as (stub, _):
+        answer = await stub.Generate(asked(1), metadata=FROM_CALLER)
+    assert answer.summary.trace_id == ""
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """Receives spans by OTLP and keeps them."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.trace_ids: set[str] = set()
+
+    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                self.names += [span.name for span in scope.spans]
+                self.trace_ids |= {span.trace_id.hex() for span in scope.spans}
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """A collector that the environment names."""
+    collector = Collector()
+    with ThreadPoolExecutor(1) as pool:
+        server = grpc.server(pool)
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        server.start()
+        yield collector
+        server.stop(None).wait()
+
+
+async def test_spans_go_to_the_collector_that_the_environment_names(collector: Collector) -> None:
+    async with stub_of_server(None) as (stub, _):
+        answer = await stub.Generate(asked(), metadata=FROM_CALLER)
+    assert answer.summary.trace_id == TRACE_ID
+    assert collector.trace_ids == {TRACE_ID}
+    assert sorted(collector.names) == ["decode", f"{RPC}Generate", "prefill", "queue"]
