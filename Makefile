@@ -41,7 +41,7 @@ check: protos ## Lint, types, layers, protos, stale stubs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint protos
-	git diff --exit-code -- $(STUBS)/mpt
+	@test -z "$$(git status --porcelain $(STUBS)/mpt)" || { echo 'stale stubs: run make protos and commit'; exit 1; }
 
 .PHONY: test
 test: .venv/dev ## Run every test

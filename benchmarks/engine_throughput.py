@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from typing import Any
 
@@ -38,7 +39,9 @@ def main() -> None:
         cache=CacheSettings(kv_cache_gib=arguments.kv_cache_gib),
     )
     engine, model = load_engine(settings)
-    limit_s = model.weight_bytes / _read_bandwidth(torch.device(model.device))
+    # In a thread of its own: see engine/load.py on OpenMP's workers.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        limit_s = model.weight_bytes / thread.submit(_read_bandwidth, torch.device(model.device)).result()
     processor = torch.cuda.get_device_name() if model.device == "cuda" else f"{os.cpu_count()} CPU cores"
     print(
         f"{date.today()}, {model.name}, {model.num_parameters / 1e6:,.0f} M parameters in {model.dtype} on {processor},"

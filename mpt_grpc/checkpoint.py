@@ -14,7 +14,10 @@ DEMO = Path(__file__).parent / "demo"
 
 # Never *.py: no code of a checkpoint is run, so none is fetched.
 _PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-_WEIGHTS = [["*.safetensors", "*.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model.bin.index.json"]]
+_WEIGHTS = [
+    ["model*.safetensors", "model.safetensors.index.json"],
+    ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
+]
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,10 @@ def find_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
     try:
         found = Path(snapshot_download(model, allow_patterns=_PATTERNS))
         for patterns in _WEIGHTS if weights else ():
-            if any(next(found.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin")):
-                break
+            # Asked for even when files are there: a download that broke off goes on.
             snapshot_download(model, allow_patterns=patterns)
+            if any(found.glob(patterns[0])):
+                break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"--model {model}: no such folder, and the hub did not give it: {error}") from error
     return Checkpoint(model, found)

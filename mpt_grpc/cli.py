@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ModelError, SettingsError) as error:
         print(f"mpt-grpc: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # before the server was ready; from then on it drains
-        return 130
 
 
 def _serve(settings: Settings) -> int:
     # gRPC's core says in its own words on stderr what is said here in one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # A caller who leaves in mid-send is no error; what fails in a method is logged by our interceptor.
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
+    # Until the server is ready Ctrl-C ends it at once; from then on it drains.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Imported here: `--help` should not wait for torch.
     from mpt_grpc.server.server import serve
     from mpt_grpc.server.welcome import welcome

@@ -11,6 +11,7 @@ MptGrpcError
 │   └── UnknownModelError     the request names a model that is not loaded
 ├── OverloadedError       the waiting queue is full; try again later
 ├── UnavailableError      the engine is draining or dead
+├── DeviceLostError       the accelerator has failed for good: the engine stops
 └── InternalError         a fault of the engine while it served this one request
 """
 
@@ -77,6 +78,10 @@ class OverloadedError(MptGrpcError):
 
 class UnavailableError(MptGrpcError):
     """The engine takes no work: it is draining, or its thread has died."""
+
+
+class DeviceLostError(MptGrpcError):
+    """The accelerator has failed in a way that only a new process mends."""
 
 
 class InternalError(MptGrpcError):

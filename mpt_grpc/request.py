@@ -89,7 +89,7 @@ class TokenEvent:
     finish: Finish | None = None
     error: Exception | None = None
     stats: RequestStats | None = None
-    """With `finish` or `error`."""
+    """With `finish`, and with the `error` of a step."""
 
 
 @dataclass(frozen=True)

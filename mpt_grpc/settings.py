@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -36,8 +37,8 @@ class CacheSettings:
     """The share of a GPU's memory that weights and cache may fill."""
 
     def __post_init__(self) -> None:
-        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
-            raise SettingsError(f"--kv-cache-gib: {self.kv_cache_gib} is not above 0")
+        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
+            raise SettingsError(f"--kv-cache-gib: {self.kv_cache_gib} is not a number above 0")
         if not 0 < self.memory_fraction <= 1:
             raise SettingsError(f"--memory-fraction: {self.memory_fraction} is not in (0, 1]")
 

@@ -42,6 +42,14 @@ def admit(request: GenerationRequest, prompt_token_ids: tuple[int, ...], limits:
     return replace(request, sampling=sampling, stopping=stopping)
 
 
+def check_text_length(text: str, max_token_bytes: int, limits: RequestLimits) -> None:
+    """Raises InvalidRequestError for a text that cannot fit, before time is spent on tokenizing it."""
+    longest = limits.max_context_tokens * max_token_bytes
+    if len(text) > longest:
+        why = f"{len(text)} characters cannot fit in the context of {limits.max_context_tokens} tokens"
+        raise InvalidRequestError(FieldViolation("text", f"{why}: shorten the prompt"))
+
+
 def _violations(
     request: GenerationRequest, prompt_token_ids: tuple[int, ...], limits: RequestLimits
 ) -> Iterator[FieldViolation]:
@@ -62,7 +70,7 @@ def _prompt(
     field = "text" if isinstance(request.prompt, str) else "token_ids.ids"
     num_tokens, context = len(prompt_token_ids), limits.max_context_tokens
     if not prompt_token_ids:
-        yield FieldViolation(field, "empty: a prompt has at least one token")
+        yield FieldViolation("prompt", "empty: set text or token_ids, with at least one token")
         return
     if num_tokens >= context:
         yield FieldViolation(

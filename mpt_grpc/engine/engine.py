@@ -18,9 +18,9 @@ from typing import TypeVar
 from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
 
-from mpt_grpc.engine.admission import RequestLimits, admit
+from mpt_grpc.engine.admission import RequestLimits, admit, check_text_length
 from mpt_grpc.engine.stream import AsyncStream, OutputAssembly, ThreadStream, collect
-from mpt_grpc.errors import DuplicateRequestError, InternalError, OverloadedError, UnavailableError
+from mpt_grpc.errors import DeviceLostError, DuplicateRequestError, InternalError, OverloadedError, UnavailableError
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.request import (
@@ -135,8 +135,7 @@ class Engine:
         it runs is raised by the stream.
         """
         if prompt_token_ids is None:
-            prompt = request.prompt
-            prompt_token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            prompt_token_ids = self.tokenize_prompt(request)
         request = admit(request, prompt_token_ids, self.limits)
         stopping = request.stopping
         detokenizer = self.tokenizer.detokenizer(prompt_token_ids, request.skip_special_tokens)
@@ -156,9 +155,17 @@ class Engine:
             self._inbox.put(lambda: self._scheduler.add(request, prompt_token_ids))
         return stream
 
+    def tokenize_prompt(self, request: GenerationRequest) -> tuple[int, ...]:
+        """The prompt's tokens. Raises InvalidRequestError for a text that no tokenization makes short enough."""
+        if not isinstance(request.prompt, str):
+            return request.prompt
+        check_text_length(request.prompt, self.tokenizer.max_token_bytes, self.limits)
+        return self.tokenizer.encode(request.prompt)
+
     def abort(self, request_id: str) -> bool:
         """Ends a request with CANCELLED before the next step; its blocks are free then. False: not in flight."""
-        flight = self._flights.get(request_id)
+        with self._admission:
+            flight = self._flights.get(request_id)
         if flight is not None:
             self._cancel(flight)
         return flight is not None
@@ -176,7 +183,8 @@ class Engine:
         """Ends what is in flight with UnavailableError and the thread with it. Idempotent."""
         self.refuse("the engine is closed")
         self._inbox.put(self._stop)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def is_stuck(self, timeout_s: float) -> bool:
         """Whether the thread has died, or work waits and nothing has come of it for `timeout_s`."""
@@ -215,6 +223,8 @@ class Engine:
         try:
             logits = self._runner.run(plan)
             return self._sampler.sample(logits, [sequence for sequence in plan.sequences if sequence.samples])
+        except DeviceLostError:
+            raise
         except Exception as error:
             if len(plan.sequences) == 1:
                 request_id = plan.sequences[0].request_id
@@ -304,10 +314,9 @@ class Engine:
     def _stop(self) -> None:
         self._running = False
 
-    def _fail_all(self, error: UnavailableError) -> None:
-        for flight in list(self._flights.values()):
-            self._scheduler.end(flight.request.request_id)
-            self._outbox.append((flight, TokenEvent(flight.request.request_id, error=error)))
+    def _fail_all(self, why: UnavailableError) -> None:
+        for request_id, flight in self._flights.items():
+            self._outbox.append((flight, TokenEvent(request_id, error=UnavailableError(str(why)))))
         self._flights.clear()
         self._deliver()
 

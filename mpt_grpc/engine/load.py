@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from opentelemetry.trace import Tracer
@@ -15,6 +18,7 @@ from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
+from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.model.weights import load_model, num_parameters, random_model
@@ -22,6 +26,8 @@ from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
 from mpt_grpc.text.tokenizer import Tokenizer
+
+Made = TypeVar("Made")
 
 BLOCK_SIZE = 16
 """Tokens of a KV block."""
@@ -63,15 +69,23 @@ def load_engine(
     if not config.alibi and max_context_tokens > config.max_seq_len:
         raise SettingsError(f"--max-context-tokens: {max_context_tokens} is above the {config.max_seq_len} positions")
 
-    model = random_model(config, dtype, device) if random else load_model(folder, config, dtype, device)
+    def load_weights() -> MPT:
+        return random_model(config, dtype, device) if random else load_model(folder, config, dtype, device)
+
+    model = _in_own_thread(load_weights)
     block_bytes = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
     num_blocks = _num_blocks(settings.cache, device, block_bytes)
     # One request may fill the whole cache, never more: it could not end otherwise.
     max_context_tokens = min(max_context_tokens, num_blocks * BLOCK_SIZE)
 
+    try:
+        cache = _in_own_thread(lambda: KVCache(config, num_blocks, BLOCK_SIZE, dtype, device))
+    except RuntimeError as error:
+        raise SettingsError(f"--kv-cache-gib: {num_blocks * block_bytes} bytes are not to be had: {error}") from error
+
     limits = settings.scheduler
     engine = Engine(
-        Runner(model, KVCache(config, num_blocks, BLOCK_SIZE, dtype, device), TorchAttention(config, device), device),
+        Runner(model, cache, TorchAttention(config, device), device),
         Sampler(tokenizer.vocab_size),
         Scheduler(
             SchedulerLimits(limits.max_running_requests, limits.max_step_tokens, max_context_tokens),
@@ -95,6 +109,16 @@ def load_engine(
         cache_bytes=num_blocks * block_bytes,
     )
     return engine, loaded
+
+
+def _in_own_thread(make: Callable[[], Made]) -> Made:
+    """Makes tensors in a thread that ends with it.
+
+    OpenMP keeps workers for each thread that has computed as long as it lives. With a second set beside the scheduler
+    thread's, libgomp sees more threads than cores and lets none of them spin: each step takes twice as long.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(make).result()
 
 
 def _device(wanted: ModelSettings) -> torch.device:

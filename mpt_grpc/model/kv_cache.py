@@ -33,12 +33,15 @@ class KVCache:
         self.keys[layer][blocks, :, offsets] = key.nan_to_num(0.0, 0.0, 0.0)
         self.values[layer][blocks, :, offsets] = value.nan_to_num(0.0, 0.0, 0.0)
 
-    def gather(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies the blocks of `tables` [n, num_blocks] out, as keys and values [n, n_kv_heads, tokens, head_dim]."""
-        n, width = tables.shape
+    def rows(self, tables: Tensor) -> Tensor:
+        """What `gather` needs for `tables` [n, num_blocks], the same in every layer: [n, n_kv_heads, num_blocks]."""
         heads = torch.arange(self.keys.shape[2], device=tables.device)
-        rows = (tables[:, None, :] * len(heads) + heads[None, :, None]).flatten()
-        keys = self.keys[layer].flatten(0, 1).index_select(0, rows)
-        values = self.values[layer].flatten(0, 1).index_select(0, rows)
-        shape = (n, len(heads), width * self.block_size, keys.shape[-1])
+        return tables[:, None, :] * len(heads) + heads[:, None]
+
+    def gather(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies blocks out, as keys and values [n, n_kv_heads, tokens, head_dim]."""
+        shape = (*rows.shape[:2], -1, self.keys.shape[-1])
+        # A table of flat rows: over more dimensions index_select copies five times as slowly.
+        keys = self.keys[layer].flatten(0, 1).flatten(1).index_select(0, rows.flatten())
+        values = self.values[layer].flatten(0, 1).flatten(1).index_select(0, rows.flatten())
         return keys.view(shape), values.view(shape)

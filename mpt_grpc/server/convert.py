@@ -10,7 +10,6 @@ from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc.engine.admission import RequestLimits
 from mpt_grpc.engine.engine import EngineLoad
 from mpt_grpc.engine.load import LoadedModel
-from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.request import (
     CacheOptions,
     Finish,
@@ -33,19 +32,12 @@ _FINISH_REASONS = {
 
 
 def generation_request(message: pb.GenerateRequest) -> GenerationRequest:
-    """Raises InvalidRequestError when there is no prompt; the ranges are the engine's to check."""
-    prompt: str | tuple[int, ...]
-    match message.WhichOneof("prompt"):
-        case "text":
-            prompt = message.text
-        case "token_ids":
-            prompt = tuple(message.token_ids.ids)
-        case _:
-            raise InvalidRequestError(FieldViolation("prompt", "required: set text or token_ids"))
+    """Ranges, and a prompt that is missing, are the engine's to find."""
+    has_text = message.WhichOneof("prompt") == "text"
     sampling, stopping, response = message.sampling, message.stopping, message.response
     return GenerationRequest(
         request_id=message.request_id or str(uuid.uuid4()),
-        prompt=prompt,
+        prompt=message.text if has_text else tuple(message.token_ids.ids),
         sampling=SamplingParameters(
             temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
             top_k=sampling.top_k,

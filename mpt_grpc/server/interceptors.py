@@ -78,7 +78,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except MptGrpcError as error:
             code, _ = status.code_and_reason(error)
             await self._fail(context, span, error)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception:

@@ -17,7 +17,7 @@ from mpt.v1 import text_generation_pb2 as pb
 from mpt.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel, load_engine
-from mpt_grpc.errors import SettingsError
+from mpt_grpc.errors import InternalError, ModelError, SettingsError
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.interceptors import CallInterceptor
 from mpt_grpc.server.servicer import TextGenerationServicer
@@ -113,9 +113,11 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
     health_pb2_grpc.add_HealthServicer_to_server(running.health, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     with engine:
-        await running.set_serving(False)
+        try:
+            await asyncio.to_thread(engine.generate, _WARM_UP)
+        except InternalError as error:
+            raise ModelError(f"the model fails at its first tokens: {error.__cause__!r}") from error
         await server.start()
-        await asyncio.to_thread(engine.generate, _WARM_UP)
         watch = asyncio.create_task(running.watch())
         try:
             yield running
@@ -123,8 +125,9 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
             watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watch
-            await server.stop(_STOP_GRACE_S)
+            # The engine first: what still runs ends with its error, which says why.
             await asyncio.to_thread(engine.close)
+            await server.stop(_STOP_GRACE_S)
 
 
 _WARM_UP = GenerationRequest(
@@ -138,7 +141,8 @@ _WARM_UP = GenerationRequest(
 
 def _bind(server: grpc.aio.Server, settings: ServerSettings) -> int:
     try:
-        return server.add_insecure_port(f"{settings.host}:{settings.port}")
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        return server.add_insecure_port(f"{host}:{settings.port}")
     except RuntimeError as error:
         raise SettingsError(
             f"--port: cannot listen on {settings.host}:{settings.port}; is another server running there?"

@@ -26,6 +26,8 @@ from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import request_attributes
 
 _MAX_ABORT_IDS = 1000
+_MAX_TOKENIZE_CHARACTERS = 1 << 20
+_MAX_DETOKENIZE_IDS = 1 << 18
 # Longer texts are tokenized beside the event loop, which would otherwise stand still for a millisecond or more.
 _LONG_TEXT = 4096
 
@@ -77,10 +79,16 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 prompt = None
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _CallContext) -> pb.TokenizeResponse:
+        if len(request.text) > _MAX_TOKENIZE_CHARACTERS:
+            why = f"{len(request.text)} characters, at most {_MAX_TOKENIZE_CHARACTERS}"
+            raise InvalidRequestError(FieldViolation("text", why))
         return await asyncio.to_thread(convert.tokens, self._engine.tokenizer, request.text)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: _CallContext) -> pb.DetokenizeResponse:
         tokenizer = self._engine.tokenizer
+        if len(request.ids) > _MAX_DETOKENIZE_IDS:
+            why = f"{len(request.ids)} ids, at most {_MAX_DETOKENIZE_IDS}"
+            raise InvalidRequestError(FieldViolation("ids", why))
         for index, token in enumerate(request.ids):
             if token >= tokenizer.vocab_size:
                 why = f"{token} is not a token id: they are below {tokenizer.vocab_size}"
@@ -138,7 +146,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             parent = set_span_in_context(span)
         prompt_token_ids = None
         if isinstance(request.prompt, str) and len(request.prompt) > _LONG_TEXT:
-            prompt_token_ids = await asyncio.to_thread(self._engine.tokenizer.encode, request.prompt)
+            prompt_token_ids = await asyncio.to_thread(self._engine.tokenize_prompt, request)
         return self._engine.submit(request, AsyncStream, prompt_token_ids=prompt_token_ids, context=parent)
 
 

@@ -33,7 +33,7 @@ _TABLE: dict[type[MptGrpcError], tuple[grpc.StatusCode, str]] = {
 
 def code_and_reason(error: MptGrpcError) -> tuple[grpc.StatusCode, str]:
     """The status of an error, and its stable name in `ErrorInfo.reason`."""
-    return _TABLE[type(error)]
+    return _TABLE.get(type(error), _TABLE[InternalError])
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: MptGrpcError) -> None:

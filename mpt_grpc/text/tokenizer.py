@@ -26,6 +26,8 @@ class Tokenizer:
 
     vocab_size: int
     """All ids, those of added tokens included, are below it."""
+    max_token_bytes: int
+    """No token stands for more bytes of text than these."""
     eos_token_ids: frozenset[int]
     """The tokens that end an output; empty if the model's files name none."""
 
@@ -33,6 +35,7 @@ class Tokenizer:
         backend.no_truncation()  # a file may ask for both; a prompt is never cut or filled up in silence
         backend.no_padding()
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.max_token_bytes = max(map(len, (t.encode() for t in backend.get_vocab(with_added_tokens=True))), default=0)
         self.eos_token_ids = eos_token_ids
         self._backend = backend
         self._special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
@@ -56,7 +59,9 @@ class Tokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         """The ids of `text` as it is: no token is added. A special token's own text, such as `<|endoftext|>`, is
         read as that token."""
-        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        # The call for a batch lets other Python threads run meanwhile, the one for a single text does not.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return tuple(encoding.ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token become nothing."""

@@ -89,7 +89,6 @@ async def test_special_tokens_are_shown_on_request(service: Any) -> None:
 
 async def test_every_bad_field_is_named_in_bad_request(service: Any) -> None:
     bad = pb.GenerateRequest(
-        text="x",
         sampling=pb.SamplingParameters(temperature=-1, top_p=0, min_p=1.5),
         stopping=pb.StoppingCriteria(max_new_tokens=0, stop_strings=["a", ""], stop_token_ids=[9999999]),
         priority=1000,
@@ -100,6 +99,7 @@ async def test_every_bad_field_is_named_in_bad_request(service: Any) -> None:
         assert details(error)["ErrorInfo"].reason == "INVALID_REQUEST"
         assert [violation.field for violation in details(error)["BadRequest"].field_violations] == [
             "priority",
+            "prompt",
             "sampling.temperature",
             "sampling.top_p",
             "sampling.min_p",
@@ -113,8 +113,8 @@ async def test_every_bad_field_is_named_in_bad_request(service: Any) -> None:
     ("bad", "field"),
     [
         (pb.GenerateRequest(), "prompt"),
-        (pb.GenerateRequest(text=""), "text"),
-        (pb.GenerateRequest(token_ids=pb.TokenIds()), "token_ids.ids"),
+        (pb.GenerateRequest(text=""), "prompt"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds()), "prompt"),
         (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 4096])), "token_ids.ids[1]"),
         (pb.GenerateRequest(text="word " * 5000), "text"),
         (request(max_new_tokens=2048), "stopping.max_new_tokens"),

@@ -12,7 +12,7 @@ from mpt.v1 import text_generation_pb2 as pb
 from mpt.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 from mpt_grpc_client import responses
 from mpt_grpc_client.channel import channel_options, resolve_target, trace_metadata
-from mpt_grpc_client.errors import from_rpc_error
+from mpt_grpc_client.errors import MptGrpcError, from_rpc_error
 from mpt_grpc_client.request import GenerateOptions, build_request
 from mpt_grpc_client.results import Generation, ModelInfo, ServerInfo, Token
 
@@ -94,6 +94,10 @@ class AsyncClient:
             return await method(request, timeout=self._timeout(timeout_s), metadata=trace_metadata())
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                raise
+            raise MptGrpcError("the client was closed", code=grpc.StatusCode.CANCELLED) from error
 
     def _timeout(self, timeout_s: float | None) -> float | None:
         return self._timeout_s if timeout_s is None else timeout_s
@@ -127,14 +131,20 @@ class AsyncTextStream(responses.PartialGeneration):
                     return text
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
-        except asyncio.CancelledError:
-            # grpc.aio raises it for a call that was cancelled here; that of the reading task itself has to go on.
-            task = asyncio.current_task()
-            if not self._cancelled or (task is not None and task.cancelling()):
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
                 raise
+            if not self._cancelled:
+                raise MptGrpcError("the client was closed", code=grpc.StatusCode.CANCELLED) from error
         raise StopAsyncIteration
 
     def cancel(self) -> None:
         """Ends the generation on the server too; without effect once it has ended."""
         self._cancelled = True
         self._call.cancel()
+
+
+def _is_cancelled() -> bool:
+    """Whether the task itself is cancelled; grpc.aio raises the same for a call or a channel that was ended here."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

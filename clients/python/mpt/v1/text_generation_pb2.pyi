@@ -263,7 +263,9 @@ class ResponseOptions(_message.Message):
     output_token_ids: _builtins.bool
     """Whether to answer the output's token ids. Default false."""
     skip_special_tokens: _builtins.bool
-    """Whether special tokens, such as the end mark, are left out of the text. Default true."""
+    """Whether special tokens are left out of the text. Default true. The token that ended the output, an end mark or a
+    stop token, is left out always.
+    """
     def __init__(
         self,
         *,
@@ -609,7 +611,7 @@ class TokenizeRequest(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The text; it is tokenized as it is, no token is added."""
+    """The text, at most 1,048,576 characters; it is tokenized as it is, no token is added."""
     def __init__(
         self,
         *,
@@ -685,7 +687,7 @@ class DetokenizeRequest(_message.Message):
     """Whether special tokens, such as the end mark, are left out of the text. Default true."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The ids, each in the tokenizer's vocabulary."""
+        """The ids, at most 262,144, each in the tokenizer's vocabulary."""
 
     def __init__(
         self,
@@ -925,7 +927,7 @@ class Limits(_message.Message):
     max_running_requests: _builtins.int
     """Requests that run at the same time."""
     max_waiting_requests: _builtins.int
-    """Requests that wait; the next one gets RESOURCE_EXHAUSTED."""
+    """Requests in flight beyond these and max_running_requests get RESOURCE_EXHAUSTED."""
     max_step_tokens: _builtins.int
     """Tokens that one step computes at most."""
     max_message_bytes: _builtins.int
@@ -971,7 +973,7 @@ class Load(_message.Message):
     free_blocks: _builtins.int
     """Blocks that belong to no request; those kept for the prefix cache included."""
     steps: _builtins.int
-    """Steps since the start."""
+    """Steps since the start, those of the warm-up included, as in the next two."""
     generated_tokens: _builtins.int
     """Tokens generated since the start."""
     batched_sequences: _builtins.int
