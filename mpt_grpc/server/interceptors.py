@@ -10,11 +10,12 @@ from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from mpt_grpc.errors import InternalError, MptGrpcError
+from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptGrpcError
 from mpt_grpc.server import status
 from mpt_grpc.telemetry import names
 
@@ -48,7 +49,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         service, _, method = handler_call_details.method.removeprefix("/").partition("/")
         if service != _SERVICE or handler is None:
             return handler
-        codecs = (handler.request_deserializer, handler.response_serializer)
+        codecs = (_parser(handler.request_deserializer), handler.response_serializer)
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), *codecs)
         assert handler.unary_unary is not None
@@ -57,14 +58,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary(self, method: str, serve: Callable[..., Any]) -> Callable[..., Any]:
         async def unary(request: Any, context: _CallContext) -> Any:
             async with self._call(method, context):
-                return await serve(request, context)
+                return await serve(_parsed(request), context)
 
         return unary
 
     def _stream(self, method: str, serve: Callable[..., Any]) -> Callable[..., Any]:
         async def stream(request: Any, context: _CallContext) -> AsyncIterator[Any]:
             async with self._call(method, context):
-                async for response in serve(request, context):
+                async for response in serve(_parsed(request), context):
                     yield response
 
         return stream
@@ -110,3 +111,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             span.set_attribute(names.ERROR_TYPE, status.code_and_reason(error)[1])
             span.set_status(StatusCode.ERROR, str(error))
         await status.abort(context, error)
+
+
+def _parser(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    """Hands what cannot be parsed on as an error, to be raised where errors become status: gRPC would say UNKNOWN."""
+    assert parse is not None
+
+    def parse_or_fault(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            return InvalidRequestError(FieldViolation("request", "these bytes are no message of this method"))
+
+    return parse_or_fault
+
+
+def _parsed(request: Any) -> Any:
+    if isinstance(request, MptGrpcError):
+        raise request
+    return request

@@ -14,6 +14,7 @@ from mpt_grpc.engine import load
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream, collect
 from mpt_grpc.errors import (
+    DeviceLostError,
     DuplicateRequestError,
     InternalError,
     InvalidRequestError,
@@ -280,6 +281,23 @@ def test_a_fault_of_one_request_ends_that_request_alone(
     assert_same_tokens({stream.request.request_id: collect(stream) for stream in streams}, alone)
     assert engine.load.num_free_blocks == 512
     assert not engine.is_stuck(60)
+
+
+class LostDevice(Runner):
+    def run(self, plan: StepPlan) -> torch.Tensor:  # noqa: ARG002
+        raise DeviceLostError("an illegal memory access was encountered")
+
+
+def test_a_lost_device_stops_the_engine(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]) -> None:
+    monkeypatch.setattr(load, "Runner", LostDevice)
+    engine = make_engine()
+    streams = [engine.submit(generation(name), ThreadStream) for name in "ab"]
+    for stream in streams:
+        with pytest.raises(UnavailableError, match="illegal memory access"):
+            collect(stream)
+    assert engine.is_stuck(60)
+    with pytest.raises(UnavailableError, match="illegal memory access"):
+        engine.generate(generation())
 
 
 def test_closing_ends_what_is_in_flight_with_an_error(

@@ -217,3 +217,19 @@ async def test_a_message_over_the_limit_is_refused_and_the_channel_lives_on(serv
     # 5 MiB are more than gRPC's own default lets in: the answer comes from the engine's limits.
     error = await failure(service.stub.Generate(request("word " * (1 << 20))))
     assert details(error)["BadRequest"].field_violations[0].field == "text"
+
+
+async def test_bytes_that_are_no_message_are_an_invalid_request(service: Any) -> None:
+    for method in ("Generate", "StreamGenerate"):
+        path = f"/mpt.v1.TextGenerationService/{method}"
+        call = service.channel.unary_stream(path)(b"\xff\xff\xff")
+        error = await failure(anext(aiter(call)))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert details(error)["BadRequest"].field_violations[0].field == "request"
+
+
+async def test_texts_and_lists_over_their_limits_are_refused_by_name(service: Any) -> None:
+    error = await failure(service.stub.Tokenize(pb.TokenizeRequest(text="x" * ((1 << 20) + 1))))
+    assert details(error)["BadRequest"].field_violations[0].field == "text"
+    error = await failure(service.stub.Detokenize(pb.DetokenizeRequest(ids=[1] * ((1 << 18) + 1))))
+    assert details(error)["BadRequest"].field_violations[0].field == "ids"
