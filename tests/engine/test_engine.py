@@ -291,11 +291,9 @@ class LostDevice(Runner):
 def test_a_lost_device_stops_the_engine(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]) -> None:
     monkeypatch.setattr(load, "Runner", LostDevice)
     engine = make_engine()
-    streams = [engine.submit(generation(name), ThreadStream) for name in "ab"]
-    for stream in streams:
-        with pytest.raises(UnavailableError, match="illegal memory access"):
-            collect(stream)
-    assert engine.is_stuck(60)
+    stream = engine.submit(generation("a"), ThreadStream)
+    with pytest.raises(UnavailableError, match="illegal memory access"):
+        collect(stream)
     with pytest.raises(UnavailableError, match="illegal memory access"):
         engine.generate(generation())
 
