@@ -178,6 +178,20 @@ def test_twelve_thousand_tokens_on_a_model_trained_on_two_thousand(tmp_path: Pat
     np.testing.assert_allclose(scores, reference_logits(as_arrays(weights), config, tokens)[ends], rtol=0, atol=1e-4)
 
 
+def test_decoding_beside_much_longer_contexts_equals_alone(tmp_path: Path) -> None:
+    """Lengths that fall into different groups of the torch backend, and two that share one."""
+    make_checkpoint(tmp_path, tiny_config())
+    model = load(tmp_path)
+    contexts = {f"{n} tokens": random_tokens(n, seed=n) for n in (3, 30, 33, 70, 150, 500)}
+    stepper = Stepper(model)
+    for name, tokens in contexts.items():
+        stepper.step({name: tokens[:-1]})
+    rows = stepper.step({name: tokens[-1:] for name, tokens in contexts.items()})
+    for name, tokens in contexts.items():
+        alone = run_prompt(model, tokens, [len(tokens)])[-1]
+        torch.testing.assert_close(rows[name], alone, rtol=0, atol=1e-5)
+
+
 def test_what_is_not_finite_stays_with_its_sequence(tmp_path: Path) -> None:
     """Token 5 has an embedding of NaN. Its sequence computes beside a sound one, then leaves its blocks to another."""
     config = tiny_config()

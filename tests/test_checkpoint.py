@@ -1,0 +1,52 @@
+"""Where a model's files are looked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpt_grpc.checkpoint import find_checkpoint
+from mpt_grpc.errors import ModelError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_the_demo_model_and_folders_are_found(tmp_path: Path) -> None:
+    demo = find_checkpoint("demo")
+    assert (demo.name, (demo.folder / "model.safetensors").is_file()) == ("demo", True)
+    (tmp_path / "my-mpt").mkdir()
+    assert find_checkpoint(f"{tmp_path}/my-mpt/").name == "my-mpt"
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c"])
+def test_what_is_neither_folder_nor_hub_id_is_refused(model: str) -> None:
+    with pytest.raises(ModelError, match=rf"--model {model}: no such folder, and no hub id"):
+        find_checkpoint(model)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_hub_id_is_found_in_the_hubs_cache(tmp_path: Path, weights: str) -> None:
+    snapshot = tmp_path / "models--mosaicml--mpt-7b" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", weights):
+        (snapshot / name).write_text("{}")
+    (tmp_path / "models--mosaicml--mpt-7b" / "refs").mkdir()
+    (tmp_path / "models--mosaicml--mpt-7b" / "refs" / "main").write_text(COMMIT)
+    found = _find_offline("mosaicml/mpt-7b", tmp_path)
+    assert found.stdout.split() == ["mosaicml/mpt-7b", str(snapshot)]
+
+
+def test_a_hub_id_that_is_not_to_be_had_is_a_clear_error(tmp_path: Path) -> None:
+    failed = _find_offline("nobody/nothing", tmp_path)
+    assert failed.returncode == 1
+    assert "ModelError: --model nobody/nothing: no such folder, and the hub did not give it" in failed.stderr
+
+
+def _find_offline(model: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    code = f"from mpt_grpc.checkpoint import *; c = find_checkpoint({model!r}); print(c.name, c.folder)"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
