@@ -22,7 +22,6 @@ class OutputAssembly:
     def __init__(self, text: TextAssembler, end_request: Callable[[], None]) -> None:
         """`end_request` tells the engine that no more tokens are wanted."""
         self._text, self._end_request = text, end_request
-        self._stop_string: str | None = None
         self.ended = False
 
     def advance(self, events: Iterable[TokenEvent]) -> Iterator[OutputDelta]:
@@ -32,7 +31,7 @@ class OutputAssembly:
         for event in events:
             self.ended = event.finish is not None or event.error is not None
             error = event.error
-            if self._stop_string is None:
+            if self._text.stop_string is None:
                 piece, used = self._feed(event)
                 text += piece
                 token_ids += event.token_ids[:used]
@@ -55,14 +54,13 @@ class OutputAssembly:
         assembled = self._text.feed(event.token_ids[:-1] if textless else event.token_ids)
         if assembled.stop_string is None:
             return assembled.text, len(event.token_ids)
-        self._stop_string = assembled.stop_string
         self.cancel()
         return assembled.text, assembled.num_tokens
 
     def _last(self, text: str, token_ids: list[int], event: TokenEvent) -> OutputDelta:
-        if self._stop_string is None:
-            return OutputDelta(text + self._text.finish(), tuple(token_ids), event.finish, event.stats)
-        finish = Finish(FinishReason.STOP_STRING, stop_string=self._stop_string)
+        text += self._text.finish()  # nothing after a stop string, but it may complete one
+        stop_string = self._text.stop_string
+        finish = event.finish if stop_string is None else Finish(FinishReason.STOP_STRING, stop_string=stop_string)
         return OutputDelta(text, tuple(token_ids), finish, event.stats)
 
 

@@ -40,6 +40,11 @@ class TextAssembler:
         self._detokenizer = detokenizer
         self._stop_strings = StopStrings(stop_strings, include_stop_string)
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was met, `finish` included."""
+        return self._stop_strings.met
+
     def feed(self, token_ids: Sequence[int]) -> AssembledText:
         """Adds the output's next tokens. After a stop string was met none is used any more."""
         pieces: list[str] = []

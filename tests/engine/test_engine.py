@@ -12,7 +12,7 @@ from conftest import SteppedRunner, generation
 
 from mpt_grpc.engine import load
 from mpt_grpc.engine.engine import Engine
-from mpt_grpc.engine.stream import ThreadStream, collect
+from mpt_grpc.engine.stream import OutputAssembly, ThreadStream, collect
 from mpt_grpc.errors import (
     DeviceLostError,
     DuplicateRequestError,
@@ -22,8 +22,17 @@ from mpt_grpc.errors import (
     UnavailableError,
 )
 from mpt_grpc.model.runner import Runner
-from mpt_grpc.request import CacheOptions, FinishReason, GenerationRequest, Output, SamplingParameters
+from mpt_grpc.request import (
+    CacheOptions,
+    Finish,
+    FinishReason,
+    GenerationRequest,
+    Output,
+    SamplingParameters,
+    TokenEvent,
+)
 from mpt_grpc.step import StepPlan
+from mpt_grpc.text.detokenizer import TextAssembler
 
 SEEDED = SamplingParameters(temperature=0.9, top_p=0.95, top_k=200, min_p=0.01, seed=1234)
 PROMPTS = [
@@ -123,6 +132,16 @@ def test_a_stop_string_ends_the_text_before_it(shared_engine: Engine) -> None:
     assert output.finish.reason is FinishReason.STOP_STRING
     assert output.finish.stop_string == stop
     assert len(output.token_ids) < 40
+
+
+def test_a_stop_string_that_only_the_end_completes_is_the_reason(shared_engine: Engine) -> None:
+    """The only token is the first byte of a longer character: what is left of it becomes U+FFFD at the end."""
+    half = next(i for i in range(4096) if shared_engine.tokenizer.token_bytes(i) == b"\xe2")
+    events = [TokenEvent("r", (half,), Finish(FinishReason.MAX_NEW_TOKENS))]
+    text = TextAssembler(shared_engine.tokenizer.detokenizer(), ["\ufffd"])
+    (delta,) = OutputAssembly(text, lambda: None).advance(events)
+    assert delta.text == ""
+    assert delta.finish == Finish(FinishReason.STOP_STRING, stop_string="\ufffd")
 
 
 def test_the_end_mark_ends_the_output_and_leaves_no_text(shared_engine: Engine) -> None:
