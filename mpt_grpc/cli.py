@@ -65,6 +65,13 @@ def _settings(parsed: argparse.Namespace) -> Settings:
     )
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends each default, but not None, which the help puts in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     defaults = Settings()
     parser = argparse.ArgumentParser(
@@ -76,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         help="serve a model until SIGTERM",
         description="Serve a model until SIGTERM, then let running requests finish.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
 
