@@ -88,7 +88,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             await self._fail(context, span, InternalError("the server failed; its log says why"))
         finally:
             if span is not None:
-                span.set_attribute(names.RPC_STATUS_CODE, code.value[0])
+                span.set_attribute(names.RPC_STATUS_CODE, code.name)
                 span.end()
 
     def _start_span(self, method: str, context: _CallContext) -> Span | None:
@@ -99,7 +99,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             f"{_SERVICE}/{method}",
             context=self._propagator.extract(carrier, context=Context()),
             kind=SpanKind.SERVER,
-            attributes={names.RPC_SYSTEM: "grpc", names.RPC_SERVICE: _SERVICE, names.RPC_METHOD: method},
+            attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: f"{_SERVICE}/{method}"},
         )
         # Each call runs in a task of its own, so that the variable needs no reset.
         _span.set(span)

@@ -1,4 +1,4 @@
-"""Every span and attribute name. RPC and GenAI names are those of OpenTelemetry's semantic conventions 1.38."""
+"""Every span and attribute name. RPC and GenAI names are those of OpenTelemetry's semantic conventions 1.44."""
 
 SCOPE = "mpt-grpc"
 
@@ -6,10 +6,9 @@ SPAN_QUEUE = "queue"
 SPAN_PREFILL = "prefill"
 SPAN_DECODE = "decode"
 
-RPC_SYSTEM = "rpc.system"
-RPC_SERVICE = "rpc.service"
+RPC_SYSTEM = "rpc.system.name"
 RPC_METHOD = "rpc.method"
-RPC_STATUS_CODE = "rpc.grpc.status_code"
+RPC_STATUS_CODE = "rpc.response.status_code"
 ERROR_TYPE = "error.type"
 
 OPERATION = "gen_ai.operation.name"

@@ -27,7 +27,7 @@ class Tokenizer:
     vocab_size: int
     """All ids, those of added tokens included, are below it."""
     max_token_bytes: int
-    """No token stands for more bytes of text than these."""
+    """Of the longest token as it is spelt; in byte-level BPE no token stands for more bytes of text."""
     eos_token_ids: frozenset[int]
     """The tokens that end an output; empty if the model's files name none."""
 

@@ -63,10 +63,9 @@ async def test_the_callers_trace_goes_on_to_the_last_token(tmp_path: Path, metho
     assert rpc["resource"]["attributes"]["service.name"] == "mpt-grpc"
     num_prompt_tokens = answer.summary.usage.num_prompt_tokens
     assert rpc["attributes"] == {
-        "rpc.system": "grpc",
-        "rpc.service": "mpt.v1.TextGenerationService",
-        "rpc.method": method,
-        "rpc.grpc.status_code": 0,
+        "rpc.system.name": "grpc",
+        "rpc.method": f"mpt.v1.TextGenerationService/{method}",
+        "rpc.response.status_code": "OK",
         "gen_ai.operation.name": "text_completion",
         "gen_ai.provider.name": "mpt-grpc",
         "gen_ai.request.model": "demo",
@@ -104,11 +103,11 @@ async def test_calls_that_fail_or_are_left_say_so_in_their_spans(tmp_path: Path)
     assert rpc["status"]["status_code"] == "ERROR"
     assert "stopping.max_new_tokens" in rpc["status"]["description"]
     assert rpc["attributes"]["error.type"] == "INVALID_REQUEST"
-    assert rpc["attributes"]["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert rpc["attributes"]["rpc.response.status_code"] == "INVALID_ARGUMENT"
 
     left_spans = spans_in(trace_file, left_id)
     assert set(left_spans) == {f"{RPC}StreamGenerate", "queue", "prefill", "decode"}
-    assert left_spans[f"{RPC}StreamGenerate"]["attributes"]["rpc.grpc.status_code"] == 1
+    assert left_spans[f"{RPC}StreamGenerate"]["attributes"]["rpc.response.status_code"] == "CANCELLED"
     assert left_spans["decode"]["attributes"]["gen_ai.usage.output_tokens"] < 1000
 
 
