@@ -65,7 +65,7 @@ def main() -> None:
 
 def _run(engine: Engine, n: int, new_tokens: int) -> tuple[float, list[Output]]:
     generator = torch.Generator().manual_seed(n)
-    prompts = torch.randint(1, engine.limits.vocab_size, (n, PROMPT_TOKENS), generator=generator).tolist()
+    prompts = torch.randint(1, engine.preparation.limits.vocab_size, (n, PROMPT_TOKENS), generator=generator).tolist()
     requests = [
         GenerationRequest(
             f"{index}",
@@ -77,7 +77,7 @@ def _run(engine: Engine, n: int, new_tokens: int) -> tuple[float, list[Output]]:
         for index, prompt in enumerate(prompts)
     ]
     start_s = time.perf_counter()
-    streams = [engine.submit(request, ThreadStream) for request in requests]
+    streams = [engine.submit(engine.preparation.prepare(request), ThreadStream) for request in requests]
     outputs = [collect(stream) for stream in streams]
     return time.perf_counter() - start_s, outputs
 

@@ -7,6 +7,7 @@ MptGrpcError
 ├── SettingsError         a flag or a setting is wrong: the server does not start
 ├── RequestError          the caller can mend it
 │   ├── InvalidRequestError   names every bad field at once
+│   ├── PromptRefusedError    a guard objects to the prompt
 │   ├── DuplicateRequestError the request id is in flight
 │   └── UnknownModelError     the request names a model that is not loaded
 ├── OverloadedError       the waiting queue is full; try again later
@@ -58,6 +59,10 @@ class InvalidRequestError(RequestError):
     def __init__(self, *violations: FieldViolation) -> None:
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
         self.violations = violations
+
+
+class PromptRefusedError(RequestError):
+    """A guard objects to the prompt."""
 
 
 class DuplicateRequestError(RequestError):

@@ -22,6 +22,8 @@ class ModelSettings:
     """'random' fills the shape with random weights instead of reading them."""
     max_context_tokens: int | None = None
     """The most tokens of one request; None takes the model's `max_seq_len`."""
+    chat_template: str = "auto"
+    """'base', 'instruct', 'chatml' or a Jinja file; 'auto' takes the model's own, else goes by its name."""
 
     def __post_init__(self) -> None:
         _at_least(1, max_context_tokens=self.max_context_tokens)
@@ -90,6 +92,8 @@ class Settings:
     cache: CacheSettings = field(default_factory=CacheSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
+    guards: tuple[str, ...] = ()
+    """What watches prompts and outputs: names of entry points, each with its argument after a `=`."""
     trace_file: Path | None = None
     """Spans are appended to it, one JSON object a line."""
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from mpt_grpc.engine import load
 from mpt_grpc.engine.engine import Engine
-from mpt_grpc.model.runner import Runner
+from mpt_grpc.engine.stream import ThreadStream
+from mpt_grpc.model.runner import Runner, StepScores
 from mpt_grpc.request import GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import CacheSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 from mpt_grpc.step import StepPlan
@@ -69,7 +69,13 @@ def generation(
 ) -> GenerationRequest:
     """A greedy request, unless `sampling` says otherwise."""
     stopping = StoppingCriteria(max_new_tokens=max_new_tokens, stop_strings=stop, ignore_eos=ignore_eos)
-    return GenerationRequest(request_id, prompt, sampling or SamplingParameters(temperature=0), stopping, **fields)
+    sampling = sampling or SamplingParameters(temperature=0)
+    return GenerationRequest(request_id, prompt, sampling, stopping=stopping, **fields)
+
+
+def submit(engine: Engine, request: GenerationRequest) -> ThreadStream:
+    """Puts a request in flight, to be read by this thread."""
+    return engine.submit(engine.preparation.prepare(request), ThreadStream)
 
 
 class SteppedRunner(Runner):
@@ -85,7 +91,7 @@ class SteppedRunner(Runner):
         self._free = False
         self.plans: list[StepPlan] = []
 
-    def run(self, plan: StepPlan) -> torch.Tensor:
+    def run(self, plan: StepPlan) -> StepScores:
         if plan.sequences[0].request_id == "warm-up":
             return super().run(plan)
         self.plans.append(plan)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.request import GenerationRequest, SamplingParameters, StoppingCriteria
+from mpt_grpc.errors import FieldViolation
+from mpt_grpc.request import (
+    Conversation,
+    DecodingOptions,
+    GenerationRequest,
+    LogprobOptions,
+    SamplingParameters,
+    StoppingCriteria,
+)
 
 DEFAULT_MAX_NEW_TOKENS = 256
 MAX_ID_BYTES = 128
+MAX_NUM_SEQUENCES = 16
+MAX_LOGIT_BIAS_TOKENS, MAX_LOGIT_BIAS = 1024, 100
+MAX_REPETITION_PENALTY, MAX_PENALTY = 10, 2
 MAX_STOP_STRINGS, MAX_STOP_STRING_BYTES = 16, 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_REPEATS, MAX_CYCLE_TOKENS = 1000, 256
+MAX_TOP_LOGPROBS = 20
 MAX_PRIORITY = 100
 
 
@@ -24,64 +36,50 @@ class RequestLimits:
     """Tokens of the tokenizer."""
     max_context_tokens: int
     """Prompt and output together; never more than the KV cache holds."""
+    max_num_sequences: int
+    """Outputs of one request; never more than may be in flight."""
 
 
-def admit(request: GenerationRequest, prompt_token_ids: tuple[int, ...], limits: RequestLimits) -> GenerationRequest:
-    """Returns the request with its seed and `max_new_tokens` resolved.
-
-    Raises InvalidRequestError with all the fields that are out of range.
-    """
-    violations = tuple(_violations(request, prompt_token_ids, limits))
-    if violations:
-        raise InvalidRequestError(*violations)
-    sampling, stopping = request.sampling, request.stopping
-    if sampling.seed is None:
-        sampling = replace(sampling, seed=secrets.randbits(64))
-    if stopping.max_new_tokens is None:
-        stopping = replace(stopping, max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
-    return replace(request, sampling=sampling, stopping=stopping)
-
-
-def check_text_length(text: str, max_token_bytes: int, limits: RequestLimits) -> None:
-    """Raises InvalidRequestError for a text that cannot fit, before time is spent on tokenizing it."""
-    longest = limits.max_context_tokens * max_token_bytes
-    if len(text) > longest:
-        why = f"{len(text)} characters cannot fit in the context of {limits.max_context_tokens} tokens"
-        raise InvalidRequestError(FieldViolation("text", f"{why}: shorten the prompt"))
-
-
-def _violations(
-    request: GenerationRequest, prompt_token_ids: tuple[int, ...], limits: RequestLimits
-) -> Iterator[FieldViolation]:
+def request_violations(request: GenerationRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
+    """Yields each field that is wrong whatever the prompt's tokens are."""
     if len(request.request_id.encode()) > MAX_ID_BYTES:
         yield FieldViolation("request_id", f"longer than {MAX_ID_BYTES} bytes")
     if len(request.cache.salt.encode()) > MAX_ID_BYTES:
         yield FieldViolation("cache.salt", f"longer than {MAX_ID_BYTES} bytes")
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         yield FieldViolation("priority", f"{request.priority} is not in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
-    yield from _prompt(request, prompt_token_ids, limits)
+    if request.truncate_prompt_tokens is not None:
+        if isinstance(request.prompt, Conversation):
+            why = "not with a conversation: set its drop_oldest_turns instead"
+            yield FieldViolation("truncate_prompt_tokens", why)
+        if request.truncate_prompt_tokens < 1:
+            yield FieldViolation("truncate_prompt_tokens", f"{request.truncate_prompt_tokens} is below 1")
     yield from _sampling(request.sampling, limits)
+    yield from _decoding(request.decoding, limits)
     yield from _stopping(request.stopping, limits)
+    yield from _logprobs(request.logprobs)
+    yield from _together(request, limits)
 
 
-def _prompt(
+def prompt_violations(
     request: GenerationRequest, prompt_token_ids: tuple[int, ...], limits: RequestLimits
 ) -> Iterator[FieldViolation]:
+    """Yields what is wrong with the prompt's tokens, and whether what is asked for fits beside them."""
     field = "text" if isinstance(request.prompt, str) else "token_ids.ids"
-    num_tokens, context = len(prompt_token_ids), limits.max_context_tokens
+    num_tokens, num_resumed, context = len(prompt_token_ids), len(request.resume_token_ids), limits.max_context_tokens
+    max_new_tokens = request.stopping.max_new_tokens
     if not prompt_token_ids:
-        yield FieldViolation("prompt", "empty: set text or token_ids, with at least one token")
+        yield FieldViolation("prompt", "empty: set text, token_ids or conversation, with at least one token")
         return
-    if num_tokens >= context:
+    if num_tokens > context - (max_new_tokens != 0):
         yield FieldViolation(
             field, f"{num_tokens} tokens leave no room for a new one in the context of {context}: shorten the prompt"
         )
         return
-    for index, token in enumerate(prompt_token_ids):
-        if not 0 <= token < limits.vocab_size:
-            yield FieldViolation(f"{field}[{index}]", f"{token} is not a token id: they are below {limits.vocab_size}")
-            break
-    max_new_tokens = request.stopping.max_new_tokens
+    yield from _token_ids(field, prompt_token_ids, limits)
+    if num_tokens + num_resumed > context:
+        why = f"{num_resumed} tokens after a prompt of {num_tokens} exceed the context of {context}"
+        yield FieldViolation("resume_token_ids", why)
     if max_new_tokens is not None and num_tokens + max_new_tokens > context:
         yield FieldViolation(
             "stopping.max_new_tokens",
@@ -96,17 +94,43 @@ def _sampling(sampling: SamplingParameters, limits: RequestLimits) -> Iterator[F
         yield FieldViolation("sampling.temperature", f"{sampling.temperature} is not in [0, 100]")
     if not 0 <= sampling.top_k <= limits.vocab_size:
         yield FieldViolation("sampling.top_k", f"{sampling.top_k} is not in [0, {limits.vocab_size}]")
-    if not 0 < sampling.top_p <= 1:
-        yield FieldViolation("sampling.top_p", f"{sampling.top_p} is not in (0, 1]; 1 keeps all tokens")
+    for name, value in (("top_p", sampling.top_p), ("typical_p", sampling.typical_p)):
+        if not 0 < value <= 1:
+            yield FieldViolation(f"sampling.{name}", f"{value} is not in (0, 1]; 1 keeps all tokens")
     if not 0 <= sampling.min_p <= 1:
         yield FieldViolation("sampling.min_p", f"{sampling.min_p} is not in [0, 1]")
     if sampling.seed is not None and not 0 <= sampling.seed < 1 << 64:
         yield FieldViolation("sampling.seed", f"{sampling.seed} is not in [0, 2^64)")
+    if not 1 <= sampling.num_sequences <= limits.max_num_sequences:
+        why = f"{sampling.num_sequences} is not in [1, {limits.max_num_sequences}]"
+        yield FieldViolation("sampling.num_sequences", why)
+
+
+def _decoding(decoding: DecodingOptions, limits: RequestLimits) -> Iterator[FieldViolation]:
+    if not 0 < decoding.repetition_penalty <= MAX_REPETITION_PENALTY:
+        why = f"{decoding.repetition_penalty} is not in (0, {MAX_REPETITION_PENALTY}]; 1 changes nothing"
+        yield FieldViolation("decoding.repetition_penalty", why)
+    for name, value in (
+        ("frequency_penalty", decoding.frequency_penalty),
+        ("presence_penalty", decoding.presence_penalty),
+    ):
+        if not -MAX_PENALTY <= value <= MAX_PENALTY:
+            yield FieldViolation(f"decoding.{name}", f"{value} is not in [-{MAX_PENALTY}, {MAX_PENALTY}]")
+    if len(decoding.logit_bias) > MAX_LOGIT_BIAS_TOKENS:
+        why = f"{len(decoding.logit_bias)} tokens, at most {MAX_LOGIT_BIAS_TOKENS}"
+        yield FieldViolation("decoding.logit_bias", why)
+    for token, bias in decoding.logit_bias.items():
+        field = f"decoding.logit_bias[{token}]"
+        if not 0 <= token < limits.vocab_size:
+            yield FieldViolation(field, f"{token} is not a token id: they are below {limits.vocab_size}")
+        if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+            yield FieldViolation(field, f"{bias} is not in [-{MAX_LOGIT_BIAS}, {MAX_LOGIT_BIAS}]")
+    yield from _token_ids("decoding.allowed_token_ids", decoding.allowed_token_ids, limits)
 
 
 def _stopping(stopping: StoppingCriteria, limits: RequestLimits) -> Iterator[FieldViolation]:
-    if stopping.max_new_tokens is not None and stopping.max_new_tokens < 1:
-        yield FieldViolation("stopping.max_new_tokens", f"{stopping.max_new_tokens} is below 1")
+    if stopping.max_new_tokens is not None and stopping.max_new_tokens < 0:
+        yield FieldViolation("stopping.max_new_tokens", f"{stopping.max_new_tokens} is below 0")
     if len(stopping.stop_strings) > MAX_STOP_STRINGS:
         yield FieldViolation("stopping.stop_strings", f"{len(stopping.stop_strings)}, at most {MAX_STOP_STRINGS}")
     for index, stop in enumerate(stopping.stop_strings):
@@ -117,8 +141,55 @@ def _stopping(stopping: StoppingCriteria, limits: RequestLimits) -> Iterator[Fie
             )
     if len(stopping.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         yield FieldViolation("stopping.stop_token_ids", f"{len(stopping.stop_token_ids)}, at most {MAX_STOP_TOKEN_IDS}")
-    for index, token in enumerate(stopping.stop_token_ids):
+    yield from _token_ids("stopping.stop_token_ids", stopping.stop_token_ids, limits)
+    limit_s = stopping.time_limit_s
+    if limit_s is not None and not 0 < limit_s < math.inf:
+        yield FieldViolation("stopping.time_limit", f"{limit_s} s is not above 0")
+    if (guard := stopping.repetition_guard) is not None:
+        field = "stopping.repetition_guard"
+        if not 2 <= guard.min_repeats <= MAX_REPEATS:
+            yield FieldViolation(f"{field}.min_repeats", f"{guard.min_repeats} is not in [2, {MAX_REPEATS}]")
+        if not 1 <= guard.max_cycle_tokens <= MAX_CYCLE_TOKENS:
+            why = f"{guard.max_cycle_tokens} is not in [1, {MAX_CYCLE_TOKENS}]"
+            yield FieldViolation(f"{field}.max_cycle_tokens", why)
+
+
+def _logprobs(logprobs: LogprobOptions) -> Iterator[FieldViolation]:
+    if not 0 <= logprobs.num_top <= MAX_TOP_LOGPROBS:
+        yield FieldViolation("response.top_logprobs", f"{logprobs.num_top} is not in [0, {MAX_TOP_LOGPROBS}]")
+    if logprobs.num_top and not (logprobs.prompt or logprobs.output):
+        yield FieldViolation("response.top_logprobs", "needs prompt_logprobs or output_logprobs")
+
+
+def _together(request: GenerationRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
+    """What excludes what."""
+    sampling, decoding, stopping = request.sampling, request.decoding, request.stopping
+    max_new_tokens = DEFAULT_MAX_NEW_TOKENS if stopping.max_new_tokens is None else stopping.max_new_tokens
+    if not 0 <= stopping.min_new_tokens <= max_new_tokens:
+        why = f"{stopping.min_new_tokens} is not in [0, {max_new_tokens}], the latter being max_new_tokens"
+        yield FieldViolation("stopping.min_new_tokens", why)
+    if decoding.constraint is not None and decoding.allowed_token_ids:
+        why = "not together with a constraint: what both allow may be nothing"
+        yield FieldViolation("decoding.allowed_token_ids", why)
+    if decoding.constraint is not None and stopping.ignore_eos:
+        why = "not together with a constraint, which ends where it is complete"
+        yield FieldViolation("stopping.ignore_eos", why)
+    if max_new_tokens == 0 and sampling.num_sequences > 1:
+        yield FieldViolation("sampling.num_sequences", "more than 1 with max_new_tokens 0: there is no output")
+    if resumed := request.resume_token_ids:
+        if sampling.num_sequences > 1:
+            yield FieldViolation("resume_token_ids", "with num_sequences above 1: resume each output by its own seed")
+        if sampling.seed is None and sampling.temperature > 0:
+            why = "required with resume_token_ids unless temperature is 0: give the one that the answer told"
+            yield FieldViolation("sampling.seed", why)
+        if len(resumed) > max_new_tokens:
+            yield FieldViolation("resume_token_ids", f"{len(resumed)} tokens, max_new_tokens is {max_new_tokens}")
+        yield from _token_ids("resume_token_ids", resumed, limits)
+
+
+def _token_ids(field: str, token_ids: Iterable[int], limits: RequestLimits) -> Iterator[FieldViolation]:
+    """Yields the first that is no token id."""
+    for index, token in enumerate(token_ids):
         if not 0 <= token < limits.vocab_size:
-            yield FieldViolation(
-                f"stopping.stop_token_ids[{index}]", f"{token} is not a token id: they are below {limits.vocab_size}"
-            )
+            yield FieldViolation(f"{field}[{index}]", f"{token} is not a token id: they are below {limits.vocab_size}")
+            return

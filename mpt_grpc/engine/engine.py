@@ -18,28 +18,28 @@ from typing import TypeVar
 from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
 
-from mpt_grpc.engine.admission import RequestLimits, admit, check_text_length
-from mpt_grpc.engine.stream import AsyncStream, OutputAssembly, ThreadStream, collect
-from mpt_grpc.errors import DeviceLostError, DuplicateRequestError, InternalError, OverloadedError, UnavailableError
+from mpt_grpc.engine.assembly import OutputAssembly, RequestAssembly
+from mpt_grpc.engine.flights import Flight, Flights
+from mpt_grpc.engine.masks import MaskWorkers
+from mpt_grpc.engine.prepare import Preparation, PreparedRequest
+from mpt_grpc.engine.stream import AsyncStream, ThreadStream, collect
+from mpt_grpc.errors import DeviceLostError, InternalError, UnavailableError
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.request import (
     Finish,
     FinishReason,
+    Generation,
     GenerationRequest,
-    Output,
     OutputDelta,
-    RequestStats,
     TokenEvent,
 )
 from mpt_grpc.schedule.scheduler import Progress, Scheduler
 from mpt_grpc.schedule.sequence import Sequence
-from mpt_grpc.step import StepPlan, StepResult
-from mpt_grpc.telemetry.tracing import record_phases
+from mpt_grpc.step import StepPlan, StepResult, merged
 from mpt_grpc.text.detokenizer import TextAssembler
-from mpt_grpc.text.tokenizer import Tokenizer
+from mpt_grpc.text.guards import watch_all
 
-_RETRY_AFTER_S = 1.0
 _log = logging.getLogger(__name__)
 
 Stream = TypeVar("Stream", AsyncStream, ThreadStream)
@@ -57,43 +57,28 @@ class EngineLoad:
     num_batched_sequences: int = 0
 
 
-@dataclass
-class _Flight:
-    """A request in flight: where its tokens go, and its account. Only the scheduler thread changes it."""
-
-    request: GenerationRequest
-    prompt_token_ids: tuple[int, ...]
-    receive: Callable[[TokenEvent], None]
-    context: Context | None
-    arrival_time_s: float
-    scheduled_time_s: float | None = None
-    first_token_time_s: float | None = None
-    num_output_tokens: int = 0
-
-
 class Engine:
     """Generates text, with or without a server around it. A context manager: the thread runs inside."""
 
     def __init__(
         self,
+        preparation: Preparation,
+        scheduler: Scheduler,
         runner: Runner,
         sampler: Sampler,
-        scheduler: Scheduler,
-        tokenizer: Tokenizer,
-        limits: RequestLimits,
         *,
         max_in_flight: int,
         tracer: Tracer | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         """Takes the parts as `load.py` makes them. With `loop`, events are delivered there, else in the thread."""
-        self.tokenizer, self.limits = tokenizer, limits
+        self.preparation = preparation
         self.load = EngineLoad(num_free_blocks=scheduler.num_free_blocks)
-        self._runner, self._sampler, self._scheduler = runner, sampler, scheduler
-        self._max_in_flight, self._tracer, self._loop = max_in_flight, tracer, loop
+        self._scheduler, self._runner, self._sampler = scheduler, runner, sampler
+        self._masks = MaskWorkers()
+        self._loop = loop
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outbox: list[tuple[_Flight, TokenEvent]] = []
-        self._flights: dict[str, _Flight] = {}
+        self._flights = Flights(max_in_flight, tracer)
         self._admission = threading.Lock()
         self._closed: UnavailableError | None = None
         self._running = True
@@ -108,64 +93,45 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def generate(self, request: GenerationRequest) -> Output:
-        """Blocks until the request has ended and returns its whole output. Raises as `submit` does."""
+    def generate(self, request: GenerationRequest) -> Generation:
+        """Blocks until the request has ended and returns its whole outputs. Raises as `prepare` and `submit` do."""
         return collect(self.stream(request))
 
     def stream(self, request: GenerationRequest) -> Iterator[OutputDelta]:
-        """Yields the output as it grows; leaving early ends the request. Raises as `submit` does."""
-        stream = self.submit(request, ThreadStream)
+        """Yields the outputs as they grow; leaving early ends the request. Raises as `prepare` and `submit` do."""
+        stream = self.submit(self.preparation.prepare(request), ThreadStream)
         try:
             yield from stream
         finally:
             stream.cancel()
 
-    def submit(
-        self,
-        request: GenerationRequest,
-        kind: type[Stream],
-        *,
-        prompt_token_ids: tuple[int, ...] | None = None,
-        context: Context | None = None,
-    ) -> Stream:
-        """Puts a request in flight and returns its stream.
+    def submit(self, prepared: PreparedRequest, kind: type[Stream], *, context: Context | None = None) -> Stream:
+        """Puts a request in flight and returns its stream; `context` is the parent of its spans.
 
-        `prompt_token_ids` is the prompt's text in tokens, if the caller has them; `context` is the parent of its
-        spans. Raises InvalidRequestError, DuplicateRequestError, OverloadedError or UnavailableError; a fault while
-        it runs is raised by the stream.
+        Raises DuplicateRequestError, OverloadedError or UnavailableError; a fault while it runs is raised by the
+        stream.
         """
-        if prompt_token_ids is None:
-            prompt_token_ids = self.tokenize_prompt(request)
-        request = admit(request, prompt_token_ids, self.limits)
-        stopping = request.stopping
-        detokenizer = self.tokenizer.detokenizer(prompt_token_ids, request.skip_special_tokens)
-        text = TextAssembler(detokenizer, stopping.stop_strings, stopping.include_stop_string)
-        stream = kind(request, prompt_token_ids, OutputAssembly(text, lambda: self._cancel(flight)))
-        flight: _Flight = _Flight(request, prompt_token_ids, stream.receive, context, self._now_s())
+
+        def ending(index: int) -> Callable[[], None]:
+            return lambda: self._cancel(flight, index)
+
+        num_sequences = prepared.request.sampling.num_sequences
+        outputs = [self._assembly(prepared, index, ending(index)) for index in range(num_sequences)]
+        stream = kind(prepared, RequestAssembly(outputs, lambda: self._cancel(flight)))
+        flight: Flight = Flight(prepared, stream.receive, context, self._now_s())
         with self._admission:
             if self._closed is not None:
                 raise UnavailableError(str(self._closed))
-            if request.request_id in self._flights:
-                raise DuplicateRequestError(f"request_id {request.request_id!r} is in flight already")
-            if len(self._flights) >= self._max_in_flight:
-                raise OverloadedError(f"{len(self._flights)} requests are in flight, no more may wait", _RETRY_AFTER_S)
-            if not self._flights:
+            was_idle = not self._flights
+            self._flights.enter(flight)
+            if was_idle:
                 self._progress_time_s = time.monotonic()
-            self._flights[request.request_id] = flight
-            self._inbox.put(lambda: self._scheduler.add(request, prompt_token_ids))
+            self._inbox.put(lambda: self._add(flight))
         return stream
-
-    def tokenize_prompt(self, request: GenerationRequest) -> tuple[int, ...]:
-        """The prompt's tokens. Raises InvalidRequestError for a text that no tokenization makes short enough."""
-        if not isinstance(request.prompt, str):
-            return request.prompt
-        check_text_length(request.prompt, self.tokenizer.max_token_bytes, self.limits)
-        return self.tokenizer.encode(request.prompt)
 
     def abort(self, request_id: str) -> bool:
         """Ends a request with CANCELLED before the next step; its blocks are free then. False: not in flight."""
-        with self._admission:
-            flight = self._flights.get(request_id)
+        flight = self._flights.get(request_id)
         if flight is not None:
             self._cancel(flight)
         return flight is not None
@@ -195,7 +161,8 @@ class Engine:
         try:
             while self._running:
                 self._take_mail()
-                self._deliver()  # what mail has ended does not wait for the step
+                self._end_overdue()
+                self._deliver()  # what has ended does not wait for the step
                 plan = self._scheduler.plan()
                 if plan.sequences:
                     self._mark_scheduled(plan)
@@ -219,44 +186,71 @@ class Engine:
                 return
             mail()
 
+    def _add(self, flight: Flight) -> None:
+        prepared = flight.prepared
+        added = self._scheduler.add(prepared.request, prepared.prompt_token_ids, prepared.matchers)
+        self._flights.start(flight, [progress.sequence for progress in added])
+        for progress in added:
+            if progress.finish is not None:
+                self._flights.tell(progress, self._now_s())
+
+    def _end_overdue(self) -> None:
+        for flight in self._flights.overdue(self._now_s()):
+            self._end(flight.sequences, FinishReason.TIME_LIMIT)
+
+    def _cancel(self, flight: Flight, index: int | None = None) -> None:
+        """Ends a flight, or one sequence of it. Any thread may ask; what has ended is passed over."""
+
+        def end() -> None:
+            self._end(flight.sequences if index is None else [flight.sequences[index]], FinishReason.CANCELLED)
+
+        self._inbox.put(end)
+
+    def _end(self, sequences: Iterable[Sequence], reason: FinishReason) -> None:
+        for sequence in sequences:
+            if self._scheduler.end(sequence):
+                self._masks.forget(sequence.sequence_id)
+                self._flights.tell(Progress(sequence, finish=Finish(reason)), self._now_s())
+
     def _compute(self, plan: StepPlan) -> StepResult:
         try:
-            logits = self._runner.run(plan)
-            return self._sampler.sample(logits, [sequence for sequence in plan.sequences if sequence.samples])
+            self._masks.start(plan)
+            scores = self._runner.run(plan)
+            masks = self._masks.collect(plan)
+            chooses = [sequence for sequence in plan.sequences if sequence.choice is not None]
+            ready = [row for row, sequence in enumerate(chooses) if masks.is_ready(sequence)]
+            logits = scores.logits if len(ready) == len(chooses) else scores.logits[ready]
+            result = self._sampler.sample(logits, [chooses[row] for row in ready], masks.bits)
+            errors = {**result.errors, **masks.errors}
+            return replace(result, prompt_logprobs=scores.prompt_logprobs, errors=errors)
         except DeviceLostError:
             raise
         except Exception as error:
             if len(plan.sequences) == 1:
-                request_id = plan.sequences[0].request_id
-                _log.exception("request %s failed", request_id)
+                _log.exception("request %s failed", plan.sequences[0].request_id)
                 fault = InternalError(f"the engine failed: {type(error).__name__}")
                 fault.__cause__ = error
-                return StepResult({}, {request_id: fault})
+                return StepResult({}, errors={plan.sequences[0].sequence_id: fault})
             # Computing a step again is harmless, so each sequence is tried alone and only the faulty ones end.
-            alone = [self._compute(StepPlan((sequence,))) for sequence in plan.sequences]
-            return StepResult(
-                {request_id: token for result in alone for request_id, token in result.token_ids.items()},
-                {request_id: fault for result in alone for request_id, fault in result.errors.items()},
-            )
+            return merged([self._compute(StepPlan((sequence,))) for sequence in plan.sequences])
 
     def _mark_scheduled(self, plan: StepPlan) -> None:
         for sequence in plan.sequences:
-            flight = self._flights[sequence.request_id]
-            if flight.scheduled_time_s is None:
+            flight = self._flights.of(sequence.sequence_id)
+            if flight is not None and flight.scheduled_time_s is None:
                 flight.scheduled_time_s = self._now_s()
 
     def _account(self, plan: StepPlan, result: StepResult, progress: Iterable[Progress]) -> None:
+        now_s = self._now_s()
         for step in progress:
-            flight = self._flights[step.sequence.request_id]
-            if step.token_id is not None:
-                flight.num_output_tokens += 1
-                flight.first_token_time_s = flight.first_token_time_s or self._now_s()
-            token_ids = () if step.token_id is None else (step.token_id,)
-            event = TokenEvent(flight.request.request_id, token_ids, step.finish, step.error)
-            if step.finish is not None or step.error is not None:
-                stats = self._end(flight, step.sequence)
-                event = replace(event, stats=stats)
-            self._outbox.append((flight, event))
+            flight = self._flights.of(step.sequence.sequence_id)
+            if step.error is None:
+                self._flights.tell(step, now_s)
+            elif flight is not None:
+                for sequence in flight.sequences:
+                    self._scheduler.end(sequence)
+                    self._masks.forget(sequence.sequence_id)
+                self._flights.fail(flight, step.error, now_s)
         if result.token_ids or not result.errors:
             self._progress_time_s = time.monotonic()
         self.load = replace(
@@ -266,36 +260,6 @@ class Engine:
             num_batched_sequences=self.load.num_batched_sequences + len(plan.sequences),
         )
 
-    def _cancel(self, flight: _Flight) -> None:
-        """Any thread may ask; a flight that has ended is passed over, even if its id is in flight again."""
-
-        def end() -> None:
-            request_id = flight.request.request_id
-            if self._flights.get(request_id) is flight and (sequence := self._scheduler.end(request_id)) is not None:
-                cancelled = TokenEvent(
-                    request_id, (), Finish(FinishReason.CANCELLED), stats=self._end(flight, sequence)
-                )
-                self._outbox.append((flight, cancelled))
-
-        self._inbox.put(end)
-
-    def _end(self, flight: _Flight, sequence: Sequence) -> RequestStats:
-        """Lets go of a flight and returns its account."""
-        stats = RequestStats(
-            num_prompt_tokens=len(flight.prompt_token_ids),
-            num_cached_tokens=sequence.num_cached_tokens or 0,
-            num_preemptions=sequence.num_preemptions,
-            seed=flight.request.sampling.seed or 0,
-            arrival_time_s=flight.arrival_time_s,
-            scheduled_time_s=flight.scheduled_time_s,
-            first_token_time_s=flight.first_token_time_s,
-            end_time_s=self._now_s(),
-        )
-        if self._tracer is not None and flight.context is not None:
-            record_phases(self._tracer, flight.context, stats, flight.num_output_tokens)
-        del self._flights[flight.request.request_id]
-        return stats
-
     def _deliver(self) -> None:
         self.load = replace(
             self.load,
@@ -303,7 +267,7 @@ class Engine:
             num_waiting=self._scheduler.num_waiting,
             num_free_blocks=self._scheduler.num_free_blocks,
         )
-        batch, self._outbox = self._outbox, []
+        batch = self._flights.take_outbox()
         if not batch:
             return
         if self._loop is None:
@@ -311,13 +275,24 @@ class Engine:
         elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_receive, batch)
 
+    def _assembly(self, prepared: PreparedRequest, index: int, end_sequence: Callable[[], None]) -> OutputAssembly:
+        request, preparation = prepared.request, self.preparation
+        stopping = request.stopping
+        text = TextAssembler(
+            preparation.tokenizer.detokenizer(prepared.prompt_token_ids, request.skip_special_tokens),
+            stopping.stop_strings,
+            stopping.include_stop_string,
+            stopping.min_new_tokens,
+        )
+        watch = watch_all(preparation.guards) if preparation.guards else None
+        return OutputAssembly(index, text, watch, end_sequence, request.resume_token_ids)
+
     def _stop(self) -> None:
         self._running = False
 
     def _fail_all(self, why: UnavailableError) -> None:
-        for request_id, flight in self._flights.items():
-            self._outbox.append((flight, TokenEvent(request_id, error=UnavailableError(str(why)))))
-        self._flights.clear()
+        self._flights.fail_all(lambda: UnavailableError(str(why)))
+        self._masks.close()
         self._deliver()
 
     def _now_s(self) -> float:
@@ -325,6 +300,6 @@ class Engine:
         return self._epoch_s + time.monotonic()
 
 
-def _receive(batch: list[tuple[_Flight, TokenEvent]]) -> None:
+def _receive(batch: list[tuple[Flight, TokenEvent]]) -> None:
     for flight, event in batch:
         flight.receive(event)

@@ -12,8 +12,9 @@ import torch
 from opentelemetry.trace import Tracer
 
 from mpt_grpc.checkpoint import find_checkpoint
-from mpt_grpc.engine.admission import RequestLimits
+from mpt_grpc.engine.admission import MAX_NUM_SEQUENCES, RequestLimits
 from mpt_grpc.engine.engine import Engine
+from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
@@ -25,6 +26,8 @@ from mpt_grpc.model.weights import load_model, num_parameters, random_model
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
+from mpt_grpc.text.chat import find_chat_template
+from mpt_grpc.text.guards import load_guards
 from mpt_grpc.text.tokenizer import Tokenizer
 
 Made = TypeVar("Made")
@@ -64,6 +67,8 @@ def load_engine(
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.json, {config.vocab_size} in the model")
+    chat_template = find_chat_template(wanted.chat_template, folder, checkpoint.name)
+    guards = load_guards(settings.guards)
     device, dtype = _device(wanted), _dtype(wanted)
     max_context_tokens = wanted.max_context_tokens or config.max_seq_len
     if not config.alibi and max_context_tokens > config.max_seq_len:
@@ -84,17 +89,20 @@ def load_engine(
         raise SettingsError(f"--kv-cache-gib: {num_blocks * block_bytes} bytes are not to be had: {error}") from error
 
     limits = settings.scheduler
+    max_in_flight = limits.max_running_requests + limits.max_waiting_requests
+    request_limits = RequestLimits(
+        tokenizer.vocab_size, max_context_tokens, max_num_sequences=min(MAX_NUM_SEQUENCES, max_in_flight)
+    )
     engine = Engine(
-        Runner(model, cache, TorchAttention(config, device), device),
-        Sampler(tokenizer.vocab_size),
+        Preparation(tokenizer, request_limits, chat_template, guards),
         Scheduler(
             SchedulerLimits(limits.max_running_requests, limits.max_step_tokens, max_context_tokens),
             BlockPool(num_blocks, BLOCK_SIZE),
             tokenizer.eos_token_ids,
         ),
-        tokenizer,
-        RequestLimits(tokenizer.vocab_size, max_context_tokens),
-        max_in_flight=limits.max_running_requests + limits.max_waiting_requests,
+        Runner(model, cache, TorchAttention(config, device), device, tokenizer.vocab_size),
+        Sampler(tokenizer.vocab_size),
+        max_in_flight=max_in_flight,
         tracer=tracer,
         loop=loop,
     )

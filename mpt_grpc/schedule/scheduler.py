@@ -1,7 +1,8 @@
 """Decides what the next step computes, and takes in what came of it.
 
 `plan` serves the sequences by rank, priority before arrival, in one pass; `commit` takes the chosen tokens. When
-blocks run short, the last in rank gives its own back, waits, and is computed again later.
+blocks run short, the last in rank gives its own back, waits, and is computed again later. Of a request's sequences the
+first leads: the others follow once the prompt is computed, and share its full blocks.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mpt_grpc.request import Finish, FinishReason, GenerationRequest
+from mpt_grpc.errors import InvalidRequestError
+from mpt_grpc.request import Finish, FinishReason, GenerationRequest, TokenLogprob
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.sequence import Sequence
-from mpt_grpc.step import SequenceStep, StepPlan, StepResult
+from mpt_grpc.step import Matcher, SequenceStep, StepPlan, StepResult
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,13 @@ class SchedulerLimits:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step did for one sequence that samples or failed."""
+    """What a step did for one sequence that got a token, ended or failed."""
 
     sequence: Sequence
     token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the whole prompt, with the first token or the end; only if asked for."""
     finish: Finish | None = None
     error: Exception | None = None
 
@@ -44,8 +49,8 @@ class Scheduler:
         self._limits, self._pool, self._eos_token_ids = limits, pool, eos_token_ids
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
-        self._sequences: dict[str, Sequence] = {}
-        self._arrivals = 0
+        self._sequences: dict[int, Sequence] = {}
+        self._num_arrivals = 0
 
     @property
     def num_running(self) -> int:
@@ -53,7 +58,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._sequences) - len(self._running)
 
     @property
     def num_free_blocks(self) -> int:
@@ -63,21 +68,51 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
-    def add(self, request: GenerationRequest, prompt_token_ids: tuple[int, ...]) -> None:
-        """Takes an admitted request: its seed and `max_new_tokens` are resolved, its prompt is within the context."""
-        assert 0 < len(prompt_token_ids) < self._limits.max_context_tokens
-        sequence = Sequence(request, prompt_token_ids, self._arrivals)
-        self._arrivals += 1
-        self._sequences[request.request_id] = sequence
-        insort(self._waiting, sequence, key=_rank)
+    def add(
+        self, request: GenerationRequest, prompt_token_ids: tuple[int, ...], matchers: tuple[Matcher, ...] = ()
+    ) -> list[Progress]:
+        """Takes an admitted request: its seed and `max_new_tokens` are resolved, its prompt is within the context.
 
-    def end(self, request_id: str) -> Sequence | None:
-        """Removes a sequence wherever it is; its blocks are free at once. None if it is not here (any more)."""
-        sequence = self._sequences.pop(request_id, None)
-        if sequence is not None:
-            (self._running if sequence in self._running else self._waiting).remove(sequence)
-            self._pool.free(sequence.release())
-        return sequence
+        With a constraint each sequence has a matcher of its own. Returns the sequences; one that was resumed after its
+        end has a finish and is gone already.
+        """
+        leader: Sequence | None = None
+        added = []
+        for index in range(request.sampling.num_sequences):
+            sequence = Sequence(
+                self._num_arrivals,
+                request,
+                index,
+                prompt_token_ids,
+                self._eos_token_ids,
+                matchers[index] if matchers else None,
+                leader,
+            )
+            self._num_arrivals += 1
+            finish = None
+            for token_id in request.resume_token_ids:
+                finish = self._append(sequence, token_id)
+            assert 0 < len(sequence.token_ids) <= self._limits.max_context_tokens
+            if finish is None:
+                self._sequences[sequence.sequence_id] = sequence
+                if leader is None:
+                    insort(self._waiting, sequence, key=_rank)
+                else:
+                    leader.followers.append(sequence)
+            leader = leader or sequence
+            added.append(Progress(sequence, finish=finish))
+        return added
+
+    def end(self, sequence: Sequence) -> bool:
+        """Removes a sequence wherever it is; its blocks are free at once. False if it is not here any more."""
+        if self._sequences.pop(sequence.sequence_id, None) is None:
+            return False
+        for place in (self._running, self._waiting, sequence.leader.followers if sequence.leader else []):
+            if sequence in place:
+                place.remove(sequence)
+        self._pool.free(sequence.release())
+        self._let_followers_go(sequence)
+        return True
 
     def plan(self) -> StepPlan:
         """Returns what to compute now; empty only if there is no work."""
@@ -88,23 +123,42 @@ class Scheduler:
         """Takes in the result of `plan`, in its order. Sequences that have ended since are passed over."""
         progress = []
         for step in plan.sequences:
-            sequence = self._sequences.get(step.request_id)
-            if sequence is None or not sequence.block_table:
-                continue  # ended, and another of its name may wait
-            if (error := result.errors.get(step.request_id)) is not None:
-                self.end(step.request_id)
+            sequence = self._sequences.get(step.sequence_id)
+            if sequence is None:
+                continue
+            if (error := result.errors.get(step.sequence_id)) is not None:
+                self.end(sequence)
                 progress.append(Progress(sequence, error=error))
                 continue
-            sequence.num_computed = step.length
+            token_id = result.token_ids.get(step.sequence_id)
+            is_late = step.choice is not None and token_id is None
+            sequence.num_computed = step.length - is_late
+            sequence.prompt_logprobs += result.prompt_logprobs.get(step.sequence_id, ())
             self._publish(sequence)
-            if step.samples:
-                token_id = result.token_ids[step.request_id]
-                sequence.token_ids.append(token_id)
-                finish = self._finish(sequence, token_id)
-                if finish is not None:
-                    self.end(step.request_id)
-                progress.append(Progress(sequence, token_id, finish))
+            if token_id is not None:
+                progress.append(self._advance(sequence, token_id, result.logprobs.get(step.sequence_id)))
+            elif not sequence.num_uncomputed and not sequence.wants_token:
+                self.end(sequence)
+                finish = Finish(FinishReason.MAX_NEW_TOKENS)
+                progress.append(Progress(sequence, prompt_logprobs=tuple(sequence.prompt_logprobs), finish=finish))
         return progress
+
+    def _advance(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> Progress:
+        self._let_followers_go(sequence)
+        try:
+            finish = self._append(sequence, token_id)
+        except InvalidRequestError as error:  # the constraint costs too much
+            self.end(sequence)
+            return Progress(sequence, error=error)
+        if finish is not None:
+            self.end(sequence)
+        is_first = sequence.num_output_tokens == len(sequence.request.resume_token_ids) + 1
+        prompt_logprobs = tuple(sequence.prompt_logprobs) if is_first else ()
+        return Progress(sequence, token_id, logprob, prompt_logprobs, finish)
+
+    def _let_followers_go(self, leader: Sequence) -> None:
+        while leader.followers:
+            insort(self._waiting, leader.followers.pop(), key=_rank)
 
     def _admit(self) -> None:
         """Lets waiting sequences in, strictly by rank, as long as there is budget, a seat and room for all they know.
@@ -132,21 +186,26 @@ class Scheduler:
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """Blocks that hold a beginning of the sequence; at least one token is left to compute."""
-        if sequence.request.cache.bypass:
-            return []
         block_size = self._pool.block_size
-        return self._pool.find(sequence.digests((len(sequence.token_ids) - 1) // block_size, block_size))
+        num_usable = sequence.num_usable // block_size
+        if not sequence.request.cache.bypass:
+            return self._pool.find(sequence.digests(num_usable, block_size))
+        leader = sequence.leader
+        if leader is None:
+            return []
+        num_shared = min(leader.num_computed, leader.num_prompt_tokens) // block_size
+        return list(leader.block_table[: min(num_usable, num_shared)])
 
     def _is_crowded_for(self, head: Sequence, hits: list[int]) -> bool:
         """Whether a seat is missing, or blocks for what `head` and the running sequences know and one token more."""
-        promised = sum(self._num_blocks_missing(s, len(s.token_ids) + 1) for s in self._running)
-        wanted = self._num_blocks_missing(head, len(head.token_ids) + 1) - len(hits) + self._pool.num_unowned(hits)
+        promised = sum(self._num_blocks_missing(s, s.num_wanted) for s in self._running)
+        wanted = self._num_blocks_missing(head, head.num_wanted) - len(hits) + self._pool.num_unowned(hits)
         return len(self._running) == self._limits.max_running_requests or promised + wanted > self._pool.num_free
 
     def _fits_beside(self, staying: list[Sequence], head: Sequence, hits: list[int]) -> bool:
         """Whether `head` would find a seat and room if only `staying` ran."""
         owned = len(set(hits).union(*(s.block_table for s in staying)))
-        missing = sum(self._num_blocks_missing(s, len(s.token_ids) + 1) for s in (*staying, head)) - len(hits)
+        missing = sum(self._num_blocks_missing(s, s.num_wanted) for s in (*staying, head)) - len(hits)
         return len(staying) < self._limits.max_running_requests and owned + missing <= self._pool.num_blocks
 
     def _share_budget(self) -> Iterator[SequenceStep]:
@@ -187,16 +246,21 @@ class Scheduler:
             self._pool.publish(sequence.block_table[index], digests[index])
         sequence.num_published = num_full
 
-    def _finish(self, sequence: Sequence, token_id: int) -> Finish | None:
+    def _append(self, sequence: Sequence, token_id: int) -> Finish | None:
         stopping = sequence.request.stopping
-        if token_id in self._eos_token_ids and not stopping.ignore_eos:
+        is_complete, is_looping = sequence.append(token_id)
+        if token_id in sequence.eos_token_ids:
             return Finish(FinishReason.EOS_TOKEN, stop_token_id=token_id)
         if token_id in stopping.stop_token_ids:
             return Finish(FinishReason.STOP_TOKEN, stop_token_id=token_id)
+        if is_complete:
+            return Finish(FinishReason.EOS_TOKEN)
         if sequence.num_output_tokens == stopping.max_new_tokens:
             return Finish(FinishReason.MAX_NEW_TOKENS)
         if len(sequence.token_ids) == self._limits.max_context_tokens:
             return Finish(FinishReason.CONTEXT_LENGTH)
+        if is_looping:
+            return Finish(FinishReason.REPETITION)
         return None
 
 

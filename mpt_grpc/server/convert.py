@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 
 from mpt.v1 import text_generation_pb2 as pb
-from mpt_grpc.engine.admission import RequestLimits
 from mpt_grpc.engine.engine import EngineLoad
 from mpt_grpc.engine.load import LoadedModel
+from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.request import (
     CacheOptions,
+    Choice,
+    Constraint,
+    Conversation,
+    DecodingOptions,
     Finish,
     FinishReason,
     GenerationRequest,
+    JsonObject,
+    JsonSchema,
+    LarkGrammar,
+    LogprobOptions,
+    Message,
+    Regex,
+    RepetitionGuard,
     RequestStats,
     SamplingParameters,
     StoppingCriteria,
+    TokenLogprob,
 )
 from mpt_grpc.text.tokenizer import Tokenizer
 
@@ -28,47 +41,58 @@ _FINISH_REASONS = {
     FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
     FinishReason.CONTEXT_LENGTH: pb.FINISH_REASON_CONTEXT_LENGTH,
     FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.TIME_LIMIT: pb.FINISH_REASON_TIME_LIMIT,
+    FinishReason.REPETITION: pb.FINISH_REASON_REPETITION,
+    FinishReason.CONTENT_FILTER: pb.FINISH_REASON_CONTENT_FILTER,
+}
+_ROLES: dict[int, str] = {
+    pb.ROLE_SYSTEM: "system",
+    pb.ROLE_USER: "user",
+    pb.ROLE_ASSISTANT: "assistant",
 }
 
 
 def generation_request(message: pb.GenerateRequest) -> GenerationRequest:
     """Ranges, and a prompt that is missing, are the engine's to find."""
-    has_text = message.WhichOneof("prompt") == "text"
-    sampling, stopping, response = message.sampling, message.stopping, message.response
+    response = message.response
     return GenerationRequest(
         request_id=message.request_id or str(uuid.uuid4()),
-        prompt=message.text if has_text else tuple(message.token_ids.ids),
-        sampling=SamplingParameters(
-            temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-            min_p=sampling.min_p,
-            seed=sampling.seed if sampling.HasField("seed") else None,
-        ),
-        stopping=StoppingCriteria(
-            max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else None,
-            stop_strings=tuple(stopping.stop_strings),
-            stop_token_ids=tuple(stopping.stop_token_ids),
-            include_stop_string=stopping.include_stop_string,
-            ignore_eos=stopping.ignore_eos,
-        ),
+        prompt=_prompt(message),
+        sampling=_sampling(message.sampling),
+        decoding=_decoding(message.decoding),
+        stopping=_stopping(message.stopping),
+        logprobs=LogprobOptions(response.prompt_logprobs, response.output_logprobs, response.top_logprobs),
         cache=CacheOptions(bypass=message.cache.bypass, salt=message.cache.salt),
         priority=message.priority,
         skip_special_tokens=response.skip_special_tokens if response.HasField("skip_special_tokens") else True,
+        truncate_prompt_tokens=message.truncate_prompt_tokens if message.HasField("truncate_prompt_tokens") else None,
+        resume_token_ids=tuple(message.resume_token_ids),
     )
 
 
-def prompt_info(token_ids: tuple[int, ...], options: pb.ResponseOptions) -> pb.PromptInfo:
-    return pb.PromptInfo(num_tokens=len(token_ids), token_ids=token_ids if options.prompt_token_ids else ())
+def logprobs(values: Iterable[TokenLogprob], tokenizer: Tokenizer) -> list[pb.Logprob]:
+    return [
+        pb.Logprob(
+            token_id=value.token_id,
+            bytes=tokenizer.token_bytes(value.token_id),
+            logprob=value.logprob,
+            rank=value.rank,
+            top=[
+                pb.TopLogprob(token_id=token_id, bytes=tokenizer.token_bytes(token_id), logprob=logprob)
+                for token_id, logprob in value.top
+            ],
+        )
+        for value in values
+    ]
 
 
-def output(text: str, token_ids: tuple[int, ...], finish: Finish | None, options: pb.ResponseOptions) -> pb.Output:
-    return pb.Output(
-        text=text,
-        num_tokens=len(token_ids),
-        token_ids=token_ids if options.output_token_ids else (),
-        finish=None if finish is None else _finish(finish),
-    )
+def finish(value: Finish) -> pb.Finish:
+    message = pb.Finish(reason=_FINISH_REASONS[value.reason])
+    if value.stop_token_id is not None:
+        message.stop_token_id = value.stop_token_id
+    if value.stop_string is not None:
+        message.stop_string = value.stop_string
+    return message
 
 
 def summary(stats: RequestStats, num_output_tokens: int, trace_id: str) -> pb.Summary:
@@ -95,7 +119,8 @@ def tokens(tokenizer: Tokenizer, text: str) -> pb.TokenizeResponse:
     return pb.TokenizeResponse(tokens=[pb.Token(id=token, bytes=tokenizer.token_bytes(token)) for token in ids])
 
 
-def model_info(model: LoadedModel, limits: RequestLimits, eos: frozenset[int]) -> pb.GetModelInfoResponse:
+def model_info(model: LoadedModel, preparation: Preparation) -> pb.GetModelInfoResponse:
+    limits = preparation.limits
     return pb.GetModelInfoResponse(
         name=model.name,
         num_parameters=model.num_parameters,
@@ -103,11 +128,12 @@ def model_info(model: LoadedModel, limits: RequestLimits, eos: frozenset[int]) -
         device=model.device,
         vocab_size=limits.vocab_size,
         max_context_tokens=limits.max_context_tokens,
-        eos_token_ids=sorted(eos),
+        eos_token_ids=sorted(preparation.tokenizer.eos_token_ids),
         num_layers=model.config.n_layers,
         hidden_size=model.config.d_model,
         num_heads=model.config.n_heads,
         num_kv_heads=model.config.n_kv_heads,
+        chat_template=preparation.chat_template.name,
     )
 
 
@@ -129,13 +155,78 @@ def duration(seconds: float) -> Duration:
     return result
 
 
-def _finish(finish: Finish) -> pb.Finish:
-    message = pb.Finish(reason=_FINISH_REASONS[finish.reason])
-    if finish.stop_token_id is not None:
-        message.stop_token_id = finish.stop_token_id
-    if finish.stop_string is not None:
-        message.stop_string = finish.stop_string
-    return message
+def _prompt(message: pb.GenerateRequest) -> str | tuple[int, ...] | Conversation:
+    match message.WhichOneof("prompt"):
+        case "text":
+            return message.text
+        case "conversation":
+            turns = message.conversation.messages
+            messages = tuple(Message(_ROLES.get(turn.role, ""), turn.content) for turn in turns)
+            return Conversation(messages, message.conversation.drop_oldest_turns)
+        case _:
+            return tuple(message.token_ids.ids)
+
+
+def _sampling(message: pb.SamplingParameters) -> SamplingParameters:
+    return SamplingParameters(
+        temperature=message.temperature if message.HasField("temperature") else 1.0,
+        top_k=message.top_k,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        min_p=message.min_p,
+        typical_p=message.typical_p if message.HasField("typical_p") else 1.0,
+        seed=message.seed if message.HasField("seed") else None,
+        num_sequences=message.num_sequences if message.HasField("num_sequences") else 1,
+    )
+
+
+def _decoding(message: pb.DecodingOptions) -> DecodingOptions:
+    return DecodingOptions(
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        frequency_penalty=message.frequency_penalty,
+        presence_penalty=message.presence_penalty,
+        logit_bias=dict(message.logit_bias),
+        allowed_token_ids=tuple(message.allowed_token_ids),
+        constraint=_constraint(message),
+    )
+
+
+def _constraint(message: pb.DecodingOptions) -> Constraint | None:
+    match message.WhichOneof("constraint"):
+        case "json_schema":
+            return JsonSchema(message.json_schema)
+        case "json_object":
+            return JsonObject() if message.json_object else None
+        case "regex":
+            return Regex(message.regex)
+        case "choice":
+            return Choice(tuple(message.choice.options))
+        case "lark_grammar":
+            return LarkGrammar(message.lark_grammar)
+        case _:
+            return None
+
+
+def _stopping(message: pb.StoppingCriteria) -> StoppingCriteria:
+    return StoppingCriteria(
+        max_new_tokens=message.max_new_tokens if message.HasField("max_new_tokens") else None,
+        min_new_tokens=message.min_new_tokens,
+        stop_strings=tuple(message.stop_strings),
+        stop_token_ids=tuple(message.stop_token_ids),
+        include_stop_string=message.include_stop_string,
+        ignore_eos=message.ignore_eos,
+        time_limit_s=message.time_limit.ToNanoseconds() / 1e9 if message.HasField("time_limit") else None,
+        repetition_guard=_repetition_guard(message.repetition_guard) if message.HasField("repetition_guard") else None,
+    )
+
+
+def _repetition_guard(message: pb.RepetitionGuard) -> RepetitionGuard:
+    defaults = RepetitionGuard()
+    return RepetitionGuard(
+        min_repeats=message.min_repeats if message.HasField("min_repeats") else defaults.min_repeats,
+        max_cycle_tokens=(
+            message.max_cycle_tokens if message.HasField("max_cycle_tokens") else defaults.max_cycle_tokens
+        ),
+    )
 
 
 def _duration(start_s: float | None, end_s: float | None) -> Duration | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
@@ -16,20 +17,20 @@ from mpt.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc import __version__
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel
-from mpt_grpc.engine.stream import AsyncStream
+from mpt_grpc.engine.stream import AsyncStream, collect
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, UnknownModelError
-from mpt_grpc.request import Finish, OutputDelta, RequestStats
+from mpt_grpc.request import Finish, Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
 from mpt_grpc.server import convert
 from mpt_grpc.server.interceptors import current_span
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import request_attributes
+from mpt_grpc.text.tokenizer import Tokenizer
 
 _MAX_ABORT_IDS = 1000
 _MAX_TOKENIZE_CHARACTERS = 1 << 20
 _MAX_DETOKENIZE_IDS = 1 << 18
-# Longer texts are tokenized beside the event loop, which would otherwise stand still for a millisecond or more.
-_LONG_TEXT = 4096
+_NUM_PREPARERS = 4
 
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -43,23 +44,21 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         self._engine, self._model, self._scheduling = engine, model, scheduling
         self._max_message_bytes = max_message_bytes
         self._started_s = time.monotonic()
-        self._num_generations = 0
+        self._num_answers = 0
+        self._preparers = ThreadPoolExecutor(_NUM_PREPARERS, thread_name_prefix="prepare")
+        """Threads of their own: a costly constraint holds up others of its kind, and nothing else."""
         self.idle = asyncio.Event()
         """Set while no generation is being answered; what a drain waits for."""
         self.idle.set()
 
     async def Generate(self, request: pb.GenerateRequest, context: _CallContext) -> pb.GenerateResponse:
-        async with self._generation(request) as generation:
-            deltas = [delta async for delta in generation.deltas()]
+        async with self._answer(request) as answer:
+            generation = collect([delta async for delta in answer.deltas()])
             return pb.GenerateResponse(
-                request_id=generation.request_id,
-                prompt=generation.prompt(),
-                output=generation.output(
-                    "".join(delta.text for delta in deltas),
-                    tuple(token for delta in deltas for token in delta.token_ids),
-                    deltas[-1].finish,
-                ),
-                summary=generation.summary(),
+                request_id=answer.request_id,
+                prompt=answer.prompt(generation.prompt_logprobs),
+                outputs=[answer.output(index, output) for index, output in enumerate(generation.outputs)],
+                summary=answer.summary(generation.stats),
             )
 
     async def StreamGenerate(
@@ -67,25 +66,25 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         request: pb.GenerateRequest,
         context: _CallContext,
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
-        async with self._generation(request) as generation:
-            prompt: pb.PromptInfo | None = generation.prompt()
-            async for delta in generation.deltas():
+        async with self._answer(request) as answer:
+            is_first = True
+            async for delta in answer.deltas():
                 yield pb.StreamGenerateResponse(
-                    request_id=generation.request_id,
-                    prompt=prompt,
-                    output=generation.output(delta.text, delta.token_ids, delta.finish),
-                    summary=generation.summary(),
+                    request_id=answer.request_id,
+                    prompt=answer.prompt(delta.prompt_logprobs) if is_first else None,
+                    output=answer.output(delta.index, delta),
+                    summary=None if delta.stats is None else answer.summary(delta.stats),
                 )
-                prompt = None
+                is_first = False
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _CallContext) -> pb.TokenizeResponse:
         if len(request.text) > _MAX_TOKENIZE_CHARACTERS:
             why = f"{len(request.text)} characters, at most {_MAX_TOKENIZE_CHARACTERS}"
             raise InvalidRequestError(FieldViolation("text", why))
-        return await asyncio.to_thread(convert.tokens, self._engine.tokenizer, request.text)
+        return await asyncio.to_thread(convert.tokens, self._engine.preparation.tokenizer, request.text)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: _CallContext) -> pb.DetokenizeResponse:
-        tokenizer = self._engine.tokenizer
+        tokenizer = self._engine.preparation.tokenizer
         if len(request.ids) > _MAX_DETOKENIZE_IDS:
             why = f"{len(request.ids)} ids, at most {_MAX_DETOKENIZE_IDS}"
             raise InvalidRequestError(FieldViolation("ids", why))
@@ -103,7 +102,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         return pb.AbortResponse(request_ids=[i for i in request.request_ids if self._engine.abort(i)])
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: _CallContext) -> pb.GetModelInfoResponse:
-        return convert.model_info(self._model, self._engine.limits, self._engine.tokenizer.eos_token_ids)
+        return convert.model_info(self._model, self._engine.preparation)
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: _CallContext) -> pb.GetServerInfoResponse:
         return pb.GetServerInfoResponse(
@@ -120,19 +119,19 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         )
 
     @asynccontextmanager
-    async def _generation(self, message: pb.GenerateRequest) -> AsyncIterator[_Generation]:
+    async def _answer(self, message: pb.GenerateRequest) -> AsyncIterator[_Answer]:
         """A request in flight. However the block is left, by return, error, cancel or deadline, the request ends."""
-        self._num_generations += 1
+        self._num_answers += 1
         self.idle.clear()
         try:
             stream = await self._submit(message)
             try:
-                yield _Generation(stream, message.response)
+                yield _Answer(stream, message.response, self._engine.preparation.tokenizer)
             finally:
                 stream.cancel()
         finally:
-            self._num_generations -= 1
-            if not self._num_generations:
+            self._num_answers -= 1
+            if not self._num_answers:
                 self.idle.set()
 
     async def _submit(self, message: pb.GenerateRequest) -> AsyncStream:
@@ -144,49 +143,59 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         if span is not None:
             span.set_attributes(request_attributes(request, self._model.name))
             parent = set_span_in_context(span)
-        prompt_token_ids = None
-        if isinstance(request.prompt, str) and len(request.prompt) > _LONG_TEXT:
-            prompt_token_ids = await asyncio.to_thread(self._engine.tokenize_prompt, request)
-        return self._engine.submit(request, AsyncStream, prompt_token_ids=prompt_token_ids, context=parent)
+        preparation = self._engine.preparation
+        if preparation.is_quick(request):
+            prepared = preparation.prepare(request)
+        else:
+            prepared = await asyncio.get_running_loop().run_in_executor(self._preparers, preparation.prepare, request)
+        return self._engine.submit(prepared, AsyncStream, context=parent)
 
 
-class _Generation:
-    """The answer to one request while it comes: counts tokens, and ends with the account."""
+class _Answer:
+    """The answer to one request while it comes."""
 
-    def __init__(self, stream: AsyncStream, options: pb.ResponseOptions) -> None:
-        self.request_id = stream.request.request_id
-        self._stream, self._options = stream, options
+    def __init__(self, stream: AsyncStream, options: pb.ResponseOptions, tokenizer: Tokenizer) -> None:
+        self.request_id = stream.prepared.request.request_id
+        self._stream, self._options, self._tokenizer = stream, options, tokenizer
         self._num_tokens = 0
-        self._stats: RequestStats | None = None
+        self._finishes: dict[int, Finish] = {}
 
     async def deltas(self) -> AsyncIterator[OutputDelta]:
         async for delta in self._stream:
             self._num_tokens += len(delta.token_ids)
-            self._stats = delta.stats
             if delta.finish is not None:
-                self._describe(delta.finish)
+                self._finishes[delta.index] = delta.finish
             yield delta
 
-    def prompt(self) -> pb.PromptInfo:
-        return convert.prompt_info(self._stream.prompt_token_ids, self._options)
+    def prompt(self, logprobs: Sequence[TokenLogprob]) -> pb.PromptInfo:
+        token_ids = self._stream.prepared.prompt_token_ids
+        return pb.PromptInfo(
+            num_tokens=len(token_ids),
+            token_ids=token_ids if self._options.prompt_token_ids else (),
+            logprobs=convert.logprobs(logprobs, self._tokenizer),
+        )
 
-    def output(self, text: str, token_ids: tuple[int, ...], finish: Finish | None) -> pb.Output:
-        return convert.output(text, token_ids, finish, self._options)
+    def output(self, index: int, output: OutputDelta | Output) -> pb.Output:
+        seed = self._stream.prepared.request.sampling.seed or 0
+        return pb.Output(
+            index=index,
+            text=output.text,
+            num_tokens=len(output.token_ids),
+            token_ids=output.token_ids if self._options.output_token_ids else (),
+            logprobs=convert.logprobs(output.logprobs, self._tokenizer),
+            finish=None if output.finish is None else convert.finish(output.finish),
+            seed=0 if output.finish is None else sequence_seed(seed, index),
+        )
 
-    def summary(self) -> pb.Summary | None:
-        """None until the output has ended."""
-        if self._stats is None:
-            return None
+    def summary(self, stats: RequestStats) -> pb.Summary:
         span = current_span()
-        trace_id = "" if span is None else format_trace_id(span.get_span_context().trace_id)
-        return convert.summary(self._stats, self._num_tokens, trace_id)
-
-    def _describe(self, finish: Finish) -> None:
-        if (span := current_span()) is not None:
-            span.set_attributes(
-                {
-                    names.RESPONSE_FINISH_REASONS: [finish.reason.name.lower()],
-                    names.USAGE_INPUT_TOKENS: len(self._stream.prompt_token_ids),
-                    names.USAGE_OUTPUT_TOKENS: self._num_tokens,
-                }
-            )
+        if span is None:
+            return convert.summary(stats, self._num_tokens, trace_id="")
+        span.set_attributes(
+            {
+                names.RESPONSE_FINISH_REASONS: [self._finishes[i].reason.name.lower() for i in sorted(self._finishes)],
+                names.USAGE_INPUT_TOKENS: stats.num_prompt_tokens,
+                names.USAGE_OUTPUT_TOKENS: self._num_tokens,
+            }
+        )
+        return convert.summary(stats, self._num_tokens, format_trace_id(span.get_span_context().trace_id))

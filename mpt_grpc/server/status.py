@@ -16,6 +16,7 @@ from mpt_grpc.errors import (
     InvalidRequestError,
     MptGrpcError,
     OverloadedError,
+    PromptRefusedError,
     UnavailableError,
     UnknownModelError,
 )
@@ -23,6 +24,7 @@ from mpt_grpc.errors import (
 _DOMAIN = "mpt-grpc"
 _TABLE: dict[type[MptGrpcError], tuple[grpc.StatusCode, str]] = {
     InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    PromptRefusedError: (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_REFUSED"),
     UnknownModelError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
     DuplicateRequestError: (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
     OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),

@@ -17,7 +17,8 @@ def welcome(server: RunningServer) -> str:
             f"  weights   {_size(model.weight_bytes)}",
             f"  KV cache  {_size(model.cache_bytes)}: {model.num_blocks:,} blocks of {BLOCK_SIZE}"
             f" = {model.cache_tokens:,} tokens",
-            f"  context   {server.engine.limits.max_context_tokens:,} tokens a request",
+            f"  context   {server.engine.preparation.limits.max_context_tokens:,} tokens a request",
+            f"  chat      template {server.engine.preparation.chat_template.name}",
             f"  gRPC      {address}",
             f'  try       grpcurl -plaintext -d \'{{"text": "Once upon a time"}}\' {address} {SERVICE}/StreamGenerate',
         )

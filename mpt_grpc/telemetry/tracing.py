@@ -19,7 +19,7 @@ from opentelemetry.util.types import AttributeValue
 
 from mpt_grpc import __version__
 from mpt_grpc.errors import SettingsError
-from mpt_grpc.request import GenerationRequest, RequestStats
+from mpt_grpc.request import Conversation, GenerationRequest, RequestStats
 from mpt_grpc.telemetry import names
 
 
@@ -64,7 +64,7 @@ def request_attributes(request: GenerationRequest, model: str) -> Mapping[str, A
     """GenAI attributes of a request, as far as they were asked for."""
     sampling = request.sampling
     attributes: dict[str, AttributeValue] = {
-        names.OPERATION: "text_completion",
+        names.OPERATION: "chat" if isinstance(request.prompt, Conversation) else "text_completion",
         names.PROVIDER: "mpt-grpc",
         names.REQUEST_MODEL: model,
         names.REQUEST_ID: request.request_id,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import tokenizers
@@ -19,44 +18,39 @@ MAX_HELD_TOKENS = 8
 """How many tokens `DecodeStream` may hold; an unfinished character has at most 3 bytes, so more of them are garbage."""
 
 
-@dataclass(frozen=True)
-class AssembledText:
-    """What came of some tokens."""
-
-    text: str
-    """What may be sent now."""
-    stop_string: str | None
-    """The stop string that was met; the output is then over."""
-    num_tokens: int
-    """How many of the tokens were used: all, or those up to the one that completed the stop string."""
-
-
 class TextAssembler:
     """The text of one output. Tokens whose text is left out, such as the end mark that was met, are not fed."""
 
     def __init__(
-        self, detokenizer: Detokenizer, stop_strings: Sequence[str] = (), include_stop_string: bool = False
+        self,
+        detokenizer: Detokenizer,
+        stop_strings: Sequence[str] = (),
+        include_stop_string: bool = False,
+        min_new_tokens: int = 0,
     ) -> None:
+        """A stop string that is complete within the first `min_new_tokens` does not count."""
         self._detokenizer = detokenizer
         self._stop_strings = StopStrings(stop_strings, include_stop_string)
+        self._num_deaf = min_new_tokens
 
     @property
     def stop_string(self) -> str | None:
-        """The stop string that was met, `finish` included."""
+        """The stop string that was met; the output is then over."""
         return self._stop_strings.met
 
-    def feed(self, token_ids: Sequence[int]) -> AssembledText:
-        """Adds the output's next tokens. After a stop string was met none is used any more."""
-        pieces: list[str] = []
-        num_tokens = 0
-        while num_tokens < len(token_ids) and self._stop_strings.met is None:
-            pieces.append(self._stop_strings.feed(self._detokenizer.feed(token_ids[num_tokens])))
-            num_tokens += 1
-        return AssembledText("".join(pieces), self._stop_strings.met, num_tokens)
+    @property
+    def num_held(self) -> int:
+        """Characters that are held back, because a stop string may begin with them."""
+        return self._stop_strings.num_held
+
+    def feed(self, token_id: int) -> str:
+        """Adds the output's next token; returns what may be sent now. After a stop string nothing comes any more."""
+        is_deaf, self._num_deaf = self._num_deaf > 0, max(0, self._num_deaf - 1)
+        return self._stop_strings.feed(self._detokenizer.feed(token_id), is_deaf)
 
     def finish(self) -> str:
         """What was held back, once no token follows; nothing after a stop string."""
-        return self._stop_strings.feed(self._detokenizer.flush()) + self._stop_strings.flush()
+        return self._stop_strings.feed(self._detokenizer.flush(), self._num_deaf > 0) + self._stop_strings.flush()
 
 
 class Detokenizer(Protocol):
@@ -136,12 +130,18 @@ class StopStrings:
         self._include = include_stop_string
         self._held = ""
 
-    def feed(self, text: str) -> str:
-        """Adds text; returns what may be sent now."""
+    @property
+    def num_held(self) -> int:
+        """Characters that are held back."""
+        return len(self._held)
+
+    def feed(self, text: str, is_deaf: bool = False) -> str:
+        """Adds text; returns what may be sent now. Deaf, it passes over stop strings that this text completes."""
         if self.met is not None:
             return ""
+        num_old = len(self._held)
         text = self._held + text
-        found = [(start + len(stop), start) for stop in self._stop_strings if (start := text.find(stop)) != -1]
+        found = [] if is_deaf else self._find(text, num_old)
         if found:
             end, start = min(found)
             self.met = text[start:end]
@@ -150,6 +150,11 @@ class StopStrings:
         border = min((_possible_start(text, stop) for stop in self._stop_strings), default=len(text))
         self._held = text[border:]
         return text[:border]
+
+    def _find(self, text: str, num_old: int) -> list[tuple[int, int]]:
+        """Ends and starts; a stop string within the first `num_old` characters was passed over before."""
+        starts = ((text.find(stop, max(0, num_old - len(stop) + 1)), stop) for stop in self._stop_strings)
+        return [(start + len(stop), start) for start, stop in starts if start != -1]
 
     def flush(self) -> str:
         """What was held back, once no text follows."""

@@ -81,6 +81,22 @@ class Tokenizer:
         except KeyError:  # an added token is plain text: the decoder's rule is that one strange character shows it
             return token.encode()
 
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """The tokens that are no text, such as end marks, whatever they are spelt like."""
+        return self._special_ids
+
+    def plain_text_encoder(self) -> Callable[[str], Sequence[int]]:
+        """An `encode` that reads a special token's own text as plain text; as costly to make as the tokenizer."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return lambda text: backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def special_token_id(self, text: str) -> int | None:
+        """The special token whose own text this is, or None."""
+        token_id = self._backend.token_to_id(text)
+        return token_id if token_id in self._special_ids else None
+
     def detokenizer(self, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
         """What turns the output that follows `prompt_ids` into text, token by token.
 

@@ -1,4 +1,4 @@
-"""What the READMEs tell a reader to type works as it stands there."""
+"""What the READMEs and the pages in docs/ tell a reader to type works as it stands there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-READMES = ("README.md", "clients/python/README.md")
+READMES = ("README.md", "clients/python/README.md", "docs/generation.md")
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
     for pattern in ("*.md", "benchmarks/*.md", "clients/**/*.md", "docs/**/*.md", "mpt_grpc/**/*.md")

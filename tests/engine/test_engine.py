@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from conftest import SteppedRunner, generation
+from conftest import SteppedRunner, generation, submit
 
 from mpt_grpc.engine import load
+from mpt_grpc.engine.assembly import OutputAssembly
 from mpt_grpc.engine.engine import Engine
-from mpt_grpc.engine.stream import OutputAssembly, ThreadStream, collect
+from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import (
     DeviceLostError,
     DuplicateRequestError,
@@ -21,14 +21,19 @@ from mpt_grpc.errors import (
     OverloadedError,
     UnavailableError,
 )
-from mpt_grpc.model.runner import Runner
+from mpt_grpc.model.runner import Runner, StepScores
 from mpt_grpc.request import (
     CacheOptions,
+    DecodingOptions,
     Finish,
     FinishReason,
+    Generation,
     GenerationRequest,
-    Output,
+    JsonObject,
+    LogprobOptions,
+    RepetitionGuard,
     SamplingParameters,
+    StoppingCriteria,
     TokenEvent,
 )
 from mpt_grpc.step import StepPlan
@@ -47,10 +52,10 @@ PROMPTS = [
 ]
 
 
-def crowd(engine: Engine, requests: list[GenerationRequest]) -> dict[str, Output]:
+def crowd(engine: Engine, requests: list[GenerationRequest]) -> dict[str, Generation]:
     """Runs the requests at the same time."""
-    streams = [engine.submit(request, ThreadStream) for request in requests]
-    return {stream.request.request_id: collect(stream) for stream in streams}
+    streams = [submit(engine, request) for request in requests]
+    return {stream.prepared.request.request_id: collect(stream) for stream in streams}
 
 
 def mixed_requests(n: int) -> list[GenerationRequest]:
@@ -68,21 +73,21 @@ def mixed_requests(n: int) -> list[GenerationRequest]:
 
 
 @pytest.fixture(scope="module")
-def alone(shared_engine: Engine) -> dict[str, Output]:
+def alone(shared_engine: Engine) -> dict[str, Generation]:
     """What each of 16 requests yields when nothing else runs."""
     return {r.request_id: shared_engine.generate(r) for r in mixed_requests(16)}
 
 
-def assert_same_tokens(outputs: dict[str, Output], expected: dict[str, Output]) -> None:
+def assert_same_tokens(outputs: dict[str, Generation], expected: dict[str, Generation]) -> None:
     assert {i: o.token_ids for i, o in outputs.items()} == {i: o.token_ids for i, o in expected.items()}
     assert {i: o.text for i, o in outputs.items()} == {i: o.text for i, o in expected.items()}
 
 
-def test_a_crowd_of_16_yields_what_each_yields_alone(shared_engine: Engine, alone: dict[str, Output]) -> None:
+def test_a_crowd_of_16_yields_what_each_yields_alone(shared_engine: Engine, alone: dict[str, Generation]) -> None:
     assert_same_tokens(crowd(shared_engine, mixed_requests(16)), alone)
 
 
-def test_preempted_requests_yield_the_same(make_engine: Callable[..., Engine], alone: dict[str, Output]) -> None:
+def test_preempted_requests_yield_the_same(make_engine: Callable[..., Engine], alone: dict[str, Generation]) -> None:
     engine = make_engine(num_blocks=24)
     outputs = crowd(engine, mixed_requests(16))
     assert_same_tokens(outputs, alone)
@@ -90,7 +95,7 @@ def test_preempted_requests_yield_the_same(make_engine: Callable[..., Engine], a
     assert engine.load.num_free_blocks == 24
 
 
-def test_chunked_prompts_yield_the_same(make_engine: Callable[..., Engine], alone: dict[str, Output]) -> None:
+def test_chunked_prompts_yield_the_same(make_engine: Callable[..., Engine], alone: dict[str, Generation]) -> None:
     engine = make_engine(max_step_tokens=7, max_running_requests=5)
     assert_same_tokens(crowd(engine, mixed_requests(16)), alone)
 
@@ -136,16 +141,17 @@ def test_a_stop_string_ends_the_text_before_it(shared_engine: Engine) -> None:
 
 def test_a_stop_string_that_only_the_end_completes_is_the_reason(shared_engine: Engine) -> None:
     """The only token is the first byte of a longer character: what is left of it becomes U+FFFD at the end."""
-    half = next(i for i in range(4096) if shared_engine.tokenizer.token_bytes(i) == b"\xe2")
-    events = [TokenEvent("r", (half,), Finish(FinishReason.MAX_NEW_TOKENS))]
-    text = TextAssembler(shared_engine.tokenizer.detokenizer(), ["\ufffd"])
-    (delta,) = OutputAssembly(text, lambda: None).advance(events)
+    half = next(i for i in range(4096) if shared_engine.preparation.tokenizer.token_bytes(i) == b"\xe2")
+    events = [TokenEvent("r", token_ids=(half,), finish=Finish(FinishReason.MAX_NEW_TOKENS))]
+    text = TextAssembler(shared_engine.preparation.tokenizer.detokenizer(), ["\ufffd"])
+    delta = OutputAssembly(0, text, None, lambda: None).advance(events)
+    assert delta is not None
     assert delta.text == ""
     assert delta.finish == Finish(FinishReason.STOP_STRING, stop_string="\ufffd")
 
 
 def test_the_end_mark_ends_the_output_and_leaves_no_text(shared_engine: Engine) -> None:
-    (end,) = shared_engine.tokenizer.eos_token_ids
+    (end,) = shared_engine.preparation.tokenizer.eos_token_ids
     outputs = (
         shared_engine.generate(
             generation(
@@ -160,11 +166,11 @@ def test_the_end_mark_ends_the_output_and_leaves_no_text(shared_engine: Engine) 
     output = next(o for o in outputs if o.finish.reason is FinishReason.EOS_TOKEN)
     assert output.token_ids[-1] == end
     assert output.finish.stop_token_id == end
-    assert output.text == shared_engine.tokenizer.decode(output.token_ids[:-1])
+    assert output.text == shared_engine.preparation.tokenizer.decode(output.token_ids[:-1])
 
 
 def test_the_default_length_is_cut_by_the_context(shared_engine: Engine) -> None:
-    context = shared_engine.limits.max_context_tokens
+    context = shared_engine.preparation.limits.max_context_tokens
     output = shared_engine.generate(generation(prompt=(7,) * (context - 5), max_new_tokens=None))
     assert len(output.token_ids) == 5
     assert output.finish.reason is FinishReason.CONTEXT_LENGTH
@@ -174,10 +180,31 @@ def test_every_bad_field_is_named_at_once(shared_engine: Engine) -> None:
     request = GenerationRequest(
         "x" * 200,
         (1, 999_999),
-        SamplingParameters(temperature=float("nan"), top_k=-1, top_p=0.0, min_p=2.0, seed=-1),
-        generation(max_new_tokens=0, stop=("", "s" * 300)).stopping,
-        CacheOptions(salt="s" * 200),
+        SamplingParameters(
+            temperature=float("nan"), top_k=-1, top_p=0.0, min_p=2.0, typical_p=0.0, seed=-1, num_sequences=17
+        ),
+        decoding=DecodingOptions(
+            repetition_penalty=0.0,
+            frequency_penalty=2.5,
+            presence_penalty=float("nan"),
+            logit_bias={-1: 0.0, 5: 101.0},
+            allowed_token_ids=(3, 4096),
+            constraint=JsonObject(),
+        ),
+        stopping=StoppingCriteria(
+            max_new_tokens=-1,
+            min_new_tokens=-1,
+            stop_strings=("", "s" * 300),
+            stop_token_ids=(-1,),
+            ignore_eos=True,
+            time_limit_s=0.0,
+            repetition_guard=RepetitionGuard(min_repeats=1, max_cycle_tokens=257),
+        ),
+        logprobs=LogprobOptions(num_top=21),
+        cache=CacheOptions(salt="s" * 200),
         priority=101,
+        truncate_prompt_tokens=0,
+        resume_token_ids=(4096,),
     )
     with pytest.raises(InvalidRequestError) as caught:
         shared_engine.generate(request)
@@ -188,12 +215,31 @@ def test_every_bad_field_is_named_at_once(shared_engine: Engine) -> None:
         "sampling.top_k",
         "sampling.top_p",
         "sampling.min_p",
+        "sampling.typical_p",
         "sampling.seed",
+        "sampling.num_sequences",
+        "decoding.repetition_penalty",
+        "decoding.frequency_penalty",
+        "decoding.presence_penalty",
+        "decoding.logit_bias[-1]",
+        "decoding.logit_bias[5]",
+        "decoding.allowed_token_ids",
+        "decoding.allowed_token_ids[1]",
         "stopping.max_new_tokens",
+        "stopping.min_new_tokens",
         "stopping.stop_strings[0]",
         "stopping.stop_strings[1]",
+        "stopping.stop_token_ids[0]",
+        "stopping.ignore_eos",
+        "stopping.time_limit",
+        "stopping.repetition_guard.min_repeats",
+        "stopping.repetition_guard.max_cycle_tokens",
+        "response.top_logprobs",
         "cache.salt",
         "priority",
+        "truncate_prompt_tokens",
+        "resume_token_ids",
+        "resume_token_ids[0]",
     }
 
 
@@ -208,9 +254,9 @@ def test_a_full_queue_is_overload_and_a_known_id_a_duplicate(
     make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
 ) -> None:
     engine = make_engine(max_running_requests=1, max_waiting_requests=1)
-    streams = [engine.submit(generation(name), ThreadStream) for name in ("a", "b")]
+    streams = [submit(engine, generation(name)) for name in ("a", "b")]
     with pytest.raises(OverloadedError):
-        engine.submit(generation("c"), ThreadStream)
+        submit(engine, generation("c"))
     engine.abort("b")
     stepped[0].run_free()
     assert collect(streams[1]).finish.reason is FinishReason.CANCELLED
@@ -219,9 +265,9 @@ def test_a_full_queue_is_overload_and_a_known_id_a_duplicate(
 
 def test_a_request_id_in_flight_is_refused(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
     engine = make_engine()
-    stream = engine.submit(generation("a"), ThreadStream)
+    stream = submit(engine, generation("a"))
     with pytest.raises(DuplicateRequestError):
-        engine.submit(generation("a"), ThreadStream)
+        submit(engine, generation("a"))
     stepped[0].run_free()
     assert len(collect(stream).token_ids) == 24
     assert len(engine.generate(generation("a")).token_ids) == 24
@@ -233,17 +279,17 @@ def test_an_aborted_request_frees_its_blocks_within_one_step(
 ) -> None:
     engine = make_engine(num_blocks=64, max_running_requests=2, max_step_tokens=32)
     runner = stepped[0]
-    other = engine.submit(generation("other", (3,) * 8, max_new_tokens=400), ThreadStream)
+    other = submit(engine, generation("other", (3,) * 8, max_new_tokens=400))
     runner.wait_for_step()
     if state == "waiting":
-        filler = engine.submit(generation("filler", (4,) * 8, max_new_tokens=400), ThreadStream)
-    stream = engine.submit(generation("gone", (9,) * (100 if state == "mid-prefill" else 20)), ThreadStream)
+        filler = submit(engine, generation("filler", (4,) * 8, max_new_tokens=400))
+    stream = submit(engine, generation("gone", (9,) * (100 if state == "mid-prefill" else 20)))
     for _ in range(2 if state == "mid-prefill" else 4):
         runner.allow()
         plan = runner.wait_for_step()
     planned = {sequence.request_id: sequence for sequence in plan.sequences}
     assert ("gone" in planned) == (state != "waiting")
-    assert state == "waiting" or planned["gone"].samples == (state == "running")
+    assert state == "waiting" or (planned["gone"].choice is not None) == (state == "running")
 
     assert engine.abort("gone")
     runner.allow()
@@ -280,37 +326,37 @@ def test_leaving_a_stream_early_ends_the_request(
 class FaultyRunner(Runner):
     """Fails when it is to compute token 666."""
 
-    def run(self, plan: StepPlan) -> torch.Tensor:
+    def run(self, plan: StepPlan) -> StepScores:
         if any(666 in sequence.token_ids for sequence in plan.sequences):
             raise RuntimeError("a kernel has failed")
         return super().run(plan)
 
 
 def test_a_fault_of_one_request_ends_that_request_alone(
-    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine], alone: dict[str, Output]
+    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine], alone: dict[str, Generation]
 ) -> None:
     monkeypatch.setattr(load, "Runner", FaultyRunner)
     engine = make_engine()
     requests = mixed_requests(16)
-    streams = [engine.submit(request, ThreadStream) for request in requests[:8]]
-    bad = engine.submit(generation("bad", (1, 2, 666)), ThreadStream)
-    streams += [engine.submit(request, ThreadStream) for request in requests[8:]]
+    streams = [submit(engine, request) for request in requests[:8]]
+    bad = submit(engine, generation("bad", (1, 2, 666)))
+    streams += [submit(engine, request) for request in requests[8:]]
     with pytest.raises(InternalError):
         collect(bad)
-    assert_same_tokens({stream.request.request_id: collect(stream) for stream in streams}, alone)
+    assert_same_tokens({stream.prepared.request.request_id: collect(stream) for stream in streams}, alone)
     assert engine.load.num_free_blocks == 512
     assert not engine.is_stuck(60)
 
 
 class LostDevice(Runner):
-    def run(self, plan: StepPlan) -> torch.Tensor:  # noqa: ARG002
+    def run(self, plan: StepPlan) -> StepScores:  # noqa: ARG002
         raise DeviceLostError("an illegal memory access was encountered")
 
 
 def test_a_lost_device_stops_the_engine(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]) -> None:
     monkeypatch.setattr(load, "Runner", LostDevice)
     engine = make_engine()
-    stream = engine.submit(generation("a"), ThreadStream)
+    stream = submit(engine, generation("a"))
     with pytest.raises(UnavailableError, match="illegal memory access"):
         collect(stream)
     with pytest.raises(UnavailableError, match="illegal memory access"):
@@ -321,7 +367,7 @@ def test_closing_ends_what_is_in_flight_with_an_error(
     make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
 ) -> None:
     engine = make_engine()
-    stream = engine.submit(generation(max_new_tokens=1000), ThreadStream)
+    stream = submit(engine, generation(max_new_tokens=1000))
     stepped[0].wait_for_step()
     closing = threading.Thread(target=engine.close)
     closing.start()
@@ -336,7 +382,7 @@ def test_closing_ends_what_is_in_flight_with_an_error(
 def test_work_that_stands_still_is_stuck(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
     engine = make_engine()
     assert not engine.is_stuck(0.0)
-    stream = engine.submit(generation(), ThreadStream)
+    stream = submit(engine, generation())
     stepped[0].wait_for_step()
     assert engine.is_stuck(0.0)
     assert not engine.is_stuck(60.0)
@@ -348,10 +394,10 @@ def test_work_that_stands_still_is_stuck(make_engine: Callable[..., Engine], ste
 def test_higher_priority_runs_first(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
     engine = make_engine(max_running_requests=1)
     order: list[str] = []
-    first = engine.submit(generation("first"), ThreadStream)
+    first = submit(engine, generation("first"))
     stepped[0].wait_for_step()
     streams: dict[str, Any] = {
-        name: engine.submit(generation(name, priority=priority, max_new_tokens=2), ThreadStream)
+        name: submit(engine, generation(name, priority=priority, max_new_tokens=2))
         for name, priority in (("low", -1), ("middle", 0), ("high", 0))
     }
     stepped[0].run_free()

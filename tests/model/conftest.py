@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,10 @@ from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.mpt import MPT
-from mpt_grpc.model.runner import Runner
+from mpt_grpc.model.runner import Runner, StepScores
 from mpt_grpc.model.weights import load_model
-from mpt_grpc.request import SamplingParameters
-from mpt_grpc.step import SequenceStep, StepPlan
+from mpt_grpc.request import SamplingParameters, TokenLogprob
+from mpt_grpc.step import PromptScoring, SequenceStep, StepPlan, TokenChoice
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParameters(temperature=0, seed=0)
@@ -116,11 +117,15 @@ def random_tokens(count: int, vocab_size: int = 96, seed: int = 0) -> list[int]:
 class Stepper:
     """Steps a Runner as a scheduler would, with block tables in no order; block 0 belongs to a stranger's sequence."""
 
-    def __init__(self, model: MPT, *, num_blocks: int = 256, block_size: int = 4) -> None:
+    def __init__(
+        self, model: MPT, *, num_blocks: int = 256, block_size: int = 4, vocab_size: int | None = None
+    ) -> None:
         config, dtype = model.config, model.transformer.wte.weight.dtype
         cache = KVCache(config, num_blocks, block_size, dtype, CPU)
-        self._runner = Runner(model, cache, TorchAttention(config, CPU), CPU)
+        self._runner = Runner(model, cache, TorchAttention(config, CPU), CPU, vocab_size or config.vocab_size)
         self._block_size = block_size
+        self._ids: dict[str, int] = {}
+        self._new_ids = itertools.count()
         self._known: dict[str, int] = {}
         self._tables: dict[str, list[int]] = {}
         self._free = list(range(1, num_blocks))
@@ -134,21 +139,35 @@ class Stepper:
         Without `samples` all do.
         """
         sampling = list(chunks) if samples is None else [name for name in chunks if name in set(samples)]
-        steps = [self._sequence_step(name, tuple(chunk), name in sampling) for name, chunk in chunks.items()]
-        rows = self._runner.run(StepPlan(tuple(steps)))
-        return dict(zip(sampling, rows, strict=True))
+        return dict(zip(sampling, self._run(chunks, sampling, {}).logits, strict=True))
+
+    def score(
+        self, chunks: Mapping[str, Sequence[int]], scoring: Mapping[str, PromptScoring]
+    ) -> dict[str, tuple[TokenLogprob, ...]]:
+        """Appends to each sequence its chunk, all in one step, and returns what `scoring` asks; nobody samples."""
+        scores = self._run(chunks, (), scoring)
+        assert scores.logits.shape[0] == 0
+        names = {sequence_id: name for name, sequence_id in self._ids.items()}
+        return {names[sequence_id]: logprobs for sequence_id, logprobs in scores.prompt_logprobs.items()}
 
     def release(self, name: str) -> None:
         """Ends a sequence; its blocks are the next to be used."""
-        del self._known[name]
+        del self._known[name], self._ids[name]
         self._free += self._tables.pop(name)
 
-    def _sequence_step(self, name: str, token_ids: tuple[int, ...], samples: bool) -> SequenceStep:
-        start, table = self._known.get(name, 0), self._tables.setdefault(name, [])
-        self._known[name] = start + len(token_ids)
-        while len(table) * self._block_size < self._known[name]:
-            table.append(self._free.pop())
-        return SequenceStep(name, token_ids, start, tuple(table), samples, GREEDY, 0)
+    def _run(
+        self, chunks: Mapping[str, Sequence[int]], samples: Collection[str], scoring: Mapping[str, PromptScoring]
+    ) -> StepScores:
+        steps = []
+        for name, chunk in chunks.items():
+            start, table = self._known.get(name, 0), self._tables.setdefault(name, [])
+            self._known[name] = start + len(chunk)
+            while len(table) * self._block_size < self._known[name]:
+                table.append(self._free.pop())
+            sequence_id = self._ids.setdefault(name, next(self._new_ids))
+            choice = TokenChoice(GREEDY, 0) if name in samples else None
+            steps.append(SequenceStep(sequence_id, name, tuple(chunk), start, tuple(table), choice, scoring.get(name)))
+        return self._runner.run(StepPlan(tuple(steps)))
 
 
 def run_prompt(model: MPT, token_ids: Sequence[int], chunk_sizes: Iterable[int], *, block_size: int = 4) -> Tensor:

@@ -15,12 +15,12 @@ from torch import Tensor
 from mpt_grpc.errors import InternalError
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.request import SamplingParameters
-from mpt_grpc.step import SequenceStep
+from mpt_grpc.step import SequenceStep, TokenChoice
 
 
-def sequence(request_id: str, position: int = 0, **sampling: Any) -> SequenceStep:
-    parameters = SamplingParameters(**{"seed": 0, **sampling})
-    return SequenceStep(request_id, (1,), 8, (3,), True, parameters, position)
+def sequence(sequence_id: int = 0, position: int = 0, **sampling: Any) -> SequenceStep:
+    choice = TokenChoice(SamplingParameters(**{"seed": 0, **sampling}), position)
+    return SequenceStep(sequence_id, "r", (1,), 8, (3,), choice)
 
 
 def random_logits(rows: int, vocab_size: int, seed: int = 0, std: float = 1.0) -> Tensor:
@@ -29,10 +29,10 @@ def random_logits(rows: int, vocab_size: int, seed: int = 0, std: float = 1.0) -
 
 def draws(logits: Tensor, count: int, **sampling: Any) -> list[int]:
     """The tokens chosen for the same scores [vocab_size] at `count` output positions."""
-    steps = [sequence(str(position), position, **sampling) for position in range(count)]
+    steps = [sequence(position, position, **sampling) for position in range(count)]
     result = Sampler(len(logits)).sample(logits.expand(count, -1).clone(), steps)
     assert not result.errors
-    return [result.token_ids[str(position)] for position in range(count)]
+    return [result.token_ids[position] for position in range(count)]
 
 
 def kept(logits: Sequence[float], temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -61,9 +61,9 @@ CHI_SQUARE_15 = 37.7
 def test_temperature_0_takes_the_best_and_the_first_among_equals() -> None:
     logits = random_logits(8, 50)
     logits[7] = 0.0
-    result = Sampler(50).sample(logits, [sequence(str(row), temperature=0, seed=row) for row in range(8)])
-    assert [result.token_ids[str(row)] for row in range(8)] == logits.argmax(dim=-1).tolist()
-    assert result.token_ids["7"] == 0
+    result = Sampler(50).sample(logits, [sequence(row, temperature=0, seed=row) for row in range(8)])
+    assert [result.token_ids[row] for row in range(8)] == logits.argmax(dim=-1).tolist()
+    assert result.token_ids[7] == 0
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 12, 40])
@@ -82,10 +82,10 @@ def test_each_row_of_a_batch_has_its_own_filters() -> None:
         for _ in range(3000)
     ]
     names = ("temperature", "top_k", "top_p", "min_p")
-    steps = [sequence(str(i), i, **dict(zip(names, choice, strict=True))) for i, choice in enumerate(choices)]
+    steps = [sequence(i, i, **dict(zip(names, choice, strict=True))) for i, choice in enumerate(choices)]
     result = Sampler(12).sample(logits.expand(3000, -1).clone(), steps)
     for i, choice in enumerate(choices):
-        assert result.token_ids[str(i)] in kept(logits.tolist(), *choice), choice
+        assert result.token_ids[i] in kept(logits.tolist(), *choice), choice
 
 
 def test_top_p_stops_where_the_sum_is_reached() -> None:
@@ -100,8 +100,8 @@ def test_top_k_1_is_greedy_even_where_the_noise_is_the_lowest() -> None:
     """At seed 0, position 4350, the hash gives token 3814 the largest 32 bits, which round to 1 in float32."""
     logits = torch.zeros(1, 4096)
     logits[0, 3814] = 1.0
-    result = Sampler(4096).sample(logits, [sequence("r", 4350, top_k=1)])
-    assert result.token_ids["r"] == 3814
+    result = Sampler(4096).sample(logits, [sequence(0, 4350, top_k=1)])
+    assert result.token_ids[0] == 3814
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -114,7 +114,7 @@ def test_over_positions_tokens_are_drawn_as_often_as_softmax_says(temperature: f
 @pytest.mark.parametrize("first_seed", [0, 1 << 63, (1 << 64) - 20_000])
 def test_over_seeds_tokens_are_drawn_as_often_as_softmax_says(first_seed: int) -> None:
     logits = random_logits(1, 16)
-    steps = [sequence(str(row), 7, seed=first_seed + row) for row in range(20_000)]
+    steps = [sequence(row, 7, seed=first_seed + row) for row in range(20_000)]
     tokens = list(Sampler(16).sample(logits.repeat(20_000, 1), steps).token_ids.values())
     assert chi_square(tokens, logits[0].softmax(-1).tolist()) < CHI_SQUARE_15
 
@@ -142,7 +142,7 @@ def test_a_choice_depends_on_seed_position_and_scores_alone() -> None:
     logits = random_logits(16, 200, std=2.0)
     steps = [
         sequence(
-            f"r{row}",
+            row,
             draw.randrange(1000),
             seed=draw.getrandbits(64),
             temperature=draw.choice([0.0, 0.7, 1.3]),
@@ -159,21 +159,21 @@ def test_a_choice_depends_on_seed_position_and_scores_alone() -> None:
     for _ in range(10):
         rows = draw.sample(range(16), draw.randint(2, 16))
         together = sampler.sample(logits[rows], [steps[row] for row in rows]).token_ids
-        assert together == {steps[row].request_id: alone[steps[row].request_id] for row in rows}
+        assert together == {row: alone[row] for row in rows}
 
 
 @pytest.mark.parametrize("position", [0, 1, 2**31, 2**40])
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
 def test_every_seed_and_position_is_taken(seed: int, position: int) -> None:
-    tokens = {}
-    for name in ("once", "again"):
-        tokens |= Sampler(1000).sample(torch.zeros(1, 1000), [sequence(name, position, seed=seed)]).token_ids
-    assert tokens["once"] == tokens["again"]
+    step = sequence(0, position, seed=seed)
+    once, again = (Sampler(1000).sample(torch.zeros(1, 1000), [step]).token_ids for _ in range(2))
+    assert once.keys() == {0}
+    assert once == again
 
 
 def test_seeds_are_told_apart_in_all_64_bits() -> None:
     seeds = [0, *(1 << bit for bit in range(64)), (1 << 64) - 1]
-    steps = [sequence(str(seed), seed=seed) for seed in seeds]
+    steps = [sequence(row, seed=seed) for row, seed in enumerate(seeds)]
     tokens = Sampler(1 << 16).sample(torch.zeros(len(seeds), 1 << 16), steps).token_ids
     assert len(set(tokens.values())) == len(seeds)
 
@@ -183,7 +183,7 @@ def test_seeds_are_told_apart_in_all_64_bits() -> None:
 def test_padding_rows_of_the_vocabulary_are_never_chosen(temperature: float, padding: float) -> None:
     logits = random_logits(500, 16)
     logits[:, 10:] = padding
-    steps = [sequence(str(row), row, temperature=temperature, top_k=row % 16, top_p=0.9) for row in range(500)]
+    steps = [sequence(row, row, temperature=temperature, top_k=row % 16, top_p=0.9) for row in range(500)]
     result = Sampler(10).sample(logits, steps)
     assert not result.errors
     assert len(result.token_ids) == 500
@@ -194,13 +194,13 @@ def test_padding_rows_of_the_vocabulary_are_never_chosen(temperature: float, pad
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_that_is_not_finite_ends_its_own_request(temperature: float, fault: float) -> None:
     logits = random_logits(4, 50)
-    steps = [sequence(name, temperature=temperature, top_p=0.9) for name in "abcd"]
+    steps = [sequence(row, temperature=temperature, top_p=0.9) for row in range(4)]
     sound = Sampler(50).sample(logits.clone(), steps).token_ids
     logits[2, 17] = fault
     result = Sampler(50).sample(logits, steps)
-    assert result.token_ids == {name: sound[name] for name in "abd"}
-    assert list(result.errors) == ["c"]
-    assert isinstance(result.errors["c"], InternalError)
+    assert result.token_ids == {row: sound[row] for row in (0, 1, 3)}
+    assert list(result.errors) == [2]
+    assert isinstance(result.errors[2], InternalError)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}])

@@ -4,100 +4,151 @@ model whose next token is a hash of all tokens before it. A plan that reads a wr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpt_grpc.errors import InternalError
-from mpt_grpc.request import CacheOptions, FinishReason, GenerationRequest, SamplingParameters, StoppingCriteria
+from mpt_grpc.request import (
+    CacheOptions,
+    DecodingOptions,
+    FinishReason,
+    GenerationRequest,
+    LogprobOptions,
+    SamplingParameters,
+    StoppingCriteria,
+    TokenLogprob,
+    sequence_seed,
+)
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.scheduler import Progress, Scheduler, SchedulerLimits
+from mpt_grpc.schedule.sequence import Sequence as SchedulerSequence
 from mpt_grpc.step import SequenceStep, StepPlan, StepResult
 
 BLOCK_SIZE = 4
 EOS = 0
 
 
-def next_token(tokens: Sequence[int]) -> int:
-    return blake2b(repr(list(tokens)).encode(), digest_size=1).digest()[0] % 50
+def next_token(tokens: Sequence[int], seed: int = 1) -> int:
+    return blake2b(repr([seed, *tokens]).encode(), digest_size=1).digest()[0] % 50
 
 
-def expected_output(prompt: tuple[int, ...], max_new_tokens: int, max_context: int) -> list[int]:
-    """What a request yields by itself."""
+def expected_output(prompt: tuple[int, ...], max_new_tokens: int, max_context: int, seed: int = 1) -> list[int]:
+    """What a sequence yields by itself."""
     tokens = list(prompt)
-    while True:
-        tokens.append(next_token(tokens))
-        if tokens[-1] == EOS or len(tokens) - len(prompt) == max_new_tokens or len(tokens) == max_context:
-            return tokens[len(prompt) :]
+    while len(tokens) - len(prompt) < max_new_tokens and len(tokens) < max_context:
+        tokens.append(next_token(tokens, seed))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
 
 
-def request(name: str, max_new_tokens: int = 8, priority: int = 0, **cache: object) -> GenerationRequest:
+def logprob_of(tokens: Sequence[int]) -> TokenLogprob:
+    """Of the last of the tokens, after those before it."""
+    return TokenLogprob(tokens[-1], -float(next_token(tokens)), rank=1)
+
+
+def request(
+    name: str, max_new_tokens: int = 8, priority: int = 0, *, num_sequences: int = 1, **cache: object
+) -> GenerationRequest:
     return GenerationRequest(
         name,
         "",
-        SamplingParameters(seed=1),
-        StoppingCriteria(max_new_tokens=max_new_tokens),
-        CacheOptions(**cache),  # type: ignore[arg-type]
+        SamplingParameters(seed=1, num_sequences=num_sequences),
+        stopping=StoppingCriteria(max_new_tokens=max_new_tokens),
+        cache=CacheOptions(**cache),  # type: ignore[arg-type]
         priority=priority,
     )
 
 
 @dataclass
 class Machine:
-    """A scheduler, and the checks that a real model would not make."""
+    """A scheduler, and the checks that a real model would not make. The first sequence of a request has its name, the
+    others have their index behind it."""
 
     limits: SchedulerLimits
     num_blocks: int
     prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sharers: dict[str, str] = field(default_factory=dict)
-    """Which requests may read each other's slots: those of one salt; one that bypasses the cache only its own."""
+    """Which sequences may read each other's slots: those of one salt; one that bypasses the cache its request's."""
     outputs: dict[str, list[int]] = field(default_factory=dict)
     ended: dict[str, Progress] = field(default_factory=dict)
+    prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = field(default_factory=dict)
+    num_computed: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.limits, BlockPool(self.num_blocks, BLOCK_SIZE), frozenset({EOS}))
         self.slots: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
+        self.names: dict[int, str] = {}
+        self.sequences: dict[str, SchedulerSequence] = {}
 
     def add(self, added: GenerationRequest, prompt: tuple[int, ...]) -> None:
-        name, cache = added.request_id, added.cache
-        self.prompts[name], self.outputs[name] = prompt, []
-        self.sharers[name] = f"only {name}" if cache.bypass else f"salt {cache.salt}"
-        self.scheduler.add(added, prompt)
+        cache = added.cache
+        for progress in self.scheduler.add(added, prompt):
+            sequence = progress.sequence
+            name = f"{added.request_id}{sequence.index or ''}"
+            self.names[sequence.sequence_id], self.sequences[name] = name, sequence
+            self.prompts[name], self.outputs[name] = prompt, list(added.resume_token_ids)
+            self.sharers[name] = f"only {added.request_id}" if cache.bypass else f"salt {cache.salt}"
+            if progress.finish is not None:
+                self.ended[name] = progress
+
+    def end(self, name: str) -> bool:
+        return self.scheduler.end(self.sequences[name])
+
+    def planned(self, plan: StepPlan) -> list[str]:
+        return [self.names[s.sequence_id] for s in plan.sequences]
 
     def plan(self) -> StepPlan:
         plan = self.scheduler.plan()
         assert bool(plan.sequences) == self.scheduler.has_work
         assert plan.num_tokens <= self.limits.max_step_tokens
         assert len(plan.sequences) <= self.limits.max_running_requests
-        assert len({s.request_id for s in plan.sequences}) == len(plan.sequences)
+        assert len({s.sequence_id for s in plan.sequences}) == len(plan.sequences)
         assert len(plan.sequences) == self.scheduler.num_running, "one that runs was left out"
         written = [slot for s in plan.sequences for slot in self._slots(s, s.start, s.length)]
         assert len(written) == len(set(written)), "two sequences write one slot"
         return plan
 
-    def run(self, plan: StepPlan, failing: frozenset[str] = frozenset()) -> list[Progress]:
-        chosen = {}
+    def run(
+        self, plan: StepPlan, failing: frozenset[str] = frozenset(), late: frozenset[str] = frozenset()
+    ) -> list[Progress]:
+        chosen, scored = {}, {}
         for s in plan.sequences:
-            known = (*self.prompts[s.request_id], *self.outputs[s.request_id])
-            sharers = self.sharers[s.request_id]
+            name = self.names[s.sequence_id]
+            known = (*self.prompts[name], *self.outputs[name])
+            sharers = self.sharers[name]
             assert s.token_ids == known[s.start : s.length]
-            assert s.samples == (s.length == len(known))
-            assert s.output_position == len(self.outputs[s.request_id])
+            wants_token = len(self.outputs[name]) != self.sequences[name].request.stopping.max_new_tokens
+            assert (s.choice is not None) == (s.length == len(known) and wants_token)
             assert len(s.block_table) == -(-s.length // BLOCK_SIZE)
             for position, slot in enumerate(self._slots(s, 0, s.start)):
                 assert self.slots[slot] == (sharers, known[: position + 1]), "reads what another sequence wrote"
             for position, slot in enumerate(self._slots(s, s.start, s.length), s.start):
                 self.slots[slot] = (sharers, known[: position + 1])
-            if s.samples:
-                chosen[s.request_id] = next_token(known)
-        errors = {name: InternalError("fault") for name in failing}
-        progress = self.scheduler.commit(plan, StepResult(chosen, errors))
+            self.num_computed[name] = self.num_computed.get(name, 0) + len(s.token_ids)
+            if s.choice is not None:
+                assert s.choice.output_position == len(self.outputs[name])
+                if name not in late:
+                    chosen[s.sequence_id] = next_token(known, s.choice.sampling.seed or 0)
+            if s.scoring is not None:
+                first = s.start + s.scoring.first
+                assert s.scoring.token_ids == known[first + 1 : first + 1 + len(s.scoring.token_ids)]
+                ends = range(first + 2, first + 2 + len(s.scoring.token_ids))
+                assert ends[-1] <= min(s.length + 1, len(self.prompts[name])), "its row is not computed"
+                scored[s.sequence_id] = tuple(logprob_of(known[:end]) for end in ends)
+        errors = {s.sequence_id: InternalError("fault") for s in plan.sequences if self.names[s.sequence_id] in failing}
+        progress = self.scheduler.commit(plan, StepResult(chosen, prompt_logprobs=scored, errors=errors))
         for p in progress:
-            name = p.sequence.request_id
+            name = self.names[p.sequence.sequence_id]
             assert name not in self.ended
+            if p.prompt_logprobs:
+                assert name not in self.prompt_logprobs, "told twice"
+                self.prompt_logprobs[name] = p.prompt_logprobs
             if p.token_id is not None:
                 self.outputs[name].append(p.token_id)
             if p.finish is not None or p.error is not None:
@@ -128,64 +179,102 @@ def machine(num_blocks: int = 64, max_running: int = 8, max_step_tokens: int = 3
     return Machine(SchedulerLimits(max_running, max_step_tokens, min(max_context, num_blocks * BLOCK_SIZE)), num_blocks)
 
 
-arrivals = st.fixed_dictionaries(
-    {
-        "prompt_family": st.integers(0, 2),
-        "prompt_length": st.integers(1, 40),
-        "max_new_tokens": st.integers(1, 30),
-        "priority": st.integers(-1, 1),
-        "salt": st.sampled_from(["", "", "", "tenant"]),
-        "bypass": st.sampled_from([False, False, True]),
-        "steps_before": st.integers(0, 3),
-        "fate": st.sampled_from(["live"] * 6 + ["cancel", "cancel in a step", "fail"]),
-    }
+@dataclass(frozen=True)
+class Arrival:
+    """A request, and what becomes of it."""
+
+    prompt_family: int
+    prompt_length: int
+    max_new_tokens: int
+    num_sequences: int
+    num_resumed: int
+    priority: int
+    salt: str
+    bypass: bool
+    scores: bool
+    steps_before: int
+    fate: str
+
+
+arrivals = st.builds(
+    Arrival,
+    prompt_family=st.integers(0, 2),
+    prompt_length=st.integers(1, 40),
+    max_new_tokens=st.integers(0, 30),
+    num_sequences=st.sampled_from([1, 1, 1, 2, 4]),
+    num_resumed=st.sampled_from([0, 0, 0, 1, 7, 30]),
+    priority=st.integers(-1, 1),
+    salt=st.sampled_from(["", "", "", "tenant"]),
+    bypass=st.sampled_from([False, False, True]),
+    scores=st.sampled_from([False, False, True]),
+    steps_before=st.integers(0, 3),
+    fate=st.sampled_from(["live"] * 6 + ["cancel", "cancel in a step", "fail"]),
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(arrivals, min_size=1, max_size=14),
     st.integers(12, 40),
     st.integers(1, 6),
     st.integers(0, 20),
     st.integers(24, 48),
+    st.randoms(use_true_random=False),
 )
 def test_whatever_comes_each_yields_what_it_yields_alone(
-    script: list[dict[str, object]], num_blocks: int, max_running: int, extra_budget: int, max_context: int
+    script: list[Arrival],
+    num_blocks: int,
+    max_running: int,
+    extra_budget: int,
+    max_context: int,
+    random: Random,
 ) -> None:
     m = machine(num_blocks, max_running, max_running + extra_budget, max_context)
     context = m.limits.max_context_tokens
-    fates: dict[str, object] = {}
-    for index, a in enumerate(script):
-        name = f"r{index}"
-        length = min(int(str(a["prompt_length"])), context - 1)
-        prompt = tuple(range(int(str(a["prompt_family"])) + 1, length + int(str(a["prompt_family"])) + 1))
-        fates[name] = a["fate"]
-        m.add(
-            request(name, int(str(a["max_new_tokens"])), int(str(a["priority"])), salt=a["salt"], bypass=a["bypass"]),
-            prompt,
+    fates: dict[str, Arrival] = {}
+    expected: dict[str, list[int]] = {}
+    for number, a in enumerate(script):
+        prompt = tuple(range(a.prompt_family + 1, min(a.prompt_length, context - 1) + a.prompt_family + 1))
+        whole = expected_output(prompt, a.max_new_tokens, context)
+        resumed = whole[: a.num_resumed] if a.num_sequences == 1 else []
+        added = request(
+            f"r{number}_",
+            a.max_new_tokens,
+            a.priority,
+            num_sequences=a.num_sequences if a.max_new_tokens else 1,
+            salt=a.salt,
+            bypass=a.bypass,
         )
-        for _ in range(int(str(a["steps_before"]))):
-            plan = m.plan()
-            planned = {s.request_id for s in plan.sequences}
-            for gone in planned:
-                if fates[gone] == "cancel in a step":
-                    m.scheduler.end(gone)
-            m.run(plan, frozenset(name for name in planned if fates[name] == "fail"))
+        m.add(replace(added, logprobs=LogprobOptions(prompt=a.scores), resume_token_ids=tuple(resumed)), prompt)
+        for name in [name for name in m.prompts if name.startswith(f"r{number}_")]:
+            fates[name] = a
+            seed = sequence_seed(1, m.sequences[name].index)
+            expected[name] = expected_output(prompt, a.max_new_tokens, context, seed)
+        for _ in range(a.steps_before):
             if not m.scheduler.has_work:
                 break
-        if a["fate"] == "cancel":
-            m.scheduler.end(name)
-            assert m.scheduler.end(name) is None
-    for name, fate in fates.items():
-        if fate != "live":
-            m.scheduler.end(name)
+            plan = m.plan()
+            planned = m.planned(plan)
+            for name in planned:
+                if fates[name].fate == "cancel in a step":
+                    m.end(name)
+            failing = frozenset(name for name in planned if fates[name].fate == "fail")
+            m.run(plan, failing, late=frozenset(name for name in planned if random.random() < 0.2))
+        if a.fate == "cancel":
+            m.end(f"r{number}_")
+            assert not m.end(f"r{number}_")
+    for name, a in fates.items():
+        if a.fate != "live":
+            m.end(name)
     m.finish()
-    for name, fate in fates.items():
-        if fate == "live":
-            max_new_tokens = int(str(script[int(name[1:])]["max_new_tokens"]))
-            assert m.outputs[name] == expected_output(m.prompts[name], max_new_tokens, context)
+    for name, a in fates.items():
+        if a.fate == "live":
+            assert m.outputs[name] == expected[name]
             assert m.ended[name].finish is not None
+            if a.scores and m.sequences[name].leader is None and name in m.prompt_logprobs:
+                prompt = m.prompts[name]
+                wanted = tuple(logprob_of(prompt[:end]) for end in range(2, len(prompt) + 1))
+                assert m.prompt_logprobs[name] == wanted
 
 
 def test_a_running_request_gets_its_token_in_every_step_beside_a_long_prompt() -> None:
@@ -193,9 +282,9 @@ def test_a_running_request_gets_its_token_in_every_step_beside_a_long_prompt() -
     m.add(request("chat", 30), (1, 2))
     m.step()
     m.add(request("book", 4, priority=1), tuple(range(1, 60)))
-    while (plan := m.step()) and any(s.request_id == "book" and not s.samples for s in plan.sequences):
+    while (plan := m.step()) and any(s.request_id == "book" and s.choice is None for s in plan.sequences):
         chat = next(s for s in plan.sequences if s.request_id == "chat")
-        assert chat.samples
+        assert chat.choice is not None
         assert plan.num_tokens == 8
     m.finish()
 
@@ -214,7 +303,9 @@ def test_the_newest_of_the_lowest_priority_gives_its_blocks_back() -> None:
     m = machine(num_blocks=12, max_context=28)  # room for two at their full length
     stopping = StoppingCriteria(max_new_tokens=20, ignore_eos=True)
     for index, (name, priority) in enumerate((("low", -1), ("old", 0), ("new", 0), ("high", 1))):
-        m.add(GenerationRequest(name, "", SamplingParameters(seed=1), stopping, priority=priority), (7, 8, index))
+        m.add(
+            GenerationRequest(name, "", SamplingParameters(seed=1), stopping=stopping, priority=priority), (7, 8, index)
+        )
     m.finish()
     preemptions = {name: progress.sequence.num_preemptions for name, progress in m.ended.items()}
     assert list(preemptions) == ["high", "old", "new", "low"]
@@ -304,7 +395,7 @@ def test_a_cancelled_prefill_frees_its_blocks_at_once() -> None:
     m.step()
     m.step()
     assert m.scheduler.num_free_blocks == 64 - 4
-    assert m.scheduler.end("long") is not None
+    assert m.end("long")
     assert m.scheduler.num_free_blocks == 64
     assert not m.scheduler.has_work
 
@@ -314,20 +405,9 @@ def test_a_request_that_ends_between_plan_and_commit_is_passed_over() -> None:
     m.add(request("gone"), (1, 2, 3))
     m.add(request("stays"), (4, 5, 6))
     plan = m.plan()
-    m.scheduler.end("gone")
+    m.end("gone")
     assert [p.sequence.request_id for p in m.run(plan)] == ["stays"]
     m.finish()
-
-
-def test_a_request_is_not_taken_for_an_ended_one_of_its_name() -> None:
-    m = machine()
-    m.add(request("again"), (1, 2, 3, 4, 5))
-    plan = m.plan()
-    m.scheduler.end("again")
-    m.scheduler.add(request("again"), (1, 2, 3, 4, 5))
-    assert m.run(plan) == []
-    m.finish()
-    assert m.outputs["again"] == expected_output((1, 2, 3, 4, 5), 8, 100)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +452,7 @@ def test_running_requests_share_blocks_and_neither_frees_the_others() -> None:
 def test_an_output_ends_for_the_reason_that_came_first(stopping: StoppingCriteria, reason: FinishReason) -> None:
     m = machine(max_context=20)
     prompt = next(p for p in ((n, n + 1) for n in range(1, 50)) if EOS not in expected_output(p, 200, 20))
-    m.add(GenerationRequest("r", "", SamplingParameters(seed=1), stopping), prompt)
+    m.add(GenerationRequest("r", "", SamplingParameters(seed=1), stopping=stopping), prompt)
     m.finish()
     finish = m.ended["r"].finish
     assert finish is not None
@@ -385,9 +465,121 @@ def test_the_end_mark_ends_unless_it_is_ignored() -> None:
     m = machine()
     m.add(request("ends", 9), prompt)
     stopping = StoppingCriteria(max_new_tokens=9, ignore_eos=True)
-    m.add(GenerationRequest("goes on", "", SamplingParameters(seed=1), stopping), prompt)
+    m.add(GenerationRequest("goes on", "", SamplingParameters(seed=1), stopping=stopping), prompt)
     m.finish()
     assert (len(m.outputs["ends"]), len(m.outputs["goes on"])) == (length, 9)
     ends = m.ended["ends"].finish
     assert ends is not None
     assert (ends.reason, ends.stop_token_id) == (FinishReason.EOS_TOKEN, EOS)
+
+
+def test_sequences_of_a_request_share_one_prefill_and_copy_nothing() -> None:
+    for bypass in (False, True):
+        m = machine(max_step_tokens=16)
+        prompt = tuple(range(1, 31))
+        m.add(request("r", 6, num_sequences=4, bypass=bypass), prompt)
+        assert m.planned(m.step()) == ["r"], "the others wait for the prompt"
+        m.step()
+        tables = {m.names[s.sequence_id]: (s.block_table, s.start) for s in m.step().sequences}
+        assert set(tables) == {"r", "r1", "r2", "r3"}
+        assert all(table[:7] == tables["r"][0][:7] for table, _ in tables.values())
+        assert [tables[name][1] for name in ("r1", "r2", "r3")] == [28] * 3
+        m.finish()
+        for index, name in enumerate(("r", "r1", "r2", "r3")):
+            assert m.outputs[name] == expected_output(prompt, 6, 100, sequence_seed(1, index))
+        assert len({tuple(m.outputs[name]) for name in tables}) == 4
+
+
+def test_sequences_whose_leader_is_cancelled_in_mid_prompt_go_on_by_themselves() -> None:
+    m = machine(max_step_tokens=8)
+    prompt = tuple(range(1, 31))
+    m.add(request("r", 6, num_sequences=3), prompt)
+    m.step()
+    assert m.end("r")
+    m.finish()
+    assert set(m.ended) == {"r1", "r2"}
+
+
+def test_a_choice_that_is_not_ready_costs_one_token_and_changes_none() -> None:
+    m = machine()
+    m.add(request("r", 5), (1, 2, 3))
+    for _ in range(4):
+        m.run(m.plan(), late=frozenset({"r"}))
+    m.finish()
+    assert m.outputs["r"] == expected_output((1, 2, 3), 5, 100)
+    assert m.num_computed["r"] == 3 + 4 + len(m.outputs["r"]) - 1
+
+
+def test_no_new_tokens_computes_the_prompt_even_if_it_fills_the_context() -> None:
+    m = machine(num_blocks=10, max_context=40, max_step_tokens=16)
+    m.add(request("r", 0), tuple(range(1, 41)))
+    m.finish()
+    finish = m.ended["r"].finish
+    assert finish is not None
+    assert finish.reason is FinishReason.MAX_NEW_TOKENS
+    assert (m.outputs["r"], m.num_computed["r"]) == ([], 40)
+    m.add(request("again", 3), tuple(range(1, 31)))
+    assert m.step().sequences[0].start == 28, "the prompt is in the cache"
+
+
+def test_a_prompt_that_is_scored_is_computed_whole_though_it_is_cached() -> None:
+    m = machine(max_step_tokens=8)
+    prompt = tuple(range(1, 25))
+    m.add(request("first"), prompt)
+    m.finish()
+    m.add(replace(request("scored"), logprobs=LogprobOptions(prompt=True)), prompt)
+    m.finish()
+    assert m.ended["scored"].sequence.num_cached_tokens == 0
+    assert m.prompt_logprobs["scored"] == tuple(logprob_of(prompt[:end]) for end in range(2, 25))
+
+
+@pytest.mark.parametrize("num_resumed", [1, 3, 6])
+def test_a_resumed_output_goes_on_where_it_was(num_resumed: int) -> None:
+    prompt = next(p for p in ((n, n + 1) for n in range(1, 500)) if len(expected_output(p, 8, 100)) == 8)
+    whole = expected_output(prompt, 8, 100)
+    m = machine()
+    m.add(replace(request("r", 8), resume_token_ids=tuple(whole[:num_resumed])), prompt)
+    m.finish()
+    assert m.outputs["r"] == whole
+    assert m.num_computed["r"] == len(prompt) + 7
+
+
+def test_an_output_that_was_over_is_not_computed_again() -> None:
+    prompt = next(p for p in ((n, n + 1) for n in range(1, 500)) if expected_output(p, 9, 100)[-1] == EOS)
+    m = machine()
+    m.add(replace(request("r", 9), resume_token_ids=tuple(expected_output(prompt, 9, 100))), prompt)
+    assert not m.scheduler.has_work
+    finish = m.ended["r"].finish
+    assert finish is not None
+    assert (finish.reason, finish.stop_token_id) == (FinishReason.EOS_TOKEN, EOS)
+
+
+def test_until_min_new_tokens_the_tokens_that_end_an_output_are_forbidden() -> None:
+    stopping = StoppingCriteria(max_new_tokens=6, min_new_tokens=2, stop_token_ids=(61, 62))
+    m = machine()
+    m.add(GenerationRequest("r", "", SamplingParameters(seed=1), stopping=stopping), (70, 71))
+    forbidden = []
+    while m.scheduler.has_work:
+        forbidden += [set(s.choice.forbidden_token_ids) for s in m.step().sequences if s.choice is not None]
+    assert forbidden[:3] == [{EOS, 61, 62}, {EOS, 61, 62}, set()]
+
+
+@pytest.mark.parametrize(
+    ("decoding", "has_prompt", "has_output"),
+    [
+        (DecodingOptions(), False, False),
+        (DecodingOptions(repetition_penalty=1.5), True, True),
+        (DecodingOptions(presence_penalty=0.5), False, True),
+        (DecodingOptions(frequency_penalty=-0.5), False, True),
+    ],
+)
+def test_a_choice_knows_the_tokens_that_its_penalties_need(
+    decoding: DecodingOptions, has_prompt: bool, has_output: bool
+) -> None:
+    m = machine()
+    m.add(replace(request("r", 4), decoding=decoding), (70, 71))
+    m.step()
+    choice = m.step().sequences[0].choice
+    assert choice is not None
+    assert choice.prompt_token_ids == ((70, 71) if has_prompt else ())
+    assert choice.output_token_ids == (tuple(m.outputs["r"][:1]) if has_output else ())

@@ -125,7 +125,7 @@ async def test_health_says_when_work_stands_still_and_when_it_moves_on(
     call = service.stub.Generate(asked(1))
     await watch.until(NOT_SERVING)
     stepped[0].run_free()
-    assert (await call).output.num_tokens == 1
+    assert (await call).outputs[0].num_tokens == 1
     await watch.until(SERVING)
 
 

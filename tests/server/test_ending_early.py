@@ -14,7 +14,7 @@ from conftest import SteppedRunner, generation
 
 from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc.engine.stream import AsyncStream
-from mpt_grpc.step import StepPlan
+from mpt_grpc.step import SequenceStep, StepPlan
 
 CHUNK = 32
 LONG_PROMPT = [300 + i for i in range(100)]
@@ -30,6 +30,11 @@ def asked(prompt: list[int], max_new_tokens: int = 500, **fields: Any) -> pb.Gen
         response=pb.ResponseOptions(output_token_ids=True),
         **fields,
     )
+
+
+def _position(step: SequenceStep | None) -> int | None:
+    """How many tokens were chosen before the one that this step chooses."""
+    return None if step is None or step.choice is None else step.choice.output_position
 
 
 async def step_until(runner: SteppedRunner, condition: Callable[[StepPlan], bool]) -> StepPlan:
@@ -59,7 +64,7 @@ async def test_a_request_that_is_left_is_gone_with_its_blocks_within_a_step(
     )
     engine, runner = service.server.engine, stepped[0]
     # It goes to the engine directly, so that the leaver's call is the only one that the server answers.
-    stays = engine.submit(generation("stays", (7,), max_new_tokens=500), AsyncStream)
+    stays = engine.submit(engine.preparation.prepare(generation("stays", (7,), max_new_tokens=500)), AsyncStream)
 
     call = getattr(service.stub, method)(
         asked(LONG_PROMPT, request_id="leaver"), timeout=DEADLINE_S if way == "deadline" else None
@@ -68,7 +73,7 @@ async def test_a_request_that_is_left_is_gone_with_its_blocks_within_a_step(
     reached: Callable[[StepPlan], bool] = {
         "waiting": lambda _: engine.load.num_waiting == 1,
         "mid-prefill": lambda plan: leaver(plan) is not None and leaver(plan).start > 0,
-        "running": lambda plan: leaver(plan) is not None and leaver(plan).output_position == 2,
+        "running": lambda plan: _position(leaver(plan)) == 2,
     }[state]
     plan = await step_until(runner, reached)
     assert (leaver(plan) is None) == (state == "waiting")
@@ -101,10 +106,10 @@ async def test_leaving_an_ended_stream_spares_the_next_request_of_its_id(
     service = await make_service(options=[("grpc.http2.lookahead_bytes", 16_384), ("grpc.http2.bdp_probe", 0)])
     name, runner = "same".ljust(128, "."), stepped[0]
     first = service.stub.StreamGenerate(asked([300], max_new_tokens=300, request_id=name))
-    await step_until(runner, lambda plan: plan.sequences[0].output_position == 299)
+    await step_until(runner, lambda plan: _position(plan.sequences[0]) == 299)
     runner.allow()
     follower = generation("follower", max_new_tokens=1)
-    service.server.engine.submit(follower, AsyncStream)
+    service.server.engine.submit(service.server.engine.preparation.prepare(follower), AsyncStream)
     await step_until(runner, lambda plan: plan.sequences[0].request_id == "follower")
     second = asyncio.ensure_future(service.stub.Generate(asked([400], max_new_tokens=20, request_id=name)))
     runner.allow()
@@ -113,7 +118,7 @@ async def test_leaving_an_ended_stream_spares_the_next_request_of_its_id(
     first.cancel()
     await service.stub.GetServerInfo(pb.GetServerInfoRequest())  # goes the same way, behind the cancel
     runner.run_free()
-    assert (await second).output.finish.reason == pb.FINISH_REASON_MAX_NEW_TOKENS
+    assert (await second).outputs[0].finish.reason == pb.FINISH_REASON_MAX_NEW_TOKENS
 
 
 async def test_a_deadline_cuts_a_stream_after_the_text_that_was_there(
@@ -121,7 +126,7 @@ async def test_a_deadline_cuts_a_stream_after_the_text_that_was_there(
 ) -> None:
     service = await make_service()
     call = service.stub.StreamGenerate(asked([300], request_id="leaver"), timeout=DEADLINE_S)
-    await step_until(stepped[0], lambda plan: plan.sequences[0].output_position == 4)
+    await step_until(stepped[0], lambda plan: _position(plan.sequences[0]) == 4)
     received: list[int] = []
 
     async def read() -> None:
@@ -133,7 +138,7 @@ async def test_a_deadline_cuts_a_stream_after_the_text_that_was_there(
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     stepped[0].run_free()
     whole = await service.stub.Generate(asked([300], max_new_tokens=4))
-    assert received == list(whole.output.token_ids)
+    assert received == list(whole.outputs[0].token_ids)
 
 
 async def test_streams_that_stay_are_right_while_others_leave_and_memory_is_short(
@@ -145,7 +150,7 @@ async def test_streams_that_stay_are_right_while_others_leave_and_memory_is_shor
     ]
     ways = [fates.choice(["stay", "stay", "cancel", "deadline", "abort"]) for _ in requests]
     patience = [fates.randint(1, 12) for _ in requests]
-    alone = [list((await service.stub.Generate(request)).output.token_ids) for request in requests]
+    alone = [list((await service.stub.Generate(request)).outputs[0].token_ids) for request in requests]
 
     crowded = await make_service(num_blocks=16)
 

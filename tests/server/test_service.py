@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from mpt.v1 import text_generation_pb2 as pb
 
-GREEDY = pb.SamplingParameters(temperature=0)
+GREEDY = pb.SamplingParameters(temperature=0, seed=1)
 
 
 def request(text: str = "Once upon a time", max_new_tokens: int = 24, **fields: Any) -> pb.GenerateRequest:
@@ -46,14 +46,14 @@ async def test_streamed_pieces_add_up_to_the_unary_answer(service: Any) -> None:
     asked = request(max_new_tokens=40, sampling=pb.SamplingParameters(seed=5), response=options)
     whole = await service.stub.Generate(asked)
     pieces = [piece async for piece in service.stub.StreamGenerate(asked)]
-    assert "".join(piece.output.text for piece in pieces) == whole.output.text
-    assert [i for piece in pieces for i in piece.output.token_ids] == list(whole.output.token_ids)
-    assert sum(piece.output.num_tokens for piece in pieces) == whole.output.num_tokens == 40
+    assert "".join(piece.output.text for piece in pieces) == whole.outputs[0].text
+    assert [i for piece in pieces for i in piece.output.token_ids] == list(whole.outputs[0].token_ids)
+    assert sum(piece.output.num_tokens for piece in pieces) == whole.outputs[0].num_tokens == 40
     assert pieces[0].prompt == whole.prompt
     assert whole.prompt.num_tokens == len(whole.prompt.token_ids)
     assert [piece.HasField("prompt") for piece in pieces] == [True] + [False] * (len(pieces) - 1)
     assert [piece.HasField("summary") for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert pieces[-1].output.finish == whole.output.finish == pb.Finish(reason=pb.FINISH_REASON_MAX_NEW_TOKENS)
+    assert pieces[-1].output.finish == whole.outputs[0].finish == pb.Finish(reason=pb.FINISH_REASON_MAX_NEW_TOKENS)
     assert len({piece.request_id for piece in pieces}) == 1
     assert whole.summary.seed == 5
     assert whole.summary.usage.num_output_tokens == 40
@@ -63,7 +63,7 @@ async def test_streamed_pieces_add_up_to_the_unary_answer(service: Any) -> None:
 
 async def test_token_ids_are_answered_only_if_asked_for(service: Any) -> None:
     answer = await service.stub.Generate(request(max_new_tokens=3))
-    assert not answer.output.token_ids
+    assert not answer.outputs[0].token_ids
     assert not answer.prompt.token_ids
 
 
@@ -77,7 +77,7 @@ async def test_tokens_and_text_convert_both_ways(service: Any) -> None:
     by_ids = await service.stub.Generate(
         pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids), sampling=GREEDY, stopping=request().stopping)
     )
-    assert by_ids.output == by_text.output
+    assert by_ids.outputs[0] == by_text.outputs[0]
 
 
 async def test_special_tokens_are_shown_on_request(service: Any) -> None:
@@ -90,7 +90,7 @@ async def test_special_tokens_are_shown_on_request(service: Any) -> None:
 async def test_every_bad_field_is_named_in_bad_request(service: Any) -> None:
     bad = pb.GenerateRequest(
         sampling=pb.SamplingParameters(temperature=-1, top_p=0, min_p=1.5),
-        stopping=pb.StoppingCriteria(max_new_tokens=0, stop_strings=["a", ""], stop_token_ids=[9999999]),
+        stopping=pb.StoppingCriteria(stop_strings=["a", ""], stop_token_ids=[9999999]),
         priority=1000,
     )
     for call in (service.stub.Generate(bad), anext(aiter(service.stub.StreamGenerate(bad)))):
@@ -99,13 +99,12 @@ async def test_every_bad_field_is_named_in_bad_request(service: Any) -> None:
         assert details(error)["ErrorInfo"].reason == "INVALID_REQUEST"
         assert [violation.field for violation in details(error)["BadRequest"].field_violations] == [
             "priority",
-            "prompt",
             "sampling.temperature",
             "sampling.top_p",
             "sampling.min_p",
-            "stopping.max_new_tokens",
             "stopping.stop_strings[1]",
             "stopping.stop_token_ids[0]",
+            "prompt",
         ]
 
 
@@ -139,7 +138,7 @@ async def test_an_unknown_model_is_not_found(service: Any) -> None:
     assert error.code() is grpc.StatusCode.NOT_FOUND
     assert details(error)["ErrorInfo"].reason == "UNKNOWN_MODEL"
     assert "demo" in error.details()
-    assert (await service.stub.Generate(request(model="demo", max_new_tokens=1))).output.num_tokens == 1
+    assert (await service.stub.Generate(request(model="demo", max_new_tokens=1))).outputs[0].num_tokens == 1
 
 
 async def test_a_request_id_in_flight_already_exists(make_service: Any, stepped: list[SteppedRunner]) -> None:
@@ -164,7 +163,7 @@ async def test_a_full_queue_says_when_to_come_back(make_service: Any, stepped: l
     assert ("grpc-retry-pushback-ms", "1000") in tuple(error.trailing_metadata())
     assert not tuple(error.initial_metadata())
     stepped[0].run_free()
-    assert (await first).output.num_tokens == 24
+    assert (await first).outputs[0].num_tokens == 24
 
 
 async def test_abort_answers_what_there_is(make_service: Any, stepped: list[SteppedRunner]) -> None:
@@ -178,8 +177,8 @@ async def test_abort_answers_what_there_is(make_service: Any, stepped: list[Step
     assert list(response.request_ids) == ["unary"]
     stepped[0].run_free()
     answer = await unary
-    assert answer.output.finish.reason == pb.FINISH_REASON_CANCELLED
-    assert 3 <= answer.output.num_tokens <= 4
+    assert answer.outputs[0].finish.reason == pb.FINISH_REASON_CANCELLED
+    assert 3 <= answer.outputs[0].num_tokens <= 4
     assert not (await service.stub.Abort(pb.AbortRequest(request_ids=["unary"]))).request_ids
     assert await service.all_blocks_free()
 

@@ -92,7 +92,7 @@ async def test_calls_that_fail_or_are_left_say_so_in_their_spans(tmp_path: Path)
     left_id = TRACE_ID[::-1]
     async with stub_of_server(trace_file) as (stub, _):
         with pytest.raises(grpc.aio.AioRpcError):
-            await stub.Generate(asked(0), metadata=FROM_CALLER)
+            await stub.Generate(asked(5000), metadata=FROM_CALLER)
         left = stub.StreamGenerate(asked(1000), metadata=(("traceparent", f"00-{left_id}-{CALLER_ID}-01"),))
         await anext(aiter(left))
         left.cancel()

@@ -257,25 +257,44 @@ class TestStopStrings:
         assert (finder.feed(" Three"), finder.flush()) == ("", "")
 
 
+@given(st.lists(ab_text, max_size=8), ab_stops, st.integers(0, 8), st.booleans())
+def test_a_stop_string_that_deaf_text_completes_is_passed_over(
+    pieces: list[str], stops: list[str], num_deaf: int, include: bool
+) -> None:
+    finder = StopStrings(stops, include)
+    told = "".join(finder.feed(piece, number < num_deaf) for number, piece in enumerate(pieces)) + finder.flush()
+    text, deaf_end = "".join(pieces), len("".join(pieces[:num_deaf]))
+    for end in range(deaf_end + 1, len(text) + 1):
+        if found := [stop for stop in stops if text[:end].endswith(stop)]:
+            stop = max(found, key=len)
+            assert (told, finder.met) == (text[:end] if include else text[: end - len(stop)], stop)
+            return
+    assert (told, finder.met) == (text, None)
+
+
+def assembled(assembler: TextAssembler, ids: Sequence[int]) -> tuple[str, int]:
+    """All the text that comes of the tokens, and how many of them were fed until a stop string was met."""
+    text, num_fed = "", 0
+    for token_id in ids:
+        text += assembler.feed(token_id)
+        num_fed += 1
+        if assembler.stop_string is not None:
+            break
+    return text + assembler.finish(), num_fed
+
+
 class TestTextAssembler:
-    def test_one_token_at_a_time_is_the_same_as_any_grouping(self, tokenizer: Tokenizer, broken_ids: list[int]) -> None:
+    def test_the_text_is_the_whole_text_cut_at_the_first_stop_string(
+        self, tokenizer: Tokenizer, broken_ids: list[int]
+    ) -> None:
         stops = st.lists(st.sampled_from(["llo w", "日本", "👩‍👧", "\ufffd\ufffd", "fox", "o"]), max_size=3)
 
         @settings(deadline=None, max_examples=300, derandomize=True)
-        @given(output_ids(tokenizer, broken_ids), stops, st.lists(st.integers(0, 99), max_size=8), st.booleans())
-        def check(ids: list[int], stops: list[str], cuts: list[int], include: bool) -> None:
-            def assembled(groups: Sequence[Sequence[int]]) -> tuple[str, str | None, int]:
-                assembler = TextAssembler(tokenizer.detokenizer(), stops, include)
-                results = [assembler.feed(group) for group in groups]
-                met = next((result.stop_string for result in results if result.stop_string), None)
-                text = "".join(result.text for result in results) + assembler.finish()
-                return text, met, sum(result.num_tokens for result in results)
-
-            borders = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
-            groups = [ids[start:end] for start, end in itertools.pairwise(borders)]
-            one_by_one = assembled([[token_id] for token_id in ids])
-            assert assembled(groups) == one_by_one
-            assert one_by_one[0] == by_the_rule(tokenizer.decode(ids), stops, include)[0]
+        @given(output_ids(tokenizer, broken_ids), stops, st.booleans())
+        def check(ids: list[int], stops: list[str], include: bool) -> None:
+            assembler = TextAssembler(tokenizer.detokenizer(), stops, include)
+            text, _ = assembled(assembler, ids)
+            assert (text, assembler.stop_string) == by_the_rule(tokenizer.decode(ids), stops, include)
 
         check()
 
@@ -285,27 +304,34 @@ class TestTextAssembler:
         ids = tokenizer.encode(text)
         for include in (False, True):
             assembler = TextAssembler(tokenizer.detokenizer(), [stop], include)
-            result = assembler.feed(ids)
             before = text[: text.index(stop)]
-            assert result.text == before + (stop if include else "")
-            assert result.stop_string == stop
-            assert assembler.finish() == ""
+            assert assembled(assembler, ids)[0] == before + (stop if include else "")
+            assert assembler.stop_string == stop
 
-    def test_tokens_after_the_one_that_completes_a_stop_string_are_not_used(self, tokenizer: Tokenizer) -> None:
+    def test_a_stop_string_is_met_at_the_token_that_completes_it(self, tokenizer: Tokenizer) -> None:
         ids = tokenizer.encode("one, two, three, four")
-        result = TextAssembler(tokenizer.detokenizer(), ["two"]).feed(ids)
-        assert result.text == "one, "
-        assert "two" in tokenizer.decode(ids[: result.num_tokens])
-        assert "two" not in tokenizer.decode(ids[: result.num_tokens - 1])
-        assembler = TextAssembler(tokenizer.detokenizer(), ["two"])
-        assert [assembler.feed([token_id]).num_tokens for token_id in ids].count(1) == result.num_tokens
+        text, num_fed = assembled(TextAssembler(tokenizer.detokenizer(), ["two"]), ids)
+        assert text == "one, "
+        assert "two" in tokenizer.decode(ids[:num_fed])
+        assert "two" not in tokenizer.decode(ids[: num_fed - 1])
 
     def test_an_emoji_that_might_begin_a_stop_string_comes_in_the_end(self, tokenizer: Tokenizer) -> None:
         assembler = TextAssembler(tokenizer.detokenizer(), [FAMILY])
-        assert assembler.feed(tokenizer.encode("Look: 👩‍👩")).text == "Look: "
+        assert "".join(assembler.feed(i) for i in tokenizer.encode("Look: 👩‍👩")) == "Look: "
+        assert assembler.num_held == len("👩‍👩")
         assert assembler.finish() == "👩‍👩"
 
     def test_without_stop_strings_every_token_is_used(self, tokenizer: Tokenizer) -> None:
         ids = tokenizer.encode(TEXTS[2])
-        result = TextAssembler(tokenizer.detokenizer()).feed(ids)
-        assert (result.text, result.stop_string, result.num_tokens) == (TEXTS[2], None, len(ids))
+        assert assembled(TextAssembler(tokenizer.detokenizer()), ids) == (TEXTS[2], len(ids))
+
+    def test_a_stop_string_within_the_first_tokens_does_not_count_and_one_over_their_border_does(
+        self, tokenizer: Tokenizer
+    ) -> None:
+        ids = tokenizer.encode("one, two, three, two, one")
+        border = next(n for n in range(len(ids)) if "two" in tokenizer.decode(ids[:n]))
+        for min_new_tokens, expected in ((border - 1, "one, "), (border, "one, two, three, ")):
+            assembler = TextAssembler(tokenizer.detokenizer(), ["two"], min_new_tokens=min_new_tokens)
+            assert assembled(assembler, ids)[0] == expected
+        assembler = TextAssembler(tokenizer.detokenizer(), ["two, three"], min_new_tokens=border)
+        assert assembled(assembler, ids)[0] == "one, "

@@ -159,3 +159,12 @@ def test_a_missing_or_unreadable_tokenizer_is_named(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer\.json: not found"):
         Tokenizer.from_folder(folder)
+
+
+def test_plain_text_has_no_special_tokens(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    text = "a<|endoftext|>b"
+    ids = tokenizer.plain_text_encoder()(text)
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+    assert tokenizer.special_token_ids.isdisjoint(ids)
+    assert len(tokenizer.encode(text)) == 3

@@ -20,6 +20,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Role:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROLE_UNSPECIFIED: _Role.ValueType  # 0
+    """Refused."""
+    ROLE_SYSTEM: _Role.ValueType  # 1
+    """Sets the scene."""
+    ROLE_USER: _Role.ValueType  # 2
+    """Asks."""
+    ROLE_ASSISTANT: _Role.ValueType  # 3
+    """The model."""
+
+class Role(_Role, metaclass=_RoleEnumTypeWrapper):
+    """Who speaks in a conversation."""
+
+ROLE_UNSPECIFIED: Role.ValueType  # 0
+"""Refused."""
+ROLE_SYSTEM: Role.ValueType  # 1
+"""Sets the scene."""
+ROLE_USER: Role.ValueType  # 2
+"""Asks."""
+ROLE_ASSISTANT: Role.ValueType  # 3
+"""The model."""
+Global___Role: _TypeAlias = Role  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -31,7 +59,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_MAX_NEW_TOKENS: _FinishReason.ValueType  # 1
     """max_new_tokens were generated."""
     FINISH_REASON_EOS_TOKEN: _FinishReason.ValueType  # 2
-    """The model's end mark."""
+    """The model's end mark, or the end of all that a constraint allows."""
     FINISH_REASON_STOP_STRING: _FinishReason.ValueType  # 3
     """One of stop_strings appeared."""
     FINISH_REASON_STOP_TOKEN: _FinishReason.ValueType  # 4
@@ -40,6 +68,12 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The context is full."""
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 6
     """Abort was called."""
+    FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 7
+    """The request is older than its time_limit."""
+    FINISH_REASON_REPETITION: _FinishReason.ValueType  # 8
+    """The repetition_guard saw the output go in circles."""
+    FINISH_REASON_CONTENT_FILTER: _FinishReason.ValueType  # 9
+    """A guard of the server ended the output; what it objected to was not sent."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why an output ended."""
@@ -49,7 +83,7 @@ FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_MAX_NEW_TOKENS: FinishReason.ValueType  # 1
 """max_new_tokens were generated."""
 FINISH_REASON_EOS_TOKEN: FinishReason.ValueType  # 2
-"""The model's end mark."""
+"""The model's end mark, or the end of all that a constraint allows."""
 FINISH_REASON_STOP_STRING: FinishReason.ValueType  # 3
 """One of stop_strings appeared."""
 FINISH_REASON_STOP_TOKEN: FinishReason.ValueType  # 4
@@ -58,6 +92,12 @@ FINISH_REASON_CONTEXT_LENGTH: FinishReason.ValueType  # 5
 """The context is full."""
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 6
 """Abort was called."""
+FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 7
+"""The request is older than its time_limit."""
+FINISH_REASON_REPETITION: FinishReason.ValueType  # 8
+"""The repetition_guard saw the output go in circles."""
+FINISH_REASON_CONTENT_FILTER: FinishReason.ValueType  # 9
+"""A guard of the server ended the output; what it objected to was not sent."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -70,11 +110,15 @@ class GenerateRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CONVERSATION_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    DECODING_FIELD_NUMBER: _builtins.int
+    TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in Abort, in traces and in logs. At most 128 bytes; must not be in flight already.
     Absent: the server makes one up and answers it.
@@ -85,9 +129,15 @@ class GenerateRequest(_message.Message):
     """Text; it is tokenized as it is, no token is added."""
     priority: _builtins.int
     """Higher goes first, also when memory is short; among equals the earlier arrival. Default 0, range -100 to 100."""
+    truncate_prompt_tokens: _builtins.int
+    """Use only so many of the prompt's last tokens. 1 or more; absent: all. Not with a conversation."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids."""
+
+    @_builtins.property
+    def conversation(self) -> Global___Conversation:
+        """Messages; the model's chat template makes a prompt of them and adds its own stop strings."""
 
     @_builtins.property
     def sampling(self) -> Global___SamplingParameters:
@@ -105,6 +155,17 @@ class GenerateRequest(_message.Message):
     def cache(self) -> Global___CacheOptions:
         """How the request uses the prefix cache. Absent: it shares."""
 
+    @_builtins.property
+    def decoding(self) -> Global___DecodingOptions:
+        """What is done to the scores before a token is drawn. Absent: nothing."""
+
+    @_builtins.property
+    def resume_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """An output's tokens as far as it has come: the answer is what would have followed, with the same request and seed,
+        all counts going on from there. An output that was over answers its finish and no token. Needs sampling.seed unless
+        greedy; one sequence only. At most what the context has room for.
+        """
+
     def __init__(
         self,
         *,
@@ -112,21 +173,88 @@ class GenerateRequest(_message.Message):
         model: _builtins.str = ...,
         text: _builtins.str = ...,
         token_ids: Global___TokenIds | None = ...,
+        conversation: Global___Conversation | None = ...,
         sampling: Global___SamplingParameters | None = ...,
         stopping: Global___StoppingCriteria | None = ...,
         response: Global___ResponseOptions | None = ...,
         cache: Global___CacheOptions | None = ...,
         priority: _builtins.int = ...,
+        decoding: Global___DecodingOptions | None = ...,
+        truncate_prompt_tokens: _builtins.int | None = ...,
+        resume_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_truncate_prompt_tokens", b"_truncate_prompt_tokens", "cache", b"cache", "conversation", b"conversation", "decoding", b"decoding", "prompt", b"prompt", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_truncate_prompt_tokens", b"_truncate_prompt_tokens", "cache", b"cache", "conversation", b"conversation", "decoding", b"decoding", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "response", b"response", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
+    _WhichOneofReturnType__truncate_prompt_tokens: _TypeAlias = _typing.Literal["truncate_prompt_tokens"]  # noqa: Y015
+    _WhichOneofArgType__truncate_prompt_tokens: _TypeAlias = _typing.Literal["_truncate_prompt_tokens", b"_truncate_prompt_tokens"]  # noqa: Y015
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "conversation"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__truncate_prompt_tokens) -> _WhichOneofReturnType__truncate_prompt_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Conversation(_message.Message):
+    """A conversation that the model continues with the assistant's next message."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    DROP_OLDEST_TURNS_FIELD_NUMBER: _builtins.int
+    drop_oldest_turns: _builtins.bool
+    """Whether the oldest turns are left out where all do not fit the context beside max_new_tokens. The system message
+    and the last message stay. Default false: a conversation that is too long is refused.
+    """
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
+        """The messages, at most 1024, in order; the last one must be the user's. Templates may ask for more, such as turns
+        that alternate.
+        """
+
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___Message] | None = ...,
+        drop_oldest_turns: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drop_oldest_turns", b"drop_oldest_turns", "messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Conversation: _TypeAlias = Conversation  # noqa: Y015
+
+@_typing.final
+class Message(_message.Message):
+    """One turn of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    role: Global___Role.ValueType
+    """Who speaks. Required; only the first message may be the system's."""
+    content: _builtins.str
+    """What is said."""
+    def __init__(
+        self,
+        *,
+        role: Global___Role.ValueType = ...,
+        content: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Message: _TypeAlias = Message  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
@@ -154,8 +282,9 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class SamplingParameters(_message.Message):
-    """How a token is chosen: the scores are divided by the temperature, then filtered by top_k, top_p and min_p in this
-    order, then one of what is left is drawn. With a seed the choice does not depend on what else the server does.
+    """How a token is drawn. What DecodingOptions says is done to the scores first; then they are divided by the
+    temperature, filtered by top_k, top_p, min_p and typical_p in this order, each over what the one before has left, and
+    one of the remaining tokens is drawn. With a seed the choice does not depend on what else the server does.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -165,8 +294,10 @@ class SamplingParameters(_message.Message):
     TOP_P_FIELD_NUMBER: _builtins.int
     MIN_P_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    TYPICAL_P_FIELD_NUMBER: _builtins.int
+    NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 is greedy: the likeliest token, whatever the other fields say. Range 0 to 100, default 1."""
+    """0 is greedy: the likeliest token, whatever the filters say. Range 0 to 100, default 1."""
     top_k: _builtins.int
     """Keep the k likeliest tokens. 0 or absent: all. Range 0 to the vocabulary's size."""
     top_p: _builtins.float
@@ -175,6 +306,15 @@ class SamplingParameters(_message.Message):
     """Drop tokens less likely than this share of the likeliest. Range 0 to 1, default 0."""
     seed: _builtins.int
     """The same request with the same seed gives the same tokens. Absent: drawn by the server, told in the answer."""
+    typical_p: _builtins.float
+    """Keep the fewest tokens whose surprise is closest to the expected one and whose probabilities reach this sum
+    (https://arxiv.org/abs/2202.00666). Above 0 to 1, default 1.
+    """
+    num_sequences: _builtins.int
+    """How many outputs to draw for the prompt, which is computed once. The first uses the seed itself, each other one a
+    seed derived from it, told in Output.seed: a request of its own with that seed gives the same output.
+    Range 1 to 16, or what may be in flight if that is less. Default 1.
+    """
     def __init__(
         self,
         *,
@@ -183,25 +323,156 @@ class SamplingParameters(_message.Message):
         top_p: _builtins.float | None = ...,
         min_p: _builtins.float = ...,
         seed: _builtins.int | None = ...,
+        typical_p: _builtins.float | None = ...,
+        num_sequences: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_sequences", b"_num_sequences", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "num_sequences", b"num_sequences", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "min_p", b"min_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_sequences", b"_num_sequences", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "_typical_p", b"_typical_p", "min_p", b"min_p", "num_sequences", b"num_sequences", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_sequences: _TypeAlias = _typing.Literal["num_sequences"]  # noqa: Y015
+    _WhichOneofArgType__num_sequences: _TypeAlias = _typing.Literal["_num_sequences", b"_num_sequences"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    _WhichOneofReturnType__typical_p: _TypeAlias = _typing.Literal["typical_p"]  # noqa: Y015
+    _WhichOneofArgType__typical_p: _TypeAlias = _typing.Literal["_typical_p", b"_typical_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_sequences) -> _WhichOneofReturnType__num_sequences | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__typical_p) -> _WhichOneofReturnType__typical_p | None: ...
 
 Global___SamplingParameters: _TypeAlias = SamplingParameters  # noqa: Y015
+
+@_typing.final
+class DecodingOptions(_message.Message):
+    """What is done to the scores before a token is drawn, in the order of the fields. It applies to greedy choices too.
+    Last of all the tokens that stopping.min_new_tokens forbids are left out, unless nothing else may follow.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LogitBiasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    JSON_OBJECT_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    LARK_GRAMMAR_FIELD_NUMBER: _builtins.int
+    repetition_penalty: _builtins.float
+    """The scores of tokens that are in the prompt or the output are divided by it if positive, else multiplied.
+    Above 0 to 10, default 1: no change.
+    """
+    frequency_penalty: _builtins.float
+    """Taken from a token's score for each time that it is in the output. Range -2 to 2, default 0."""
+    presence_penalty: _builtins.float
+    """Taken from a token's score if it is in the output. Range -2 to 2, default 0."""
+    json_schema: _builtins.str
+    """The output is JSON that this schema allows."""
+    json_object: _builtins.bool
+    """The output is any JSON object. False: no constraint."""
+    regex: _builtins.str
+    """The whole output matches this regular expression (syntax of Rust's regex crate)."""
+    lark_grammar: _builtins.str
+    """The output is a sentence of this grammar (llguidance's variant of Lark; it begins at the rule `start`)."""
+    @_builtins.property
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Added to the scores of these tokens. At most 1024 tokens, each in the vocabulary; range -100 to 100."""
+
+    @_builtins.property
+    def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only these tokens may be chosen, the end mark too only if it is among them. Each in the vocabulary; empty: all.
+        Not together with a constraint.
+        """
+
+    @_builtins.property
+    def choice(self) -> Global___Choice:
+        """The output is one of these strings."""
+
+    def __init__(
+        self,
+        *,
+        repetition_penalty: _builtins.float | None = ...,
+        frequency_penalty: _builtins.float = ...,
+        presence_penalty: _builtins.float = ...,
+        logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        allowed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        json_schema: _builtins.str = ...,
+        json_object: _builtins.bool = ...,
+        regex: _builtins.str = ...,
+        choice: Global___Choice | None = ...,
+        lark_grammar: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "choice", b"choice", "constraint", b"constraint", "json_object", b"json_object", "json_schema", b"json_schema", "lark_grammar", b"lark_grammar", "regex", b"regex", "repetition_penalty", b"repetition_penalty"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty", "allowed_token_ids", b"allowed_token_ids", "choice", b"choice", "constraint", b"constraint", "frequency_penalty", b"frequency_penalty", "json_object", b"json_object", "json_schema", b"json_schema", "lark_grammar", b"lark_grammar", "logit_bias", b"logit_bias", "presence_penalty", b"presence_penalty", "regex", b"regex", "repetition_penalty", b"repetition_penalty"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
+    _WhichOneofReturnType_constraint: _TypeAlias = _typing.Literal["json_schema", "json_object", "regex", "choice", "lark_grammar"]  # noqa: Y015
+    _WhichOneofArgType_constraint: _TypeAlias = _typing.Literal["constraint", b"constraint"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_constraint) -> _WhichOneofReturnType_constraint | None: ...
+
+Global___DecodingOptions: _TypeAlias = DecodingOptions  # noqa: Y015
+
+@_typing.final
+class Choice(_message.Message):
+    """Strings to choose from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """1 or more, none of them empty."""
+
+    def __init__(
+        self,
+        *,
+        options: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Choice: _TypeAlias = Choice  # noqa: Y015
 
 @_typing.final
 class StoppingCriteria(_message.Message):
@@ -214,21 +485,38 @@ class StoppingCriteria(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_STRING_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    MIN_NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    TIME_LIMIT_FIELD_NUMBER: _builtins.int
+    REPETITION_GUARD_FIELD_NUMBER: _builtins.int
     max_new_tokens: _builtins.int
-    """At most so many new tokens, 1 or more; prompt and new tokens together must fit the context.
-    Absent: 256, or what the context has room for if that is less.
+    """At most so many new tokens; prompt and new tokens together must fit the context. 0 computes the prompt alone, for
+    its log probabilities or to fill the prefix cache. Absent: 256, or what the context has room for if that is less.
     """
     include_stop_string: _builtins.bool
     """Whether the text ends with the stop string that was met. Default false: it ends before it."""
     ignore_eos: _builtins.bool
-    """Whether to go on after the model's end mark, for benchmarks. Default false."""
+    """Whether to go on after the model's end mark, for benchmarks. Default false. Not together with a constraint."""
+    min_new_tokens: _builtins.int
+    """Until there are so many new tokens, end marks and stop tokens are not chosen, and a stop string that is complete
+    within them does not count. At most max_new_tokens, default 0. A constraint that is complete ends the output earlier.
+    """
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The output ends where one of these appears, also across tokens. At most 16, each 1 to 256 bytes."""
+        """The output ends where one of these appears, also across tokens; one that is a special token's text, also at that
+        token. At most 16, each 1 to 256 bytes.
+        """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The output ends with one of these; its text is left out. At most 64, each in the vocabulary."""
+
+    @_builtins.property
+    def time_limit(self) -> _duration_pb2.Duration:
+        """The output ends with what there is once the request is so old, waiting included; above 0. Absent: no limit."""
+
+    @_builtins.property
+    def repetition_guard(self) -> Global___RepetitionGuard:
+        """Ends an output that goes in circles. Absent: off."""
 
     def __init__(
         self,
@@ -238,16 +526,52 @@ class StoppingCriteria(_message.Message):
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         include_stop_string: _builtins.bool = ...,
         ignore_eos: _builtins.bool = ...,
+        min_new_tokens: _builtins.int = ...,
+        time_limit: _duration_pb2.Duration | None = ...,
+        repetition_guard: Global___RepetitionGuard | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "max_new_tokens", b"max_new_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "max_new_tokens", b"max_new_tokens", "repetition_guard", b"repetition_guard", "time_limit", b"time_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "ignore_eos", b"ignore_eos", "include_stop_string", b"include_stop_string", "max_new_tokens", b"max_new_tokens", "stop_strings", b"stop_strings", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "ignore_eos", b"ignore_eos", "include_stop_string", b"include_stop_string", "max_new_tokens", b"max_new_tokens", "min_new_tokens", b"min_new_tokens", "repetition_guard", b"repetition_guard", "stop_strings", b"stop_strings", "stop_token_ids", b"stop_token_ids", "time_limit", b"time_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_new_tokens: _TypeAlias = _typing.Literal["max_new_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_new_tokens: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_new_tokens) -> _WhichOneofReturnType__max_new_tokens | None: ...
 
 Global___StoppingCriteria: _TypeAlias = StoppingCriteria  # noqa: Y015
+
+@_typing.final
+class RepetitionGuard(_message.Message):
+    """Ends an output whose last tokens are one cycle over and over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_REPEATS_FIELD_NUMBER: _builtins.int
+    MAX_CYCLE_TOKENS_FIELD_NUMBER: _builtins.int
+    min_repeats: _builtins.int
+    """So many times in a row. Range 2 to 1000, default 4."""
+    max_cycle_tokens: _builtins.int
+    """Cycles of up to so many tokens are looked for. Range 1 to 256, default 32."""
+    def __init__(
+        self,
+        *,
+        min_repeats: _builtins.int | None = ...,
+        max_cycle_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_cycle_tokens", b"_max_cycle_tokens", "_min_repeats", b"_min_repeats", "max_cycle_tokens", b"max_cycle_tokens", "min_repeats", b"min_repeats"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_cycle_tokens", b"_max_cycle_tokens", "_min_repeats", b"_min_repeats", "max_cycle_tokens", b"max_cycle_tokens", "min_repeats", b"min_repeats"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_cycle_tokens: _TypeAlias = _typing.Literal["max_cycle_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_cycle_tokens: _TypeAlias = _typing.Literal["_max_cycle_tokens", b"_max_cycle_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__min_repeats: _TypeAlias = _typing.Literal["min_repeats"]  # noqa: Y015
+    _WhichOneofArgType__min_repeats: _TypeAlias = _typing.Literal["_min_repeats", b"_min_repeats"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_cycle_tokens) -> _WhichOneofReturnType__max_cycle_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_repeats) -> _WhichOneofReturnType__min_repeats | None: ...
+
+Global___RepetitionGuard: _TypeAlias = RepetitionGuard  # noqa: Y015
 
 @_typing.final
 class ResponseOptions(_message.Message):
@@ -258,6 +582,9 @@ class ResponseOptions(_message.Message):
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    OUTPUT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     prompt_token_ids: _builtins.bool
     """Whether to answer the prompt's token ids. Default false."""
     output_token_ids: _builtins.bool
@@ -266,16 +593,29 @@ class ResponseOptions(_message.Message):
     """Whether special tokens are left out of the text. Default true. The token that ended the output, an end mark or a
     stop token, is left out always.
     """
+    prompt_logprobs: _builtins.bool
+    """Whether to answer the log probabilities of the prompt's tokens. The prompt is then computed anew, whatever the
+    prefix cache holds. Default false.
+    """
+    output_logprobs: _builtins.bool
+    """Whether to answer the log probabilities of the output's tokens. Default false."""
+    top_logprobs: _builtins.int
+    """With each log probability, how many of the likeliest tokens at its place to name. Range 0 to 20, default 0.
+    Needs prompt_logprobs or output_logprobs.
+    """
     def __init__(
         self,
         *,
         prompt_token_ids: _builtins.bool = ...,
         output_token_ids: _builtins.bool = ...,
         skip_special_tokens: _builtins.bool | None = ...,
+        prompt_logprobs: _builtins.bool = ...,
+        output_logprobs: _builtins.bool = ...,
+        top_logprobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens", "skip_special_tokens", b"skip_special_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "skip_special_tokens", b"skip_special_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens", "output_logprobs", b"output_logprobs", "output_token_ids", b"output_token_ids", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "skip_special_tokens", b"skip_special_tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__skip_special_tokens: _TypeAlias = _typing.Literal["skip_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__skip_special_tokens: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens"]  # noqa: Y015
@@ -319,7 +659,7 @@ class GenerateResponse(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
-    OUTPUT_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, as sent or as made up."""
@@ -328,8 +668,8 @@ class GenerateResponse(_message.Message):
         """About the prompt."""
 
     @_builtins.property
-    def output(self) -> Global___Output:
-        """The output."""
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]:
+        """The outputs, by index; one unless num_sequences says otherwise."""
 
     @_builtins.property
     def summary(self) -> Global___Summary:
@@ -340,12 +680,12 @@ class GenerateResponse(_message.Message):
         *,
         request_id: _builtins.str = ...,
         prompt: Global___PromptInfo | None = ...,
-        output: Global___Output | None = ...,
+        outputs: _abc.Iterable[Global___Output] | None = ...,
         summary: Global___Summary | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "prompt", b"prompt", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "prompt", b"prompt", "request_id", b"request_id", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "prompt", b"prompt", "request_id", b"request_id", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -353,7 +693,9 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class StreamGenerateResponse(_message.Message):
-    """A piece of an answer. Every piece has the output's next part; the first also has the prompt, the last the summary."""
+    """A piece of an answer. Every piece has the next part of one output; the first also has the prompt, the last the
+    summary.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -369,7 +711,7 @@ class StreamGenerateResponse(_message.Message):
 
     @_builtins.property
     def output(self) -> Global___Output:
-        """What is new of the output."""
+        """What is new of one output; those of a request with several interleave."""
 
     @_builtins.property
     def summary(self) -> Global___Summary:
@@ -399,25 +741,101 @@ class PromptInfo(_message.Message):
 
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     """Its length."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its token ids, if asked for."""
 
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Logprob]:
+        """The log probabilities of its second token and so on, if asked for; the first has nothing before it."""
+
     def __init__(
         self,
         *,
         num_tokens: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[Global___Logprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_tokens", b"num_tokens", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "num_tokens", b"num_tokens", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PromptInfo: _TypeAlias = PromptInfo  # noqa: Y015
+
+@_typing.final
+class Logprob(_message.Message):
+    """How likely the model found a token, by its own scores: before penalties, biases, constraints and temperature."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    bytes: _builtins.bytes
+    """Its bytes, which need not be whole characters."""
+    logprob: _builtins.float
+    """The natural logarithm of its probability."""
+    rank: _builtins.int
+    """How many tokens were likelier, plus 1."""
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
+        """The likeliest tokens at its place, the likeliest first, as many as top_logprobs asks for."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        bytes: _builtins.bytes = ...,
+        logprob: _builtins.float = ...,
+        rank: _builtins.int = ...,
+        top: _abc.Iterable[Global___TopLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "logprob", b"logprob", "rank", b"rank", "token_id", b"token_id", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Logprob: _TypeAlias = Logprob  # noqa: Y015
+
+@_typing.final
+class TopLogprob(_message.Message):
+    """One of the likeliest tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    bytes: _builtins.bytes
+    """Its bytes, which need not be whole characters."""
+    logprob: _builtins.float
+    """The natural logarithm of its probability."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        bytes: _builtins.bytes = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "logprob", b"logprob", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopLogprob: _TypeAlias = TopLogprob  # noqa: Y015
 
 @_typing.final
 class Output(_message.Message):
@@ -429,17 +847,28 @@ class Output(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text. In a stream an unfinished character or a possible stop string is held back until it is decided."""
     num_tokens: _builtins.int
     """How many tokens were generated; those of special tokens and of a stop string included."""
+    index: _builtins.int
+    """Which of the request's outputs it is, from 0."""
+    seed: _builtins.int
+    """The seed that it was drawn with; in a stream in its last piece only."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Their ids, if asked for."""
 
     @_builtins.property
     def finish(self) -> Global___Finish:
-        """Why it ended; in a stream in the last piece only."""
+        """Why it ended; in a stream in its last piece only."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Logprob]:
+        """The log probabilities of its tokens, if asked for."""
 
     def __init__(
         self,
@@ -448,10 +877,13 @@ class Output(_message.Message):
         num_tokens: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         finish: Global___Finish | None = ...,
+        index: _builtins.int = ...,
+        logprobs: _abc.Iterable[Global___Logprob] | None = ...,
+        seed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "num_tokens", b"num_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "index", b"index", "logprobs", b"logprobs", "num_tokens", b"num_tokens", "seed", b"seed", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -500,7 +932,7 @@ class Summary(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
-    """The seed that was used."""
+    """The seed of the request, as sent or as drawn."""
     trace_id: _builtins.str
     """The W3C trace id, 32 hexadecimal digits; empty if the request was not traced."""
     @_builtins.property
@@ -542,7 +974,7 @@ class Usage(_message.Message):
     num_cached_tokens: _builtins.int
     """Tokens of the prompt that were taken from the prefix cache instead of being computed."""
     num_output_tokens: _builtins.int
-    """Tokens generated."""
+    """Tokens generated, those of all outputs together; resume_token_ids are not."""
     num_preemptions: _builtins.int
     """How often the request gave its memory back to others and was computed again."""
     def __init__(
@@ -809,6 +1241,7 @@ class GetModelInfoResponse(_message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
     NUM_HEADS_FIELD_NUMBER: _builtins.int
     NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, as in GenerateRequest.model."""
     num_parameters: _builtins.int
@@ -829,6 +1262,8 @@ class GetModelInfoResponse(_message.Message):
     """Attention heads."""
     num_kv_heads: _builtins.int
     """Key and value heads; fewer than num_heads with grouped-query attention."""
+    chat_template: _builtins.str
+    """What makes prompts of conversations: base, instruct, chatml, or model for the template in the model's own files."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens that end an output."""
@@ -847,10 +1282,11 @@ class GetModelInfoResponse(_message.Message):
         hidden_size: _builtins.int = ...,
         num_heads: _builtins.int = ...,
         num_kv_heads: _builtins.int = ...,
+        chat_template: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "hidden_size", b"hidden_size", "max_context_tokens", b"max_context_tokens", "name", b"name", "num_heads", b"num_heads", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "hidden_size", b"hidden_size", "max_context_tokens", b"max_context_tokens", "name", b"name", "num_heads", b"num_heads", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -925,7 +1361,7 @@ class Limits(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     CACHE_TOKENS_FIELD_NUMBER: _builtins.int
     max_running_requests: _builtins.int
-    """Requests that run at the same time."""
+    """Requests that run at the same time; each of a request's outputs counts as one here and in the next."""
     max_waiting_requests: _builtins.int
     """Requests in flight beyond these and max_running_requests get RESOURCE_EXHAUSTED."""
     max_step_tokens: _builtins.int

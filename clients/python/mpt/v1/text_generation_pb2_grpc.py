@@ -29,6 +29,7 @@ class TextGenerationServiceStub:
     """Continues prompts with a language model. Every error carries google.rpc.ErrorInfo with the domain "mpt-grpc":
 
     INVALID_ARGUMENT    INVALID_REQUEST: google.rpc.BadRequest names every field that is out of range
+    PROMPT_REFUSED: a guard of the server refuses the prompt
     NOT_FOUND           UNKNOWN_MODEL: the request names a model that is not loaded
     ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this id is in flight
     RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and grpc-retry-pushback-ms say when to retry
@@ -83,6 +84,7 @@ class TextGenerationServiceServicer:
     """Continues prompts with a language model. Every error carries google.rpc.ErrorInfo with the domain "mpt-grpc":
 
     INVALID_ARGUMENT    INVALID_REQUEST: google.rpc.BadRequest names every field that is out of range
+    PROMPT_REFUSED: a guard of the server refuses the prompt
     NOT_FOUND           UNKNOWN_MODEL: the request names a model that is not loaded
     ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this id is in flight
     RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and grpc-retry-pushback-ms say when to retry
@@ -98,7 +100,7 @@ class TextGenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Continues a prompt and answers piece by piece: concatenated, the pieces are what Generate answers.
+        """Continues a prompt and answers piece by piece: concatenated, the pieces of one index are what Generate answers.
         A client that reads slowly gets fewer and longer pieces.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -190,6 +192,7 @@ class TextGenerationService:
     """Continues prompts with a language model. Every error carries google.rpc.ErrorInfo with the domain "mpt-grpc":
 
     INVALID_ARGUMENT    INVALID_REQUEST: google.rpc.BadRequest names every field that is out of range
+    PROMPT_REFUSED: a guard of the server refuses the prompt
     NOT_FOUND           UNKNOWN_MODEL: the request names a model that is not loaded
     ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this id is in flight
     RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and grpc-retry-pushback-ms say when to retry

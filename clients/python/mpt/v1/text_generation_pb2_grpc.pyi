@@ -30,6 +30,7 @@ class TextGenerationServiceStub:
     """Continues prompts with a language model. Every error carries google.rpc.ErrorInfo with the domain "mpt-grpc":
 
       INVALID_ARGUMENT    INVALID_REQUEST: google.rpc.BadRequest names every field that is out of range
+                          PROMPT_REFUSED: a guard of the server refuses the prompt
       NOT_FOUND           UNKNOWN_MODEL: the request names a model that is not loaded
       ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this id is in flight
       RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and grpc-retry-pushback-ms say when to retry
@@ -44,7 +45,7 @@ class TextGenerationServiceStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_text_generation_pb2.GenerateRequest, _text_generation_pb2.GenerateResponse]
     """Continues a prompt and answers once, with the whole output."""
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_text_generation_pb2.GenerateRequest, _text_generation_pb2.StreamGenerateResponse]
-    """Continues a prompt and answers piece by piece: concatenated, the pieces are what Generate answers.
+    """Continues a prompt and answers piece by piece: concatenated, the pieces of one index are what Generate answers.
     A client that reads slowly gets fewer and longer pieces.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_text_generation_pb2.TokenizeRequest, _text_generation_pb2.TokenizeResponse]
@@ -63,6 +64,7 @@ class TextGenerationServiceAsyncStub(TextGenerationServiceStub):
     """Continues prompts with a language model. Every error carries google.rpc.ErrorInfo with the domain "mpt-grpc":
 
       INVALID_ARGUMENT    INVALID_REQUEST: google.rpc.BadRequest names every field that is out of range
+                          PROMPT_REFUSED: a guard of the server refuses the prompt
       NOT_FOUND           UNKNOWN_MODEL: the request names a model that is not loaded
       ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this id is in flight
       RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and grpc-retry-pushback-ms say when to retry
@@ -74,7 +76,7 @@ class TextGenerationServiceAsyncStub(TextGenerationServiceStub):
     Generate: _aio.UnaryUnaryMultiCallable[_text_generation_pb2.GenerateRequest, _text_generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt and answers once, with the whole output."""
     StreamGenerate: _aio.UnaryStreamMultiCallable[_text_generation_pb2.GenerateRequest, _text_generation_pb2.StreamGenerateResponse]  # type: ignore[assignment]
-    """Continues a prompt and answers piece by piece: concatenated, the pieces are what Generate answers.
+    """Continues a prompt and answers piece by piece: concatenated, the pieces of one index are what Generate answers.
     A client that reads slowly gets fewer and longer pieces.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_text_generation_pb2.TokenizeRequest, _text_generation_pb2.TokenizeResponse]  # type: ignore[assignment]
@@ -92,6 +94,7 @@ class TextGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Continues prompts with a language model. Every error carries google.rpc.ErrorInfo with the domain "mpt-grpc":
 
       INVALID_ARGUMENT    INVALID_REQUEST: google.rpc.BadRequest names every field that is out of range
+                          PROMPT_REFUSED: a guard of the server refuses the prompt
       NOT_FOUND           UNKNOWN_MODEL: the request names a model that is not loaded
       ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this id is in flight
       RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and grpc-retry-pushback-ms say when to retry
@@ -113,7 +116,7 @@ class TextGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _text_generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_text_generation_pb2.StreamGenerateResponse], _abc.AsyncIterator[_text_generation_pb2.StreamGenerateResponse]]:
-        """Continues a prompt and answers piece by piece: concatenated, the pieces are what Generate answers.
+        """Continues a prompt and answers piece by piece: concatenated, the pieces of one index are what Generate answers.
         A client that reads slowly gets fewer and longer pieces.
         """
 

@@ -1,0 +1,133 @@
+"""All that a request costs before it enters: its prompt in tokens, its constraint compiled, its fields checked.
+
+Nothing here touches the scheduler; any thread may do it, several at once.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mpt_grpc.engine.admission import DEFAULT_MAX_NEW_TOKENS, RequestLimits, prompt_violations, request_violations
+from mpt_grpc.errors import FieldViolation, InvalidRequestError, PromptRefusedError
+from mpt_grpc.request import Conversation, GenerationRequest, StoppingCriteria
+from mpt_grpc.step import Matcher
+from mpt_grpc.text.chat import ChatTemplate, conversation_token_ids
+from mpt_grpc.text.constraints import ConstraintCompiler
+from mpt_grpc.text.guards import Guard
+from mpt_grpc.text.tokenizer import Tokenizer
+
+_MAX_TRUNCATED_CHARACTERS = 1 << 20
+# What is longer takes a millisecond or more, for which an event loop should not stand still.
+_LONG_TEXT = 4096
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request that may enter."""
+
+    request: GenerationRequest
+    """With its seed, `max_new_tokens`, and the stop strings of its chat template."""
+    prompt_token_ids: tuple[int, ...]
+    matchers: tuple[Matcher, ...]
+    """With a constraint one for each sequence, else none."""
+
+
+class Preparation:
+    """Makes requests ready for one model."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, limits: RequestLimits, chat_template: ChatTemplate, guards: Sequence[Guard] = ()
+    ) -> None:
+        self.tokenizer, self.limits, self.chat_template, self.guards = tokenizer, limits, chat_template, guards
+        self._constraints = ConstraintCompiler(tokenizer)
+
+    def is_quick(self, request: GenerationRequest) -> bool:
+        """Whether `prepare` takes less than about a millisecond."""
+        is_short = not isinstance(request.prompt, Conversation) and len(request.prompt) <= _LONG_TEXT
+        return is_short and request.decoding.constraint is None and not self.guards
+
+    def prepare(self, request: GenerationRequest) -> PreparedRequest:
+        """Raises InvalidRequestError with all the fields that are out of range, PromptRefusedError, or
+        OverloadedError if the machine is too busy to check a constraint."""
+        violations = list(request_violations(request, self.limits))
+        prompt_token_ids: tuple[int, ...] = ()
+        try:
+            prompt_token_ids = self._prompt_token_ids(request)
+        except InvalidRequestError as error:
+            violations += error.violations
+        else:
+            violations += prompt_violations(request, prompt_token_ids, self.limits)
+        violations += self._resume_violations(request)
+        if violations:
+            raise InvalidRequestError(*violations)
+        self._ask_guards(prompt_token_ids)
+        return PreparedRequest(self._resolved(request), prompt_token_ids, self._matchers(request))
+
+    def _prompt_token_ids(self, request: GenerationRequest) -> tuple[int, ...]:
+        prompt, stopping = request.prompt, request.stopping
+        if isinstance(prompt, Conversation):
+            return conversation_token_ids(
+                prompt,
+                self.chat_template,
+                self.tokenizer.encode,
+                self.limits.max_context_tokens,
+                stopping.max_new_tokens,
+            )
+        if isinstance(prompt, str):
+            self._check_length(prompt, is_truncated=request.truncate_prompt_tokens is not None)
+            prompt = self.tokenizer.encode(prompt)
+        return prompt[-request.truncate_prompt_tokens :] if request.truncate_prompt_tokens else prompt
+
+    def _check_length(self, text: str, is_truncated: bool) -> None:
+        """Refuses a text that cannot fit, before time is spent on tokenizing it."""
+        context = self.limits.max_context_tokens
+        longest = _MAX_TRUNCATED_CHARACTERS if is_truncated else context * self.tokenizer.max_token_bytes
+        if len(text) > longest:
+            where = "be truncated" if is_truncated else f"fit in the context of {context} tokens"
+            raise InvalidRequestError(
+                FieldViolation("text", f"{len(text)} characters cannot {where}: shorten the prompt")
+            )
+
+    def _resume_violations(self, request: GenerationRequest) -> list[FieldViolation]:
+        stopping = request.stopping
+        ends = {*stopping.stop_token_ids, *(() if stopping.ignore_eos else self.tokenizer.eos_token_ids)}
+        for index, token_id in enumerate(request.resume_token_ids[:-1]):
+            if token_id in ends:
+                why = f"{token_id} ends the output: nothing can follow it"
+                return [FieldViolation(f"resume_token_ids[{index}]", why)]
+        return []
+
+    def _ask_guards(self, prompt_token_ids: tuple[int, ...]) -> None:
+        if self.guards:
+            prompt = self.tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
+            for guard in self.guards:
+                if (refusal := guard.refusal(prompt)) is not None:
+                    raise PromptRefusedError(refusal)
+
+    def _matchers(self, request: GenerationRequest) -> tuple[Matcher, ...]:
+        constraint = request.decoding.constraint
+        if constraint is None:
+            return ()
+        resumed = self._constraints.compile(constraint)
+        for token_id in request.resume_token_ids:
+            resumed.advance(token_id)
+        return tuple(self._constraints.compile(constraint) for _ in range(request.sampling.num_sequences))
+
+    def _resolved(self, request: GenerationRequest) -> GenerationRequest:
+        sampling, stopping = request.sampling, request.stopping
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(64))
+        if stopping.max_new_tokens is None:
+            stopping = replace(stopping, max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
+        return replace(request, sampling=sampling, stopping=self._with_more_stops(stopping, request))
+
+    def _with_more_stops(self, stopping: StoppingCriteria, request: GenerationRequest) -> StoppingCriteria:
+        stop_strings = stopping.stop_strings
+        if isinstance(request.prompt, Conversation):
+            stop_strings = tuple(dict.fromkeys((*stop_strings, *self.chat_template.stop_strings)))
+        # The text of a special token is usually left out of the output's, where no stop string would find it.
+        special = [self.tokenizer.special_token_id(stop) for stop in stop_strings]
+        stop_token_ids = tuple(dict.fromkeys((*stopping.stop_token_ids, *(i for i in special if i is not None))))
+        return replace(stopping, stop_strings=stop_strings, stop_token_ids=stop_token_ids)

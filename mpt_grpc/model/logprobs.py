@@ -1,0 +1,29 @@
+"""How likely the model found tokens: by its own scores, before anything is done to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpt_grpc.model.scores import best
+from mpt_grpc.request import TokenLogprob
+
+
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprob]:
+    """Takes from the log softmax of float32 `logits` [n, vocab_size] each row's token and its `num_top` likeliest.
+
+    A rank is 1 plus the number of higher scores; in `top` the lower id comes first among equals.
+    """
+    if not token_ids:
+        return []
+    own = torch.tensor(token_ids, device=logits.device)[:, None]
+    ranks = (logits > logits.gather(1, own)).sum(dim=-1) + 1
+    count = min(max(num_top), logits.shape[1])
+    tokens = torch.cat([own, best(logits, count)], dim=1) if count else own
+    logprobs = logits.log_softmax(dim=-1).gather(1, tokens).tolist()
+    return [
+        TokenLogprob(row_ids[0], row[0], rank, tuple(zip(row_ids[1 : 1 + num], row[1 : 1 + num], strict=True)))
+        for row_ids, row, rank, num in zip(tokens.tolist(), logprobs, ranks.tolist(), num_top, strict=True)
+    ]

@@ -1,0 +1,24 @@
+"""Finds out when an output goes in circles."""
+
+from __future__ import annotations
+
+from mpt_grpc.request import RepetitionGuard
+
+
+class RepetitionDetector:
+    """Looks for a cycle at the end of a growing list of tokens, in O(longest cycle) a token."""
+
+    def __init__(self, guard: RepetitionGuard) -> None:
+        self._min_repeats = guard.min_repeats
+        self._token_ids: list[int] = []
+        self._runs = [0] * guard.max_cycle_tokens
+        """For each distance, how many of the last tokens equal the one that far before."""
+
+    def feed(self, token_id: int) -> bool:
+        """Adds a token; returns whether the tokens now end with `min_repeats` times one cycle."""
+        self._token_ids.append(token_id)
+        reach = min(len(self._runs), len(self._token_ids) - 1)
+        for distance in range(1, reach + 1):
+            is_same = self._token_ids[-1 - distance] == token_id
+            self._runs[distance - 1] = self._runs[distance - 1] + 1 if is_same else 0
+        return any(run >= distance * (self._min_repeats - 1) for distance, run in enumerate(self._runs, start=1) if run)

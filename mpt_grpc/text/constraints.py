@@ -1,0 +1,197 @@
+"""Constrained output: a constraint of a request becomes a matcher that says which tokens may come next.
+
+Owns what a constraint may cost; llguidance (https://github.com/guidance-ai/llguidance) computes the masks from what
+`grammar.py` makes. When masks are computed and applied is the engine's.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, OverloadedError
+from mpt_grpc.request import Constraint
+from mpt_grpc.text.grammar import TOO_COSTLY, constraint_field, make_grammar, refusal_reason
+from mpt_grpc.text.tokenizer import Tokenizer
+
+NUM_CACHED = 64
+"""Constraints whose verdict is remembered; a grammar has at most half a megabyte."""
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 100_000,
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 10_000,
+    "max_items_in_row": 1_000,
+    "max_lexer_states": 10_000,
+    "max_grammar_size": 50_000,
+    "precompute_large_lexemes": False,
+    "verbose_errors": False,
+}
+"""Of llguidance. Ordinary schemas need a tenth: an object of 200 optional fields has 807 items in a row."""
+
+_PROBE = Path(__file__).with_name("constraint_probe.py")
+_PROBE_WALL_S = 5.0
+
+
+class ConstraintCompiler:
+    """Makes matchers for one model. Threads may share it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """The vocabulary is prepared at the first constraint."""
+        self._tokenizer = tokenizer
+        self._tokens = _Tokens(tokenizer)
+        self._vocabulary: LLTokenizer | None = None
+        self._verdicts: OrderedDict[Constraint, str | FieldViolation] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, constraint: Constraint) -> ConstraintMatcher:
+        """A matcher at its start. One never seen takes a tenth of a second, at worst about one second.
+
+        Raises InvalidRequestError, which names the field, if the constraint is malformed, unsupported, impossible to
+        meet, or too costly to follow; OverloadedError, if the machine is too busy to find that out.
+        """
+        # A matcher of its own for each output: copies of one share a lexer, its lock and its budget.
+        return self._matcher(self._verified_grammar(constraint), constraint_field(constraint))
+
+    def _verified_grammar(self, constraint: Constraint) -> str:
+        with self._lock:
+            verdict = self._verdicts.get(constraint)
+        if verdict is None:
+            try:
+                verdict = make_grammar(constraint)
+                _probe(verdict, constraint_field(constraint))
+                _try(self._matcher(verdict, constraint_field(constraint)))
+            except InvalidRequestError as error:
+                verdict = error.violations[0]
+        self._remember(constraint, verdict)
+        if isinstance(verdict, FieldViolation):
+            raise InvalidRequestError(verdict)
+        return verdict
+
+    def _matcher(self, grammar: str, field: str) -> ConstraintMatcher:
+        matcher = LLMatcher(self._shared_vocabulary(), grammar, limits=LLParserLimits(**LIMITS), log_level=0)
+        return ConstraintMatcher(matcher, self._tokens, field)
+
+    def _shared_vocabulary(self) -> LLTokenizer:
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = _vocabulary(self._tokenizer, sorted(self._tokens.ends))
+            return self._vocabulary
+
+    def _remember(self, constraint: Constraint, verdict: str | FieldViolation) -> None:
+        with self._lock:
+            self._verdicts[constraint] = verdict
+            self._verdicts.move_to_end(constraint)
+            if len(self._verdicts) > NUM_CACHED:
+                self._verdicts.popitem(last=False)
+
+
+class ConstraintMatcher:
+    """A `Matcher`. Threads may take turns with it."""
+
+    def __init__(self, matcher: LLMatcher, tokens: _Tokens, field: str) -> None:
+        self._matcher, self._tokens, self._field = matcher, tokens, field
+
+    def advance(self, token_id: int) -> bool:
+        """Takes a token in; returns whether the output is complete: it was an end mark, or only one could follow.
+
+        Raises InvalidRequestError: for `resume_token_ids`, if the token cannot follow, since no token that `mask`
+        allows is ever refused; for the constraint, if it has become too costly.
+        """
+        if token_id in self._tokens.ends and self._matcher.is_accepting():
+            return True
+        is_text = token_id >= 0 and self._tokens.text_bits >> token_id & 1
+        if not is_text or self._matcher.is_stopped() or self._matcher.validate_tokens([token_id]) == 0:
+            self._check()
+            why = f"{token_id} cannot follow under {self._field}: resume with tokens that it gave"
+            raise InvalidRequestError(FieldViolation("resume_token_ids", why))
+        self._matcher.consume_token(token_id)
+        self._check()
+        if self._matcher.is_stopped():
+            return True
+        # Without an end mark the output is over where it may end and no token follows.
+        return not self._tokens.ends and self._matcher.is_accepting() and self._allowed() == 0
+
+    def mask(self) -> bytes:
+        """Which tokens may come next, as `Matcher` says: (vocab_size + 7) // 8 bytes.
+
+        End marks are among them only where the output may end, other special tokens never. Raises InvalidRequestError
+        if no token may come or it costs too much to find out.
+        """
+        allowed = self._allowed()
+        if allowed == 0:
+            why = "none of the model's tokens can follow where it leads: change it"
+            raise InvalidRequestError(FieldViolation(self._field, why))
+        return allowed.to_bytes((self._tokens.size + 7) // 8, "little")
+
+    def _allowed(self) -> int:
+        allowed = int.from_bytes(self._matcher.compute_bitmask(), "little")
+        self._check()  # after an error the bits say that the output may end
+        # A Lark grammar may name special tokens, end marks too where the output is not over.
+        ends = self._tokens.end_bits if self._matcher.is_accepting() else 0
+        return allowed & (self._tokens.text_bits | ends)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InvalidRequestError(FieldViolation(self._field, refusal_reason(self._matcher.get_error())))
+
+
+class _Tokens:
+    """Which tokens of a vocabulary are text and which end an output; bit i is token i."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.size = tokenizer.vocab_size
+        self.ends = frozenset(token_id for token_id in tokenizer.eos_token_ids if token_id < self.size)
+        self.end_bits = sum(1 << token_id for token_id in self.ends)
+        special = sum(1 << token_id for token_id in tokenizer.special_token_ids | self.ends)
+        self.text_bits = ((1 << self.size) - 1) & ~special
+
+
+class _Vocabulary:
+    """What `TokenizerWrapper` reads; forced text becomes tokens by `encode`, never special ones."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_id: int | None, encode: Callable[[str], Sequence[int]]) -> None:
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        self.special_token_ids = sorted(tokenizer.special_token_ids | tokenizer.eos_token_ids)
+        self.eos_token_id, self.bos_token_id = eos_token_id, None
+        self._encode = encode
+
+    def __call__(self, text: str) -> list[int]:
+        return list(self._encode(text))
+
+
+def _vocabulary(tokenizer: Tokenizer, ends: list[int]) -> LLTokenizer:
+    """Takes under half a second for 50,000 tokens."""
+    wrapped = TokenizerWrapper(_Vocabulary(tokenizer, ends[0] if ends else None, tokenizer.plain_text_encoder()))
+    return LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size, eos_token=ends or None)
+
+
+def _probe(grammar: str, field: str) -> None:
+    """Builds the grammar in another process first, which may crash, and refuses it if that does."""
+    task = json.dumps({"grammar": grammar, "limits": LIMITS})
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", str(_PROBE)], input=task.encode(), capture_output=True, timeout=_PROBE_WALL_S
+        )
+    except subprocess.TimeoutExpired as error:  # it has not had its time: the machine is too busy to tell
+        raise OverloadedError("the machine is too busy to check a new constraint", retry_after_s=1.0) from error
+    if done.returncode < 0:  # it overflowed its stack, or had its fill of time or memory
+        raise InvalidRequestError(FieldViolation(field, TOO_COSTLY))
+    if done.returncode > 0:
+        raise InternalError(f"the constraint probe does not run: {done.stderr.decode(errors='replace').strip()[-200:]}")
+    if refusal := done.stdout.decode().strip():
+        raise InvalidRequestError(FieldViolation(field, refusal_reason(refusal)))
+
+
+def _try(matcher: ConstraintMatcher) -> None:
+    """Takes two steps, which show most of what cannot be met or followed."""
+    mask = int.from_bytes(matcher.mask(), "little")
+    if not matcher.advance((mask & -mask).bit_length() - 1):
+        matcher.mask()

@@ -1,0 +1,119 @@
+"""Constraints as llguidance's grammars, and its refusals in a caller's words."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from llguidance import LLMatcher
+
+from mpt_grpc.errors import FieldViolation, InvalidRequestError
+from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, Regex
+
+MAX_SOURCE_BYTES = 65_536
+TOO_COSTLY = "it costs more to follow than the server allows: make it simpler"
+# Unbounded white space is where a weak model goes round for ever; this is a line break and an indent.
+_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+_COSTLY = re.compile(
+    r"fuel|limit (for|exceeded)|too (big|large|complex)|too many (expressions|states|items)"
+    r"|row has|Unable to determine|decimal literal",
+    re.I,
+)
+
+
+def make_grammar(constraint: Constraint) -> str:
+    """A constraint as llguidance reads it. Raises InvalidRequestError for what can be told from its text."""
+    if isinstance(constraint, JsonObject):
+        return _json_grammar('{"type": "object"}')
+    if isinstance(constraint, Choice):
+        return _choice_grammar(constraint.options)
+    field = constraint_field(constraint)
+    if isinstance(constraint, JsonSchema):
+        _check_source(constraint.schema, field)
+        return _json_grammar(constraint.schema)
+    if isinstance(constraint, Regex):
+        _check_source(constraint.pattern, field)
+        return LLMatcher.grammar_from_regex(constraint.pattern)
+    _check_source(constraint.grammar, field)
+    # Not handed over as it is: text that begins with a brace would be read as a grammar of another kind.
+    return json.dumps({"grammars": [{"lark_grammar": constraint.grammar}]})
+
+
+def constraint_field(constraint: Constraint) -> str:
+    """Its path in the API."""
+    if isinstance(constraint, JsonSchema):
+        return "decoding.json_schema"
+    if isinstance(constraint, JsonObject):
+        return "decoding.json_object"
+    if isinstance(constraint, Regex):
+        return "decoding.regex"
+    return "decoding.choice" if isinstance(constraint, Choice) else "decoding.lark_grammar"
+
+
+def refusal_reason(error: str) -> str:
+    """What llguidance says, in one line, and what to do about it."""
+    if resource := re.search(r"Resource '(.*?)' is not present", error):
+        return f"{_short(resource[1])} is not fetched: put it into $defs and refer to it there"
+    if keys := re.search(r"Unimplemented keys: \[(.*?)\]", error):
+        return f"{_short(keys[1])} not supported: leave it out"
+    if "oneOf constraints" in error:
+        return '"oneOf" not supported where more than one may hold: use anyOf'
+    if "special token" in error:
+        return "special tokens cannot be named: leave them out, the end mark comes by itself"
+    if "NoExtension" in error or "Regex is empty" in error:
+        return "nothing can meet it: change it"
+    if _COSTLY.search(error):
+        return TOO_COSTLY
+    # The reason is under a drawing of the regular expression, or after a place in the text made of it.
+    detail = re.search(r"^error: (.*)$", error, re.M) or re.search(r"\(in regex\): (.*?)(;|$)", error, re.M)
+    return f"{_short(detail[1] if detail else re.split(r': min=', error)[0])}: change it"
+
+
+def _check_source(source: str, field: str) -> None:
+    try:
+        size = len(source.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(FieldViolation(field, "not Unicode: leave lone surrogates out")) from error
+    if size > MAX_SOURCE_BYTES:
+        raise InvalidRequestError(FieldViolation(field, f"{size} bytes, at most {MAX_SOURCE_BYTES}: make it shorter"))
+
+
+def _choice_grammar(options: tuple[str, ...]) -> str:
+    if not options:
+        raise InvalidRequestError(FieldViolation("decoding.choice.options", "empty: give 1 or more"))
+    for index, option in enumerate(options):
+        if not option:
+            why = "empty: an option has at least one character"
+            raise InvalidRequestError(FieldViolation(f"decoding.choice.options[{index}]", why))
+        _check_source(option, f"decoding.choice.options[{index}]")
+    _check_source("".join(options), "decoding.choice.options")
+    return LLMatcher.grammar_from_regex("|".join(map(_escaped, options)))
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else f"\\u{{{ord(c):x}}}" for c in text)
+
+
+def _json_grammar(schema: str) -> str:
+    try:
+        # llguidance reads it first: it refuses what is nested too deeply for Python.
+        grammar = LLMatcher.grammar_from_json_schema(
+            schema, overrides={"lenient": False, "whitespace_pattern": _WHITE_SPACE}
+        )
+        has_options = "x-guidance" in json.loads(schema)
+    except ValueError as error:
+        if "recursion limit" in str(error):
+            why = "nested too deeply: at most 127 levels"
+        elif "object schema" in str(error):
+            why = "a schema must be a JSON object"
+        else:
+            why = f"not JSON: {_short(str(error))}: mend it"
+        raise InvalidRequestError(FieldViolation("decoding.json_schema", why)) from error
+    if has_options:
+        raise InvalidRequestError(FieldViolation("decoding.json_schema", '"x-guidance" not supported: leave it out'))
+    return grammar
+
+
+def _short(text: str, most: int = 160) -> str:
+    line = text.strip().split("\n")[0]
+    return line if len(line) <= most else line[: most - 1] + "…"

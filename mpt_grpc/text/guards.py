@@ -1,0 +1,185 @@
+"""Guards: what watches prompts and outputs on the server's behalf, and the built-in one, a list of words.
+
+A guard may refuse a prompt, or end an output; what it objects to is never sent, wherever the text is cut into pieces.
+Guards are named by the settings and found by entry points. They run beside the engine, in any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol
+
+import regex
+
+from mpt_grpc.errors import SettingsError
+
+ENTRY_POINT_GROUP = "mpt_grpc.guards"
+# Told text is kept so far back for a pattern that looks at what stands before it.
+_MAX_LOOKBEHIND = 256
+_TIMEOUT_S = 1.0
+
+
+class OutputWatch(Protocol):
+    """One output under a guard's eyes; its text is fed in order."""
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the guard objects to what was fed; nothing comes out any more."""
+        ...
+
+    def feed(self, text: str) -> str:
+        """Adds text; returns what may be sent now. What the guard may still object to is held back."""
+        ...
+
+    def finish(self) -> str:
+        """No text follows: decides on what was held back, and returns what of it may be sent."""
+        ...
+
+
+class Guard(Protocol):
+    """Watches prompts and outputs; threads share it."""
+
+    def refusal(self, prompt: str) -> str | None:
+        """Why a prompt is refused, in words that the caller may see; None if it is not."""
+        ...
+
+    def watch(self) -> OutputWatch:
+        """The watch of one output."""
+        ...
+
+
+def load_guards(wanted: Sequence[str]) -> tuple[Guard, ...]:
+    """The guards of these names, each with the argument that stands after a `=`. Raises SettingsError."""
+    return tuple(_load(*name.partition("=")[::2]) for name in wanted)
+
+
+def watch_all(guards: Sequence[Guard]) -> OutputWatch:
+    """A watch by several guards: text passes them in turn, and each may end the output."""
+    watches = tuple(guard.watch() for guard in guards)
+    return watches[0] if len(watches) == 1 else _ChainedWatch(watches)
+
+
+def word_list(path: str) -> Guard:
+    """The guard `words=FILE`: one word or phrase a line, or a /regular expression/; lines with # are comments.
+
+    A word is met whole and in any case. Raises SettingsError or OSError for a file that cannot be used.
+    """
+    patterns = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        entry = line.strip()
+        if entry and not entry.startswith("#"):
+            patterns.append(_pattern(entry, f"{path}, line {number}"))
+    if not patterns:
+        raise SettingsError(f"{path}: it has no words")
+    return _WordList(regex.compile("|".join(patterns), regex.V1))
+
+
+class _WordList:
+    def __init__(self, pattern: regex.Pattern[str]) -> None:
+        self._pattern = pattern
+
+    def refusal(self, prompt: str) -> str | None:
+        watch = self.watch()
+        watch.feed(prompt)
+        watch.finish()
+        return "the prompt has a word that this server does not take" if watch.blocked else None
+
+    def watch(self) -> _PatternWatch:
+        return _PatternWatch(self._pattern)
+
+
+class _PatternWatch:
+    """Holds back text from where a match may begin that more text could complete, extend or refute, and nothing else.
+
+    A match is decided once text stands behind it; a pattern that forbids what follows sees no more than was fed by
+    then. A search that takes longer than a second blocks: what cannot be judged is not sent.
+    """
+
+    def __init__(self, pattern: regex.Pattern[str]) -> None:
+        self._pattern = pattern
+        self._text = ""
+        """What is held, behind the end of what was sent."""
+        self._start = 0
+        """Where what is held begins in it."""
+        self.blocked = False
+
+    def feed(self, text: str) -> str:
+        if self.blocked:
+            return ""
+        self._text += text
+        return self._pass(self._find(is_last=False))
+
+    def finish(self) -> str:
+        return "" if self.blocked else self._pass(self._find(is_last=True))
+
+    def _find(self, is_last: bool) -> int:
+        """Where what may not be sent begins, now or at all; sets `blocked`."""
+        try:
+            # The leftmost place where a match is, or could come to be.
+            match = self._pattern.search(self._text, self._start, partial=not is_last, timeout=_TIMEOUT_S)
+        except TimeoutError:
+            self.blocked = True
+            return self._start
+        if match is None:
+            return len(self._text)
+        self.blocked = is_last or (not match.partial and match.end() < len(self._text))
+        return match.start()
+
+    def _pass(self, end: int) -> str:
+        passed = self._text[self._start : end]
+        kept = max(0, end - _MAX_LOOKBEHIND)
+        self._text, self._start = self._text[kept:], end - kept
+        return passed
+
+
+class _ChainedWatch:
+    def __init__(self, watches: Sequence[OutputWatch]) -> None:
+        self._watches = watches
+
+    @property
+    def blocked(self) -> bool:
+        return any(watch.blocked for watch in self._watches)
+
+    def feed(self, text: str) -> str:
+        if self.blocked:
+            return ""
+        for watch in self._watches:
+            text = watch.feed(text)
+        return text
+
+    def finish(self) -> str:
+        if self.blocked:
+            return ""
+        text = ""
+        for watch in self._watches:
+            text = watch.feed(text)
+            if not watch.blocked:
+                text += watch.finish()
+        return text
+
+
+def _load(name: str, argument: str) -> Guard:
+    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    if name not in found:
+        raise SettingsError(f"--guard: no guard {name!r} is installed; there are {', '.join(sorted(found)) or 'none'}")
+    try:
+        guard: Guard = found[name].load()(argument)
+    except Exception as error:  # a guard comes from elsewhere and may fail in any way
+        raise SettingsError(f"--guard: {name} cannot be made from {argument!r}: {error}") from error
+    return guard
+
+
+def _pattern(entry: str, place: str) -> str:
+    is_regex = len(entry) > 1 and entry.startswith("/") and entry.endswith("/")
+    # Borders that do not ask for a word's letter: an entry may begin or end with another sign.
+    words = r"\s+".join(regex.escape(word, special_only=True) for word in entry.split())
+    pattern = f"(?:{entry[1:-1]})" if is_regex else rf"(?i:(?<!\w){words}(?!\w))"
+    try:
+        is_empty = regex.compile(pattern, regex.V1).search("") is not None
+    except regex.error as error:
+        raise SettingsError(f"{place}: not a regular expression: {error}") from error
+    if is_empty:
+        raise SettingsError(f"{place}: it matches where nothing stands")
+    return pattern

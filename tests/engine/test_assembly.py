@@ -1,0 +1,156 @@
+"""What a reader is told of an output: the same however late it reads, and never what a guard withholds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpt_grpc.engine.assembly import OutputAssembly
+from mpt_grpc.engine.engine import Engine
+from mpt_grpc.request import Finish, FinishReason, OutputDelta, TokenEvent, TokenLogprob
+from mpt_grpc.text.detokenizer import TextAssembler
+from mpt_grpc.text.guards import Guard, load_guards
+from mpt_grpc.text.tokenizer import Tokenizer
+
+END = Finish(FinishReason.MAX_NEW_TOKENS)
+PIECES = (
+    "the fox",
+    " ran",
+    " to the bad",
+    " wolf",
+    " bad",
+    "ger",
+    "bad",
+    " wo",
+    "lf.",
+    " 日本",
+    "🦊",
+    "\n",
+    " stop",
+    " he",
+    "re",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shared_engine: Engine) -> Tokenizer:
+    return shared_engine.preparation.tokenizer
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> Guard:
+    words = tmp_path_factory.mktemp("guard") / "words.txt"
+    words.write_text("bad wolf\n/日.*🦊/\n", encoding="utf-8")
+    (guard,) = load_guards([f"words={Path(words)}"])
+    return guard
+
+
+class Reader:
+    """Reads one output in as many pieces as events are grouped into."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, guard: Guard | None, stops: Sequence[str] = (), resumed: tuple[int, ...] = ()
+    ) -> None:
+        self.num_ended = 0
+        text = TextAssembler(tokenizer.detokenizer(), stops)
+        watch = None if guard is None else guard.watch()
+        self.assembly = OutputAssembly(0, text, watch, self._end, resumed)
+        self.deltas: list[OutputDelta] = []
+
+    def read(self, groups: Sequence[Sequence[int]]) -> None:
+        """The last token comes with the end, and the groups that follow it are empty."""
+        for number, group in enumerate(groups, start=1):
+            finish = END if number == len(groups) else None
+            logprobs = tuple(TokenLogprob(token_id, -1.0, rank=1) for token_id in group)
+            event = TokenEvent("r", token_ids=tuple(group), logprobs=logprobs, finish=finish)
+            if delta := self.assembly.advance([event]):
+                self.deltas.append(delta)
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token_id for delta in self.deltas for token_id in delta.token_ids)
+
+    def _end(self) -> None:
+        self.num_ended += 1
+
+
+def grouped(ids: Sequence[int], cuts: Sequence[int]) -> list[Sequence[int]]:
+    borders = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
+    return [ids[start:end] for start, end in itertools.pairwise(borders)]
+
+
+texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join)
+cuts = st.lists(st.integers(0, 99), max_size=8)
+stops = st.sampled_from([(), ("stop here",), ("lf", "🦊")])
+
+
+def test_however_late_it_is_read_an_output_is_the_same(tokenizer: Tokenizer, guard: Guard) -> None:
+    @settings(deadline=None, max_examples=300, derandomize=True)
+    @given(texts, cuts, stops, st.booleans())
+    def check(text: str, cuts: list[int], stops: tuple[str, ...], is_guarded: bool) -> None:
+        ids = tokenizer.encode(text)
+        readers = [Reader(tokenizer, guard if is_guarded else None, stops) for _ in range(2)]
+        readers[0].read([[token_id] for token_id in ids])
+        readers[1].read(grouped(ids, cuts))
+        assert readers[0].text == readers[1].text
+        assert readers[0].token_ids == readers[1].token_ids
+        assert readers[0].deltas[-1].finish == readers[1].deltas[-1].finish
+
+    check()
+
+
+def test_what_a_guard_withholds_is_told_neither_as_text_nor_as_tokens(tokenizer: Tokenizer, guard: Guard) -> None:
+    num_blocked = 0
+
+    @settings(deadline=None, max_examples=300, derandomize=True)
+    @given(texts, cuts)
+    def check(text: str, cuts: list[int]) -> None:
+        nonlocal num_blocked
+        ids = tokenizer.encode(text)
+        free, watched = Reader(tokenizer, None), Reader(tokenizer, guard)
+        free.read(grouped(ids, cuts))
+        watched.read(grouped(ids, cuts))
+        finish = watched.deltas[-1].finish
+        assert finish is not None
+        if finish.reason is FinishReason.CONTENT_FILTER:
+            num_blocked += 1
+            assert watched.num_ended == 1
+            assert guard.refusal(watched.text) is None
+            assert guard.refusal(tokenizer.decode(watched.token_ids)) is None
+            assert free.text.startswith(watched.text)
+            assert watched.text.startswith(tokenizer.decode(watched.token_ids).rstrip("\ufffd"))
+        else:
+            assert guard.refusal(free.text) is None
+            assert (watched.text, watched.token_ids, finish) == (free.text, free.token_ids, END)
+        for delta in watched.deltas:
+            assert [logprob.token_id for logprob in delta.logprobs] == list(delta.token_ids)
+
+    check()
+    assert num_blocked > 10
+
+
+def test_who_resumes_after_any_piece_is_told_exactly_the_rest(tokenizer: Tokenizer, guard: Guard) -> None:
+    @settings(deadline=None, max_examples=300, derandomize=True)
+    @given(texts, cuts, stops, st.booleans(), st.integers(0, 20))
+    def check(text: str, cuts: list[int], stops: tuple[str, ...], is_guarded: bool, num_read: int) -> None:
+        ids = tokenizer.encode(text)
+        whole = Reader(tokenizer, guard if is_guarded else None, stops)
+        whole.read(grouped(ids, cuts))
+        told = whole.deltas[: min(num_read, len(whole.deltas) - 1)]
+        told_ids = tuple(token_id for delta in told for token_id in delta.token_ids)
+        rest = Reader(tokenizer, guard if is_guarded else None, stops, told_ids)
+        rest.read([[token_id] for token_id in ids[len(told_ids) :]] or [[]])
+        assert "".join(delta.text for delta in told) + rest.text == whole.text
+        assert told_ids + rest.token_ids == whole.token_ids
+        assert rest.deltas[-1].finish == whole.deltas[-1].finish
+
+    check()

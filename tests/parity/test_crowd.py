@@ -1,0 +1,197 @@
+"""Whatever is asked, and whoever else asks at the same time: each result equals the same request run alone.
+
+Every round draws 16 requests with random combinations of all features, random arrivals, a cache too small for them
+(so that some are preempted) and a random budget a step. Computed in float32 on the demo model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+from conftest import submit
+
+from mpt_grpc.engine import load
+from mpt_grpc.engine.engine import Engine
+from mpt_grpc.engine.stream import ThreadStream, collect
+from mpt_grpc.model.runner import Runner, StepScores
+from mpt_grpc.request import (
+    CacheOptions,
+    Choice,
+    Conversation,
+    DecodingOptions,
+    Generation,
+    GenerationRequest,
+    JsonObject,
+    JsonSchema,
+    LarkGrammar,
+    LogprobOptions,
+    Message,
+    OutputDelta,
+    Regex,
+    RepetitionGuard,
+    SamplingParameters,
+    StoppingCriteria,
+    TokenLogprob,
+)
+from mpt_grpc.step import StepPlan
+
+NUM_REQUESTS = 16
+NUM_ROUNDS = 6
+PROMPTS = (
+    "Once upon a time",
+    "Once upon a time there was a king who had three sons. The eldest said to his father, ",
+    "The fox looked at the crow and said: ",
+    "Down by the river " * 6,
+    "and and and and and and and",
+    Conversation((Message("user", "What did the fox say?"),)),
+    Conversation((Message("system", "Be kind."), Message("user", "Tell me about the king."))),
+)
+CONSTRAINTS = (
+    JsonObject(),
+    JsonSchema('{"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}}, "required": ["name"]}'),
+    Regex(r"(the|a) [a-z]{2,8}( and [a-z]{2,8})*\."),
+    Choice(("the fox", "the king", "the king's son")),
+    LarkGrammar('start: "once" (" upon" | " more")+ "!"'),
+)
+
+
+def drawn_request(name: str, draw: Random) -> GenerationRequest:
+    """A request in which each feature is on about one time in three."""
+
+    def sometimes(value: Any, default: Any) -> Any:
+        return value if draw.random() < 0.35 else default
+
+    constraint = sometimes(draw.choice(CONSTRAINTS), None)
+    max_new_tokens = draw.randint(1, 28)
+    is_scored = draw.random() < 0.3
+    return GenerationRequest(
+        name,
+        draw.choice(PROMPTS),
+        SamplingParameters(
+            temperature=draw.choice([0.0, 0.7, 1.0, 1.4]),
+            top_k=sometimes(draw.randint(1, 100), 0),
+            top_p=sometimes(draw.uniform(0.3, 1), 1.0),
+            min_p=sometimes(draw.uniform(0, 0.1), 0.0),
+            typical_p=sometimes(draw.uniform(0.3, 1), 1.0),
+            seed=draw.getrandbits(64),
+            num_sequences=sometimes(draw.randint(2, 4), 1),
+        ),
+        decoding=DecodingOptions(
+            repetition_penalty=sometimes(draw.uniform(0.8, 2), 1.0),
+            frequency_penalty=sometimes(draw.uniform(-1, 1), 0.0),
+            presence_penalty=sometimes(draw.uniform(-1, 1), 0.0),
+            logit_bias=sometimes({draw.randrange(4096): draw.uniform(-20, 8) for _ in range(9)}, {}),
+            allowed_token_ids=() if constraint else sometimes(tuple(draw.sample(range(4096), 400)), ()),
+            constraint=constraint,
+        ),
+        stopping=StoppingCriteria(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=sometimes(draw.randint(0, max_new_tokens), 0),
+            stop_strings=sometimes(("ing", ". "), ()),
+            stop_token_ids=sometimes(tuple(draw.sample(range(300), 20)), ()),
+            include_stop_string=draw.random() < 0.5,
+            ignore_eos=constraint is None and draw.random() < 0.3,
+            repetition_guard=sometimes(RepetitionGuard(draw.randint(2, 4), draw.randint(1, 8)), None),
+        ),
+        logprobs=LogprobOptions(prompt=is_scored, output=draw.random() < 0.3 or is_scored, num_top=2 * is_scored),
+        cache=CacheOptions(bypass=draw.random() < 0.2),
+        priority=draw.randint(-1, 1),
+        truncate_prompt_tokens=None,
+    )
+
+
+class ArrivingRunner(Runner):
+    """Lets requests arrive in front of steps that were chosen beforehand."""
+
+    arrivals: Iterator[tuple[int, Callable[[], None]]] = iter(())
+    due: tuple[int, Callable[[], None]] | None = None
+    num_steps = 0
+
+    def expect(self, arrivals: list[tuple[int, Callable[[], None]]]) -> None:
+        self.arrivals = iter(arrivals)
+        self.due = next(self.arrivals, None)
+        self.num_steps = 0
+
+    def run(self, plan: StepPlan) -> StepScores:
+        while self.due is not None and self.due[0] <= self.num_steps:
+            self.due[1]()
+            self.due = next(self.arrivals, None)
+        self.num_steps += 1
+        return super().run(plan)
+
+
+@pytest.fixture
+def runners(monkeypatch: pytest.MonkeyPatch) -> list[ArrivingRunner]:
+    made: list[ArrivingRunner] = []
+
+    def make(*parts: Any) -> ArrivingRunner:
+        made.append(ArrivingRunner(*parts))
+        return made[-1]
+
+    monkeypatch.setattr(load, "Runner", make)
+    return made
+
+
+def cut(deltas: list[OutputDelta], num_tokens: int) -> tuple[tuple[int, ...], Generation]:
+    """Splits an output that came token by token: the tokens to resume with, and what is then to come."""
+    told = 0
+    for position, delta in enumerate(deltas):
+        if told >= num_tokens:
+            rest = replace(collect(deltas[position:]), prompt_logprobs=deltas[0].prompt_logprobs)
+            return tuple(t for d in deltas[:position] for t in d.token_ids), rest
+        told += len(delta.token_ids)
+    return (), collect(deltas)
+
+
+def assert_same(name: str, actual: Generation, expected: Generation) -> None:
+    assert len(actual.outputs) == len(expected.outputs), name
+    for one, other in zip(actual.outputs, expected.outputs, strict=True):
+        assert one.token_ids == other.token_ids, name
+        assert (one.text, one.finish) == (other.text, other.finish), name
+        assert_same_logprobs(one.logprobs, other.logprobs)
+    if actual.prompt_logprobs:  # those who resume an output that was over get none
+        assert_same_logprobs(actual.prompt_logprobs, expected.prompt_logprobs)
+
+
+def assert_same_logprobs(some: Sequence[TokenLogprob], others: Sequence[TokenLogprob]) -> None:
+    assert [p.token_id for p in some] == [p.token_id for p in others]
+    assert [p.logprob for p in some] == pytest.approx([p.logprob for p in others], abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(NUM_ROUNDS))
+def test_16_requests_at_once_yield_what_each_yields_alone(
+    seed: int, shared_engine: Engine, make_engine: Callable[..., Engine], runners: list[ArrivingRunner]
+) -> None:
+    draw = Random(seed)
+    requests: list[GenerationRequest] = []
+    expected: dict[str, Generation] = {}
+    for number in range(NUM_REQUESTS):
+        request = drawn_request(f"r{number}", draw)
+        if number == 0:  # runs until all others have arrived
+            stopping = StoppingCriteria(max_new_tokens=3 * NUM_REQUESTS, ignore_eos=True)
+            request = GenerationRequest("r0", PROMPTS[0], SamplingParameters(seed=seed), stopping=stopping, priority=2)
+        deltas = list(shared_engine.stream(request))
+        expected[request.request_id] = collect(deltas)
+        if number and request.sampling.num_sequences == 1 and draw.random() < 0.4:
+            resumed, expected[request.request_id] = cut(deltas, draw.randint(1, 20))
+            request = replace(request, resume_token_ids=resumed)
+        requests.append(request)
+
+    engine = make_engine(
+        num_blocks=draw.randint(12, 15), max_running_requests=draw.randint(6, 16), max_step_tokens=draw.randint(16, 48)
+    )
+    streams: list[ThreadStream] = []
+    arrivals = sorted(draw.randint(0, 2 * NUM_REQUESTS) for _ in requests[1:])
+    runners[0].expect(
+        [(step, lambda r=r: streams.append(submit(engine, r))) for step, r in zip(arrivals, requests[1:], strict=True)]
+    )
+    first = collect(submit(engine, requests[0]))
+    generations = {"r0": first} | {s.prepared.request.request_id: collect(s) for s in streams}
+    assert set(generations) == set(expected)
+    for name, generation in generations.items():
+        assert_same(name, generation, expected[name])
+    assert sum(generation.stats.num_preemptions for generation in generations.values()) > 0

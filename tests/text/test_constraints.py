@@ -1,0 +1,390 @@
+"""Constrained output: matchers driven alone, by seeded random choices among the tokens that they allow."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mpt_grpc
+from mpt_grpc.errors import InvalidRequestError
+from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
+from mpt_grpc.step import Matcher
+from mpt_grpc.text.constraints import NUM_CACHED, ConstraintCompiler
+from mpt_grpc.text.grammar import MAX_SOURCE_BYTES
+from mpt_grpc.text.tokenizer import Tokenizer
+
+DEMO = Path(mpt_grpc.__file__).parent / "demo"
+TOKENIZER = Tokenizer.from_folder(DEMO)
+COMPILER = ConstraintCompiler(TOKENIZER)
+END = 0
+CLOSING = [b'"', b"}", b"]", b","]
+
+
+def with_ends(*ends: int) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json")), frozenset(ends))
+
+
+def allowed(matcher: Matcher) -> list[int]:
+    return [8 * i + bit for i, byte in enumerate(matcher.mask()) if byte for bit in range(8) if byte >> bit & 1]
+
+
+def walk(matcher: Matcher, seed: int, tokenizer: Tokenizer = TOKENIZER, max_tokens: int = 1500) -> bytes:
+    """What comes of random choices; after some it ends whatever it can end. Always completes."""
+    choose = random.Random(seed)
+    output = b""
+    for step in range(max_tokens):
+        ids = allowed(matcher)
+        if step > 40:
+            ending = [i for i in ids if i in tokenizer.eos_token_ids]
+            closing = [[i for i in ids if tokenizer.token_bytes(i) == mark] for mark in CLOSING]
+            ids = next((found for found in (ending, *closing) if found), ids)
+        token_id = choose.choice(ids)
+        is_complete = matcher.advance(token_id)
+        if token_id not in tokenizer.eos_token_ids:
+            output += tokenizer.token_bytes(token_id)
+        if is_complete:
+            return output
+    raise AssertionError(f"no end in sight: {output[-200:]!r}")
+
+
+def refusal(call: Callable[[], object]) -> tuple[str, str]:
+    """The field and what is said of it."""
+    with pytest.raises(InvalidRequestError) as caught:
+        call()
+    (violation,) = caught.value.violations
+    return violation.field, violation.description
+
+
+def feed(matcher: Matcher, text: str) -> bool:
+    """Whether the output is complete after it."""
+    return [matcher.advance(token_id) for token_id in TOKENIZER.encode(text)][-1]
+
+
+# Random schemas, and what they ask for.
+
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=4)
+scalars = st.none() | st.booleans() | st.integers(-99, 99) | names
+
+
+def bounded(kind: str, low: str, high: str, smallest: int, largest: int) -> st.SearchStrategy[dict[str, Any]]:
+    bounds = st.tuples(st.integers(smallest, largest), st.integers(smallest, largest)).map(sorted)
+    return bounds.map(lambda b: {"type": kind, low: b[0], high: b[1]})
+
+
+def objects(values: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    fields = st.dictionaries(names, st.tuples(values, st.booleans()), max_size=4)
+    return fields.map(
+        lambda f: {
+            "type": "object",
+            "properties": {name: schema for name, (schema, _) in f.items()},
+            "required": [name for name, (_, is_required) in f.items() if is_required],
+            "additionalProperties": False,
+        }
+    )
+
+
+def arrays(values: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.tuples(bounded("array", "minItems", "maxItems", 0, 4), values).map(lambda p: {**p[0], "items": p[1]})
+
+
+leaves = st.one_of(
+    st.sampled_from([{"type": kind} for kind in ("string", "integer", "number", "boolean", "null")]),
+    bounded("string", "minLength", "maxLength", 0, 12),
+    bounded("integer", "minimum", "maximum", -500, 500),
+    st.lists(scalars, min_size=1, max_size=4).map(lambda options: {"enum": options}),
+    scalars.map(lambda value: {"const": value}),
+)
+schemas = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        objects(inner), arrays(inner), st.lists(inner, min_size=1, max_size=3).map(lambda options: {"anyOf": options})
+    ),
+    max_leaves=8,
+)
+TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "null": (type(None),),
+    "array": (list,),
+    "object": (dict,),
+}
+
+
+def conforms(value: Any, schema: dict[str, Any]) -> bool:
+    if "anyOf" in schema:
+        return any(conforms(value, option) for option in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return any(type(value) is type(o) and value == o for o in schema.get("enum", [schema.get("const")]))
+    kind = schema["type"]
+    if not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+        return False
+    if kind == "string":
+        return bool(schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value)))
+    if kind == "integer":
+        return bool(schema.get("minimum", value) <= value <= schema.get("maximum", value))
+    if kind == "array":
+        in_bounds = schema["minItems"] <= len(value) <= schema["maxItems"]
+        return in_bounds and all(conforms(item, schema["items"]) for item in value)
+    if kind == "object":
+        fields = schema["properties"]
+        return set(schema["required"]) <= value.keys() <= fields.keys() and all(
+            conforms(item, fields[name]) for name, item in value.items()
+        )
+    return True
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(schema=schemas, seed=st.integers(0, 1 << 32))
+def test_every_completed_output_is_json_that_its_schema_allows(schema: dict[str, Any], seed: int) -> None:
+    output = walk(COMPILER.compile(JsonSchema(json.dumps(schema))), seed)
+    assert conforms(json.loads(output), schema), output
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_json_object_is_an_object_at_the_top(seed: int) -> None:
+    assert isinstance(json.loads(walk(COMPILER.compile(JsonObject()), seed)), dict)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\d{3}-\d{4}",
+        r"(yes|no)( of course)?",
+        r"[äöü]{2,5}🦊?",
+        "a/b\n\\|c",
+        r"[^a]{3}x|",
+        r"(?i)once upon a (time|midnight)\.",
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_whole_output_matches_the_regex(pattern: str, seed: int) -> None:
+    assert re.fullmatch(pattern, walk(COMPILER.compile(Regex(pattern)), seed).decode())
+
+
+OPTIONS = (
+    "yes",
+    "yes, of course",
+    "a|b",
+    "(",
+    "\\d",
+    '"',
+    "a/b\nc\t\x00",
+    "日本",
+    "🦊🦊",
+    "e\u0301",
+    " ",
+    "<|endoftext|>!",
+)
+
+
+def test_each_choice_can_be_made_and_nothing_else() -> None:
+    assert {walk(COMPILER.compile(Choice(OPTIONS)), seed).decode() for seed in range(300)} == set(OPTIONS)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_lark_grammar_gives_its_sentences(seed: int) -> None:
+    grammar = 'start: "let " NAME "=" sum ";"\nsum: N ("+" N)*\nNAME: /[a-z]{1,5}/\nN: /[1-9][0-9]{0,2}/'
+    output = walk(COMPILER.compile(LarkGrammar(grammar)), seed).decode()
+    assert re.fullmatch(r"let [a-z]{1,5}=[1-9]\d{0,2}(\+[1-9]\d{0,2})*;", output)
+
+
+def test_json_may_be_indented_but_never_goes_on_in_white_space() -> None:
+    matcher = COMPILER.compile(JsonObject())
+    assert not feed(matcher, "{")
+    assert not feed(matcher, "\n  ")
+    assert refusal(lambda: [feed(matcher, "\n") for _ in range(40)])[0] == "resume_token_ids"
+
+
+# How an output ends.
+
+
+def test_an_output_is_complete_at_once_where_only_the_end_may_follow() -> None:
+    assert feed(COMPILER.compile(Choice(("yes", "no"))), "yes")
+    assert feed(COMPILER.compile(JsonObject()), '{"a": 1}')
+
+
+def test_where_it_may_end_or_go_on_every_end_mark_is_allowed_and_ends_it() -> None:
+    a, b, other_end = (*TOKENIZER.encode("a"), *TOKENIZER.encode("b"), *TOKENIZER.encode("Q"))
+    compiler = ConstraintCompiler(with_ends(END, other_end))
+    for end in (END, other_end, b):
+        matcher = compiler.compile(Regex("a|ab"))
+        assert set(allowed(matcher)).isdisjoint({END, other_end})
+        assert not matcher.advance(a)
+        assert set(allowed(matcher)) == {END, other_end, b}
+        assert matcher.advance(end)
+
+
+def test_a_model_without_an_end_mark_completes_where_nothing_may_follow() -> None:
+    tokenizer = with_ends()
+    compiler = ConstraintCompiler(tokenizer)
+    assert json.loads(walk(compiler.compile(JsonObject()), 1, tokenizer)) is not None
+    assert walk(compiler.compile(Regex("a|ab")), 1, tokenizer) == b"ab"
+    field, _ = refusal(lambda: compiler.compile(Regex("")))
+    assert field == "decoding.regex"
+
+
+def test_special_tokens_never_come_before_the_end() -> None:
+    matcher = COMPILER.compile(Regex(r"(?s:.)*x"))
+    assert END not in allowed(matcher)
+    assert not matcher.advance(*TOKENIZER.encode("x"))
+    assert END in allowed(matcher)
+
+    # A grammar that puts an end mark in its middle can never be followed to its end.
+    field, _ = refusal(lambda: COMPILER.compile(LarkGrammar(f'start: "a" <[{END}]> "b"')))
+    assert field == "decoding.lark_grammar"
+
+
+def test_the_mask_has_a_bit_for_each_token_and_none_beyond() -> None:
+    assert len(COMPILER.compile(JsonObject()).mask()) == (TOKENIZER.vocab_size + 7) // 8
+
+
+# What does not fit.
+
+
+@pytest.mark.parametrize("token_id", [*TOKENIZER.encode("Q"), END, -1, TOKENIZER.vocab_size, 1 << 40])
+def test_a_token_that_cannot_follow_is_the_fault_of_who_resumes(token_id: int) -> None:
+    field, why = refusal(lambda: COMPILER.compile(Regex("ab")).advance(token_id))
+    assert field == "resume_token_ids"
+    assert why.startswith(f"{token_id} cannot follow under decoding.regex")
+
+
+def test_only_the_end_can_follow_a_complete_output() -> None:
+    matcher = COMPILER.compile(Choice(("yes",)))
+    assert feed(matcher, "yes")
+    assert matcher.advance(END)
+    assert refusal(lambda: feed(matcher, "s"))[0] == "resume_token_ids"
+
+
+def test_what_grows_too_costly_on_the_way_ends_alone() -> None:
+    constraint = Regex("(a{1,1000}){1,1000}")
+
+    def go_on() -> None:
+        matcher = COMPILER.compile(constraint)
+        for _ in range(1000):
+            matcher.mask()
+            feed(matcher, "a")
+
+    for _ in range(2):  # it leaves nothing behind for the next one
+        field, why = refusal(go_on)
+        assert field == "decoding.regex"
+        assert why == "it costs more to follow than the server allows: make it simpler"
+
+
+# The cache.
+
+
+def test_two_matchers_of_one_constraint_go_their_own_ways() -> None:
+    one, other = (COMPILER.compile(Choice(("cat", "cow"))) for _ in range(2))
+    feed(one, "c")
+    feed(other, "c")
+    assert feed(one, "at")
+    assert feed(other, "ow")
+
+
+def test_a_constraint_compiled_again_starts_anew_and_behaves_alike() -> None:
+    compiler = ConstraintCompiler(TOKENIZER)
+    constraint = JsonSchema('{"type": "array", "items": {"type": "integer"}, "maxItems": 5}')
+    first, second = (walk(compiler.compile(constraint), seed=3) for _ in range(2))
+    assert first == second
+
+
+def test_a_refusal_stays_one_also_after_many_other_constraints() -> None:
+    compiler = ConstraintCompiler(TOKENIZER)
+    refusals = {refusal(lambda: compiler.compile(JsonSchema("{"))) for _ in range(2)}
+    for index in range(NUM_CACHED + 1):
+        refusal(lambda index=index: compiler.compile(JsonSchema("[" * (index + 1))))
+    assert refusals == {refusal(lambda: compiler.compile(JsonSchema("{")))}
+
+
+# Refused, each by its field and with a reason.
+
+DEEP = 30_000
+REFUSED: list[tuple[Constraint, str, str]] = [
+    (JsonSchema('{"type": '), "json_schema", "not JSON"),
+    (JsonSchema("[]"), "json_schema", "must be a JSON object"),
+    (JsonSchema("true"), "json_schema", "must be a JSON object"),
+    (JsonSchema('{"type": "strin"}'), "json_schema", "Invalid type: strin"),
+    (JsonSchema('{"uniqueItems": true}'), "json_schema", '"uniqueItems" not supported'),
+    (JsonSchema('{"not": {}}'), "json_schema", '"not" not supported'),
+    (JsonSchema('{"oneOf": [{"minimum": 1}, {"minimum": 2}]}'), "json_schema", '"oneOf" not supported'),
+    (JsonSchema('{"x-guidance": {"lenient": true}, "not": {}}'), "json_schema", '"x-guidance" not supported'),
+    (JsonSchema('{"$ref": "http://127.0.0.1:9/s.json"}'), "json_schema", "http://127.0.0.1:9/s.json is not fetched"),
+    (JsonSchema('{"$ref": "file:///etc/passwd"}'), "json_schema", "file:///etc/passwd is not fetched"),
+    (JsonSchema('{"$ref": "#"}'), "json_schema", "nothing can meet it"),
+    (JsonSchema('{"type": "integer", "minimum": 5, "maximum": 4}'), "json_schema", "minimum (5) is greater"),
+    (JsonSchema("[" * DEEP), "json_schema", "nested too deeply"),
+    (JsonSchema('{"items":' * 5000 + "{}" + "}" * 5000), "json_schema", "nested too deeply"),
+    (JsonSchema(" " * (MAX_SOURCE_BYTES + 1)), "json_schema", "65537 bytes"),
+    (Regex("("), "regex", "unclosed group"),
+    (Regex(r"(a)\1"), "regex", "backreferences are not supported"),
+    (Regex(r"(?=a)b"), "regex", "look-around"),
+    (Regex(r"[^\s\S]"), "regex", "nothing can meet it"),
+    (Regex("(" * DEEP + ")" * DEEP), "regex", "nested"),
+    (Regex("é" * (MAX_SOURCE_BYTES // 2 + 1)), "regex", "65538 bytes"),
+    (Regex("\ud800"), "regex", "not Unicode"),
+    (Choice(()), "choice.options", "empty"),
+    (Choice(("a", "")), "choice.options[1]", "empty"),
+    (Choice(("a", "x" * (MAX_SOURCE_BYTES + 1))), "choice.options[1]", "65537 bytes"),
+    (Choice(("ab" * 20_000, "cd" * 20_000)), "choice.options", "80000 bytes"),
+    (LarkGrammar(""), "lark_grammar", "no start rule"),
+    (LarkGrammar('begin: "a"'), "lark_grammar", "no start rule"),
+    (LarkGrammar("start: (("), "lark_grammar", "Expected token ')'"),
+    (LarkGrammar('{"grammars": [{"json_schema": {}}]}'), "lark_grammar", "1(1)"),
+    (LarkGrammar("start: " + "(" * DEEP), "lark_grammar", "too deeply nested"),
+    (LarkGrammar('start: "a" <|endoftext|>'), "lark_grammar", "special tokens cannot be named"),
+]
+TOO_COSTLY: dict[str, Constraint] = {
+    "a chain of references that overflows a stack": JsonSchema(
+        json.dumps({"$ref": "#/d/0", "d": {str(i): {"items": {"$ref": f"#/d/{i + 1}"}} for i in range(1500)}})
+    ),
+    "thousands of optional fields": JsonSchema(
+        json.dumps({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}})
+    ),
+    "a product of alternatives": JsonSchema(
+        json.dumps({"allOf": [{"anyOf": [{"minLength": i + 9 * j} for i in range(9)]} for j in range(9)]})
+    ),
+    "a conjunction of patterns": JsonSchema(
+        json.dumps({"allOf": [{"type": "string", "pattern": f".*a{i}.*"} for i in range(100)]})
+    ),
+    "multiples of a large number": JsonSchema('{"type": "integer", "multipleOf": 1000003}'),
+    "a length beyond numbers": JsonSchema('{"type": "string", "minLength": 1099511627776}'),
+    "a row of options": Regex("a?" * 30_000),
+    "stars in stars": Regex("(a*b?)*" * 9000),
+    "thousands of alternatives without order": LarkGrammar("start: " + "a? " * 15_000 + '\na: "a"'),
+    "terminals that double": LarkGrammar(
+        "start: A0\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(60)) + '\nA60: "a"'
+    ),
+    "a chain of terminals that overflows a stack": LarkGrammar(
+        "start: A0\n" + "\n".join(f"A{i}: A{i + 1}" for i in range(4000)) + '\nA4000: "a"'
+    ),
+    "a deep schema in a grammar": LarkGrammar("start: %json " + '{"items":' * 3000 + "{}" + "}" * 3000),
+}
+
+
+@pytest.mark.parametrize(("constraint", "field", "reason"), REFUSED)
+def test_what_cannot_be_followed_is_refused_by_name(constraint: Constraint, field: str, reason: str) -> None:
+    found, why = refusal(lambda: COMPILER.compile(constraint))
+    assert found == f"decoding.{field}"
+    assert reason in why
+    assert "\n" not in why
+    assert len(why) < 260
+
+
+@pytest.mark.parametrize("constraint", TOO_COSTLY.values(), ids=TOO_COSTLY.keys())
+def test_what_costs_too_much_is_refused_and_the_process_lives(constraint: Constraint) -> None:
+    field, why = refusal(lambda: COMPILER.compile(constraint))
+    assert field == {JsonSchema: "decoding.json_schema", Regex: "decoding.regex"}.get(
+        type(constraint), "decoding.lark_grammar"
+    )
+    assert why == "it costs more to follow than the server allows: make it simpler"
