@@ -26,7 +26,7 @@ from mpt_grpc.checkpoint import find_checkpoint
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel, load_engine
 from mpt_grpc.engine.stream import ThreadStream, collect
-from mpt_grpc.request import CacheOptions, GenerationRequest, Output, SamplingParameters, StoppingCriteria
+from mpt_grpc.request import CacheOptions, Generation, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
 
 PROMPT_TOKENS = 64
@@ -63,7 +63,7 @@ def main() -> None:
         _run_transformers(arguments, model)
 
 
-def _run(engine: Engine, n: int, new_tokens: int) -> tuple[float, list[Output]]:
+def _run(engine: Engine, n: int, new_tokens: int) -> tuple[float, list[Generation]]:
     generator = torch.Generator().manual_seed(n)
     prompts = torch.randint(1, engine.preparation.limits.vocab_size, (n, PROMPT_TOKENS), generator=generator).tolist()
     requests = [
@@ -71,8 +71,8 @@ def _run(engine: Engine, n: int, new_tokens: int) -> tuple[float, list[Output]]:
             f"{index}",
             tuple(prompt),
             SamplingParameters(temperature=0),
-            StoppingCriteria(max_new_tokens=new_tokens, ignore_eos=True),
-            CacheOptions(bypass=True),
+            stopping=StoppingCriteria(max_new_tokens=new_tokens, ignore_eos=True),
+            cache=CacheOptions(bypass=True),
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -115,17 +115,17 @@ def _read_bandwidth(device: torch.device) -> float:
     return data.nbytes / best_s
 
 
-def _ttft_s(output: Output) -> float:
+def _ttft_s(output: Generation) -> float:
     assert output.stats.first_token_time_s is not None
     return output.stats.first_token_time_s - output.stats.arrival_time_s
 
 
-def _tpot_s(output: Output) -> float:
+def _tpot_s(output: Generation) -> float:
     assert output.stats.first_token_time_s is not None
     return (output.stats.end_time_s - output.stats.first_token_time_s) / (len(output.token_ids) - 1)
 
 
-def _median_ms(outputs: list[Output], measure: Callable[[Output], float]) -> float:
+def _median_ms(outputs: list[Generation], measure: Callable[[Generation], float]) -> float:
     return statistics.median(measure(output) for output in outputs) * 1e3
 
 

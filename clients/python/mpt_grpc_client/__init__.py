@@ -2,6 +2,7 @@
 
 from mpt_grpc_client.async_client import AsyncClient, AsyncTextStream
 from mpt_grpc_client.client import Client, TextStream
+from mpt_grpc_client.constraints import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
 from mpt_grpc_client.errors import (
     AlreadyExistsError,
     DeadlineExceededError,
@@ -13,17 +14,22 @@ from mpt_grpc_client.errors import (
     OverloadedError,
     UnavailableError,
 )
-from mpt_grpc_client.request import GenerateOptions
+from mpt_grpc_client.prompts import Message, Prompt, Role
+from mpt_grpc_client.request import GenerateOptions, RepetitionGuard
 from mpt_grpc_client.results import (
+    Delta,
     Finish,
     FinishReason,
     Generation,
     Limits,
     Load,
     ModelInfo,
+    Output,
     ServerInfo,
     Timings,
     Token,
+    TokenLogprob,
+    TopLogprob,
     Usage,
 )
 
@@ -31,8 +37,11 @@ __all__ = [
     "AlreadyExistsError",
     "AsyncClient",
     "AsyncTextStream",
+    "Choice",
     "Client",
+    "Constraint",
     "DeadlineExceededError",
+    "Delta",
     "FieldViolation",
     "Finish",
     "FinishReason",
@@ -40,16 +49,27 @@ __all__ = [
     "Generation",
     "InternalError",
     "InvalidRequestError",
+    "JsonObject",
+    "JsonSchema",
+    "LarkGrammar",
     "Limits",
     "Load",
+    "Message",
     "ModelInfo",
     "MptGrpcError",
     "NotFoundError",
+    "Output",
     "OverloadedError",
+    "Prompt",
+    "Regex",
+    "RepetitionGuard",
+    "Role",
     "ServerInfo",
     "TextStream",
     "Timings",
     "Token",
+    "TokenLogprob",
+    "TopLogprob",
     "UnavailableError",
     "Usage",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Self, TypeVar, Unpack
 
 import grpc
@@ -13,8 +13,9 @@ from mpt.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 from mpt_grpc_client import responses
 from mpt_grpc_client.channel import channel_options, resolve_target, trace_metadata
 from mpt_grpc_client.errors import MptGrpcError, from_rpc_error
+from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.request import GenerateOptions, build_request
-from mpt_grpc_client.results import Generation, ModelInfo, ServerInfo, Token
+from mpt_grpc_client.results import Delta, Generation, ModelInfo, ServerInfo, Token
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -49,19 +50,19 @@ class AsyncClient:
         await self._channel.close()
 
     async def generate(
-        self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
-        """Continues a prompt, text or token ids, and answers once; the options are those of `GenerateOptions`."""
+        """Continues a prompt and answers once; the options are those of `GenerateOptions`."""
         request = build_request(prompt, **options)
         return responses.generation(await self._call(self._stub.Generate, request, timeout_s))
 
     def stream(
-        self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncTextStream:
         """Continues a prompt as `generate` does, and answers piece by piece. The request is on its way at once."""
         request = build_request(prompt, **options)
         call = self._stub.StreamGenerate(request, timeout=self._timeout(timeout_s), metadata=trace_metadata())
-        return AsyncTextStream(call)
+        return AsyncTextStream(call, request.sampling.num_sequences)
 
     async def tokenize(self, text: str, *, timeout_s: float | None = None) -> tuple[Token, ...]:
         """The tokens of a text."""
@@ -104,13 +105,16 @@ class AsyncClient:
 
 
 class AsyncTextStream(responses.PartialGeneration):
-    """The text of a generation, piece by piece as it comes: iterate over it, once.
+    """A generation piece by piece as it comes: iterate over it, or over `deltas()`, once.
 
     As a context manager it cancels the generation when the block is left early, so that the server stops working on it.
     """
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.StreamGenerateResponse]) -> None:
+    def __init__(
+        self, call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.StreamGenerateResponse], num_sequences: int
+    ) -> None:
         super().__init__()
+        self._num_sequences = num_sequences
         self._call = call
         self._cancelled = False
 
@@ -124,24 +128,36 @@ class AsyncTextStream(responses.PartialGeneration):
         return self
 
     async def __anext__(self) -> str:
-        """The next piece, never empty. Raises `MptGrpcError` if the call fails; ends quietly once it is cancelled."""
-        try:
-            async for piece in self._call:
-                if text := self._add(piece):
-                    return text
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        except asyncio.CancelledError as error:
-            if _is_cancelled():
-                raise
-            if not self._cancelled:
-                raise MptGrpcError("the client was closed", code=grpc.StatusCode.CANCELLED) from error
+        """The next piece of text, never empty. Raises TypeError for more outputs than one, else as `deltas` does."""
+        if self._num_sequences > 1:
+            raise TypeError("several outputs are interleaved: iterate over deltas()")
+        while (delta := await self._next_delta()) is not None:
+            if delta.text:
+                return delta.text
         raise StopAsyncIteration
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """What is new, of any output. Raises `MptGrpcError` if the call fails; ends quietly once it is cancelled."""
+        while (delta := await self._next_delta()) is not None:
+            yield delta
 
     def cancel(self) -> None:
         """Ends the generation on the server too; without effect once it has ended."""
         self._cancelled = True
         self._call.cancel()
+
+    async def _next_delta(self) -> Delta | None:
+        try:
+            piece = await anext(aiter(self._call), None)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                raise
+            if self._cancelled:
+                return None
+            raise MptGrpcError("the client was closed", code=grpc.StatusCode.CANCELLED) from error
+        return None if piece is None else self._add(piece)
 
 
 def _is_cancelled() -> bool:

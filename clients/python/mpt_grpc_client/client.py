@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self, TypeVar, Unpack
 
 import grpc
@@ -12,8 +12,9 @@ from mpt.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 from mpt_grpc_client import responses
 from mpt_grpc_client.channel import channel_options, resolve_target, trace_metadata
 from mpt_grpc_client.errors import from_rpc_error
+from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.request import GenerateOptions, build_request
-from mpt_grpc_client.results import Generation, ModelInfo, ServerInfo, Token
+from mpt_grpc_client.results import Delta, Generation, ModelInfo, ServerInfo, Token
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -43,19 +44,19 @@ class Client:
         self._channel.close()
 
     def generate(
-        self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
-        """Continues a prompt, text or token ids, and answers once; the options are those of `GenerateOptions`."""
+        """Continues a prompt and answers once; the options are those of `GenerateOptions`."""
         request = build_request(prompt, **options)
         return responses.generation(self._call(self._stub.Generate, request, timeout_s))
 
     def stream(
-        self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> TextStream:
         """Continues a prompt as `generate` does, and answers piece by piece. The request is on its way at once."""
         request = build_request(prompt, **options)
         call = self._stub.StreamGenerate(request, timeout=self._timeout(timeout_s), metadata=trace_metadata())
-        return TextStream(call)
+        return TextStream(call, request.sampling.num_sequences)
 
     def tokenize(self, text: str, *, timeout_s: float | None = None) -> tuple[Token, ...]:
         """The tokens of a text."""
@@ -94,13 +95,14 @@ class Client:
 
 
 class TextStream(responses.PartialGeneration):
-    """The text of a generation, piece by piece as it comes: iterate over it, once.
+    """A generation piece by piece as it comes: iterate over it, or over `deltas()`, once.
 
     As a context manager it cancels the generation when the block is left early, so that the server stops working on it.
     """
 
-    def __init__(self, call: grpc._CallIterator[pb.StreamGenerateResponse]) -> None:
+    def __init__(self, call: grpc._CallIterator[pb.StreamGenerateResponse], num_sequences: int) -> None:
         super().__init__()
+        self._num_sequences = num_sequences
         self._call = call
         self._cancelled = False
 
@@ -114,17 +116,29 @@ class TextStream(responses.PartialGeneration):
         return self
 
     def __next__(self) -> str:
-        """The next piece, never empty. Raises `MptGrpcError` if the call fails; ends quietly once it is cancelled."""
-        try:
-            for piece in self._call:
-                if text := self._add(piece):
-                    return text
-        except grpc.RpcError as error:
-            if not self._cancelled:
-                raise from_rpc_error(error) from error
+        """The next piece of text, never empty. Raises TypeError for more outputs than one, else as `deltas` does."""
+        if self._num_sequences > 1:
+            raise TypeError("several outputs are interleaved: iterate over deltas()")
+        while (delta := self._next_delta()) is not None:
+            if delta.text:
+                return delta.text
         raise StopIteration
+
+    def deltas(self) -> Iterator[Delta]:
+        """What is new, of any output. Raises `MptGrpcError` if the call fails; ends quietly once it is cancelled."""
+        while (delta := self._next_delta()) is not None:
+            yield delta
 
     def cancel(self) -> None:
         """Ends the generation on the server too; without effect once it has ended. Any thread may call it."""
         self._cancelled = True
         self._call.cancel()
+
+    def _next_delta(self) -> Delta | None:
+        try:
+            piece = next(self._call, None)
+        except grpc.RpcError as error:
+            if self._cancelled:
+                return None
+            raise from_rpc_error(error) from error
+        return None if piece is None else self._add(piece)

@@ -2,54 +2,63 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from google.protobuf.duration_pb2 import Duration
 
 from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.results import (
+    Delta,
     Finish,
     FinishReason,
     Generation,
     Limits,
     Load,
     ModelInfo,
+    Output,
     ServerInfo,
     Timings,
     Token,
+    TokenLogprob,
+    TopLogprob,
     Usage,
 )
 
 
 class PartialGeneration:
-    """A generation as far as it has come: the sum of an answer's pieces. An answer that comes whole is one piece."""
+    """A generation as far as it has come: the sum of an answer's pieces. Its properties are of the first output."""
 
     def __init__(self) -> None:
         self.request_id = ""
         """Empty until the first piece has come."""
-        self.num_tokens = 0
-        """Tokens generated so far."""
-        self._texts: list[str] = []
-        self._token_ids: list[int] = []
-        self._prompt_token_ids: tuple[int, ...] = ()
+        self._deltas: defaultdict[int, list[Delta]] = defaultdict(list)
+        self._seeds: dict[int, int] = {}
+        self._prompt = pb.PromptInfo()
         self._result: Generation | None = None
 
     @property
     def text(self) -> str:
         """The text so far."""
-        return "".join(self._texts)
+        return "".join(delta.text for delta in self._deltas[0])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated so far."""
+        return sum(delta.num_tokens for delta in self._deltas[0])
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         """The token ids so far; empty unless asked for by `return_token_ids`."""
-        return tuple(self._token_ids)
+        return tuple(token_id for delta in self._deltas[0] for token_id in delta.token_ids)
 
     @property
     def finish(self) -> Finish | None:
         """Why the output ended; None while it has not."""
-        return self._result.finish if self._result else None
+        return self._deltas[0][-1].finish if self._deltas[0] else None
 
     @property
     def usage(self) -> Usage | None:
-        """The token counts; None while the output has not ended."""
+        """The token counts; None while not all outputs have ended."""
         return self._result.usage if self._result else None
 
     @property
@@ -59,34 +68,48 @@ class PartialGeneration:
             raise RuntimeError("the generation has not ended")
         return self._result
 
-    def _add(self, piece: pb.StreamGenerateResponse | pb.GenerateResponse) -> str:
-        """Takes the answer's next piece in and gives the text that is new, which may be empty."""
-        output = piece.output
+    def _add(self, piece: pb.StreamGenerateResponse) -> Delta:
+        """Takes the answer's next piece in and gives what is new."""
         self.request_id = piece.request_id
-        self.num_tokens += output.num_tokens
-        self._texts.append(output.text)
-        self._token_ids += output.token_ids
         if piece.HasField("prompt"):
-            self._prompt_token_ids = tuple(piece.prompt.token_ids)
-        if output.HasField("finish"):
-            self._result = Generation(
-                request_id=self.request_id,
-                text=self.text,
-                num_tokens=self.num_tokens,
-                token_ids=self.token_ids,
-                prompt_token_ids=self._prompt_token_ids,
-                finish=_finish(output.finish),
-                usage=_usage(piece.summary.usage),
-                timings=_timings(piece.summary.timings),
-                seed=piece.summary.seed,
-                trace_id=piece.summary.trace_id,
-            )
-        return output.text
+            self._prompt = piece.prompt
+        delta = self._add_output(piece.output)
+        if piece.HasField("summary"):
+            self._end(piece.summary)
+        return delta
+
+    def _add_output(self, output: pb.Output) -> Delta:
+        delta = Delta(
+            index=output.index,
+            text=output.text,
+            num_tokens=output.num_tokens,
+            token_ids=tuple(output.token_ids),
+            logprobs=tuple(map(_logprob, output.logprobs)),
+            finish=_finish(output.finish) if output.HasField("finish") else None,
+        )
+        self._deltas[output.index].append(delta)
+        self._seeds[output.index] = output.seed
+        return delta
+
+    def _end(self, summary: pb.Summary) -> None:
+        self._result = Generation(
+            request_id=self.request_id,
+            outputs=tuple(_output(deltas, self._seeds[index]) for index, deltas in sorted(self._deltas.items())),
+            prompt_token_ids=tuple(self._prompt.token_ids),
+            prompt_logprobs=tuple(map(_logprob, self._prompt.logprobs)),
+            usage=_usage(summary.usage),
+            timings=_timings(summary.timings),
+            seed=summary.seed,
+            trace_id=summary.trace_id,
+        )
 
 
 def generation(response: pb.GenerateResponse) -> Generation:
     whole = PartialGeneration()
-    whole._add(response)
+    whole.request_id, whole._prompt = response.request_id, response.prompt
+    for output in response.outputs:
+        whole._add_output(output)
+    whole._end(response.summary)
     return whole.result
 
 
@@ -107,6 +130,7 @@ def model_info(response: pb.GetModelInfoResponse) -> ModelInfo:
         hidden_size=response.hidden_size,
         num_heads=response.num_heads,
         num_kv_heads=response.num_kv_heads,
+        chat_template=response.chat_template,
     )
 
 
@@ -131,6 +155,30 @@ def server_info(response: pb.GetServerInfoResponse) -> ServerInfo:
             generated_tokens=load.generated_tokens,
             batched_sequences=load.batched_sequences,
         ),
+    )
+
+
+def _output(deltas: list[Delta], seed: int) -> Output:
+    finish = deltas[-1].finish
+    assert finish is not None, "the server ends each output before the call"
+    return Output(
+        index=deltas[0].index,
+        text="".join(delta.text for delta in deltas),
+        num_tokens=sum(delta.num_tokens for delta in deltas),
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        finish=finish,
+        seed=seed,
+    )
+
+
+def _logprob(logprob: pb.Logprob) -> TokenLogprob:
+    return TokenLogprob(
+        token_id=logprob.token_id,
+        bytes=logprob.bytes,
+        logprob=logprob.logprob,
+        rank=logprob.rank,
+        top=tuple(TopLogprob(top.token_id, top.bytes, top.logprob) for top in logprob.top),
     )
 
 

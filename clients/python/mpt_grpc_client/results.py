@@ -14,13 +14,18 @@ class FinishReason(enum.Enum):
     """A reason that is younger than this client."""
     MAX_NEW_TOKENS = 1
     EOS_TOKEN = 2
-    """The model's end mark."""
+    """The model's end mark, or the end of all that a constraint allows."""
     STOP_STRING = 3
     STOP_TOKEN = 4
     CONTEXT_LENGTH = 5
     """The context is full."""
     CANCELLED = 6
     """`abort` was called."""
+    TIME_LIMIT = 7
+    REPETITION = 8
+    """The repetition guard saw it go in circles."""
+    CONTENT_FILTER = 9
+    """A guard of the server ended it; what it objected to was not sent."""
 
     @classmethod
     def _missing_(cls, value: object) -> FinishReason | None:
@@ -60,24 +65,104 @@ class Timings:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """A whole output with its account."""
+class TopLogprob:
+    """One of the likeliest tokens at a place; its bytes need not be whole characters."""
 
-    request_id: str
+    token_id: int
+    bytes: builtins.bytes
+    logprob: float
+    """The natural logarithm of its probability."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token, by its own scores: before penalties, biases and temperature."""
+
+    token_id: int
+    bytes: builtins.bytes
+    logprob: float
+    """The natural logarithm of its probability."""
+    rank: int
+    """How many tokens were likelier, plus 1."""
+    top: tuple[TopLogprob, ...]
+    """The likeliest first, as many as `top_logprobs` asks for."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is new of one output of a stream."""
+
+    index: int
+    text: str
+    """May be empty."""
+    num_tokens: int
+    token_ids: tuple[int, ...]
+    """Empty unless asked for by `return_token_ids`."""
+    logprobs: tuple[TokenLogprob, ...]
+    """Empty unless asked for by `return_logprobs`."""
+    finish: Finish | None
+    """In the output's last delta."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One whole output."""
+
+    index: int
     text: str
     num_tokens: int
     """Tokens generated; those of special tokens and of a stop string included."""
     token_ids: tuple[int, ...]
     """Empty unless asked for by `return_token_ids`."""
+    logprobs: tuple[TokenLogprob, ...]
+    """Empty unless asked for by `return_logprobs`."""
+    finish: Finish
+    seed: int
+    """A request for one output with this seed gives the same."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The outputs of a request with their account."""
+
+    request_id: str
+    outputs: tuple[Output, ...]
+    """One unless `num_sequences` asks for more."""
     prompt_token_ids: tuple[int, ...]
     """Empty unless asked for by `return_prompt_token_ids`."""
-    finish: Finish
+    prompt_logprobs: tuple[TokenLogprob, ...]
+    """Of the prompt's second token and so on; empty unless asked for by `return_prompt_logprobs`."""
     usage: Usage
     timings: Timings
     seed: int
-    """The seed that was used."""
+    """The seed that was used, of the first output."""
     trace_id: str
     """The W3C trace id, 32 hexadecimal digits; empty if the request was not traced."""
+
+    @property
+    def text(self) -> str:
+        """The first output's."""
+        return self.outputs[0].text
+
+    @property
+    def num_tokens(self) -> int:
+        """The first output's."""
+        return self.outputs[0].num_tokens
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The first output's."""
+        return self.outputs[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """The first output's."""
+        return self.outputs[0].logprobs
+
+    @property
+    def finish(self) -> Finish:
+        """The first output's."""
+        return self.outputs[0].finish
 
 
 @dataclass(frozen=True)
@@ -106,6 +191,8 @@ class ModelInfo:
     hidden_size: int
     num_heads: int
     num_kv_heads: int
+    chat_template: str
+    """What makes prompts of messages: base, instruct, chatml, model (its own) or file."""
 
 
 @dataclass(frozen=True)
