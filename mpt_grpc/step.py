@@ -87,11 +87,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What came of a step, by sequence id.
-
-    A sequence that wanted a token and is in neither `token_ids` nor `errors` was not ready to choose: its last token
-    is computed again.
-    """
+    """What came of a step, by sequence id."""
 
     token_ids: Mapping[int, int]
     """The chosen tokens."""
@@ -101,6 +97,11 @@ class StepResult:
     """Of the prompt tokens of `PromptScoring`, in their order."""
     errors: Mapping[int, Exception] = field(default_factory=dict)
     """The sequences that failed alone."""
+
+    def is_late(self, sequence: SequenceStep) -> bool:
+        """Whether a sequence wanted a token and was not ready to choose: its last token is computed again."""
+        known = sequence.sequence_id in self.token_ids or sequence.sequence_id in self.errors
+        return sequence.choice is not None and not known
 
 
 def merged(results: Iterable[StepResult]) -> StepResult:

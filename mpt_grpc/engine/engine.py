@@ -75,9 +75,11 @@ class Engine:
         self.preparation = preparation
         self.load = EngineLoad(num_free_blocks=scheduler.num_free_blocks)
         self._scheduler, self._runner, self._sampler = scheduler, runner, sampler
-        self._masks = MaskWorkers()
         self._loop = loop
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._masks = MaskWorkers(on_ready=lambda: self._inbox.put(_wake_up))
+        self._waits_for_masks = False
+        """Whether nothing can be chosen before a mask is ready, which comes as mail."""
         self._flights = Flights(max_in_flight, tracer)
         self._admission = threading.Lock()
         self._closed: UnavailableError | None = None
@@ -164,9 +166,11 @@ class Engine:
                 self._end_overdue()
                 self._deliver()  # what has ended does not wait for the step
                 plan = self._scheduler.plan()
+                self._waits_for_masks = False
                 if plan.sequences:
                     self._mark_scheduled(plan)
                     result = self._compute(plan)
+                    self._waits_for_masks = all(result.is_late(sequence) for sequence in plan.sequences)
                     self._account(plan, result, self._scheduler.commit(plan, result))
                 self._deliver()
         except BaseException as error:
@@ -177,7 +181,7 @@ class Engine:
             self._fail_all(self._closed)
 
     def _take_mail(self) -> None:
-        if not self._scheduler.has_work:
+        if self._waits_for_masks or not self._scheduler.has_work:
             self._inbox.get()()
         while True:
             try:
@@ -298,6 +302,10 @@ class Engine:
     def _now_s(self) -> float:
         """Seconds since the epoch, by a clock that never goes back."""
         return self._epoch_s + time.monotonic()
+
+
+def _wake_up() -> None:
+    """Mail that says no more than that it has come."""
 
 
 def _receive(batch: list[tuple[Flight, TokenEvent]]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from mpt_grpc.errors import InvalidRequestError
@@ -30,7 +30,9 @@ class Masks:
 class MaskWorkers:
     """Threads that compute masks. Belongs to the scheduler thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_ready: Callable[[], None]) -> None:
+        """`on_ready` is called in a worker's thread for each mask."""
+        self._on_ready = on_ready
         self._threads = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="mask")
         self._pending: dict[int, Future[bytes]] = {}
 
@@ -39,15 +41,14 @@ class MaskWorkers:
         for sequence in plan.sequences:
             matcher = None if sequence.choice is None else sequence.choice.matcher
             if matcher is not None and sequence.sequence_id not in self._pending:
-                self._pending[sequence.sequence_id] = self._threads.submit(matcher.mask)
+                future = self._threads.submit(matcher.mask)
+                future.add_done_callback(lambda _: self._on_ready())
+                self._pending[sequence.sequence_id] = future
 
     def collect(self, plan: StepPlan) -> Masks:
-        """Returns what is ready; waits for the first if nothing else comes of the plan."""
+        """Returns what is ready."""
         wanted = {s.sequence_id: self._pending[s.sequence_id] for s in plan.sequences if _has_matcher(s)}
-        if wanted:
-            wait(wanted.values(), _PATIENCE_S)
-            if len(wanted) == len(plan.sequences):
-                wait(wanted.values(), return_when=FIRST_COMPLETED)
+        wait(wanted.values(), _PATIENCE_S)
         bits: dict[int, bytes] = {}
         errors: dict[int, Exception] = {}
         for sequence_id, future in wanted.items():

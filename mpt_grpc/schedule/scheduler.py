@@ -131,8 +131,7 @@ class Scheduler:
                 progress.append(Progress(sequence, error=error))
                 continue
             token_id = result.token_ids.get(step.sequence_id)
-            is_late = step.choice is not None and token_id is None
-            sequence.num_computed = step.length - is_late
+            sequence.num_computed = step.length - result.is_late(step)
             sequence.prompt_logprobs += result.prompt_logprobs.get(step.sequence_id, ())
             self._publish(sequence)
             if token_id is not None:

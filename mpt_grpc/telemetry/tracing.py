@@ -62,7 +62,7 @@ def record_phases(tracer: Tracer, context: Context, stats: RequestStats, num_out
 
 def request_attributes(request: GenerationRequest, model: str) -> Mapping[str, AttributeValue]:
     """GenAI attributes of a request, as far as they were asked for."""
-    sampling = request.sampling
+    sampling, decoding = request.sampling, request.decoding
     attributes: dict[str, AttributeValue] = {
         names.OPERATION: "chat" if isinstance(request.prompt, Conversation) else "text_completion",
         names.PROVIDER: "mpt-grpc",
@@ -73,6 +73,12 @@ def request_attributes(request: GenerationRequest, model: str) -> Mapping[str, A
         names.REQUEST_TOP_P: sampling.top_p,
         names.REQUEST_TOP_K: sampling.top_k,
     }
+    if sampling.num_sequences != 1:
+        attributes[names.REQUEST_CHOICE_COUNT] = sampling.num_sequences
+    if decoding.frequency_penalty:
+        attributes[names.REQUEST_FREQUENCY_PENALTY] = decoding.frequency_penalty
+    if decoding.presence_penalty:
+        attributes[names.REQUEST_PRESENCE_PENALTY] = decoding.presence_penalty
     if sampling.seed is not None:
         # Attributes are int64; a seed is uint64.
         attributes[names.REQUEST_SEED] = str(sampling.seed)

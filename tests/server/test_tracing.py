@@ -173,3 +173,24 @@ async def test_spans_go_to_the_collector_that_the_environment_names(collector: C
     assert answer.summary.trace_id == TRACE_ID
     assert collector.trace_ids == {TRACE_ID}
     assert sorted(collector.names) == ["decode", f"{RPC}Generate", "prefill", "queue"]
+
+
+async def test_a_conversation_with_several_outputs_says_so_in_its_span(tmp_path: Path) -> None:
+    trace_file = tmp_path / "spans.jsonl"
+    message = pb.Message(role=pb.ROLE_USER, content="Who are you?")
+    request = pb.GenerateRequest(
+        conversation=pb.Conversation(messages=[message]),
+        sampling=pb.SamplingParameters(seed=1, num_sequences=2),
+        decoding=pb.DecodingOptions(frequency_penalty=0.5, presence_penalty=-0.5),
+        stopping=pb.StoppingCriteria(max_new_tokens=4, ignore_eos=True),
+    )
+    async with stub_of_server(trace_file) as (stub, _):
+        await stub.Generate(request, metadata=FROM_CALLER)
+    spans = spans_in(trace_file, TRACE_ID)
+    attributes = spans[f"{RPC}Generate"]["attributes"]
+    assert attributes["gen_ai.operation.name"] == "chat"
+    assert attributes["gen_ai.request.choice.count"] == 2
+    assert attributes["gen_ai.request.frequency_penalty"] == 0.5
+    assert attributes["gen_ai.request.presence_penalty"] == -0.5
+    assert attributes["gen_ai.response.finish_reasons"] == ["max_new_tokens"] * 2
+    assert attributes["gen_ai.usage.output_tokens"] == spans["decode"]["attributes"]["gen_ai.usage.output_tokens"] == 8

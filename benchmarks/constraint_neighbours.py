@@ -1,0 +1,114 @@
+"""What constraints cost those who have none: the gaps between tokens of plain streams, alone and beside constraints.
+
+    python benchmarks/constraint_neighbours.py
+
+Four plain requests stream on the demo model while, in other threads, requests with constraints come one after the
+other: ordinary ones, then such as are made to be costly to compile or to follow.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from mpt_grpc.engine.engine import Engine
+from mpt_grpc.engine.load import load_engine
+from mpt_grpc.errors import MptGrpcError
+from mpt_grpc.request import (
+    Choice,
+    Constraint,
+    DecodingOptions,
+    GenerationRequest,
+    JsonSchema,
+    LarkGrammar,
+    Regex,
+    SamplingParameters,
+    StoppingCriteria,
+)
+from mpt_grpc.settings import Settings
+
+NUM_PLAIN, NUM_TOKENS, NUM_NEIGHBOURS = 4, 300, 2
+ORDINARY: tuple[Constraint, ...] = (
+    JsonSchema('{"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}'),
+    Regex(r"[A-Z][a-z]+ [0-9]{3}-[0-9]{4}"),
+    Choice(("the fox", "the crow", "the king")),
+)
+
+
+def costly(number: int) -> Constraint:
+    """Constraints that cost as much as the server allows; each is new to its cache."""
+    return (
+        Regex(f"(a{{1,{900 + number % 99}}}){{1,1000}}"),
+        LarkGrammar(f'start: e\ne: e e | "a" | "b{number}"'),
+        Regex("|".join(f"{number}{word:05d}.*{word}" for word in range(3000))),
+        JsonSchema(f'{{"type": "string", "pattern": "^(x+x+)+y{number}$", "minLength": 5, "maxLength": 5000}}'),
+    )[number % 4]
+
+
+def gaps_ms(engine: Engine, neighbour: Callable[[int], Constraint] | None) -> list[float]:
+    """The times between the tokens of the plain streams, while neighbours come and go."""
+    done = threading.Event()
+
+    def plain(number: int) -> None:
+        stopping = StoppingCriteria(max_new_tokens=NUM_TOKENS, ignore_eos=True)
+        last_s = None
+        for _ in engine.stream(GenerationRequest(f"plain {number}", "Once upon a time", stopping=stopping)):
+            now_s = time.perf_counter()
+            if last_s is not None:
+                gaps.append((now_s - last_s) * 1e3)
+            last_s = now_s
+
+    def constrained(number: int) -> None:
+        while not done.is_set() and neighbour is not None:
+            request = GenerationRequest(
+                f"constrained {number}",
+                "Once upon a time",
+                SamplingParameters(seed=number),
+                decoding=DecodingOptions(constraint=neighbour(number)),
+                stopping=StoppingCriteria(max_new_tokens=40),
+            )
+            try:
+                engine.generate(request)
+            except MptGrpcError:
+                refused.append(number)
+            number += NUM_NEIGHBOURS
+
+    gaps: list[float] = []
+    refused: list[int] = []
+    streams = [threading.Thread(target=plain, args=(number,)) for number in range(NUM_PLAIN)]
+    others = [threading.Thread(target=constrained, args=(number,)) for number in range(NUM_NEIGHBOURS)]
+    for thread in (*streams, *others):
+        thread.start()
+    for thread in streams:
+        thread.join()
+    done.set()
+    for thread in others:
+        thread.join()
+    return gaps
+
+
+def row(name: str, gaps: Sequence[float]) -> str:
+    percentiles = statistics.quantiles(gaps, n=100)
+    return f"| {name} | {percentiles[49]:.1f} | {percentiles[98]:.1f} | {max(gaps):.0f} |"
+
+
+def main() -> None:
+    engine, model = load_engine(Settings())
+    print(f"{model.name}, {model.dtype}, {model.device}; ms between tokens of {NUM_PLAIN} plain streams\n")
+    print("| beside | p50 | p99 | most |\n|---|---|---|---|")
+    with engine:
+        gaps_ms(engine, None)
+        print(row("nothing", gaps_ms(engine, None)), flush=True)
+        plain = Regex(r"(?s:.{1000})")
+        print(
+            row(f"{NUM_NEIGHBOURS} requests whose constraint allows all", gaps_ms(engine, lambda _: plain)), flush=True
+        )
+        ordinary = gaps_ms(engine, lambda number: ORDINARY[number % len(ORDINARY)])
+        print(row(f"{NUM_NEIGHBOURS} requests with ordinary constraints", ordinary), flush=True)
+        print(row(f"{NUM_NEIGHBOURS} requests with costly constraints", gaps_ms(engine, costly)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

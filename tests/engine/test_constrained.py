@@ -1,0 +1,89 @@
+"""Constraints in the engine: one that is slow, or fails, concerns its own request alone."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+from conftest import generation, submit
+
+from mpt_grpc.engine.engine import Engine
+from mpt_grpc.engine.stream import ThreadStream, collect
+from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError
+from mpt_grpc.request import SamplingParameters
+from mpt_grpc.step import Matcher
+
+ALLOWED = frozenset(range(300, 340))
+SEEDED = SamplingParameters(seed=4)
+
+
+class OnlySome:
+    """Allows a handful of tokens; asked for its mask, it may wait or fail first."""
+
+    def __init__(self, may_answer: threading.Event | None = None, error: Exception | None = None) -> None:
+        self.asked = threading.Event()
+        self._may_answer, self._error = may_answer, error
+
+    def advance(self, token_id: int) -> bool:
+        assert token_id in ALLOWED
+        return False
+
+    def mask(self) -> bytes:
+        self.asked.set()
+        if self._may_answer is not None:
+            assert self._may_answer.wait(30)
+        if self._error is not None:
+            raise self._error
+        return sum(1 << token_id for token_id in ALLOWED).to_bytes(512, "little")
+
+
+def constrained(engine: Engine, name: str, matcher: Matcher) -> ThreadStream:
+    prepared = engine.preparation.prepare(generation(name, sampling=SEEDED))
+    return engine.submit(replace(prepared, matchers=(matcher,)), ThreadStream)
+
+
+def test_while_a_mask_is_not_ready_others_go_on_and_its_tokens_stay_the_same(shared_engine: Engine) -> None:
+    expected = collect(constrained(shared_engine, "quick", OnlySome())).token_ids
+    assert set(expected) <= ALLOWED
+    may_answer = threading.Event()
+    matcher = OnlySome(may_answer)
+    stream = constrained(shared_engine, "slow", matcher)
+    assert matcher.asked.wait(30)
+    others = [submit(shared_engine, generation(f"other {i}", max_new_tokens=30)) for i in range(3)]
+    assert [len(collect(other).token_ids) for other in others] == [30] * 3
+    may_answer.set()
+    assert collect(stream).token_ids == expected
+
+
+def test_a_request_that_is_cancelled_while_its_mask_is_computed_leaves_nothing(shared_engine: Engine) -> None:
+    may_answer = threading.Event()
+    matcher = OnlySome(may_answer)
+    stream = constrained(shared_engine, "left", matcher)
+    assert matcher.asked.wait(30)
+    other = submit(shared_engine, generation("other", max_new_tokens=30))
+    stream.cancel()
+    assert collect(stream).token_ids == ()
+    assert len(collect(other).token_ids) == 30
+    may_answer.set()
+    shared_engine.generate(generation("next"))
+    assert shared_engine.num_in_flight == 0
+    assert shared_engine.load.num_free_blocks == 512
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (InvalidRequestError(FieldViolation("decoding.regex", "too costly")), InvalidRequestError),
+        (RuntimeError("a fault"), InternalError),
+    ],
+)
+def test_a_mask_that_fails_ends_its_request_alone(
+    error: Exception, expected: type[Exception], shared_engine: Engine
+) -> None:
+    other = submit(shared_engine, generation("other", max_new_tokens=30))
+    bad = constrained(shared_engine, "bad", OnlySome(error=error))
+    with pytest.raises(expected):
+        collect(bad)
+    assert len(collect(other).token_ids) == 30
+    assert shared_engine.num_in_flight == 0
