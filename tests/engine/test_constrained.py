@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from conftest import generation, submit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from json_schemas import conforms, schemas
 
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream, collect
 from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError
-from mpt_grpc.request import SamplingParameters
+from mpt_grpc.request import DecodingOptions, FinishReason, JsonSchema, SamplingParameters
 from mpt_grpc.step import Matcher
 
 ALLOWED = frozenset(range(300, 340))
@@ -87,3 +92,35 @@ def test_a_mask_that_fails_ends_its_request_alone(
         collect(bad)
     assert len(collect(other).token_ids) == 30
     assert shared_engine.num_in_flight == 0
+
+
+def test_every_finished_output_of_the_model_is_json_that_its_schema_allows(shared_engine: Engine) -> None:
+    num_finished = 0
+
+    @settings(max_examples=25, deadline=None, derandomize=True)
+    @given(st.lists(schemas, min_size=4, max_size=4), st.floats(0, 2), st.integers(0, 1 << 32))
+    def check(batch: list[dict[str, Any]], temperature: float, seed: int) -> None:
+        nonlocal num_finished
+        streams = [
+            submit(
+                shared_engine,
+                generation(
+                    f"r{number}",
+                    max_new_tokens=120,
+                    ignore_eos=False,
+                    sampling=SamplingParameters(temperature=temperature, seed=seed),
+                    decoding=DecodingOptions(constraint=JsonSchema(json.dumps(schema))),
+                ),
+            )
+            for number, schema in enumerate(batch)
+        ]
+        for stream, schema in zip(streams, batch, strict=True):
+            output = collect(stream)
+            if output.finish.reason is FinishReason.EOS_TOKEN:
+                num_finished += 1
+                assert conforms(json.loads(output.text), schema), output.text
+            else:
+                assert (output.finish.reason, len(output.token_ids)) == (FinishReason.MAX_NEW_TOKENS, 120)
+
+    check()
+    assert num_finished > 60
