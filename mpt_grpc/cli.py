@@ -1,4 +1,8 @@
-"""The command line: the only reader of argv."""
+"""The command line: the only reader of argv.
+
+`serve` runs the server; the other commands call one. What they run is imported when they run, so that `--help` waits
+for neither torch nor grpc.
+"""
 
 from __future__ import annotations
 
@@ -12,34 +16,61 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpt_grpc import __version__
+from mpt_grpc.commands import options
 from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.settings import CacheSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 1 for a start that failed, 2 for bad arguments."""
+    """Runs a command and returns its exit status: 0, 1 for what failed, 2 for bad arguments, 130 after Ctrl-C."""
     parser = _parser()
     parsed = parser.parse_args(arguments)
+    if parsed.command == "serve":
+        return _serve(parsed)
+    if parsed.command == "generate" and parsed.prompt is None and sys.stdin.isatty():
+        parser.error("generate: give a prompt, or pipe one in")
+    return _call(parsed)
+
+
+def _serve(parsed: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        return _serve(_settings(parsed))
-    except (ModelError, SettingsError) as error:
-        print(f"mpt-grpc: {error}", file=sys.stderr)
-        return 1
-
-
-def _serve(settings: Settings) -> int:
     # gRPC's core says in its own words on stderr what is said here in one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # A caller who leaves in mid-send is no error; what fails in a method is logged by our interceptor.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     # Until the server is ready Ctrl-C ends it at once; from then on it drains.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Imported here: `--help` should not wait for torch.
-    from mpt_grpc.server.server import serve
-    from mpt_grpc.server.welcome import welcome
+    try:
+        settings = _settings(parsed)
+        from mpt_grpc.server.server import serve
+        from mpt_grpc.server.welcome import welcome
 
-    asyncio.run(serve(settings, lambda server: print(welcome(server), flush=True)))
+        asyncio.run(serve(settings, lambda server: print(welcome(server), flush=True)))
+    except (ModelError, SettingsError) as error:
+        print(f"mpt-grpc: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _call(parsed: argparse.Namespace) -> int:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from mpt_grpc.commands import chat, generate
+    from mpt_grpc_client import MptGrpcError
+
+    try:
+        (chat if parsed.command == "chat" else generate).run(parsed)
+        sys.stdout.flush()
+    except MptGrpcError as error:
+        print(f"mpt-grpc: {error}", file=sys.stderr)
+        return 1
+    except (TypeError, ValueError) as error:  # a number that no field holds
+        print(f"mpt-grpc: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Who reads has had enough. Python would try to flush once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -51,6 +82,7 @@ def _settings(parsed: argparse.Namespace) -> Settings:
             dtype=parsed.dtype,
             load_format=parsed.load_format,
             max_context_tokens=parsed.max_context_tokens,
+            chat_template=parsed.chat_template,
         ),
         cache=CacheSettings(kv_cache_gib=parsed.kv_cache_gib, memory_fraction=parsed.memory_fraction),
         scheduler=SchedulerSettings(
@@ -61,6 +93,7 @@ def _settings(parsed: argparse.Namespace) -> Settings:
         server=ServerSettings(
             host=parsed.host, port=parsed.port, grace_s=parsed.grace_s, stall_timeout_s=parsed.stall_timeout_s
         ),
+        guards=tuple(parsed.guard or ()),
         trace_file=parsed.trace_file,
     )
 
@@ -73,9 +106,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = Settings()
     parser = argparse.ArgumentParser(
-        prog="mpt-grpc", description="Serve the MPT family of language models over gRPC.", allow_abbrev=False
+        prog="mpt-grpc",
+        description="Serve the MPT family of language models over gRPC, or call such a server.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mpt-grpc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -86,11 +120,37 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    _add_model(serve)
+    _add_scheduling(serve)
+    _add_server(serve)
 
-    model = serve.add_argument_group("model")
-    model.add_argument(
-        "--model", default=defaults.model.model, help="'demo', a folder in Hugging Face's layout, or a hub id"
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt and print the text as it comes.",
+        allow_abbrev=False,
     )
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="'-' or none reads it from standard input")
+    chat = commands.add_parser(
+        "chat",
+        help="talk with the model",
+        description="Talk with the model; each line is a turn. Ctrl-C stops an answer, Ctrl-D leaves.",
+        allow_abbrev=False,
+    )
+    chat.add_argument("--system", default="", metavar="TEXT", help="what sets the scene (default: the template's)")
+    for command in (generate, chat):
+        options.add_sampling(command)
+        options.add_stopping(command)
+        options.add_target(command)
+    options.add_constraint(generate)
+    options.add_request(generate)
+    return parser
+
+
+def _add_model(serve: argparse.ArgumentParser) -> None:
+    defaults = ModelSettings()
+    model = serve.add_argument_group("model")
+    model.add_argument("--model", default=defaults.model, help="'demo', a folder in Hugging Face's layout, or a hub id")
     model.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
     )
@@ -112,7 +172,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the most tokens of one request; ALiBi allows more than the model's own limit (default: its own)",
     )
+    model.add_argument(
+        "--chat-template",
+        default=defaults.chat_template,
+        metavar="NAME|FILE",
+        help="base, instruct, chatml or a Jinja file; auto takes the model's own, else goes by its name",
+    )
 
+
+def _add_scheduling(serve: argparse.ArgumentParser) -> None:
+    defaults = Settings()
     memory = serve.add_argument_group("memory and scheduling")
     memory.add_argument(
         "--kv-cache-gib",
@@ -149,6 +218,9 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens that one step computes; longer prompts are computed in chunks",
     )
 
+
+def _add_server(serve: argparse.ArgumentParser) -> None:
+    defaults = Settings()
     server = serve.add_argument_group("server")
     server.add_argument(
         "--host", default=defaults.server.host, help="address to listen on; 0.0.0.0 for all, without authentication"
@@ -174,7 +246,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="append spans as JSON lines; OTEL_EXPORTER_OTLP_ENDPOINT sends them by OTLP (default: no tracing)",
     )
-    return parser
+    server.add_argument(
+        "--guard",
+        action="append",
+        metavar="NAME[=ARGUMENT]",
+        help="watch prompts and outputs; words=FILE lists what may not be said; may be repeated (default: none)",
+    )
 
 
 if __name__ == "__main__":

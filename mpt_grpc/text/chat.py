@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
-from jinja2 import Template, TemplateSyntaxError
-from jinja2.ext import loopcontrols
+from jinja2 import Template, TemplateSyntaxError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, ModelError, SettingsError
@@ -45,7 +46,9 @@ class ChatTemplate:
         """The prompt that the assistant's next message follows. Raises InvalidRequestError if the template refuses."""
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return self.template.render(messages=turns, add_generation_prompt=True, **self.tokens)
+            # Templates ask whether there are tools and documents: none is not the same as undefined.
+            absent = dict.fromkeys(("tools", "documents"))
+            return self.template.render(messages=turns, add_generation_prompt=True, **absent, **self.tokens)
         except _RefusedByTemplateError as error:
             raise InvalidRequestError(FieldViolation(_FIELD, f"the model's chat template says: {error}")) from error
         except Exception as error:  # a template computes, and may do so wrongly in any way
@@ -154,9 +157,20 @@ def _from_source(name: str, source: str, tokens: dict[str, str]) -> ChatTemplate
     return ChatTemplate(name, stop_strings, _compiled(source), tokens)
 
 
+class _GenerationTag(Extension):
+    """`{% generation %}`, with which templates mark what is trained on: here just what it encloses."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
 def _compiled(source: str) -> Template:
     """As transformers compiles it, in a sandbox: a template is data from a stranger."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    extensions = [loopcontrols, _GenerationTag]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
@@ -181,7 +195,8 @@ def _own_source(folder: Path, config: dict[str, Any]) -> str | None:
             raise ModelError(f"{file}: cannot be read: {error}") from error
     own = config.get("chat_template")
     if isinstance(own, list):
-        own = next((entry.get("template") for entry in own if entry.get("name") == "default"), None)
+        entries = [entry for entry in own if isinstance(entry, dict)]
+        own = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
     if own is not None and not isinstance(own, str):
         raise ModelError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list of them")
     return own

@@ -79,11 +79,13 @@ def test_a_shell_command_works(command: str, server: Any) -> None:
                 pytest.skip(f"{program} is not in this environment")
             printed = run(["sh", "-c", command.replace(ADDRESS, server.target)], server)
             assert "TextGenerationService" in printed or "SERVING" in printed or '"text"' in printed
-        case ".venv/bin/mpt-grpc":
-            assert arguments[0] == "serve"
+        case ".venv/bin/mpt-grpc" if arguments[0] == "serve":
             flags = {argument for argument in arguments if argument.startswith("--")}
             help_text = run([sys.executable, "-m", "mpt_grpc.cli", "serve", "--help"], server)
             assert flags <= set(re.findall(r"--[a-z][a-z-]+", help_text))
+        case ".venv/bin/mpt-grpc" | "echo":
+            command = command.replace(".venv/bin/mpt-grpc", f"{sys.executable} -m mpt_grpc.cli")
+            assert len(run(["sh", "-c", command], server, stdin="Who are you?\n")) > 5
         case _:
             pytest.fail(f"nobody knows how to try {command!r}")
 
@@ -99,5 +101,6 @@ def test_every_link_to_a_file_leads_to_one(name: str) -> None:
 @pytest.mark.parametrize("name", READMES)
 def test_every_flag_that_a_readme_names_exists(name: str, server: Any) -> None:
     prose = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
-    help_text = run([sys.executable, "-m", "mpt_grpc.cli", "serve", "--help"], server)
+    commands = ("serve", "generate", "chat")
+    help_text = "".join(run([sys.executable, "-m", "mpt_grpc.cli", command, "--help"], server) for command in commands)
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= set(re.findall(r"--[a-z][a-z-]+", help_text))

@@ -1,0 +1,208 @@
+"""`mpt-grpc generate` and `mpt-grpc chat` as they are typed, against a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CLI = (sys.executable, "-m", "mpt_grpc.cli")
+
+
+def run(server: Any, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "MPT_GRPC_TARGET": server.target}
+    return subprocess.run(
+        [*CLI, *arguments], input=stdin, capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+
+
+def answer(server: Any, *arguments: str, stdin: str = "") -> str:
+    ended = run(server, *arguments, stdin=stdin)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout
+
+
+def test_a_prompt_comes_as_an_argument_or_through_a_pipe(server: Any) -> None:
+    flags = ("--max-new-tokens", "20", "--temperature", "0")
+    text = answer(server, "generate", "Once upon a time", *flags)
+    assert len(text) > 20
+    assert text.endswith("\n")
+    assert answer(server, "generate", "-", *flags, stdin="Once upon a time") == text
+    assert answer(server, "generate", *flags, stdin="Once upon a time") == text
+    assert answer(server, "generate", "Once upon a time", "--target", server.target, *flags) == text
+
+
+def test_json_is_the_whole_answer(server: Any) -> None:
+    flags = "--json --seed 7 --max-new-tokens 6 --return-token-ids --return-logprobs --return-prompt-logprobs"
+    whole = json.loads(answer(server, "generate", "The fox", *flags.split(), "--top-logprobs", "2"))
+    (output,) = whole["outputs"]
+    assert output["finish"]["reason"] == "MAX_NEW_TOKENS"
+    assert whole["seed"] == output["seed"] == 7
+    assert len(output["token_ids"]) == output["num_tokens"] == whole["usage"]["num_output_tokens"] == 6
+    assert [p["token_id"] for p in output["logprobs"]] == output["token_ids"]
+    assert "".join(p["bytes"] for p in output["logprobs"]) == output["text"]
+    assert all(len(p["top"]) == 2 for p in whole["prompt_logprobs"])
+    assert whole["timings"]["time_to_first_token_s"] > 0
+
+
+def test_every_flag_is_an_option_that_the_server_takes(server: Any, tmp_path: Path) -> None:
+    flags = """--temperature 0.9 --top-k 50 --top-p 0.9 --min-p 0.01 --typical-p 0.9 --seed 3
+        --repetition-penalty 1.1 --frequency-penalty 0.1 --presence-penalty 0.1 --logit-bias 77=-5 --logit-bias 78=-5
+        --max-new-tokens 30 --min-new-tokens 2 --stop never --stop a\\nb --stop-token-ids 5,6 --include-stop-string
+        --time-limit-s 60 --repetition-guard 5,9 --num-sequences 2 --truncate-prompt-tokens 3 --keep-special-tokens
+        --request-id mine --model demo --priority 3 --cache-bypass --cache-salt s --timeout-s 60 --json"""
+    whole = json.loads(answer(server, "generate", "Once upon a time", *flags.split()))
+    assert whole["request_id"] == "mine"
+    assert whole["usage"]["num_prompt_tokens"] == 3
+    assert [output["index"] for output in whole["outputs"]] == [0, 1]
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["a", "b"]}', encoding="utf-8")
+    for constraint, pattern in (
+        (("--json-schema", str(schema)), '"[ab]"\n'),
+        (("--json-schema", '{"type": "boolean"}'), "(true|false)\n"),
+        (("--regex", "[0-9]{4}"), r"\d{4}\n"),
+        (("--choice", "red", "--choice", "blue"), "(red|blue)\n"),
+        (("--lark-grammar", 'start: "x" "y"'), "xy\n"),
+    ):
+        assert re.fullmatch(pattern, answer(server, "generate", "Say:", *constraint)), constraint
+    assert answer(server, "generate", "Say:", "--json-object", "--max-new-tokens", "5").lstrip().startswith("{")
+    allowed = json.loads(
+        answer(server, "generate", "x", "--allowed-token-ids", "77", "--max-new-tokens", "3", "--json")
+    )
+    assert allowed["outputs"][0]["num_tokens"] == 3
+    resumed = ("--resume-token-ids", "300,301", "--temperature", "0", "--max-new-tokens", "5", "--json", "--ignore-eos")
+    assert json.loads(answer(server, "generate", "x", *resumed))["outputs"][0]["num_tokens"] == 3
+    assert answer(server, "generate", "x", "--repetition-guard", "--max-new-tokens", "3")
+
+
+def test_several_outputs_are_printed_one_after_the_other(server: Any) -> None:
+    printed = answer(server, "generate", "The fox", "--num-sequences", "3", "--max-new-tokens", "5", "--seed", "1")
+    assert re.findall(r"^\[\d\]$", printed, re.MULTILINE) == ["[0]", "[1]", "[2]"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (("generate", "x", "--temperature", "-1"), 1, "sampling.temperature: -1.0 is not in [0, 100]"),
+        (("generate", "x", "--model", "gpt"), 1, "model 'gpt' is not loaded"),
+        (("generate", "x", "--target", "127.0.0.1:1", "--timeout-s", "2"), 1, "mpt-grpc: "),
+        (("generate", "x", "--seed", "-1"), 2, "mpt-grpc: "),
+        (("generate", "x", "--top-k", "many"), 2, "--top-k"),
+        (("generate", "x", "--logit-bias", "5"), 2, "ID=NUMBER"),
+        (("generate", "x", "--regex", "a", "--choice", "b"), 2, "not allowed with"),
+        (("generate", "x", "--repetition-guard", "1,2,3"), 2, "one number or two"),
+        (("generate", "x", "--num", "2"), 2, "unrecognized"),
+        (("chat", "--temperature", "-1"), 1, "sampling.temperature"),
+    ],
+)
+def test_what_fails_is_told_in_a_line_and_by_the_status(
+    server: Any, arguments: tuple[str, ...], status: int, says: str
+) -> None:
+    ended = run(server, *arguments, stdin="hello\n")
+    assert ended.returncode == status
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+
+
+def test_who_stops_reading_ends_it_quietly(server: Any) -> None:
+    command = f"{sys.executable} -m mpt_grpc.cli generate x --max-new-tokens 1500 --ignore-eos | head -c 5"
+    environment = {**os.environ, "MPT_GRPC_TARGET": server.target}
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, env=environment)
+    assert (len(ended.stdout), ended.stderr) == (5, "")
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "chat"])
+def test_help_waits_for_neither_torch_nor_grpc(command: str) -> None:
+    code = f"""
+import sys
+from mpt_grpc.cli import main
+try:
+    main([{command!r}, "--help"])
+finally:
+    assert not {{"torch", "grpc"}} & set(sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--" in ended.stdout
+    assert "None" not in ended.stdout
+
+
+def test_lines_that_are_piped_in_are_turns_of_a_conversation(server: Any) -> None:
+    lines = "Who are you?\n\n/system You are a fox.\nAnd now?\n/new\nHello\n/dance\n/help\n/quit\nnever asked\n"
+    printed = answer(server, "chat", "--max-new-tokens", "8", "--seed", "1", stdin=lines)
+    assert "no such command: /dance" in printed
+    assert "/system TEXT" in printed
+    assert ">" not in printed
+    flags = ("--max-new-tokens", "24", "--temperature", "0")
+    told = "The king had a golden crown and three sons."
+    first = answer(server, "chat", *flags, stdin=f"{told}\nAnd now?\n")
+    again = answer(server, "chat", *flags, stdin="And now?\n")
+    assert not first.endswith(again), "what was said before counts"
+
+
+class Terminal:
+    """A command in a terminal of its own."""
+
+    def __init__(self, server: Any, *arguments: str) -> None:
+        self._side, other = pty.openpty()
+        environment = {**os.environ, "MPT_GRPC_TARGET": server.target, "TERM": "dumb"}
+        self.process = subprocess.Popen(
+            [*CLI, *arguments], stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True
+        )
+        os.close(other)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        self.shown = ""
+        os.write(self._side, text.encode())
+
+    def wait_for(self, pattern: str) -> None:
+        """Blocks until what is shown since the last typing matches."""
+        while not re.search(pattern, self.shown, re.DOTALL):
+            self.shown += os.read(self._side, 4096).decode(errors="replace")
+
+    def interrupt(self) -> None:
+        self.shown = ""
+        self.process.send_signal(signal.SIGINT)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._side)
+
+
+@pytest.fixture
+def chat(server: Any) -> Iterator[Terminal]:
+    terminal = Terminal(server, "chat", "--max-new-tokens", "1200", "--ignore-eos", "--seed", "1")
+    yield terminal
+    terminal.close()
+
+
+def test_in_a_terminal_an_interrupt_stops_the_answer_and_not_the_program(chat: Terminal) -> None:
+    chat.wait_for("> ")
+    chat.interrupt()
+    chat.wait_for("Ctrl-D leaves.*> ")
+    for question in ("Who are you?", "And then?"):
+        chat.type(f"{question}\n")
+        chat.wait_for(re.escape(question) + r"\r\n.{12}")
+        chat.interrupt()
+        chat.wait_for("> ")
+    chat.type("/quit\n")
+    assert chat.process.wait(30) == 0
+
+
+def test_an_interrupt_ends_generate_with_130(server: Any) -> None:
+    terminal = Terminal(server, "generate", "Once", "--max-new-tokens", "1200", "--ignore-eos")
+    terminal.wait_for(".{12}")
+    terminal.interrupt()
+    assert terminal.process.wait(30) == 130
+    terminal.close()
