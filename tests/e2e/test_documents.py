@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from mpt_grpc_client import GenerateOptions, Message, RepetitionGuard, Role
+from mpt_grpc_client.request import build_request
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 READMES = ("README.md", "clients/python/README.md", "docs/generation.md")
@@ -88,6 +91,17 @@ def test_a_shell_command_works(command: str, server: Any) -> None:
             assert len(run(["sh", "-c", command], server, stdin="Who are you?\n")) > 5
         case _:
             pytest.fail(f"nobody knows how to try {command!r}")
+
+
+def test_the_page_about_generation_has_an_example_of_every_option() -> None:
+    page = (ROOT / "docs/generation.md").read_text(encoding="utf-8")
+    options = dict(re.findall(r"^\| `(\w+)=(.+?)` ", page, re.MULTILINE))
+    for name, value in options.items():
+        messages = [Message(Role.USER, "Hello")] if name == "drop_oldest_turns" else "Hello"
+        if name != "timeout_s":  # of the call, not of the request
+            build_request(messages, **{name: eval(value, {"RepetitionGuard": RepetitionGuard})})
+    documented = options.keys() | set(re.findall(r"^`(\w+)` (?:is one of|are)", page, re.MULTILINE))
+    assert documented == GenerateOptions.__optional_keys__ | {"timeout_s"}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
