@@ -6,6 +6,7 @@ Guards are named by the settings and found by entry points. They run beside the 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,6 +20,7 @@ ENTRY_POINT_GROUP = "mpt_grpc.guards"
 # Told text is kept so far back for a pattern that looks at what stands before it.
 _MAX_LOOKBEHIND = 256
 _TIMEOUT_S = 1.0
+_PIECE_CHARACTERS = 16_384
 
 
 class OutputWatch(Protocol):
@@ -66,11 +68,15 @@ def word_list(path: str) -> Guard:
 
     A word is met whole and in any case. Raises SettingsError or OSError for a file that cannot be used.
     """
-    patterns = []
+    words, patterns = [], []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         entry = line.strip()
-        if entry and not entry.startswith("#"):
-            patterns.append(_pattern(entry, f"{path}, line {number}"))
+        if len(entry) > 1 and entry.startswith("/") and entry.endswith("/"):
+            patterns.append(_checked(entry[1:-1], f"{path}, line {number}"))
+        elif entry and not entry.startswith("#"):
+            words.append(entry)
+    if words:
+        patterns.append(_any_of(words))
     if not patterns:
         raise SettingsError(f"{path}: it has no words")
     return _WordList(regex.compile("|".join(patterns), regex.V1))
@@ -82,7 +88,9 @@ class _WordList:
 
     def refusal(self, prompt: str) -> str | None:
         watch = self.watch()
-        watch.feed(prompt)
+        # In pieces: the time limit is that of a search, and shall not refuse a prompt because it is long.
+        for start in range(0, len(prompt), _PIECE_CHARACTERS):
+            watch.feed(prompt[start : start + _PIECE_CHARACTERS])
         watch.finish()
         return "the prompt has a word that this server does not take" if watch.blocked else None
 
@@ -171,11 +179,22 @@ def _load(name: str, argument: str) -> Guard:
     return guard
 
 
-def _pattern(entry: str, place: str) -> str:
-    is_regex = len(entry) > 1 and entry.startswith("/") and entry.endswith("/")
+def _any_of(words: Sequence[str]) -> str:
+    """The pattern of any of these words and phrases, whole; ordered by first letters, so that few are tried."""
+    rests = defaultdict(list)
+    for word in words:
+        rests[_escaped(word[0])].append(r"\s+".join(map(_escaped, regex.split(r"\s+", word[1:]))))
+    choice = "|".join(f"{first}(?:{'|'.join(rest)})" for first, rest in rests.items())
     # Borders that do not ask for a word's letter: an entry may begin or end with another sign.
-    words = r"\s+".join(regex.escape(word, special_only=True) for word in entry.split())
-    pattern = f"(?:{entry[1:-1]})" if is_regex else rf"(?i:(?<!\w){words}(?!\w))"
+    return rf"(?i:(?<!\w)(?:{choice})(?!\w))"
+
+
+def _escaped(text: str) -> str:
+    return regex.escape(text, special_only=True)
+
+
+def _checked(source: str, place: str) -> str:
+    pattern = f"(?:{source})"
     try:
         is_empty = regex.compile(pattern, regex.V1).search("") is not None
     except regex.error as error:

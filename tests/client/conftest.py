@@ -18,6 +18,9 @@ from mpt.v1 import text_generation_pb2 as pb
 from mpt.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client import Client
 
+SEED = 2**64 - 1
+"""Of the scripted answer; the largest there is."""
+
 
 class ScriptedService(pb_grpc.TextGenerationServiceServicer):
     """Records each call's request and metadata; answers its fields, unless it was told to refuse or to hang."""
@@ -114,7 +117,7 @@ def answer(service: ScriptedService) -> ScriptedService:
     finish = pb.Finish(reason=pb.FINISH_REASON_STOP_STRING, stop_string="END")
     summary = pb.Summary(
         usage=pb.Usage(num_prompt_tokens=2, num_cached_tokens=1, num_output_tokens=5, num_preemptions=3),
-        seed=2**64 - 1,
+        seed=SEED,
         trace_id="0af7651916cd43dd8448eb211c80319c",
     )
     summary.timings.queue.FromMilliseconds(250)
@@ -122,18 +125,39 @@ def answer(service: ScriptedService) -> ScriptedService:
     service.whole = pb.GenerateResponse(
         request_id="r-1",
         prompt=prompt,
-        output=pb.Output(text="Once 🐈 upon", num_tokens=5, token_ids=[7, 8, 9, 10, 11], finish=finish),
+        outputs=[pb.Output(text="Once 🐈 upon", num_tokens=5, token_ids=[7, 8, 9, 10, 11], finish=finish, seed=SEED)],
         summary=summary,
     )
     outputs = (
         pb.Output(num_tokens=1, token_ids=[7]),
         pb.Output(text="Once 🐈", num_tokens=3, token_ids=[8, 9, 10]),
-        pb.Output(text=" upon", num_tokens=1, token_ids=[11], finish=finish),
+        pb.Output(text=" upon", num_tokens=1, token_ids=[11], finish=finish, seed=SEED),
     )
     service.pieces = [pb.StreamGenerateResponse(request_id="r-1", output=output) for output in outputs]
     service.pieces[0].prompt.CopyFrom(prompt)
     service.pieces[-1].summary.CopyFrom(summary)
     return service
+
+
+@pytest.fixture
+def several(answer: ScriptedService) -> ScriptedService:
+    """The service with two outputs to answer, as a whole in order and in pieces interleaved; the second ends first."""
+    eos = pb.Finish(reason=pb.FINISH_REASON_EOS_TOKEN, stop_token_id=0)
+    full = pb.Finish(reason=pb.FINISH_REASON_MAX_NEW_TOKENS)
+    del answer.whole.outputs[:]
+    answer.whole.outputs.add(index=0, text="a cat", num_tokens=3, token_ids=[1, 2, 3], finish=full, seed=SEED)
+    answer.whole.outputs.add(index=1, text="a dog", num_tokens=2, token_ids=[1, 4], finish=eos, seed=5)
+    outputs = (
+        pb.Output(index=0, text="a", num_tokens=1, token_ids=[1]),
+        pb.Output(index=1, text="a", num_tokens=1, token_ids=[1]),
+        pb.Output(index=0, num_tokens=1, token_ids=[2]),
+        pb.Output(index=1, text=" dog", num_tokens=1, token_ids=[4], finish=eos, seed=5),
+        pb.Output(index=0, text=" cat", num_tokens=1, token_ids=[3], finish=full, seed=SEED),
+    )
+    answer.pieces = [pb.StreamGenerateResponse(request_id="r-1", output=output) for output in outputs]
+    answer.pieces[0].prompt.CopyFrom(answer.whole.prompt)
+    answer.pieces[-1].summary.CopyFrom(answer.whole.summary)
+    return answer
 
 
 @pytest.fixture

@@ -68,6 +68,18 @@ async def test_an_async_stream_yields_the_text_and_ends_with_the_unary_result(ta
         assert [piece async for piece in stream] == []
 
 
+@pytest.mark.usefixtures("several")
+async def test_async_deltas_are_those_of_the_twin_and_end_with_the_unary_result(client, target):
+    async with AsyncClient(target, timeout_s=30) as twin:
+        async with twin.stream("Once", num_sequences=2) as stream:
+            with pytest.raises(TypeError, match=r"deltas\(\)"):
+                await anext(stream)
+            deltas = [delta async for delta in stream.deltas()]
+        assert deltas == list(client.stream("Once", num_sequences=2).deltas())
+        assert stream.result == await twin.generate("Once", num_sequences=2)
+        assert [delta async for delta in stream.deltas()] == []
+
+
 async def test_async_calls_carry_user_agent_and_trace_context(answer, target):
     async with AsyncClient(target, timeout_s=30) as client:
         with TracerProvider().get_tracer("test").start_as_current_span("caller") as span:
@@ -118,6 +130,7 @@ async def test_cancel_ends_an_async_iteration_quietly(endless, target):
         assert await anext(stream) == "Once 🐈"
         stream.cancel()
         assert [piece async for piece in stream] == []
+        assert [delta async for delta in stream.deltas()] == []
         assert await asyncio.to_thread(endless.left.wait, 10)
 
 

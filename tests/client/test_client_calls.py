@@ -65,7 +65,7 @@ def test_four_refusals_are_enough(answer, client):
 
 
 def test_an_answer_above_grpcs_default_of_4_mib_arrives(answer, client):
-    answer.whole.output.text = "a" * 5_000_000
+    answer.whole.outputs[0].text = "a" * 5_000_000
     assert len(client.generate("Once").text) == 5_000_000
 
 

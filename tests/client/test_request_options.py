@@ -1,51 +1,109 @@
 """What a caller asks for ends up in the proper field of the request, and what he leaves out stays absent."""
 
+import json
+from types import MappingProxyType
+from typing import Any
+
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message as ProtoMessage
 
 from mpt.v1 import text_generation_pb2 as pb
-from mpt_grpc_client import GenerateOptions
+from mpt_grpc_client import (
+    Choice,
+    GenerateOptions,
+    JsonObject,
+    JsonSchema,
+    LarkGrammar,
+    Message,
+    Regex,
+    RepetitionGuard,
+    Role,
+)
+
+MESSAGES = (Message(Role.SYSTEM, "Be short."), Message(Role.USER, "Hi"))
+OPTIONS = {
+    "max_new_tokens": (12, "stopping.max_new_tokens", 12),
+    "min_new_tokens": (3, "stopping.min_new_tokens", 3),
+    "temperature": (0.5, "sampling.temperature", 0.5),
+    "top_k": (40, "sampling.top_k", 40),
+    "top_p": (0.25, "sampling.top_p", 0.25),
+    "min_p": (0.125, "sampling.min_p", 0.125),
+    "typical_p": (0.75, "sampling.typical_p", 0.75),
+    "seed": (2**64 - 1, "sampling.seed", 2**64 - 1),
+    "num_sequences": (4, "sampling.num_sequences", 4),
+    "repetition_penalty": (1.5, "decoding.repetition_penalty", 1.5),
+    "frequency_penalty": (-0.5, "decoding.frequency_penalty", -0.5),
+    "presence_penalty": (0.5, "decoding.presence_penalty", 0.5),
+    "logit_bias": ({5: -100, 7: 1.5}, "decoding.logit_bias", {5: -100.0, 7: 1.5}),
+    "allowed_token_ids": ((5, 7), "decoding.allowed_token_ids", [5, 7]),
+    "constraint": (Regex("[ab]+"), "decoding.regex", "[ab]+"),
+    "stop": (["END", "\n\n"], "stopping.stop_strings", ["END", "\n\n"]),
+    "stop_token_ids": ([1, 2], "stopping.stop_token_ids", [1, 2]),
+    "include_stop_string": (True, "stopping.include_stop_string", True),
+    "ignore_eos": (True, "stopping.ignore_eos", True),
+    "time_limit_s": (1.5, "stopping.time_limit", Duration(seconds=1, nanos=500_000_000)),
+    "repetition_guard": (
+        RepetitionGuard(3, 16), "stopping.repetition_guard", pb.RepetitionGuard(min_repeats=3, max_cycle_tokens=16)
+    ),
+    "skip_special_tokens": (False, "response.skip_special_tokens", False),
+    "return_token_ids": (True, "response.output_token_ids", True),
+    "return_prompt_token_ids": (True, "response.prompt_token_ids", True),
+    "return_logprobs": (True, "response.output_logprobs", True),
+    "return_prompt_logprobs": (True, "response.prompt_logprobs", True),
+    "top_logprobs": (20, "response.top_logprobs", 20),
+    "truncate_prompt_tokens": (100, "truncate_prompt_tokens", 100),
+    "drop_oldest_turns": (True, "conversation.drop_oldest_turns", True),
+    "resume_token_ids": ((8, 9), "resume_token_ids", [8, 9]),
+    "request_id": ("mine", "request_id", "mine"),
+    "model": ("demo", "model", "demo"),
+    "priority": (-3, "priority", -3),
+    "cache_bypass": (True, "cache.bypass", True),
+    "cache_salt": ("tenant", "cache.salt", "tenant"),
+}  # fmt: skip
+"""Each option with a value, the field that it belongs in and what has to stand there."""
+BOOLEANS = {option for option, (value, _, _) in OPTIONS.items() if value is True}
+"""The options that cannot be None."""
+GROUPS = (
+    pb.SamplingParameters,
+    pb.DecodingOptions,
+    pb.StoppingCriteria,
+    pb.ResponseOptions,
+    pb.CacheOptions,
+    pb.Conversation,
+)
 
 
-def test_every_option_ends_up_in_its_field(answer, client):
-    client.generate(
-        "Once",
-        max_new_tokens=12,
-        temperature=0.5,
-        top_k=40,
-        top_p=0.25,
-        min_p=0.125,
-        seed=2**64 - 1,
-        stop=["END", "\n\n"],
-        stop_token_ids=[1, 2],
-        include_stop_string=True,
-        ignore_eos=True,
-        skip_special_tokens=False,
-        return_token_ids=True,
-        return_prompt_token_ids=True,
-        request_id="mine",
-        model="demo",
-        priority=-3,
-        cache_bypass=True,
-        cache_salt="tenant",
-    )
-    assert answer.requests == [
-        pb.GenerateRequest(
-            request_id="mine",
-            model="demo",
-            text="Once",
-            sampling=pb.SamplingParameters(temperature=0.5, top_k=40, top_p=0.25, min_p=0.125, seed=2**64 - 1),
-            stopping=pb.StoppingCriteria(
-                max_new_tokens=12,
-                stop_strings=["END", "\n\n"],
-                stop_token_ids=[1, 2],
-                include_stop_string=True,
-                ignore_eos=True,
-            ),
-            response=pb.ResponseOptions(prompt_token_ids=True, output_token_ids=True, skip_special_tokens=False),
-            cache=pb.CacheOptions(bypass=True, salt="tenant"),
-            priority=-3,
-        )
-    ]
+def _fields(message: ProtoMessage, path: str = "") -> dict[str, Any]:
+    """All that a message says, by the fields' paths; a group of options that says nothing is not there."""
+    found: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        if isinstance(value, GROUPS):
+            found |= _fields(value, f"{field.name}.")
+        else:
+            found[path + field.name] = value
+    return found
+
+
+def test_no_option_is_forgotten_here():
+    assert OPTIONS.keys() == GenerateOptions.__optional_keys__
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_ends_up_in_its_field_and_nowhere_else(answer, client, option):
+    value, path, expected = OPTIONS[option]
+    prompt = MESSAGES if option == "drop_oldest_turns" else "Once"
+    client.generate(prompt)
+    client.generate(prompt, **{option: value})
+    without, fields = map(_fields, answer.requests)
+    assert fields.pop(path) == expected
+    assert fields == without
+
+
+def test_all_options_go_together(answer, client):
+    client.generate(MESSAGES, **{option: value for option, (value, _, _) in OPTIONS.items()})
+    fields = _fields(answer.requests[0])
+    assert {path: fields[path] for _, path, _ in OPTIONS.values()} == {path: want for _, path, want in OPTIONS.values()}
 
 
 def test_a_stream_sends_the_same_request_as_a_unary_call(answer, client):
@@ -57,15 +115,9 @@ def test_a_stream_sends_the_same_request_as_a_unary_call(answer, client):
 
 def test_options_left_out_or_none_stay_absent(answer, client):
     client.generate("Once")
-    client.generate(
-        "Once", max_new_tokens=None, temperature=None, top_k=None, top_p=None, min_p=None, seed=None, request_id=None
-    )
+    client.generate("Once", **dict.fromkeys(OPTIONS.keys() - BOOLEANS))
     for request in answer.requests:
-        assert not any(request.sampling.HasField(name) for name in ("temperature", "top_p", "seed"))
-        assert not request.stopping.HasField("max_new_tokens")
-        assert not request.response.HasField("skip_special_tokens")
-        assert [len(part.ListFields()) for part in (request.sampling, request.stopping, request.response)] == [0, 0, 0]
-        assert (request.request_id, request.model, request.priority) == ("", "", 0)
+        assert _fields(request) == {"text": "Once"}
 
 
 def test_zero_is_a_value_and_not_absence(answer, client):
@@ -88,6 +140,59 @@ def test_empty_text_is_still_a_text_prompt(answer, client):
     assert answer.requests[0].WhichOneof("prompt") == "text"
 
 
+def test_messages_are_a_conversation_with_roles_in_order(answer, client):
+    client.generate([*MESSAGES, Message(Role.ASSISTANT, "Yes?"), Message(Role.USER, "")])
+    assert answer.requests[0].WhichOneof("prompt") == "conversation"
+    assert answer.requests[0].conversation == pb.Conversation(
+        messages=[
+            pb.Message(role=pb.ROLE_SYSTEM, content="Be short."),
+            pb.Message(role=pb.ROLE_USER, content="Hi"),
+            pb.Message(role=pb.ROLE_ASSISTANT, content="Yes?"),
+            pb.Message(role=pb.ROLE_USER, content=""),
+        ]
+    )
+
+
+def test_every_role_of_the_api_has_its_name_in_the_client():
+    api = {number: name.removeprefix("ROLE_") for name, number in pb.Role.items() if number}
+    assert {role.value: role.name for role in Role} == api
+
+
+@pytest.mark.parametrize("prompt", ["Once", [1, 2], []])
+def test_turns_can_be_dropped_only_from_messages(answer, client, prompt):
+    with pytest.raises(ValueError, match="truncate_prompt_tokens"):
+        client.generate(prompt, drop_oldest_turns=True)
+    assert not answer.requests
+
+
+def test_a_constraint_of_each_kind_ends_up_in_its_field(answer, client):
+    schema = {"type": "object", "properties": {"ä": {"enum": [1, 2]}}}
+    constraints = {
+        JsonSchema('{"type": "string"}'): pb.DecodingOptions(json_schema='{"type": "string"}'),
+        JsonObject(): pb.DecodingOptions(json_object=True),
+        Regex("[ab]+"): pb.DecodingOptions(regex="[ab]+"),
+        Choice("yes", "no"): pb.DecodingOptions(choice=pb.Choice(options=["yes", "no"])),
+        LarkGrammar('start: "a"'): pb.DecodingOptions(lark_grammar='start: "a"'),
+    }
+    for constraint, expected in constraints.items():
+        client.generate("Once", constraint=constraint)
+        assert answer.requests.pop().decoding == expected
+    client.generate("Once", constraint=JsonSchema(MappingProxyType(schema)))
+    assert json.loads(answer.requests.pop().decoding.json_schema) == schema
+
+
+@pytest.mark.parametrize("constraint", ["[ab]+", {"type": "object"}, Regex, 0])
+def test_what_is_no_constraint_is_a_type_error(answer, client, constraint):
+    with pytest.raises(TypeError, match="not a constraint"):
+        client.generate("Once", constraint=constraint)
+    assert not answer.requests
+
+
+def test_a_schema_that_is_no_json_never_leaves_the_client():
+    with pytest.raises(TypeError):
+        JsonSchema({"enum": {1, 2}})
+
+
 def test_one_stop_string_is_not_taken_for_its_letters(answer, client):
     client.generate("Once", stop="END")
     assert list(answer.requests[0].stopping.stop_strings) == ["END"]
@@ -99,7 +204,10 @@ def test_an_unknown_option_is_a_type_error_that_names_it(answer, client):
     assert not answer.requests
 
 
-@pytest.mark.parametrize("options", [{"seed": -1}, {"top_k": -1}, {"stop_token_ids": [2**32]}, {"temperature": "hot"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"seed": -1}, {"top_k": -1}, {"stop_token_ids": [2**32]}, {"temperature": "hot"}, {"logit_bias": {-1: 1.0}}],
+)
 def test_a_value_that_its_field_cannot_hold_never_leaves_the_client(answer, client, options):
     with pytest.raises((TypeError, ValueError)):
         client.generate("Once", **options)

@@ -7,25 +7,37 @@ from google.protobuf.duration_pb2 import Duration
 
 from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc_client import (
+    Delta,
     Finish,
     FinishReason,
     Generation,
     Limits,
     Load,
     ModelInfo,
+    Output,
     ServerInfo,
     Timings,
     Token,
+    TokenLogprob,
+    TopLogprob,
     Usage,
 )
 
 GENERATION = Generation(
     request_id="r-1",
-    text="Once 🐈 upon",
-    num_tokens=5,
-    token_ids=(7, 8, 9, 10, 11),
+    outputs=(
+        Output(
+            index=0,
+            text="Once 🐈 upon",
+            num_tokens=5,
+            token_ids=(7, 8, 9, 10, 11),
+            logprobs=(),
+            finish=Finish(FinishReason.STOP_STRING, stop_string="END"),
+            seed=2**64 - 1,
+        ),
+    ),
     prompt_token_ids=(12092, 1533),
-    finish=Finish(FinishReason.STOP_STRING, stop_string="END"),
+    prompt_logprobs=(),
     usage=Usage(num_prompt_tokens=2, num_cached_tokens=1, num_output_tokens=5, num_preemptions=3),
     timings=Timings(queue_s=0.25, prefill_s=None, decode_s=None, time_to_first_token_s=1.5),
     seed=2**64 - 1,
@@ -74,7 +86,7 @@ def test_results_are_frozen(client):
 
 
 def test_a_stop_token_is_told_with_its_id_even_if_that_is_zero(answer, client):
-    answer.whole.output.finish.CopyFrom(pb.Finish(reason=pb.FINISH_REASON_EOS_TOKEN, stop_token_id=0))
+    answer.whole.outputs[0].finish.CopyFrom(pb.Finish(reason=pb.FINISH_REASON_EOS_TOKEN, stop_token_id=0))
     assert client.generate("Once").finish == Finish(FinishReason.EOS_TOKEN, stop_token_id=0)
 
 
@@ -84,8 +96,97 @@ def test_every_finish_reason_of_the_api_has_its_name_in_the_client():
 
 
 def test_a_finish_reason_of_a_younger_server_is_unknown_and_not_an_error(answer, client):
-    answer.whole.output.finish.reason = 99
+    answer.whole.outputs[0].finish.reason = 99
     assert client.generate("Once").finish.reason is FinishReason.UNKNOWN
+
+
+@pytest.mark.usefixtures("several")
+def test_several_outputs_are_told_in_order_and_the_first_ones_fields_at_the_top(client):
+    result = client.generate("Once", num_sequences=2)
+    assert [(o.index, o.text, o.num_tokens, o.token_ids, o.seed) for o in result.outputs] == [
+        (0, "a cat", 3, (1, 2, 3), 2**64 - 1),
+        (1, "a dog", 2, (1, 4), 5),
+    ]
+    assert [o.finish for o in result.outputs] == [
+        Finish(FinishReason.MAX_NEW_TOKENS),
+        Finish(FinishReason.EOS_TOKEN, stop_token_id=0),
+    ]
+    first = result.outputs[0]
+    assert (result.text, result.num_tokens, result.token_ids) == (first.text, first.num_tokens, first.token_ids)
+    assert (result.logprobs, result.finish) == (first.logprobs, first.finish)
+
+
+@pytest.mark.usefixtures("several")
+def test_deltas_are_of_any_output_as_they_come_and_add_up_to_the_unary_result(client):
+    stream = client.stream("Once", num_sequences=2)
+    deltas = list(stream.deltas())
+    full, eos = Finish(FinishReason.MAX_NEW_TOKENS), Finish(FinishReason.EOS_TOKEN, stop_token_id=0)
+    assert deltas == [
+        Delta(0, "a", 1, (1,), (), None),
+        Delta(1, "a", 1, (1,), (), None),
+        Delta(0, "", 1, (2,), (), None),
+        Delta(1, " dog", 1, (4,), (), eos),
+        Delta(0, " cat", 1, (3,), (), full),
+    ]
+    assert stream.result == client.generate("Once", num_sequences=2)
+    assert list(stream.deltas()) == []
+
+
+@pytest.mark.usefixtures("several")
+def test_a_stream_of_several_shows_how_far_the_first_has_come(client):
+    stream = client.stream("Once", num_sequences=2)
+    deltas = stream.deltas()
+    for _ in range(4):
+        next(deltas)
+    # The second output has ended, the first has not, and so the request has not.
+    assert (stream.text, stream.token_ids, stream.num_tokens, stream.finish) == ("a", (1, 2), 2, None)
+    assert stream.usage is None
+    assert next(deltas).text == " cat"
+    assert (stream.text, stream.finish.reason) == ("a cat", FinishReason.MAX_NEW_TOKENS)
+
+
+@pytest.mark.usefixtures("several")
+def test_several_outputs_are_not_joined_into_one_text(client):
+    stream = client.stream("Once", num_sequences=2)
+    with pytest.raises(TypeError, match=r"deltas\(\)"):
+        next(stream)
+    # Nothing was lost by the attempt.
+    assert len(list(stream.deltas())) == 5
+
+
+@pytest.mark.usefixtures("answer")
+def test_deltas_of_one_output_have_those_without_text_too(client):
+    stream = client.stream("Once", num_sequences=1)
+    assert [delta.text for delta in stream.deltas()] == ["", "Once 🐈", " upon"]
+    assert stream.result == GENERATION
+
+
+def test_logprobs_are_told_of_prompt_and_output_whole_and_by_pieces(answer, client):
+    def logprob(token_id, rank, *top):
+        tops = [pb.TopLogprob(token_id=t, bytes=bytes([t]), logprob=-0.5) for t in top]
+        return pb.Logprob(token_id=token_id, bytes=bytes([token_id]), logprob=-1.5, rank=rank, top=tops)
+
+    def expected(token_id, rank, *top):
+        tops = tuple(TopLogprob(t, bytes([t]), -0.5) for t in top)
+        return TokenLogprob(token_id, bytes([token_id]), -1.5, rank, tops)
+
+    answer.whole.prompt.logprobs.append(logprob(200, 3, 65, 66))
+    answer.whole.outputs[0].logprobs.extend([logprob(7, 1, 7), logprob(8, 9)])
+    answer.pieces[0].prompt.CopyFrom(answer.whole.prompt)
+    answer.pieces[0].output.logprobs.append(logprob(7, 1, 7))
+    answer.pieces[1].output.logprobs.append(logprob(8, 9))
+    whole = client.generate("Once")
+    assert whole.prompt_logprobs == (expected(200, 3, 65, 66),)
+    assert whole.logprobs == whole.outputs[0].logprobs == (expected(7, 1, 7), expected(8, 9))
+    stream = client.stream("Once")
+    assert [delta.logprobs for delta in stream.deltas()] == [(expected(7, 1, 7),), (expected(8, 9),), ()]
+    assert stream.result == whole
+
+
+@pytest.mark.parametrize("reason", [reason for reason in FinishReason if reason is not FinishReason.UNKNOWN])
+def test_every_finish_reason_is_told(answer, client, reason):
+    answer.whole.outputs[0].finish.CopyFrom(pb.Finish(reason=reason.value))
+    assert client.generate("Once").finish == Finish(reason)
 
 
 def test_tokens_are_ids_and_bytes(service, client):
@@ -113,6 +214,7 @@ def test_model_info_has_every_field_of_the_api(service, client):
     fields = {
         "name": "demo", "num_parameters": 1, "dtype": "bfloat16", "device": "cpu", "vocab_size": 2,
         "max_context_tokens": 3, "num_layers": 4, "hidden_size": 5, "num_heads": 6, "num_kv_heads": 7,
+        "chat_template": "chatml",
     }  # fmt: skip
     service.model = pb.GetModelInfoResponse(**fields, eos_token_ids=[0, 8])
     assert client.model_info() == ModelInfo(**fields, eos_token_ids=(0, 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +14,18 @@ from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc.errors import OverloadedError
 from mpt_grpc_client import (
     AsyncClient,
+    Choice,
     Client,
+    Constraint,
     FieldViolation,
     FinishReason,
     InvalidRequestError,
+    JsonSchema,
+    LarkGrammar,
+    Message,
     NotFoundError,
+    Regex,
+    Role,
 )
 
 
@@ -60,6 +68,76 @@ async def test_the_async_client_answers_the_same(service: Any, client: Client) -
         assert stream.finish == expected.finish
 
 
+async def test_several_outputs_come_by_deltas_and_equal_those_of_generate(service: Any, client: Client) -> None:
+    asked: dict[str, Any] = {
+        "max_new_tokens": 20, "num_sequences": 3, "seed": 7, "return_token_ids": True, "return_logprobs": True,
+        "top_logprobs": 2, "return_prompt_logprobs": True, "ignore_eos": True,
+    }  # fmt: skip
+    whole = await asyncio.to_thread(client.generate, "The fox said", **asked)
+    assert [output.index for output in whole.outputs] == [0, 1, 2]
+    assert len({output.seed for output in whole.outputs}) == 3
+    assert whole.usage.num_output_tokens == 60
+    assert len(whole.prompt_logprobs) == whole.usage.num_prompt_tokens - 1
+    async with AsyncClient(f"127.0.0.1:{service.server.port}", timeout_s=60) as twin:
+        async with twin.stream("The fox said", **asked) as stream:
+            deltas = [delta async for delta in stream.deltas()]
+    assert stream.result.outputs == whole.outputs
+    # They interleave: the last has begun before the first has ended.
+    assert [delta.index for delta in deltas] != sorted(delta.index for delta in deltas)
+    last = whole.outputs[2]
+    alone = await asyncio.to_thread(client.generate, "The fox said", **{**asked, "seed": last.seed, "num_sequences": 1})
+    assert (alone.text, alone.token_ids) == (last.text, last.token_ids)
+
+
+async def test_messages_are_answered_as_the_prompt_that_the_template_makes_of_them(client: Client) -> None:
+    messages = [Message(Role.SYSTEM, "A talk."), Message(Role.USER, "Who is there?")]
+    answer = await asyncio.to_thread(
+        client.generate, messages, max_new_tokens=10, temperature=0, return_prompt_token_ids=True
+    )
+    prompt = await asyncio.to_thread(client.detokenize, answer.prompt_token_ids, skip_special_tokens=False)
+    assert prompt == "A talk.\n---\nUser: Who is there?\nAssistant:"
+    assert (await asyncio.to_thread(client.model_info)).chat_template == "base"
+    with pytest.raises(InvalidRequestError) as caught:
+        await asyncio.to_thread(client.generate, [*messages, Message(Role.ASSISTANT, "I.")])
+    assert [violation.field for violation in caught.value.violations] == ["conversation.messages[2].role"]
+
+
+async def test_the_oldest_turns_are_dropped_only_if_asked_for(client: Client) -> None:
+    turn = [Message(Role.USER, "the fox and the moon " * 40), Message(Role.ASSISTANT, "Yes.")]
+    messages = [*turn * 100, Message(Role.USER, "So?")]
+    context = (await asyncio.to_thread(client.model_info)).max_context_tokens
+    with pytest.raises(InvalidRequestError, match="drop_oldest_turns"):
+        await asyncio.to_thread(client.generate, messages, max_new_tokens=5)
+    answer = await asyncio.to_thread(client.generate, messages, max_new_tokens=5, drop_oldest_turns=True)
+    assert context // 2 < answer.usage.num_prompt_tokens <= context - 5
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [
+        (Choice("yes", "no"), "yes|no"),
+        (Regex("[0-9]{3}-[0-9]{2}"), "[0-9]{3}-[0-9]{2}"),
+        (JsonSchema({"enum": [2, 4, 6]}), "2|4|6"),
+        (LarkGrammar('start: "a" "b"+ "c"'), "ab+c"),
+    ],
+)
+async def test_a_constraint_is_kept_to(client: Client, constraint: Constraint, pattern: str) -> None:
+    answer = await asyncio.to_thread(client.generate, "The fox said", constraint=constraint, seed=7, max_new_tokens=400)
+    assert re.fullmatch(pattern, answer.text)
+    assert answer.finish.reason is FinishReason.EOS_TOKEN
+
+
+async def test_an_output_can_be_resumed_from_its_tokens(client: Client) -> None:
+    asked: dict[str, Any] = {
+        "max_new_tokens": 30, "seed": 7, "frequency_penalty": 0.5, "ignore_eos": True, "return_token_ids": True,
+    }  # fmt: skip
+    whole = await asyncio.to_thread(client.generate, "The fox said", **asked)
+    rest = await asyncio.to_thread(client.generate, "The fox said", resume_token_ids=whole.token_ids[:12], **asked)
+    assert whole.token_ids[:12] + rest.token_ids == whole.token_ids
+    assert whole.text.endswith(rest.text)
+    assert rest.num_tokens == 18
+
+
 async def test_a_stop_string_ends_the_text_before_it(client: Client) -> None:
     free = await asyncio.to_thread(client.generate, "Once upon a time", max_new_tokens=40, temperature=0)
     stop = free.text[20:24]
@@ -79,10 +157,10 @@ async def test_the_other_methods_answer(client: Client) -> None:
 
 async def test_bad_fields_are_named(client: Client) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        await asyncio.to_thread(client.generate, "x", temperature=-1, max_new_tokens=0)
+        await asyncio.to_thread(client.generate, "x", temperature=-1, top_p=0)
     assert caught.value.violations == (
         FieldViolation("sampling.temperature", "-1.0 is not in [0, 100]"),
-        FieldViolation("stopping.max_new_tokens", "0 is below 1"),
+        FieldViolation("sampling.top_p", "0.0 is not in (0, 1]; 1 keeps all tokens"),
     )
     with pytest.raises(NotFoundError, match="demo"):
         await asyncio.to_thread(client.generate, "x", model="gpt-7")
