@@ -182,7 +182,7 @@ class Terminal:
 
 @pytest.fixture
 def chat(server: Any) -> Iterator[Terminal]:
-    terminal = Terminal(server, "chat", "--max-new-tokens", "1200", "--ignore-eos", "--seed", "1")
+    terminal = Terminal(server, "chat", *"--min-new-tokens 1200 --max-new-tokens 1200 --seed 1".split())
     yield terminal
     terminal.close()
 

@@ -39,6 +39,7 @@ def test_the_welcome_says_what_is_served_and_where(server: Any) -> None:
         "  weights   28.0 MiB",
         "  KV cache  256.0 MiB: 1,024 blocks of 16 = 16,384 tokens",
         "  context   2,048 tokens a request",
+        "  chat      template base",
         f"  gRPC      {server.target}",
         f'  try       grpcurl -plaintext -d \'{{"text": "Once upon a time"}}\' {server.target}'
         " mpt.v1.TextGenerationService/StreamGenerate",
