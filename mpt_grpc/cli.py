@@ -18,7 +18,7 @@ from pathlib import Path
 from mpt_grpc import __version__
 from mpt_grpc.commands import options
 from mpt_grpc.errors import ModelError, SettingsError
-from mpt_grpc.settings import CacheSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
+from mpt_grpc.settings import CacheSettings, HttpSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +92,9 @@ def _settings(parsed: argparse.Namespace) -> Settings:
         ),
         server=ServerSettings(
             host=parsed.host, port=parsed.port, grace_s=parsed.grace_s, stall_timeout_s=parsed.stall_timeout_s
+        ),
+        http=HttpSettings(
+            port=None if parsed.no_http else parsed.http_port, strict_model_names=parsed.strict_model_names
         ),
         guards=tuple(parsed.guard or ()),
         trace_file=parsed.trace_file,
@@ -226,6 +229,19 @@ def _add_server(serve: argparse.ArgumentParser) -> None:
         "--host", default=defaults.server.host, help="address to listen on; 0.0.0.0 for all, without authentication"
     )
     server.add_argument("--port", type=int, default=defaults.server.port, metavar="N", help="0 takes a free one")
+    server.add_argument(
+        "--http-port",
+        type=int,
+        default=defaults.http.port,
+        metavar="N",
+        help="port of OpenAI's API, on the same address; 0 takes a free one",
+    )
+    server.add_argument("--no-http", action="store_true", help="serve gRPC alone")
+    server.add_argument(
+        "--strict-model-names",
+        action="store_true",
+        help="refuse HTTP requests that name another model than the loaded one, instead of answering them by it",
+    )
     server.add_argument(
         "--grace-s",
         type=float,

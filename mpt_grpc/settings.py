@@ -85,6 +85,20 @@ class ServerSettings:
 
 
 @dataclass(frozen=True)
+class HttpSettings:
+    """OpenAI's API in front of the gRPC API."""
+
+    port: int | None = 8451
+    """0 takes a free port, None serves none."""
+    strict_model_names: bool = False
+    """Whether a request has to name the loaded model; else any name is answered by it."""
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 0 <= self.port <= 65535:
+            raise SettingsError(f"--http-port: {self.port} is not in [0, 65535]")
+
+
+@dataclass(frozen=True)
 class Settings:
     """All of it."""
 
@@ -92,6 +106,7 @@ class Settings:
     cache: CacheSettings = field(default_factory=CacheSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
+    http: HttpSettings = field(default_factory=HttpSettings)
     guards: tuple[str, ...] = ()
     """What watches prompts and outputs: names of entry points, each with its argument after a `=`."""
     trace_file: Path | None = None

@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from server_process import ServerProcess, running
 
 from mpt_grpc.engine import load
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream
 from mpt_grpc.model.runner import Runner, StepScores
 from mpt_grpc.request import GenerationRequest, SamplingParameters, StoppingCriteria
-from mpt_grpc.settings import CacheSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
+from mpt_grpc.settings import CacheSettings, HttpSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 from mpt_grpc.step import StepPlan
 
 DEMO_BLOCK_BYTES = 2 * 8 * 16 * 256 * 4
@@ -29,6 +30,7 @@ def demo_settings(num_blocks: int = 512, **scheduler: Any) -> Settings:
         cache=CacheSettings(kv_cache_gib=num_blocks * DEMO_BLOCK_BYTES / (1 << 30)),
         scheduler=replace(SchedulerSettings(), **scheduler),
         server=ServerSettings(port=0, grace_s=20),
+        http=HttpSettings(port=None),
     )
 
 
@@ -129,3 +131,10 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SteppedRunner]]:
     yield runners
     for runner in runners:
         runner.run_free()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ServerProcess]:
+    """One server process for tests that leave nothing behind."""
+    with running() as process:
+        yield process

@@ -54,7 +54,17 @@ def main() -> None:
 @contextmanager
 def running_server(trace_file: Path) -> Iterator[tuple[str, str]]:
     """Starts a server, yields its target and what it printed, stops it and makes sure that it ended well."""
-    command = [sys.executable, "-m", "mpt_grpc.cli", "serve", "--port", "0", "--trace-file", str(trace_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "mpt_grpc.cli",
+        "serve",
+        "--port",
+        "0",
+        "--no-http",
+        "--trace-file",
+        str(trace_file),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         welcome = []

@@ -57,6 +57,7 @@ class RunningServer:
         self, settings: Settings, port: int, engine: Engine, model: LoadedModel, servicer: TextGenerationServicer
     ) -> None:
         self.settings, self.port, self.engine, self.model = settings, port, engine, model
+        self.http_port: int | None = None
         self._servicer = servicer
         self._health = health.aio.HealthServicer()
         self._draining = False
@@ -120,7 +121,8 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
         await server.start()
         watch = asyncio.create_task(running.watch())
         try:
-            yield running
+            async with _http(settings, port) as running.http_port:
+                yield running
         finally:
             watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -128,6 +130,26 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
             # The engine first: what still runs ends with its error, which says why.
             await asyncio.to_thread(engine.close)
             await server.stop(_STOP_GRACE_S)
+
+
+@asynccontextmanager
+async def _http(settings: Settings, grpc_port: int) -> AsyncIterator[int | None]:
+    """OpenAI's API beside the gRPC port, as a client of it; gives its port, None if there is none."""
+    if settings.http.port is None:
+        yield None
+        return
+    # Imported here: who has no use for it does not wait for it.
+    from mpt_grpc.gateway.app import make_app
+    from mpt_grpc.gateway.serve import serving
+    from mpt_grpc_client import AsyncClient
+
+    host = settings.server.host
+    target = f"{'localhost' if host in ('0.0.0.0', '::') else _bracketed(host)}:{grpc_port}"
+    # Whether to try again is the HTTP caller's to decide.
+    async with AsyncClient(target, retries=False) as client:
+        app = make_app(client, strict_model_names=settings.http.strict_model_names)
+        async with serving(app, host, settings.http.port) as port:
+            yield port
 
 
 _WARM_UP = GenerationRequest(
@@ -141,12 +163,15 @@ _WARM_UP = GenerationRequest(
 
 def _bind(server: grpc.aio.Server, settings: ServerSettings) -> int:
     try:
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        return server.add_insecure_port(f"{host}:{settings.port}")
+        return server.add_insecure_port(f"{_bracketed(settings.host)}:{settings.port}")
     except RuntimeError as error:
         raise SettingsError(
             f"--port: cannot listen on {settings.host}:{settings.port}; is another server running there?"
         ) from error
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:

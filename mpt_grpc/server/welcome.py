@@ -20,6 +20,11 @@ def welcome(server: RunningServer) -> str:
             f"  context   {server.engine.preparation.limits.max_context_tokens:,} tokens a request",
             f"  chat      template {server.engine.preparation.chat_template.name}",
             f"  gRPC      {address}",
+            *(
+                []
+                if server.http_port is None
+                else [f"  OpenAI    http://{server.settings.server.host}:{server.http_port}/v1"]
+            ),
             f'  try       grpcurl -plaintext -d \'{{"text": "Once upon a time"}}\' {address} {SERVICE}/StreamGenerate',
         )
     )

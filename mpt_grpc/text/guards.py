@@ -68,7 +68,7 @@ def word_list(path: str) -> Guard:
 
     A word is met whole and in any case. Raises SettingsError or OSError for a file that cannot be used.
     """
-    words, patterns = [], []
+    words, patterns = [], list[regex.Pattern[str]]()
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         entry = line.strip()
         if len(entry) > 1 and entry.startswith("/") and entry.endswith("/"):
@@ -76,15 +76,16 @@ def word_list(path: str) -> Guard:
         elif entry and not entry.startswith("#"):
             words.append(entry)
     if words:
-        patterns.append(_any_of(words))
+        patterns.append(regex.compile(_any_of(words), regex.V1))
     if not patterns:
         raise SettingsError(f"{path}: it has no words")
-    return _WordList(regex.compile("|".join(patterns), regex.V1))
+    return _WordList(patterns)
 
 
 class _WordList:
-    def __init__(self, pattern: regex.Pattern[str]) -> None:
-        self._pattern = pattern
+    def __init__(self, patterns: Sequence[regex.Pattern[str]]) -> None:
+        # Each by itself: joined, a pattern's numbered groups would be others.
+        self._patterns = patterns
 
     def refusal(self, prompt: str) -> str | None:
         watch = self.watch()
@@ -94,8 +95,8 @@ class _WordList:
         watch.finish()
         return "the prompt has a word that this server does not take" if watch.blocked else None
 
-    def watch(self) -> _PatternWatch:
-        return _PatternWatch(self._pattern)
+    def watch(self) -> OutputWatch:
+        return _PatternWatch(self._patterns)
 
 
 class _PatternWatch:
@@ -105,8 +106,8 @@ class _PatternWatch:
     then. A search that takes longer than a second blocks: what cannot be judged is not sent.
     """
 
-    def __init__(self, pattern: regex.Pattern[str]) -> None:
-        self._pattern = pattern
+    def __init__(self, patterns: Sequence[regex.Pattern[str]]) -> None:
+        self._patterns = patterns
         self._text = ""
         """What is held, behind the end of what was sent."""
         self._start = 0
@@ -125,15 +126,29 @@ class _PatternWatch:
     def _find(self, is_last: bool) -> int:
         """Where what may not be sent begins, now or at all; sets `blocked`."""
         try:
-            # The leftmost place where a match is, or could come to be.
-            match = self._pattern.search(self._text, self._start, partial=not is_last, timeout=_TIMEOUT_S)
+            found = [match for pattern in self._patterns if (match := self._earliest(pattern, is_last)) is not None]
         except TimeoutError:
             self.blocked = True
             return self._start
-        if match is None:
+        if not found:
             return len(self._text)
-        self.blocked = is_last or (not match.partial and match.end() < len(self._text))
-        return match.start()
+        start = min(match.start() for match in found)
+        self.blocked = any(
+            is_last or (not match.partial and match.end() < len(self._text))
+            for match in found
+            if match.start() == start
+        )
+        return start
+
+    def _earliest(self, pattern: regex.Pattern[str], is_last: bool) -> regex.Match[str] | None:
+        """The leftmost place where a match is or, unless this is the last text, could come to be."""
+        match = pattern.search(self._text, self._start, partial=not is_last, timeout=_TIMEOUT_S)
+        if match is None or is_last or match.partial:
+            return match
+        # A search prefers a whole match to an earlier one that is not whole yet.
+        before = range(self._start, match.start())
+        earlier = (pattern.match(self._text, at, partial=True, timeout=_TIMEOUT_S) for at in before)
+        return next((found for found in earlier if found is not None), match)
 
     def _pass(self, end: int) -> str:
         passed = self._text[self._start : end]
@@ -151,20 +166,19 @@ class _ChainedWatch:
         return any(watch.blocked for watch in self._watches)
 
     def feed(self, text: str) -> str:
-        if self.blocked:
-            return ""
-        for watch in self._watches:
-            text = watch.feed(text)
-        return text
+        return self._pass(text, is_last=False)
 
     def finish(self) -> str:
+        return self._pass("", is_last=True)
+
+    def _pass(self, text: str, is_last: bool) -> str:
         if self.blocked:
             return ""
-        text = ""
         for watch in self._watches:
             text = watch.feed(text)
-            if not watch.blocked:
+            if is_last and not watch.blocked:
                 text += watch.finish()
+            is_last = is_last or watch.blocked  # nothing follows what a guard has ended
         return text
 
 
@@ -193,12 +207,27 @@ def _escaped(text: str) -> str:
     return regex.escape(text, special_only=True)
 
 
-def _checked(source: str, place: str) -> str:
-    pattern = f"(?:{source})"
+_BORDERS = {
+    r"\b": r"(?:(?<=\w)(?!\w)|(?<!\w)(?=\w))",
+    r"\B": r"(?:(?<=\w)(?=\w)|(?<!\w)(?!\w))",
+    r"\m": r"(?:(?<!\w)(?=\w))",
+    r"\M": r"(?:(?<=\w)(?!\w))",
+}
+"""Borders by what stands around them: `regex` judges the short forms at the end of a text that is not at its end."""
+_UNFIT = (r"\K", r"\G")
+_PART = regex.compile(r"\\.|\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]|.", regex.DOTALL)
+"""An escape, a class, or a character."""
+
+
+def _checked(source: str, place: str) -> regex.Pattern[str]:
+    parts = _PART.findall(source)
+    if any(part in _UNFIT for part in parts) or regex.search(r"\{[^{}]*[eids][^{}]*\}", source):
+        raise SettingsError(f"{place}: \\K, \\G and fuzzy matches are not supported: they depend on where text is cut")
     try:
-        is_empty = regex.compile(pattern, regex.V1).search("") is not None
+        regex.compile(source, regex.V1)  # its errors point at places in what was written
+        pattern = regex.compile("".join(_BORDERS.get(part, part) for part in parts), regex.V1)
     except regex.error as error:
         raise SettingsError(f"{place}: not a regular expression: {error}") from error
-    if is_empty:
+    if pattern.search("") is not None:
         raise SettingsError(f"{place}: it matches where nothing stands")
     return pattern

@@ -1,70 +1,13 @@
-"""Servers as their users start them: processes of their own."""
+"""Servers as their users start them."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
-
-SERVE = (sys.executable, "-m", "mpt_grpc.cli", "serve", "--port", "0", "--dtype", "float32", "--kv-cache-gib", "0.25")
-
-
-class ServerProcess:
-    """A running `mpt-grpc serve` that has said its welcome."""
-
-    def __init__(self, *flags: str) -> None:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}
-        self._process = subprocess.Popen(
-            (*SERVE, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-        self.stderr = ""
-        self._reader = threading.Thread(target=self._read_stderr)
-        self._reader.start()
-        self.welcome: list[str] = []
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.welcome.append(line.rstrip())
-            if line.strip().startswith("try"):
-                return
-        raise AssertionError(f"the server did not start: {self.wait()} {self.stderr}")
-
-    @property
-    def target(self) -> str:
-        (address,) = (line.split()[1] for line in self.welcome if line.split()[0] == "gRPC")
-        return address
-
-    def terminate(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-
-    def wait(self) -> int:
-        """Returns the exit status; `stderr` is whole then."""
-        status = self._process.wait(60)
-        self._reader.join()
-        return status
-
-    def kill(self) -> None:
-        self._process.kill()
-        self.wait()
-
-    def _read_stderr(self) -> None:
-        assert self._process.stderr is not None
-        self.stderr = self._process.stderr.read()
-
-
-@contextmanager
-def running(*flags: str) -> Iterator[ServerProcess]:
-    server = ServerProcess(*flags)
-    try:
-        yield server
-    finally:
-        server.kill()
+from server_process import running
 
 
 @pytest.fixture
@@ -72,10 +15,3 @@ def start_server() -> Iterator[Callable[..., Any]]:
     """Starts servers with more flags; what is left of them at the end is killed."""
     with ExitStack() as stack:
         yield lambda *flags: stack.enter_context(running(*flags))
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[ServerProcess]:
-    """One server for tests that leave nothing behind."""
-    with running() as server:
-        yield server

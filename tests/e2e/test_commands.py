@@ -189,8 +189,6 @@ def chat(server: Any) -> Iterator[Terminal]:
 
 def test_in_a_terminal_an_interrupt_stops_the_answer_and_not_the_program(chat: Terminal) -> None:
     chat.wait_for("> ")
-    chat.interrupt()
-    chat.wait_for("Ctrl-D leaves.*> ")
     for question in ("Who are you?", "And then?"):
         chat.type(f"{question}\n")
         chat.wait_for(re.escape(question) + r"\r\n.{12}")

@@ -25,6 +25,8 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 ADDRESS = "localhost:50051"
+OPENAI_URL = "http://localhost:8451/v1"
+SDKS = ROOT / ".venv/sdks/bin/python"
 # A block may await at its top level, as in `python -m asyncio`.
 RUN_BLOCK = """
 import ast, asyncio, sys
@@ -68,7 +70,13 @@ def run(command: list[str], server: Any, stdin: str = "") -> str:
 
 @pytest.mark.parametrize("block", blocks("python"))
 def test_a_python_block_runs_and_prints(block: str, server: Any) -> None:
-    assert run([sys.executable, "-c", RUN_BLOCK], server, block.replace(ADDRESS, server.target)).strip()
+    python = Path(sys.executable)
+    if "langchain" in block:
+        python = SDKS
+        if not python.exists():
+            pytest.skip("LangChain is not installed: make .venv/sdks/ready")
+    block = block.replace(ADDRESS, server.target).replace(OPENAI_URL, server.openai_url)
+    assert run([str(python), "-c", RUN_BLOCK], server, block).strip()
 
 
 @pytest.mark.parametrize("command", commands())

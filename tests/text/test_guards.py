@@ -274,3 +274,43 @@ def test_any_cut_ends_the_text_where_the_whole_text_has_its_first_match(
         # At no moment anything of a match is out.
         assert text[:end].startswith(sent)
     assert (sent + watch.finish(), watch.blocked) == (text[:end], bool(starts))
+
+
+CUT_PATTERNS = [
+    (r"/AKIA\B\w+/", "x AKIA1 y"),
+    (r"/password:\s?\bhunter/", "the password: hunter2"),
+    (r"/\bsecret\b/", "no secrets, a secret, secret"),
+    (r"/\mkey\M/", "monkey key"),
+    ("/(a)(b)\\2/\n/(c)\\1/", "x cc y abb"),
+    ("/x.*y/\n/foo/", "ax foo by"),
+    (r"/x.*y|foo/", "ax foo by"),
+    (r"/[\b\]]z/", "a]z"),
+]
+
+
+@pytest.mark.parametrize(("entries", "text"), CUT_PATTERNS)
+def test_borders_and_groups_are_judged_the_same_wherever_the_text_is_cut(
+    entries: str, text: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text(entries, encoding="utf-8")
+    guard = word_list(str(path))
+
+    def told(pieces: list[str]) -> tuple[str, bool]:
+        watch = guard.watch()
+        sent = "".join(watch.feed(piece) for piece in pieces) + watch.finish()
+        return sent, watch.blocked
+
+    whole = told([text])
+    assert whole[1]
+    assert told(list(text)) == whole
+    for cut in range(len(text)):
+        assert told([text[:cut], text[cut:]]) == whole
+
+
+@pytest.mark.parametrize("entry", [r"/foo\Kbar/", r"/\Gfoo/", "/(?:foo){e<=1}/"])
+def test_what_depends_on_the_cut_is_refused_when_the_list_is_read(entry: str, tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text(entry, encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"line 1: .* not supported"):
+        word_list(str(path))

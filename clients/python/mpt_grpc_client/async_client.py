@@ -27,16 +27,17 @@ class AsyncClient:
     A task that is cancelled while it waits for a call cancels the call.
     """
 
-    def __init__(self, target: str | None = None, *, timeout_s: float | None = None) -> None:
+    def __init__(self, target: str | None = None, *, timeout_s: float | None = None, retries: bool = True) -> None:
         """Connects at the first call, without TLS. Raises RuntimeError outside of a running event loop.
 
         target: `host:port`; default: the environment's MPT_GRPC_TARGET, else `localhost:50051`.
         timeout_s: for calls that give none, retries included; None sets no deadline.
+        retries: whether a call that is refused, the server being away or full, is sent up to three times more.
         """
         # grpc.aio would bind the channel to some other loop than the one that will run, and hang.
         asyncio.get_running_loop()
         self._timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(resolve_target(target), channel_options())
+        self._channel = grpc.aio.insecure_channel(resolve_target(target), channel_options(retries))
         self._stub = TextGenerationServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:

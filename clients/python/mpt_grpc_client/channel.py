@@ -34,14 +34,14 @@ def resolve_target(target: str | None) -> str:
     return target or os.environ.get("MPT_GRPC_TARGET") or "localhost:50051"
 
 
-def channel_options() -> tuple[tuple[str, str | int], ...]:
+def channel_options(retries: bool) -> tuple[tuple[str, str | int], ...]:
     """The options of grpc.insecure_channel and of its twin in grpc.aio."""
     return (
         ("grpc.primary_user_agent", f"mpt-grpc-client/{version('mpt-grpc-client')}"),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-        ("grpc.enable_retries", 1),
+        ("grpc.enable_retries", int(retries)),
         # A call is retried only if this buffer holds it; the default of 256 KiB would leave long prompts out.
         ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", 30_000),

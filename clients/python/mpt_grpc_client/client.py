@@ -23,14 +23,15 @@ _Response = TypeVar("_Response")
 class Client:
     """A connection to one server; threads may share it. Every call raises `MptGrpcError` if it fails."""
 
-    def __init__(self, target: str | None = None, *, timeout_s: float | None = None) -> None:
+    def __init__(self, target: str | None = None, *, timeout_s: float | None = None, retries: bool = True) -> None:
         """Connects at the first call, without TLS.
 
         target: `host:port`; default: the environment's MPT_GRPC_TARGET, else `localhost:50051`.
         timeout_s: for calls that give none, retries included; None sets no deadline.
+        retries: whether a call that is refused, the server being away or full, is sent up to three times more.
         """
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(resolve_target(target), channel_options())
+        self._channel = grpc.insecure_channel(resolve_target(target), channel_options(retries))
         self._stub = TextGenerationServiceStub(self._channel)
 
     def __enter__(self) -> Self:

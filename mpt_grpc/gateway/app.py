@@ -1,0 +1,222 @@
+"""The HTTP application: OpenAI's endpoints over one gRPC client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from opentelemetry import context as trace_context
+from opentelemetry import propagate
+from pydantic import BaseModel, ValidationError
+from sse_starlette import EventSourceResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from mpt_grpc import __version__
+from mpt_grpc.gateway.answers import ChatAnswer
+from mpt_grpc.gateway.completions import complete, stream_completion
+from mpt_grpc.gateway.errors import BadRequestError, error_body, error_response
+from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest, known_fields
+from mpt_grpc_client import AsyncClient, Message, MptGrpcError
+
+_Parsed = TypeVar("_Parsed", bound=BaseModel)
+_Result = TypeVar("_Result")
+
+
+def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAPI:
+    """The application. Any model's name is answered by the loaded model unless `strict_model_names`."""
+    app = FastAPI(title="mpt-grpc", version=__version__, description="OpenAI's API for an MPT model.")
+    gateway = _Gateway(client, strict_model_names)
+    for path, endpoint, methods in (
+        ("/v1/chat/completions", gateway.chat_completions, ["POST"]),
+        ("/v1/completions", gateway.completions, ["POST"]),
+        ("/v1/embeddings", gateway.embeddings, ["POST"]),
+        ("/v1/models", gateway.models, ["GET"]),
+        ("/v1/models/{name:path}", gateway.model, ["GET"]),
+        ("/health", gateway.health, ["GET"]),
+        ("/ready", gateway.ready, ["GET"]),
+    ):
+        app.add_api_route(path, endpoint, methods=methods, response_model=None)
+    for kind in (MptGrpcError, BadRequestError):
+        app.add_exception_handler(kind, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_http_error)
+    return app
+
+
+class _Gateway:
+    def __init__(self, client: AsyncClient, strict_model_names: bool) -> None:
+        self._client, self._strict = client, strict_model_names
+
+    async def chat_completions(self, request: Request) -> Response:
+        """Answers a conversation, whole or as server-sent events."""
+        asked = await _parsed(request, ChatCompletionRequest)
+        with _callers_trace(request):
+            model = await self._model_name(asked.model)
+            messages = [message.message() for message in asked.messages]
+            answer = ChatAnswer(model, request.headers.get("x-request-id"))
+            if asked.stream:
+                return await _events(self._stream_chat(asked, messages, answer, _request_id(request)))
+            options = asked.options()
+            options["request_id"] = _request_id(request)
+            generation = await _unless_left(request, self._client.generate(messages, **options))
+            return JSONResponse(answer.whole(generation, bool(asked.logprobs)))
+
+    async def completions(self, request: Request) -> Response:
+        """Continues one prompt or several, whole or as server-sent events."""
+        asked = await _parsed(request, CompletionRequest)
+        with _callers_trace(request):
+            model = await self._model_name(asked.model)
+            request_id = _request_id(request)
+            if asked.stream:
+                return await _events(stream_completion(self._client, asked, model, request_id))
+            whole = await _unless_left(request, complete(self._client, asked, model, request_id))
+            return JSONResponse(whole)
+
+    async def embeddings(self) -> Response:
+        """Refuses: this model has none."""
+        raise BadRequestError("embeddings are not supported: the model generates text", status=404)
+
+    async def models(self) -> Response:
+        """Lists the one model that is loaded."""
+        return JSONResponse({"object": "list", "data": [await self._model()]})
+
+    async def model(self, name: str) -> Response:
+        """Describes the model of this name."""
+        model = await self._model()
+        if model["id"] != name:
+            raise _unknown(name, model["id"])
+        return JSONResponse(model)
+
+    async def health(self) -> Response:
+        """Says that this process answers."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """Says whether the gRPC server answers: 200 or 503."""
+        try:
+            await self._client.server_info(timeout_s=2)
+        except MptGrpcError as error:
+            return JSONResponse({"status": "unavailable", "message": str(error)}, 503)
+        return JSONResponse({"status": "ready"})
+
+    async def _stream_chat(
+        self, asked: ChatCompletionRequest, messages: list[Message], answer: ChatAnswer, request_id: str | None
+    ) -> AsyncIterator[dict[str, Any]]:
+        options = asked.options()
+        options["request_id"] = request_id
+        begun: set[int] = set()
+        async with self._client.stream(messages, **options) as stream:
+            async for delta in stream.deltas():
+                if delta.index not in begun:
+                    begun.add(delta.index)
+                    yield answer.first_chunk(delta.index)
+                if delta.text or delta.logprobs or delta.finish:
+                    yield answer.chunk(delta, bool(asked.logprobs))
+            if asked.includes_usage:
+                yield answer.usage_chunk([stream.result.usage])
+
+    async def _model(self) -> dict[str, Any]:
+        info = await self._client.model_info()
+        return {
+            "id": info.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "mpt-grpc",
+            "max_model_len": info.max_context_tokens,
+        }
+
+    async def _model_name(self, asked: str) -> str:
+        name: str = (await self._model())["id"]
+        if self._strict and asked not in ("", name):
+            raise _unknown(asked, name)
+        return name
+
+
+def _unknown(asked: str, name: str) -> BadRequestError:
+    why = f"model {asked!r} is not loaded; this server has {name!r}"
+    return BadRequestError(why, "model", status=404, code="model_not_found")
+
+
+async def _parsed(request: Request, kind: type[_Parsed]) -> _Parsed:
+    """Raises BadRequestError with the first field that is wrong or unknown."""
+    fields = known_fields(await request.body())
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # Where a field may be of several kinds, what comes behind its name is the kind.
+        name = str(first["loc"][0]) if first["loc"] else None
+        why = "unknown field: leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+        raise BadRequestError(f"{name}: {why}", name) from error
+
+
+def _request_id(request: Request) -> str | None:
+    return request.headers.get("x-request-id")
+
+
+@contextlib.contextmanager
+def _callers_trace(request: Request) -> Iterator[None]:
+    """Inside it calls belong to the trace that the HTTP caller has begun."""
+    token = trace_context.attach(propagate.extract(dict(request.headers)))
+    try:
+        yield
+    finally:
+        trace_context.detach(token)
+
+
+async def _unless_left(request: Request, call: Awaitable[_Result]) -> _Result:
+    """Awaits a call, and cancels it if the HTTP caller goes away meanwhile."""
+    working = asyncio.ensure_future(call)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            working.cancel()
+            raise BadRequestError("the caller has left", status=499)
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(chunks: AsyncIterator[dict[str, Any]]) -> Response:
+    """Server-sent events. What fails before the first is an HTTP error, later an event that says so."""
+    try:
+        first = await anext(chunks)
+    except StopAsyncIteration:
+        first = None
+
+    async def events() -> AsyncIterator[dict[str, str]]:
+        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+            try:
+                if first is not None:
+                    yield {"data": json.dumps(first, ensure_ascii=False)}
+                async for chunk in chunks:
+                    yield {"data": json.dumps(chunk, ensure_ascii=False)}
+            except MptGrpcError as error:
+                yield {"data": json.dumps(error_body(error)[1], ensure_ascii=False)}
+                return
+            yield {"data": "[DONE]"}
+
+    return EventSourceResponse(events(), sep="\n", ping=15)
+
+
+async def _on_error(_: Request, error: Exception) -> JSONResponse:
+    return error_response(error)
+
+
+async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
+    status = error.status_code if isinstance(error, HTTPException) else 400
+    why = str(error.detail) if isinstance(error, HTTPException) else str(error)
+    return error_response(BadRequestError(why, status=status))

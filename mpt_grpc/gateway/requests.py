@@ -1,0 +1,262 @@
+"""What OpenAI's clients send, checked; and what it means in the client library's options.
+
+The fields are OpenAI's, and those that vLLM has added and its users send. Ranges are the gRPC server's to check.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc_client import (
+    Choice,
+    Constraint,
+    GenerateOptions,
+    JsonObject,
+    JsonSchema,
+    LarkGrammar,
+    Message,
+    Regex,
+    Role,
+)
+
+HARMLESS = frozenset(
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls"
+    " reasoning_effort verbosity modalities".split()
+)
+"""Fields that SDKs send and that change nothing in what is generated here."""
+_SEEDS = 1 << 64
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class StructuredOutputs(_Strict):
+    """vLLM's field."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class NamedSchema(_Strict):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class _Request(_Strict):
+    """What both kinds of completion can ask."""
+
+    model: str = ""
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    max_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    # vLLM's
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
+    cache_salt: str | None = None
+    priority: int | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def options(self) -> GenerateOptions:
+        """As the client library takes them."""
+        top_k = None if self.top_k == -1 else self.top_k  # vLLM's way to say all
+        return GenerateOptions(
+            max_new_tokens=self.max_tokens,
+            min_new_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_k=top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            typical_p=self.typical_p,
+            seed=None if self.seed is None else self.seed % _SEEDS,
+            num_sequences=self.n,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=self.logit_bias,
+            allowed_token_ids=self.allowed_token_ids,
+            constraint=self._constraint(),
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            include_stop_string=self.include_stop_str_in_output,
+            ignore_eos=self.ignore_eos,
+            skip_special_tokens=self.skip_special_tokens,
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+            priority=None if self.priority is None else -self.priority,  # vLLM's lower goes first
+            cache_salt=self.cache_salt,
+        )
+
+    def _constraint(self) -> Constraint | None:
+        wanted = [*self._of_response_format(), *self._of_structured_outputs(), *self._of_guided()]
+        if len(wanted) > 1:
+            names = ", ".join(name for name, _ in wanted)
+            raise BadRequestError(f"more than one constraint: {names}; send one", wanted[1][0])
+        return wanted[0][1] if wanted else None
+
+    def _of_response_format(self) -> list[tuple[str, Constraint]]:
+        form = self.response_format
+        if form is None or form.type == "text":
+            return []
+        if form.type == "json_object":
+            return [("response_format", JsonObject())]
+        if form.json_schema is None:
+            raise BadRequestError("response_format.json_schema is required with type json_schema", "response_format")
+        return [("response_format", JsonSchema(form.json_schema.schema_))]
+
+    def _of_structured_outputs(self) -> list[tuple[str, Constraint]]:
+        asked = self.structured_outputs or StructuredOutputs()
+        object_ = JsonObject() if asked.json_object else None
+        return _given("structured_outputs", asked.json_, asked.regex, asked.choice, asked.grammar, object_)
+
+    def _of_guided(self) -> list[tuple[str, Constraint]]:
+        return _given("guided_*", self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar, None)
+
+
+def _given(
+    name: str,
+    schema: dict[str, Any] | str | None,
+    regex: str | None,
+    choice: list[str] | None,
+    grammar: str | None,
+    json_object: JsonObject | None,
+) -> list[tuple[str, Constraint]]:
+    candidates: tuple[Constraint | None, ...] = (
+        None if schema is None else JsonSchema(schema),
+        None if regex is None else Regex(regex),
+        None if choice is None else Choice(*choice),
+        None if grammar is None else LarkGrammar(grammar),
+        json_object,
+    )
+    return [(name, constraint) for constraint in candidates if constraint is not None]
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+    refusal: str | None = None
+
+    def message(self) -> Message:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        role = {"user": Role.USER, "assistant": Role.ASSISTANT}.get(self.role, Role.SYSTEM)
+        return Message(role, text)
+
+
+class ChatCompletionRequest(_Request):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    def options(self) -> GenerateOptions:
+        options = super().options()
+        if self.max_completion_tokens is not None:
+            options["max_new_tokens"] = self.max_completion_tokens
+        options["return_logprobs"] = bool(self.logprobs)
+        options["top_logprobs"] = self.top_logprobs
+        return options
+
+
+class CompletionRequest(_Request):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool = False
+    logprobs: int | None = None
+    best_of: int | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [part for part in self.prompt if isinstance(part, int)]
+        return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
+
+    def options(self) -> GenerateOptions:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise BadRequestError("best_of other than n is not supported: send n", "best_of")
+        options = super().options()
+        if self.max_tokens is None:
+            options["max_new_tokens"] = 16  # OpenAI's default
+        options["return_logprobs"] = self.logprobs is not None
+        options["return_prompt_logprobs"] = self.echo and self.logprobs is not None
+        options["return_prompt_token_ids"] = self.echo
+        options["top_logprobs"] = self.logprobs
+        return options
+
+
+REFUSED = {
+    "tools": "tools are not supported: ask for JSON with response_format",
+    "tool_choice": "tools are not supported: ask for JSON with response_format",
+    "functions": "functions are not supported: ask for JSON with response_format",
+    "function_call": "functions are not supported: ask for JSON with response_format",
+    "suffix": "suffix is not supported: the model only continues a prompt",
+    "audio": "audio is not supported",
+    "prediction": "prediction is not supported",
+    "web_search_options": "web search is not supported",
+}
+"""Fields of OpenAI's that would change the answer and cannot be served."""
+
+
+def known_fields(body: bytes) -> dict[str, Any]:
+    """The fields of a request without the harmless ones and those that are null. Raises BadRequestError."""
+    try:
+        fields = json.loads(body)
+    except ValueError as error:
+        raise BadRequestError(f"the body is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise BadRequestError("the body must be a JSON object")
+    fields = {name: value for name, value in fields.items() if value is not None and name not in HARMLESS}
+    for name in fields:
+        if name in REFUSED:
+            raise BadRequestError(REFUSED[name], name)
+    return fields

@@ -1,0 +1,200 @@
+"""What users do with OpenAI's SDK and with LangChain. Run by `test_sdks.py` in an environment that has them:
+
+python scenarios.py NAME URL
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import openai
+from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.prompts import PromptTemplate
+from langchain_openai import ChatOpenAI, OpenAI
+from openai import AsyncOpenAI
+from pydantic import BaseModel
+
+HELLO: list[Any] = [{"role": "user", "content": "Who are you?"}]
+
+
+class Animal(BaseModel):
+    """An animal."""
+
+    name: str
+    legs: int
+
+
+def sdk(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key="random-string", max_retries=0)
+
+
+def failure(kind: type[openai.APIStatusError], call: Callable[[], object]) -> Any:
+    try:
+        call()
+    except kind as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def chat(url: str) -> None:
+    answer = sdk(url).chat.completions.create(model="gpt-4o", messages=HELLO, max_completion_tokens=12, seed=1)
+    assert answer.model == "demo"
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
+    same = sdk(url).chat.completions.create(model="x", messages=HELLO, max_tokens=12, seed=1)
+    assert same.choices[0].message.content == answer.choices[0].message.content
+
+
+def chat_in_a_stream(url: str) -> None:
+    asked: dict[str, Any] = {"model": "demo", "messages": HELLO, "max_tokens": 20, "seed": 3, "n": 2}
+    whole = sdk(url).chat.completions.create(**asked)
+    texts, finishes, roles, usages = ["", ""], [None, None], [], []
+    for chunk in sdk(url).chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        if chunk.usage is not None:
+            assert chunk.choices == []
+            usages.append(chunk.usage)
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            finishes[choice.index] = choice.finish_reason or finishes[choice.index]
+            roles += [choice.delta.role] if choice.delta.role else []
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert finishes == [choice.finish_reason for choice in whole.choices]
+    assert roles == ["assistant"] * 2
+    assert [usage.completion_tokens for usage in usages] == [whole.usage.completion_tokens]
+
+
+def chat_logprobs(url: str) -> None:
+    answer = sdk(url).chat.completions.create(
+        model="demo", messages=HELLO, max_tokens=5, logprobs=True, top_logprobs=3, seed=1
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 5
+    assert "".join(token.token for token in content) == answer.choices[0].message.content
+    assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in content)
+
+
+def structured_output(url: str) -> None:
+    answer = sdk(url).chat.completions.parse(
+        model="demo", messages=HELLO, response_format=Animal, max_tokens=400, seed=2
+    )
+    assert isinstance(answer.choices[0].message.parsed, Animal)
+    answer = sdk(url).chat.completions.create(
+        model="demo", messages=HELLO, max_tokens=60, extra_body={"guided_choice": ["yes", "no"]}
+    )
+    assert answer.choices[0].message.content in ("yes", "no")
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def completions(url: str) -> None:
+    client = sdk(url)
+    one = client.completions.create(model="demo", prompt="Once upon a time", max_tokens=6, temperature=0, logprobs=2)
+    logprobs = one.choices[0].logprobs
+    assert "".join(logprobs.tokens) == one.choices[0].text
+    assert logprobs.text_offset[0] == 0
+    assert all(len(top) >= 2 for top in logprobs.top_logprobs)
+    several = client.completions.create(
+        model="demo", prompt=["Once upon a time", "The fox"], n=2, max_tokens=6, temperature=0, seed=1
+    )
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    assert several.choices[0].text == several.choices[1].text == one.choices[0].text
+    ids = client.completions.create(
+        model="demo", prompt=[300, 301, 302], max_tokens=3, stop="\n", logit_bias={"77": -100}
+    )
+    assert ids.usage.prompt_tokens == 3
+    pieces = client.completions.create(
+        model="demo", prompt="Once upon a time", max_tokens=6, temperature=0, stream=True, echo=True
+    )
+    assert "".join(piece.choices[0].text for piece in pieces) == "Once upon a time" + one.choices[0].text
+
+
+def scored_prompts(url: str) -> None:
+    """As evaluation harnesses ask: the prompt's own log probabilities, and no new token."""
+    text = "The fox said nothing."
+    answer = sdk(url).completions.create(model="demo", prompt=text, max_tokens=0, echo=True, logprobs=1)
+    assert answer.choices[0].text == text
+    logprobs = answer.choices[0].logprobs
+    assert "".join(logprobs.tokens) == text
+    assert logprobs.token_logprobs[0] is None
+    assert all(value <= 0 for value in logprobs.token_logprobs[1:])
+    assert [text[offset : offset + 1] for offset in logprobs.text_offset] == [token[0] for token in logprobs.tokens]
+    longer = sdk(url).completions.create(model="demo", prompt=text, max_tokens=1, echo=True, logprobs=1, temperature=0)
+    assert len(longer.choices[0].logprobs.tokens) == len(logprobs.tokens) + 1
+
+
+def models(url: str) -> None:
+    (model,) = sdk(url).models.list().data
+    assert model.id == "demo"
+    assert sdk(url).models.retrieve("demo").id == "demo"
+    assert failure(openai.NotFoundError, lambda: sdk(url).models.retrieve("gpt-4o")).code == "model_not_found"
+
+
+def errors(url: str) -> None:
+    def refused(**fields: Any) -> Any:
+        asked = {"model": "demo", "messages": HELLO, **fields}
+        return failure(openai.BadRequestError, lambda: sdk(url).chat.completions.create(**asked))
+
+    assert refused(temperature=-1).param == "temperature"
+    assert refused(max_tokens=100_000).param == "messages", "they and what is asked for do not fit"
+    assert refused(messages=[]).param == "messages"
+    assert refused(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]).param == "messages"
+    assert refused(tools=[{"type": "function", "function": {"name": "f"}}]).param == "tools"
+    assert refused(extra_body={"surprise": 1}).param == "surprise"
+    assert refused(extra_body={"guided_regex": "("}).param == "regex"
+    assert "more than one" in str(refused(extra_body={"guided_regex": "a", "guided_choice": ["b"]}))
+    answer = sdk(url).chat.completions.create(model="demo", messages=HELLO, max_tokens=1, user="me", store=False)
+    assert answer.choices
+    missing = failure(openai.NotFoundError, lambda: sdk(url).embeddings.create(model="demo", input="x"))
+    assert "embeddings" in str(missing)
+
+
+def async_sdk(url: str) -> None:
+    async def run() -> None:
+        async with AsyncOpenAI(base_url=url, api_key="random-string") as client:
+            asked: dict[str, Any] = {"model": "demo", "messages": HELLO, "max_tokens": 10, "seed": 1}
+            answers = await asyncio.gather(*(client.chat.completions.create(**asked) for _ in range(8)))
+            assert len({answer.choices[0].message.content for answer in answers}) == 1
+            stream = await client.chat.completions.create(**asked, stream=True)
+            text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            assert text == answers[0].choices[0].message.content
+
+    asyncio.run(run())
+
+
+def langchain_as_the_models_documents_show_it(url: str) -> None:
+    chat = ChatOpenAI(base_url=url, api_key="random-string", max_tokens=128)
+    answer = chat.invoke([HumanMessage(content="What is the capital of France?")])
+    assert answer.content
+    assert answer.usage_metadata["output_tokens"] <= 128
+    template = PromptTemplate(
+        input_variables=["user_message"],
+        template="The assistant tells short, true answers.\n\nUser: {user_message}\nAssistant:",
+    )
+    assert (template | chat).invoke({"user_message": "Where does the fox live?"}).content
+
+
+def langchain(url: str) -> None:
+    chat = ChatOpenAI(base_url=url, api_key="random-string", max_tokens=10, seed=1)
+    messages = [SystemMessage(content="Be brief."), HumanMessage(content="Who are you?")]
+    whole = chat.invoke(messages)
+    assert "".join(str(chunk.content) for chunk in chat.stream(messages)) == whole.content
+    assert [str(answer.content) for answer in chat.batch([messages, messages])] == [whole.content] * 2
+    assert asyncio.run(chat.ainvoke(messages)).content == whole.content
+    # For names that begin as OpenAI's older models LangChain takes function calls instead of a schema.
+    named = ChatOpenAI(model="demo", base_url=url, api_key="random-string", max_tokens=400, seed=2)
+    animal = named.with_structured_output(Animal)
+    assert isinstance(animal.invoke("An animal, please."), Animal)
+    text = OpenAI(base_url=url, api_key="random-string", max_tokens=8, temperature=0)
+    assert text.invoke("Once upon a time")
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](sys.argv[2])
+    print(json.dumps({"passed": sys.argv[1]}))

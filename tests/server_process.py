@@ -1,0 +1,82 @@
+"""A server as its users start it: a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SERVE = (
+    sys.executable,
+    "-m",
+    "mpt_grpc.cli",
+    "serve",
+    "--port",
+    "0",
+    "--http-port",
+    "0",
+    "--dtype",
+    "float32",
+    "--kv-cache-gib",
+    "0.25",
+)
+
+
+class ServerProcess:
+    """A running `mpt-grpc serve` that has said its welcome."""
+
+    def __init__(self, *flags: str) -> None:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}
+        self._process = subprocess.Popen(
+            (*SERVE, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self.stderr = ""
+        self._reader = threading.Thread(target=self._read_stderr)
+        self._reader.start()
+        self.welcome: list[str] = []
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.welcome.append(line.rstrip())
+            if line.strip().startswith("try"):
+                return
+        raise AssertionError(f"the server did not start: {self.wait()} {self.stderr}")
+
+    @property
+    def target(self) -> str:
+        (address,) = (line.split()[1] for line in self.welcome if line.split()[0] == "gRPC")
+        return address
+
+    @property
+    def openai_url(self) -> str:
+        (url,) = (line.split()[1] for line in self.welcome if line.split()[0] == "OpenAI")
+        return url
+
+    def terminate(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Returns the exit status; `stderr` is whole then."""
+        status = self._process.wait(60)
+        self._reader.join()
+        return status
+
+    def kill(self) -> None:
+        self._process.kill()
+        self.wait()
+
+    def _read_stderr(self) -> None:
+        assert self._process.stderr is not None
+        self.stderr = self._process.stderr.read()
+
+
+@contextmanager
+def running(*flags: str) -> Iterator[ServerProcess]:
+    server = ServerProcess(*flags)
+    try:
+        yield server
+    finally:
+        server.kill()
