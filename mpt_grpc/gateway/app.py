@@ -26,6 +26,7 @@ from mpt_grpc_client import AsyncClient, Message, MptGrpcError
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
 _Result = TypeVar("_Result")
+_MAX_BODY_BYTES = 32 << 20
 
 
 def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAPI:
@@ -145,7 +146,7 @@ def _unknown(asked: str, name: str) -> BadRequestError:
 
 async def _parsed(request: Request, kind: type[_Parsed]) -> _Parsed:
     """Raises BadRequestError with the first field that is wrong or unknown."""
-    fields = known_fields(await request.body())
+    fields = known_fields(await _body(request))
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -154,6 +155,15 @@ async def _parsed(request: Request, kind: type[_Parsed]) -> _Parsed:
         name = str(first["loc"][0]) if first["loc"] else None
         why = "unknown field: leave it out" if first["type"] == "extra_forbidden" else first["msg"]
         raise BadRequestError(f"{name}: {why}", name) from error
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_BODY_BYTES:
+            raise BadRequestError(f"the body is longer than {_MAX_BODY_BYTES} bytes: shorten the prompt", status=413)
+    return bytes(body)
 
 
 def _request_id(request: Request) -> str | None:

@@ -1,0 +1,93 @@
+"""The gateway as bytes on a connection: what no SDK shows."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import SteppedRunner, demo_settings
+
+from mpt_grpc.server.server import RunningServer, running_server
+from mpt_grpc.settings import HttpSettings
+
+ENDLESS = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True}
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[RunningServer]:
+    settings = replace(demo_settings(), http=HttpSettings(port=0, strict_model_names=True))
+    async with running_server(settings) as server:
+        yield server
+
+
+async def send(server: RunningServer, method: str, path: str, body: Any = None, **headers: str) -> Any:
+    """Sends a request and returns the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.http_port)
+    content = b"" if body is None else json.dumps(body).encode()
+    lines = [f"{method} {path} HTTP/1.1", "host: localhost", f"content-length: {len(content)}", "connection: close"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    writer.write("\r\n".join([*lines, "", ""]).encode() + content)
+    return reader, writer
+
+
+async def answer(server: RunningServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    reader, writer = await send(server, method, path, body, **headers)
+    head, _, content = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    return int(head.split()[1]), json.loads(content)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_caller_who_leaves_ends_the_generation(stepped: list[SteppedRunner], stream: bool) -> None:
+    async with running_server(replace(demo_settings(), http=HttpSettings(port=0))) as server:
+        before = server.engine.load.num_generated_tokens
+        reader, writer = await send(server, "POST", "/v1/completions", {**ENDLESS, "stream": stream})
+        await asyncio.to_thread(stepped[0].wait_for_step)
+        if stream:
+            for _ in range(4):
+                stepped[0].allow()
+            await reader.readuntil(b"data: ")
+        writer.close()
+        stepped[0].run_free()
+        await server.drain()  # returns when no call is answered any more
+        assert server.engine.load.num_generated_tokens - before < 1900
+
+
+async def test_ready_and_health_tell_the_server_and_the_process_apart(gateway: RunningServer) -> None:
+    assert await answer(gateway, "GET", "/health") == (200, {"status": "ok"})
+    assert await answer(gateway, "GET", "/ready") == (200, {"status": "ready"})
+
+
+async def test_a_draining_server_answers_503(gateway: RunningServer) -> None:
+    await gateway.drain()
+    status, body = await answer(gateway, "POST", "/v1/completions", {"prompt": "x"})
+    assert (status, body["error"]["code"]) == (503, "unavailable")
+
+
+async def test_names_are_strict_where_the_server_says_so(gateway: RunningServer) -> None:
+    status, body = await answer(gateway, "POST", "/v1/completions", {"model": "gpt-4o", "prompt": "x"})
+    assert (status, body["error"]["code"]) == (404, "model_not_found")
+    status, body = await answer(gateway, "POST", "/v1/completions", {"model": "demo", "prompt": "x", "max_tokens": 1})
+    assert status == 200
+
+
+async def test_what_is_no_request_is_an_error_in_openais_form(gateway: RunningServer) -> None:
+    for path, body, status in (
+        ("/v1/completions", [1], 400),
+        ("/v1/completions", {}, 400),
+        ("/v1/chat/completions", {"messages": "hello"}, 400),
+        ("/v1/nothing", {}, 404),
+    ):
+        given, said = await answer(gateway, "POST", path, body)
+        assert given == status
+        assert set(said["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_the_callers_request_id_is_the_requests(gateway: RunningServer) -> None:
+    asked = {"prompt": "x", "max_tokens": 1}
+    status, body = await answer(gateway, "POST", "/v1/completions", asked, x_request_id="order-17")
+    assert (status, body["id"]) == (200, "cmpl-order-17")
