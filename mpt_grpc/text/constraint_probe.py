@@ -8,6 +8,7 @@ It imports nothing of this package and little else, because every new constraint
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 
@@ -19,6 +20,7 @@ MEMORY_BYTES = 1 << 30
 STACK_BYTES = 4 << 20
 
 if __name__ == "__main__":
+    os.nice(19)  # the model's threads go first
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
