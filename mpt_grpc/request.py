@@ -227,7 +227,7 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class RequestStats:
-    """The account of one ended request. Times are seconds since the epoch; None where it never got that far."""
+    """The account of one request. Times are seconds since the epoch; None where it has not got that far."""
 
     num_prompt_tokens: int
     num_cached_tokens: int
@@ -239,6 +239,7 @@ class RequestStats:
     scheduled_time_s: float | None
     first_token_time_s: float | None
     end_time_s: float
+    """Of one in flight: now."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from mpt_grpc.engine.assembly import OutputAssembly, RequestAssembly
 from mpt_grpc.engine.flights import Flight, Flights
 from mpt_grpc.engine.masks import MaskWorkers
 from mpt_grpc.engine.prepare import Preparation, PreparedRequest
+from mpt_grpc.engine.state import EngineLoad, EngineState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream, collect
 from mpt_grpc.errors import DeviceLostError, InternalError, UnavailableError
 from mpt_grpc.model.runner import Runner
@@ -43,18 +45,6 @@ from mpt_grpc.text.guards import watch_all
 _log = logging.getLogger(__name__)
 
 Stream = TypeVar("Stream", AsyncStream, ThreadStream)
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """How busy the engine was after its last step; counters run since the start."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_free_blocks: int = 0
-    num_steps: int = 0
-    num_generated_tokens: int = 0
-    num_batched_sequences: int = 0
 
 
 class Engine:
@@ -81,9 +71,11 @@ class Engine:
         self._waits_for_masks = False
         """Whether nothing can be chosen before a mask is ready, which comes as mail."""
         self._flights = Flights(max_in_flight, tracer)
+        self._watchers: list[Future[EngineState]] = []
         self._admission = threading.Lock()
         self._closed: UnavailableError | None = None
         self._running = True
+        self._has_stopped = False
         self._epoch_s = time.time() - time.monotonic()
         self._progress_time_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -138,6 +130,16 @@ class Engine:
             self._cancel(flight)
         return flight is not None
 
+    def state(self) -> Future[EngineState]:
+        """What the engine is doing, as it is after the step that runs. Raises UnavailableError if it has stopped."""
+        watcher: Future[EngineState] = Future()
+        with self._admission:
+            if self._has_stopped:
+                raise UnavailableError(str(self._closed))
+            self._watchers.append(watcher)
+        self._inbox.put(_wake_up)
+        return watcher
+
     @property
     def num_in_flight(self) -> int:
         return len(self._flights)
@@ -163,6 +165,7 @@ class Engine:
         try:
             while self._running:
                 self._take_mail()
+                self._answer_watchers()
                 self._end_overdue()
                 self._deliver()  # what has ended does not wait for the step
                 plan = self._scheduler.plan()
@@ -291,10 +294,24 @@ class Engine:
         watch = watch_all(preparation.guards) if preparation.guards else None
         return OutputAssembly(index, text, watch, end_sequence, request.resume_token_ids)
 
+    def _answer_watchers(self) -> None:
+        if not self._watchers:
+            return
+        with self._admission:
+            watchers, self._watchers = self._watchers, []
+        now_s, kept_blocks = self._now_s(), self._scheduler.kept_blocks
+        state = EngineState(now_s, self.load, kept_blocks, self._flights.in_flight(now_s), self._flights.ended)
+        for watcher in watchers:
+            watcher.set_result(state)
+
     def _stop(self) -> None:
         self._running = False
 
     def _fail_all(self, why: UnavailableError) -> None:
+        with self._admission:
+            self._has_stopped = True
+        for watcher in self._watchers:
+            watcher.set_exception(UnavailableError(str(why)))
         self._flights.fail_all(lambda: UnavailableError(str(why)))
         self._masks.close()
         self._deliver()

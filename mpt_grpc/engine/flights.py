@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
 
 from mpt_grpc.engine.prepare import PreparedRequest
+from mpt_grpc.engine.state import RequestState, SequenceState
 from mpt_grpc.errors import DuplicateRequestError, OverloadedError
-from mpt_grpc.request import GenerationRequest, RequestStats, TokenEvent
+from mpt_grpc.request import FinishReason, GenerationRequest, RequestStats, TokenEvent
 from mpt_grpc.schedule.scheduler import Progress
 from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
 from mpt_grpc.telemetry.tracing import record_phases
 
 _RETRY_AFTER_S = 1.0
+_NUM_ENDED = 64
 
 
 @dataclass
@@ -30,7 +33,8 @@ class Flight:
     arrival_time_s: float
     sequences: Sequence[ScheduledSequence] = ()
     """Empty until the scheduler has it."""
-    num_ended: int = 0
+    finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
+    """By index, of the sequences that have ended."""
     scheduled_time_s: float | None = None
     first_token_time_s: float | None = None
     num_output_tokens: int = 0
@@ -38,6 +42,32 @@ class Flight:
     @property
     def request(self) -> GenerationRequest:
         return self.prepared.request
+
+    def stats(self, end_time_s: float) -> RequestStats:
+        """The account so far."""
+        return RequestStats(
+            num_prompt_tokens=len(self.prepared.prompt_token_ids),
+            num_cached_tokens=(self.sequences[0].num_cached_tokens or 0) if self.sequences else 0,
+            num_preemptions=sum(sequence.num_preemptions for sequence in self.sequences),
+            seed=self.request.sampling.seed or 0,
+            arrival_time_s=self.arrival_time_s,
+            scheduled_time_s=self.scheduled_time_s,
+            first_token_time_s=self.first_token_time_s,
+            end_time_s=end_time_s,
+        )
+
+    def state(self, stats: RequestStats) -> RequestState:
+        sequences = tuple(
+            SequenceState(
+                sequence.index,
+                sequence.num_computed,
+                sequence.num_output_tokens,
+                sequence.block_table,
+                self.finish_reasons.get(sequence.index),
+            )
+            for sequence in self.sequences
+        )
+        return RequestState(self.request.request_id, stats, self.num_output_tokens, sequences)
 
 
 class Flights:
@@ -53,6 +83,7 @@ class Flights:
         """Of the sequences that have not ended."""
         self._time_limited: dict[str, Flight] = {}
         self._outbox: list[tuple[Flight, TokenEvent]] = []
+        self._ended: deque[RequestState] = deque(maxlen=_NUM_ENDED)
 
     def __len__(self) -> int:
         return len(self._by_request_id)
@@ -109,8 +140,8 @@ class Flights:
         )
         if step.finish is not None:
             del self._by_sequence_id[sequence.sequence_id]
-            flight.num_ended += 1
-            if flight.num_ended == len(flight.sequences):
+            flight.finish_reasons[sequence.index] = step.finish.reason
+            if len(flight.finish_reasons) == len(flight.sequences):
                 event = replace(event, stats=self._leave(flight, now_s))
         self._outbox.append((flight, event))
 
@@ -129,22 +160,25 @@ class Flights:
             self._by_request_id.clear()
             self._time_limited.clear()
 
+    @property
+    def ended(self) -> tuple[RequestState, ...]:
+        """The last ones, by their end."""
+        return tuple(self._ended)
+
+    def in_flight(self, now_s: float) -> tuple[RequestState, ...]:
+        """All of them, by arrival."""
+        with self._lock:
+            flights = list(self._by_request_id.values())
+        return tuple(flight.state(flight.stats(now_s)) for flight in flights)
+
     def take_outbox(self) -> list[tuple[Flight, TokenEvent]]:
         """The events that were not delivered yet."""
         batch, self._outbox = self._outbox, []
         return batch
 
     def _leave(self, flight: Flight, now_s: float) -> RequestStats:
-        stats = RequestStats(
-            num_prompt_tokens=len(flight.prepared.prompt_token_ids),
-            num_cached_tokens=flight.sequences[0].num_cached_tokens or 0,
-            num_preemptions=sum(sequence.num_preemptions for sequence in flight.sequences),
-            seed=flight.request.sampling.seed or 0,
-            arrival_time_s=flight.arrival_time_s,
-            scheduled_time_s=flight.scheduled_time_s,
-            first_token_time_s=flight.first_token_time_s,
-            end_time_s=now_s,
-        )
+        stats = flight.stats(now_s)
+        self._ended.append(flight.state(stats))
         if self._tracer is not None and flight.context is not None:
             record_phases(self._tracer, flight.context, stats, flight.num_output_tokens)
         self._time_limited.pop(flight.request.request_id, None)

@@ -33,6 +33,11 @@ class BlockPool:
         """Blocks without an owner."""
         return len(self._blank) + len(self._kept)
 
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Blocks without an owner that can be found; the first is handed out first."""
+        return tuple(self._kept)
+
     def allocate(self, n: int) -> list[int]:
         """Hands out `n` blocks, each with one owner; there must be as many free ones."""
         assert n <= self.num_free, "the scheduler counts before it allocates"

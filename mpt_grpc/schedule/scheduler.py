@@ -65,6 +65,10 @@ class Scheduler:
         return self._pool.num_free
 
     @property
+    def kept_blocks(self) -> tuple[int, ...]:
+        return self._pool.kept
+
+    @property
     def has_work(self) -> bool:
         return bool(self._sequences)
 

@@ -6,11 +6,12 @@ import uuid
 from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from mpt.v1 import text_generation_pb2 as pb
-from mpt_grpc.engine.engine import EngineLoad
 from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.prepare import Preparation
+from mpt_grpc.engine.state import EngineLoad, EngineState, RequestState
 from mpt_grpc.request import (
     CacheOptions,
     Choice,
@@ -97,20 +98,7 @@ def finish(value: Finish) -> pb.Finish:
 
 def summary(stats: RequestStats, num_output_tokens: int, trace_id: str) -> pb.Summary:
     return pb.Summary(
-        usage=pb.Usage(
-            num_prompt_tokens=stats.num_prompt_tokens,
-            num_cached_tokens=stats.num_cached_tokens,
-            num_output_tokens=num_output_tokens,
-            num_preemptions=stats.num_preemptions,
-        ),
-        timings=pb.Timings(
-            queue=_duration(stats.arrival_time_s, stats.scheduled_time_s),
-            prefill=_duration(stats.scheduled_time_s, stats.first_token_time_s),
-            decode=_duration(stats.first_token_time_s, stats.end_time_s),
-            time_to_first_token=_duration(stats.arrival_time_s, stats.first_token_time_s),
-        ),
-        seed=stats.seed,
-        trace_id=trace_id,
+        usage=_usage(stats, num_output_tokens), timings=_timings(stats), seed=stats.seed, trace_id=trace_id
     )
 
 
@@ -146,6 +134,16 @@ def load(load: EngineLoad, total_blocks: int) -> pb.Load:
         steps=load.num_steps,
         generated_tokens=load.num_generated_tokens,
         batched_sequences=load.num_batched_sequences,
+    )
+
+
+def engine_state(state: EngineState, total_blocks: int) -> pb.GetEngineStateResponse:
+    return pb.GetEngineStateResponse(
+        time=_timestamp(state.time_s),
+        load=load(state.load, total_blocks),
+        kept_blocks=state.kept_blocks,
+        in_flight=[_request_state(request, has_ended=False) for request in state.in_flight],
+        ended=[_request_state(request, has_ended=True) for request in state.ended],
     )
 
 
@@ -227,6 +225,51 @@ def _repetition_guard(message: pb.RepetitionGuard) -> RepetitionGuard:
             message.max_cycle_tokens if message.HasField("max_cycle_tokens") else defaults.max_cycle_tokens
         ),
     )
+
+
+def _request_state(state: RequestState, has_ended: bool) -> pb.RequestState:
+    stats = state.stats
+    return pb.RequestState(
+        request_id=state.request_id,
+        arrival_time=_timestamp(stats.arrival_time_s),
+        end_time=_timestamp(stats.end_time_s) if has_ended else None,
+        timings=_timings(stats),
+        usage=_usage(stats, state.num_output_tokens),
+        sequences=[
+            pb.SequenceState(
+                index=sequence.index,
+                num_computed_tokens=sequence.num_computed_tokens,
+                num_output_tokens=sequence.num_output_tokens,
+                blocks=sequence.blocks,
+                finish_reason=None if sequence.finish_reason is None else _FINISH_REASONS[sequence.finish_reason],
+            )
+            for sequence in state.sequences
+        ],
+    )
+
+
+def _usage(stats: RequestStats, num_output_tokens: int) -> pb.Usage:
+    return pb.Usage(
+        num_prompt_tokens=stats.num_prompt_tokens,
+        num_cached_tokens=stats.num_cached_tokens,
+        num_output_tokens=num_output_tokens,
+        num_preemptions=stats.num_preemptions,
+    )
+
+
+def _timings(stats: RequestStats) -> pb.Timings:
+    return pb.Timings(
+        queue=_duration(stats.arrival_time_s, stats.scheduled_time_s),
+        prefill=_duration(stats.scheduled_time_s, stats.first_token_time_s),
+        decode=_duration(stats.first_token_time_s, stats.end_time_s),
+        time_to_first_token=_duration(stats.arrival_time_s, stats.first_token_time_s),
+    )
+
+
+def _timestamp(time_s: float) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(round(time_s * 1e9))
+    return timestamp
 
 
 def _duration(start_s: float | None, end_s: float | None) -> Duration | None:

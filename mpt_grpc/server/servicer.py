@@ -118,6 +118,11 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             load=convert.load(self._engine.load, self._model.num_blocks),
         )
 
+    async def GetEngineState(
+        self, request: pb.GetEngineStateRequest, context: _CallContext
+    ) -> pb.GetEngineStateResponse:
+        return convert.engine_state(await asyncio.wrap_future(self._engine.state()), self._model.num_blocks)
+
     @asynccontextmanager
     async def _answer(self, message: pb.GenerateRequest) -> AsyncIterator[_Answer]:
         """A request in flight. However the block is left, by return, error, cancel or deadline, the request ends."""

@@ -35,6 +35,7 @@ class ScriptedService(pb_grpc.TextGenerationServiceServicer):
         self.aborted = pb.AbortResponse()
         self.model = pb.GetModelInfoResponse()
         self.server = pb.GetServerInfoResponse()
+        self.engine = pb.GetEngineStateResponse()
         self._refusals: list[object] = []
         self._hang: Hang | None = None
 
@@ -81,6 +82,10 @@ class ScriptedService(pb_grpc.TextGenerationServiceServicer):
     def GetServerInfo(self, request, context):
         self._arrive(request, context)
         return self.server
+
+    def GetEngineState(self, request, context):
+        self._arrive(request, context)
+        return self.engine
 
     def _arrive(self, request: Message, context: grpc.ServicerContext) -> None:
         self.requests.append(request)

@@ -56,6 +56,7 @@ async def test_the_twins_send_the_same_requests_and_answer_the_same(answer, clie
         assert await twin.abort("a", "b") == client.abort("a", "b") == ("b",)
         assert await twin.model_info() == client.model_info()
         assert await twin.server_info() == client.server_info()
+        assert await twin.engine_state() == client.engine_state()
     assert answer.requests[::2] == answer.requests[1::2]
 
 

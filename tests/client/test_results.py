@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc_client import (
     Delta,
+    EngineState,
     Finish,
     FinishReason,
     Generation,
@@ -15,6 +17,8 @@ from mpt_grpc_client import (
     Load,
     ModelInfo,
     Output,
+    RequestState,
+    SequenceState,
     ServerInfo,
     Timings,
     Token,
@@ -231,3 +235,30 @@ def test_server_info_has_every_field_of_the_api(service, client):
         load=pb.Load(**load),
     )
     assert client.server_info() == ServerInfo("1.2.3", 90.5, Limits(**limits), Load(**load))
+
+
+def test_engine_state_has_every_field_of_the_api(service, client):
+    load = {field.name: n for n, field in enumerate(pb.Load.DESCRIPTOR.fields, 11)}
+    usage = {field.name: n for n, field in enumerate(pb.Usage.DESCRIPTOR.fields, 21)}
+    running = pb.RequestState(
+        request_id="a",
+        arrival_time=Timestamp(seconds=5),
+        timings=pb.Timings(queue=Duration(seconds=1)),
+        usage=pb.Usage(**usage),
+        sequences=[pb.SequenceState(index=1, num_computed_tokens=2, num_output_tokens=3, blocks=[4, 5])],
+    )
+    ended = pb.RequestState(
+        request_id="b",
+        end_time=Timestamp(seconds=7, nanos=500_000_000),
+        sequences=[pb.SequenceState(finish_reason=pb.FINISH_REASON_TIME_LIMIT)],
+    )
+    service.engine = pb.GetEngineStateResponse(
+        time=Timestamp(seconds=9), load=pb.Load(**load), kept_blocks=[6, 7], in_flight=[running], ended=[ended]
+    )
+    in_flight = RequestState(
+        "a", 5.0, None, Timings(1.0, None, None, None), Usage(**usage), (SequenceState(1, 2, 3, (4, 5), None),)
+    )
+    state = client.engine_state()
+    assert state == EngineState(9.0, Load(**load), (6, 7), (in_flight,), state.ended)
+    assert (state.ended[0].request_id, state.ended[0].end_time_s) == ("b", 7.5)
+    assert state.ended[0].sequences == (SequenceState(0, 0, 0, (), FinishReason.TIME_LIMIT),)

@@ -155,6 +155,18 @@ async def test_the_other_methods_answer(client: Client) -> None:
     assert await asyncio.to_thread(client.abort, "nobody") == ()
 
 
+async def test_the_engine_shows_its_requests_and_blocks(client: Client) -> None:
+    answer = await asyncio.to_thread(client.generate, "The fox said", request_id="seen", max_new_tokens=20)
+    state = await asyncio.to_thread(client.engine_state)
+    (seen,) = [request for request in state.ended if request.request_id == "seen"]
+    assert (seen.usage, seen.timings) == (answer.usage, answer.timings)
+    assert seen.end_time_s is not None
+    assert seen.arrival_time_s < seen.end_time_s <= state.time_s
+    assert seen.sequences[0].finish_reason is answer.finish.reason
+    assert state.kept_blocks
+    assert (state.in_flight, state.load.running_requests) == ((), 0)
+
+
 async def test_bad_fields_are_named(client: Client) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         await asyncio.to_thread(client.generate, "x", temperature=-1, top_p=0)

@@ -15,7 +15,7 @@ from mpt_grpc_client.channel import channel_options, resolve_target, trace_metad
 from mpt_grpc_client.errors import MptGrpcError, from_rpc_error
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.request import GenerateOptions, build_request
-from mpt_grpc_client.results import Delta, Generation, ModelInfo, ServerInfo, Token
+from mpt_grpc_client.results import Delta, EngineState, Generation, ModelInfo, ServerInfo, Token
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -88,6 +88,11 @@ class AsyncClient:
     async def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
         """What the server's limits are and how busy it is."""
         return responses.server_info(await self._call(self._stub.GetServerInfo, pb.GetServerInfoRequest(), timeout_s))
+
+    async def engine_state(self, *, timeout_s: float | None = None) -> EngineState:
+        """What the engine is doing: its requests, those that ended lately, and the blocks of the KV cache they hold."""
+        response = await self._call(self._stub.GetEngineState, pb.GetEngineStateRequest(), timeout_s)
+        return responses.engine_state(response)
 
     async def _call(
         self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout_s: float | None

@@ -9,6 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.results import (
     Delta,
+    EngineState,
     Finish,
     FinishReason,
     Generation,
@@ -16,6 +17,8 @@ from mpt_grpc_client.results import (
     Load,
     ModelInfo,
     Output,
+    RequestState,
+    SequenceState,
     ServerInfo,
     Timings,
     Token,
@@ -135,7 +138,7 @@ def model_info(response: pb.GetModelInfoResponse) -> ModelInfo:
 
 
 def server_info(response: pb.GetServerInfoResponse) -> ServerInfo:
-    limits, load = response.limits, response.load
+    limits = response.limits
     return ServerInfo(
         version=response.version,
         uptime_s=_seconds(response.uptime),
@@ -146,15 +149,50 @@ def server_info(response: pb.GetServerInfoResponse) -> ServerInfo:
             max_message_bytes=limits.max_message_bytes,
             cache_tokens=limits.cache_tokens,
         ),
-        load=Load(
-            running_requests=load.running_requests,
-            waiting_requests=load.waiting_requests,
-            total_blocks=load.total_blocks,
-            free_blocks=load.free_blocks,
-            steps=load.steps,
-            generated_tokens=load.generated_tokens,
-            batched_sequences=load.batched_sequences,
-        ),
+        load=_load(response.load),
+    )
+
+
+def engine_state(response: pb.GetEngineStateResponse) -> EngineState:
+    return EngineState(
+        time_s=response.time.ToNanoseconds() / 1e9,
+        load=_load(response.load),
+        kept_blocks=tuple(response.kept_blocks),
+        in_flight=tuple(map(_request_state, response.in_flight)),
+        ended=tuple(map(_request_state, response.ended)),
+    )
+
+
+def _load(load: pb.Load) -> Load:
+    return Load(
+        running_requests=load.running_requests,
+        waiting_requests=load.waiting_requests,
+        total_blocks=load.total_blocks,
+        free_blocks=load.free_blocks,
+        steps=load.steps,
+        generated_tokens=load.generated_tokens,
+        batched_sequences=load.batched_sequences,
+    )
+
+
+def _request_state(state: pb.RequestState) -> RequestState:
+    return RequestState(
+        request_id=state.request_id,
+        arrival_time_s=state.arrival_time.ToNanoseconds() / 1e9,
+        end_time_s=state.end_time.ToNanoseconds() / 1e9 if state.HasField("end_time") else None,
+        timings=_timings(state.timings),
+        usage=_usage(state.usage),
+        sequences=tuple(map(_sequence_state, state.sequences)),
+    )
+
+
+def _sequence_state(state: pb.SequenceState) -> SequenceState:
+    return SequenceState(
+        index=state.index,
+        num_computed_tokens=state.num_computed_tokens,
+        num_output_tokens=state.num_output_tokens,
+        blocks=tuple(state.blocks),
+        finish_reason=FinishReason(state.finish_reason) if state.HasField("finish_reason") else None,
     )
 
 

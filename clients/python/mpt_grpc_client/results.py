@@ -229,3 +229,44 @@ class ServerInfo:
     uptime_s: float
     limits: Limits
     load: Load
+
+
+@dataclass(frozen=True)
+class SequenceState:
+    """An output as far as it has come."""
+
+    index: int
+    num_computed_tokens: int
+    """Tokens, of prompt and output, that are computed and held in the blocks."""
+    num_output_tokens: int
+    blocks: tuple[int, ...]
+    """Of the KV cache, in the order of its tokens; others may share the first ones. Empty while it waits, and ended."""
+    finish_reason: FinishReason | None
+    """None while it has not ended, and after an error."""
+
+
+@dataclass(frozen=True)
+class RequestState:
+    """A request as far as it has come; times by the server's clock, in seconds since the epoch."""
+
+    request_id: str
+    arrival_time_s: float
+    end_time_s: float | None
+    """None in flight."""
+    timings: Timings
+    usage: Usage
+    sequences: tuple[SequenceState, ...]
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What a server's engine was doing at `time_s`, between two steps."""
+
+    time_s: float
+    load: Load
+    kept_blocks: tuple[int, ...]
+    """Blocks that no request holds and that are kept because their content can be found again."""
+    in_flight: tuple[RequestState, ...]
+    """By arrival."""
+    ended: tuple[RequestState, ...]
+    """The last 64, by their end."""

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -1432,3 +1433,164 @@ class Load(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class GetEngineStateRequest(_message.Message):
+    """Asks what the engine is doing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetEngineStateRequest: _TypeAlias = GetEngineStateRequest  # noqa: Y015
+
+@_typing.final
+class GetEngineStateResponse(_message.Message):
+    """The engine between two steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    KEPT_BLOCKS_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When this was taken, by the server's clock."""
+
+    @_builtins.property
+    def load(self) -> Global___Load:
+        """How busy it is."""
+
+    @_builtins.property
+    def kept_blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks that no request holds and that are kept because their content can be found again."""
+
+    @_builtins.property
+    def in_flight(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestState]:
+        """The requests in flight, in the order of their arrival."""
+
+    @_builtins.property
+    def ended(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestState]:
+        """The last 64 requests that have ended, in the order of their end."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        load: Global___Load | None = ...,
+        kept_blocks: _abc.Iterable[_builtins.int] | None = ...,
+        in_flight: _abc.Iterable[Global___RequestState] | None = ...,
+        ended: _abc.Iterable[Global___RequestState] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "in_flight", b"in_flight", "kept_blocks", b"kept_blocks", "load", b"load", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetEngineStateResponse: _TypeAlias = GetEngineStateResponse  # noqa: Y015
+
+@_typing.final
+class RequestState(_message.Message):
+    """A request as far as it has come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ARRIVAL_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Its id."""
+    @_builtins.property
+    def arrival_time(self) -> _timestamp_pb2.Timestamp:
+        """When it arrived, by the server's clock."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ended; absent in flight."""
+
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """Where its time has gone so far."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """Token counts so far."""
+
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceState]:
+        """Its outputs. Empty until the scheduler has it."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        arrival_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        timings: Global___Timings | None = ...,
+        usage: Global___Usage | None = ...,
+        sequences: _abc.Iterable[Global___SequenceState] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arrival_time", b"arrival_time", "end_time", b"end_time", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time", b"arrival_time", "end_time", b"end_time", "request_id", b"request_id", "sequences", b"sequences", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestState: _TypeAlias = RequestState  # noqa: Y015
+
+@_typing.final
+class SequenceState(_message.Message):
+    """An output as far as it has come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    NUM_COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which of the request's outputs."""
+    num_computed_tokens: _builtins.int
+    """Tokens, of prompt and output, that are computed and held in the blocks."""
+    num_output_tokens: _builtins.int
+    """Tokens generated."""
+    finish_reason: Global___FinishReason.ValueType
+    """Why it ended. Absent while it has not, and after an error."""
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The blocks of the KV cache that it holds, in the order of its tokens; others may share the first ones. Empty while
+        it waits, and once it has ended.
+        """
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        num_computed_tokens: _builtins.int = ...,
+        num_output_tokens: _builtins.int = ...,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
+        finish_reason: Global___FinishReason.ValueType | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason", "finish_reason", b"finish_reason"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason", "blocks", b"blocks", "finish_reason", b"finish_reason", "index", b"index", "num_computed_tokens", b"num_computed_tokens", "num_output_tokens", b"num_output_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__finish_reason: _TypeAlias = _typing.Literal["finish_reason"]  # noqa: Y015
+    _WhichOneofArgType__finish_reason: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__finish_reason) -> _WhichOneofReturnType__finish_reason | None: ...
+
+Global___SequenceState: _TypeAlias = SequenceState  # noqa: Y015

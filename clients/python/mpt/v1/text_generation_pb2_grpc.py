@@ -78,6 +78,11 @@ class TextGenerationServiceStub:
                 request_serializer=mpt_dot_v1_dot_text__generation__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=mpt_dot_v1_dot_text__generation__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
+        self.GetEngineState = channel.unary_unary(
+                '/mpt.v1.TextGenerationService/GetEngineState',
+                request_serializer=mpt_dot_v1_dot_text__generation__pb2.GetEngineStateRequest.SerializeToString,
+                response_deserializer=mpt_dot_v1_dot_text__generation__pb2.GetEngineStateResponse.FromString,
+                _registered_method=True)
 
 
 class TextGenerationServiceServicer:
@@ -142,6 +147,14 @@ class TextGenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetEngineState(self, request, context):
+        """Shows what the engine is doing, for people who watch it: its requests, and which blocks of the KV cache they hold.
+        It is taken between two steps and answered then. No prompt and no output is in it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TextGenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -179,6 +192,11 @@ def add_TextGenerationServiceServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=mpt_dot_v1_dot_text__generation__pb2.GetServerInfoRequest.FromString,
                     response_serializer=mpt_dot_v1_dot_text__generation__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'GetEngineState': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetEngineState,
+                    request_deserializer=mpt_dot_v1_dot_text__generation__pb2.GetEngineStateRequest.FromString,
+                    response_serializer=mpt_dot_v1_dot_text__generation__pb2.GetEngineStateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -379,6 +397,33 @@ class TextGenerationService:
             '/mpt.v1.TextGenerationService/GetServerInfo',
             mpt_dot_v1_dot_text__generation__pb2.GetServerInfoRequest.SerializeToString,
             mpt_dot_v1_dot_text__generation__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetEngineState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mpt.v1.TextGenerationService/GetEngineState',
+            mpt_dot_v1_dot_text__generation__pb2.GetEngineStateRequest.SerializeToString,
+            mpt_dot_v1_dot_text__generation__pb2.GetEngineStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,6 +58,10 @@ class TextGenerationServiceStub:
     """Says what model is loaded."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_text_generation_pb2.GetServerInfoRequest, _text_generation_pb2.GetServerInfoResponse]
     """Says what the server's limits are and how busy it is."""
+    GetEngineState: _grpc.UnaryUnaryMultiCallable[_text_generation_pb2.GetEngineStateRequest, _text_generation_pb2.GetEngineStateResponse]
+    """Shows what the engine is doing, for people who watch it: its requests, and which blocks of the KV cache they hold.
+    It is taken between two steps and answered then. No prompt and no output is in it.
+    """
 
 @_typing.type_check_only
 class TextGenerationServiceAsyncStub(TextGenerationServiceStub):
@@ -89,6 +93,10 @@ class TextGenerationServiceAsyncStub(TextGenerationServiceStub):
     """Says what model is loaded."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_text_generation_pb2.GetServerInfoRequest, _text_generation_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Says what the server's limits are and how busy it is."""
+    GetEngineState: _aio.UnaryUnaryMultiCallable[_text_generation_pb2.GetEngineStateRequest, _text_generation_pb2.GetEngineStateResponse]  # type: ignore[assignment]
+    """Shows what the engine is doing, for people who watch it: its requests, and which blocks of the KV cache they hold.
+    It is taken between two steps and answered then. No prompt and no output is in it.
+    """
 
 class TextGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Continues prompts with a language model. Every error carries google.rpc.ErrorInfo with the domain "mpt-grpc":
@@ -159,5 +167,15 @@ class TextGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_text_generation_pb2.GetServerInfoResponse, _abc.Awaitable[_text_generation_pb2.GetServerInfoResponse]]:
         """Says what the server's limits are and how busy it is."""
+
+    @_abc_1.abstractmethod
+    def GetEngineState(
+        self,
+        request: _text_generation_pb2.GetEngineStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_text_generation_pb2.GetEngineStateResponse, _abc.Awaitable[_text_generation_pb2.GetEngineStateResponse]]:
+        """Shows what the engine is doing, for people who watch it: its requests, and which blocks of the KV cache they hold.
+        It is taken between two steps and answered then. No prompt and no output is in it.
+        """
 
 def add_TextGenerationServiceServicer_to_server(servicer: TextGenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

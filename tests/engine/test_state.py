@@ -1,0 +1,74 @@
+"""What the engine shows of itself to those who watch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from conftest import SteppedRunner, generation, submit
+
+from mpt_grpc.engine.engine import Engine
+from mpt_grpc.engine.stream import collect
+from mpt_grpc.errors import UnavailableError
+from mpt_grpc.request import FinishReason, SamplingParameters
+
+PROMPT = tuple(range(1, 41))
+"""Two full blocks and a half."""
+
+
+def test_requests_are_shown_with_their_blocks_while_they_run_and_wait(
+    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
+) -> None:
+    engine = make_engine(max_running_requests=2)
+    streams = [submit(engine, generation("first", PROMPT))]
+    stepped[0].wait_for_step()
+    streams += [submit(engine, generation(name, PROMPT)) for name in ("second", "third")]
+    stepped[0].allow()
+    stepped[0].wait_for_step()
+    watcher = engine.state()
+    assert not watcher.done(), "it is told between two steps"
+    stepped[0].allow()
+    state = watcher.result(30)
+    first, second, third = state.in_flight
+    assert [request.request_id for request in state.in_flight] == ["first", "second", "third"]
+    assert (state.load.num_running, state.load.num_waiting) == (2, 1)
+    assert (first.num_output_tokens, second.num_output_tokens, third.num_output_tokens) == (2, 1, 0)
+    assert first.sequences[0].num_computed_tokens == 41
+    assert len(first.sequences[0].blocks) == 3
+    assert second.sequences[0].blocks[:2] == first.sequences[0].blocks[:2], "the prompt's full blocks are shared"
+    assert second.stats.num_cached_tokens == 32
+    assert third.sequences[0].blocks == ()
+    assert third.stats.scheduled_time_s is None
+    assert state.ended == state.kept_blocks == ()
+    stepped[0].run_free()
+    for stream in streams:
+        collect(stream)
+
+
+def test_requests_that_have_ended_stay_to_be_seen_and_so_do_the_blocks_that_are_kept(
+    make_engine: Callable[..., Engine],
+) -> None:
+    engine = make_engine()
+    blocks_before = engine.load.num_free_blocks
+    for number in range(70):
+        engine.generate(
+            generation(f"r{number}", PROMPT, max_new_tokens=2, sampling=SamplingParameters(seed=1, num_sequences=2))
+        )
+    state = engine.state().result(30)
+    assert [request.request_id for request in state.ended] == [f"r{number}" for number in range(6, 70)]
+    last = state.ended[-1]
+    assert [sequence.finish_reason for sequence in last.sequences] == [FinishReason.MAX_NEW_TOKENS] * 2
+    assert last.num_output_tokens == 4
+    assert last.stats.arrival_time_s <= (last.stats.first_token_time_s or 0) <= last.stats.end_time_s <= state.time_s
+    assert state.in_flight == ()
+    assert len(state.kept_blocks) == 2
+    assert state.load.num_free_blocks == blocks_before
+
+
+def test_an_engine_that_has_stopped_shows_nothing(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    engine.refuse("the server is draining")
+    engine.state().result(30)
+    engine.close()
+    with pytest.raises(UnavailableError, match="draining"):
+        engine.state()
