@@ -1,0 +1,306 @@
+"""LangChain over gRPC: `ChatMpt` answers messages and `MptLLM` continues text. Needs `mpt-grpc-client[langchain]`.
+
+The package does not import this module. What LangChain means by messages and results is in `langchain_values.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack
+from operator import itemgetter
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel, BaseLanguageModel, BaseLLM, LanguageModelInput
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.messages import BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult, GenerationChunk, LLMResult
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+
+from mpt_grpc_client import langchain_values as values
+from mpt_grpc_client.async_client import AsyncClient
+from mpt_grpc_client.channel import resolve_target
+from mpt_grpc_client.client import Client
+from mpt_grpc_client.constraints import JsonSchema
+from mpt_grpc_client.request import GenerateOptions
+
+
+class _Model(BaseLanguageModel[Any]):
+    """What both models are made with, and their connections.
+
+    A keyword of a call wins over what the model was made with; None there is the server's default.
+    """
+
+    target: str = Field(default_factory=lambda: resolve_target(None))
+    """`host:port`; default: the environment's MPT_GRPC_TARGET, else `localhost:50051`."""
+    timeout_s: float | None = Field(default=None, validation_alias=AliasChoices("timeout_s", "timeout"))
+    """For each call; None sets no deadline."""
+    model: str | None = None
+    """As in `GenerateOptions`, and so are the following."""
+    max_new_tokens: int | None = Field(default=None, validation_alias=AliasChoices("max_new_tokens", "max_tokens"))
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Any other `GenerateOptions`."""
+
+    _connections: _Connections = PrivateAttr(default_factory=lambda: _Connections())
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        unknown = options.keys() - GenerateOptions.__optional_keys__
+        if unknown:
+            raise ValueError(f"no such option: {', '.join(sorted(unknown))}")
+        if twice := options.keys() & cls.model_fields:
+            raise ValueError(f"not in options but beside them: {', '.join(sorted(twice))}")
+        return options
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        return True
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The server's tokens of a text, so that LangChain counts as the model does."""
+        client, _ = self._connect()
+        return [token.id for token in client.tokenize(text, timeout_s=self.timeout_s)]
+
+    def _asked(self, stop: list[str] | None, call: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of the client's call."""
+        made = {name: value for name in _OPTION_FIELDS if (value := getattr(self, name)) is not None}
+        asked = {**self.options, **made, **{_STANDARD_NAMES.get(name, name): value for name, value in call.items()}}
+        return asked if stop is None else {**asked, "stop": stop}
+
+    def _connect(self) -> tuple[Client, str]:
+        """The client, and the name of the server's model."""
+        client, names = self._connections.client(self.target), self._connections.model_names
+        if self.target not in names:
+            names[self.target] = client.model_info(timeout_s=self.timeout_s).name
+        return client, names[self.target]
+
+    async def _connect_async(self) -> tuple[AsyncClient, str]:
+        client, names = self._connections.async_client(self.target), self._connections.model_names
+        if self.target not in names:
+            names[self.target] = (await client.model_info(timeout_s=self.timeout_s)).name
+        return client, names[self.target]
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        names = ("target", *_OPTION_FIELDS, "options")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params, asked = super()._get_ls_params(stop=stop, **kwargs), self._asked(stop, kwargs)
+        params["ls_model_name"] = asked.get("model") or "mpt"
+        if (max_new_tokens := asked.get("max_new_tokens")) is not None:
+            params["ls_max_tokens"] = max_new_tokens
+        if stop := asked.get("stop"):
+            params["ls_stop"] = [stop] if isinstance(stop, str) else list(stop)
+        return params
+
+
+class ChatMpt(_Model, BaseChatModel):
+    """A chat model: the server's chat template makes a prompt of the messages, which are text. It calls no tools.
+
+    A keyword of a call is one of `GenerateOptions`, or `timeout_s`, and wins over what the model was made with.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    streaming: bool = False
+    """Whether `invoke` reads its answer piece by piece too, for callbacks that want its tokens."""
+
+    @property
+    def _llm_type(self) -> str:
+        return "mpt-grpc-chat"
+
+    def with_structured_output(
+        self, schema: dict[str, Any] | type, *, include_raw: bool = False, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        """Answers values of a pydantic class, or of a TypedDict or a JSON schema as dicts; the server sees to it.
+
+        include_raw: answers a dict of the message `raw`, of `parsed` and of `parsing_error`, and does not raise it.
+        kwargs: `method` and `strict` change nothing: there is one way, and it is strict.
+        Raises ValueError for other keywords, OutputParserException for an output that ended before its JSON.
+        """
+        if unknown := kwargs.keys() - {"method", "strict"}:
+            raise ValueError(f"no such option: {', '.join(sorted(unknown))}")
+        form = {"kwargs": {"method": "json_schema"}, "schema": schema}
+        model = self.bind(constraint=JsonSchema(values.json_schema(schema)), ls_structured_output_format=form)
+        parser = values.json_parser(schema)
+        if not include_raw:
+            return model | parser
+        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+        failed = RunnablePassthrough.assign(parsed=lambda _: None)
+        return RunnableMap(raw=model) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> ChatResult:
+        client, model_name = self._connect()
+        return values.chat_result(
+            client.generate(values.conversation(messages), **self._asked(stop, kwargs)), model_name
+        )
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> ChatResult:
+        client, model_name = await self._connect_async()
+        generation = await client.generate(values.conversation(messages), **self._asked(stop, kwargs))
+        return values.chat_result(generation, model_name)
+
+    # LangChain tells the callbacks of a chat model's pieces itself.
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        client, model_name = self._connect()
+        with client.stream(values.conversation(messages), **self._asked(stop, kwargs)) as stream:
+            for delta in stream.deltas():
+                if chunk := values.chat_chunk(delta, stream, model_name):
+                    yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        client, model_name = await self._connect_async()
+        async with client.stream(values.conversation(messages), **self._asked(stop, kwargs)) as stream:
+            async for delta in stream.deltas():
+                if chunk := values.chat_chunk(delta, stream, model_name):
+                    yield chunk
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        # LangChain's own key for its cache is blind to what a constraint in `options` says.
+        return str(sorted(self._get_invocation_params(stop=stop, **kwargs).items()))
+
+
+class MptLLM(_Model, BaseLLM):
+    """A model that continues text, without a chat template. The prompts of a batch are in flight together.
+
+    A keyword of a call is one of `GenerateOptions`, or `timeout_s`, and wins over what the model was made with.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    @property
+    def _llm_type(self) -> str:
+        return "mpt-grpc"
+
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> LLMResult:
+        client, model_name = self._connect()
+        asked = self._asked(stop, kwargs)
+        with ExitStack() as stack:
+            # A stream's request is on its way at once, and an error cancels the others.
+            streams = [stack.enter_context(client.stream(prompt, **asked)) for prompt in prompts]
+            for stream in streams:
+                for _ in stream.deltas():
+                    pass
+            return values.llm_result([stream.result for stream in streams], model_name)
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> LLMResult:
+        client, model_name = await self._connect_async()
+        asked = self._asked(stop, kwargs)
+        async with AsyncExitStack() as stack:
+            streams = [await stack.enter_async_context(client.stream(prompt, **asked)) for prompt in prompts]
+            for stream in streams:
+                async for _ in stream.deltas():
+                    pass
+            return values.llm_result([stream.result for stream in streams], model_name)
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        client, model_name = self._connect()
+        with client.stream(prompt, **self._asked(stop, kwargs)) as stream:
+            for delta in stream.deltas():
+                if chunk := values.llm_chunk(delta, stream, model_name):
+                    if run_manager:
+                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        client, model_name = await self._connect_async()
+        async with client.stream(prompt, **self._asked(stop, kwargs)) as stream:
+            async for delta in stream.deltas():
+                if chunk := values.llm_chunk(delta, stream, model_name):
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
+
+
+_OPTION_FIELDS = ("timeout_s", "model", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+_STANDARD_NAMES = {"max_tokens": "max_new_tokens", "timeout": "timeout_s"}
+"""LangChain's names for what has another here."""
+
+
+class _Connections:
+    """The clients of one model, made when they are first needed: one for threads, and one for each running loop."""
+
+    def __init__(self) -> None:
+        self.model_names: dict[str, str] = {}
+        """By target."""
+        self._lock = threading.Lock()
+        self._clients: dict[str, Client] = {}
+        self._async_clients: dict[tuple[asyncio.AbstractEventLoop, str], AsyncClient] = {}
+
+    def __reduce__(self) -> tuple[type[_Connections], tuple[()]]:
+        """A copy, or what comes out of a pickle, connects anew."""
+        return _Connections, ()
+
+    def client(self, target: str) -> Client:
+        with self._lock:
+            if target not in self._clients:
+                self._clients[target] = Client(target)
+            return self._clients[target]
+
+    def async_client(self, target: str) -> AsyncClient:
+        """For the running loop. A loop that has ended takes its clients with it."""
+        key = asyncio.get_running_loop(), target
+        with self._lock:
+            for ended in [key for key in self._async_clients if key[0].is_closed()]:
+                del self._async_clients[ended]
+            if key not in self._async_clients:
+                self._async_clients[key] = AsyncClient(target)
+            return self._async_clients[key]

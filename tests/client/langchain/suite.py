@@ -1,0 +1,412 @@
+"""What `ChatMpt` and `MptLLM` do beyond LangChain's own tests. Run by `test_langchain.py`, as `standard.py` is."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import os
+import pickle
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, Literal, TypedDict
+
+import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
+from langchain_core.exceptions import OutputParserException
+from langchain_core.load import dumps, loads
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.outputs import LLMResult
+from langchain_core.prompts import ChatPromptTemplate
+from pydantic import BaseModel, Field
+
+from mpt_grpc_client import (
+    AsyncClient,
+    Choice,
+    Client,
+    DeadlineExceededError,
+    InvalidRequestError,
+    Message,
+    Role,
+    UnavailableError,
+)
+from mpt_grpc_client.langchain import ChatMpt, MptLLM
+
+TARGET = os.environ["MPT_GRPC_TARGET"]
+STORY = "Once upon a time"
+GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12}
+LONG: dict[str, Any] = {"max_new_tokens": 1500, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture
+def client() -> Iterator[Client]:
+    with Client(TARGET) as client:
+        yield client
+
+
+@pytest.fixture
+def chat() -> ChatMpt:
+    return ChatMpt(target=TARGET, **GREEDY)
+
+
+@pytest.fixture
+def llm() -> MptLLM:
+    return MptLLM(target=TARGET, **GREEDY)
+
+
+class Recorder(BaseCallbackHandler):
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+        self.results: list[LLMResult] = []
+
+    def on_llm_new_token(self, token: str, **_: Any) -> None:
+        self.tokens.append(token)
+
+    def on_llm_end(self, response: LLMResult, **_: Any) -> None:
+        self.results.append(response)
+
+
+class AsyncRecorder(AsyncCallbackHandler):
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+
+    async def on_llm_new_token(self, token: str, **_: Any) -> None:
+        self.tokens.append(token)
+
+
+class TestAnswers:
+    def test_a_chat_model_says_what_the_client_says(self, chat: ChatMpt, client: Client) -> None:
+        answer = chat.invoke([SystemMessage("You are a fox."), HumanMessage("Hi."), AIMessage("Oh."), ("user", "Who?")])
+        turns = [(Role.SYSTEM, "You are a fox."), (Role.USER, "Hi."), (Role.ASSISTANT, "Oh."), (Role.USER, "Who?")]
+        assert answer.content == client.generate([Message(*turn) for turn in turns], **GREEDY).text
+
+    def test_an_llm_says_what_the_client_says(self, llm: MptLLM, client: Client) -> None:
+        assert llm.invoke(STORY) == client.generate(STORY, **GREEDY).text
+
+    async def test_each_way_to_ask_has_the_same_answer(self, chat: ChatMpt, llm: MptLLM) -> None:
+        for model, text in ((chat, lambda piece: piece.content), (llm, str)):
+            whole = text(model.invoke(STORY))
+            assert whole
+            assert "".join(text(piece) for piece in model.stream(STORY)) == whole
+            assert text(await model.ainvoke(STORY)) == whole
+            assert "".join([text(piece) async for piece in model.astream(STORY)]) == whole
+            assert [text(answer) for answer in model.batch([STORY, STORY])] == [whole] * 2
+            assert [text(answer) for answer in await model.abatch([STORY, STORY])] == [whole] * 2
+
+    def test_the_prompts_of_a_batch_are_in_flight_together(self, llm: MptLLM, client: Client) -> None:
+        steps = client.server_info().load.steps
+        answers = llm.batch([f"{STORY} {n}" for n in range(4)], ignore_eos=True)
+        assert client.server_info().load.steps - steps < 4 * GREEDY["max_new_tokens"]
+        assert answers == [client.generate(f"{STORY} {n}", ignore_eos=True, **GREEDY).text for n in range(4)]
+
+    async def test_a_chain_streams_through(self, chat: ChatMpt) -> None:
+        chain = ChatPromptTemplate([("user", "{question}")]) | chat | StrOutputParser()
+        pieces = [piece async for piece in chain.astream({"question": "Who are you?"})]
+        assert len(pieces) > 2
+        assert "".join(pieces) == chat.invoke("Who are you?").content
+
+    def test_several_outputs_are_several_generations(self, chat: ChatMpt, llm: MptLLM) -> None:
+        for result in (
+            chat.generate([[HumanMessage("Hi")]], num_sequences=3, temperature=1),
+            llm.generate([STORY], num_sequences=3, temperature=1),
+        ):
+            assert len({generation.text for generation in result.generations[0]}) == 3
+
+    def test_a_stream_has_one_output(self, chat: ChatMpt) -> None:
+        with pytest.raises(ValueError, match="num_sequences"):
+            list(chat.stream("Hi", num_sequences=2))
+
+    def test_tokens_are_counted_by_the_server(self, chat: ChatMpt, client: Client) -> None:
+        assert chat.get_token_ids("An old fox") == [token.id for token in client.tokenize("An old fox")]
+        assert chat.get_num_tokens("An old fox") == len(client.tokenize("An old fox"))
+
+
+class TestMessages:
+    def test_text_in_several_parts_is_one_text(self, chat: ChatMpt) -> None:
+        parts = [{"type": "text", "text": "Who are "}, "you?"]
+        assert chat.invoke([HumanMessage(parts)]).content == chat.invoke("Who are you?").content
+
+    @pytest.mark.parametrize(
+        ("message", "named"),
+        [
+            (HumanMessage([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]), "image"),
+            (ToolMessage("4", tool_call_id="1"), "tool"),
+            (AIMessage("", tool_calls=[{"name": "add", "args": {}, "id": "1"}]), "tool calls"),
+        ],
+    )
+    def test_what_is_no_text_is_refused_by_name(self, message: BaseMessage, named: str, chat: ChatMpt) -> None:
+        with pytest.raises(ValueError, match=f"{named}.* not supported"):
+            chat.invoke([HumanMessage("Hi"), message, HumanMessage("And?")])
+
+    def test_tools_cannot_be_bound(self, chat: ChatMpt) -> None:
+        with pytest.raises(NotImplementedError):
+            chat.bind_tools([])
+
+
+class TestAccounts:
+    async def test_a_message_and_a_streams_sum_tell_the_same(self, chat: ChatMpt, client: Client) -> None:
+        asked: dict[str, Any] = {"seed": 2**64 - 1, "return_logprobs": True, "top_logprobs": 2, "request_id": "mine"}
+        chat.invoke("Who are you?")  # fills the cache, so that all read the same of it
+        whole = chat.invoke("Who are you?", **asked)
+        chunks = list(chat.stream("Who are you?", **asked))
+        achunks = [chunk async for chunk in chat.astream("Who are you?", **asked)]
+        for streamed in (sum(chunks[1:], chunks[0]), sum(achunks[1:], achunks[0])):
+            assert streamed.response_metadata == whole.response_metadata
+            assert streamed.usage_metadata == whole.usage_metadata
+        assert [chunk.usage_metadata is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+
+        assert whole.usage_metadata is not None
+        assert whole.usage_metadata["output_tokens"] == 12
+        assert whole.usage_metadata["input_token_details"]["cache_read"] > 0
+        metadata = whole.response_metadata
+        assert metadata["finish_reason"] == "max_new_tokens"
+        assert metadata["model_name"] == client.model_info().name
+        assert metadata["request_id"] == "mine"
+        assert metadata["seed"] == 2**64 - 1
+        tokens = metadata["logprobs"]["content"]
+        assert "".join(token["token"] for token in tokens) == whole.content
+        assert all(len(token["top_logprobs"]) == 2 for token in tokens)
+
+    def test_an_llms_generation_and_a_streams_sum_tell_the_same(self, llm: MptLLM) -> None:
+        recorder = Recorder()
+        config: Any = {"callbacks": [recorder]}
+        asked: dict[str, Any] = {"seed": 5, "request_id": "mine", "return_token_ids": True, "cache_bypass": True}
+        llm.invoke(STORY, config, **asked)
+        list(llm.stream(STORY, config, **asked))
+        [whole], [streamed] = (result.generations[0] for result in recorder.results)
+        assert (streamed.text, streamed.generation_info) == (whole.text, whole.generation_info)
+        assert whole.generation_info is not None
+        assert whole.generation_info["usage_metadata"]["output_tokens"] == 12
+        assert len(whole.generation_info["token_ids"]) == 12
+
+    def test_callbacks_hear_each_piece(self, chat: ChatMpt, llm: MptLLM) -> None:
+        for model in (chat, llm):
+            recorder = Recorder()
+            pieces = [getattr(piece, "content", piece) for piece in model.stream(STORY, {"callbacks": [recorder]})]
+            assert len(pieces) > 2
+            assert recorder.tokens == pieces
+
+    async def test_callbacks_of_asyncio_hear_each_piece(self, chat: ChatMpt, llm: MptLLM) -> None:
+        for model in (chat, llm):
+            recorder = AsyncRecorder()
+            stream = model.astream(STORY, {"callbacks": [recorder]})
+            pieces = [getattr(piece, "content", piece) async for piece in stream]
+            assert len(pieces) > 2
+            assert recorder.tokens == pieces
+
+    def test_callbacks_of_a_streaming_model_hear_the_pieces_of_a_whole_answer(self, chat: ChatMpt) -> None:
+        recorder = Recorder()
+        answer = ChatMpt(target=TARGET, streaming=True, **GREEDY).invoke("Hi", {"callbacks": [recorder]})
+        assert len(recorder.tokens) > 2
+        assert "".join(recorder.tokens) == answer.content == chat.invoke("Hi").content
+
+
+class TestOptions:
+    def test_what_a_call_says_wins_over_what_the_model_was_made_with(self, client: Client) -> None:
+        made: dict[str, Any] = {"max_new_tokens": 9, "temperature": 1, "top_k": 1, "seed": 3}
+        model = MptLLM(target=TARGET, options={"min_p": 0.5, "ignore_eos": True}, **made)
+        for call in ({}, {"max_new_tokens": 4}, {"top_k": 0, "min_p": 0}, {"top_k": None, "min_p": None, "seed": 7}):
+            asked = {"min_p": 0.5, "ignore_eos": True, **made, **call}
+            assert model.invoke(STORY, **call) == client.generate(STORY, **asked).text
+
+    def test_a_binding_is_what_the_calls_say(self, chat: ChatMpt) -> None:
+        answer = chat.bind(constraint=Choice("yes", "no")).invoke("Are you sly?")
+        assert answer.content in ("yes", "no")
+        assert answer.response_metadata["finish_reason"] == "eos_token"
+
+    def test_a_stop_of_the_call_takes_the_place_of_the_models(self, llm: MptLLM) -> None:
+        whole = llm.invoke(STORY)
+        stopping = MptLLM(target=TARGET, stop=whole[4], **GREEDY)
+        assert stopping.invoke(STORY) == whole[: whole.index(whole[4])]
+        assert stopping.invoke(STORY, stop=[whole[6]]) == whole[: whole.index(whole[6])]
+        assert stopping.invoke(STORY, stop=[]) == whole
+
+    def test_langchains_names_mean_the_same(self) -> None:
+        model = ChatMpt(target=TARGET, max_tokens=5, timeout=60)
+        assert (model.max_new_tokens, model.timeout_s) == (5, 60)
+        assert model.invoke("Hi", max_tokens=2).usage_metadata["output_tokens"] == 2
+
+    def test_a_timeout_ends_the_call(self, llm: MptLLM) -> None:
+        with pytest.raises(DeadlineExceededError):
+            llm.invoke(STORY, timeout_s=0.2, **LONG)
+        llm.timeout_s = 0.2
+        with pytest.raises(DeadlineExceededError):
+            llm.invoke(STORY, **LONG)
+
+    @pytest.mark.parametrize("kind", [ChatMpt, MptLLM])
+    def test_an_unknown_option_is_named(self, kind: type[ChatMpt | MptLLM]) -> None:
+        with pytest.raises(ValueError, match="temprature"):
+            kind(temprature=1)
+        with pytest.raises(ValueError, match="no such option: temprature"):
+            kind(options={"temprature": 1})
+        with pytest.raises(TypeError, match="no such option: temprature"):
+            kind(target=TARGET).invoke("Hi", temprature=1)
+
+    def test_an_option_has_one_place(self) -> None:
+        with pytest.raises(ValueError, match="beside them: temperature"):
+            ChatMpt(options={"temperature": 1})
+
+    def test_what_the_server_refuses_is_the_clients_error(self, llm: MptLLM) -> None:
+        with pytest.raises(InvalidRequestError, match="top_p"):
+            llm.batch([STORY, STORY], top_p=7)
+
+    def test_a_cache_tells_constraints_apart(self) -> None:
+        cache = InMemoryCache()
+        for word in ("yes", "no", "yes"):
+            model = ChatMpt(target=TARGET, cache=cache, options={"constraint": Choice(word)})
+            assert model.invoke("Are you sly?").content == word
+
+
+class Leg(BaseModel):
+    length_cm: int = Field(ge=0, le=9)
+
+
+class Animal(BaseModel):
+    kind: Literal["cat", "dog"]
+    front_left: Leg
+
+
+class Weather(TypedDict):
+    """The weather."""
+
+    sunny: bool
+
+
+WEATHER = {"type": "object", "properties": {"sunny": {"type": "boolean"}}, "required": ["sunny"]}
+OPEN_ENDED = {"type": "object", "properties": {"x": {"type": "string", "minLength": 200}}, "required": ["x"]}
+
+
+class TestStructuredOutput:
+    @pytest.fixture
+    def chat(self) -> ChatMpt:
+        return ChatMpt(target=TARGET, temperature=0, max_new_tokens=200)
+
+    async def test_a_pydantic_class_gives_its_instances(self, chat: ChatMpt) -> None:
+        model = chat.with_structured_output(Animal)
+        for animal in (
+            model.invoke("What is it?"),
+            await model.ainvoke("What is it?"),
+            list(model.stream("What is it?"))[-1],
+        ):
+            assert isinstance(animal, Animal)
+
+    @pytest.mark.parametrize(
+        "schema",
+        [Weather, {**WEATHER, "additionalProperties": False}, {"name": "weather", "parameters": WEATHER}],
+        ids=["typed dict", "json schema", "function"],
+    )
+    def test_other_schemas_give_dicts(self, schema: Any, chat: ChatMpt) -> None:
+        answer = chat.with_structured_output(schema).invoke("How is the weather?")
+        assert isinstance(answer["sunny"], bool)
+
+    def test_the_raw_message_can_come_along(self, chat: ChatMpt) -> None:
+        answer = chat.with_structured_output(Animal, include_raw=True).invoke("What is it?")
+        assert answer["parsed"] == Animal.model_validate_json(answer["raw"].content)
+        assert answer["parsing_error"] is None
+
+    def test_an_output_that_ended_before_its_json_is_an_error(self) -> None:
+        chat = ChatMpt(target=TARGET, max_new_tokens=12)
+        model = chat.with_structured_output(OPEN_ENDED)
+        with pytest.raises(OutputParserException, match="ended before its JSON: max_new_tokens"):
+            model.invoke("Hi")
+        with pytest.raises(OutputParserException, match="ended before its JSON: max_new_tokens"):
+            list(model.stream("Hi"))
+        answer = chat.with_structured_output(OPEN_ENDED, include_raw=True).invoke("Hi")
+        assert isinstance(answer["parsing_error"], OutputParserException)
+        assert answer["parsed"] is None
+        assert answer["raw"].response_metadata["finish_reason"] == "max_new_tokens"
+
+    def test_an_unknown_option_is_named(self, chat: ChatMpt) -> None:
+        with pytest.raises(ValueError, match="no such option: stricter"):
+            chat.with_structured_output(Animal, stricter=True)
+
+
+class TestLeavingEarly:
+    @pytest.fixture(params=[ChatMpt, MptLLM])
+    def model(self, request: pytest.FixtureRequest) -> ChatMpt | MptLLM:
+        model: ChatMpt | MptLLM = request.param(target=TARGET)
+        return model
+
+    async def test_a_loop_that_is_left_ends_the_generation(self, model: ChatMpt | MptLLM) -> None:
+        async with generation_cut_short():
+            for _ in model.stream(STORY, **LONG):
+                break
+
+    async def test_a_loop_of_asyncio_that_is_left_ends_the_generation(self, model: ChatMpt | MptLLM) -> None:
+        async with generation_cut_short():
+            async for _ in model.astream(STORY, **LONG):
+                break
+
+    @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+    async def test_a_task_that_is_cancelled_ends_the_generation(self, streamed: bool, model: ChatMpt | MptLLM) -> None:
+        async def read() -> None:
+            async for _ in model.astream(STORY, **LONG):
+                pass
+
+        async with generation_cut_short() as client:
+            task = asyncio.create_task(read() if streamed else model.ainvoke(STORY, **LONG))
+            while not (await client.server_info()).load.running_requests:
+                assert not task.done()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    async def test_a_prompt_that_fails_ends_the_rest_of_its_batch(self, llm: MptLLM) -> None:
+        async with generation_cut_short():
+            with pytest.raises(InvalidRequestError):
+                await llm.abatch(["", STORY], **LONG)
+
+    def test_a_prompt_that_fails_ends_the_rest_of_its_batch_among_threads(self, llm: MptLLM) -> None:
+        async def check() -> None:
+            async with generation_cut_short():
+                with pytest.raises(InvalidRequestError):
+                    llm.batch(["", STORY], **LONG)
+
+        asyncio.run(check())
+
+
+@asynccontextmanager
+async def generation_cut_short() -> AsyncIterator[AsyncClient]:
+    """Checks that the server comes to rest before a generation of LONG would have ended."""
+    async with AsyncClient(TARGET) as client:
+        before = (await client.server_info()).load.generated_tokens
+        yield client
+        while (load := (await client.server_info()).load).running_requests:
+            pass
+        assert load.generated_tokens - before < LONG["max_new_tokens"]
+
+
+class TestConnections:
+    def test_a_model_outlives_event_loops_whose_clients_it_drops(self, chat: ChatMpt) -> None:
+        async def ask() -> Any:
+            return (await chat.ainvoke("Hi")).content
+
+        gc.collect()
+        before = num_async_clients()
+        assert asyncio.run(ask()) == asyncio.run(ask()) == asyncio.run(ask()) == chat.invoke("Hi").content
+        gc.collect()
+        assert num_async_clients() == before + 1
+
+    def test_a_copy_connects_by_itself(self, chat: ChatMpt) -> None:
+        answer = chat.invoke("Hi").content
+        for twin in (pickle.loads(pickle.dumps(chat)), copy.deepcopy(chat), chat.model_copy()):
+            assert twin.asdict() == chat.asdict()
+            assert twin.invoke("Hi").content == answer
+
+    def test_a_target_that_changes_is_followed(self, chat: ChatMpt) -> None:
+        chat.invoke("Hi")
+        with pytest.raises(UnavailableError):
+            chat.model_copy(update={"target": "localhost:1"}).invoke("Hi")
+
+    def test_what_langchain_writes_down_it_can_load(self, chat: ChatMpt, llm: MptLLM) -> None:
+        for model in (chat, llm):
+            kind, written = type(model), dumps(model)
+            loaded = loads(written, allowed_objects=[kind], valid_namespaces=["mpt_grpc_client"])
+            assert isinstance(loaded, kind)
+            assert loaded.asdict() == model.asdict()
+
+
+def num_async_clients() -> int:
+    return sum(isinstance(thing, AsyncClient) for thing in gc.get_objects())
