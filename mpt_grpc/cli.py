@@ -1,13 +1,14 @@
 """The command line: the only reader of argv.
 
-`serve` runs the server; the other commands call one. What they run is imported when they run, so that `--help` waits
-for neither torch nor grpc.
+`serve` runs the server, `gateway` OpenAI's API in front of one, and the other commands call one. What they run is
+imported when they run, so that `--help` waits for neither torch nor grpc.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import logging
 import os
 import signal
@@ -54,13 +55,12 @@ def _serve(parsed: argparse.Namespace) -> int:
 
 def _call(parsed: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from mpt_grpc.commands import chat, generate
     from mpt_grpc_client import MptGrpcError
 
     try:
-        (chat if parsed.command == "chat" else generate).run(parsed)
+        importlib.import_module(f"mpt_grpc.commands.{parsed.command}").run(parsed)
         sys.stdout.flush()
-    except MptGrpcError as error:
+    except (MptGrpcError, SettingsError) as error:
         print(f"mpt-grpc: {error}", file=sys.stderr)
         return 1
     except (TypeError, ValueError) as error:  # a number that no field holds
@@ -126,6 +126,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(serve)
     _add_scheduling(serve)
     _add_server(serve)
+
+    gateway = commands.add_parser(
+        "gateway",
+        help="serve OpenAI's API for a gRPC server elsewhere",
+        description="Serve OpenAI's API and the page for a gRPC server elsewhere, until SIGTERM.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    gateway.add_argument(
+        "--target", metavar="HOST:PORT", help="the gRPC server (default: MPT_GRPC_TARGET, or localhost:50051)"
+    )
+    _add_http(gateway)
+    _add_grace(gateway)
 
     generate = commands.add_parser(
         "generate",
@@ -225,30 +238,10 @@ def _add_scheduling(serve: argparse.ArgumentParser) -> None:
 def _add_server(serve: argparse.ArgumentParser) -> None:
     defaults = Settings()
     server = serve.add_argument_group("server")
-    server.add_argument(
-        "--host", default=defaults.server.host, help="address to listen on; 0.0.0.0 for all, without authentication"
-    )
     server.add_argument("--port", type=int, default=defaults.server.port, metavar="N", help="0 takes a free one")
-    server.add_argument(
-        "--http-port",
-        type=int,
-        default=defaults.http.port,
-        metavar="N",
-        help="port of OpenAI's API, on the same address; 0 takes a free one",
-    )
+    _add_http(server)
     server.add_argument("--no-http", action="store_true", help="serve gRPC alone")
-    server.add_argument(
-        "--strict-model-names",
-        action="store_true",
-        help="refuse HTTP requests that name another model than the loaded one, instead of answering them by it",
-    )
-    server.add_argument(
-        "--grace-s",
-        type=float,
-        default=defaults.server.grace_s,
-        metavar="S",
-        help="seconds that running requests have to finish after SIGTERM",
-    )
+    _add_grace(server)
     server.add_argument(
         "--stall-timeout-s",
         type=float,
@@ -267,6 +260,36 @@ def _add_server(serve: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME[=ARGUMENT]",
         help="watch prompts and outputs; words=FILE lists what may not be said; may be repeated (default: none)",
+    )
+
+
+def _add_http(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--host",
+        default=ServerSettings().host,
+        help="address to listen on; 0.0.0.0 for all, without authentication",
+    )
+    parser.add_argument(
+        "--http-port",
+        type=int,
+        default=HttpSettings().port,
+        metavar="N",
+        help="port of OpenAI's API and the page; 0 takes a free one",
+    )
+    parser.add_argument(
+        "--strict-model-names",
+        action="store_true",
+        help="refuse HTTP requests that name another model than the loaded one, instead of answering them by it",
+    )
+
+
+def _add_grace(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--grace-s",
+        type=float,
+        default=ServerSettings().grace_s,
+        metavar="S",
+        help="seconds that running requests have to finish after SIGTERM",
     )
 
 

@@ -83,6 +83,11 @@ class ServerSettings:
         if not self.stall_timeout_s > 0:
             raise SettingsError(f"--stall-timeout-s: {self.stall_timeout_s} is not above 0")
 
+    @property
+    def bracketed_host(self) -> str:
+        """As an address with a port writes it."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
 
 @dataclass(frozen=True)
 class HttpSettings:

@@ -1,4 +1,4 @@
-"""A server as its users start it: a process of its own."""
+"""A server, or a gateway to one, as its users start it: a process of its own."""
 
 from __future__ import annotations
 
@@ -10,29 +10,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SERVE = (
-    sys.executable,
-    "-m",
-    "mpt_grpc.cli",
-    "serve",
-    "--port",
-    "0",
-    "--http-port",
-    "0",
-    "--dtype",
-    "float32",
-    "--kv-cache-gib",
-    "0.25",
-)
+CLI = (sys.executable, "-m", "mpt_grpc.cli")
+SERVE = ("serve", "--port", "0", "--http-port", "0", "--dtype", "float32", "--kv-cache-gib", "0.25")
 
 
 class ServerProcess:
-    """A running `mpt-grpc serve` that has said its welcome."""
+    """A running `mpt-grpc serve` or `mpt-grpc gateway` that has said its welcome."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *arguments: str) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}
         self._process = subprocess.Popen(
-            (*SERVE, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            (*CLI, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
         self.stderr = ""
         self._reader = threading.Thread(target=self._read_stderr)
@@ -55,6 +43,10 @@ class ServerProcess:
         (url,) = (line.split()[1] for line in self.welcome if line.split()[0] == "OpenAI")
         return url
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
 
@@ -75,8 +67,21 @@ class ServerProcess:
 
 @contextmanager
 def running(*flags: str) -> Iterator[ServerProcess]:
-    server = ServerProcess(*flags)
-    try:
+    """A server with more flags."""
+    with _killed_at_the_end(ServerProcess(*SERVE, *flags)) as server:
         yield server
+
+
+@contextmanager
+def running_gateway(*flags: str) -> Iterator[ServerProcess]:
+    """A gateway, on a free port."""
+    with _killed_at_the_end(ServerProcess("gateway", "--http-port", "0", *flags)) as gateway:
+        yield gateway
+
+
+@contextmanager
+def _killed_at_the_end(process: ServerProcess) -> Iterator[ServerProcess]:
+    try:
+        yield process
     finally:
-        server.kill()
+        process.kill()

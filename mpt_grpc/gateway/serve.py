@@ -1,9 +1,10 @@
-"""Serves the application by uvicorn, on the loop that is running."""
+"""The gateway on the loop that is running: the application over a client of a gRPC server, served by uvicorn."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -12,14 +13,29 @@ import uvicorn
 from fastapi import FastAPI
 
 from mpt_grpc.errors import SettingsError
+from mpt_grpc.gateway.app import make_app
+from mpt_grpc.settings import HttpSettings
+from mpt_grpc_client import AsyncClient
 
 
 @asynccontextmanager
-async def serving(app: FastAPI, host: str, port: int) -> AsyncIterator[int]:
-    """Serves inside the block and gives the port, which is a free one for 0; then ends what still runs.
+async def running_gateway(
+    target: str | None, host: str, settings: HttpSettings, grace_s: float = 1
+) -> AsyncIterator[int]:
+    """Serves OpenAI's API for the gRPC server at `target` inside the block, and gives the port.
 
+    The gRPC server need not run yet. What runs when the block is left has `grace_s` to finish.
     Raises SettingsError if the port cannot be had.
     """
+    # Whether to try again is the HTTP caller's to decide.
+    async with AsyncClient(target, retries=False) as client:
+        app = make_app(client, strict_model_names=settings.strict_model_names)
+        async with _serving(app, host, settings.port or 0, grace_s) as port:
+            yield port
+
+
+@asynccontextmanager
+async def _serving(app: FastAPI, host: str, port: int, grace_s: float) -> AsyncIterator[int]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -28,7 +44,7 @@ async def serving(app: FastAPI, host: str, port: int) -> AsyncIterator[int]:
     except OSError as error:
         listener.close()
         raise SettingsError(f"--http-port: cannot listen on {host}:{port}: {error}") from error
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(grace_s))
     server = _Server(config)
     running = asyncio.create_task(server.serve(sockets=[listener]))
     try:

@@ -139,17 +139,12 @@ async def _http(settings: Settings, grpc_port: int) -> AsyncIterator[int | None]
         yield None
         return
     # Imported here: who has no use for it does not wait for it.
-    from mpt_grpc.gateway.app import make_app
-    from mpt_grpc.gateway.serve import serving
-    from mpt_grpc_client import AsyncClient
+    from mpt_grpc.gateway.serve import running_gateway
 
     host = settings.server.host
-    target = f"{'localhost' if host in ('0.0.0.0', '::') else _bracketed(host)}:{grpc_port}"
-    # Whether to try again is the HTTP caller's to decide.
-    async with AsyncClient(target, retries=False) as client:
-        app = make_app(client, strict_model_names=settings.http.strict_model_names)
-        async with serving(app, host, settings.http.port) as port:
-            yield port
+    target = f"{'localhost' if host in ('0.0.0.0', '::') else settings.server.bracketed_host}:{grpc_port}"
+    async with running_gateway(target, host, settings.http) as port:
+        yield port
 
 
 _WARM_UP = GenerationRequest(
@@ -163,15 +158,11 @@ _WARM_UP = GenerationRequest(
 
 def _bind(server: grpc.aio.Server, settings: ServerSettings) -> int:
     try:
-        return server.add_insecure_port(f"{_bracketed(settings.host)}:{settings.port}")
+        return server.add_insecure_port(f"{settings.bracketed_host}:{settings.port}")
     except RuntimeError as error:
         raise SettingsError(
             f"--port: cannot listen on {settings.host}:{settings.port}; is another server running there?"
         ) from error
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:

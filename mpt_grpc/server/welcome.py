@@ -9,7 +9,8 @@ from mpt_grpc.server.server import SERVICE, RunningServer
 def welcome(server: RunningServer) -> str:
     """Returns a few lines: the model, its memory, the port and a line to try."""
     model = server.model
-    address = f"{server.settings.server.host}:{server.port}"
+    host = server.settings.server.bracketed_host
+    address = f"{host}:{server.port}"
     return "\n".join(
         (
             f"mpt-grpc serves {model.name}: {model.num_parameters / 1e6:,.1f} M parameters in {model.dtype}"
@@ -23,7 +24,10 @@ def welcome(server: RunningServer) -> str:
             *(
                 []
                 if server.http_port is None
-                else [f"  OpenAI    http://{server.settings.server.host}:{server.http_port}/v1"]
+                else [
+                    f"  OpenAI    http://{host}:{server.http_port}/v1",
+                    f"  page      http://{host}:{server.http_port}/",
+                ]
             ),
             f'  try       grpcurl -plaintext -d \'{{"text": "Once upon a time"}}\' {address} {SERVICE}/StreamGenerate',
         )

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from server_process import running
+from server_process import running, running_gateway
 
 
 @pytest.fixture
@@ -15,3 +15,10 @@ def start_server() -> Iterator[Callable[..., Any]]:
     """Starts servers with more flags; what is left of them at the end is killed."""
     with ExitStack() as stack:
         yield lambda *flags: stack.enter_context(running(*flags))
+
+
+@pytest.fixture
+def start_gateway() -> Iterator[Callable[..., Any]]:
+    """Starts gateways with flags, as `start_server` does it."""
+    with ExitStack() as stack:
+        yield lambda *flags: stack.enter_context(running_gateway(*flags))

@@ -42,6 +42,7 @@ def test_the_welcome_says_what_is_served_and_where(server: Any) -> None:
         "  chat      template base",
         f"  gRPC      {server.target}",
         f"  OpenAI    {server.openai_url}",
+        f"  page      {server.openai_url.removesuffix('v1')}",
         f'  try       grpcurl -plaintext -d \'{{"text": "Once upon a time"}}\' {server.target}'
         " mpt.v1.TextGenerationService/StreamGenerate",
     ]

@@ -1,0 +1,39 @@
+"""`mpt-grpc gateway`: OpenAI's API and the page, in a process apart from the engine's."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+
+from mpt_grpc.gateway.serve import running_gateway
+from mpt_grpc.settings import HttpSettings, ServerSettings
+from mpt_grpc_client.channel import resolve_target
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Serves until SIGTERM or SIGINT, then lets requests finish; a second signal ends the process.
+
+    Raises SettingsError for a bad setting, and if the port cannot be had.
+    """
+    server = ServerSettings(host=parsed.host, grace_s=parsed.grace_s)
+    http = HttpSettings(port=parsed.http_port, strict_model_names=parsed.strict_model_names)
+    asyncio.run(_serve(resolve_target(parsed.target), server, http))
+
+
+async def _serve(target: str, server: ServerSettings, http: HttpSettings) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    async with running_gateway(target, server.host, http, server.grace_s) as port:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        url = f"http://{server.bracketed_host}:{port}"
+        welcome = (
+            f"mpt-grpc answers for {target}",
+            f"  OpenAI    {url}/v1",
+            f"  page      {url}/",
+            f"  try       curl {url}/v1/models",
+        )
+        print("\n".join(welcome), flush=True)
+        await stop.wait()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
