@@ -21,6 +21,7 @@ from mpt_grpc import __version__
 from mpt_grpc.gateway.answers import ChatAnswer
 from mpt_grpc.gateway.completions import complete, stream_completion
 from mpt_grpc.gateway.errors import BadRequestError, error_body, error_response
+from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest, known_fields
 from mpt_grpc_client import AsyncClient, Message, MptGrpcError
 
@@ -43,6 +44,7 @@ def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAP
         ("/ready", gateway.ready, ["GET"]),
     ):
         app.add_api_route(path, endpoint, methods=methods, response_model=None)
+    add_page(app, client)
     for kind in (MptGrpcError, BadRequestError):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)

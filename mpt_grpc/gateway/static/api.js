@@ -1,0 +1,75 @@
+// OpenAI's API as this page needs it: a completion of either kind as one stream of pieces.
+const ALTERNATIVES = 6;
+
+// Yields {text, tokens, finish}; a token is {bytes, logprob, alternatives: [{text, logprob}]}. Throws Error with the
+// server's words.
+export async function* completion(kind, { prompt, ...settings }, requestId, signal) {
+  const path = kind === "chat" ? "v1/chat/completions" : "v1/completions";
+  const asked =
+    kind === "chat"
+      ? { messages: [{ role: "user", content: prompt }], logprobs: true, top_logprobs: ALTERNATIVES }
+      : { prompt, logprobs: ALTERNATIVES };
+  const response = await fetch(path, {
+    method: "POST",
+    headers: { "content-type": "application/json", "x-request-id": requestId },
+    body: JSON.stringify({ ...settings, ...asked, stream: true }),
+    signal,
+  });
+  if (!response.ok) throw new Error(await errorOf(response));
+  for await (const event of events(response.body)) {
+    if (event === "[DONE]") return;
+    const { error, choices } = JSON.parse(event);
+    if (error) throw new Error(error.message);
+    for (const choice of choices) {
+      yield {
+        text: (kind === "chat" ? choice.delta.content : choice.text) ?? "",
+        tokens: kind === "chat" ? chatTokens(choice.logprobs) : textTokens(choice.logprobs),
+        finish: choice.finish_reason,
+      };
+    }
+  }
+  throw new Error("the connection was lost");
+}
+
+async function errorOf(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `the server answered ${response.status}`;
+  }
+}
+
+// The data of server-sent events.
+async function* events(body) {
+  let held = "";
+  for await (const text of body.pipeThrough(new TextDecoderStream())) {
+    held += text;
+    const lines = held.split("\n");
+    held = lines.pop();
+    for (const line of lines) {
+      if (line.startsWith("data: ")) yield line.slice(6).trimEnd();
+    }
+  }
+}
+
+function chatTokens(logprobs) {
+  return (logprobs?.content ?? []).map(({ bytes, logprob, top_logprobs }) => ({
+    bytes: Uint8Array.from(bytes),
+    logprob,
+    alternatives: top_logprobs.map((top) => ({ text: top.token, logprob: top.logprob })),
+  }));
+}
+
+function textTokens(logprobs) {
+  return (logprobs?.tokens ?? []).map((token, index) => ({
+    bytes: bytesOf(token),
+    logprob: logprobs.token_logprobs[index],
+    alternatives: Object.entries(logprobs.top_logprobs[index]).map(([text, logprob]) => ({ text, logprob })),
+  }));
+}
+
+// A token that is no whole characters is spelt "bytes:\xe2\x80".
+function bytesOf(token) {
+  if (!/^bytes:(\\x[0-9a-f]{2})+$/.test(token)) return new TextEncoder().encode(token);
+  return Uint8Array.from(token.slice(6).split("\\x").slice(1), (hex) => parseInt(hex, 16));
+}

@@ -1,0 +1,217 @@
+"""The page at `/` in a browser, against a real server."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import demo_settings
+from playwright.async_api import Browser, Page, async_playwright, expect
+
+from mpt_grpc.server.server import RunningServer, running_server
+from mpt_grpc.settings import HttpSettings
+from mpt_grpc_client import AsyncClient
+
+CHROMIUM = shutil.which("chromium")
+ALONE = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync".split()
+)
+LONG = "Once upon a time there was a fox who lived in a wood with a bear and a crow, and all three were hungry. " * 2
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None and "CI" not in os.environ, reason="needs chromium: apt-get install chromium"
+)
+
+
+@pytest.fixture(scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    async with async_playwright() as playwright:
+        yield await playwright.chromium.launch(executable_path=CHROMIUM, args=ALONE)
+
+
+@pytest.fixture(scope="module")
+async def served() -> AsyncIterator[RunningServer]:
+    async with running_server(replace(demo_settings(), http=HttpSettings(port=0))) as server:
+        yield server
+
+
+@pytest.fixture
+async def page(browser: Browser, served: RunningServer) -> AsyncIterator[Page]:
+    """The page as a new visitor gets it. Nothing may come from elsewhere, and nothing may fail in its scripts."""
+    at = f"http://localhost:{served.http_port}"
+    elsewhere: list[str] = []
+    wrong: list[str] = []
+    page = await browser.new_page()
+    page.on("request", lambda request: None if request.url.startswith(at) else elsewhere.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if "Content Security" in message.text else None)
+    await page.goto(f"{at}/")
+    yield page
+    await page.close()
+    assert not elsewhere
+    assert not wrong
+
+
+async def generate(page: Page, **settings: Any) -> None:
+    for name, value in settings.items():
+        field = page.locator(f"[name={name}]")
+        if not await field.is_visible():
+            await page.get_by_text("More settings").click()
+        await (field.check() if value is True else field.fill(str(value)))
+    await page.get_by_role("button", name="Generate").click()
+
+
+async def ended(page: Page, how: str, count: int) -> None:
+    await expect(page.locator(".output header").filter(has_text=how)).to_have_count(count)
+
+
+async def test_streams_appear_side_by_side_as_the_server_generates_them(page: Page, served: RunningServer) -> None:
+    await generate(page, prompt="The fox said:", streams=3, max_tokens=40, temperature=0, ignore_eos=True)
+    await ended(page, "token limit · 40 tokens", 3)
+    async with AsyncClient(f"localhost:{served.port}") as client:
+        generation = await client.generate("The fox said:", max_new_tokens=40, temperature=0, ignore_eos=True)
+    texts = [await text.text_content() for text in await page.locator(".output .text").all()]
+    assert texts == [f"The fox said:{generation.text}"] * 3
+
+
+async def test_a_message_is_answered_through_the_chat_template(page: Page) -> None:
+    await page.get_by_label("Answer it as a message").check()
+    await generate(page, prompt="Who are you?", streams=1, max_tokens=12, temperature=0, ignore_eos=True, stop="\\nU")
+    await ended(page, "token limit · 12 tokens", 1)
+    assert await page.locator(".output .text").text_content()
+
+
+async def test_the_text_of_a_stop_string_is_not_shown(page: Page) -> None:
+    await generate(page, prompt="Once upon a time", streams=1, max_tokens=40, temperature=0, stop="ttle")
+    await ended(page, "stop · ", 1)
+    assert await page.locator(".output .text").text_content() == "Once upon a time, and a li"
+
+
+async def test_a_token_shows_what_else_was_likely_to_the_mouse_and_to_the_keyboard(page: Page) -> None:
+    await generate(page, prompt="Once upon a time", streams=1, max_tokens=8, temperature=0, ignore_eos=True)
+    await ended(page, "token limit", 1)
+    tokens, box = page.locator(".token"), page.locator("#token")
+    await tokens.nth(0).hover()
+    await expect(box.locator("li")).to_have_count(6)
+    first = await box.locator("li.chosen").text_content()
+    shares = [float(share.removesuffix(" %")) for share in await box.locator(".number").all_text_contents()]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) <= 100.1
+    await page.mouse.move(0, 0)
+    await expect(box).to_be_hidden()
+    await page.locator(".output .text").focus()
+    await page.keyboard.press("ArrowRight")
+    await expect(box.locator("li.chosen")).to_have_text(first or "")
+    await page.keyboard.press("ArrowRight")
+    await expect(tokens.nth(1)).to_have_class(re.compile("current"))
+
+
+async def test_a_likely_token_is_plain_and_an_unlikely_one_is_coloured(page: Page) -> None:
+    await generate(page, prompt="Once upon a time", streams=1, max_tokens=60, temperature=1.5, seed=3, ignore_eos=True)
+    await ended(page, "token limit", 1)
+    for token in (await page.locator(".token").all())[::6]:
+        await token.hover()
+        share = float((await page.locator("#token li.chosen .number").text_content() or "").removesuffix(" %"))
+        level = sum(share < limit for limit in (50, 20, 5, 1))
+        assert (await token.get_attribute("class") or "").split()[1:2] == (
+            [f"likely-{level}"] if level else ["current"]
+        )
+
+
+async def test_a_stopped_stream_ends_on_the_server_and_others_go_on(page: Page, served: RunningServer) -> None:
+    await generate(page, prompt=LONG, streams=2, max_tokens=1500, ignore_eos=True)
+    await expect(page.locator(".output").nth(0).locator(".token").nth(3)).to_be_visible()
+    await page.locator(".output").nth(0).get_by_role("button", name="Stop").click()
+    await ended(page, "stopped · ", 1)
+    async with AsyncClient(f"localhost:{served.port}") as client:
+        while len((await client.engine_state()).in_flight) != 1:
+            pass
+        await page.keyboard.press("Escape")
+        while (await client.engine_state()).in_flight:
+            pass
+    await ended(page, "stopped · ", 2)
+    await page.get_by_role("button", name="Clear").click()
+    await expect(page.locator(".output")).to_have_count(0)
+
+
+async def test_an_error_names_the_field(page: Page) -> None:
+    await generate(page, streams=1, temperature=-1)
+    await expect(page.get_by_role("alert")).to_have_text(re.compile("temperature: -1.0 is not in"))
+
+
+async def test_the_engine_is_seen_at_work(page: Page) -> None:
+    await generate(page, prompt=LONG, streams=1, max_tokens=1)
+    await ended(page, "token limit", 1)
+    await generate(page, prompt=LONG, streams=3, max_tokens=1500, ignore_eos=True)
+    await expect(page.locator("[data-of=running]")).to_have_text("3")
+    await expect(page.locator("#cache-text")).to_have_text(
+        re.compile(r"^\d+ of [\d,]+ blocks in use, [1-9]\d* shared, ")
+    )
+    await expect(page.locator("[data-value-of=throughput]")).to_have_text(re.compile(r"^[1-9][\d,]*$"))
+    await expect(page.locator("[data-value-of=ttft]")).to_have_text(re.compile(r"^\d+ ms$"))
+    await expect(page.locator("#waterfall li .decode").nth(2)).to_be_visible()
+    await page.keyboard.press("Escape")
+    await expect(page.locator("[data-of=running]")).to_have_text("0")
+    await expect(page.locator("#waterfall")).to_have_text(re.compile("cancelled"))
+
+
+async def test_it_says_when_the_server_is_away_and_comes_back_by_itself(page: Page) -> None:
+    status = page.locator("#engine-status")
+    await page.context.set_offline(True)
+    await expect(status).to_have_text(re.compile("not reached: "))
+    await generate(page, streams=1)
+    await expect(page.get_by_role("alert")).not_to_be_empty()
+    await page.context.set_offline(False)
+    await expect(status).to_be_empty()
+
+
+async def test_by_keyboard_alone(page: Page) -> None:
+    await page.keyboard.press("Tab")
+    while await page.evaluate("document.activeElement.id") != "prompt":
+        await page.keyboard.press("Tab")
+    await page.keyboard.press("Control+a")
+    await page.keyboard.type("The bear")
+    await page.keyboard.press("Control+Enter")
+    await expect(page.locator(".output .text").nth(2)).to_contain_text("The bear")
+    await expect(page.locator(".output .token").nth(0)).to_be_visible()
+    await page.keyboard.press("Escape")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_it_fits_a_phone_and_is_readable_by_day_and_by_night(page: Page, scheme: Any) -> None:
+    await page.set_viewport_size({"width": 360, "height": 740})
+    await page.emulate_media(color_scheme=scheme)
+    await generate(page, prompt="Once upon a time", streams=4, max_tokens=12, temperature=0)
+    await ended(page, "12 tokens", 4)
+    assert await page.evaluate("document.documentElement.scrollWidth") == 360
+    assert await page.evaluate(CONTRAST) >= 4.5
+    picture = await page.screenshot(full_page=True)
+    assert picture.startswith(b"\x89PNG")
+
+
+# The least contrast, by WCAG's formula, of any text with the colour behind it.
+CONTRAST = """() => {
+  const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const linear = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const behind = (element) => {
+    for (; element; element = element.parentElement) {
+      const colour = channels(getComputedStyle(element).backgroundColor);
+      if (colour.length === 3) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const texts = [...document.body.querySelectorAll("*")].filter(
+    (element) => !element.disabled && element.checkVisibility()
+      && [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()));
+  return Math.min(...texts.map((element) => {
+    const style = getComputedStyle(element);
+    const lights = [light(channels(element.closest("svg") ? style.fill : style.color)), light(behind(element))];
+    return (Math.max(...lights) + 0.05) / (Math.min(...lights) + 0.05);
+  }));
+}"""
