@@ -21,10 +21,10 @@ setup: .venv/server ## Make .venv with what the server and the client need, as p
 	$(PIP) --constraint constraints.txt -e clients/python -e '.[dev]'
 	@touch $@
 
-# OpenAI's SDK and LangChain, apart from the server: the tests call it with them.
-.venv/sdks/ready: tests/gateway/requirements.txt
-	$(PYTHON) -m venv .venv/sdks
-	.venv/sdks/bin/pip install --quiet --disable-pip-version-check -r $<
+# The clients that the tests call the server with, in environments of their own.
+.venv/%/ready: tests/gateway/%.txt
+	$(PYTHON) -m venv .venv/$*
+	.venv/$*/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 .PHONY: demo
@@ -50,5 +50,5 @@ check: protos ## Lint, types, layers, protos, stale stubs
 	@test -z "$$(git status --porcelain $(STUBS)/mpt)" || { echo 'stale stubs: run make protos and commit'; exit 1; }
 
 .PHONY: test
-test: .venv/dev .venv/sdks/ready ## Run every test
+test: .venv/dev .venv/sdks/ready .venv/litellm/ready ## Run every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2

@@ -1,4 +1,4 @@
-"""OpenAI's SDK and LangChain, as they are released, against a real server."""
+"""OpenAI's SDK, LangChain and LiteLLM, as they are released, against a real server."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv/sdks/bin/python"
-SCENARIOS = Path(__file__).with_name("scenarios.py")
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ENVIRONMENTS = {"scenarios.py": "sdks", "scenarios_litellm.py": "litellm"}
+SCENARIOS = [
+    (file, name)
+    for file in ENVIRONMENTS
+    for name in re.findall(r"^def (\w+)\(url: str\) -> None:", (HERE / file).read_text(encoding="utf-8"), re.MULTILINE)
+]
 
 
-@pytest.mark.parametrize("name", re.findall(r"^def (\w+)\(url: str\) -> None:", SCENARIOS.read_text(), re.MULTILINE))
-def test_a_client_as_it_is_released_gets_what_it_asks_for(name: str, server: Any) -> None:
-    if not PYTHON.exists():
-        pytest.skip("the SDKs are not installed: make .venv/sdks/ready")
+@pytest.mark.parametrize(("file", "name"), SCENARIOS, ids=[name for _, name in SCENARIOS])
+def test_a_client_as_it_is_released_gets_what_it_asks_for(file: str, name: str, server: Any) -> None:
+    environment = f".venv/{ENVIRONMENTS[file]}"
+    python = ROOT / environment / "bin/python"
+    if not python.exists():
+        pytest.skip(f"the clients are not installed: make {environment}/ready")
     ended = subprocess.run(
-        [PYTHON, SCENARIOS, name, server.openai_url], capture_output=True, text=True, timeout=120, check=False
+        [python, HERE / file, name, server.openai_url], capture_output=True, text=True, timeout=120, check=False
     )
     assert ended.returncode == 0, ended.stderr
     assert name in ended.stdout
