@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from mpt_grpc_client.request import build_request
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-READMES = ("README.md", "clients/python/README.md", "docs/generation.md")
+READMES = ("README.md", "clients/python/README.md", "docs/clients.md", "docs/generation.md", "docs/start.md")
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
     for pattern in ("*.md", "benchmarks/*.md", "clients/**/*.md", "docs/**/*.md", "mpt_grpc/**/*.md")
     for path in ROOT.glob(pattern)
 )
 ADDRESS = "localhost:50051"
-OPENAI_URL = "http://localhost:8451/v1"
+HTTP = "http://localhost:8451"
 SDKS = ROOT / ".venv/sdks/bin/python"
 # A block may await at its top level, as in `python -m asyncio`.
 RUN_BLOCK = """
@@ -68,6 +69,11 @@ def run(command: list[str], server: Any, stdin: str = "") -> str:
     return ended.stdout
 
 
+def at_the_server(text: str, server: Any) -> str:
+    """The text with the addresses of the tests' server."""
+    return text.replace(ADDRESS, server.target).replace(HTTP, server.openai_url.removesuffix("/v1"))
+
+
 @pytest.mark.parametrize("block", blocks("python"))
 def test_a_python_block_runs_and_prints(block: str, server: Any) -> None:
     python = Path(sys.executable)
@@ -75,27 +81,34 @@ def test_a_python_block_runs_and_prints(block: str, server: Any) -> None:
         python = SDKS
         if not python.exists():
             pytest.skip("LangChain is not installed: make .venv/sdks/ready")
-    block = block.replace(ADDRESS, server.target).replace(OPENAI_URL, server.openai_url)
+    block = at_the_server(block, server)
     assert run([str(python), "-c", RUN_BLOCK], server, block).strip()
 
 
 @pytest.mark.parametrize("command", commands())
 def test_a_shell_command_works(command: str, server: Any) -> None:
     program, *arguments = shlex.split(command, comments=True)
+    if (
+        program in ("buf", "curl", "grpcurl")
+        and shutil.which(program, path=f"{BIN}{os.pathsep}{os.environ['PATH']}") is None
+    ):
+        pytest.skip(f"{program} is not in this environment")
     match program:
         case "make":
             assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         case "grpcurl" | "buf":
-            if shutil.which(program, path=BIN) is None:
-                pytest.skip(f"{program} is not in this environment")
-            printed = run(["sh", "-c", command.replace(ADDRESS, server.target)], server)
-            assert "TextGenerationService" in printed or "SERVING" in printed or '"text"' in printed
-        case ".venv/bin/mpt-grpc" if arguments[0] == "serve":
+            printed = run(["sh", "-c", at_the_server(command, server)], server)
+            assert any(word in printed for word in ("TextGenerationService", "SERVING", '"text"', "total_blocks"))
+        case ".venv/bin/pip":
+            folder, _, extra = arguments[1].removesuffix("]").partition("[")
+            project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            assert not extra or extra in project["optional-dependencies"]
+        case ".venv/bin/mpt-grpc" if arguments[0] in ("serve", "gateway"):
             flags = {argument for argument in arguments if argument.startswith("--")}
-            help_text = run([sys.executable, "-m", "mpt_grpc.cli", "serve", "--help"], server)
+            help_text = run([sys.executable, "-m", "mpt_grpc.cli", arguments[0], "--help"], server)
             assert flags <= set(re.findall(r"--[a-z][a-z-]+", help_text))
-        case ".venv/bin/mpt-grpc" | "echo":
-            command = command.replace(".venv/bin/mpt-grpc", f"{sys.executable} -m mpt_grpc.cli")
+        case ".venv/bin/mpt-grpc" | "curl" | "echo":
+            command = at_the_server(command.replace(".venv/bin/mpt-grpc", f"{sys.executable} -m mpt_grpc.cli"), server)
             assert len(run(["sh", "-c", command], server, stdin="Who are you?\n")) > 5
         case _:
             pytest.fail(f"nobody knows how to try {command!r}")
@@ -123,6 +136,6 @@ def test_every_link_to_a_file_leads_to_one(name: str) -> None:
 @pytest.mark.parametrize("name", READMES)
 def test_every_flag_that_a_readme_names_exists(name: str, server: Any) -> None:
     prose = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
-    commands = ("serve", "generate", "chat")
+    commands = ("serve", "gateway", "generate", "chat")
     help_text = "".join(run([sys.executable, "-m", "mpt_grpc.cli", command, "--help"], server) for command in commands)
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= set(re.findall(r"--[a-z][a-z-]+", help_text))
