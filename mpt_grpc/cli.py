@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mpt_grpc import __version__
 from mpt_grpc.commands import options
-from mpt_grpc.errors import ModelError, SettingsError
+from mpt_grpc.errors import EvaluationError, ModelError, SettingsError
 from mpt_grpc.settings import CacheSettings, HttpSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 
 
@@ -60,7 +60,7 @@ def _call(parsed: argparse.Namespace) -> int:
     try:
         importlib.import_module(f"mpt_grpc.commands.{parsed.command}").run(parsed)
         sys.stdout.flush()
-    except (MptGrpcError, SettingsError) as error:
+    except (MptGrpcError, EvaluationError, SettingsError) as error:
         print(f"mpt-grpc: {error}", file=sys.stderr)
         return 1
     except (TypeError, ValueError) as error:  # a number that no field holds
@@ -160,6 +160,15 @@ def _parser() -> argparse.ArgumentParser:
         options.add_target(command)
     options.add_constraint(generate)
     options.add_request(generate)
+
+    evaluation = commands.add_parser(
+        "eval",
+        help="measure how good the model is",
+        description="Measure how good a served model is, with lm-eval's tasks, and print a table.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_evaluation(evaluation)
     return parser
 
 
@@ -261,6 +270,28 @@ def _add_server(serve: argparse.ArgumentParser) -> None:
         metavar="NAME[=ARGUMENT]",
         help="watch prompts and outputs; words=FILE lists what may not be said; may be repeated (default: none)",
     )
+
+
+def _add_evaluation(evaluation: argparse.ArgumentParser) -> None:
+    evaluation.add_argument(
+        "--url", default=f"http://localhost:{HttpSettings().port}/v1", help="OpenAI's API of the server"
+    )
+    evaluation.add_argument(
+        "--tasks",
+        type=lambda names: names.split(","),
+        metavar="NAME,NAME,…",
+        help="tasks of lm-eval, which may download their data; story_endings is built in (default: story_endings,"
+        " or none with --text)",
+    )
+    evaluation.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="measure bits per byte of a text; <|endoftext|> stands between documents (default: none)",
+    )
+    evaluation.add_argument("--limit", type=int, metavar="N", help="only the first N of each task (default: all)")
+    evaluation.add_argument("--num-concurrent", type=int, default=8, metavar="N", help="requests in flight")
+    evaluation.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_http(parser: argparse._ActionsContainer) -> None:

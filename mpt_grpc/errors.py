@@ -5,6 +5,7 @@ MptGrpcError
 │   ├── ConfigError         config.json asks for something that is not implemented
 │   └── WeightsError        a tensor is missing, extra, misshapen or unreadable
 ├── SettingsError         a flag or a setting is wrong: the server does not start
+├── EvaluationError       `mpt-grpc eval` cannot measure
 ├── RequestError          the caller can mend it
 │   ├── InvalidRequestError   names every bad field at once
 │   ├── PromptRefusedError    a guard objects to the prompt
@@ -39,6 +40,10 @@ class WeightsError(ModelError):
 
 class SettingsError(MptGrpcError):
     """A flag or a setting is wrong."""
+
+
+class EvaluationError(MptGrpcError):
+    """A model cannot be measured."""
 
 
 class RequestError(MptGrpcError):

@@ -1,15 +1,16 @@
-"""The HTTP application: OpenAI's endpoints over one gRPC client."""
+"""The HTTP application: OpenAI's endpoints, and those around them, over one gRPC client."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from opentelemetry import context as trace_context
 from opentelemetry import propagate
 from pydantic import BaseModel, ValidationError
@@ -18,7 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from mpt_grpc import __version__
+from mpt_grpc.gateway import tokens
 from mpt_grpc.gateway.answers import ChatAnswer
+from mpt_grpc.gateway.api_docs import add_schemas, body_of
 from mpt_grpc.gateway.completions import complete, stream_completion
 from mpt_grpc.gateway.errors import BadRequestError, error_body, error_response
 from mpt_grpc.gateway.page import add_page
@@ -32,18 +35,25 @@ _MAX_BODY_BYTES = 32 << 20
 
 def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAPI:
     """The application. Any model's name is answered by the loaded model unless `strict_model_names`."""
-    app = FastAPI(title="mpt-grpc", version=__version__, description="OpenAI's API for an MPT model.")
+    app: FastAPI = FastAPIOffline(
+        title="mpt-grpc", version=__version__, description="OpenAI's API for an MPT model.", redoc_url=None
+    )
     gateway = _Gateway(client, strict_model_names)
-    for path, endpoint, methods in (
-        ("/v1/chat/completions", gateway.chat_completions, ["POST"]),
-        ("/v1/completions", gateway.completions, ["POST"]),
-        ("/v1/embeddings", gateway.embeddings, ["POST"]),
-        ("/v1/models", gateway.models, ["GET"]),
-        ("/v1/models/{name:path}", gateway.model, ["GET"]),
-        ("/health", gateway.health, ["GET"]),
-        ("/ready", gateway.ready, ["GET"]),
-    ):
-        app.add_api_route(path, endpoint, methods=methods, response_model=None)
+    routes: tuple[tuple[str, str, Callable[..., Any], type[BaseModel] | None], ...] = (
+        ("POST", "/v1/chat/completions", gateway.chat_completions, ChatCompletionRequest),
+        ("POST", "/v1/completions", gateway.completions, CompletionRequest),
+        ("POST", "/v1/embeddings", gateway.embeddings, None),
+        ("GET", "/v1/models", gateway.models, None),
+        ("GET", "/v1/models/{name:path}", gateway.model, None),
+        ("POST", "/tokenize", gateway.tokenize, tokens.TokenizeRequest),
+        ("POST", "/detokenize", gateway.detokenize, tokens.DetokenizeRequest),
+        ("GET", "/tokenizer_info", gateway.tokenizer_info, None),
+        ("GET", "/health", gateway.health, None),
+        ("GET", "/ready", gateway.ready, None),
+    )
+    for method, path, endpoint, body in routes:
+        app.add_api_route(path, endpoint, methods=[method], response_model=None, openapi_extra=body_of(body))
+    add_schemas(app, [body for _, _, _, body in routes if body is not None])
     add_page(app, client)
     for kind in (MptGrpcError, BadRequestError):
         app.add_exception_handler(kind, _on_error)
@@ -95,6 +105,18 @@ class _Gateway:
         if model["id"] != name:
             raise _unknown(name, model["id"])
         return JSONResponse(model)
+
+    async def tokenize(self, request: Request) -> Response:
+        """Gives the tokens of a text."""
+        return JSONResponse(await tokens.tokenize(self._client, await _parsed(request, tokens.TokenizeRequest)))
+
+    async def detokenize(self, request: Request) -> Response:
+        """Gives the text of tokens."""
+        return JSONResponse(await tokens.detokenize(self._client, await _parsed(request, tokens.DetokenizeRequest)))
+
+    async def tokenizer_info(self) -> Response:
+        """Tells the special tokens."""
+        return JSONResponse(await tokens.tokenizer_info(self._client))
 
     async def health(self) -> Response:
         """Says that this process answers."""

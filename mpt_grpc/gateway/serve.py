@@ -37,7 +37,8 @@ async def running_gateway(
 @asynccontextmanager
 async def _serving(app: FastAPI, host: str, port: int, grace_s: float) -> AsyncIterator[int]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named, asyncio turns Nagle's algorithm off, which costs an answer of two packets 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))

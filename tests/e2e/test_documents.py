@@ -19,7 +19,8 @@ from mpt_grpc_client.request import build_request
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-READMES = ("README.md", "clients/python/README.md", "docs/clients.md", "docs/generation.md", "docs/start.md")
+PAGES = ("start", "clients", "generation", "evaluation")
+READMES = ("README.md", "clients/python/README.md", *(f"docs/{name}.md" for name in PAGES))
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
     for pattern in ("*.md", "benchmarks/*.md", "clients/**/*.md", "docs/**/*.md", "mpt_grpc/**/*.md")
@@ -136,6 +137,6 @@ def test_every_link_to_a_file_leads_to_one(name: str) -> None:
 @pytest.mark.parametrize("name", READMES)
 def test_every_flag_that_a_readme_names_exists(name: str, server: Any) -> None:
     prose = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
-    commands = ("serve", "gateway", "generate", "chat")
+    commands = ("serve", "gateway", "generate", "chat", "eval")
     help_text = "".join(run([sys.executable, "-m", "mpt_grpc.cli", command, "--help"], server) for command in commands)
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= set(re.findall(r"--[a-z][a-z-]+", help_text))

@@ -170,6 +170,13 @@ async def test_it_says_when_the_server_is_away_and_comes_back_by_itself(page: Pa
     await expect(status).to_be_empty()
 
 
+async def test_the_api_is_described_without_help_from_elsewhere(page: Page) -> None:
+    await page.get_by_role("link", name="HTTP API").click()
+    await expect(page.locator(".opblock-summary-path").filter(has_text="/v1/completions")).to_be_visible()
+    await page.locator(".opblock-summary-path").filter(has_text="/v1/chat/completions").click()
+    await expect(page.locator(".opblock-body").get_by_text("temperature").first).to_be_visible()
+
+
 async def test_by_keyboard_alone(page: Page) -> None:
     await page.keyboard.press("Tab")
     while await page.evaluate("document.activeElement.id") != "prompt":
