@@ -289,9 +289,16 @@ def _add_evaluation(evaluation: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="measure bits per byte of a text; <|endoftext|> stands between documents (default: none)",
     )
-    evaluation.add_argument("--limit", type=int, metavar="N", help="only the first N of each task (default: all)")
-    evaluation.add_argument("--num-concurrent", type=int, default=8, metavar="N", help="requests in flight")
+    evaluation.add_argument("--limit", type=_count, metavar="N", help="only the first N of each task (default: all)")
+    evaluation.add_argument("--num-concurrent", type=_count, default=8, metavar="N", help="requests in flight")
     evaluation.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
 
 
 def _add_http(parser: argparse._ActionsContainer) -> None:

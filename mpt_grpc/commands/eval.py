@@ -61,7 +61,7 @@ def _evaluate(parsed: argparse.Namespace, model: dict[str, Any], tasks: list[Any
             log_samples=False,
         )
     except Exception as error:  # whatever a task's own code, a download or the connection may raise
-        why = str(error.args[0] if error.args else error).strip().partition("\n")[0]
+        why = str(error.args[0] if isinstance(error, KeyError) else error).strip().partition("\n")[0]
         raise EvaluationError(f"lm-eval: {why or type(error).__name__}") from error
 
 
@@ -98,7 +98,7 @@ def _text(file: Path) -> dict[str, Any]:
     if not rows:
         raise EvaluationError(f"--text: {file} has no text")
     return _task(
-        file.name,
+        f"text:{file.name}",
         rows,
         output_type="loglikelihood_rolling",
         doc_to_text="",
@@ -119,7 +119,7 @@ def _task(name: str, rows: list[dict[str, Any]], **config: Any) -> dict[str, Any
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Inside it nothing is heard of lm-eval and of what it uses, but for bars that show progress in a terminal."""
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if not sys.stderr.isatty():

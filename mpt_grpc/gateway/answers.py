@@ -28,42 +28,57 @@ def usage(usages: Iterable[Usage]) -> Json:
 
 
 class ChatAnswer:
-    """The answer to a chat completion."""
+    """The answer to a chat completion: a message, or the call of the function that had to be called."""
 
-    def __init__(self, model: str, request_id: str | None) -> None:
+    def __init__(self, model: str, request_id: str | None, function_name: str | None = None) -> None:
         self._frame = _frame("chatcmpl", model, request_id)
+        self._function_name = function_name
 
     def whole(self, generation: Generation, with_logprobs: bool) -> Json:
         choices = [
             {
                 "index": output.index,
-                "message": {"role": "assistant", "content": output.text, "refusal": None},
+                "message": {"role": "assistant", "refusal": None, **self._content(output.text)},
                 "logprobs": _chat_logprobs(output.logprobs) if with_logprobs else None,
-                "finish_reason": finish_reason(output.finish),
+                "finish_reason": self._finish_reason(output.finish),
             }
             for output in generation.outputs
         ]
         return {**self._frame, "object": "chat.completion", "choices": choices, "usage": usage([generation.usage])}
 
     def first_chunk(self, index: int) -> Json:
-        return self._chunk(index, {"role": "assistant", "content": ""}, None, None)
+        content: Json = {"content": ""}
+        if self._function_name is not None:
+            content = {"content": None, "tool_calls": [{"index": 0, **_call(self._function_name, "")}]}
+        return self._chunk(index, {"role": "assistant", **content}, None, None)
 
     def chunk(self, delta: Delta, with_logprobs: bool) -> Json:
         logprobs = _chat_logprobs(delta.logprobs) if with_logprobs and delta.logprobs else None
-        content = {"content": delta.text} if delta.text else {}
-        return self._chunk(delta.index, content, logprobs, delta.finish)
+        content: Json = {"content": delta.text}
+        if self._function_name is not None:
+            content = {"tool_calls": [{"index": 0, "function": {"arguments": delta.text}}]}
+        return self._chunk(delta.index, content if delta.text else {}, logprobs, delta.finish)
 
     def usage_chunk(self, usages: Iterable[Usage]) -> Json:
         return {**self._frame, "object": "chat.completion.chunk", "choices": [], "usage": usage(usages)}
+
+    def _content(self, text: str) -> Json:
+        if self._function_name is None:
+            return {"content": text}
+        return {"content": None, "tool_calls": [_call(self._function_name, text)]}
 
     def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish: Finish | None) -> Json:
         choice = {
             "index": index,
             "delta": delta,
             "logprobs": logprobs,
-            "finish_reason": None if finish is None else finish_reason(finish),
+            "finish_reason": None if finish is None else self._finish_reason(finish),
         }
         return {**self._frame, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def _finish_reason(self, finish: Finish) -> str:
+        reason = finish_reason(finish)
+        return "tool_calls" if reason == "stop" and self._function_name is not None else reason
 
 
 class TextAnswer:
@@ -118,6 +133,14 @@ def finish_reason(finish: Finish) -> str:
     if finish.reason is FinishReason.CONTENT_FILTER:
         return "content_filter"
     return "length" if finish.reason in _LENGTH else "stop"
+
+
+def _call(name: str, arguments: str) -> Json:
+    return {
+        "id": f"call_{uuid.uuid4().hex}",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
 
 
 def _chat_logprobs(logprobs: Iterable[TokenLogprob]) -> Json:

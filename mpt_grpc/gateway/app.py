@@ -72,7 +72,8 @@ class _Gateway:
         with _callers_trace(request):
             model = await self._model_name(asked.model)
             messages = [message.message() for message in asked.messages]
-            answer = ChatAnswer(model, request.headers.get("x-request-id"))
+            function_name = None if asked.function is None else asked.function.name
+            answer = ChatAnswer(model, _request_id(request), function_name)
             if asked.stream:
                 return await _events(self._stream_chat(asked, messages, answer, _request_id(request)))
             options = asked.options()
@@ -175,9 +176,11 @@ async def _parsed(request: Request, kind: type[_Parsed]) -> _Parsed:
         return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        # Where a field may be of several kinds, what comes behind its name is the kind.
         name = str(first["loc"][0]) if first["loc"] else None
-        why = "unknown field: leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+        why = "unknown field: leave it out"
+        if first["type"] != "extra_forbidden":
+            # A field that may be of several kinds is wrong as each of them.
+            why = ", or ".join(dict.fromkeys(wrong["msg"] for wrong in error.errors() if wrong["loc"][0] == name))
         raise BadRequestError(f"{name}: {why}", name) from error
 
 

@@ -34,6 +34,7 @@ _FIELDS = {
     "decoding.json_schema": "response_format",
     "text": "prompt",
     "token_ids.ids": "prompt",
+    "ids": "tokens",
 }
 """The gRPC API's names, where OpenAI's are others than their last parts."""
 

@@ -6,11 +6,12 @@ The fields are OpenAI's, and those that vLLM has added and its users send. Range
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc.gateway.tools import Function, Tool, ToolChoice, forced_function
 from mpt_grpc_client import (
     Choice,
     Constraint,
@@ -28,6 +29,10 @@ HARMLESS = frozenset(
     " reasoning_effort verbosity modalities".split()
 )
 """Fields that SDKs send and that change nothing in what is generated here."""
+Uint = Annotated[int, Field(ge=0, lt=1 << 32)]
+"""What the gRPC API's whole numbers hold."""
+_Item = TypeVar("_Item")
+Some = Annotated[list[_Item], Field(min_length=1)]
 _SEEDS = 1 << 64
 
 
@@ -68,30 +73,30 @@ class _Request(_Strict):
     model: str = ""
     temperature: float | None = None
     top_p: float | None = None
-    n: int | None = None
+    n: Uint | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    max_tokens: int | None = None
+    logit_bias: dict[Uint, float] | None = None
+    max_tokens: Uint | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     # vLLM's
-    top_k: int | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 32)] | None = None
     min_p: float | None = None
     typical_p: float | None = None
     repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    min_tokens: Uint | None = None
+    stop_token_ids: list[Uint] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    allowed_token_ids: list[int] | None = None
-    truncate_prompt_tokens: int | None = None
+    allowed_token_ids: list[Uint] | None = None
+    truncate_prompt_tokens: Uint | None = None
     cache_salt: str | None = None
-    priority: int | None = None
+    priority: Annotated[int, Field(gt=-(1 << 31), lt=1 << 31)] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
@@ -132,11 +137,14 @@ class _Request(_Strict):
         )
 
     def _constraint(self) -> Constraint | None:
-        wanted = [*self._of_response_format(), *self._of_structured_outputs(), *self._of_guided()]
+        wanted = [*self._of_response_format(), *self._of_structured_outputs(), *self._of_guided(), *self._of_tools()]
         if len(wanted) > 1:
             names = ", ".join(name for name, _ in wanted)
             raise BadRequestError(f"more than one constraint: {names}; send one", wanted[1][0])
         return wanted[0][1] if wanted else None
+
+    def _of_tools(self) -> list[tuple[str, Constraint]]:
+        return []
 
     def _of_response_format(self) -> list[tuple[str, Constraint]]:
         form = self.response_format
@@ -194,9 +202,19 @@ class ChatMessage(_Strict):
 
 class ChatCompletionRequest(_Request):
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Uint | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Uint | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+
+    @property
+    def function(self) -> Function | None:
+        """What the answer has to be a call of. Raises BadRequestError."""
+        return forced_function(self.tools, self.tool_choice)
+
+    def _of_tools(self) -> list[tuple[str, Constraint]]:
+        return [] if self.function is None else [("tools", JsonSchema(self.function.form))]
 
     def options(self) -> GenerateOptions:
         options = super().options()
@@ -208,10 +226,10 @@ class ChatCompletionRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Some[str] | Some[Uint] | Some[Some[Uint]]
     echo: bool = False
-    logprobs: int | None = None
-    best_of: int | None = None
+    logprobs: Uint | None = None
+    best_of: Uint | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -235,8 +253,6 @@ class CompletionRequest(_Request):
 
 
 REFUSED = {
-    "tools": "tools are not supported: ask for JSON with response_format",
-    "tool_choice": "tools are not supported: ask for JSON with response_format",
     "functions": "functions are not supported: ask for JSON with response_format",
     "function_call": "functions are not supported: ask for JSON with response_format",
     "suffix": "suffix is not supported: the model only continues a prompt",

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from mpt_grpc.gateway.requests import Uint
 from mpt_grpc_client import AsyncClient
 
 Json = dict[str, Any]
@@ -26,7 +27,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = ""
-    tokens: list[int]
+    tokens: list[Uint]
 
 
 async def tokenize(client: AsyncClient, asked: TokenizeRequest) -> Json:

@@ -117,7 +117,7 @@ def test_a_text_is_measured_in_bits_per_byte_and_shown_in_a_table(server: Any, t
     num_bytes = sum(len(text.encode()) for text in DOCUMENTS)
     (row,) = (line for line in ended.stdout.splitlines() if "bits_per_byte" in line)
     cells = [cell.strip() for cell in row.split("|")]
-    assert cells[1] == "stories.txt"
+    assert cells[1] == "text:stories.txt"
     assert float(cells[7]) == pytest.approx(bits / num_bytes, abs=1e-3)
 
 

@@ -93,6 +93,38 @@ def structured_output(url: str) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
+def forced_functions(url: str) -> None:
+    legs = {"type": "object", "properties": {"legs": {"enum": [2, 4]}}, "required": ["legs"]}
+    tools: Any = [
+        {"type": "function", "function": {"name": "count_legs", "parameters": legs}},
+        {"type": "function", "function": {"name": "run"}},
+    ]
+    choice: Any = {"type": "function", "function": {"name": "count_legs"}}
+    asked: dict[str, Any] = {"model": "demo", "messages": HELLO, "max_tokens": 60, "seed": 5, "n": 2}
+    whole = sdk(url).chat.completions.create(**asked, tools=tools, tool_choice=choice)
+    ids = set()
+    for answer in whole.choices:
+        assert answer.finish_reason == "tool_calls"
+        assert answer.message.content is None
+        (call,) = answer.message.tool_calls
+        assert call.function.name == "count_legs"
+        assert json.loads(call.function.arguments)["legs"] in (2, 4)
+        ids.add(call.id)
+    assert len(ids) == 2
+    with sdk(url).chat.completions.stream(**asked, tools=tools, tool_choice=choice) as stream:
+        streamed = stream.get_final_completion()
+    for answer, other in zip(whole.choices, streamed.choices, strict=True):
+        assert other.finish_reason == "tool_calls"
+        assert other.message.tool_calls[0].function.arguments == answer.message.tool_calls[0].function.arguments
+        assert other.message.tool_calls[0].function.name == "count_legs"
+    alone = sdk(url).chat.completions.create(**asked, tools=tools[1:], tool_choice="required")
+    assert json.loads(alone.choices[0].message.tool_calls[0].function.arguments) == {}
+    free = sdk(url).chat.completions.create(**asked, tools=tools, tool_choice="none")
+    assert free.choices[0].message.content == sdk(url).chat.completions.create(**asked).choices[0].message.content
+    cut = sdk(url).chat.completions.create(**{**asked, "max_tokens": 1}, tools=tools, tool_choice=choice)
+    assert cut.choices[0].finish_reason == "length"
+
+
 def completions(url: str) -> None:
     client = sdk(url)
     one = client.completions.create(model="demo", prompt="Once upon a time", max_tokens=6, temperature=0, logprobs=2)
@@ -145,7 +177,16 @@ def errors(url: str) -> None:
     assert refused(max_tokens=100_000).param == "messages", "they and what is asked for do not fit"
     assert refused(messages=[]).param == "messages"
     assert refused(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]).param == "messages"
-    assert refused(tools=[{"type": "function", "function": {"name": "f"}}]).param == "tools"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert refused(tools=tools).param == "tools"
+    assert (
+        refused(tools=[*tools, {"type": "function", "function": {"name": "g"}}], tool_choice="required").param
+        == "tools"
+    )
+    elsewhere = {"type": "function", "function": {"name": "other"}}
+    assert refused(tools=tools, tool_choice=elsewhere).param == "tool_choice"
+    twice = refused(tools=tools, tool_choice="required", response_format={"type": "json_object"})
+    assert "more than one constraint: response_format, tools" in str(twice)
     assert refused(extra_body={"surprise": 1}).param == "surprise"
     assert refused(extra_body={"guided_regex": "("}).param == "regex"
     assert "more than one" in str(refused(extra_body={"guided_regex": "a", "guided_choice": ["b"]}))
@@ -187,10 +228,13 @@ def langchain(url: str) -> None:
     assert "".join(str(chunk.content) for chunk in chat.stream(messages)) == whole.content
     assert [str(answer.content) for answer in chat.batch([messages, messages])] == [whole.content] * 2
     assert asyncio.run(chat.ainvoke(messages)).content == whole.content
-    # For names that begin as OpenAI's older models LangChain takes function calls instead of a schema.
-    named = ChatOpenAI(model="demo", base_url=url, api_key="random-string", max_tokens=400, seed=2)
-    animal = named.with_structured_output(Animal)
-    assert isinstance(animal.invoke("An animal, please."), Animal)
+    # For its default model's name LangChain forces a function instead of asking for a schema.
+    for names_a_model in ({"model": "demo"}, {}):
+        asked = ChatOpenAI(base_url=url, api_key="random-string", max_tokens=400, seed=2, **names_a_model)
+        assert isinstance(asked.with_structured_output(Animal).invoke("An animal, please."), Animal)
+        both = asked.with_structured_output(Animal, include_raw=True).invoke("An animal, please.")
+        assert isinstance(both["parsed"], Animal)
+        assert both["parsing_error"] is None
     text = OpenAI(base_url=url, api_key="random-string", max_tokens=8, temperature=0)
     assert text.invoke("Once upon a time")
 

@@ -44,7 +44,14 @@ def test_the_end_mark_is_one_token(server: Any) -> None:
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": []}, "messages"),
         ("/detokenize", {"tokens": "a"}, "tokens"),
-        ("/detokenize", {"tokens": [999_999]}, "ids"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [999_999]}, "tokens"),
+        ("/v1/completions", {"prompt": [-1]}, "prompt"),
+        ("/v1/completions", {"prompt": []}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        ("/v1/completions", {"prompt": "a", "top_k": 1 << 40}, "top_k"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"-1": 1}}, "logit_bias"),
+        ("/v1/completions", {"prompt": "a", "priority": 1 << 40}, "priority"),
     ],
 )
 def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any) -> None:
