@@ -19,7 +19,7 @@ from mpt_grpc_client.request import build_request
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PAGES = ("start", "clients", "generation", "evaluation")
+PAGES = ("start", "clients", "generation", "openai", "evaluation")
 READMES = ("README.md", "clients/python/README.md", *(f"docs/{name}.md" for name in PAGES))
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
@@ -78,7 +78,7 @@ def at_the_server(text: str, server: Any) -> str:
 @pytest.mark.parametrize("block", blocks("python"))
 def test_a_python_block_runs_and_prints(block: str, server: Any) -> None:
     python = Path(sys.executable)
-    if "langchain" in block:
+    if "langchain" in block or "openai" in block:
         python = SDKS
         if not python.exists():
             pytest.skip("LangChain is not installed: make .venv/sdks/ready")
