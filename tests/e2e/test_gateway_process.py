@@ -47,6 +47,19 @@ def test_sigterm_lets_a_stream_finish(start_gateway: Callable[..., Any], server:
     assert not gateway.stderr
 
 
+def test_a_server_that_dies_in_mid_stream_is_an_event_that_says_so(
+    start_gateway: Callable[..., Any], start_server: Callable[..., Any]
+) -> None:
+    server = start_server()
+    gateway = start_gateway("--target", server.target)
+    with post(gateway.openai_url, {**ASKED, "max_tokens": 1900, "stream": True}) as answer:
+        assert "choices" in json.loads(answer.readline().removeprefix(b"data: "))
+        server.kill()
+        events = [line.removeprefix(b"data: ") for line in answer if line.startswith(b"data: ")]
+    assert json.loads(events[-1])["error"]["code"] == "unavailable"
+    assert all("choices" in json.loads(event) for event in events[:-1])
+
+
 def test_without_a_server_it_starts_and_says_what_is_missing(start_gateway: Callable[..., Any]) -> None:
     gateway = start_gateway("--target", "localhost:1")
     with pytest.raises(urllib.error.HTTPError) as raised:
