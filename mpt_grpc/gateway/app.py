@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from mpt_grpc_client import AsyncClient, Message, MptGrpcError
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
 _Result = TypeVar("_Result")
 _MAX_BODY_BYTES = 32 << 20
+_NAME_HOLDS_S = 5
 
 
 def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAPI:
@@ -65,6 +67,7 @@ def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAP
 class _Gateway:
     def __init__(self, client: AsyncClient, strict_model_names: bool) -> None:
         self._client, self._strict = client, strict_model_names
+        self._name, self._name_until_s = "", 0.0
 
     async def chat_completions(self, request: Request) -> Response:
         """Answers a conversation, whole or as server-sent events."""
@@ -158,10 +161,12 @@ class _Gateway:
         }
 
     async def _model_name(self, asked: str) -> str:
-        name: str = (await self._model())["id"]
-        if self._strict and asked not in ("", name):
-            raise _unknown(asked, name)
-        return name
+        # Asked for now and then only: it costs a call, and changes with the server's restart at most.
+        if (now_s := time.monotonic()) > self._name_until_s:
+            self._name, self._name_until_s = (await self._client.model_info()).name, now_s + _NAME_HOLDS_S
+        if self._strict and asked not in ("", self._name):
+            raise _unknown(asked, self._name)
+        return self._name
 
 
 def _unknown(asked: str, name: str) -> BadRequestError:
