@@ -57,7 +57,7 @@ def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAP
         app.add_api_route(path, endpoint, methods=[method], response_model=None, openapi_extra=body_of(body))
     add_schemas(app, [body for _, _, _, body in routes if body is not None])
     add_page(app, client)
-    for kind in (MptGrpcError, BadRequestError):
+    for kind in (MptGrpcError, BadRequestError, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_http_error)
@@ -254,11 +254,11 @@ async def _events(chunks: AsyncIterator[dict[str, Any]]) -> Response:
     return EventSourceResponse(events(), sep="\n", ping=15)
 
 
-async def _on_error(_: Request, error: Exception) -> JSONResponse:
-    return error_response(error)
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    return error_response(error, request.url.path)
 
 
-async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     status = error.status_code if isinstance(error, HTTPException) else 400
     why = str(error.detail) if isinstance(error, HTTPException) else str(error)
-    return error_response(BadRequestError(why, status=status))
+    return error_response(BadRequestError(why, status=status), request.url.path)

@@ -31,12 +31,13 @@ _FIELDS = {
     "sampling.num_sequences": "n",
     "response.top_logprobs": "top_logprobs",
     "conversation.messages": "messages",
-    "decoding.json_schema": "response_format",
     "text": "prompt",
     "token_ids.ids": "prompt",
     "ids": "tokens",
 }
 """The gRPC API's names, where OpenAI's are others than their last parts."""
+_TEXT_FIELDS = {**_FIELDS, "response.top_logprobs": "logprobs"}
+"""The same for completions of text."""
 
 
 class BadRequestError(Exception):
@@ -47,19 +48,26 @@ class BadRequestError(Exception):
         self.param, self.status, self.code = param, status, code
 
 
-def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
-    """The status of an error and its body."""
+def error_body(error: Exception, path: str = "") -> tuple[int, dict[str, Any]]:
+    """The status of an error and its body, for the endpoint at `path`."""
     if isinstance(error, BadRequestError):
         return error.status, _body(str(error), "invalid_request_error", error.param, error.code)
+    if isinstance(error, InvalidRequestError) and error.violations:
+        names = _TEXT_FIELDS if path.endswith("/v1/completions") else _FIELDS
+        wrong = [(_name(violation.field, names), violation.description) for violation in error.violations]
+        message = "; ".join(f"{name}: {description}" for name, description in wrong)
+        return 400, _body(message, "invalid_request_error", wrong[0][0], _reason_code(error))
     for kind, status, type_, code in _TABLE:
         if isinstance(error, kind):
-            return status, _body(str(error), type_, _param(error), code or _reason_code(error))
-    return 500, _body(str(error), "server_error", None, "engine_fault")
+            return status, _body(str(error), type_, None, code or _reason_code(error))
+    if isinstance(error, MptGrpcError):
+        return 500, _body(str(error), "server_error", None, "engine_fault")
+    return 500, _body("the gateway failed; its log says how", "server_error", None, "gateway_fault")
 
 
-def error_response(error: Exception) -> JSONResponse:
+def error_response(error: Exception, path: str) -> JSONResponse:
     """With the headers that tell an SDK when to try again."""
-    status, body = error_body(error)
+    status, body = error_body(error, path)
     headers = {}
     if isinstance(error, OverloadedError) and error.retry_after_s is not None:
         headers = {
@@ -77,8 +85,6 @@ def _reason_code(error: MptGrpcError) -> str | None:
     return "content_filter" if error.reason == "PROMPT_REFUSED" else None
 
 
-def _param(error: MptGrpcError) -> str | None:
-    if not isinstance(error, InvalidRequestError) or not error.violations:
-        return None
-    field = error.violations[0].field.partition("[")[0]
-    return _FIELDS.get(field, field.rpartition(".")[2])
+def _name(field: str, names: dict[str, str]) -> str:
+    field = field.partition("[")[0]
+    return names.get(field, field.rpartition(".")[2])

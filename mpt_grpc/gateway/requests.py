@@ -267,12 +267,22 @@ def known_fields(body: bytes) -> dict[str, Any]:
     """The fields of a request without the harmless ones and those that are null. Raises BadRequestError."""
     try:
         fields = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequestError(f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise BadRequestError("the body must be a JSON object")
     fields = {name: value for name, value in fields.items() if value is not None and name not in HARMLESS}
-    for name in fields:
+    for name, value in fields.items():
         if name in REFUSED:
             raise BadRequestError(REFUSED[name], name)
+        if b"\\u" in body and not _is_text(value):
+            raise BadRequestError(f"{name}: holds half of a surrogate pair, which is no character", name)
     return fields
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

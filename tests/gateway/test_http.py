@@ -27,7 +27,7 @@ async def gateway() -> AsyncIterator[RunningServer]:
 async def send(server: RunningServer, method: str, path: str, body: Any = None, **headers: str) -> Any:
     """Sends a request and returns the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.http_port)
-    content = b"" if body is None else json.dumps(body).encode()
+    content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     lines = [f"{method} {path} HTTP/1.1", "host: localhost", f"content-length: {len(content)}", "connection: close"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     writer.write("\r\n".join([*lines, "", ""]).encode() + content)
@@ -80,6 +80,8 @@ async def test_what_is_no_request_is_an_error_in_openais_form(gateway: RunningSe
         ("/v1/completions", [1], 400),
         ("/v1/completions", {}, 400),
         ("/v1/chat/completions", {"messages": "hello"}, 400),
+        ("/v1/completions", b"\xff", 400),
+        ("/v1/completions", b"[" * 100_000, 400),
         ("/v1/nothing", {}, 404),
     ):
         given, said = await answer(gateway, "POST", path, body)

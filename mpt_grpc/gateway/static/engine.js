@@ -13,7 +13,7 @@ const status = document.getElementById("engine-status");
 export async function watchEngine() {
   const throughput = new Plot("throughput", "line", (value) => Math.round(value).toLocaleString());
   const ttft = new Plot("ttft", "dots", (value) => `${Math.round(value * 1000)} ms`);
-  const measured = new Set();
+  let measured = new Set();
   let before = null;
   for (;;) {
     await seen();
@@ -26,10 +26,10 @@ export async function watchEngine() {
       if (before) throughput.add(state.time_s, tokensPerSecond(state, before));
       for (const request of state.ended) {
         if (measured.has(request.request_id)) continue;
-        measured.add(request.request_id);
         const waited = request.timings.time_to_first_token_s;
         if (waited !== null) ttft.add(request.arrival_time_s + waited, waited);
       }
+      measured = new Set(state.ended.map((request) => request.request_id));
       throughput.draw(state.time_s - WINDOW_S, state.time_s);
       ttft.draw(state.time_s - WINDOW_S, state.time_s);
       before = state;

@@ -5,9 +5,10 @@ const given = new Map();
 let next = 0;
 
 export function ownerColour(requestId) {
-  if (!given.has(requestId)) {
-    given.set(requestId, next++ % COLOURS);
-    if (given.size > REMEMBERED) given.delete(given.keys().next().value);
-  }
-  return `var(--owner-${given.get(requestId)})`;
+  const colour = given.get(requestId) ?? next++ % COLOURS;
+  // The last one used is the last in order, and the first is forgotten.
+  given.delete(requestId);
+  given.set(requestId, colour);
+  if (given.size > REMEMBERED) given.delete(given.keys().next().value);
+  return `var(--owner-${colour})`;
 }
