@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc_client.constraints import closed_schema
 
 _REMEDY = "force one function with tool_choice, or ask for JSON with response_format"
 
@@ -27,7 +28,7 @@ class Function(_Strict):
     @property
     def form(self) -> dict[str, Any]:
         """The schema of its arguments: the parameters and no others, unless they say that others may be."""
-        closed: dict[str, Any] = _closed(self.parameters)
+        closed: dict[str, Any] = closed_schema(self.parameters)
         return closed
 
 
@@ -60,20 +61,3 @@ def forced_function(tools: list[Tool] | None, choice: ToolChoice | None) -> Func
     if choice == "required" and len(functions) == 1:
         return next(iter(functions.values()))
     raise BadRequestError(f"tools: the model does not choose among tools: {_REMEDY}", "tools")
-
-
-def _closed(schema: Any) -> Any:
-    if not isinstance(schema, dict):
-        return schema
-    closed = dict(schema)
-    for name in ("properties", "$defs"):
-        if isinstance(parts := schema.get(name), dict):
-            closed[name] = {key: _closed(part) for key, part in parts.items()}
-    for name in ("anyOf", "oneOf", "prefixItems"):
-        if isinstance(parts := schema.get(name), list):
-            closed[name] = [_closed(part) for part in parts]
-    if "items" in schema:
-        closed["items"] = _closed(schema["items"])
-    if "properties" in schema and "allOf" not in schema:
-        closed.setdefault("additionalProperties", False)
-    return closed

@@ -60,6 +60,27 @@ def test_a_server_that_dies_in_mid_stream_is_an_event_that_says_so(
     assert all("choices" in json.loads(event) for event in events[:-1])
 
 
+def test_it_finds_a_server_that_comes_back(start_gateway: Callable[..., Any], start_server: Callable[..., Any]) -> None:
+    server = start_server()
+    gateway = start_gateway("--target", server.target)
+    assert text(post(gateway.openai_url, ASKED))
+    server.kill()
+    with pytest.raises(urllib.error.HTTPError):
+        post(gateway.openai_url, ASKED)
+    start_server("--port", server.target.rpartition(":")[2])
+    while ready(gateway) == 503:
+        pass
+    assert text(post(gateway.openai_url, ASKED))
+
+
+def ready(gateway: Any) -> int:
+    try:
+        with urllib.request.urlopen(gateway.openai_url.removesuffix("v1") + "ready", timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 def test_without_a_server_it_starts_and_says_what_is_missing(start_gateway: Callable[..., Any]) -> None:
     gateway = start_gateway("--target", "localhost:1")
     with pytest.raises(urllib.error.HTTPError) as raised:

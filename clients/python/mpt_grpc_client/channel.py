@@ -44,6 +44,8 @@ def channel_options(retries: bool) -> tuple[tuple[str, str | int], ...]:
         ("grpc.enable_retries", int(retries)),
         # A call is retried only if this buffer holds it; the default of 256 KiB would leave long prompts out.
         ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
+        # gRPC would leave a server that comes back unnoticed for up to two minutes.
+        ("grpc.max_reconnect_backoff_ms", 5_000),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         # Without this the pings stop during a long unary call, and a server that has vanished goes unnoticed.

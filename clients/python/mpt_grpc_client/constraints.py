@@ -49,3 +49,18 @@ class LarkGrammar:
 
 
 Constraint = JsonSchema | JsonObject | Regex | Choice | LarkGrammar
+
+
+def closed_schema(schema: Any) -> Any:
+    """The schema with no properties but those that its objects name, where it does not say whether others may be.
+
+    A class has no fields but its own and a function no parameters, but their schemas allow more, and a weak model adds
+    them for ever. Where `allOf` composes an object, nothing is closed.
+    """
+    if isinstance(schema, list):
+        return [closed_schema(part) for part in schema]
+    if not isinstance(schema, dict) or "allOf" in schema:
+        return schema
+    # The type tells an object's schema from a mapping of fields of which one is called "properties".
+    closing = {"additionalProperties": False} if schema.get("type") == "object" and "properties" in schema else {}
+    return closing | {name: closed_schema(part) for name, part in schema.items()}

@@ -23,6 +23,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
+from mpt_grpc_client.constraints import closed_schema
 from mpt_grpc_client.prompts import Message, Role
 from mpt_grpc_client.responses import PartialGeneration
 from mpt_grpc_client.results import Delta, Generation, Output, TokenLogprob, TopLogprob, Usage
@@ -88,10 +89,10 @@ def llm_chunk(delta: Delta, stream: PartialGeneration, model_name: str) -> Gener
 def json_schema(schema: dict[str, Any] | type) -> dict[str, Any]:
     """The JSON schema that is given, or that of a pydantic class, a TypedDict or a function in OpenAI's form."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        return cast(dict[str, Any], _closed(schema.model_json_schema()))
+        return cast(dict[str, Any], closed_schema(schema.model_json_schema()))
     if isinstance(schema, dict) and not schema.keys() & {"function", "parameters"}:
         return schema
-    return cast(dict[str, Any], _closed(convert_to_json_schema(schema)))
+    return cast(dict[str, Any], closed_schema(convert_to_json_schema(schema)))
 
 
 def json_parser(schema: dict[str, Any] | type) -> JsonOutputParser:
@@ -120,17 +121,6 @@ class _WholeJsonParser(JsonOutputParser):
 
 class _WholePydanticParser(_WholeJsonParser, PydanticOutputParser[Any]):
     pass
-
-
-def _closed(schema: Any) -> Any:
-    """A class has no other fields than its own, but its schema allows them, and a weak model adds them for ever."""
-    if isinstance(schema, list):
-        return [_closed(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    # The type tells an object's schema from a mapping of fields of which one is called "properties".
-    closing = {"additionalProperties": False} if schema.get("type") == "object" and "properties" in schema else {}
-    return closing | {name: _closed(part) for name, part in schema.items()}
 
 
 def _role(message: BaseMessage) -> Role:
