@@ -79,6 +79,34 @@ async def test_streams_appear_side_by_side_as_the_server_generates_them(page: Pa
     assert texts == [f"The fox said:{generation.text}"] * 3
 
 
+async def test_an_end_mark_that_is_passed_over_is_seen(page: Page, served: RunningServer) -> None:
+    asked: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True, "skip_special_tokens": False}
+    async with AsyncClient(f"localhost:{served.port}") as client:
+        for seed in range(100):
+            text = (await client.generate("The end.", seed=seed, **asked)).text
+            if "<|endoftext|>" in text[:-20]:
+                break
+    assert "<|endoftext|>" in text[:-20]
+    await generate(page, prompt="The end.", streams=1, max_tokens=60, temperature=1, seed=seed, ignore_eos=True)
+    await ended(page, "token limit", 1)
+    assert await page.locator(".output .text").text_content() == f"The end.{text}"
+
+
+async def test_what_the_browser_has_no_connection_for_waits_and_can_be_stopped(page: Page) -> None:
+    for _ in range(2):
+        await generate(page, prompt=LONG, streams=5, max_tokens=1500, ignore_eos=True)
+    await expect(page.locator("[data-of=running]")).to_have_text("5")
+    await expect(page.locator(".output header").filter(has_text="waiting")).to_have_count(5)
+    stops = page.get_by_role("button", name="Stop", exact=True)
+    await stops.nth(0).click()
+    await ended(page, "stopped", 1)
+    await stops.last.click()
+    await ended(page, "stopped · ", 1)
+    await expect(page.locator(".output header").filter(has_text="waiting")).to_have_count(3)
+    await page.keyboard.press("Escape")
+    await ended(page, "stopped", 10)
+
+
 async def test_a_message_is_answered_through_the_chat_template(page: Page) -> None:
     await page.get_by_label("Answer it as a message").check()
     await generate(page, prompt="Who are you?", streams=1, max_tokens=12, temperature=0, ignore_eos=True, stop="\\nU")

@@ -1,9 +1,37 @@
 // OpenAI's API as this page needs it: a completion of either kind as one stream of pieces.
 const ALTERNATIVES = 6;
+// A browser opens six connections to a server, and the engine's panel needs one.
+const CONNECTIONS = 5;
+let open = 0;
+const waiting = new Set();
 
 // Yields {text, tokens, finish}; a token is {bytes, logprob, alternatives: [{text, logprob}]}. Throws Error with the
 // server's words.
-export async function* completion(kind, { prompt, ...settings }, requestId, signal) {
+export async function* completion(kind, body, requestId, signal) {
+  await connection(signal);
+  try {
+    yield* pieces(kind, body, requestId, signal);
+  } finally {
+    open--;
+    const [next] = waiting;
+    next?.();
+  }
+}
+
+// Resolves when one more may be opened; it counts as open from then on.
+async function connection(signal) {
+  while (open >= CONNECTIONS) {
+    let resume;
+    await new Promise((resolve, reject) => {
+      resume = resolve;
+      waiting.add(resume);
+      signal.addEventListener("abort", reject, { once: true });
+    }).finally(() => waiting.delete(resume));
+  }
+  open++;
+}
+
+async function* pieces(kind, { prompt, ...settings }, requestId, signal) {
   const path = kind === "chat" ? "v1/chat/completions" : "v1/completions";
   const asked =
     kind === "chat"
@@ -42,8 +70,9 @@ async function errorOf(response) {
 // The data of server-sent events.
 async function* events(body) {
   let held = "";
-  for await (const text of body.pipeThrough(new TextDecoderStream())) {
-    held += text;
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let { done, value } = await reader.read(); !done; { done, value } = await reader.read()) {
+    held += value;
     const lines = held.split("\n");
     held = lines.pop();
     for (const line of lines) {

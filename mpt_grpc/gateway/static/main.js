@@ -60,7 +60,7 @@ function settings(fields, number) {
   }
   if (body.seed !== undefined) body.seed += number;
   if (fields.get("stop")) body.stop = fields.get("stop").replaceAll("\\n", "\n");
-  if (fields.get("ignore_eos")) body.ignore_eos = true;
+  if (fields.get("ignore_eos")) Object.assign(body, { ignore_eos: true, skip_special_tokens: false });
   return body;
 }
 

@@ -17,6 +17,7 @@ export class TokenText {
     this.element.append(given);
     this._decoder = new TextDecoder();
     this._waiting = [];
+    this._last = null;
     this._unshown = 0;
     this._current = null;
     this._follows = true;
@@ -35,7 +36,10 @@ export class TokenText {
     for (const token of tokens) {
       const spelt = this._decoder.decode(token.bytes, { stream: true });
       if (spelt) this._waiting.push({ ...token, text: spelt });
+      this._last = token;
     }
+    const unfinished = finish && this._decoder.decode();
+    if (unfinished) this._waiting.push({ ...this._last, text: unfinished });
     this._unshown += text.length;
     while (this._waiting.length && (this._waiting[0].text.length <= this._unshown || finish)) {
       const token = this._waiting.shift();
