@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from mpt_grpc.gateway.answers import TextAnswer, text_choice, text_logprobs
 from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc.gateway.interleave import interleaved
 from mpt_grpc.gateway.requests import CompletionRequest
 from mpt_grpc_client import AsyncClient, GenerateOptions, Generation, TokenLogprob, Usage
 
@@ -40,28 +42,46 @@ async def complete(client: AsyncClient, asked: CompletionRequest, model: str, re
 async def stream_completion(
     client: AsyncClient, asked: CompletionRequest, model: str, request_id: str | None
 ) -> AsyncIterator[Json]:
-    """The chunks of an answer; those of several prompts come one after the other. Raises MptGrpcError."""
+    """The chunks of an answer; those of several prompts interleave. Raises MptGrpcError."""
     if asked.echo and asked.logprobs is not None:
         raise BadRequestError("echo with logprobs is not supported in a stream: send stream false", "echo")
-    answer, usages, options = TextAnswer(model, request_id), list[Usage](), asked.options()
-    for number, prompt in enumerate(asked.prompts):
-        first_index = number * (asked.n or 1)
-        if asked.echo:
-            echo = await _text(client, prompt)
-            for index in range(asked.n or 1):
-                yield answer.chunk(text_choice(first_index + index, echo, None, None))
-        offsets: defaultdict[int, int] = defaultdict(int)
-        async with client.stream(prompt, **_named(options, request_id, number)) as stream:
-            async for delta in stream.deltas():
-                logprobs = None
-                if delta.logprobs:
-                    logprobs = text_logprobs(delta.logprobs, offsets[delta.index], asked.logprobs or 0)
-                offsets[delta.index] += len(delta.text)
-                if delta.text or logprobs or delta.finish:
-                    yield answer.chunk(text_choice(first_index + delta.index, delta.text, logprobs, delta.finish))
-            usages.append(stream.result.usage)
+    answer, usages = TextAnswer(model, request_id), list[Usage]()
+    streams = [
+        _stream_prompt(client, asked, prompt, _named(asked.options(), request_id, number), number, usages)
+        for number, prompt in enumerate(asked.prompts)
+    ]
+    # One alone is read as it is, which costs less.
+    async with contextlib.aclosing(interleaved(streams) if len(streams) > 1 else streams[0]) as choices:
+        async for choice in choices:
+            yield answer.chunk(choice)
     if asked.includes_usage:
         yield answer.usage_chunk(usages)
+
+
+async def _stream_prompt(
+    client: AsyncClient,
+    asked: CompletionRequest,
+    prompt: str | Sequence[int],
+    options: GenerateOptions,
+    number: int,
+    usages: list[Usage],
+) -> AsyncGenerator[Json]:
+    """The choices of the prompt of this number, as they grow; its usage goes to `usages`."""
+    first_index = number * (asked.n or 1)
+    if asked.echo:
+        echo = await _text(client, prompt)
+        for index in range(asked.n or 1):
+            yield text_choice(first_index + index, echo, None, None)
+    offsets: defaultdict[int, int] = defaultdict(int)
+    async with client.stream(prompt, **options) as stream:
+        async for delta in stream.deltas():
+            logprobs = None
+            if delta.logprobs:
+                logprobs = text_logprobs(delta.logprobs, offsets[delta.index], asked.logprobs or 0)
+            offsets[delta.index] += len(delta.text)
+            if delta.text or logprobs or delta.finish:
+                yield text_choice(first_index + delta.index, delta.text, logprobs, delta.finish)
+        usages.append(stream.result.usage)
 
 
 def _named(options: GenerateOptions, request_id: str | None, number: int) -> GenerateOptions:

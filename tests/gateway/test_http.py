@@ -57,6 +57,20 @@ async def test_a_caller_who_leaves_ends_the_generation(stepped: list[SteppedRunn
         assert server.engine.load.num_generated_tokens - before < 1900
 
 
+async def test_the_prompts_of_a_stream_are_generated_together(gateway: RunningServer) -> None:
+    asked = {**ENDLESS, "prompt": ["Once upon a time", "The fox"], "stream": True}
+    reader, writer = await send(gateway, "POST", "/v1/completions", asked)
+    indexes: set[int] = set()
+    while indexes != {0, 1}:
+        line = await reader.readline()
+        if line.startswith(b"data: "):
+            indexes.add(json.loads(line[6:])["choices"][0]["index"])
+    assert len((await asyncio.wrap_future(gateway.engine.state())).in_flight) == 2
+    writer.close()
+    while (await asyncio.wrap_future(gateway.engine.state())).in_flight:
+        pass
+
+
 async def test_ready_and_health_tell_the_server_and_the_process_apart(gateway: RunningServer) -> None:
     assert await answer(gateway, "GET", "/health") == (200, {"status": "ok"})
     assert await answer(gateway, "GET", "/ready") == (200, {"status": "ready"})

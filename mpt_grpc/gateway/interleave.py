@@ -1,0 +1,28 @@
+"""Several asynchronous generators read at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
+
+
+async def interleaved(generators: Sequence[AsyncGenerator[_Item]]) -> AsyncGenerator[_Item]:
+    """Yields what each generator has next, as soon as it has it. The first error is raised, and ends the others."""
+    reading = {asyncio.ensure_future(anext(generator, None)): generator for generator in generators}
+    try:
+        while reading:
+            done, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                generator = reading.pop(task)
+                if (item := task.result()) is not None:
+                    reading[asyncio.ensure_future(anext(generator, None))] = generator
+                    yield item
+    finally:
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+        for generator in generators:
+            await generator.aclose()
