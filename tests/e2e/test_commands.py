@@ -121,7 +121,7 @@ def test_who_stops_reading_ends_it_quietly(server: Any) -> None:
     assert (len(ended.stdout), ended.stderr) == (5, "")
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "chat"])
+@pytest.mark.parametrize("command", ["serve", "gateway", "generate", "chat", "eval"])
 def test_help_waits_for_neither_torch_nor_grpc(command: str) -> None:
     code = f"""
 import sys

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +56,23 @@ async def test_a_caller_who_leaves_ends_the_generation(stepped: list[SteppedRunn
         stepped[0].run_free()
         await server.drain()  # returns when no call is answered any more
         assert server.engine.load.num_generated_tokens - before < 1900
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["x", ["x", "y"]])
+async def test_the_callers_trace_goes_on_behind_the_gateway(tmp_path: Path, stream: bool, prompt: Any) -> None:
+    trace_file, trace_id = tmp_path / "spans.jsonl", "0af7651916cd43dd8448eb211c80319c"
+    async with running_server(replace(demo_settings(), http=HttpSettings(port=0), trace_file=trace_file)) as server:
+        asked = {"prompt": prompt, "max_tokens": 2, "stream": stream}
+        parent = f"00-{trace_id}-b7ad6b7169203331-01"
+        reader, writer = await send(server, "POST", "/v1/completions", asked, traceparent=parent)
+        assert b" 200 " in await reader.readline()
+        await reader.read()
+        writer.close()
+    spans = [json.loads(line) for line in trace_file.read_text(encoding="utf-8").splitlines()]
+    decodes = [span for span in spans if span["name"] == "decode"]
+    of_the_caller = [span for span in decodes if span["context"]["trace_id"] == f"0x{trace_id}"]
+    assert len(of_the_caller) == (2 if isinstance(prompt, list) else 1)
 
 
 async def test_the_prompts_of_a_stream_are_generated_together(gateway: RunningServer) -> None:
