@@ -80,14 +80,12 @@ async def test_streams_appear_side_by_side_as_the_server_generates_them(page: Pa
 
 
 async def test_an_end_mark_that_is_passed_over_is_seen(page: Page, served: RunningServer) -> None:
-    asked: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True, "skip_special_tokens": False}
+    seed = 223  # one of the few at which this model ends early
+    asked: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True, "skip_special_tokens": False}
     async with AsyncClient(f"localhost:{served.port}") as client:
-        for seed in range(100):
-            text = (await client.generate("The end.", seed=seed, **asked)).text
-            if "<|endoftext|>" in text[:-20]:
-                break
+        text = (await client.generate("The end.", seed=seed, **asked)).text
     assert "<|endoftext|>" in text[:-20]
-    await generate(page, prompt="The end.", streams=1, max_tokens=60, temperature=1, seed=seed, ignore_eos=True)
+    await generate(page, prompt="The end.", streams=1, max_tokens=30, temperature=1, seed=seed, ignore_eos=True)
     await ended(page, "token limit", 1)
     assert await page.locator(".output .text").text_content() == f"The end.{text}"
 
