@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -35,7 +36,7 @@ def add_page(app: FastAPI, client: AsyncClient) -> None:
         """Tells what the engine is doing: its load, its requests in flight and the last that ended, and who holds which
         blocks of the KV cache."""
         state = await client.engine_state(timeout_s=5)
-        return JSONResponse(dataclasses.asdict(state, dict_factory=_json))
+        return Response(json.dumps(state, default=_plain), media_type="application/json")
 
     app.add_api_route("/", page, response_model=None, include_in_schema=False)
     app.add_api_route("/engine", engine, response_model=None)
@@ -49,5 +50,8 @@ class _Files(StaticFiles):
         return response
 
 
-def _json(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value.name if isinstance(value, enum.Enum) else value for name, value in fields}
+def _plain(value: Any) -> Any:
+    """What JSON holds of a value of the client's; lists, of which a cache's are long, need no copy."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
