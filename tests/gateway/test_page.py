@@ -23,6 +23,8 @@ ALONE = (
 )
 LONG = "Once upon a time there was a fox who lived in a wood with a bear and a crow, and all three were hungry. " * 2
 
+expect.set_options(timeout=30_000)  # a browser's and a server's first words come late on a busy machine
+
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None and "CI" not in os.environ, reason="needs chromium: apt-get install chromium"
 )
