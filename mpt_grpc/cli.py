@@ -63,9 +63,6 @@ def _call(parsed: argparse.Namespace) -> int:
     except (MptGrpcError, EvaluationError, SettingsError) as error:
         print(f"mpt-grpc: {error}", file=sys.stderr)
         return 1
-    except (TypeError, ValueError) as error:  # a number that no field holds
-        print(f"mpt-grpc: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

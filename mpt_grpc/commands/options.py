@@ -6,6 +6,7 @@ Imported to make a parser, also for `--help`, so grpc is imported only where a r
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -73,11 +74,11 @@ def add_stopping(parser: argparse.ArgumentParser) -> None:
 def add_constraint(parser: argparse.ArgumentParser) -> None:
     """Adds what an output may be."""
     constraint = parser.add_argument_group("what an output may be").add_mutually_exclusive_group()
-    constraint.add_argument("--json-schema", type=_text_or_file, metavar="JSON|FILE", help="JSON of this schema")
+    constraint.add_argument("--json-schema", type=_schema, metavar="JSON|FILE", help="JSON of this schema")
     constraint.add_argument("--json-object", action="store_true", help="any JSON object")
     constraint.add_argument("--regex", metavar="PATTERN", help="a match of this pattern")
     constraint.add_argument("--choice", action="append", metavar="TEXT", help="one of these; repeatable")
-    constraint.add_argument("--lark-grammar", type=_text_or_file, metavar="TEXT|FILE", help="a sentence of a grammar")
+    constraint.add_argument("--lark-grammar", type=_grammar, metavar="TEXT|FILE", help="a sentence of a grammar")
 
 
 def add_request(parser: argparse.ArgumentParser) -> None:
@@ -169,8 +170,26 @@ def _unescaped(text: str) -> str:
     return text.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
+def _schema(text: str) -> str:
+    schema = _text_or_file(text)
+    try:
+        json.loads(schema)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither JSON nor a file of it: {error}") from error
+    return schema
+
+
+def _grammar(text: str) -> str:
+    grammar = _text_or_file(text)
+    if ":" not in grammar:  # as every rule has
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a grammar nor a file of one")
+    return grammar
+
+
 def _text_or_file(text: str) -> str:
     try:
         return Path(text).read_text(encoding="utf-8") if Path(text).is_file() else text
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
     except OSError:  # too long for a file's name
         return text

@@ -12,6 +12,7 @@ from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc_client import (
     Choice,
     GenerateOptions,
+    InvalidRequestError,
     JsonObject,
     JsonSchema,
     LarkGrammar,
@@ -160,7 +161,7 @@ def test_every_role_of_the_api_has_its_name_in_the_client():
 
 @pytest.mark.parametrize("prompt", ["Once", [1, 2], []])
 def test_turns_can_be_dropped_only_from_messages(answer, client, prompt):
-    with pytest.raises(ValueError, match="truncate_prompt_tokens"):
+    with pytest.raises(InvalidRequestError, match=r"drop_oldest_turns: .*truncate_prompt_tokens"):
         client.generate(prompt, drop_oldest_turns=True)
     assert not answer.requests
 
@@ -205,10 +206,26 @@ def test_an_unknown_option_is_a_type_error_that_names_it(answer, client):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"seed": -1}, {"top_k": -1}, {"stop_token_ids": [2**32]}, {"temperature": "hot"}, {"logit_bias": {-1: 1.0}}],
+    ("name", "value"),
+    [
+        ("seed", -1),
+        ("top_k", -1),
+        ("stop_token_ids", [2**32]),
+        ("logit_bias", {-1: 1.0}),
+        ("time_limit_s", float("inf")),
+        ("cache_salt", "\ud83d"),
+    ],
 )
-def test_a_value_that_its_field_cannot_hold_never_leaves_the_client(answer, client, options):
-    with pytest.raises((TypeError, ValueError)):
-        client.generate("Once", **options)
+def test_a_value_that_its_field_cannot_hold_is_refused_by_name_and_never_leaves_the_client(answer, client, name, value):
+    with pytest.raises(InvalidRequestError, match=f"^{name}: ") as refused:
+        client.generate([Message(Role.USER, "Hi")], max_new_tokens=3, drop_oldest_turns=True, **{name: value})
+    assert [violation.field for violation in refused.value.violations] == [name]
+    with pytest.raises(InvalidRequestError, match=r"^prompt: "):
+        client.generate("\ud83d", max_new_tokens=3)
+    assert not answer.requests
+
+
+def test_a_value_of_another_type_is_a_type_error_that_names_its_option(answer, client):
+    with pytest.raises(TypeError, match=r"^temperature: "):
+        client.generate("Once", top_k=3, temperature="hot")
     assert not answer.requests

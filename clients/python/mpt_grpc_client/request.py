@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.constraints import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
+from mpt_grpc_client.errors import FieldViolation, InvalidRequestError
 from mpt_grpc_client.prompts import Message, Prompt
 
 
@@ -101,11 +102,32 @@ class GenerateOptions(TypedDict, total=False):
 def build_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
     """The request for a prompt. Ranges are the server's to check.
 
-    Raises TypeError for an option that does not exist, TypeError or ValueError for a value that its field cannot hold.
+    Raises TypeError for an option that does not exist or is of another type, InvalidRequestError for a value that its
+    field cannot hold. Both name the option.
     """
     unknown = options.keys() - GenerateOptions.__optional_keys__
     if unknown:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+    try:
+        return _request(prompt, options)
+    except (TypeError, ValueError, OverflowError) as error:
+        name = _culprit(prompt, options)
+        if isinstance(error, TypeError):
+            raise TypeError(f"{name}: {error}") from error
+        raise InvalidRequestError(f"{name}: {error}", violations=(FieldViolation(name, str(error)),)) from error
+
+
+def _culprit(prompt: Prompt, options: GenerateOptions) -> str:
+    """What makes no request even by itself: the prompt, or the name of an option."""
+    for name, value in {"prompt": None, **options}.items():
+        try:
+            _request(prompt, cast(GenerateOptions, {name: value}))
+        except (TypeError, ValueError, OverflowError):
+            return name
+    raise AssertionError("options that make requests one by one make one together")
+
+
+def _request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
     request = pb.GenerateRequest(
         request_id=options.get("request_id") or "",
         model=options.get("model") or "",
@@ -136,7 +158,7 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, drop_oldest_turns: 
             request.conversation.messages.add(role=message.role.value, content=message.content)
         return
     if drop_oldest_turns:
-        raise ValueError("drop_oldest_turns needs a prompt of messages; for others there is truncate_prompt_tokens")
+        raise ValueError("needs a prompt of messages; for others there is truncate_prompt_tokens")
     if isinstance(prompt, str):
         request.text = prompt
     else:
