@@ -59,6 +59,10 @@ class ChatAnswer:
             content = {"tool_calls": [{"index": 0, "function": {"arguments": delta.text}}]}
         return self._chunk(delta.index, content if delta.text else {}, logprobs, delta.finish)
 
+    def idle_chunk(self) -> Json:
+        """Says nothing, but that the answer is still being made."""
+        return self._chunk(0, {}, None, None)
+
     def usage_chunk(self, usages: Iterable[Usage]) -> Json:
         return {**self._frame, "object": "chat.completion.chunk", "choices": [], "usage": usage(usages)}
 
@@ -92,6 +96,10 @@ class TextAnswer:
 
     def chunk(self, choice: Json) -> Json:
         return {**self._frame, "choices": [choice]}
+
+    def idle_chunk(self) -> Json:
+        """Says nothing, but that the answer is still being made."""
+        return self.chunk(text_choice(0, "", None, None))
 
     def usage_chunk(self, usages: Iterable[Usage]) -> Json:
         return self.whole([], usages)

@@ -15,24 +15,25 @@ from fastapi_offline import FastAPIOffline
 from opentelemetry import context as trace_context
 from opentelemetry import propagate
 from pydantic import BaseModel, ValidationError
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from mpt_grpc import __version__
 from mpt_grpc.gateway import tokens
-from mpt_grpc.gateway.answers import ChatAnswer
+from mpt_grpc.gateway.answers import ChatAnswer, Json, TextAnswer
 from mpt_grpc.gateway.api_docs import add_schemas, body_of
 from mpt_grpc.gateway.completions import complete, stream_completion
 from mpt_grpc.gateway.errors import BadRequestError, error_body, error_response
 from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest, known_fields
-from mpt_grpc_client import AsyncClient, Message, MptGrpcError
+from mpt_grpc_client import AsyncClient, GenerateOptions, Message, MptGrpcError
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
 _Result = TypeVar("_Result")
 _MAX_BODY_BYTES = 32 << 20
 _NAME_HOLDS_S = 5
+_IDLE_S = 15
 
 
 def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAPI:
@@ -73,14 +74,14 @@ class _Gateway:
         """Answers a conversation, whole or as server-sent events."""
         asked = await _parsed(request, ChatCompletionRequest)
         with _callers_trace(request):
-            model = await self._model_name(asked.model)
             messages = [message.message() for message in asked.messages]
             function_name = None if asked.function is None else asked.function.name
-            answer = ChatAnswer(model, _request_id(request), function_name)
-            if asked.stream:
-                return await _events(self._stream_chat(asked, messages, answer, _request_id(request)))
+            answer = ChatAnswer(await self._model_name(asked.model), _request_id(request), function_name)
             options = asked.options()
             options["request_id"] = _request_id(request)
+            if asked.stream:
+                chunks = self._stream_chat(asked, messages, options, answer)
+                return await _events(request, chunks, answer.idle_chunk())
             generation = await _unless_left(request, self._client.generate(messages, **options))
             return JSONResponse(answer.whole(generation, bool(asked.logprobs)))
 
@@ -88,11 +89,12 @@ class _Gateway:
         """Continues one prompt or several, whole or as server-sent events."""
         asked = await _parsed(request, CompletionRequest)
         with _callers_trace(request):
-            model = await self._model_name(asked.model)
             request_id = _request_id(request)
+            answer = TextAnswer(await self._model_name(asked.model), request_id)
             if asked.stream:
-                return await _events(stream_completion(self._client, asked, model, request_id))
-            whole = await _unless_left(request, complete(self._client, asked, model, request_id))
+                chunks = stream_completion(self._client, asked, answer, request_id)
+                return await _events(request, chunks, answer.idle_chunk())
+            whole = await _unless_left(request, complete(self._client, asked, answer, request_id))
             return JSONResponse(whole)
 
     async def embeddings(self) -> Response:
@@ -135,10 +137,8 @@ class _Gateway:
         return JSONResponse({"status": "ready"})
 
     async def _stream_chat(
-        self, asked: ChatCompletionRequest, messages: list[Message], answer: ChatAnswer, request_id: str | None
-    ) -> AsyncIterator[dict[str, Any]]:
-        options = asked.options()
-        options["request_id"] = request_id
+        self, asked: ChatCompletionRequest, messages: list[Message], options: GenerateOptions, answer: ChatAnswer
+    ) -> AsyncIterator[Json]:
         begun: set[int] = set()
         async with self._client.stream(messages, **options) as stream:
             async for delta in stream.deltas():
@@ -232,26 +232,34 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> Response:
-    """Server-sent events. What fails before the first is an HTTP error, later an event that says so."""
-    try:
-        first = await anext(chunks)
-    except StopAsyncIteration:
-        first = None
+async def _events(request: Request, chunks: AsyncIterator[Json], idle_chunk: Json) -> Response:
+    """Server-sent events. What fails before the first is an HTTP error, later an event that says so.
 
-    async def events() -> AsyncIterator[dict[str, str]]:
+    Where nothing comes for a while, `idle_chunk` does: comments are no sign of life to LangChain, which gives up.
+    """
+    first = await _unless_left(request, _next(chunks))
+
+    async def events() -> AsyncIterator[ServerSentEvent]:
         async with contextlib.aclosing(chunks):  # type: ignore[type-var]
             try:
                 if first is not None:
-                    yield {"data": json.dumps(first, ensure_ascii=False)}
+                    yield _event(first)
                 async for chunk in chunks:
-                    yield {"data": json.dumps(chunk, ensure_ascii=False)}
+                    yield _event(chunk)
             except MptGrpcError as error:
-                yield {"data": json.dumps(error_body(error)[1], ensure_ascii=False)}
+                yield _event(error_body(error)[1])
                 return
-            yield {"data": "[DONE]"}
+            yield ServerSentEvent("[DONE]", sep="\n")
 
-    return EventSourceResponse(events(), sep="\n", ping=15)
+    return EventSourceResponse(events(), ping=_IDLE_S, ping_message_factory=lambda: _event(idle_chunk))
+
+
+async def _next(chunks: AsyncIterator[Json]) -> Json | None:
+    return await anext(chunks, None)
+
+
+def _event(chunk: Json) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(chunk, ensure_ascii=False), sep="\n")
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:

@@ -17,7 +17,7 @@ from mpt_grpc_client import AsyncClient, GenerateOptions, Generation, TokenLogpr
 Json = dict[str, Any]
 
 
-async def complete(client: AsyncClient, asked: CompletionRequest, model: str, request_id: str | None) -> Json:
+async def complete(client: AsyncClient, asked: CompletionRequest, answer: TextAnswer, request_id: str | None) -> Json:
     """The whole answer. If one prompt of several fails, all do. Raises MptGrpcError."""
     prompts, options = asked.prompts, asked.options()
     calls = [
@@ -36,16 +36,16 @@ async def complete(client: AsyncClient, asked: CompletionRequest, model: str, re
         for output in generation.outputs:
             logprobs = _logprobs(asked, generation, output.logprobs, echo, first)
             choices.append(text_choice(len(choices), echo + output.text, logprobs, output.finish))
-    return TextAnswer(model, request_id).whole(choices, [generation.usage for generation in generations])
+    return answer.whole(choices, [generation.usage for generation in generations])
 
 
 async def stream_completion(
-    client: AsyncClient, asked: CompletionRequest, model: str, request_id: str | None
+    client: AsyncClient, asked: CompletionRequest, answer: TextAnswer, request_id: str | None
 ) -> AsyncIterator[Json]:
     """The chunks of an answer; those of several prompts interleave. Raises MptGrpcError."""
     if asked.echo and asked.logprobs is not None:
         raise BadRequestError("echo with logprobs is not supported in a stream: send stream false", "echo")
-    answer, usages = TextAnswer(model, request_id), list[Usage]()
+    usages: list[Usage] = []
     streams = [
         _stream_prompt(client, asked, prompt, _named(asked.options(), request_id, number), number, usages)
         for number, prompt in enumerate(asked.prompts)

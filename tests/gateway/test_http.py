@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 from conftest import SteppedRunner, demo_settings
 
+from mpt_grpc.gateway import app
 from mpt_grpc.server.server import RunningServer, running_server
-from mpt_grpc.settings import HttpSettings
+from mpt_grpc.settings import HttpSettings, ServerSettings
 
 ENDLESS = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True}
 
@@ -42,20 +44,59 @@ async def answer(server: RunningServer, method: str, path: str, body: Any = None
     return int(head.split()[1]), json.loads(content)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_caller_who_leaves_ends_the_generation(stepped: list[SteppedRunner], stream: bool) -> None:
-    async with running_server(replace(demo_settings(), http=HttpSettings(port=0))) as server:
-        before = server.engine.load.num_generated_tokens
-        reader, writer = await send(server, "POST", "/v1/completions", {**ENDLESS, "stream": stream})
-        await asyncio.to_thread(stepped[0].wait_for_step)
-        if stream:
-            for _ in range(4):
-                stepped[0].allow()
-            await reader.readuntil(b"data: ")
-        writer.close()
+@pytest.fixture
+async def held(stepped: list[SteppedRunner]) -> AsyncIterator[RunningServer]:
+    """A server whose steps the test allows, and which drains for as long as it takes."""
+    settings = replace(demo_settings(), http=HttpSettings(port=0), server=ServerSettings(port=0, grace_s=600))
+    async with running_server(settings) as server:
+        yield server
         stepped[0].run_free()
-        await server.drain()  # returns when no call is answered any more
-        assert server.engine.load.num_generated_tokens - before < 1900
+
+
+@pytest.mark.parametrize(("stream", "has_begun"), [(False, False), (True, False), (True, True)])
+async def test_a_caller_who_leaves_ends_the_call(
+    stepped: list[SteppedRunner], held: RunningServer, stream: bool, has_begun: bool
+) -> None:
+    reader, writer = await send(held, "POST", "/v1/completions", {**ENDLESS, "stream": stream})
+    await asyncio.to_thread(stepped[0].wait_for_step)
+    if has_begun:
+        for _ in range(4):
+            stepped[0].allow()
+        await reader.readuntil(b"data: ")
+    writer.close()
+    async with asyncio.timeout(60):
+        await held.drain()  # returns when no call is answered any more
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_stream_that_waits_says_so_in_chunks_that_add_nothing(
+    stepped: list[SteppedRunner], held: RunningServer, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(app, "_IDLE_S", 0.05)
+    asked = {"max_tokens": 6, "ignore_eos": True, "seed": 1}
+    asked |= {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {"prompt": "Once"}
+    reader, writer = await send(held, "POST", path, {**asked, "stream": True})
+    for _ in range(3):
+        stepped[0].allow()
+    chunks: list[Any] = []
+    async for line in reader:
+        if line.startswith(b"data: {"):
+            chunks.append(json.loads(line[6:]))
+            if chunks[-2:] == chunks[-1:] * 2:  # the same twice
+                stepped[0].run_free()
+    writer.close()
+    idle = next(chunk for chunk, following in itertools.pairwise(chunks) if chunk == following)
+    assert {chunk["id"] for chunk in chunks} == {idle["id"]}
+    assert idle["choices"][0]["finish_reason"] is None
+    told = "".join(_text(chunk["choices"][0]) for chunk in chunks)
+    whole = (await answer(held, "POST", path, asked))[1]
+    assert (_text(idle["choices"][0]), told) == ("", _text(whole["choices"][0]))
+
+
+def _text(choice: Any) -> str:
+    return (
+        choice.get("text") or choice.get("delta", {}).get("content") or choice.get("message", {}).get("content") or ""
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
