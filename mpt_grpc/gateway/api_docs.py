@@ -29,7 +29,7 @@ def add_schemas(app: FastAPI, models: list[type[BaseModel]]) -> None:
             _, forms = models_json_schema(
                 [(model, "validation") for model in models], ref_template=f"{_SCHEMAS}{{model}}"
             )
-            document["components"]["schemas"].update(forms["$defs"])
+            document["components"] = {"schemas": forms["$defs"]}
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from opentelemetry import context as trace_context
 from opentelemetry import propagate
@@ -24,9 +23,9 @@ from mpt_grpc.gateway import tokens
 from mpt_grpc.gateway.answers import ChatAnswer, Json, TextAnswer
 from mpt_grpc.gateway.api_docs import add_schemas, body_of
 from mpt_grpc.gateway.completions import complete, stream_completion
-from mpt_grpc.gateway.errors import BadRequestError, error_body, error_response
+from mpt_grpc.gateway.errors import NAMES, BadRequestError, error_body, error_response
 from mpt_grpc.gateway.page import add_page
-from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest, known_fields
+from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest, known_fields, refusal
 from mpt_grpc_client import AsyncClient, GenerateOptions, Message, MptGrpcError
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
@@ -39,7 +38,11 @@ _IDLE_S = 15
 def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAPI:
     """The application. Any model's name is answered by the loaded model unless `strict_model_names`."""
     app: FastAPI = FastAPIOffline(
-        title="mpt-grpc", version=__version__, description="OpenAI's API for an MPT model.", redoc_url=None
+        title="mpt-grpc",
+        version=__version__,
+        description="OpenAI's API for an MPT model.",
+        redoc_url=None,
+        responses={"default": {"description": "An error, in OpenAI's form"}},
     )
     gateway = _Gateway(client, strict_model_names)
     routes: tuple[tuple[str, str, Callable[..., Any], type[BaseModel] | None], ...] = (
@@ -61,7 +64,6 @@ def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAP
     for kind in (MptGrpcError, BadRequestError, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_http_error)
     return app
 
 
@@ -73,6 +75,7 @@ class _Gateway:
     async def chat_completions(self, request: Request) -> Response:
         """Answers a conversation, whole or as server-sent events."""
         asked = await _parsed(request, ChatCompletionRequest)
+        request.state.names = asked.names
         with _callers_trace(request):
             messages = [message.message() for message in asked.messages]
             function_name = None if asked.function is None else asked.function.name
@@ -88,6 +91,7 @@ class _Gateway:
     async def completions(self, request: Request) -> Response:
         """Continues one prompt or several, whole or as server-sent events."""
         asked = await _parsed(request, CompletionRequest)
+        request.state.names = asked.names
         with _callers_trace(request):
             request_id = _request_id(request)
             answer = TextAnswer(await self._model_name(asked.model), request_id)
@@ -180,13 +184,7 @@ async def _parsed(request: Request, kind: type[_Parsed]) -> _Parsed:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else None
-        why = "unknown field: leave it out"
-        if first["type"] != "extra_forbidden":
-            # A field that may be of several kinds is wrong as each of them.
-            why = ", or ".join(dict.fromkeys(wrong["msg"] for wrong in error.errors() if wrong["loc"][0] == name))
-        raise BadRequestError(f"{name}: {why}", name) from error
+        raise refusal(error, kind) from error
 
 
 async def _body(request: Request) -> bytes:
@@ -247,7 +245,7 @@ async def _events(request: Request, chunks: AsyncIterator[Json], idle_chunk: Jso
                 async for chunk in chunks:
                     yield _event(chunk)
             except MptGrpcError as error:
-                yield _event(error_body(error)[1])
+                yield _event(error_body(error, _names(request))[1])
                 return
             yield ServerSentEvent("[DONE]", sep="\n")
 
@@ -263,10 +261,18 @@ def _event(chunk: Json) -> ServerSentEvent:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    return error_response(error, request.url.path)
+    return error_response(error, _names(request))
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
-    status = error.status_code if isinstance(error, HTTPException) else 400
-    why = str(error.detail) if isinstance(error, HTTPException) else str(error)
-    return error_response(BadRequestError(why, status=status), request.url.path)
+    assert isinstance(error, HTTPException)
+    status, why = error.status_code, str(error.detail)
+    if status in (404, 405):
+        why = f"no such endpoint: {request.method} {request.url.path}; /docs shows those that there are"
+    return error_response(BadRequestError(why, status=status))
+
+
+def _names(request: Request) -> Mapping[str, str]:
+    """What this caller knows the gRPC API's fields by."""
+    names: Mapping[str, str] = getattr(request.state, "names", NAMES)
+    return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -24,20 +25,18 @@ _TABLE: tuple[tuple[type[MptGrpcError], int, str, str | None], ...] = (
     (UnavailableError, 503, "server_error", "unavailable"),
     (DeadlineExceededError, 504, "server_error", "timeout"),
 )
-_FIELDS = {
+NAMES: Mapping[str, str] = {
+    "request_id": "X-Request-Id",
     "stopping.max_new_tokens": "max_tokens",
     "stopping.min_new_tokens": "min_tokens",
     "stopping.stop_strings": "stop",
     "sampling.num_sequences": "n",
-    "response.top_logprobs": "top_logprobs",
     "conversation.messages": "messages",
     "text": "prompt",
     "token_ids.ids": "prompt",
     "ids": "tokens",
 }
-"""The gRPC API's names, where OpenAI's are others than their last parts."""
-_TEXT_FIELDS = {**_FIELDS, "response.top_logprobs": "logprobs"}
-"""The same for completions of text."""
+"""The gRPC API's fields, where OpenAI's have other names than their last parts."""
 
 
 class BadRequestError(Exception):
@@ -48,12 +47,11 @@ class BadRequestError(Exception):
         self.param, self.status, self.code = param, status, code
 
 
-def error_body(error: Exception, path: str = "") -> tuple[int, dict[str, Any]]:
-    """The status of an error and its body, for the endpoint at `path`."""
+def error_body(error: Exception, names: Mapping[str, str] = NAMES) -> tuple[int, dict[str, Any]]:
+    """The status of an error and its body; `names` are those that the caller knows the gRPC API's fields by."""
     if isinstance(error, BadRequestError):
         return error.status, _body(str(error), "invalid_request_error", error.param, error.code)
     if isinstance(error, InvalidRequestError) and error.violations:
-        names = _TEXT_FIELDS if path.endswith("/v1/completions") else _FIELDS
         wrong = [(_name(violation.field, names), violation.description) for violation in error.violations]
         message = "; ".join(f"{name}: {description}" for name, description in wrong)
         return 400, _body(message, "invalid_request_error", wrong[0][0], _reason_code(error))
@@ -65,9 +63,9 @@ def error_body(error: Exception, path: str = "") -> tuple[int, dict[str, Any]]:
     return 500, _body("the gateway failed; its log says how", "server_error", None, "gateway_fault")
 
 
-def error_response(error: Exception, path: str) -> JSONResponse:
-    """With the headers that tell an SDK when to try again."""
-    status, body = error_body(error, path)
+def error_response(error: Exception, names: Mapping[str, str] = NAMES) -> JSONResponse:
+    """The same as an answer, with the headers that tell an SDK when to try again."""
+    status, body = error_body(error, names)
     headers = {}
     if isinstance(error, OverloadedError) and error.retry_after_s is not None:
         headers = {
@@ -85,6 +83,6 @@ def _reason_code(error: MptGrpcError) -> str | None:
     return "content_filter" if error.reason == "PROMPT_REFUSED" else None
 
 
-def _name(field: str, names: dict[str, str]) -> str:
+def _name(field: str, names: Mapping[str, str]) -> str:
     field = field.partition("[")[0]
     return names.get(field, field.rpartition(".")[2])

@@ -6,11 +6,13 @@ The fields are OpenAI's, and those that vLLM has added and its users send. Range
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc.gateway.errors import NAMES, BadRequestError
 from mpt_grpc.gateway.tools import Function, Tool, ToolChoice, forced_function
 from mpt_grpc_client import (
     Choice,
@@ -32,6 +34,8 @@ HARMLESS = frozenset(
 Uint = Annotated[int, Field(ge=0, lt=1 << 32)]
 """What the gRPC API's whole numbers hold."""
 _Item = TypeVar("_Item")
+Text = Annotated[str, Field(min_length=1)]
+_CONSTRAINTS = ("decoding.json_schema", "decoding.regex", "decoding.choice.options", "decoding.lark_grammar")
 Some = Annotated[list[_Item], Field(min_length=1)]
 _SEEDS = 1 << 64
 
@@ -65,6 +69,17 @@ class NamedSchema(_Strict):
 class ResponseFormat(_Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """None for text. Raises BadRequestError."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return JsonObject()
+        if self.json_schema is None:
+            raise BadRequestError("response_format.json_schema is required with type json_schema", "response_format")
+        return JsonSchema(self.json_schema.schema_)
 
 
 class _Request(_Strict):
@@ -125,7 +140,7 @@ class _Request(_Strict):
             presence_penalty=self.presence_penalty,
             logit_bias=self.logit_bias,
             allowed_token_ids=self.allowed_token_ids,
-            constraint=self._constraint(),
+            constraint=self.constraint[1] if self.constraint else None,
             stop=self.stop,
             stop_token_ids=self.stop_token_ids,
             include_stop_string=self.include_stop_str_in_output,
@@ -136,51 +151,33 @@ class _Request(_Strict):
             cache_salt=self.cache_salt,
         )
 
-    def _constraint(self) -> Constraint | None:
-        wanted = [*self._of_response_format(), *self._of_structured_outputs(), *self._of_guided(), *self._of_tools()]
-        if len(wanted) > 1:
-            names = ", ".join(name for name, _ in wanted)
-            raise BadRequestError(f"more than one constraint: {names}; send one", wanted[1][0])
-        return wanted[0][1] if wanted else None
+    @property
+    def names(self) -> Mapping[str, str]:
+        """What the caller knows the gRPC API's fields by."""
+        return {**NAMES, **dict.fromkeys(_CONSTRAINTS, self.constraint[0] if self.constraint else "")}
 
-    def _of_tools(self) -> list[tuple[str, Constraint]]:
-        return []
+    @cached_property
+    def constraint(self) -> tuple[str, Constraint] | None:
+        """What the output has to be, and the field that says so. Raises BadRequestError for more than one."""
+        given = [(name, constraint) for name, constraint in self._constraints() if constraint is not None]
+        if len(given) > 1:
+            names = ", ".join(name for name, _ in given)
+            raise BadRequestError(f"more than one constraint: {names}; send one", given[1][0])
+        return given[0] if given else None
 
-    def _of_response_format(self) -> list[tuple[str, Constraint]]:
-        form = self.response_format
-        if form is None or form.type == "text":
-            return []
-        if form.type == "json_object":
-            return [("response_format", JsonObject())]
-        if form.json_schema is None:
-            raise BadRequestError("response_format.json_schema is required with type json_schema", "response_format")
-        return [("response_format", JsonSchema(form.json_schema.schema_))]
-
-    def _of_structured_outputs(self) -> list[tuple[str, Constraint]]:
+    def _constraints(self) -> Iterator[tuple[str, Constraint | None]]:
+        if self.response_format is not None:
+            yield "response_format", self.response_format.constraint
         asked = self.structured_outputs or StructuredOutputs()
-        object_ = JsonObject() if asked.json_object else None
-        return _given("structured_outputs", asked.json_, asked.regex, asked.choice, asked.grammar, object_)
-
-    def _of_guided(self) -> list[tuple[str, Constraint]]:
-        return _given("guided_*", self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar, None)
-
-
-def _given(
-    name: str,
-    schema: dict[str, Any] | str | None,
-    regex: str | None,
-    choice: list[str] | None,
-    grammar: str | None,
-    json_object: JsonObject | None,
-) -> list[tuple[str, Constraint]]:
-    candidates: tuple[Constraint | None, ...] = (
-        None if schema is None else JsonSchema(schema),
-        None if regex is None else Regex(regex),
-        None if choice is None else Choice(*choice),
-        None if grammar is None else LarkGrammar(grammar),
-        json_object,
-    )
-    return [(name, constraint) for constraint in candidates if constraint is not None]
+        yield "structured_outputs.json_object", JsonObject() if asked.json_object else None
+        for prefix, schema, regex, choice, grammar in (
+            ("structured_outputs.", asked.json_, asked.regex, asked.choice, asked.grammar),
+            ("guided_", self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar),
+        ):
+            yield f"{prefix}json", None if schema is None else JsonSchema(schema)
+            yield f"{prefix}regex", None if regex is None else Regex(regex)
+            yield f"{prefix}choice", None if choice is None else Choice(*choice)
+            yield f"{prefix}grammar", None if grammar is None else LarkGrammar(grammar)
 
 
 class TextPart(_Strict):
@@ -205,6 +202,7 @@ class ChatCompletionRequest(_Request):
     max_completion_tokens: Uint | None = None
     logprobs: bool | None = None
     top_logprobs: Uint | None = None
+    drop_oldest_turns: bool = False
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
 
@@ -213,20 +211,30 @@ class ChatCompletionRequest(_Request):
         """What the answer has to be a call of. Raises BadRequestError."""
         return forced_function(self.tools, self.tool_choice)
 
-    def _of_tools(self) -> list[tuple[str, Constraint]]:
-        return [] if self.function is None else [("tools", JsonSchema(self.function.form))]
+    @property
+    def names(self) -> Mapping[str, str]:
+        """The one of the two names for the limit that was sent."""
+        newer = {} if self.max_completion_tokens is None else {"stopping.max_new_tokens": "max_completion_tokens"}
+        return {**super().names, **newer}
+
+    def _constraints(self) -> Iterator[tuple[str, Constraint | None]]:
+        yield from super()._constraints()
+        yield "tools", None if self.function is None else JsonSchema(self.function.form)
 
     def options(self) -> GenerateOptions:
         options = super().options()
         if self.max_completion_tokens is not None:
             options["max_new_tokens"] = self.max_completion_tokens
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequestError("top_logprobs: needs logprobs true", "top_logprobs")
+        options["drop_oldest_turns"] = self.drop_oldest_turns
         options["return_logprobs"] = bool(self.logprobs)
         options["top_logprobs"] = self.top_logprobs
         return options
 
 
 class CompletionRequest(_Request):
-    prompt: str | Some[str] | Some[Uint] | Some[Some[Uint]]
+    prompt: Text | Some[Text] | Some[Uint] | Some[Some[Uint]]
     echo: bool = False
     logprobs: Uint | None = None
     best_of: Uint | None = None
@@ -238,6 +246,11 @@ class CompletionRequest(_Request):
             return [self.prompt]
         ids = [part for part in self.prompt if isinstance(part, int)]
         return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Here one field says both, whether and how many."""
+        return {**super().names, "response.top_logprobs": "logprobs"}
 
     def options(self) -> GenerateOptions:
         if self.best_of is not None and self.best_of != (self.n or 1):
@@ -278,6 +291,36 @@ def known_fields(body: bytes) -> dict[str, Any]:
         if b"\\u" in body and not _is_text(value):
             raise BadRequestError(f"{name}: holds half of a surrogate pair, which is no character", name)
     return fields
+
+
+_FORMS = {
+    "prompt": "must be a text, a list of token ids, or a list of either, and not be empty",
+    "stop": "must be a text or a list of texts",
+    "logit_bias": "must map token ids to numbers",
+    "guided_json": "must be a JSON schema",
+    "structured_outputs.json": "must be a JSON schema",
+    "tool_choice": "must be none, auto, required, or a function of tools",
+    "messages": "must be a list of messages, at least one, each with a role and a content",
+    "messages.role": "must be system, developer, user or assistant: tools and what they answer are not supported",
+    "messages.content": "must be a text, or a list of parts of type text: images, sound and calls are not supported",
+}
+"""What fields of several kinds must be: Pydantic would say how they are wrong as each of them."""
+
+
+def refusal(error: ValidationError, kind: type[BaseModel]) -> BadRequestError:
+    """What is wrong with the first field of a request of this kind that is wrong or unknown."""
+    forms = _FORMS if issubclass(kind, _Request) else {}
+    first = error.errors()[0]
+    key = path = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif f"{key}.{part}" in forms or key not in forms or first["type"] == "extra_forbidden":
+            key, path = f"{key}.{part}".lstrip("."), f"{path}.{part}".lstrip(".")
+    why = forms.get(key, first["msg"])
+    if first["type"] == "extra_forbidden":
+        why = "unknown field: leave it out"
+    return BadRequestError(f"{path}: {why}", str(first["loc"][0]))
 
 
 def _is_text(value: Any) -> bool:

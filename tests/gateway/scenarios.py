@@ -188,7 +188,7 @@ def errors(url: str) -> None:
     twice = refused(tools=tools, tool_choice="required", response_format={"type": "json_object"})
     assert "more than one constraint: response_format, tools" in str(twice)
     assert refused(extra_body={"surprise": 1}).param == "surprise"
-    assert refused(extra_body={"guided_regex": "("}).param == "regex"
+    assert refused(extra_body={"guided_regex": "("}).param == "guided_regex"
     assert "more than one" in str(refused(extra_body={"guided_regex": "a", "guided_choice": ["b"]}))
     answer = sdk(url).chat.completions.create(model="demo", messages=HELLO, max_tokens=1, user="me", store=False)
     assert answer.choices

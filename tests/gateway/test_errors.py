@@ -1,0 +1,75 @@
+"""What the gateway refuses, it refuses in the words of who asked."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+from typing import Any
+
+import pytest
+from http_calls import ask
+
+USER = {"role": "user", "content": "Hi"}
+BAD_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": []}, "messages"),
+        ("/detokenize", {"tokens": "a"}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [999_999]}, "tokens"),
+        ("/v1/completions", {"prompt": [-1]}, "prompt"),
+        ("/v1/completions", {"prompt": []}, "prompt"),
+        ("/v1/completions", {"prompt": ""}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", 1]}, "prompt"),
+        ("/v1/completions", {"prompt": "\ud83d"}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "stop": ["\ud83d"]}, "stop"),
+        ("/v1/completions", {"prompt": "a", "logprobs": 21}, "logprobs"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud83d"}]}, "messages"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        ("/v1/completions", {"prompt": "a", "top_k": 1 << 40}, "top_k"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"-1": 1}}, "logit_bias"),
+        ("/v1/completions", {"prompt": "a", "priority": 1 << 40}, "priority"),
+    ],
+)
+def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any) -> None:
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        ask(server, path, body)
+    assert raised.value.code == 400
+    assert json.load(raised.value)["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"messages": []}, "messages: must be a list of messages, at least one"),
+        ({"messages": [USER, {"role": "tool", "content": "3"}]}, "messages[1].role: must be system, developer,"),
+        ({"messages": [USER, {**USER, "content": [{"type": "image_url"}]}]}, "messages[1].content: must be a text"),
+        ({"messages": [USER, {**USER, "tool_calls": []}]}, "messages[1].tool_calls: unknown field"),
+        ({"max_completion_tokens": 5000}, "messages: "),
+        ({"min_tokens": 500}, "min_tokens: 500 is not in [0, 256]"),
+        ({"top_logprobs": 2}, "top_logprobs: needs logprobs"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type: "),
+        ({"response_format": BAD_SCHEMA}, "response_format: "),
+        ({"guided_json": {"type": "x"}}, "guided_json: "),
+        ({"guided_choice": []}, "guided_choice: empty"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex: unclosed group"),
+        ({"structured_outputs": {"json": 3}}, "structured_outputs.json: must be a JSON schema"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "more than one constraint: guided_regex, guided_choice"),
+        ({"tools": [FUNCTION], "tool_choice": "maybe"}, "tool_choice: must be none, auto, required, or a function"),
+    ],
+)
+def test_errors_speak_of_what_was_sent(fields: dict[str, Any], says: str, server: Any) -> None:
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        ask(server, "/v1/chat/completions", {"messages": [USER], **fields})
+    assert json.load(raised.value)["error"]["message"].startswith(says)
+
+
+def test_turns_are_dropped_where_the_caller_says_so(server: Any) -> None:
+    messages = [USER, {"role": "assistant", "content": "word " * 3000}, USER]
+    answer = ask(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 1, "drop_oldest_turns": True})
+    assert answer["usage"]["prompt_tokens"] < 100
