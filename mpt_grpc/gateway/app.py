@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
 from opentelemetry import context as trace_context
 from opentelemetry import propagate
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -22,15 +22,14 @@ from mpt_grpc import __version__
 from mpt_grpc.gateway import tokens
 from mpt_grpc.gateway.answers import ChatAnswer, Json, TextAnswer
 from mpt_grpc.gateway.api_docs import add_schemas, body_of
+from mpt_grpc.gateway.body import parsed
 from mpt_grpc.gateway.completions import complete, stream_completion
 from mpt_grpc.gateway.errors import NAMES, BadRequestError, error_body, error_response
 from mpt_grpc.gateway.page import add_page
-from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest, known_fields, refusal
+from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 from mpt_grpc_client import AsyncClient, GenerateOptions, Message, MptGrpcError
 
-_Parsed = TypeVar("_Parsed", bound=BaseModel)
 _Result = TypeVar("_Result")
-_MAX_BODY_BYTES = 32 << 20
 _NAME_HOLDS_S = 5
 _IDLE_S = 15
 
@@ -74,7 +73,7 @@ class _Gateway:
 
     async def chat_completions(self, request: Request) -> Response:
         """Answers a conversation, whole or as server-sent events."""
-        asked = await _parsed(request, ChatCompletionRequest)
+        asked = await parsed(request, ChatCompletionRequest)
         request.state.names = asked.names
         with _callers_trace(request):
             messages = [message.message() for message in asked.messages]
@@ -90,7 +89,7 @@ class _Gateway:
 
     async def completions(self, request: Request) -> Response:
         """Continues one prompt or several, whole or as server-sent events."""
-        asked = await _parsed(request, CompletionRequest)
+        asked = await parsed(request, CompletionRequest)
         request.state.names = asked.names
         with _callers_trace(request):
             request_id = _request_id(request)
@@ -118,11 +117,11 @@ class _Gateway:
 
     async def tokenize(self, request: Request) -> Response:
         """Gives the tokens of a text."""
-        return JSONResponse(await tokens.tokenize(self._client, await _parsed(request, tokens.TokenizeRequest)))
+        return JSONResponse(await tokens.tokenize(self._client, await parsed(request, tokens.TokenizeRequest)))
 
     async def detokenize(self, request: Request) -> Response:
         """Gives the text of tokens."""
-        return JSONResponse(await tokens.detokenize(self._client, await _parsed(request, tokens.DetokenizeRequest)))
+        return JSONResponse(await tokens.detokenize(self._client, await parsed(request, tokens.DetokenizeRequest)))
 
     async def tokenizer_info(self) -> Response:
         """Tells the special tokens."""
@@ -176,24 +175,6 @@ class _Gateway:
 def _unknown(asked: str, name: str) -> BadRequestError:
     why = f"model {asked!r} is not loaded; this server has {name!r}"
     return BadRequestError(why, "model", status=404, code="model_not_found")
-
-
-async def _parsed(request: Request, kind: type[_Parsed]) -> _Parsed:
-    """Raises BadRequestError with the first field that is wrong or unknown."""
-    fields = known_fields(await _body(request))
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise refusal(error, kind) from error
-
-
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_BODY_BYTES:
-            raise BadRequestError(f"the body is longer than {_MAX_BODY_BYTES} bytes: shorten the prompt", status=413)
-    return bytes(body)
 
 
 def _request_id(request: Request) -> str | None:

@@ -5,12 +5,11 @@ The fields are OpenAI's, and those that vLLM has added and its users send. Range
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from mpt_grpc.gateway.errors import NAMES, BadRequestError
 from mpt_grpc.gateway.tools import Function, Tool, ToolChoice, forced_function
@@ -26,11 +25,6 @@ from mpt_grpc_client import (
     Role,
 )
 
-HARMLESS = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls"
-    " reasoning_effort verbosity modalities".split()
-)
-"""Fields that SDKs send and that change nothing in what is generated here."""
 Uint = Annotated[int, Field(ge=0, lt=1 << 32)]
 """What the gRPC API's whole numbers hold."""
 _Item = TypeVar("_Item")
@@ -82,7 +76,7 @@ class ResponseFormat(_Strict):
         return JsonSchema(self.json_schema.schema_)
 
 
-class _Request(_Strict):
+class GenerationFields(_Strict):
     """What both kinds of completion can ask."""
 
     model: str = ""
@@ -197,7 +191,7 @@ class ChatMessage(_Strict):
         return Message(role, text)
 
 
-class ChatCompletionRequest(_Request):
+class ChatCompletionRequest(GenerationFields):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: Uint | None = None
     logprobs: bool | None = None
@@ -233,7 +227,7 @@ class ChatCompletionRequest(_Request):
         return options
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(GenerationFields):
     prompt: Text | Some[Text] | Some[Uint] | Some[Some[Uint]]
     echo: bool = False
     logprobs: Uint | None = None
@@ -263,69 +257,3 @@ class CompletionRequest(_Request):
         options["return_prompt_token_ids"] = self.echo
         options["top_logprobs"] = self.logprobs
         return options
-
-
-REFUSED = {
-    "functions": "functions are not supported: ask for JSON with response_format",
-    "function_call": "functions are not supported: ask for JSON with response_format",
-    "suffix": "suffix is not supported: the model only continues a prompt",
-    "audio": "audio is not supported",
-    "prediction": "prediction is not supported",
-    "web_search_options": "web search is not supported",
-}
-"""Fields of OpenAI's that would change the answer and cannot be served."""
-
-
-def known_fields(body: bytes) -> dict[str, Any]:
-    """The fields of a request without the harmless ones and those that are null. Raises BadRequestError."""
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise BadRequestError(f"the body is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise BadRequestError("the body must be a JSON object")
-    fields = {name: value for name, value in fields.items() if value is not None and name not in HARMLESS}
-    for name, value in fields.items():
-        if name in REFUSED:
-            raise BadRequestError(REFUSED[name], name)
-        if b"\\u" in body and not _is_text(value):
-            raise BadRequestError(f"{name}: holds half of a surrogate pair, which is no character", name)
-    return fields
-
-
-_FORMS = {
-    "prompt": "must be a text, a list of token ids, or a list of either, and not be empty",
-    "stop": "must be a text or a list of texts",
-    "logit_bias": "must map token ids to numbers",
-    "guided_json": "must be a JSON schema",
-    "structured_outputs.json": "must be a JSON schema",
-    "tool_choice": "must be none, auto, required, or a function of tools",
-    "messages": "must be a list of messages, at least one, each with a role and a content",
-    "messages.role": "must be system, developer, user or assistant: tools and what they answer are not supported",
-    "messages.content": "must be a text, or a list of parts of type text: images, sound and calls are not supported",
-}
-"""What fields of several kinds must be: Pydantic would say how they are wrong as each of them."""
-
-
-def refusal(error: ValidationError, kind: type[BaseModel]) -> BadRequestError:
-    """What is wrong with the first field of a request of this kind that is wrong or unknown."""
-    forms = _FORMS if issubclass(kind, _Request) else {}
-    first = error.errors()[0]
-    key = path = ""
-    for part in first["loc"]:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif f"{key}.{part}" in forms or key not in forms or first["type"] == "extra_forbidden":
-            key, path = f"{key}.{part}".lstrip("."), f"{path}.{part}".lstrip(".")
-    why = forms.get(key, first["msg"])
-    if first["type"] == "extra_forbidden":
-        why = "unknown field: leave it out"
-    return BadRequestError(f"{path}: {why}", str(first["loc"][0]))
-
-
-def _is_text(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mpt_grpc.gateway.requests import HARMLESS, REFUSED, ChatCompletionRequest, CompletionRequest
+from mpt_grpc.gateway.body import HARMLESS, REFUSED
+from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 
 PAGE = (Path(__file__).parents[2] / "docs/openai.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(\w+)` \| (both|chat|text) \| (\w+) \|", PAGE, re.MULTILINE)
