@@ -250,7 +250,9 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     status, why = error.status_code, str(error.detail)
     if status in (404, 405):
         why = f"no such endpoint: {request.method} {request.url.path}; /docs shows those that there are"
-    return error_response(BadRequestError(why, status=status))
+    response = error_response(BadRequestError(why, status=status))
+    response.headers.update(error.headers or {})
+    return response
 
 
 def _names(request: Request) -> Mapping[str, str]:

@@ -162,6 +162,15 @@ async def test_what_is_no_request_is_an_error_in_openais_form(gateway: RunningSe
         assert set(said["error"]) == {"message", "type", "param", "code"}
 
 
+async def test_another_method_is_told_which_there_is(gateway: RunningServer) -> None:
+    reader, writer = await send(gateway, "GET", "/v1/completions")
+    said = await reader.read()
+    writer.close()
+    assert said.startswith(b"HTTP/1.1 405 ")
+    assert b"\r\nallow: POST\r\n" in said
+    assert b"no such endpoint: GET /v1/completions" in said
+
+
 async def test_the_callers_request_id_is_the_requests(gateway: RunningServer) -> None:
     asked = {"prompt": "x", "max_tokens": 1}
     status, body = await answer(gateway, "POST", "/v1/completions", asked, x_request_id="order-17")
