@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ Made = TypeVar("Made")
 BLOCK_SIZE = 16
 """Tokens of a KV block."""
 _DEFAULT_CPU_CACHE_BYTES = 1 << 30
+_SMALL_MODEL_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,10 @@ class LoadedModel:
 def load_engine(
     settings: Settings, *, tracer: Tracer | None = None, loop: asyncio.AbstractEventLoop | None = None
 ) -> tuple[Engine, LoadedModel]:
-    """Loads the model and returns an engine that is not started yet. Raises ModelError or SettingsError."""
+    """Loads the model and returns an engine that is not started yet. Raises ModelError or SettingsError.
+
+    Unless OMP_NUM_THREADS says how many threads compute, torch is set to one for a small model on a CPU.
+    """
     wanted = settings.model
     random = wanted.load_format == "random"
     checkpoint = find_checkpoint(wanted.model, weights=not random)
@@ -77,6 +82,10 @@ def load_engine(
     def load_weights() -> MPT:
         return random_model(config, dtype, device) if random else load_model(folder, config, dtype, device)
 
+    weight_bytes = num_parameters(config) * dtype.itemsize
+    if device.type == "cpu" and weight_bytes <= _SMALL_MODEL_BYTES and "OMP_NUM_THREADS" not in os.environ:
+        # Two wait for each other so often that one other busy process costs three quarters of the speed.
+        torch.set_num_threads(1)
     model = _in_own_thread(load_weights)
     block_bytes = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
     num_blocks = _num_blocks(settings.cache, device, block_bytes)
@@ -112,7 +121,7 @@ def load_engine(
         num_parameters=num_parameters(config),
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
-        weight_bytes=num_parameters(config) * dtype.itemsize,
+        weight_bytes=weight_bytes,
         num_blocks=num_blocks,
         cache_bytes=num_blocks * block_bytes,
     )
