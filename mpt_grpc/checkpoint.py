@@ -37,6 +37,8 @@ def find_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
         return Checkpoint("demo", DEMO)
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ModelError(f"--model {model}: has no config.json: it needs that, tokenizer.json and the weights")
         return Checkpoint(folder.resolve().name, folder)
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(f"--model {model}: no such folder, and no hub id either (OWNER/NAME)")

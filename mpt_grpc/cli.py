@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mpt_grpc import __version__
 from mpt_grpc.commands import options, server_options
@@ -33,11 +35,17 @@ def _run(parsed: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from mpt_grpc_client import MptGrpcError
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # In some locales Python would take other bytes for halves of characters.
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     try:
         importlib.import_module(f"mpt_grpc.commands.{parsed.command}").run(parsed)
         sys.stdout.flush()
     except (MptGrpcError, EvaluationError, ModelError, SettingsError) as error:
         print(f"mpt-grpc: {error}", file=sys.stderr)
+        return 1
+    except UnicodeDecodeError as error:
+        print(f"mpt-grpc: standard input is not UTF-8: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -45,6 +53,13 @@ def _run(parsed: argparse.Namespace) -> int:
         # Who reads has had enough. Python would try to flush once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, not behind the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help tells more\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -55,7 +70,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mpt-grpc",
         description="Serve the MPT family of language models over gRPC, or call such a server.",
         allow_abbrev=False,

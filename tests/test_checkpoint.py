@@ -19,6 +19,9 @@ def test_the_demo_model_and_folders_are_found(tmp_path: Path) -> None:
     demo = find_checkpoint("demo")
     assert (demo.name, (demo.folder / "model.safetensors").is_file()) == ("demo", True)
     (tmp_path / "my-mpt").mkdir()
+    with pytest.raises(ModelError, match=r"--model .*my-mpt: has no config\.json"):
+        find_checkpoint(f"{tmp_path}/my-mpt")
+    (tmp_path / "my-mpt" / "config.json").touch()
     assert find_checkpoint(f"{tmp_path}/my-mpt/").name == "my-mpt"
 
 

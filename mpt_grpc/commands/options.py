@@ -171,25 +171,20 @@ def _unescaped(text: str) -> str:
 
 
 def _schema(text: str) -> str:
-    schema = _text_or_file(text)
+    schema = text if text.lstrip().startswith("{") or text in ("true", "false") else _content(text)
     try:
         json.loads(schema)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither JSON nor a file of it: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text}: not JSON: {error}") from error
     return schema
 
 
 def _grammar(text: str) -> str:
-    grammar = _text_or_file(text)
-    if ":" not in grammar:  # as every rule has
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a grammar nor a file of one")
-    return grammar
+    return text if ":" in text else _content(text)  # as in every rule
 
 
-def _text_or_file(text: str) -> str:
+def _content(file: str) -> str:
     try:
-        return Path(text).read_text(encoding="utf-8") if Path(text).is_file() else text
-    except UnicodeDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
-    except OSError:  # too long for a file's name
-        return text
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{file}: {getattr(error, 'strerror', error)}") from error

@@ -44,7 +44,7 @@ async def _serving(app: FastAPI, host: str, port: int, grace_s: float) -> AsyncI
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise SettingsError(f"--http-port: cannot listen on {host}:{port}: {error}") from error
+        raise SettingsError(f"--http-port: cannot listen on {host}:{port}: {error}; 0 takes a free port") from error
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(grace_s))
     server = _Server(config)
     running = asyncio.create_task(server.serve(sockets=[listener]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import make_tracer_provider
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TextGenerationService"].full_name
+_log = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 1.0
 # After a drain only idle calls, such as Health.Watch, are left.
 _STOP_GRACE_S = 0.5
@@ -51,6 +53,7 @@ async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -
         gc.freeze()
         on_ready(server)
         await stop.wait()
+        _log.info("draining for at most %g s; a second signal ends it at once", settings.server.grace_s)
         await server.drain(hurry)
 
 
@@ -165,7 +168,8 @@ def _bind(server: grpc.aio.Server, settings: ServerSettings) -> int:
         return server.add_insecure_port(f"{settings.bracketed_host}:{settings.port}")
     except RuntimeError as error:
         raise SettingsError(
-            f"--port: cannot listen on {settings.host}:{settings.port}; is another server running there?"
+            f"--port: cannot listen on {settings.host}:{settings.port}: is --host an address of this machine, and the"
+            " port free? 0 takes a free one"
         ) from error
 
 

@@ -13,7 +13,7 @@ from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, Regex
 MAX_SOURCE_BYTES = 65_536
 TOO_COSTLY = "it costs more to follow than the server allows: make it simpler"
 # Unbounded white space is where a weak model goes round for ever; this is a line break and an indent.
-_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,8}"
 _COSTLY = re.compile(
     r"fuel|limit (for|exceeded)|too (big|large|complex)|too many (expressions|states|items)"
     r"|row has|Unable to determine|decimal literal",

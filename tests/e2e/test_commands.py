@@ -94,10 +94,13 @@ def test_several_outputs_are_printed_one_after_the_other(server: Any) -> None:
     [
         (("generate", "x", "--temperature", "-1"), 1, "sampling.temperature: -1.0 is not in [0, 100]"),
         (("generate", "x", "--model", "gpt"), 1, "model 'gpt' is not loaded"),
-        (("generate", "x", "--target", "127.0.0.1:1", "--timeout-s", "2"), 1, "mpt-grpc: "),
+        (("generate", "x", "--target", "127.0.0.1:1", "--timeout-s", "5"), 1, "no server answers; is it running"),
+        (("generate", "x", "--target", "localhost"), 1, "target: 'localhost' is not HOST:PORT"),
+        (("generate", "x", "--target", "http://localhost:50051"), 1, "target: 'http://localhost:50051' is not"),
         (("generate", "x", "--seed", "-1"), 1, "mpt-grpc: seed: "),
-        (("generate", "x", "--json-schema", "absent.json"), 2, "'absent.json' is neither JSON nor a file of it"),
-        (("generate", "x", "--lark-grammar", "absent.lark"), 2, "'absent.lark' is neither a grammar nor a file"),
+        (("generate", "x", "--json-schema", "absent.json"), 2, "--json-schema: absent.json: No such file"),
+        (("generate", "x", "--lark-grammar", "absent.lark"), 2, "--lark-grammar: absent.lark: No such file"),
+        (("generate", "x", "--json-schema", "{"), 2, "--json-schema: {: not JSON"),
         (("generate", "x", "--top-k", "many"), 2, "--top-k"),
         (("generate", "x", "--logit-bias", "5"), 2, "ID=NUMBER"),
         (("generate", "x", "--regex", "a", "--choice", "b"), 2, "not allowed with"),
@@ -114,6 +117,16 @@ def test_what_fails_is_told_in_a_line_and_by_the_status(
     assert says in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_input_that_is_no_text_is_told(server: Any, command: str) -> None:
+    environment = {**os.environ, "MPT_GRPC_TARGET": server.target, "LC_ALL": "C"}
+    ended = subprocess.run(
+        [*CLI, command], input=b"caf\xe9\n", capture_output=True, timeout=120, env=environment, check=False
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(b"mpt-grpc: standard input is not UTF-8")
 
 
 def test_who_stops_reading_ends_it_quietly(server: Any) -> None:

@@ -101,7 +101,7 @@ def test_a_shell_command_works(command: str, server: Any) -> None:
             printed = run(["sh", "-c", at_the_server(command, server)], server)
             assert any(word in printed for word in ("TextGenerationService", "SERVING", '"text"', "total_blocks"))
         case ".venv/bin/pip":
-            folder, _, extra = arguments[1].removesuffix("]").partition("[")
+            folder, _, extra = arguments[-1].removesuffix("]").partition("[")
             project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
             assert not extra or extra in project["optional-dependencies"]
         case ".venv/bin/mpt-grpc" if arguments[0] in ("serve", "gateway"):

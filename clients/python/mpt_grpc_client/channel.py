@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib.metadata import version
 
 from opentelemetry import propagate
+
+from mpt_grpc_client.errors import InvalidTargetError
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """Of one message, in either direction."""
@@ -30,8 +33,14 @@ _SERVICE_CONFIG = {
 
 
 def resolve_target(target: str | None) -> str:
-    """The target that was given, else that of MPT_GRPC_TARGET, else the server's default port on this machine."""
-    return target or os.environ.get("MPT_GRPC_TARGET") or "localhost:50051"
+    """The target that was given, else that of MPT_GRPC_TARGET, else the server's default port on this machine.
+
+    Raises InvalidTargetError for a URL and for a host without a port, which gRPC would look for elsewhere.
+    """
+    resolved = target or os.environ.get("MPT_GRPC_TARGET") or "localhost:50051"
+    if resolved.startswith(("http:", "https:")) or not re.search("[:/]", resolved):
+        raise InvalidTargetError(f"target: {resolved!r} is not HOST:PORT, as localhost:50051 is")
+    return resolved
 
 
 def channel_options(retries: bool) -> tuple[tuple[str, str | int], ...]:

@@ -7,7 +7,8 @@ MptGrpcError              any status; other codes than those below are raised as
 ├── OverloadedError         RESOURCE_EXHAUSTED: the server's queue is full; says when to try again
 ├── UnavailableError        UNAVAILABLE: no server there, or it is draining
 ├── DeadlineExceededError   DEADLINE_EXCEEDED: timeout_s has passed
-└── InternalError           INTERNAL: the engine failed while it served this request
+├── InternalError           INTERNAL: the engine failed while it served this request
+└── InvalidTargetError      no call was made: the target is not HOST:PORT
 """
 
 from __future__ import annotations
@@ -93,10 +94,16 @@ class InternalError(MptGrpcError):
     """The engine failed while it served this request."""
 
 
+class InvalidTargetError(MptGrpcError, ValueError):
+    """The target is not HOST:PORT."""
+
+
 def from_rpc_error(error: grpc.RpcError) -> MptGrpcError:
     """The client's error for one that grpc or grpc.aio raised. Raise it `from error`."""
     code = error.code()
     message = error.details() or code.name
+    if code is grpc.StatusCode.UNAVAILABLE and message.startswith(("failed to connect", "DNS resolution failed")):
+        message = f"no server answers; is it running, and is the target its gRPC port, not HTTP's? {message}"
     # What grpc and grpc.aio raise has a call's methods, though it is not declared so.
     status = rpc_status.from_call(cast(grpc.Call, error)) or status_pb2.Status()
     reason = _detail(status, error_details_pb2.ErrorInfo).reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TypedDict, Unpack, cast
 
 from google.protobuf.duration_pb2 import Duration
@@ -11,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.constraints import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
 from mpt_grpc_client.errors import FieldViolation, InvalidRequestError
-from mpt_grpc_client.prompts import Message, Prompt
+from mpt_grpc_client.prompts import Message, Prompt, Role
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def build_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.Gene
     """
     unknown = options.keys() - GenerateOptions.__optional_keys__
     if unknown:
-        raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+        raise TypeError(f"no such option: {', '.join(map(_with_likeliest, sorted(unknown)))}")
     try:
         return _request(prompt, options)
     except (TypeError, ValueError, OverflowError) as error:
@@ -115,6 +116,11 @@ def build_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.Gene
         if isinstance(error, TypeError):
             raise TypeError(f"{name}: {error}") from error
         raise InvalidRequestError(f"{name}: {error}", violations=(FieldViolation(name, str(error)),)) from error
+
+
+def _with_likeliest(unknown: str) -> str:
+    likeliest = get_close_matches(unknown, GenerateOptions.__optional_keys__, n=1)
+    return f"{unknown} (is {likeliest[0]} meant?)" if likeliest else unknown
 
 
 def _culprit(prompt: Prompt, options: GenerateOptions) -> str:
@@ -155,8 +161,10 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, drop_oldest_turns: 
     if not isinstance(prompt, str) and any(isinstance(part, Message) for part in prompt):
         request.conversation.drop_oldest_turns = drop_oldest_turns
         for message in cast(Sequence[Message], prompt):
-            request.conversation.messages.add(role=message.role.value, content=message.content)
+            request.conversation.messages.add(role=Role(message.role).value, content=message.content)
         return
+    if not isinstance(prompt, str) and any(isinstance(part, Mapping | str) for part in prompt):
+        raise TypeError("must be a text, token ids, or a list of Message(Role.USER, text)")
     if drop_oldest_turns:
         raise ValueError("needs a prompt of messages; for others there is truncate_prompt_tokens")
     if isinstance(prompt, str):
