@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import load_engine
-from mpt_grpc.errors import MptGrpcError
+from mpt_grpc.errors import MptServerError
 from mpt_grpc.request import (
     Choice,
     Constraint,
@@ -71,7 +71,7 @@ def gaps_ms(engine: Engine, neighbour: Callable[[int], Constraint | None] | None
             )
             try:
                 engine.generate(request)
-            except MptGrpcError:
+            except MptServerError:
                 refused.append(number)
             number += NUM_NEIGHBOURS
 

@@ -36,7 +36,7 @@ def main() -> None:
     arguments = _arguments()
     settings = Settings(
         model=ModelSettings(model=arguments.model, dtype=arguments.dtype, load_format=arguments.load_format),
-        cache=CacheSettings(kv_cache_gib=arguments.kv_cache_gib),
+        cache=CacheSettings(kv_cache_bytes=int(arguments.kv_cache_gib * (1 << 30))),
     )
     engine, model = load_engine(settings)
     # In a thread of its own: see engine/load.py on OpenMP's workers.
@@ -134,7 +134,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--load-format", choices=("auto", "random"), default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kv-cache-gib", type=float)
+    parser.add_argument("--kv-cache", type=float)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--peer", choices=("transformers",), help="measure it as well, on the same checkpoint")

@@ -1,4 +1,4 @@
-"""mpt-grpc: serves the MPT family of language models over gRPC."""
+"""mpt-grpc: a gRPC server for the MPT family of language models."""
 
 from importlib.metadata import version
 

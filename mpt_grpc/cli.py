@@ -1,7 +1,7 @@
-"""The command line: the only reader of argv.
+"""The command line, the only module that reads argv.
 
-`serve` runs the server, `gateway` OpenAI's API in front of one, and the other commands call one. What they run is
-imported when they run, so that `--help` waits for neither torch nor grpc.
+`serve` runs the server, `gateway` runs the OpenAI-compatible API in front of a server, and the other commands are
+clients. A command's implementation is imported when it runs, so that `--help` waits for neither torch nor grpc.
 """
 
 from __future__ import annotations
@@ -11,110 +11,133 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 from mpt_grpc import __version__
 from mpt_grpc.commands import options, server_options
+from mpt_grpc.commands.logs import add_log_level
 from mpt_grpc.errors import EvaluationError, ModelError, SettingsError
 from mpt_grpc.settings import HttpSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 1 for what failed, 2 for bad arguments, 130 after Ctrl-C."""
+    """Runs a command and returns its exit status: 0, 1 for a failure, 2 for invalid arguments, 130 after Ctrl-C."""
     parser = _parser()
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    command: _Parser = parsed.parser
+    if unknown:
+        command.error(_unknown_arguments(command, unknown))
     if parsed.command == "generate" and parsed.prompt is None and sys.stdin.isatty():
-        parser.error("generate: give a prompt, or pipe one in")
+        command.error("no prompt: pass it as an argument or pipe it to standard input")
+    if problem := options.usage_error(parsed):
+        command.error(problem)
     return _run(parsed)
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    # gRPC's core says in its own words on stderr what is said here in one line.
+    # gRPC's core would repeat on stderr what is reported here in one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from mpt_grpc_client import MptGrpcError
+    from mpt_grpc_client import InvalidRequestError, MptGrpcError
 
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # In some locales Python would take other bytes for halves of characters.
+        # In some locales Python would decode invalid bytes to surrogates.
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     try:
         importlib.import_module(f"mpt_grpc.commands.{parsed.command}").run(parsed)
         sys.stdout.flush()
+    except InvalidRequestError as error:
+        violations = [f"{options.flag(v.field, parsed)}: {v.description}" for v in error.violations]
+        return _fail("; ".join(violations) or str(error))
     except (MptGrpcError, EvaluationError, ModelError, SettingsError) as error:
-        print(f"mpt-grpc: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error))
     except UnicodeDecodeError as error:
-        print(f"mpt-grpc: standard input is not UTF-8: {error}", file=sys.stderr)
-        return 1
+        return _fail(f"standard input is not UTF-8: {error}")
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Who reads has had enough. Python would try to flush once more at its end.
+        # The reader has closed the pipe. Python would try to flush once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
+def _fail(message: str) -> int:
+    print(f"mpt-grpc: {message}", file=sys.stderr)
+    return 1
+
+
 class _Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line, not behind the list of all flags."""
+    """Reports errors in one line, without the list of all flags."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; {self.prog} --help tells more\n")
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def option_strings(self) -> Iterator[str]:
+        for action in self._actions:
+            yield from action.option_strings
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends each default, but not None, which the help puts in words."""
+    """Appends each default except None, which the help describes in words."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _unknown_arguments(parser: _Parser, unknown: Sequence[str]) -> str:
+    """Returns the error for arguments that the parser does not have, with the closest flags."""
+    flag = unknown[0].partition("=")[0]
+    closest = get_close_matches(flag, parser.option_strings(), n=2)
+    return f"unknown argument {unknown[0]}" + (f", did you mean {' or '.join(closest)}?" if closest else "")
+
+
+def _parser() -> _Parser:
     parser = _Parser(
         prog="mpt-grpc",
-        description="Serve the MPT family of language models over gRPC, or call such a server.",
+        description="Serve MPT language models over gRPC, or call such a server.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mpt-grpc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    serve = commands.add_parser(
+
+    def add(
+        name: str, help_: str, description: str, formatter_class: type[argparse.HelpFormatter] = argparse.HelpFormatter
+    ) -> _Parser:
+        command = commands.add_parser(
+            name, help=help_, description=description, formatter_class=formatter_class, allow_abbrev=False
+        )
+        command.set_defaults(parser=command)
+        return command
+
+    serve = add(
         "serve",
-        help="serve a model until SIGTERM",
-        description="Serve a model until SIGTERM, then let running requests finish.",
+        "serve a model",
+        "Serve a model until SIGTERM, then let requests in progress finish.",
         formatter_class=_HelpFormatter,
-        allow_abbrev=False,
     )
     server_options.add_model(serve)
     server_options.add_scheduling(serve)
     server_options.add_server(serve)
 
-    gateway = commands.add_parser(
+    gateway = add(
         "gateway",
-        help="serve OpenAI's API for a gRPC server elsewhere",
-        description="Serve OpenAI's API and the page for a gRPC server elsewhere, until SIGTERM.",
+        "serve the OpenAI-compatible API for a gRPC server elsewhere",
+        "Serve the OpenAI-compatible API and the web page for a gRPC server elsewhere, until SIGTERM.",
         formatter_class=_HelpFormatter,
-        allow_abbrev=False,
     )
     gateway.add_argument(
-        "--target", metavar="HOST:PORT", help="the gRPC server (default: MPT_GRPC_TARGET, or localhost:50051)"
+        "--target", metavar="HOST:PORT", help="gRPC address (default: MPT_GRPC_TARGET, or localhost:50051)"
     )
     server_options.add_http(gateway)
     server_options.add_grace(gateway)
+    add_log_level(gateway)
 
-    generate = commands.add_parser(
-        "generate",
-        help="continue a prompt",
-        description="Continue a prompt and print the text as it comes.",
-        allow_abbrev=False,
-    )
-    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="'-' or none reads it from standard input")
-    chat = commands.add_parser(
-        "chat",
-        help="talk with the model",
-        description="Talk with the model; each line is a turn. Ctrl-C stops an answer, Ctrl-D leaves.",
-        allow_abbrev=False,
-    )
-    chat.add_argument("--system", default="", metavar="TEXT", help="what sets the scene (default: the template's)")
+    generate = add("generate", "continue a prompt", "Continue a prompt and print the text as it is generated.")
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="omit or pass '-' to read standard input")
+    chat = add("chat", "chat with the model", "Chat with the model, one message a line. Ctrl-C stops a reply.")
+    chat.add_argument("--system", default="", metavar="TEXT", help="system message (default: the template's)")
     for command in (generate, chat):
         options.add_sampling(command)
         options.add_stopping(command)
@@ -122,12 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     options.add_constraint(generate)
     options.add_request(generate)
 
-    evaluation = commands.add_parser(
+    evaluation = add(
         "eval",
-        help="measure how good the model is",
-        description="Measure how good a served model is, with lm-eval's tasks, and print a table.",
+        "measure the quality of the model",
+        "Measure the quality of a served model with the tasks of lm-eval, and print a table.",
         formatter_class=_HelpFormatter,
-        allow_abbrev=False,
     )
     _add_evaluation(evaluation)
     return parser
@@ -135,30 +157,35 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_evaluation(evaluation: argparse.ArgumentParser) -> None:
     evaluation.add_argument(
-        "--url", default=f"http://localhost:{HttpSettings().port}/v1", help="OpenAI's API of the server"
+        "--url", default=f"http://localhost:{HttpSettings().port}/v1", help="the server's OpenAI-compatible API"
     )
     evaluation.add_argument(
         "--tasks",
         type=lambda names: names.split(","),
-        metavar="NAME,NAME,…",
-        help="tasks of lm-eval, which may download their data; story_endings is built in (default: story_endings,"
-        " or none with --text)",
+        metavar="NAME,NAME,...",
+        help="tasks of lm-eval, some of which download data; story_endings is built in (default: story_endings, or none"
+        " with --text)",
     )
     evaluation.add_argument(
         "--text",
         type=Path,
         metavar="FILE",
-        help="measure bits per byte of a text; <|endoftext|> stands between documents (default: none)",
+        help="measure the bits per byte of a text; <|endoftext|> separates documents (default: none)",
     )
-    evaluation.add_argument("--limit", type=_count, metavar="N", help="only the first N of each task (default: all)")
-    evaluation.add_argument("--num-concurrent", type=_count, default=8, metavar="N", help="requests in flight")
+    evaluation.add_argument(
+        "--limit", type=_positive, metavar="N", help="use only the first N examples of each task (default: all)"
+    )
+    evaluation.add_argument("--num-concurrent", type=_positive, default=8, metavar="N", help="concurrent requests")
     evaluation.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def _count(text: str) -> int:
-    number = int(text)
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
     return number
 
 

@@ -1,20 +1,22 @@
-"""The domain's errors. grpc is not known here; `server/status.py` maps each class to a status.
+"""The server's exceptions. They do not depend on grpc; `server/status.py` maps them to gRPC statuses.
 
-MptGrpcError
-├── ModelError            the model's files cannot be used: the server does not start
-│   ├── ConfigError         config.json asks for something that is not implemented
-│   └── WeightsError        a tensor is missing, extra, misshapen or unreadable
-├── SettingsError         a flag or a setting is wrong: the server does not start
-├── EvaluationError       `mpt-grpc eval` cannot measure
-├── RequestError          the caller can mend it
-│   ├── InvalidRequestError   names every bad field at once
-│   ├── PromptRefusedError    a guard objects to the prompt
-│   ├── DuplicateRequestError the request id is in flight
-│   └── UnknownModelError     the request names a model that is not loaded
-├── OverloadedError       the waiting queue is full; try again later
-├── UnavailableError      the engine is draining or dead
-├── DeviceLostError       the accelerator has failed for good: the engine stops
-└── InternalError         a fault of the engine while it served this one request
+MptServerError
+├── ModelError             the model cannot be loaded: the server does not start
+│   ├── ConfigError          config.json has a value that is not supported
+│   └── WeightsError         a tensor is missing, unexpected, misshapen or unreadable
+├── SettingsError          a flag or a setting is invalid: the server does not start
+├── EvaluationError        `mpt-grpc eval` cannot run
+├── RequestError           the caller can correct the request
+│   ├── InvalidRequestError    lists every invalid field
+│   ├── PromptRefusedError     a guard refused the prompt
+│   ├── DuplicateRequestError  a request with this ID is in progress
+│   └── UnknownModelError      the requested model is not loaded
+├── OverloadedError        the queue is full; the caller can retry later
+├── UnavailableError       the engine accepts no requests
+│   ├── DrainingError        the server is shutting down
+│   └── EngineStoppedError   the engine has failed and the server must be restarted
+├── DeviceLostError        the accelerator has failed permanently: the engine stops
+└── InternalError          an internal failure while processing one request
 """
 
 from __future__ import annotations
@@ -22,44 +24,44 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-class MptGrpcError(Exception):
-    """Every error that this package raises on purpose."""
+class MptServerError(Exception):
+    """The base class of all errors that this package raises deliberately."""
 
 
-class ModelError(MptGrpcError):
-    """The model's files cannot be used."""
+class ModelError(MptServerError):
+    """The model cannot be loaded."""
 
 
 class ConfigError(ModelError):
-    """config.json holds a value that is not implemented."""
+    """config.json has a value that is not supported."""
 
 
 class WeightsError(ModelError):
-    """A checkpoint's tensors do not fit the model."""
+    """The tensors of a checkpoint do not match the model."""
 
 
-class SettingsError(MptGrpcError):
-    """A flag or a setting is wrong."""
+class SettingsError(MptServerError):
+    """A flag or a setting is invalid."""
 
 
-class EvaluationError(MptGrpcError):
-    """A model cannot be measured."""
+class EvaluationError(MptServerError):
+    """An evaluation cannot run."""
 
 
-class RequestError(MptGrpcError):
-    """A request that its caller can mend."""
+class RequestError(MptServerError):
+    """A request that its caller can correct."""
 
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """One bad field of a request: its path in the API and what to do about it."""
+    """An invalid field of a request: its path in the API, what is wrong with it and how to correct it."""
 
     field: str
     description: str
 
 
 class InvalidRequestError(RequestError):
-    """One or more fields are out of range; all of them are named."""
+    """One or more fields of the request are invalid; all of them are listed."""
 
     def __init__(self, *violations: FieldViolation) -> None:
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
@@ -67,32 +69,40 @@ class InvalidRequestError(RequestError):
 
 
 class PromptRefusedError(RequestError):
-    """A guard objects to the prompt."""
+    """A guard refused the prompt."""
 
 
 class DuplicateRequestError(RequestError):
-    """The request id is in flight already."""
+    """A request with this ID is in progress."""
 
 
 class UnknownModelError(RequestError):
-    """The request names a model that is not loaded."""
+    """The requested model is not loaded."""
 
 
-class OverloadedError(MptGrpcError):
-    """The waiting queue is full."""
+class OverloadedError(MptServerError):
+    """The queue is full."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
 
-class UnavailableError(MptGrpcError):
-    """The engine takes no work: it is draining, or its thread has died."""
+class UnavailableError(MptServerError):
+    """The engine accepts no requests."""
 
 
-class DeviceLostError(MptGrpcError):
-    """The accelerator has failed in a way that only a new process mends."""
+class DrainingError(UnavailableError):
+    """The server is shutting down."""
 
 
-class InternalError(MptGrpcError):
-    """The engine failed while it served this one request."""
+class EngineStoppedError(UnavailableError):
+    """The engine has failed and the server must be restarted."""
+
+
+class DeviceLostError(MptServerError):
+    """The accelerator has failed in a way that only a new process can recover from."""
+
+
+class InternalError(MptServerError):
+    """An internal failure while processing one request."""

@@ -47,6 +47,20 @@ class SamplingParameters:
 
 
 @dataclass(frozen=True)
+class GenerationDefaults:
+    """The values used for options that a request does not set."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 256
+    """Reduced to the room in the context."""
+
+
+@dataclass(frozen=True)
 class JsonSchema:
     """The output is JSON that a schema allows."""
 

@@ -1,8 +1,7 @@
-"""What the server can be told, one frozen class a section. Ranges are checked here; flags are read in `cli.py`."""
+"""The server's settings, one frozen class for each section. Ranges are checked here; `commands/` reads the flags."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,42 +11,45 @@ from mpt_grpc.errors import SettingsError
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which model, and how it computes."""
+    """The model and how it is computed."""
 
     model: str = "demo"
-    """'demo', a folder in Hugging Face's layout, or a hub id."""
+    """'demo', a folder in Hugging Face's layout, or a Hugging Face hub ID."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     load_format: Literal["auto", "random"] = "auto"
-    """'random' fills the shape with random weights instead of reading them."""
+    """'random' initializes the model with random weights instead of reading them."""
     max_context_tokens: int | None = None
-    """The most tokens of one request; None takes the model's `max_seq_len`."""
+    """The maximum number of tokens of one request; None takes the model's `max_seq_len`."""
     chat_template: str = "auto"
-    """'base', 'instruct', 'chatml' or a Jinja file; 'auto' takes the model's own, else goes by its name."""
+    """'base', 'instruct', 'chatml' or a Jinja file; 'auto' takes the checkpoint's own, or one chosen by its name."""
+    generation_config: Literal["server", "model"] = "server"
+    """The source of the defaults of sampling options: the documented ones, or the checkpoint's generation_config.json.
+    """
 
     def __post_init__(self) -> None:
-        _at_least(1, max_context_tokens=self.max_context_tokens)
+        _at_least(2, max_context_tokens=self.max_context_tokens)
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """How large the KV cache is."""
+    """The size of the KV cache."""
 
-    kv_cache_gib: float | None = None
-    """None takes 1 GiB on a CPU, and on a GPU what is left of `memory_fraction` after the weights."""
+    kv_cache_bytes: int | None = None
+    """None takes 1 GiB on a CPU and, on a GPU, what the weights leave of `memory_fraction`."""
     memory_fraction: float = 0.9
-    """The share of a GPU's memory that weights and cache may fill."""
+    """The fraction of a GPU's memory available for weights and cache."""
 
     def __post_init__(self) -> None:
-        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
-            raise SettingsError(f"--kv-cache-gib: {self.kv_cache_gib} is not a number above 0")
+        if self.kv_cache_bytes is not None and self.kv_cache_bytes <= 0:
+            raise SettingsError("--kv-cache: must be above 0")
         if not 0 < self.memory_fraction <= 1:
             raise SettingsError(f"--memory-fraction: {self.memory_fraction} is not in (0, 1]")
 
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """How many requests run and wait, and how much one step computes."""
+    """The limits of the queue, the batch and a step."""
 
     max_running_requests: int = 64
     max_waiting_requests: int = 1024
@@ -65,38 +67,41 @@ class SchedulerSettings:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Where the server listens and how it stops."""
+    """Where the gRPC server listens and how it stops."""
 
     host: str = "127.0.0.1"
-    port: int = 50051
-    """0 takes a free port."""
+    grpc_port: int = 50051
+    """0 selects a free port."""
     grace_s: float = 30.0
     """How long running requests may take to finish after SIGTERM."""
     stall_timeout_s: float = 120.0
-    """Health says NOT_SERVING when work waits and no step has finished for so long."""
+    """Health reports NOT_SERVING when requests are pending and no step has completed for this long."""
     max_message_bytes: int = 32 << 20
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise SettingsError(f"--port: {self.port} is not in [0, 65535]")
-        _at_least(0, grace_s=self.grace_s)
+        if not 0 <= self.grpc_port <= 65535:
+            raise SettingsError(f"--grpc-port: {self.grpc_port} is not in [0, 65535]")
+        if self.host.startswith("["):
+            raise SettingsError(f"--host: write the IPv6 address without brackets: {self.host.strip('[]')}")
+        if self.host.startswith("unix:") or "/" in self.host:
+            raise SettingsError(f"--host: {self.host!r} is not a host name or an IP address")
         if not self.stall_timeout_s > 0:
-            raise SettingsError(f"--stall-timeout-s: {self.stall_timeout_s} is not above 0")
+            raise SettingsError("--stall-timeout: must be above 0")
 
     @property
     def bracketed_host(self) -> str:
-        """As an address with a port writes it."""
+        """The host as written in front of a port: IPv6 addresses are put in brackets."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
 
 @dataclass(frozen=True)
 class HttpSettings:
-    """OpenAI's API in front of the gRPC API."""
+    """Where the OpenAI-compatible API is served."""
 
     port: int | None = 8451
-    """0 takes a free port, None serves none."""
+    """0 selects a free port; None serves no HTTP."""
     strict_model_names: bool = False
-    """Whether a request has to name the loaded model; else any name is answered by it."""
+    """Whether to refuse requests that name another model instead of serving them with the loaded one."""
 
     def __post_init__(self) -> None:
         if self.port is not None and not 0 <= self.port <= 65535:
@@ -105,7 +110,7 @@ class HttpSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All of it."""
+    """All settings of a server."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
@@ -113,9 +118,9 @@ class Settings:
     server: ServerSettings = field(default_factory=ServerSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
     guards: tuple[str, ...] = ()
-    """What watches prompts and outputs: names of entry points, each with its argument after a `=`."""
+    """The guards on prompts and outputs: names of entry points, each optionally followed by `=` and an argument."""
     trace_file: Path | None = None
-    """Spans are appended to it, one JSON object a line."""
+    """The file to which spans are appended, one JSON object per line."""
 
 
 def _at_least(minimum: int, **values: float | None) -> None:

@@ -27,9 +27,9 @@ def demo_settings(num_blocks: int = 512, **scheduler: Any) -> Settings:
     """The demo model in float32 with a cache of `num_blocks`, on a free port."""
     return Settings(
         model=ModelSettings(device="cpu", dtype="float32"),
-        cache=CacheSettings(kv_cache_gib=num_blocks * DEMO_BLOCK_BYTES / (1 << 30)),
+        cache=CacheSettings(kv_cache_bytes=num_blocks * DEMO_BLOCK_BYTES),
         scheduler=replace(SchedulerSettings(), **scheduler),
-        server=ServerSettings(port=0, grace_s=20),
+        server=ServerSettings(grpc_port=0, grace_s=20),
         http=HttpSettings(port=None),
     )
 

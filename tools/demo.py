@@ -42,11 +42,11 @@ def main() -> None:
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         trace_file = Path(folder) / "spans.jsonl"
-        with running_server(trace_file) as (target, welcome), Client(target, timeout_s=120) as client:
+        with running_server(trace_file) as (target, welcome), Client(target, timeout=120) as client:
             console.print(welcome, highlight=False, markup=False)
-            before = client.server_info().load
+            before = client.get_server_info().load
             generations = stream_all(client, console)
-            after = client.server_info().load
+            after = client.get_server_info().load
         print_table(console, generations, before, after)
         print_waterfall(console, trace_file, generations[-1].trace_id)
 
@@ -59,7 +59,7 @@ def running_server(trace_file: Path) -> Iterator[tuple[str, str]]:
         "-m",
         "mpt_grpc.cli",
         "serve",
-        "--port",
+        "--grpc-port",
         "0",
         "--no-http",
         "--trace-file",
@@ -125,7 +125,7 @@ def print_table(console: Console, generations: list[Generation], before: Load, a
     table = Table("request", "prompt", "new", "finish", "TTFT ms", "TPOT ms", "tokens/s", title="eight requests")
     for index, generation in enumerate(generations):
         usage, timings = generation.usage, generation.timings
-        decode_s, first_s = timings.decode_s or 0.0, timings.time_to_first_token_s or 0.0
+        decode_s, first_s = timings.decode_time or 0.0, timings.time_to_first_token or 0.0
         table.add_row(
             str(index + 1),
             str(usage.num_prompt_tokens),
@@ -136,12 +136,12 @@ def print_table(console: Console, generations: list[Generation], before: Load, a
             f"{usage.num_output_tokens / (first_s + decode_s):.0f}",
         )
     console.print(table)
-    steps = after.steps - before.steps
-    busy_s = max((g.timings.time_to_first_token_s or 0) + (g.timings.decode_s or 0) for g in generations)
-    new_tokens = after.generated_tokens - before.generated_tokens
+    steps = after.num_steps - before.steps
+    busy_s = max((g.timings.time_to_first_token or 0) + (g.timings.decode_time or 0) for g in generations)
+    new_tokens = after.num_output_tokens - before.num_output_tokens
     console.print(
         f"{new_tokens} new tokens in {steps} steps and {busy_s:.1f} s: {new_tokens / busy_s:.0f} tokens/s,"
-        f" mean batch size {(after.batched_sequences - before.batched_sequences) / steps:.1f}",
+        f" mean batch size {(after.num_batched_sequences - before.num_batched_sequences) / steps:.1f}",
         highlight=False,
     )
 

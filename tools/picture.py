@@ -21,7 +21,7 @@ PROMPT = (
 
 async def main() -> None:
     settings = Settings(
-        cache=CacheSettings(kv_cache_gib=0.125), server=ServerSettings(port=0), http=HttpSettings(port=0)
+        cache=CacheSettings(kv_cache_bytes=128 << 20), server=ServerSettings(grpc_port=0), http=HttpSettings(port=0)
     )
     async with running_server(settings) as server, async_playwright() as playwright:
         browser = await playwright.chromium.launch(

@@ -1,4 +1,4 @@
-"""`mpt-grpc chat`: a conversation in the terminal, or with lines that are piped in."""
+"""`mpt-grpc chat`: a conversation in the terminal, or with lines from a pipe."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from mpt_grpc.commands.options import generate_options
 from mpt_grpc_client import Client, GenerateOptions, Message, MptGrpcError, Role
 
 _HELP = """\
-/new            start anew
-/system TEXT    set the system message and start anew
-/quit           leave, as Ctrl-D does
-Ctrl-C          stop the answer\
+/new            start a new conversation
+/system TEXT    start a new conversation with this system message
+/quit           quit, as Ctrl-D does
+Ctrl-C          stop the reply\
 """
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Raises MptGrpcError if a call fails and nobody is there to try another."""
+    """Raises MptGrpcError if a call fails and input does not come from a terminal."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() edits lines with it
-        print("/help tells what can be done here, Ctrl-D leaves.")
+        print("Type a message, /help for the commands, or Ctrl-D to quit.")
     options = generate_options(parsed)
     options["drop_oldest_turns"] = True
-    with Client(parsed.target, timeout_s=parsed.timeout_s) as client:
+    with Client(parsed.target, timeout=parsed.timeout) as client:
         chat = _Chat(client, options, parsed.system, is_terminal)
         while (line := _read("> " if is_terminal else "")) is not None:
             command, _, argument = line.partition(" ")
@@ -45,27 +45,27 @@ def run(parsed: argparse.Namespace) -> None:
                 case "/help":
                     print(_HELP)
                 case _ if command.startswith("/"):
-                    print(f"no such command: {command}; /help lists them")
+                    print(f"unknown command {command}; /help lists the commands")
                 case _:
                     chat.ask(line)
 
 
 class _Chat:
-    """What was said so far."""
+    """The conversation so far."""
 
     def __init__(self, client: Client, options: GenerateOptions, system: str, is_terminal: bool) -> None:
         self._client, self._options, self._is_terminal = client, options, is_terminal
         self.start(system)
 
     def start(self, system: str) -> None:
-        """Forgets what was said."""
+        """Starts a new conversation."""
         self.system = system
         self._messages = [Message(Role.SYSTEM, system)] if system else []
 
     def ask(self, question: str) -> None:
-        """Prints the answer as it comes. What has come of it is part of the conversation.
+        """Prints the reply as it is generated and adds it to the conversation, even if it is incomplete.
 
-        In a terminal Ctrl-C ends the answer, and a call that fails is told and takes the question back.
+        In a terminal, Ctrl-C stops the reply, and a call that fails is reported and leaves the conversation unchanged.
         """
         messages = [*self._messages, Message(Role.USER, question)]
         stream = self._client.stream(messages, **self._options)
@@ -84,7 +84,7 @@ class _Chat:
 
 @contextlib.contextmanager
 def _on_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `act`, in a thread: what it interrupts may hold the locks that `act` takes."""
+    """Calls `act` on Ctrl-C, in a thread, since the interrupted code may hold locks that `act` needs."""
     previous = signal.signal(signal.SIGINT, lambda *_: threading.Thread(target=act).start())
     try:
         yield
@@ -93,7 +93,7 @@ def _on_interrupt(act: Callable[[], None]) -> Iterator[None]:
 
 
 def _read(prompt: str) -> str | None:
-    """The next line; None at the end. Ctrl-C clears the line."""
+    """Returns the next line, or None at the end of the input. Ctrl-C clears the line."""
     while True:
         try:
             return input(prompt).strip()
@@ -102,4 +102,4 @@ def _read(prompt: str) -> str | None:
                 print()
             return None
         except KeyboardInterrupt:
-            print("\nCtrl-D leaves")
+            print("\nPress Ctrl-D to quit.")

@@ -1,4 +1,4 @@
-"""`mpt-grpc gateway`: OpenAI's API and the page, in a process apart from the engine's."""
+"""`mpt-grpc gateway`: the OpenAI-compatible API and the web page, in a process separate from the engine's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import signal
 
+from mpt_grpc.commands import logs
 from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.settings import HttpSettings, ServerSettings
 from mpt_grpc_client.channel import resolve_target
@@ -14,9 +15,10 @@ from mpt_grpc_client.channel import resolve_target
 def run(parsed: argparse.Namespace) -> None:
     """Serves until SIGTERM or SIGINT, then lets requests finish; a second signal ends the process.
 
-    Raises SettingsError for a bad setting, and if the port cannot be had.
+    Raises SettingsError for an invalid setting or a port in use.
     """
-    server = ServerSettings(host=parsed.host, grace_s=parsed.grace_s)
+    logs.configure(parsed.log_level)
+    server = ServerSettings(host=parsed.host, grace_s=parsed.grace)
     http = HttpSettings(port=parsed.http_port, strict_model_names=parsed.strict_model_names)
     asyncio.run(_serve(resolve_target(parsed.target), server, http))
 
@@ -28,9 +30,9 @@ async def _serve(target: str, server: ServerSettings, http: HttpSettings) -> Non
             loop.add_signal_handler(number, stop.set)
         url = f"http://{server.bracketed_host}:{port}"
         welcome = (
-            f"mpt-grpc answers for {target}",
+            f"mpt-grpc gateway for {target}",
             f"  OpenAI    {url}/v1",
-            f"  page      {url}/",
+            f"  web page  {url}/",
             f"  try       curl {url}/v1/models",
         )
         print("\n".join(welcome), flush=True)

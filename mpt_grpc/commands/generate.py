@@ -1,4 +1,4 @@
-"""`mpt-grpc generate`: one request to a server; its text, or the whole answer as JSON, on standard output."""
+"""`mpt-grpc generate`: sends one request and prints its text, or the complete result as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run(parsed: argparse.Namespace) -> None:
     """Raises MptGrpcError if the call fails."""
     prompt = sys.stdin.read() if parsed.prompt in (None, "-") else parsed.prompt
     options = generate_options(parsed)
-    with Client(parsed.target, timeout_s=parsed.timeout_s) as client:
+    with Client(parsed.target, timeout=parsed.timeout) as client:
         if parsed.json:
             print(json.dumps(_as_json(client.generate(prompt, **options)), ensure_ascii=False))
         elif (parsed.num_sequences or 1) > 1:
@@ -39,7 +39,7 @@ def _print_outputs(generation: Generation) -> None:
 
 
 def _as_json(value: Any) -> Any:
-    """A result of the client as JSON holds it; a token's bytes as text, what is no character as U+FFFD."""
+    """Returns a result of the client as JSON values; token bytes become text, with U+FFFD for invalid UTF-8."""
     if dataclasses.is_dataclass(value):
         return {field.name: _as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple):

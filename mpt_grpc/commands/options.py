@@ -1,124 +1,172 @@
-"""The flags of a generation: one for each option of the client library, and their way into its keyword arguments.
+"""The flags of a generation, one for each option of the client library, and their translation into its arguments.
 
-Imported to make a parser, also for `--help`, so grpc is imported only where a request is made.
+Imported to build the parser, even for `--help`, so grpc is imported only where a request is made.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mpt_grpc.commands.units import seconds
+
 if TYPE_CHECKING:
-    from mpt_grpc_client import Constraint, GenerateOptions, RepetitionGuard
+    from mpt_grpc_client import Constraint, GenerateOptions
+
+_CONSTRAINTS = ("json_schema", "json_object", "regex", "choice", "lark_grammar")
+_JSON_ONLY = (
+    "return_token_ids",
+    "return_prompt_token_ids",
+    "return_logprobs",
+    "return_prompt_logprobs",
+    "top_logprobs",
+)
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
-    """Adds where the server is and how long a call may take."""
+    """Adds the address of the server and the options of a call."""
     server = parser.add_argument_group("server")
     server.add_argument(
-        "--target", metavar="HOST:PORT", help="the server (default: MPT_GRPC_TARGET, or localhost:50051)"
+        "--target", metavar="HOST:PORT", help="gRPC address (default: MPT_GRPC_TARGET, or localhost:50051)"
     )
-    server.add_argument("--timeout-s", type=float, metavar="S", help="deadline of a call (default: none)")
-    server.add_argument("--model", metavar="NAME", help="the model that has to answer (default: whichever is loaded)")
-    server.add_argument("--priority", type=int, metavar="N", help="higher goes first; -100 to 100 (default: 0)")
-    server.add_argument("--cache-bypass", action="store_true", help="neither read nor fill the prefix cache")
-    server.add_argument("--cache-salt", metavar="TEXT", help="share the prefix cache only with this salt")
+    server.add_argument("--timeout", type=seconds, metavar="TIME", help="of a call, such as 60s (default: none)")
+    server.add_argument("--model", metavar="NAME", help="name of the model (default: the loaded one)")
+    server.add_argument("--priority", type=int, metavar="N", help="higher runs first; -100 to 100 (default: 0)")
+    server.add_argument(
+        "--cache-bypass", action="store_const", const=True, help="neither read nor write the prefix cache"
+    )
+    server.add_argument("--cache-salt", metavar="TEXT", help="share the prefix cache only with requests of this salt")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Adds how a token is chosen."""
-    sampling = parser.add_argument_group("how a token is chosen")
+    """Adds how the next token is sampled."""
+    sampling = parser.add_argument_group("sampling")
     for name, kind, what in (
-        ("--temperature", float, "0 takes the best token; 0 to 100 (default: 1)"),
-        ("--top-k", int, "keep the k likeliest tokens (default: 0, all)"),
-        ("--top-p", float, "keep the fewest likeliest tokens that reach this probability (default: 1, all)"),
-        ("--min-p", float, "drop tokens less likely than this share of the likeliest (default: 0, none)"),
-        ("--typical-p", float, "keep the most typical tokens that reach this probability (default: 1, all)"),
-        ("--seed", int, "the same request with the same seed gives the same tokens (default: drawn)"),
-        ("--repetition-penalty", float, "above 0 to 10 (default: 1, none)"),
+        ("--temperature", float, "0 selects greedy decoding; 0 to 100 (default: 1)"),
+        ("--top-k", int, "keep the k most likely tokens (default: 0, all)"),
+        ("--top-p", float, "keep the most likely tokens with this total probability (default: 1, all)"),
+        ("--min-p", float, "remove tokens below this fraction of the most likely one (default: 0)"),
+        ("--typical-p", float, "keep the most typical tokens with this total probability (default: 1, all)"),
+        ("--seed", int, "seed for reproducible outputs (default: random)"),
+        ("--repetition-penalty", float, "above 0, up to 10 (default: 1, none)"),
         ("--frequency-penalty", float, "-2 to 2 (default: 0)"),
         ("--presence-penalty", float, "-2 to 2 (default: 0)"),
     ):
         sampling.add_argument(name, type=kind, metavar="N" if kind is int else "X", help=what)
     sampling.add_argument(
-        "--logit-bias", type=_bias, action="append", metavar="ID=X", help="add to a token's score; may be repeated"
+        "--logit-bias", type=_bias, action="append", metavar="ID=X", help="add to the logit of a token; may be repeated"
     )
-    sampling.add_argument("--allowed-token-ids", type=_ids, metavar="ID,ID,…", help="choose only these tokens")
+    sampling.add_argument(
+        "--allowed-token-ids", type=_ids, metavar="ID,ID,...", help="restrict the output to these tokens"
+    )
 
 
 def add_stopping(parser: argparse.ArgumentParser) -> None:
-    """Adds when an output ends."""
-    stopping = parser.add_argument_group("when an output ends")
+    """Adds when the output ends."""
+    stopping = parser.add_argument_group("stopping")
     stopping.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: 256, or what fits)")
-    stopping.add_argument("--min-new-tokens", type=int, metavar="N", help="no end before (default: 0)")
+    stopping.add_argument("--min-new-tokens", type=int, metavar="N", help="(default: 0)")
     stopping.add_argument(
-        "--stop", type=_unescaped, action="append", metavar="TEXT", help=r"end before it; \n is a line end; repeatable"
+        "--stop-strings",
+        type=_unescaped,
+        action="append",
+        metavar="TEXT",
+        help=r"end before this text; \n is a line break; may be repeated",
     )
-    stopping.add_argument("--stop-token-ids", type=_ids, metavar="ID,ID,…", help="end at one of these tokens")
-    stopping.add_argument("--include-stop-string", action="store_true", help="end behind the stop string instead")
-    stopping.add_argument("--ignore-eos", action="store_true", help="go on after the model's end mark")
-    stopping.add_argument("--time-limit-s", type=float, metavar="S", help="end with what there is after S seconds")
+    stopping.add_argument("--stop-token-ids", type=_ids, metavar="ID,ID,...", help="end at any of these tokens")
+    stopping.add_argument(
+        "--include-stop-string", action="store_const", const=True, help="include the stop string in the text"
+    )
+    stopping.add_argument(
+        "--ignore-eos", action="store_const", const=True, help="continue past the end-of-sequence token"
+    )
+    stopping.add_argument(
+        "--time-limit", type=seconds, metavar="TIME", help="return the partial output after this time, such as 2.5s"
+    )
     stopping.add_argument(
         "--repetition-guard",
         type=_one_or_two,
         nargs="?",
         const=(),
         metavar="REPEATS[,CYCLE]",
-        help="end an output that goes in circles (default: off; 4 times a cycle of up to 32 tokens)",
+        help="end an output that repeats itself (default: off; 4 repeats of up to 32 tokens)",
     )
 
 
 def add_constraint(parser: argparse.ArgumentParser) -> None:
-    """Adds what an output may be."""
-    constraint = parser.add_argument_group("what an output may be").add_mutually_exclusive_group()
+    """Adds constraints on the output."""
+    constraint = parser.add_argument_group("constraint on the output").add_mutually_exclusive_group()
     constraint.add_argument("--json-schema", type=_schema, metavar="JSON|FILE", help="JSON of this schema")
     constraint.add_argument("--json-object", action="store_true", help="any JSON object")
-    constraint.add_argument("--regex", metavar="PATTERN", help="a match of this pattern")
-    constraint.add_argument("--choice", action="append", metavar="TEXT", help="one of these; repeatable")
-    constraint.add_argument("--lark-grammar", type=_grammar, metavar="TEXT|FILE", help="a sentence of a grammar")
+    constraint.add_argument("--regex", metavar="PATTERN", help="text that matches this pattern")
+    constraint.add_argument("--choice", action="append", metavar="TEXT", help="one of these texts; may be repeated")
+    constraint.add_argument("--lark-grammar", type=_grammar, metavar="TEXT|FILE", help="a sentence of this grammar")
 
 
 def add_request(parser: argparse.ArgumentParser) -> None:
-    """Adds what concerns one request and its answer."""
-    request = parser.add_argument_group("the request")
-    request.add_argument("--num-sequences", type=int, metavar="N", help="so many outputs; 1 to 16 (default: 1)")
-    request.add_argument("--truncate-prompt-tokens", type=int, metavar="N", help="use the prompt's last N tokens")
-    request.add_argument("--resume-token-ids", type=_ids, metavar="ID,ID,…", help="go on after these tokens")
-    request.add_argument("--request-id", metavar="NAME", help="names it in traces and logs (default: made up)")
-    request.add_argument("--keep-special-tokens", action="store_true", help="leave special tokens in the text")
+    """Adds the remaining options of a request, and the format of the result."""
+    request = parser.add_argument_group("request")
+    request.add_argument("--num-sequences", type=int, metavar="N", help="number of outputs; 1 to 16 (default: 1)")
+    request.add_argument("--truncate-prompt-tokens", type=int, metavar="N", help="keep only the last N prompt tokens")
+    request.add_argument("--resume-token-ids", type=_ids, metavar="ID,ID,...", help="resume a partial output")
+    request.add_argument("--request-id", metavar="NAME", help="identifies the request in logs (default: generated)")
 
-    answer = parser.add_argument_group("the answer")
-    answer.add_argument("--json", action="store_true", help="print the whole answer as one JSON object")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print the complete result as one JSON object")
+    output.add_argument(
+        "--skip-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="omit special tokens from the text (default: yes)",
+    )
     for flag, what in (
-        ("--return-token-ids", "the output's token ids"),
-        ("--return-prompt-token-ids", "the prompt's token ids"),
-        ("--return-logprobs", "log probabilities of the output's tokens"),
-        ("--return-prompt-logprobs", "log probabilities of the prompt's tokens"),
+        ("--return-token-ids", "token IDs of the output"),
+        ("--return-prompt-token-ids", "token IDs of the prompt"),
+        ("--return-logprobs", "log probabilities of the output tokens"),
+        ("--return-prompt-logprobs", "log probabilities of the prompt tokens"),
     ):
-        answer.add_argument(flag, action="store_true", help=f"{what}, with --json")
-    answer.add_argument("--top-logprobs", type=int, metavar="N", help="with each the N likeliest tokens; 0 to 20")
+        output.add_argument(flag, action="store_const", const=True, help=f"include the {what}; needs --json")
+    output.add_argument(
+        "--top-logprobs", type=int, metavar="N", help="include the N most likely tokens; 0 to 20; needs --json"
+    )
+
+
+def usage_error(parsed: argparse.Namespace) -> str | None:
+    """Returns what is wrong with a combination of flags, if anything is."""
+    without_effect = [name for name in _JSON_ONLY if getattr(parsed, name, None) is not None]
+    if without_effect and not parsed.json:
+        return f"argument --{without_effect[0].replace('_', '-')}: needs --json"
+    return None
+
+
+def flag(field: str, parsed: argparse.Namespace) -> str:
+    """Returns the flag that sets an option of the client library."""
+    if field.startswith("prompt"):
+        return field
+    if field.startswith("constraint"):
+        given = [name for name in _CONSTRAINTS if getattr(parsed, name, None)]
+        field = (given[0] if given else "constraint") + field.removeprefix("constraint")
+    name, bracket, index = field.partition("[")
+    return f"--{name.replace('_', '-')}{bracket}{index}"
 
 
 def generate_options(parsed: argparse.Namespace) -> GenerateOptions:
-    """The flags that were given, as the client's keyword arguments."""
-    from mpt_grpc_client import GenerateOptions
+    """Returns the flags that were given as the client's keyword arguments."""
+    from mpt_grpc_client import GenerateOptions, RepetitionGuard
 
     given: dict[str, Any] = {
         name: value
         for name, value in vars(parsed).items()
-        if name in GenerateOptions.__optional_keys__ and value is not None and value is not False
+        if name in GenerateOptions.__optional_keys__ and value is not None
     }
-    if given.get("logit_bias"):
+    if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
     if "repetition_guard" in given:
-        given["repetition_guard"] = _repetition_guard(given["repetition_guard"])
+        given["repetition_guard"] = RepetitionGuard(*given["repetition_guard"])
     if (constraint := _constraint(parsed)) is not None:
         given["constraint"] = constraint
-    if getattr(parsed, "keep_special_tokens", False):
-        given["skip_special_tokens"] = False
     return cast(GenerateOptions, given)
 
 
@@ -138,23 +186,17 @@ def _constraint(parsed: argparse.Namespace) -> Constraint | None:
     return None if parsed.lark_grammar is None else LarkGrammar(parsed.lark_grammar)
 
 
-def _repetition_guard(numbers: Sequence[int]) -> RepetitionGuard:
-    from mpt_grpc_client import RepetitionGuard
-
-    return RepetitionGuard(*numbers)
-
-
 def _ids(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between them") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of numbers") from error
 
 
 def _one_or_two(text: str) -> tuple[int, ...]:
     numbers = _ids(text)
     if len(numbers) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r}: give one number or two")
+        raise argparse.ArgumentTypeError(f"{text!r} has more than two numbers")
     return numbers
 
 
@@ -163,7 +205,7 @@ def _bias(text: str) -> tuple[int, float]:
     try:
         return int(token_id), float(bias)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ID=NUMBER") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=NUMBER, such as 50=-2.5") from error
 
 
 def _unescaped(text: str) -> str:
@@ -175,12 +217,12 @@ def _schema(text: str) -> str:
     try:
         json.loads(schema)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: not JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text}: not valid JSON: {error}") from error
     return schema
 
 
 def _grammar(text: str) -> str:
-    return text if ":" in text else _content(text)  # as in every rule
+    return text if ":" in text else _content(text)  # every rule has a colon
 
 
 def _content(file: str) -> str:

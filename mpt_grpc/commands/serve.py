@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
+import importlib.util
 import signal
 
-from mpt_grpc.commands import server_options
+from mpt_grpc.commands import logs, server_options
+from mpt_grpc.errors import SettingsError
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Serves until SIGTERM or SIGINT, then lets requests finish.
 
-    Raises SettingsError for a bad flag or a port that is taken, ModelError for a model that cannot be loaded.
+    Raises SettingsError for an invalid flag or a port in use, and ModelError for a model that cannot be loaded.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # A caller who leaves in mid-send is no error; what fails in a method is logged by our interceptor.
-    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
-    # Until the server is ready Ctrl-C ends it at once; from then on it drains.
+    logs.configure(parsed.log_level)
+    # Until the server is ready, Ctrl-C ends it immediately; from then on it drains.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     settings = server_options.settings(parsed)
-    # Imports torch, for which a bad flag does not wait.
+    if importlib.util.find_spec("torch") is None:
+        raise SettingsError("serve needs PyTorch, which the extra 'torch' installs; see docs/install.md")
+    # Imported here, since it imports torch, which takes seconds.
     from mpt_grpc.server.server import serve
     from mpt_grpc.server.welcome import welcome
 

@@ -1,150 +1,168 @@
-"""The flags of a server, and their way into its settings."""
+"""The flags of a server, and their translation into its settings."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from mpt_grpc.commands.logs import add_log_level
+from mpt_grpc.commands.units import num_bytes, seconds
 from mpt_grpc.settings import CacheSettings, HttpSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 
 
 def add_model(serve: argparse.ArgumentParser) -> None:
-    """Adds which model is served, and how."""
+    """Adds which model is served, and how it is computed."""
     defaults = ModelSettings()
     model = serve.add_argument_group("model")
-    model.add_argument("--model", default=defaults.model, help="'demo', a folder in Hugging Face's layout, or a hub id")
     model.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
+        "--model",
+        default=defaults.model,
+        metavar="demo|FOLDER|HUB_ID",
+        help="'demo' for the built-in model, a folder in Hugging Face's layout, or a Hugging Face hub ID",
     )
+    model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto prefers a GPU")
     model.add_argument(
         "--dtype",
         choices=("auto", "float16", "bfloat16", "float32"),
         default="auto",
-        help="auto takes float16 on a GPU, bfloat16 on a CPU that computes it, float32 on others",
+        help="auto is float16 on a GPU, bfloat16 on CPUs with native support, float32 on others",
     )
     model.add_argument(
         "--load-format",
         choices=("auto", "random"),
         default="auto",
-        help="random fills the model's shape with random weights; the folder needs no weights then",
+        help="random initializes the model with random weights, for benchmarks without a checkpoint",
     )
     model.add_argument(
         "--max-context-tokens",
         type=int,
         metavar="N",
-        help="the most tokens of one request; ALiBi allows more than the model's own limit (default: its own)",
+        help="maximum tokens of one request, prompt and output; ALiBi models can exceed their own limit (default: the"
+        " model's)",
     )
     model.add_argument(
         "--chat-template",
         default=defaults.chat_template,
         metavar="NAME|FILE",
-        help="base, instruct, chatml or a Jinja file; auto takes the model's own, else goes by its name",
+        help="base, instruct, chatml or a Jinja file; auto is the checkpoint's own, or one chosen by the model's name",
+    )
+    model.add_argument(
+        "--generation-config",
+        choices=("server", "model"),
+        default=defaults.generation_config,
+        help="source of the defaults of sampling options: the documented ones, or the checkpoint's"
+        " generation_config.json",
     )
 
 
 def add_scheduling(serve: argparse.ArgumentParser) -> None:
-    """Adds how much memory and how many requests there may be."""
+    """Adds the memory of the cache and the limits of the queue and the batch."""
     defaults = Settings()
     memory = serve.add_argument_group("memory and scheduling")
     memory.add_argument(
-        "--kv-cache-gib",
-        type=float,
-        metavar="GIB",
-        help="size of the KV cache (default: 1 on a CPU; on a GPU what the weights leave of --memory-fraction)",
+        "--kv-cache",
+        type=num_bytes,
+        metavar="SIZE",
+        help="size of the KV cache, such as 4GiB (default: 1GiB on a CPU; on a GPU, what the weights leave of"
+        " --memory-fraction)",
     )
     memory.add_argument(
         "--memory-fraction",
         type=float,
         default=defaults.cache.memory_fraction,
-        metavar="F",
-        help="share of a GPU's memory for weights and cache",
+        metavar="X",
+        help="fraction of a GPU's memory available for weights and cache",
     )
     memory.add_argument(
         "--max-running-requests",
         type=int,
         default=defaults.scheduler.max_running_requests,
         metavar="N",
-        help="requests in one batch",
+        help="maximum requests in one batch",
     )
     memory.add_argument(
         "--max-waiting-requests",
         type=int,
         default=defaults.scheduler.max_waiting_requests,
         metavar="N",
-        help="requests that queue; the next is refused with RESOURCE_EXHAUSTED",
+        help="maximum requests in the queue; further ones are refused with RESOURCE_EXHAUSTED",
     )
     memory.add_argument(
         "--max-step-tokens",
         type=int,
         default=defaults.scheduler.max_step_tokens,
         metavar="N",
-        help="tokens that one step computes; longer prompts are computed in chunks",
+        help="maximum tokens computed in one step; longer prompts are computed in chunks",
     )
 
 
 def add_server(serve: argparse.ArgumentParser) -> None:
-    """Adds where the server listens and how it is watched."""
-    defaults = Settings()
+    """Adds where the server listens and how it is observed."""
     server = serve.add_argument_group("server")
-    server.add_argument("--port", type=int, default=defaults.server.port, metavar="N", help="0 takes a free one")
+    server.add_argument(
+        "--grpc-port", type=int, default=ServerSettings().grpc_port, metavar="N", help="0 selects a free port"
+    )
     add_http(server)
-    server.add_argument("--no-http", action="store_true", help="serve gRPC alone")
+    server.add_argument("--no-http", action="store_true", help="serve gRPC only")
     add_grace(server)
     server.add_argument(
-        "--stall-timeout-s",
-        type=float,
-        default=defaults.server.stall_timeout_s,
-        metavar="S",
-        help="health says NOT_SERVING when work waits and nothing has come of it for so many seconds",
+        "--stall-timeout",
+        type=seconds,
+        default="120s",
+        metavar="TIME",
+        help="report NOT_SERVING when requests are pending and no step has completed for this long",
     )
+    add_log_level(server)
     server.add_argument(
         "--trace-file",
         type=Path,
         metavar="FILE",
-        help="append spans as JSON lines; OTEL_EXPORTER_OTLP_ENDPOINT sends them by OTLP (default: no tracing)",
+        help="append spans to this file as JSON lines; OTEL_EXPORTER_OTLP_ENDPOINT exports them with OTLP (default: no"
+        " tracing)",
     )
     server.add_argument(
         "--guard",
         action="append",
         metavar="NAME[=ARGUMENT]",
-        help="watch prompts and outputs; words=FILE lists what may not be said; may be repeated (default: none)",
+        help="check prompts and outputs with this guard; words=FILE blocks the words listed in a file; may be repeated"
+        " (default: none)",
     )
 
 
 def add_http(parser: argparse._ActionsContainer) -> None:
-    """Adds where OpenAI's API is served."""
+    """Adds where the OpenAI-compatible API is served."""
     parser.add_argument(
         "--host",
         default=ServerSettings().host,
-        help="address to listen on; 0.0.0.0 for all, without authentication",
+        help="address to listen on; 0.0.0.0 for all. There is no authentication",
     )
     parser.add_argument(
         "--http-port",
         type=int,
         default=HttpSettings().port,
         metavar="N",
-        help="port of OpenAI's API and the page; 0 takes a free one",
+        help="port of the OpenAI-compatible API and the web page; 0 selects a free port",
     )
     parser.add_argument(
         "--strict-model-names",
         action="store_true",
-        help="refuse HTTP requests that name another model than the loaded one, instead of answering them by it",
+        help="refuse HTTP requests that name another model instead of serving them with the loaded one",
     )
 
 
 def add_grace(parser: argparse._ActionsContainer) -> None:
-    """Adds how long the end may take."""
+    """Adds how long a shutdown may take."""
     parser.add_argument(
-        "--grace-s",
-        type=float,
-        default=ServerSettings().grace_s,
-        metavar="S",
-        help="seconds that running requests have to finish after SIGTERM",
+        "--grace",
+        type=seconds,
+        default="30s",
+        metavar="TIME",
+        help="time for requests in progress to finish after SIGTERM",
     )
 
 
 def settings(parsed: argparse.Namespace) -> Settings:
-    """What the flags of `serve` say. Raises SettingsError."""
+    """Returns the settings given by the flags of `serve`. Raises SettingsError."""
     return Settings(
         model=ModelSettings(
             model=parsed.model,
@@ -153,15 +171,19 @@ def settings(parsed: argparse.Namespace) -> Settings:
             load_format=parsed.load_format,
             max_context_tokens=parsed.max_context_tokens,
             chat_template=parsed.chat_template,
+            generation_config=parsed.generation_config,
         ),
-        cache=CacheSettings(kv_cache_gib=parsed.kv_cache_gib, memory_fraction=parsed.memory_fraction),
+        cache=CacheSettings(kv_cache_bytes=parsed.kv_cache, memory_fraction=parsed.memory_fraction),
         scheduler=SchedulerSettings(
             max_running_requests=parsed.max_running_requests,
             max_waiting_requests=parsed.max_waiting_requests,
             max_step_tokens=parsed.max_step_tokens,
         ),
         server=ServerSettings(
-            host=parsed.host, port=parsed.port, grace_s=parsed.grace_s, stall_timeout_s=parsed.stall_timeout_s
+            host=parsed.host,
+            grpc_port=parsed.grpc_port,
+            grace_s=parsed.grace,
+            stall_timeout_s=parsed.stall_timeout,
         ),
         http=HttpSettings(
             port=None if parsed.no_http else parsed.http_port, strict_model_names=parsed.strict_model_names

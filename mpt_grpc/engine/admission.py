@@ -16,7 +16,6 @@ from mpt_grpc.request import (
     StoppingCriteria,
 )
 
-DEFAULT_MAX_NEW_TOKENS = 256
 MAX_ID_BYTES = 128
 MAX_NUM_SEQUENCES = 16
 MAX_LOGIT_BIAS_TOKENS, MAX_LOGIT_BIAS = 1024, 100
@@ -36,6 +35,8 @@ class RequestLimits:
     """Tokens of the tokenizer."""
     max_context_tokens: int
     """Prompt and output together; never more than the KV cache holds."""
+    default_max_new_tokens: int
+    """The value for requests that do not set `max_new_tokens`, reduced to the room in the context."""
     max_num_sequences: int
     """Outputs of one request; never more than may be in flight."""
 
@@ -156,15 +157,15 @@ def _stopping(stopping: StoppingCriteria, limits: RequestLimits) -> Iterator[Fie
 
 def _logprobs(logprobs: LogprobOptions) -> Iterator[FieldViolation]:
     if not 0 <= logprobs.num_top <= MAX_TOP_LOGPROBS:
-        yield FieldViolation("response.top_logprobs", f"{logprobs.num_top} is not in [0, {MAX_TOP_LOGPROBS}]")
+        yield FieldViolation("output_options.top_logprobs", f"{logprobs.num_top} is not in [0, {MAX_TOP_LOGPROBS}]")
     if logprobs.num_top and not (logprobs.prompt or logprobs.output):
-        yield FieldViolation("response.top_logprobs", "needs prompt_logprobs or output_logprobs")
+        yield FieldViolation("output_options.top_logprobs", "requires return_logprobs or return_prompt_logprobs")
 
 
 def _together(request: GenerationRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
     """What excludes what."""
     sampling, decoding, stopping = request.sampling, request.decoding, request.stopping
-    max_new_tokens = DEFAULT_MAX_NEW_TOKENS if stopping.max_new_tokens is None else stopping.max_new_tokens
+    max_new_tokens = limits.default_max_new_tokens if stopping.max_new_tokens is None else stopping.max_new_tokens
     if not 0 <= stopping.min_new_tokens <= max_new_tokens:
         why = f"{stopping.min_new_tokens} is not in [0, {max_new_tokens}], the latter being max_new_tokens"
         yield FieldViolation("stopping.min_new_tokens", why)

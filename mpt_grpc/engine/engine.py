@@ -25,7 +25,7 @@ from mpt_grpc.engine.masks import MaskWorkers
 from mpt_grpc.engine.prepare import Preparation, PreparedRequest
 from mpt_grpc.engine.state import EngineLoad, EngineState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream, collect
-from mpt_grpc.errors import DeviceLostError, InternalError, UnavailableError
+from mpt_grpc.errors import DeviceLostError, DrainingError, EngineStoppedError, InternalError, UnavailableError
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.request import (
@@ -115,7 +115,7 @@ class Engine:
         flight: Flight = Flight(prepared, stream.receive, context, self._now_s())
         with self._admission:
             if self._closed is not None:
-                raise UnavailableError(str(self._closed))
+                raise type(self._closed)(str(self._closed))
             was_idle = not self._flights
             self._flights.enter(flight)
             if was_idle:
@@ -123,7 +123,7 @@ class Engine:
             self._inbox.put(lambda: self._add(flight))
         return stream
 
-    def abort(self, request_id: str) -> bool:
+    def cancel(self, request_id: str) -> bool:
         """Ends a request with CANCELLED before the next step; its blocks are free then. False: not in flight."""
         flight = self._flights.get(request_id)
         if flight is not None:
@@ -135,7 +135,8 @@ class Engine:
         watcher: Future[EngineState] = Future()
         with self._admission:
             if self._has_stopped:
-                raise UnavailableError(str(self._closed))
+                assert self._closed is not None, "the engine refuses requests before it stops"
+                raise type(self._closed)(str(self._closed))
             self._watchers.append(watcher)
         self._inbox.put(_wake_up)
         return watcher
@@ -144,14 +145,14 @@ class Engine:
     def num_in_flight(self) -> int:
         return len(self._flights)
 
-    def refuse(self, why: str) -> None:
+    def refuse(self, why: UnavailableError) -> None:
         """From now on `submit` raises UnavailableError; what is in flight goes on."""
         with self._admission:
-            self._closed = self._closed or UnavailableError(why)
+            self._closed = self._closed or why
 
     def close(self) -> None:
         """Ends what is in flight with UnavailableError and the thread with it. Idempotent."""
-        self.refuse("the engine is closed")
+        self.refuse(DrainingError("the engine is closed"))
         self._inbox.put(self._stop)
         if self._thread.ident is not None:
             self._thread.join()
@@ -178,7 +179,7 @@ class Engine:
                 self._deliver()
         except BaseException as error:
             _log.exception("the engine has stopped")
-            self.refuse(f"the engine has stopped: {error!r}")
+            self.refuse(EngineStoppedError(f"the engine has stopped: {error!r}"))
         finally:
             assert self._closed is not None, "close() refuses before it stops the thread"
             self._fail_all(self._closed)
@@ -311,8 +312,8 @@ class Engine:
         with self._admission:
             self._has_stopped = True
         for watcher in self._watchers:
-            watcher.set_exception(UnavailableError(str(why)))
-        self._flights.fail_all(lambda: UnavailableError(str(why)))
+            watcher.set_exception(type(why)(str(why)))
+        self._flights.fail_all(lambda: type(why)(str(why)))
         self._masks.close()
         self._deliver()
 

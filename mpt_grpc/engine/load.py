@@ -17,6 +17,7 @@ from mpt_grpc.engine.admission import MAX_NUM_SEQUENCES, RequestLimits
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.errors import ModelError, SettingsError
+from mpt_grpc.generation_config import generation_defaults
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
@@ -24,6 +25,7 @@ from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.model.weights import load_model, num_parameters, random_model
+from mpt_grpc.request import GenerationDefaults
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
@@ -45,6 +47,7 @@ class LoadedModel:
 
     name: str
     config: MPTConfig
+    defaults: GenerationDefaults
     num_parameters: int
     dtype: str
     device: str
@@ -74,6 +77,7 @@ def load_engine(
         raise ModelError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.json, {config.vocab_size} in the model")
     chat_template = find_chat_template(wanted.chat_template, folder, checkpoint.name)
     guards = load_guards(settings.guards)
+    defaults = generation_defaults(folder) if wanted.generation_config == "model" else GenerationDefaults()
     device, dtype = _device(wanted), _dtype(wanted)
     max_context_tokens = wanted.max_context_tokens or config.max_seq_len
     if not config.alibi and max_context_tokens > config.max_seq_len:
@@ -95,12 +99,15 @@ def load_engine(
     try:
         cache = _in_own_thread(lambda: KVCache(config, num_blocks, BLOCK_SIZE, dtype, device))
     except RuntimeError as error:
-        raise SettingsError(f"--kv-cache-gib: {num_blocks * block_bytes} bytes are not to be had: {error}") from error
+        raise SettingsError(f"--kv-cache: cannot allocate {num_blocks * block_bytes:,} bytes: {error}") from error
 
     limits = settings.scheduler
     max_in_flight = limits.max_running_requests + limits.max_waiting_requests
     request_limits = RequestLimits(
-        tokenizer.vocab_size, max_context_tokens, max_num_sequences=min(MAX_NUM_SEQUENCES, max_in_flight)
+        tokenizer.vocab_size,
+        max_context_tokens,
+        defaults.max_new_tokens,
+        max_num_sequences=min(MAX_NUM_SEQUENCES, max_in_flight),
     )
     engine = Engine(
         Preparation(tokenizer, request_limits, chat_template, guards),
@@ -118,6 +125,7 @@ def load_engine(
     loaded = LoadedModel(
         name=checkpoint.name,
         config=config,
+        defaults=defaults,
         num_parameters=num_parameters(config),
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
@@ -153,8 +161,8 @@ def _dtype(wanted: ModelSettings) -> torch.dtype:
 
 
 def _num_blocks(wanted: CacheSettings, device: torch.device, block_bytes: int) -> int:
-    if wanted.kv_cache_gib is not None:
-        free_bytes = int(wanted.kv_cache_gib * (1 << 30))
+    if wanted.kv_cache_bytes is not None:
+        free_bytes = wanted.kv_cache_bytes
     elif device.type == "cpu":
         free_bytes = _DEFAULT_CPU_CACHE_BYTES
     else:
@@ -162,6 +170,6 @@ def _num_blocks(wanted: CacheSettings, device: torch.device, block_bytes: int) -
         free_bytes = free - int(total * (1 - wanted.memory_fraction))
     if free_bytes < block_bytes:
         raise SettingsError(
-            f"--kv-cache-gib: {free_bytes} bytes are left for the KV cache, one block takes {block_bytes}"
+            f"--kv-cache: {free_bytes:,} bytes are too few for the KV cache, of which one block takes {block_bytes:,}"
         )
     return free_bytes // block_bytes

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mpt_grpc.engine.admission import DEFAULT_MAX_NEW_TOKENS, RequestLimits, prompt_violations, request_violations
+from mpt_grpc.engine.admission import RequestLimits, prompt_violations, request_violations
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, PromptRefusedError
 from mpt_grpc.request import Conversation, GenerationRequest, StoppingCriteria
 from mpt_grpc.step import Matcher
@@ -120,7 +120,7 @@ class Preparation:
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(64))
         if stopping.max_new_tokens is None:
-            stopping = replace(stopping, max_new_tokens=DEFAULT_MAX_NEW_TOKENS)
+            stopping = replace(stopping, max_new_tokens=self.limits.default_max_new_tokens)
         return replace(request, sampling=sampling, stopping=self._with_more_stops(stopping, request))
 
     def _with_more_stops(self, stopping: StoppingCriteria, request: GenerationRequest) -> StoppingCriteria:

@@ -121,9 +121,9 @@ def text_logprobs(logprobs: Sequence[TokenLogprob], offset: int, num_top: int, f
     values: list[float | None] = [] if first is None else [None]
     top: list[Json | None] = [] if first is None else [None]
     for logprob in logprobs:
-        tokens.append(_token(logprob.bytes))
+        tokens.append(_token(logprob.token_bytes))
         values.append(logprob.logprob)
-        top.append({_token(other.bytes): other.logprob for other in logprob.top})
+        top.append({_token(other.token_bytes): other.logprob for other in logprob.top_logprobs})
     offsets = []
     for token in tokens:
         offsets.append(offset)
@@ -154,11 +154,12 @@ def _call(name: str, arguments: str) -> Json:
 def _chat_logprobs(logprobs: Iterable[TokenLogprob]) -> Json:
     content = [
         {
-            "token": _token(logprob.bytes),
-            "bytes": list(logprob.bytes),
+            "token": _token(logprob.token_bytes),
+            "bytes": list(logprob.token_bytes),
             "logprob": logprob.logprob,
             "top_logprobs": [
-                {"token": _token(top.bytes), "bytes": list(top.bytes), "logprob": top.logprob} for top in logprob.top
+                {"token": _token(top.token_bytes), "bytes": list(top.token_bytes), "logprob": top.logprob}
+                for top in logprob.top_logprobs
             ],
         }
         for logprob in logprobs

@@ -134,7 +134,7 @@ class _Gateway:
     async def ready(self) -> Response:
         """Says whether the gRPC server answers: 200 or 503."""
         try:
-            await self._client.server_info(timeout_s=2)
+            await self._client.get_server_info(timeout=2)
         except MptGrpcError as error:
             return JSONResponse({"status": "unavailable", "message": str(error)}, 503)
         return JSONResponse({"status": "ready"})
@@ -154,7 +154,7 @@ class _Gateway:
                 yield answer.usage_chunk([stream.result.usage])
 
     async def _model(self) -> dict[str, Any]:
-        info = await self._client.model_info()
+        info = await self._client.get_model_info()
         return {
             "id": info.name,
             "object": "model",
@@ -166,7 +166,7 @@ class _Gateway:
     async def _model_name(self, asked: str) -> str:
         # Asked for now and then only: it costs a call, and changes with the server's restart at most.
         if (now_s := time.monotonic()) > self._name_until_s:
-            self._name, self._name_until_s = (await self._client.model_info()).name, now_s + _NAME_HOLDS_S
+            self._name, self._name_until_s = (await self._client.get_model_info()).name, now_s + _NAME_HOLDS_S
         if self._strict and asked not in ("", self._name):
             raise _unknown(asked, self._name)
         return self._name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,16 +28,13 @@ _TABLE: tuple[tuple[type[MptGrpcError], int, str, str | None], ...] = (
 )
 NAMES: Mapping[str, str] = {
     "request_id": "X-Request-Id",
-    "stopping.max_new_tokens": "max_tokens",
-    "stopping.min_new_tokens": "min_tokens",
-    "stopping.stop_strings": "stop",
-    "sampling.num_sequences": "n",
-    "conversation.messages": "messages",
-    "text": "prompt",
-    "token_ids.ids": "prompt",
-    "ids": "tokens",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+    "num_sequences": "n",
+    "token_ids": "tokens",
 }
-"""The gRPC API's fields, where OpenAI's have other names than their last parts."""
+"""The HTTP fields of the client library's options that have another name there."""
 
 
 class BadRequestError(Exception):
@@ -48,7 +46,7 @@ class BadRequestError(Exception):
 
 
 def error_body(error: Exception, names: Mapping[str, str] = NAMES) -> tuple[int, dict[str, Any]]:
-    """The status of an error and its body; `names` are those that the caller knows the gRPC API's fields by."""
+    """The status of an error and its body; `names` are the caller's names of the options."""
     if isinstance(error, BadRequestError):
         return error.status, _body(str(error), "invalid_request_error", error.param, error.code)
     if isinstance(error, InvalidRequestError) and error.violations:
@@ -60,17 +58,17 @@ def error_body(error: Exception, names: Mapping[str, str] = NAMES) -> tuple[int,
             return status, _body(str(error), type_, None, code or _reason_code(error))
     if isinstance(error, MptGrpcError):
         return 500, _body(str(error), "server_error", None, "engine_fault")
-    return 500, _body("the gateway failed; its log says how", "server_error", None, "gateway_fault")
+    return 500, _body("internal error; the gateway's log has the details", "server_error", None, "gateway_fault")
 
 
 def error_response(error: Exception, names: Mapping[str, str] = NAMES) -> JSONResponse:
     """The same as an answer, with the headers that tell an SDK when to try again."""
     status, body = error_body(error, names)
     headers = {}
-    if isinstance(error, OverloadedError) and error.retry_after_s is not None:
+    if isinstance(error, OverloadedError) and error.retry_after is not None:
         headers = {
-            "retry-after": str(max(1, round(error.retry_after_s))),
-            "retry-after-ms": str(round(error.retry_after_s * 1000)),
+            "retry-after": str(max(1, round(error.retry_after))),
+            "retry-after-ms": str(round(error.retry_after * 1000)),
         }
     return JSONResponse(body, status, headers)
 
@@ -84,5 +82,5 @@ def _reason_code(error: MptGrpcError) -> str | None:
 
 
 def _name(field: str, names: Mapping[str, str]) -> str:
-    field = field.partition("[")[0]
-    return names.get(field, field.rpartition(".")[2])
+    option = re.split(r"[.\[]", field)[0]
+    return names.get(option, option)

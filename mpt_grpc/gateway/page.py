@@ -27,7 +27,7 @@ _HEADERS = {
 
 
 def add_page(app: FastAPI, client: AsyncClient) -> None:
-    """Adds the page, its files, and `/engine`."""
+    """Adds the page, its files, and `/debug/engine`."""
 
     async def page() -> Response:
         return FileResponse(_FILES / "index.html", headers=_HEADERS)
@@ -35,11 +35,11 @@ def add_page(app: FastAPI, client: AsyncClient) -> None:
     async def engine() -> Response:
         """Tells what the engine is doing: its load, its requests in flight and the last that ended, and who holds which
         blocks of the KV cache."""
-        state = await client.engine_state(timeout_s=5)
+        state = await client.get_engine_state(timeout=5)
         return Response(json.dumps(state, default=_plain), media_type="application/json")
 
     app.add_api_route("/", page, response_model=None, include_in_schema=False)
-    app.add_api_route("/engine", engine, response_model=None)
+    app.add_api_route("/debug/engine", engine, response_model=None)
     app.mount("/static", _Files(directory=_FILES))
 
 

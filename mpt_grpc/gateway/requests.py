@@ -29,7 +29,6 @@ Uint = Annotated[int, Field(ge=0, lt=1 << 32)]
 """What the gRPC API's whole numbers hold."""
 _Item = TypeVar("_Item")
 Text = Annotated[str, Field(min_length=1)]
-_CONSTRAINTS = ("decoding.json_schema", "decoding.regex", "decoding.choice.options", "decoding.lark_grammar")
 Some = Annotated[list[_Item], Field(min_length=1)]
 _SEEDS = 1 << 64
 
@@ -135,7 +134,7 @@ class GenerationFields(_Strict):
             logit_bias=self.logit_bias,
             allowed_token_ids=self.allowed_token_ids,
             constraint=self.constraint[1] if self.constraint else None,
-            stop=self.stop,
+            stop_strings=self.stop,
             stop_token_ids=self.stop_token_ids,
             include_stop_string=self.include_stop_str_in_output,
             ignore_eos=self.ignore_eos,
@@ -148,7 +147,7 @@ class GenerationFields(_Strict):
     @property
     def names(self) -> Mapping[str, str]:
         """What the caller knows the gRPC API's fields by."""
-        return {**NAMES, **dict.fromkeys(_CONSTRAINTS, self.constraint[0] if self.constraint else "")}
+        return {**NAMES, "constraint": self.constraint[0] if self.constraint else ""}
 
     @cached_property
     def constraint(self) -> tuple[str, Constraint] | None:
@@ -208,8 +207,8 @@ class ChatCompletionRequest(GenerationFields):
     @property
     def names(self) -> Mapping[str, str]:
         """The one of the two names for the limit that was sent."""
-        newer = {} if self.max_completion_tokens is None else {"stopping.max_new_tokens": "max_completion_tokens"}
-        return {**super().names, **newer}
+        newer = {} if self.max_completion_tokens is None else {"max_new_tokens": "max_completion_tokens"}
+        return {**super().names, "prompt": "messages", **newer}
 
     def _constraints(self) -> Iterator[tuple[str, Constraint | None]]:
         yield from super()._constraints()
@@ -244,7 +243,7 @@ class CompletionRequest(GenerationFields):
     @property
     def names(self) -> Mapping[str, str]:
         """Here one field says both, whether and how many."""
-        return {**super().names, "response.top_logprobs": "logprobs"}
+        return {**super().names, "top_logprobs": "logprobs"}
 
     def options(self) -> GenerateOptions:
         if self.best_of is not None and self.best_of != (self.n or 1):

@@ -1,9 +1,10 @@
-"""The gateway on the loop that is running: the application over a client of a gRPC server, served by uvicorn."""
+"""Serves the gateway on the running event loop with uvicorn, as a client of a gRPC server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import math
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -22,12 +23,12 @@ from mpt_grpc_client import AsyncClient
 async def running_gateway(
     target: str | None, host: str, settings: HttpSettings, grace_s: float = 1
 ) -> AsyncIterator[int]:
-    """Serves OpenAI's API for the gRPC server at `target` inside the block, and gives the port.
+    """Serves the OpenAI-compatible API for the gRPC server at `target` inside the block and yields the port.
 
-    The gRPC server need not run yet. What runs when the block is left has `grace_s` to finish.
-    Raises SettingsError if the port cannot be had.
+    The gRPC server need not be running yet. Requests in progress at the end of the block have `grace_s` to finish.
+    Raises SettingsError if it cannot listen on the port.
     """
-    # Whether to try again is the HTTP caller's to decide.
+    # The HTTP caller decides whether to retry.
     async with AsyncClient(target, retries=False) as client:
         app = make_app(client, strict_model_names=settings.strict_model_names)
         async with _serving(app, host, settings.port or 0, grace_s) as port:
@@ -37,15 +38,17 @@ async def running_gateway(
 @asynccontextmanager
 async def _serving(app: FastAPI, host: str, port: int, grace_s: float) -> AsyncIterator[int]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, asyncio turns Nagle's algorithm off, which costs an answer of two packets 40 ms.
+    # asyncio disables Nagle's algorithm, which delays a response of two packets by 40 ms, only for this protocol.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise SettingsError(f"--http-port: cannot listen on {host}:{port}: {error}; 0 takes a free port") from error
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(grace_s))
+        flag = "host" if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL else "http-port"
+        remedy = "; --http-port 0 selects a free port" if error.errno == errno.EADDRINUSE else ""
+        raise SettingsError(f"--{flag}: cannot listen on {host}:{port}: {error.strerror}{remedy}") from error
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=math.ceil(grace_s))
     server = _Server(config)
     running = asyncio.create_task(server.serve(sockets=[listener]))
     try:
@@ -58,7 +61,7 @@ async def _serving(app: FastAPI, host: str, port: int, grace_s: float) -> AsyncI
 
 
 class _Server(uvicorn.Server):
-    """Says when it is ready, and leaves signals to who runs the loop."""
+    """A uvicorn server that signals when it is ready and leaves signal handling to the owner of the event loop."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

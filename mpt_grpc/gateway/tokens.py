@@ -35,9 +35,11 @@ async def tokenize(client: AsyncClient, asked: TokenizeRequest) -> Json:
     tokens = await client.tokenize(asked.prompt)
     return {
         "count": len(tokens),
-        "max_model_len": (await client.model_info()).max_context_tokens,
-        "tokens": [token.id for token in tokens],
-        "token_strs": [token.bytes.decode(errors="replace") for token in tokens] if asked.return_token_strs else None,
+        "max_model_len": (await client.get_model_info()).max_context_tokens,
+        "tokens": [token.token_id for token in tokens],
+        "token_strs": [token.token_bytes.decode(errors="replace") for token in tokens]
+        if asked.return_token_strs
+        else None,
     }
 
 
@@ -48,6 +50,6 @@ async def detokenize(client: AsyncClient, asked: DetokenizeRequest) -> Json:
 
 async def tokenizer_info(client: AsyncClient) -> Json:
     """The special tokens; MPT's have none for a beginning. Raises MptGrpcError."""
-    info = await client.model_info()
+    info = await client.get_model_info()
     ends = [await client.detokenize([token], skip_special_tokens=False) for token in info.eos_token_ids[:1]]
     return {"eos_token": ends[0] if ends else None, "bos_token": None, "model_max_length": info.max_context_tokens}

@@ -1,4 +1,4 @@
-"""Messages of `mpt.v1` to the domain's values and back. protobuf goes no further into the house."""
+"""The translation between the API's messages and the server's values. protobuf is not used in the layers below."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.engine.state import EngineLoad, EngineState, RequestState
@@ -20,6 +19,7 @@ from mpt_grpc.request import (
     DecodingOptions,
     Finish,
     FinishReason,
+    GenerationDefaults,
     GenerationRequest,
     JsonObject,
     JsonSchema,
@@ -34,6 +34,8 @@ from mpt_grpc.request import (
     TokenLogprob,
 )
 from mpt_grpc.text.tokenizer import Tokenizer
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 
 _FINISH_REASONS = {
     FinishReason.MAX_NEW_TOKENS: pb.FINISH_REASON_MAX_NEW_TOKENS,
@@ -53,33 +55,33 @@ _ROLES: dict[int, str] = {
 }
 
 
-def generation_request(message: pb.GenerateRequest) -> GenerationRequest:
-    """Ranges, and a prompt that is missing, are the engine's to find."""
-    response = message.response
+def generation_request(message: pb.GenerateRequest, defaults: GenerationDefaults) -> GenerationRequest:
+    """Returns the request with `defaults` for options that are not set. The engine checks ranges and the prompt."""
+    output = message.output_options
     return GenerationRequest(
         request_id=message.request_id or str(uuid.uuid4()),
         prompt=_prompt(message),
-        sampling=_sampling(message.sampling),
-        decoding=_decoding(message.decoding),
+        sampling=_sampling(message.sampling, defaults),
+        decoding=_decoding(message.decoding, defaults),
         stopping=_stopping(message.stopping),
-        logprobs=LogprobOptions(response.prompt_logprobs, response.output_logprobs, response.top_logprobs),
+        logprobs=LogprobOptions(output.return_prompt_logprobs, output.return_logprobs, output.top_logprobs),
         cache=CacheOptions(bypass=message.cache.bypass, salt=message.cache.salt),
         priority=message.priority,
-        skip_special_tokens=response.skip_special_tokens if response.HasField("skip_special_tokens") else True,
+        skip_special_tokens=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
         truncate_prompt_tokens=message.truncate_prompt_tokens if message.HasField("truncate_prompt_tokens") else None,
         resume_token_ids=tuple(message.resume_token_ids),
     )
 
 
-def logprobs(values: Iterable[TokenLogprob], tokenizer: Tokenizer) -> list[pb.Logprob]:
+def logprobs(values: Iterable[TokenLogprob], tokenizer: Tokenizer) -> list[pb.TokenLogprob]:
     return [
-        pb.Logprob(
+        pb.TokenLogprob(
             token_id=value.token_id,
-            bytes=tokenizer.token_bytes(value.token_id),
+            token_bytes=tokenizer.token_bytes(value.token_id),
             logprob=value.logprob,
             rank=value.rank,
-            top=[
-                pb.TopLogprob(token_id=token_id, bytes=tokenizer.token_bytes(token_id), logprob=logprob)
+            top_logprobs=[
+                pb.TopLogprob(token_id=token_id, token_bytes=tokenizer.token_bytes(token_id), logprob=logprob)
                 for token_id, logprob in value.top
             ],
         )
@@ -104,7 +106,9 @@ def summary(stats: RequestStats, num_output_tokens: int, trace_id: str) -> pb.Su
 
 def tokens(tokenizer: Tokenizer, text: str) -> pb.TokenizeResponse:
     ids = tokenizer.encode(text)
-    return pb.TokenizeResponse(tokens=[pb.Token(id=token, bytes=tokenizer.token_bytes(token)) for token in ids])
+    return pb.TokenizeResponse(
+        tokens=[pb.Token(token_id=token, token_bytes=tokenizer.token_bytes(token)) for token in ids]
+    )
 
 
 def model_info(model: LoadedModel, preparation: Preparation) -> pb.GetModelInfoResponse:
@@ -122,28 +126,37 @@ def model_info(model: LoadedModel, preparation: Preparation) -> pb.GetModelInfoR
         num_heads=model.config.n_heads,
         num_kv_heads=model.config.n_kv_heads,
         chat_template=preparation.chat_template.name,
+        defaults=pb.GenerationDefaults(
+            temperature=model.defaults.temperature,
+            top_k=model.defaults.top_k,
+            top_p=model.defaults.top_p,
+            min_p=model.defaults.min_p,
+            typical_p=model.defaults.typical_p,
+            repetition_penalty=model.defaults.repetition_penalty,
+            max_new_tokens=model.defaults.max_new_tokens,
+        ),
     )
 
 
-def load(load: EngineLoad, total_blocks: int) -> pb.Load:
+def load(load: EngineLoad, num_blocks: int) -> pb.Load:
     return pb.Load(
-        running_requests=load.num_running,
-        waiting_requests=load.num_waiting,
-        total_blocks=total_blocks,
-        free_blocks=load.num_free_blocks,
-        steps=load.num_steps,
-        generated_tokens=load.num_generated_tokens,
-        batched_sequences=load.num_batched_sequences,
+        num_running_requests=load.num_running,
+        num_waiting_requests=load.num_waiting,
+        num_blocks=num_blocks,
+        num_free_blocks=load.num_free_blocks,
+        num_steps=load.num_steps,
+        num_output_tokens=load.num_generated_tokens,
+        num_batched_sequences=load.num_batched_sequences,
     )
 
 
-def engine_state(state: EngineState, total_blocks: int) -> pb.GetEngineStateResponse:
-    return pb.GetEngineStateResponse(
+def engine_state(state: EngineState, num_blocks: int) -> debug_pb2.GetEngineStateResponse:
+    return debug_pb2.GetEngineStateResponse(
         time=_timestamp(state.time_s),
-        load=load(state.load, total_blocks),
-        kept_blocks=state.kept_blocks,
-        in_flight=[_request_state(request, has_ended=False) for request in state.in_flight],
-        ended=[_request_state(request, has_ended=True) for request in state.ended],
+        load=load(state.load, num_blocks),
+        cached_blocks=state.kept_blocks,
+        active_requests=[_request_state(request, has_ended=False) for request in state.in_flight],
+        completed_requests=[_request_state(request, has_ended=True) for request in state.ended],
     )
 
 
@@ -165,21 +178,23 @@ def _prompt(message: pb.GenerateRequest) -> str | tuple[int, ...] | Conversation
             return tuple(message.token_ids.ids)
 
 
-def _sampling(message: pb.SamplingParameters) -> SamplingParameters:
+def _sampling(message: pb.SamplingParameters, defaults: GenerationDefaults) -> SamplingParameters:
     return SamplingParameters(
-        temperature=message.temperature if message.HasField("temperature") else 1.0,
-        top_k=message.top_k,
-        top_p=message.top_p if message.HasField("top_p") else 1.0,
-        min_p=message.min_p,
-        typical_p=message.typical_p if message.HasField("typical_p") else 1.0,
+        temperature=message.temperature if message.HasField("temperature") else defaults.temperature,
+        top_k=message.top_k if message.HasField("top_k") else defaults.top_k,
+        top_p=message.top_p if message.HasField("top_p") else defaults.top_p,
+        min_p=message.min_p if message.HasField("min_p") else defaults.min_p,
+        typical_p=message.typical_p if message.HasField("typical_p") else defaults.typical_p,
         seed=message.seed if message.HasField("seed") else None,
         num_sequences=message.num_sequences if message.HasField("num_sequences") else 1,
     )
 
 
-def _decoding(message: pb.DecodingOptions) -> DecodingOptions:
+def _decoding(message: pb.DecodingOptions, defaults: GenerationDefaults) -> DecodingOptions:
     return DecodingOptions(
-        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        repetition_penalty=(
+            message.repetition_penalty if message.HasField("repetition_penalty") else defaults.repetition_penalty
+        ),
         frequency_penalty=message.frequency_penalty,
         presence_penalty=message.presence_penalty,
         logit_bias=dict(message.logit_bias),
@@ -193,7 +208,7 @@ def _constraint(message: pb.DecodingOptions) -> Constraint | None:
         case "json_schema":
             return JsonSchema(message.json_schema)
         case "json_object":
-            return JsonObject() if message.json_object else None
+            return JsonObject()
         case "regex":
             return Regex(message.regex)
         case "choice":
@@ -227,16 +242,16 @@ def _repetition_guard(message: pb.RepetitionGuard) -> RepetitionGuard:
     )
 
 
-def _request_state(state: RequestState, has_ended: bool) -> pb.RequestState:
+def _request_state(state: RequestState, has_ended: bool) -> debug_pb2.RequestState:
     stats = state.stats
-    return pb.RequestState(
+    return debug_pb2.RequestState(
         request_id=state.request_id,
         arrival_time=_timestamp(stats.arrival_time_s),
         end_time=_timestamp(stats.end_time_s) if has_ended else None,
         timings=_timings(stats),
         usage=_usage(stats, state.num_output_tokens),
         sequences=[
-            pb.SequenceState(
+            debug_pb2.SequenceState(
                 index=sequence.index,
                 num_computed_tokens=sequence.num_computed_tokens,
                 num_output_tokens=sequence.num_output_tokens,
@@ -259,9 +274,9 @@ def _usage(stats: RequestStats, num_output_tokens: int) -> pb.Usage:
 
 def _timings(stats: RequestStats) -> pb.Timings:
     return pb.Timings(
-        queue=_duration(stats.arrival_time_s, stats.scheduled_time_s),
-        prefill=_duration(stats.scheduled_time_s, stats.first_token_time_s),
-        decode=_duration(stats.first_token_time_s, stats.end_time_s),
+        queue_time=_duration(stats.arrival_time_s, stats.scheduled_time_s),
+        prefill_time=_duration(stats.scheduled_time_s, stats.first_token_time_s),
+        decode_time=_duration(stats.first_token_time_s, stats.end_time_s),
         time_to_first_token=_duration(stats.arrival_time_s, stats.first_token_time_s),
     )
 

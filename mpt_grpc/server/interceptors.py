@@ -1,12 +1,14 @@
-"""What every call of the service passes through: a server span from the caller's context, and errors to status."""
+"""What every call passes through: a server span in the caller's trace, a line in the log, and errors as statuses."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
@@ -15,26 +17,43 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptGrpcError
+from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptServerError
 from mpt_grpc.server import status
 from mpt_grpc.telemetry import names
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 
-_SERVICE = "mpt.v1.TextGenerationService"
-_log = logging.getLogger(__name__)
-_span: ContextVar[Span | None] = ContextVar("rpc_span", default=None)
+SERVICE = pb.DESCRIPTOR.services_by_name["TextGenerationService"].full_name
+DEBUG_SERVICE = debug_pb2.DESCRIPTOR.services_by_name["DebugService"].full_name
+_log = logging.getLogger("mpt_grpc.access")
+_POLLED = ("GetEngineState", "GetModelInfo", "GetServerInfo")
+_MAX_LOGGED_CHARACTERS = 300
 
-# grpc.aio's types name the messages of one method; an interceptor sees those of all.
+# grpc.aio's types describe the messages of one method; an interceptor handles those of all methods.
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
-def current_span() -> Span | None:
-    """The span of the call that this coroutine serves; None when nothing is traced."""
-    return _span.get()
+@dataclass
+class Call:
+    """The call being served."""
+
+    span: Span | None
+    """None unless the server traces."""
+    logged: dict[str, Any] = field(default_factory=dict)
+    """What its line in the log contains in addition to the method, the status and the duration."""
+
+
+_call: ContextVar[Call] = ContextVar("call")
+
+
+def current_call() -> Call:
+    """Returns the call that this coroutine serves."""
+    return _call.get()
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the methods of TextGenerationService; health and reflection pass untouched."""
+    """Wraps the methods of this project's services; health and reflection pass through unchanged."""
 
     def __init__(self, tracer: Tracer | None) -> None:
         self._tracer = tracer
@@ -46,8 +65,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         handler = await continuation(handler_call_details)
-        service, _, method = handler_call_details.method.removeprefix("/").partition("/")
-        if service != _SERVICE or handler is None:
+        method = handler_call_details.method.removeprefix("/")
+        if handler is None or method.partition("/")[0] not in (SERVICE, DEBUG_SERVICE):
             return handler
         codecs = (_parser(handler.request_deserializer), handler.response_serializer)
         if handler.unary_stream is not None:
@@ -57,76 +76,91 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, method: str, serve: Callable[..., Any]) -> Callable[..., Any]:
         async def unary(request: Any, context: _CallContext) -> Any:
-            async with self._call(method, context):
+            async with self._serving(method, context):
                 return await serve(_parsed(request), context)
 
         return unary
 
     def _stream(self, method: str, serve: Callable[..., Any]) -> Callable[..., Any]:
         async def stream(request: Any, context: _CallContext) -> AsyncIterator[Any]:
-            async with self._call(method, context):
-                async for response in serve(_parsed(request), context):
+            async with self._serving(method, context), aclosing(serve(_parsed(request), context)) as responses:
+                async for response in responses:
                     yield response
 
         return stream
 
     @asynccontextmanager
-    async def _call(self, method: str, context: _CallContext) -> AsyncIterator[None]:
-        span = self._start_span(method, context)
+    async def _serving(self, method: str, context: _CallContext) -> AsyncIterator[None]:
+        call = Call(self._start_span(method, context))
+        # Each call runs in a task of its own, so the variable need not be reset.
+        _call.set(call)
+        start_s = time.monotonic()
         code = grpc.StatusCode.OK
         try:
             yield
-        except MptGrpcError as error:
+        except MptServerError as error:
             code, _ = status.code_and_reason(error)
-            await self._fail(context, span, error)
+            await self._fail(context, call, error)
         except (asyncio.CancelledError, GeneratorExit):
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception:
             _log.exception("%s failed", method)
             code = grpc.StatusCode.INTERNAL
-            await self._fail(context, span, InternalError("the server failed; its log says why"))
+            await self._fail(context, call, InternalError("internal error; the server's log has the details"))
         finally:
-            if span is not None:
-                span.set_attribute(names.RPC_STATUS_CODE, code.name)
-                span.end()
+            _log_call(method.rpartition("/")[2], context, call, code, time.monotonic() - start_s)
+            if call.span is not None:
+                call.span.set_attribute(names.RPC_STATUS_CODE, code.name)
+                call.span.end()
 
     def _start_span(self, method: str, context: _CallContext) -> Span | None:
         if self._tracer is None:
             return None
         carrier = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        span = self._tracer.start_span(
-            f"{_SERVICE}/{method}",
+        return self._tracer.start_span(
+            method,
             context=self._propagator.extract(carrier, context=Context()),
             kind=SpanKind.SERVER,
-            attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: f"{_SERVICE}/{method}"},
+            attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method},
         )
-        # Each call runs in a task of its own, so that the variable needs no reset.
-        _span.set(span)
-        return span
 
     @staticmethod
-    async def _fail(context: _CallContext, span: Span | None, error: MptGrpcError) -> None:
-        if span is not None:
-            span.set_attribute(names.ERROR_TYPE, status.code_and_reason(error)[1])
-            span.set_status(StatusCode.ERROR, str(error))
+    async def _fail(context: _CallContext, call: Call, error: MptServerError) -> None:
+        call.logged["error"] = str(error)
+        if call.span is not None:
+            call.span.set_attribute(names.ERROR_TYPE, status.code_and_reason(error)[1])
+            call.span.set_status(StatusCode.ERROR, str(error))
         await status.abort(context, error)
 
 
+def _log_call(method: str, context: _CallContext, call: Call, code: grpc.StatusCode, duration_s: float) -> None:
+    level = logging.DEBUG if method in _POLLED and code is grpc.StatusCode.OK else logging.INFO
+    if _log.isEnabledFor(level):
+        details = "".join(f" {name}={_shortened(value)}" for name, value in call.logged.items())
+        _log.log(level, "%s %s %.3f s peer=%s%s", method, code.name, duration_s, context.peer(), details)
+
+
+def _shortened(value: Any) -> str:
+    """Returns the value on one line; text of callers is quoted, so that it cannot forge a line of the log."""
+    text = repr(value[:_MAX_LOGGED_CHARACTERS]) if isinstance(value, str) else str(value)
+    return text.strip("'") if text.strip("'").isidentifier() else text
+
+
 def _parser(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """Hands what cannot be parsed on as an error, to be raised where errors become status: gRPC would say UNKNOWN."""
+    """Returns a parser whose failures are raised where errors become statuses; gRPC itself would report UNKNOWN."""
     assert parse is not None
 
-    def parse_or_fault(data: bytes) -> Any:
+    def parse_or_error(data: bytes) -> Any:
         try:
             return parse(data)
         except DecodeError:
-            return InvalidRequestError(FieldViolation("request", "these bytes are no message of this method"))
+            return InvalidRequestError(FieldViolation("request", "not a valid message of this method"))
 
-    return parse_or_fault
+    return parse_or_error
 
 
 def _parsed(request: Any) -> Any:
-    if isinstance(request, MptGrpcError):
+    if isinstance(request, MptServerError):
         raise request
     return request

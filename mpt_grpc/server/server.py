@@ -1,12 +1,15 @@
-"""The process around the engine: ports, health, warm-up, the watchdog and the drain."""
+"""The process around the engine: the port, the warm-up, health and shutdown."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
+import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -15,50 +18,53 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace import Tracer
 
-from mpt.v1 import text_generation_pb2 as pb
-from mpt.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel, load_engine
-from mpt_grpc.errors import InternalError, ModelError, SettingsError
+from mpt_grpc.errors import DrainingError, ModelError, MptServerError, SettingsError
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
-from mpt_grpc.server.interceptors import CallInterceptor
-from mpt_grpc.server.servicer import TextGenerationServicer
+from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
+from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.settings import ServerSettings, Settings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import make_tracer_provider
+from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
+from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
 
-SERVICE = pb.DESCRIPTOR.services_by_name["TextGenerationService"].full_name
 _log = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 1.0
-# After a drain only idle calls, such as Health.Watch, are left.
+# After a drain only idle calls, such as Health.Watch, remain.
 _STOP_GRACE_S = 0.5
 
 
 async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends what is still running at once.
+    """Serves until SIGTERM or SIGINT, then drains; a second signal cancels the remaining requests.
 
-    `on_ready` is called once, when health says SERVING. Raises SettingsError or ModelError if the start fails.
+    `on_ready` is called once, when health reports SERVING. Raises SettingsError or ModelError if the start fails.
     """
     loop = asyncio.get_running_loop()
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    drain, stop = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
+        (stop if drain.is_set() else drain).set()
 
     async with running_server(settings) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
-        # What the start has made stays: a collection that looked through all of it would stop every stream for 150 ms.
+        # Objects created at startup live forever; a garbage collection that scanned them would pause every stream for
+        # 150 ms.
         gc.collect()
         gc.freeze()
         on_ready(server)
-        await stop.wait()
-        _log.info("draining for at most %g s; a second signal ends it at once", settings.server.grace_s)
-        await server.drain(hurry)
+        await drain.wait()
+        _log.info(
+            "draining: waiting up to %g s for requests in progress; signal again to stop now", settings.server.grace_s
+        )
+        await server.drain(stop)
+    _log.info("stopped")
 
 
 class RunningServer:
-    """A server that answers."""
+    """A server that accepts calls."""
 
     def __init__(
         self, settings: Settings, port: int, engine: Engine, model: LoadedModel, servicer: TextGenerationServicer
@@ -73,25 +79,26 @@ class RunningServer:
     def health(self) -> health_pb2_grpc.HealthServicer:
         return self._health
 
-    async def drain(self, hurry: asyncio.Event | None = None) -> None:
-        """Refuses new work and waits for what is running, at most the grace, or until `hurry` is set."""
+    async def drain(self, stop: asyncio.Event | None = None) -> None:
+        """Refuses new requests and waits for those in progress, for the grace period at most, or until `stop` is
+        set."""
         self._draining = True
         await self._health.enter_graceful_shutdown()
-        self.engine.refuse("the server is draining; ask another one")
-        waits = [asyncio.create_task(event.wait()) for event in (self._servicer.idle, hurry) if event is not None]
+        self.engine.refuse(DrainingError("the server is shutting down; use another one"))
+        waits = [asyncio.create_task(event.wait()) for event in (self._servicer.idle, stop) if event is not None]
         await asyncio.wait(waits, timeout=self.settings.server.grace_s, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
 
     async def watch(self) -> None:
-        """Keeps health true: NOT_SERVING while the engine is stuck. Runs until cancelled."""
+        """Updates health: NOT_SERVING while the engine is stuck. Runs until cancelled."""
         while not self._draining:
             stuck = self.engine.is_stuck(self.settings.server.stall_timeout_s)
             await self.set_serving(not stuck)
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
     async def set_serving(self, serving: bool) -> None:
-        """Sets what health says, of the whole server and of the service."""
+        """Sets the health of the whole server and of the text generation service."""
         statuses = health_pb2.HealthCheckResponse
         for service in ("", SERVICE):
             await self._health.set(service, statuses.SERVING if serving else statuses.NOT_SERVING)
@@ -99,7 +106,7 @@ class RunningServer:
 
 @asynccontextmanager
 async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
-    """Binds the port, loads the model, warms it up and serves inside the block; then stops, ending what still runs."""
+    """Binds the port, loads the model, warms it up and serves inside the block; then cancels the remaining requests."""
     provider = make_tracer_provider(settings.trace_file)
     try:
         async with _serving(settings, None if provider is None else provider.get_tracer(names.SCOPE)) as server:
@@ -118,13 +125,14 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
     servicer = TextGenerationServicer(engine, model, settings.scheduler, settings.server.max_message_bytes)
     running = RunningServer(settings, port, engine, model, servicer)
     pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, server)
+    debug_pb2_grpc.add_DebugServiceServicer_to_server(DebugServicer(engine, model), server)
     health_pb2_grpc.add_HealthServicer_to_server(running.health, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     with engine:
         try:
             await asyncio.to_thread(engine.generate, _WARM_UP)
-        except InternalError as error:
-            raise ModelError(f"the model fails at its first tokens: {error.__cause__!r}") from error
+        except MptServerError as error:
+            raise ModelError(f"the model failed to generate its first tokens: {error.__cause__ or error}") from error
         await server.start()
         watch = asyncio.create_task(running.watch())
         try:
@@ -134,18 +142,18 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
             watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watch
-            # The engine first: what still runs ends with its error, which says why.
+            # The engine stops first, so that the remaining calls end with its error, which gives the reason.
             await asyncio.to_thread(engine.close)
             await server.stop(_STOP_GRACE_S)
 
 
 @asynccontextmanager
 async def _http(settings: Settings, grpc_port: int) -> AsyncIterator[int | None]:
-    """OpenAI's API beside the gRPC port, as a client of it; gives its port, None if there is none."""
+    """Serves the OpenAI-compatible API as a client of the gRPC port; yields its port, or None if it is disabled."""
     if settings.http.port is None:
         yield None
         return
-    # Imported here: who has no use for it does not wait for it.
+    # Imported here, so that a server without HTTP does not wait for it.
     from mpt_grpc.gateway.serve import running_gateway
 
     host = settings.server.host
@@ -164,22 +172,41 @@ _WARM_UP = GenerationRequest(
 
 
 def _bind(server: grpc.aio.Server, settings: ServerSettings) -> int:
+    address = f"{settings.bracketed_host}:{settings.grpc_port}"
     try:
-        return server.add_insecure_port(f"{settings.bracketed_host}:{settings.port}")
+        # gRPC reports a bad host and a port in use with the same error.
+        socket.getaddrinfo(settings.host, settings.grpc_port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise SettingsError(f"--host: cannot resolve {settings.host!r}: {error.strerror}") from error
+    try:
+        return server.add_insecure_port(address)
     except RuntimeError as error:
-        raise SettingsError(
-            f"--port: cannot listen on {settings.host}:{settings.port}: is --host an address of this machine, and the"
-            " port free? 0 takes a free one"
-        ) from error
+        why = _why_not_bound(settings)
+        raise SettingsError(f"--{why[0]}: cannot listen on {address}: {why[1]}") from error
+
+
+def _why_not_bound(settings: ServerSettings) -> tuple[str, str]:
+    """Returns the flag at fault and the reason, which gRPC does not report."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((settings.host, settings.grpc_port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return "grpc-port", "the port is in use; --grpc-port 0 selects a free one"
+            if error.errno == errno.EADDRNOTAVAIL:
+                return "host", "not an address of this machine"
+            return "grpc-port", os.strerror(error.errno or 0)
+    return "grpc-port", "the port is in use"
 
 
 def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
     return [
-        # Off, or a second server would share the port without a word.
+        # Otherwise a second server could silently share the port.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
-        # A client may ping through a long call without being sent away.
+        # Allow clients to ping during long calls.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),

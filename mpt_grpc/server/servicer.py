@@ -1,4 +1,7 @@
-"""The methods of `mpt.v1.TextGenerationService`: each turns its message into a value, asks the engine, answers."""
+"""The methods of `mpt.v1.TextGenerationService` and `mpt.v1alpha1.DebugService`.
+
+Each translates its message into a value, calls the engine and translates the result back.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from typing import Any, TypeAlias
 import grpc
 from opentelemetry.trace import format_trace_id, set_span_in_context
 
-from mpt.v1 import text_generation_pb2 as pb
-from mpt.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc import __version__
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel
@@ -21,13 +22,16 @@ from mpt_grpc.engine.stream import AsyncStream, collect
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, UnknownModelError
 from mpt_grpc.request import Finish, Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
 from mpt_grpc.server import convert
-from mpt_grpc.server.interceptors import current_span
+from mpt_grpc.server.interceptors import current_call
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import request_attributes
 from mpt_grpc.text.tokenizer import Tokenizer
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
+from mpt_grpc_client.proto.v1alpha1 import debug_pb2, debug_pb2_grpc
 
-_MAX_ABORT_IDS = 1000
+_MAX_CANCEL_IDS = 1000
 _MAX_TOKENIZE_CHARACTERS = 1 << 20
 _MAX_DETOKENIZE_IDS = 1 << 18
 _NUM_PREPARERS = 4
@@ -36,7 +40,7 @@ _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
-    """Serves one engine."""
+    """Serves text generation with one engine."""
 
     def __init__(
         self, engine: Engine, model: LoadedModel, scheduling: SchedulerSettings, max_message_bytes: int
@@ -46,9 +50,9 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         self._started_s = time.monotonic()
         self._num_answers = 0
         self._preparers = ThreadPoolExecutor(_NUM_PREPARERS, thread_name_prefix="prepare")
-        """Threads of their own: a costly constraint holds up others of its kind, and nothing else."""
+        """Separate threads, so that an expensive constraint delays other preparations and nothing else."""
         self.idle = asyncio.Event()
-        """Set while no generation is being answered; what a drain waits for."""
+        """Set while no generation is in progress, which a drain waits for."""
         self.idle.set()
 
     async def Generate(self, request: pb.GenerateRequest, context: _CallContext) -> pb.GenerateResponse:
@@ -79,27 +83,27 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _CallContext) -> pb.TokenizeResponse:
         if len(request.text) > _MAX_TOKENIZE_CHARACTERS:
-            why = f"{len(request.text)} characters, at most {_MAX_TOKENIZE_CHARACTERS}"
+            why = f"{len(request.text)} characters exceed the limit of {_MAX_TOKENIZE_CHARACTERS}"
             raise InvalidRequestError(FieldViolation("text", why))
         return await asyncio.to_thread(convert.tokens, self._engine.preparation.tokenizer, request.text)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: _CallContext) -> pb.DetokenizeResponse:
         tokenizer = self._engine.preparation.tokenizer
-        if len(request.ids) > _MAX_DETOKENIZE_IDS:
-            why = f"{len(request.ids)} ids, at most {_MAX_DETOKENIZE_IDS}"
-            raise InvalidRequestError(FieldViolation("ids", why))
-        for index, token in enumerate(request.ids):
+        if len(request.token_ids) > _MAX_DETOKENIZE_IDS:
+            why = f"{len(request.token_ids)} token IDs exceed the limit of {_MAX_DETOKENIZE_IDS}"
+            raise InvalidRequestError(FieldViolation("token_ids", why))
+        for index, token in enumerate(request.token_ids):
             if token >= tokenizer.vocab_size:
-                why = f"{token} is not a token id: they are below {tokenizer.vocab_size}"
-                raise InvalidRequestError(FieldViolation(f"ids[{index}]", why))
+                why = f"{token} is not a token ID: they are below {tokenizer.vocab_size}"
+                raise InvalidRequestError(FieldViolation(f"token_ids[{index}]", why))
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        return pb.DetokenizeResponse(text=await asyncio.to_thread(tokenizer.decode, request.ids, skip))
+        return pb.DetokenizeResponse(text=await asyncio.to_thread(tokenizer.decode, request.token_ids, skip))
 
-    async def Abort(self, request: pb.AbortRequest, context: _CallContext) -> pb.AbortResponse:
-        if len(request.request_ids) > _MAX_ABORT_IDS:
-            why = f"{len(request.request_ids)} ids, at most {_MAX_ABORT_IDS}"
+    async def Cancel(self, request: pb.CancelRequest, context: _CallContext) -> pb.CancelResponse:
+        if len(request.request_ids) > _MAX_CANCEL_IDS:
+            why = f"{len(request.request_ids)} IDs exceed the limit of {_MAX_CANCEL_IDS}"
             raise InvalidRequestError(FieldViolation("request_ids", why))
-        return pb.AbortResponse(request_ids=[i for i in request.request_ids if self._engine.abort(i)])
+        return pb.CancelResponse(request_ids=[i for i in request.request_ids if self._engine.cancel(i)])
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: _CallContext) -> pb.GetModelInfoResponse:
         return convert.model_info(self._model, self._engine.preparation)
@@ -113,25 +117,20 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 max_waiting_requests=self._scheduling.max_waiting_requests,
                 max_step_tokens=self._scheduling.max_step_tokens,
                 max_message_bytes=self._max_message_bytes,
-                cache_tokens=self._model.cache_tokens,
+                max_cache_tokens=self._model.cache_tokens,
             ),
             load=convert.load(self._engine.load, self._model.num_blocks),
         )
 
-    async def GetEngineState(
-        self, request: pb.GetEngineStateRequest, context: _CallContext
-    ) -> pb.GetEngineStateResponse:
-        return convert.engine_state(await asyncio.wrap_future(self._engine.state()), self._model.num_blocks)
-
     @asynccontextmanager
     async def _answer(self, message: pb.GenerateRequest) -> AsyncIterator[_Answer]:
-        """A request in flight. However the block is left, by return, error, cancel or deadline, the request ends."""
+        """Submits a request, which ends with the block: by return, error, cancellation or deadline."""
         self._num_answers += 1
         self.idle.clear()
         try:
             stream = await self._submit(message)
             try:
-                yield _Answer(stream, message.response, self._engine.preparation.tokenizer)
+                yield _Answer(stream, message.output_options, self._engine.preparation.tokenizer)
             finally:
                 stream.cancel()
         finally:
@@ -141,10 +140,11 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
 
     async def _submit(self, message: pb.GenerateRequest) -> AsyncStream:
         if message.model not in ("", self._model.name):
-            raise UnknownModelError(f"model {message.model!r} is not loaded; this server has {self._model.name!r}")
-        request = convert.generation_request(message)
-        span = current_span()
-        parent = None
+            raise UnknownModelError(f"model {message.model!r} is not loaded; the loaded model is {self._model.name!r}")
+        request = convert.generation_request(message, self._model.defaults)
+        call = current_call()
+        call.logged["request_id"] = request.request_id
+        span, parent = call.span, None
         if span is not None:
             span.set_attributes(request_attributes(request, self._model.name))
             parent = set_span_in_context(span)
@@ -156,10 +156,22 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         return self._engine.submit(prepared, AsyncStream, context=parent)
 
 
-class _Answer:
-    """The answer to one request while it comes."""
+class DebugServicer(debug_pb2_grpc.DebugServiceServicer):
+    """Shows the state of one engine."""
 
-    def __init__(self, stream: AsyncStream, options: pb.ResponseOptions, tokenizer: Tokenizer) -> None:
+    def __init__(self, engine: Engine, model: LoadedModel) -> None:
+        self._engine, self._model = engine, model
+
+    async def GetEngineState(
+        self, request: debug_pb2.GetEngineStateRequest, context: _CallContext
+    ) -> debug_pb2.GetEngineStateResponse:
+        return convert.engine_state(await asyncio.wrap_future(self._engine.state()), self._model.num_blocks)
+
+
+class _Answer:
+    """The response to one request while it is generated."""
+
+    def __init__(self, stream: AsyncStream, options: pb.OutputOptions, tokenizer: Tokenizer) -> None:
         self.request_id = stream.prepared.request.request_id
         self._stream, self._options, self._tokenizer = stream, options, tokenizer
         self._num_tokens = 0
@@ -176,7 +188,7 @@ class _Answer:
         token_ids = self._stream.prepared.prompt_token_ids
         return pb.PromptInfo(
             num_tokens=len(token_ids),
-            token_ids=token_ids if self._options.prompt_token_ids else (),
+            token_ids=token_ids if self._options.return_prompt_token_ids else (),
             logprobs=convert.logprobs(logprobs, self._tokenizer),
         )
 
@@ -186,19 +198,27 @@ class _Answer:
             index=index,
             text=output.text,
             num_tokens=len(output.token_ids),
-            token_ids=output.token_ids if self._options.output_token_ids else (),
+            token_ids=output.token_ids if self._options.return_token_ids else (),
             logprobs=convert.logprobs(output.logprobs, self._tokenizer),
             finish=None if output.finish is None else convert.finish(output.finish),
             seed=0 if output.finish is None else sequence_seed(seed, index),
         )
 
     def summary(self, stats: RequestStats) -> pb.Summary:
-        span = current_span()
+        call = current_call()
+        reasons = [self._finishes[index].reason.name.lower() for index in sorted(self._finishes)]
+        call.logged |= {
+            "prompt_tokens": stats.num_prompt_tokens,
+            "cached_tokens": stats.num_cached_tokens,
+            "output_tokens": self._num_tokens,
+            "finish": ",".join(reasons),
+        }
+        span = call.span
         if span is None:
             return convert.summary(stats, self._num_tokens, trace_id="")
         span.set_attributes(
             {
-                names.RESPONSE_FINISH_REASONS: [self._finishes[i].reason.name.lower() for i in sorted(self._finishes)],
+                names.RESPONSE_FINISH_REASONS: reasons,
                 names.USAGE_INPUT_TOKENS: stats.num_prompt_tokens,
                 names.USAGE_OUTPUT_TOKENS: self._num_tokens,
             }

@@ -1,4 +1,4 @@
-"""The one table from the domain's errors to gRPC status, with details of google.rpc."""
+"""The mapping of the server's errors to gRPC statuses with google.rpc details."""
 
 from __future__ import annotations
 
@@ -11,46 +11,48 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from mpt_grpc.errors import (
+    DrainingError,
     DuplicateRequestError,
+    EngineStoppedError,
     InternalError,
     InvalidRequestError,
-    MptGrpcError,
+    MptServerError,
     OverloadedError,
     PromptRefusedError,
-    UnavailableError,
     UnknownModelError,
 )
 
 _DOMAIN = "mpt-grpc"
-_TABLE: dict[type[MptGrpcError], tuple[grpc.StatusCode, str]] = {
+_TABLE: dict[type[MptServerError], tuple[grpc.StatusCode, str]] = {
     InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     PromptRefusedError: (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_REFUSED"),
     UnknownModelError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
     DuplicateRequestError: (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
     OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
-    UnavailableError: (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
+    DrainingError: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
+    EngineStoppedError: (grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPED"),
     InternalError: (grpc.StatusCode.INTERNAL, "ENGINE_FAULT"),
 }
 
 
-def code_and_reason(error: MptGrpcError) -> tuple[grpc.StatusCode, str]:
-    """The status of an error, and its stable name in `ErrorInfo.reason`."""
+def code_and_reason(error: MptServerError) -> tuple[grpc.StatusCode, str]:
+    """Returns the status code of an error and its stable name in `ErrorInfo.reason`."""
     return _TABLE.get(type(error), _TABLE[InternalError])
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: MptGrpcError) -> None:
-    """Ends the call with the error's status. Always raises."""
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: MptServerError) -> None:
+    """Ends the call with the status of the error. Always raises."""
     code, reason = code_and_reason(error)
     details = [_packed(detail) for detail in _details(error, reason)]
     status = status_pb2.Status(code=code.value[0], message=str(error), details=details)
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", status.SerializeToString())]
     if isinstance(error, OverloadedError):
-        # gRPC's own retries read this trailer, hand-written ones read RetryInfo.
+        # gRPC's built-in retries read this trailer; hand-written ones read RetryInfo.
         trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
     await context.abort(code, str(error), tuple(trailers))
 
 
-def _details(error: MptGrpcError, reason: str) -> Iterator[Message]:
+def _details(error: MptServerError, reason: str) -> Iterator[Message]:
     yield error_details_pb2.ErrorInfo(reason=reason, domain=_DOMAIN)
     if isinstance(error, InvalidRequestError):
         violations = error_details_pb2.BadRequest.FieldViolation

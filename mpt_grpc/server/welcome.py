@@ -1,37 +1,37 @@
-"""What a server prints when it is ready."""
+"""The lines that a server prints when it is ready."""
 
 from __future__ import annotations
 
+from mpt_grpc import __version__
 from mpt_grpc.engine.load import BLOCK_SIZE
-from mpt_grpc.server.server import SERVICE, RunningServer
+from mpt_grpc.server.interceptors import SERVICE
+from mpt_grpc.server.server import RunningServer
 
 
 def welcome(server: RunningServer) -> str:
-    """Returns a few lines: the model, its memory, the port and a line to try."""
+    """Returns the model, its memory, the addresses and a command to try."""
     model = server.model
     host = server.settings.server.bracketed_host
     address = f"{host}:{server.port}"
-    return "\n".join(
-        (
-            f"mpt-grpc serves {model.name}: {model.num_parameters / 1e6:,.1f} M parameters in {model.dtype}"
-            f" on {model.device}",
-            f"  weights   {_size(model.weight_bytes)}",
-            f"  KV cache  {_size(model.cache_bytes)}: {model.num_blocks:,} blocks of {BLOCK_SIZE}"
-            f" = {model.cache_tokens:,} tokens",
-            f"  context   {server.engine.preparation.limits.max_context_tokens:,} tokens a request",
-            f"  chat      template {server.engine.preparation.chat_template.name}",
-            f"  gRPC      {address}",
-            *(
-                []
-                if server.http_port is None
-                else [
-                    f"  OpenAI    http://{host}:{server.http_port}/v1",
-                    f"  page      http://{host}:{server.http_port}/",
-                ]
-            ),
-            f'  try       grpcurl -plaintext -d \'{{"text": "Once upon a time"}}\' {address} {SERVICE}/StreamGenerate',
-        )
+    lines = [
+        f"mpt-grpc {__version__} serving {model.name}: {model.num_parameters / 1e6:,.1f} M parameters, {model.dtype},"
+        f" {model.device}",
+        f"  weights   {_size(model.weight_bytes)}",
+        f"  KV cache  {_size(model.cache_bytes)}: {model.num_blocks:,} blocks of {BLOCK_SIZE}"
+        f" = {model.cache_tokens:,} tokens",
+        f"  context   {server.engine.preparation.limits.max_context_tokens:,} tokens per request",
+        f"  chat      template {server.engine.preparation.chat_template.name}",
+        f"  gRPC      {address}",
+    ]
+    if server.http_port is not None:
+        lines += [
+            f"  OpenAI    http://{host}:{server.http_port}/v1",
+            f"  web page  http://{host}:{server.http_port}/",
+        ]
+    lines.append(
+        f'  try       grpcurl -plaintext -d \'{{"text": "Once upon a time"}}\' {address} {SERVICE}/StreamGenerate'
     )
+    return "\n".join(lines)
 
 
 def _size(num_bytes: int) -> str:

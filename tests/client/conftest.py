@@ -14,9 +14,9 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from mpt.v1 import text_generation_pb2 as pb
-from mpt.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client import Client
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 
 SEED = 2**64 - 1
 """Of the scripted answer; the largest there is."""
@@ -185,5 +185,5 @@ def target(service: ScriptedService) -> Iterator[str]:
 
 @pytest.fixture
 def client(target: str) -> Iterator[Client]:
-    with Client(target, timeout_s=30) as client:
+    with Client(target, timeout=30) as client:
         yield client

@@ -7,7 +7,6 @@ import grpc
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
-from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc_client import (
     AsyncClient,
     AsyncTextStream,
@@ -17,6 +16,7 @@ from mpt_grpc_client import (
     TextStream,
     Token,
 )
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 # grpc.aio wants one event loop in a process.
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -47,22 +47,22 @@ async def test_the_twins_send_the_same_requests_and_answer_the_same(answer, clie
     answer.aborted = pb.AbortResponse(request_ids=["b"])
     answer.model = pb.GetModelInfoResponse(name="demo", eos_token_ids=[0])
     answer.server = pb.GetServerInfoResponse(version="1.2.3")
-    async with AsyncClient(target, timeout_s=30) as twin:
+    async with AsyncClient(target, timeout=30) as twin:
         assert await twin.generate("Once", seed=3) == client.generate("Once", seed=3)
         assert await twin.tokenize("a") == client.tokenize("a") == (Token(5, b"a"),)
         assert await twin.detokenize([1], skip_special_tokens=False) == client.detokenize(
             [1], skip_special_tokens=False
         )
-        assert await twin.abort("a", "b") == client.abort("a", "b") == ("b",)
-        assert await twin.model_info() == client.model_info()
-        assert await twin.server_info() == client.server_info()
-        assert await twin.engine_state() == client.engine_state()
+        assert await twin.abort("a", "b") == client.cancel("a", "b") == ("b",)
+        assert await twin.get_model_info() == client.get_model_info()
+        assert await twin.get_server_info() == client.get_server_info()
+        assert await twin.get_engine_state() == client.get_engine_state()
     assert answer.requests[::2] == answer.requests[1::2]
 
 
 @pytest.mark.usefixtures("answer")
 async def test_an_async_stream_yields_the_text_and_ends_with_the_unary_result(target):
-    async with AsyncClient(target, timeout_s=30) as client:
+    async with AsyncClient(target, timeout=30) as client:
         async with client.stream("Once") as stream:
             assert [piece async for piece in stream] == ["Once 🐈", " upon"]
         assert stream.result == await client.generate("Once")
@@ -71,7 +71,7 @@ async def test_an_async_stream_yields_the_text_and_ends_with_the_unary_result(ta
 
 @pytest.mark.usefixtures("several")
 async def test_async_deltas_are_those_of_the_twin_and_end_with_the_unary_result(client, target):
-    async with AsyncClient(target, timeout_s=30) as twin:
+    async with AsyncClient(target, timeout=30) as twin:
         async with twin.stream("Once", num_sequences=2) as stream:
             with pytest.raises(TypeError, match=r"deltas\(\)"):
                 await anext(stream)
@@ -82,7 +82,7 @@ async def test_async_deltas_are_those_of_the_twin_and_end_with_the_unary_result(
 
 
 async def test_async_calls_carry_user_agent_and_trace_context(answer, target):
-    async with AsyncClient(target, timeout_s=30) as client:
+    async with AsyncClient(target, timeout=30) as client:
         with TracerProvider().get_tracer("test").start_as_current_span("caller") as span:
             await client.generate("Once")
     assert answer.metadata[0]["user-agent"].startswith("mpt-grpc-client/0.")
@@ -91,13 +91,13 @@ async def test_async_calls_carry_user_agent_and_trace_context(answer, target):
 
 async def test_async_calls_are_retried_by_the_channel(answer, target):
     answer.refuse(grpc.StatusCode.UNAVAILABLE, "not now", "UNAVAILABLE", times=2)
-    async with AsyncClient(target, timeout_s=30) as client:
+    async with AsyncClient(target, timeout=30) as client:
         assert (await client.generate("Once")).text == "Once 🐈 upon"
     assert len(answer.requests) == 3
 
 
 async def test_async_errors_are_the_clients_own(answer, target):
-    async with AsyncClient(target, timeout_s=30) as client:
+    async with AsyncClient(target, timeout=30) as client:
         answer.refuse(grpc.StatusCode.NOT_FOUND, "no such model", "UNKNOWN_MODEL", times=2)
         with pytest.raises(NotFoundError, match="no such model") as caught:
             await client.generate("Once")
@@ -109,7 +109,7 @@ async def test_async_errors_are_the_clients_own(answer, target):
 
 @pytest.mark.usefixtures("endless")
 async def test_a_deadline_ends_an_async_stream_which_keeps_its_text(target):
-    async with AsyncClient(target, timeout_s=0.5) as client:
+    async with AsyncClient(target, timeout=0.5) as client:
         stream = client.stream("Once")
         with pytest.raises(DeadlineExceededError):
             async for _ in stream:
@@ -118,7 +118,7 @@ async def test_a_deadline_ends_an_async_stream_which_keeps_its_text(target):
 
 
 async def test_leaving_an_async_stream_early_cancels_it(endless, target):
-    async with AsyncClient(target, timeout_s=30) as client:
+    async with AsyncClient(target, timeout=30) as client:
         async with client.stream("Once") as stream:
             async for _ in stream:
                 break
@@ -126,7 +126,7 @@ async def test_leaving_an_async_stream_early_cancels_it(endless, target):
 
 
 async def test_cancel_ends_an_async_iteration_quietly(endless, target):
-    async with AsyncClient(target, timeout_s=30) as client:
+    async with AsyncClient(target, timeout=30) as client:
         stream = client.stream("Once")
         assert await anext(stream) == "Once 🐈"
         stream.cancel()
@@ -137,7 +137,7 @@ async def test_cancel_ends_an_async_iteration_quietly(endless, target):
 
 @pytest.mark.parametrize("unary", [True, False])
 async def test_cancelling_a_task_cancels_its_call(endless, target, unary):
-    async with AsyncClient(target, timeout_s=30) as client:
+    async with AsyncClient(target, timeout=30) as client:
 
         async def read():
             if unary:
@@ -155,7 +155,7 @@ async def test_cancelling_a_task_cancels_its_call(endless, target, unary):
 
 
 async def test_a_cancelled_task_is_not_mistaken_for_a_cancelled_stream(endless, target):
-    async with AsyncClient(target, timeout_s=30) as client:
+    async with AsyncClient(target, timeout=30) as client:
         stream = client.stream("Once")
 
         async def read():

@@ -12,10 +12,10 @@ from mpt_grpc_client import Client, UnavailableError
 
 def test_the_target_comes_from_the_environment_unless_one_is_given(answer, target, monkeypatch):
     monkeypatch.setenv("MPT_GRPC_TARGET", target)
-    with Client(timeout_s=30) as client:
+    with Client(timeout=30) as client:
         client.generate("Once")
     monkeypatch.setenv("MPT_GRPC_TARGET", "127.0.0.1:1")
-    with Client(target, timeout_s=30) as client:
+    with Client(target, timeout=30) as client:
         client.generate("Once")
     assert len(answer.requests) == 2
 
@@ -103,7 +103,7 @@ def test_an_error_in_the_block_of_a_stream_cancels_it(endless, client):
 
 
 def test_closing_the_client_cancels_its_calls(endless, target):
-    with Client(target, timeout_s=30) as client:
+    with Client(target, timeout=30) as client:
         next(client.stream("Once"))
     assert endless.left.wait(10)
 

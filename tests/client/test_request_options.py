@@ -8,7 +8,6 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as ProtoMessage
 
-from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc_client import (
     Choice,
     GenerateOptions,
@@ -21,6 +20,7 @@ from mpt_grpc_client import (
     RepetitionGuard,
     Role,
 )
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 MESSAGES = (Message(Role.SYSTEM, "Be short."), Message(Role.USER, "Hi"))
 OPTIONS = {
@@ -69,7 +69,7 @@ GROUPS = (
     pb.SamplingParameters,
     pb.DecodingOptions,
     pb.StoppingCriteria,
-    pb.ResponseOptions,
+    pb.OutputOptions,
     pb.CacheOptions,
     pb.Conversation,
 )
@@ -108,7 +108,7 @@ def test_all_options_go_together(answer, client):
 
 
 def test_a_stream_sends_the_same_request_as_a_unary_call(answer, client):
-    options = GenerateOptions(temperature=0.0, seed=0, stop=("END",), request_id="mine")
+    options = GenerateOptions(temperature=0.0, seed=0, stop_strings=("END",), request_id="mine")
     client.generate([1, 2, 3], **options)
     list(client.stream([1, 2, 3], **options))
     assert answer.requests[0] == answer.requests[1]
@@ -195,7 +195,7 @@ def test_a_schema_that_is_no_json_never_leaves_the_client():
 
 
 def test_one_stop_string_is_not_taken_for_its_letters(answer, client):
-    client.generate("Once", stop="END")
+    client.generate("Once", stop_strings="END")
     assert list(answer.requests[0].stopping.stop_strings) == ["END"]
 
 

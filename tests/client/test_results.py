@@ -6,7 +6,6 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc_client import (
     Delta,
     EngineState,
@@ -26,6 +25,7 @@ from mpt_grpc_client import (
     TopLogprob,
     Usage,
 )
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 GENERATION = Generation(
     request_id="r-1",
@@ -203,15 +203,15 @@ def test_token_ids_are_detokenized_with_special_tokens_if_asked_for(service, cli
     service.text = pb.DetokenizeResponse(text="Hello")
     assert client.detokenize([1, 2]) == client.detokenize((1, 2), skip_special_tokens=False) == "Hello"
     assert service.requests == [
-        pb.DetokenizeRequest(ids=[1, 2], skip_special_tokens=True),
-        pb.DetokenizeRequest(ids=[1, 2], skip_special_tokens=False),
+        pb.DetokenizeRequest(token_ids=[1, 2], skip_special_tokens=True),
+        pb.DetokenizeRequest(token_ids=[1, 2], skip_special_tokens=False),
     ]
 
 
 def test_abort_answers_the_requests_that_were_in_flight(service, client):
     service.aborted = pb.AbortResponse(request_ids=["b"])
-    assert client.abort("a", "b") == ("b",)
-    assert service.requests == [pb.AbortRequest(request_ids=["a", "b"])]
+    assert client.cancel("a", "b") == ("b",)
+    assert service.requests == [pb.CancelRequest(request_ids=["a", "b"])]
 
 
 def test_model_info_has_every_field_of_the_api(service, client):
@@ -221,7 +221,7 @@ def test_model_info_has_every_field_of_the_api(service, client):
         "chat_template": "chatml",
     }  # fmt: skip
     service.model = pb.GetModelInfoResponse(**fields, eos_token_ids=[0, 8])
-    assert client.model_info() == ModelInfo(**fields, eos_token_ids=(0, 8))
+    assert client.get_model_info() == ModelInfo(**fields, eos_token_ids=(0, 8))
     assert [f.name for f in dataclasses.fields(ModelInfo)] == list(pb.GetModelInfoResponse.DESCRIPTOR.fields_by_name)
 
 
@@ -234,7 +234,7 @@ def test_server_info_has_every_field_of_the_api(service, client):
         limits=pb.Limits(**limits),
         load=pb.Load(**load),
     )
-    assert client.server_info() == ServerInfo("1.2.3", 90.5, Limits(**limits), Load(**load))
+    assert client.get_server_info() == ServerInfo("1.2.3", 90.5, Limits(**limits), Load(**load))
 
 
 def test_engine_state_has_every_field_of_the_api(service, client):
@@ -258,7 +258,7 @@ def test_engine_state_has_every_field_of_the_api(service, client):
     in_flight = RequestState(
         "a", 5.0, None, Timings(1.0, None, None, None), Usage(**usage), (SequenceState(1, 2, 3, (4, 5), None),)
     )
-    state = client.engine_state()
+    state = client.get_engine_state()
     assert state == EngineState(9.0, Load(**load), (6, 7), (in_flight,), state.ended)
     assert (state.ended[0].request_id, state.ended[0].end_time_s) == ("b", 7.5)
     assert state.ended[0].sequences == (SequenceState(0, 0, 0, (), FinishReason.TIME_LIMIT),)

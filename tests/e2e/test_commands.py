@@ -94,7 +94,7 @@ def test_several_outputs_are_printed_one_after_the_other(server: Any) -> None:
     [
         (("generate", "x", "--temperature", "-1"), 1, "sampling.temperature: -1.0 is not in [0, 100]"),
         (("generate", "x", "--model", "gpt"), 1, "model 'gpt' is not loaded"),
-        (("generate", "x", "--target", "127.0.0.1:1", "--timeout-s", "5"), 1, "no server answers; is it running"),
+        (("generate", "x", "--target", "127.0.0.1:1", "--timeout", "5"), 1, "no server answers; is it running"),
         (("generate", "x", "--target", "localhost"), 1, "target: 'localhost' is not HOST:PORT"),
         (("generate", "x", "--target", "http://localhost:50051"), 1, "target: 'http://localhost:50051' is not"),
         (("generate", "x", "--seed", "-1"), 1, "mpt-grpc: seed: "),

@@ -120,10 +120,10 @@ def test_the_page_about_generation_has_an_example_of_every_option() -> None:
     options = dict(re.findall(r"^\| `(\w+)=(.+?)` ", page, re.MULTILINE))
     for name, value in options.items():
         messages = [Message(Role.USER, "Hello")] if name == "drop_oldest_turns" else "Hello"
-        if name != "timeout_s":  # of the call, not of the request
+        if name != "timeout":  # of the call, not of the request
             build_request(messages, **{name: eval(value, {"RepetitionGuard": RepetitionGuard})})
     documented = options.keys() | set(re.findall(r"^`(\w+)` (?:is one of|are)", page, re.MULTILINE))
-    assert documented == GenerateOptions.__optional_keys__ | {"timeout_s"}
+    assert documented == GenerateOptions.__optional_keys__ | {"timeout"}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

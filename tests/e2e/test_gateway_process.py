@@ -67,7 +67,7 @@ def test_it_finds_a_server_that_comes_back(start_gateway: Callable[..., Any], st
     server.kill()
     with pytest.raises(urllib.error.HTTPError):
         post(gateway.openai_url, ASKED)
-    start_server("--port", server.target.rpartition(":")[2])
+    start_server("--grpc-port", server.target.rpartition(":")[2])
     while ready(gateway) == 503:
         pass
     assert text(post(gateway.openai_url, ASKED))

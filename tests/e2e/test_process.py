@@ -51,7 +51,7 @@ def test_the_welcome_says_what_is_served_and_where(server: Any) -> None:
 def test_served_text_is_what_transformers_generates(server: Any) -> None:
     oracle = MptForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    with Client(server.target, timeout_s=120) as client:
+    with Client(server.target, timeout=120) as client:
         for prompt in PROMPTS:
             served = client.generate(prompt, max_new_tokens=64, temperature=0, return_token_ids=True)
             prompt_ids = tokenizer.encode(prompt, add_special_tokens=False).ids
@@ -62,10 +62,10 @@ def test_served_text_is_what_transformers_generates(server: Any) -> None:
 
 def test_sigterm_in_mid_stream_loses_no_token(start_server: Callable[..., Any], server: Any) -> None:
     asked = {"max_new_tokens": 300, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    with Client(server.target, timeout_s=120) as client:
+    with Client(server.target, timeout=120) as client:
         whole = client.generate("The fox", **asked)
     stopping = start_server()
-    with Client(stopping.target, timeout_s=120) as client, client.stream("The fox", **asked) as stream:
+    with Client(stopping.target, timeout=120) as client, client.stream("The fox", **asked) as stream:
         next(stream)
         stopping.terminate()
         for _ in stream:
@@ -77,14 +77,14 @@ def test_sigterm_in_mid_stream_loses_no_token(start_server: Callable[..., Any], 
 
 
 def test_an_idle_server_stops_at_once_without_a_word(start_server: Callable[..., Any]) -> None:
-    server = start_server("--grace-s", "3600")  # if it were waited for, so would this test
+    server = start_server("--grace", "3600")  # if it were waited for, so would this test
     server.terminate()
     assert server.wait() == 0
     assert server.stderr == ""
 
 
 def test_a_port_that_is_taken_is_one_clear_line(server: Any) -> None:
-    status, lines = failed_start("--port", server.target.rpartition(":")[2])
+    status, lines = failed_start("--grpc-port", server.target.rpartition(":")[2])
     assert status == 1
     (line,) = lines
     assert line.startswith(f"mpt-grpc: --port: cannot listen on {server.target}: is --host an address of this machine")
@@ -93,16 +93,16 @@ def test_a_port_that_is_taken_is_one_clear_line(server: Any) -> None:
 @pytest.mark.parametrize(
     ("flag", "value", "status"),
     [
-        ("--port", "70000", 1),
-        ("--port", "many", 2),
+        ("--grpc-port", "70000", 1),
+        ("--grpc-port", "many", 2),
         ("--dtype", "int3", 2),
-        ("--kv-cache-gib", "0", 1),
+        ("--kv-cache", "0", 1),
         ("--memory-fraction", "1.5", 1),
         ("--max-running-requests", "0", 1),
         ("--max-step-tokens", "3", 1),
         ("--max-context-tokens", "-1", 1),
-        ("--grace-s", "-1", 1),
-        ("--stall-timeout-s", "nan", 1),
+        ("--grace", "-1", 1),
+        ("--stall-timeout", "nan", 1),
         ("--trace-file", "/nowhere/spans.jsonl", 1),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_bad_value_ends_with_a_line_that_names_the_flag(flag: str, value: str,
 
 
 def test_a_model_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
-    status, lines = failed_start("--port", "0", "--model", str(tmp_path / "nothing"))
+    status, lines = failed_start("--grpc-port", "0", "--model", str(tmp_path / "nothing"))
     assert status == 1
     assert len(lines) == 1
     assert str(tmp_path / "nothing") in lines[0]

@@ -257,7 +257,7 @@ def test_a_full_queue_is_overload_and_a_known_id_a_duplicate(
     streams = [submit(engine, generation(name)) for name in ("a", "b")]
     with pytest.raises(OverloadedError):
         submit(engine, generation("c"))
-    engine.abort("b")
+    engine.cancel("b")
     stepped[0].run_free()
     assert collect(streams[1]).finish.reason is FinishReason.CANCELLED
     assert len(collect(streams[0]).token_ids) == 24
@@ -291,18 +291,18 @@ def test_an_aborted_request_frees_its_blocks_within_one_step(
     assert ("gone" in planned) == (state != "waiting")
     assert state == "waiting" or (planned["gone"].choice is not None) == (state == "running")
 
-    assert engine.abort("gone")
+    assert engine.cancel("gone")
     runner.allow()
     plan = runner.wait_for_step()
     owned = {block for sequence in plan.sequences for block in sequence.block_table}
     assert "gone" not in {sequence.request_id for sequence in plan.sequences}
     assert collect(stream).finish.reason is FinishReason.CANCELLED
-    assert not engine.abort("gone")
+    assert not engine.cancel("gone")
     runner.allow()
     runner.wait_for_step()
     assert engine.load.num_free_blocks == 64 - len(owned)
     for name in ("other", "filler"):
-        engine.abort(name)
+        engine.cancel(name)
     runner.run_free()
     assert collect(other).finish.reason is FinishReason.CANCELLED
     if state == "waiting":

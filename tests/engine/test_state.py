@@ -9,7 +9,7 @@ from conftest import SteppedRunner, generation, submit
 
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
-from mpt_grpc.errors import UnavailableError
+from mpt_grpc.errors import DrainingError, UnavailableError
 from mpt_grpc.request import FinishReason, SamplingParameters
 
 PROMPT = tuple(range(1, 41))
@@ -67,7 +67,7 @@ def test_requests_that_have_ended_stay_to_be_seen_and_so_do_the_blocks_that_are_
 
 def test_an_engine_that_has_stopped_shows_nothing(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
-    engine.refuse("the server is draining")
+    engine.refuse(DrainingError("the server is draining"))
     engine.state().result(30)
     engine.close()
     with pytest.raises(UnavailableError, match="draining"):

@@ -47,7 +47,7 @@ async def answer(server: RunningServer, method: str, path: str, body: Any = None
 @pytest.fixture
 async def held(stepped: list[SteppedRunner]) -> AsyncIterator[RunningServer]:
     """A server whose steps the test allows, and which drains for as long as it takes."""
-    settings = replace(demo_settings(), http=HttpSettings(port=0), server=ServerSettings(port=0, grace_s=600))
+    settings = replace(demo_settings(), http=HttpSettings(port=0), server=ServerSettings(grpc_port=0, grace_s=600))
     async with running_server(settings) as server:
         yield server
         stepped[0].run_free()

@@ -157,10 +157,10 @@ async def test_a_stopped_stream_ends_on_the_server_and_others_go_on(page: Page, 
     await page.locator(".output").nth(0).get_by_role("button", name="Stop").click()
     await ended(page, "stopped · ", 1)
     async with AsyncClient(f"localhost:{served.port}") as client:
-        while len((await client.engine_state()).in_flight) != 1:
+        while len((await client.get_engine_state()).in_flight) != 1:
             pass
         await page.keyboard.press("Escape")
-        while (await client.engine_state()).in_flight:
+        while (await client.get_engine_state()).in_flight:
             pass
     await ended(page, "stopped · ", 2)
     await page.get_by_role("button", name="Clear").click()

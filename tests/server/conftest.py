@@ -11,10 +11,10 @@ import grpc
 import pytest
 from conftest import demo_settings
 
-from mpt.v1 import text_generation_pb2 as pb
-from mpt.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import Settings
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Service:
         """Whether, once a request of our own has run after all the others, no block has an owner."""
         await self.stub.Generate(pb.GenerateRequest(text="x", stopping=pb.StoppingCriteria(max_new_tokens=1)))
         info = await self.stub.GetServerInfo(pb.GetServerInfoRequest())
-        return info.load.free_blocks == info.load.total_blocks and self.server.engine.num_in_flight == 0
+        return info.load.num_free_blocks == info.load.num_blocks and self.server.engine.num_in_flight == 0
 
 
 MakeService = Callable[..., Any]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from conftest import SteppedRunner
 
-from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc.errors import OverloadedError
 from mpt_grpc_client import (
     AsyncClient,
@@ -27,11 +26,12 @@ from mpt_grpc_client import (
     Regex,
     Role,
 )
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 
 @pytest.fixture
 def client(service: Any) -> Iterator[Client]:
-    with Client(f"127.0.0.1:{service.server.port}", timeout_s=60) as client:
+    with Client(f"127.0.0.1:{service.server.port}", timeout=60) as client:
         yield client
 
 
@@ -43,9 +43,9 @@ async def test_generate_and_stream_agree_from_threads(client: Client) -> None:
     assert whole.finish.reason is FinishReason.MAX_NEW_TOKENS
     assert whole.seed == 7
     assert whole.usage.num_prompt_tokens == len(await asyncio.to_thread(client.tokenize, "The fox said"))
-    assert whole.timings.queue_s >= 0
-    assert whole.timings.time_to_first_token_s >= whole.timings.prefill_s > 0
-    assert whole.timings.decode_s > 0
+    assert whole.timings.queue_time >= 0
+    assert whole.timings.time_to_first_token >= whole.timings.prefill_time > 0
+    assert whole.timings.decode_time > 0
 
     def stream() -> tuple[list[str], Any]:
         with client.stream("The fox said", max_new_tokens=30, seed=7, ignore_eos=True, return_token_ids=True) as pieces:
@@ -78,7 +78,7 @@ async def test_several_outputs_come_by_deltas_and_equal_those_of_generate(servic
     assert len({output.seed for output in whole.outputs}) == 3
     assert whole.usage.num_output_tokens == 60
     assert len(whole.prompt_logprobs) == whole.usage.num_prompt_tokens - 1
-    async with AsyncClient(f"127.0.0.1:{service.server.port}", timeout_s=60) as twin:
+    async with AsyncClient(f"127.0.0.1:{service.server.port}", timeout=60) as twin:
         async with twin.stream("The fox said", **asked) as stream:
             deltas = [delta async for delta in stream.deltas()]
     assert stream.result.outputs == whole.outputs
@@ -141,17 +141,19 @@ async def test_an_output_can_be_resumed_from_its_tokens(client: Client) -> None:
 async def test_a_stop_string_ends_the_text_before_it(client: Client) -> None:
     free = await asyncio.to_thread(client.generate, "Once upon a time", max_new_tokens=40, temperature=0)
     stop = free.text[20:24]
-    cut = await asyncio.to_thread(client.generate, "Once upon a time", max_new_tokens=40, temperature=0, stop=stop)
+    cut = await asyncio.to_thread(
+        client.generate, "Once upon a time", max_new_tokens=40, temperature=0, stop_strings=stop
+    )
     assert cut.text == free.text[: free.text.index(stop)]
     assert (cut.finish.reason, cut.finish.stop_string) == (FinishReason.STOP_STRING, stop)
 
 
 async def test_the_other_methods_answer(client: Client) -> None:
     tokens = await asyncio.to_thread(client.tokenize, "Où est la lune?")
-    assert b"".join(token.bytes for token in tokens).decode() == "Où est la lune?"
-    assert await asyncio.to_thread(client.detokenize, [token.id for token in tokens]) == "Où est la lune?"
+    assert b"".join(token.token_bytes for token in tokens).decode() == "Où est la lune?"
+    assert await asyncio.to_thread(client.detokenize, [token.token_id for token in tokens]) == "Où est la lune?"
     assert (await asyncio.to_thread(client.model_info)).name == "demo"
-    assert (await asyncio.to_thread(client.server_info)).load.total_blocks == 512
+    assert (await asyncio.to_thread(client.server_info)).load.num_blocks == 512
     assert await asyncio.to_thread(client.abort, "nobody") == ()
 
 
@@ -164,7 +166,7 @@ async def test_the_engine_shows_its_requests_and_blocks(client: Client) -> None:
     assert seen.arrival_time_s < seen.end_time_s <= state.time_s
     assert seen.sequences[0].finish_reason is answer.finish.reason
     assert state.kept_blocks
-    assert (state.in_flight, state.load.running_requests) == ((), 0)
+    assert (state.in_flight, state.load.num_running_requests) == ((), 0)
 
 
 async def test_bad_fields_are_named(client: Client) -> None:
@@ -205,7 +207,7 @@ async def test_a_full_server_is_asked_again_when_it_said(
             raise
 
     monkeypatch.setattr(engine, "submit", watched_submit)
-    with Client(f"127.0.0.1:{service.server.port}", timeout_s=60) as client:
+    with Client(f"127.0.0.1:{service.server.port}", timeout=60) as client:
         first = asyncio.create_task(asyncio.to_thread(client.generate, "first", max_new_tokens=2, ignore_eos=True))
         await asyncio.to_thread(stepped[0].wait_for_step)
         second = asyncio.create_task(asyncio.to_thread(client.generate, "second", max_new_tokens=2, ignore_eos=True))

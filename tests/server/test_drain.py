@@ -12,19 +12,19 @@ from conftest import SteppedRunner, demo_settings
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mpt.v1 import text_generation_pb2 as pb
-from mpt.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 from mpt_grpc.engine import load
 from mpt_grpc.schedule.scheduler import Progress, Scheduler
 from mpt_grpc.server.server import running_server
 from mpt_grpc.settings import ServerSettings, Settings
 from mpt_grpc.step import StepPlan, StepResult
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def server_settings(**changes: Any) -> Settings:
-    return replace(demo_settings(), server=ServerSettings(port=0, **changes))
+    return replace(demo_settings(), server=ServerSettings(grpc_port=0, **changes))
 
 
 def asked(max_new_tokens: int, **fields: Any) -> pb.GenerateRequest:

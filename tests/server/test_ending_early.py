@@ -12,9 +12,9 @@ import grpc
 import pytest
 from conftest import SteppedRunner, generation
 
-from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc.engine.stream import AsyncStream
 from mpt_grpc.step import SequenceStep, StepPlan
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 CHUNK = 32
 LONG_PROMPT = [300 + i for i in range(100)]
@@ -27,7 +27,7 @@ def asked(prompt: list[int], max_new_tokens: int = 500, **fields: Any) -> pb.Gen
         token_ids=pb.TokenIds(ids=prompt),
         sampling=pb.SamplingParameters(temperature=0),
         stopping=pb.StoppingCriteria(max_new_tokens=max_new_tokens, ignore_eos=True),
-        response=pb.ResponseOptions(output_token_ids=True),
+        output_options=pb.OutputOptions(output_token_ids=True),
         **fields,
     )
 
@@ -91,7 +91,7 @@ async def test_a_request_that_is_left_is_gone_with_its_blocks_within_a_step(
     assert engine.num_in_flight == 1
     staying = next(sequence for sequence in plan.sequences if sequence.request_id == "stays")
     assert engine.load.num_free_blocks == num_blocks - len(staying.block_table)
-    engine.abort("stays")
+    engine.cancel("stays")
     runner.run_free()
     async for _ in stays:
         pass
@@ -169,7 +169,7 @@ async def test_streams_that_stay_are_right_while_others_leave_and_memory_is_shor
                 if num_pieces == 0 and way == "cancel":
                     call.cancel()
                 if num_pieces == 0 and way == "abort":
-                    await crowded.stub.Abort(pb.AbortRequest(request_ids=[request.request_id]))
+                    await crowded.stub.Cancel(pb.CancelRequest(request_ids=[request.request_id]))
         return token_ids, summary, await call.code()
 
     outcomes = await asyncio.gather(*map(stream, requests, ways, patience))

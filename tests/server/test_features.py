@@ -16,7 +16,7 @@ from conftest import SteppedRunner, demo_settings
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
-from mpt.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 GREEDY = pb.SamplingParameters(temperature=0, seed=1)
 ANY = pb.SamplingParameters(seed=11)
@@ -24,7 +24,7 @@ ANY = pb.SamplingParameters(seed=11)
 
 def request(max_new_tokens: int = 16, text: str | None = "Once upon a time", **fields: Any) -> pb.GenerateRequest:
     stopping = pb.StoppingCriteria(max_new_tokens=max_new_tokens, ignore_eos="decoding" not in fields)
-    response = pb.ResponseOptions(output_token_ids=True)
+    response = pb.OutputOptions(output_token_ids=True)
     return pb.GenerateRequest(
         **{"text": text, "sampling": GREEDY, "stopping": stopping, "response": response, **fields}
     )
@@ -116,14 +116,14 @@ async def test_a_stop_string_ends_the_sequence_that_met_it_alone(service: Any) -
 
 
 async def test_logprobs_name_the_token_its_rank_and_the_likeliest(service: Any) -> None:
-    response = pb.ResponseOptions(output_token_ids=True, output_logprobs=True, top_logprobs=5)
+    response = pb.OutputOptions(output_token_ids=True, output_logprobs=True, top_logprobs=5)
     answer = await output(
         service, request(10, sampling=pb.SamplingParameters(temperature=2, seed=5), response=response)
     )
     assert [p.token_id for p in answer.logprobs] == list(answer.token_ids)
-    assert b"".join(p.bytes for p in answer.logprobs).decode() == answer.text
+    assert b"".join(p.token_bytes for p in answer.logprobs).decode() == answer.text
     for logprob in answer.logprobs:
-        top = [(alternative.logprob, alternative.token_id) for alternative in logprob.top]
+        top = [(alternative.logprob, alternative.token_id) for alternative in logprob.top_logprobs]
         assert len(top) == 5
         assert top == sorted(top, reverse=True)
         assert (logprob.rank <= 5) == (logprob.token_id in [token_id for _, token_id in top])
@@ -131,7 +131,7 @@ async def test_logprobs_name_the_token_its_rank_and_the_likeliest(service: Any) 
 
 
 async def test_prompt_logprobs_come_with_the_first_piece_and_again_from_the_cache(service: Any) -> None:
-    response = pb.ResponseOptions(prompt_token_ids=True, prompt_logprobs=True)
+    response = pb.OutputOptions(prompt_token_ids=True, prompt_logprobs=True)
     asked = request(2, text="The king said to the fox, " * 8, response=response)
     pieces = [piece async for piece in service.stub.StreamGenerate(asked)]
     prompt = pieces[0].prompt
@@ -143,7 +143,7 @@ async def test_prompt_logprobs_come_with_the_first_piece_and_again_from_the_cach
 
 
 async def test_no_new_tokens_scores_a_prompt_alone(service: Any) -> None:
-    response = pb.ResponseOptions(prompt_logprobs=True)
+    response = pb.OutputOptions(prompt_logprobs=True)
     stopping = pb.StoppingCriteria(max_new_tokens=0)
     answer = await service.stub.Generate(request(response=response, stopping=stopping))
     assert len(answer.prompt.logprobs) == answer.prompt.num_tokens - 1
@@ -269,8 +269,8 @@ async def test_a_bad_decoding_option_is_refused_by_name(service: Any, decoding: 
     [
         ({"stopping": pb.StoppingCriteria(max_new_tokens=4, min_new_tokens=5)}, "stopping.min_new_tokens"),
         ({"stopping": pb.StoppingCriteria(time_limit=Duration(seconds=-1))}, "stopping.time_limit"),
-        ({"response": pb.ResponseOptions(top_logprobs=3)}, "response.top_logprobs"),
-        ({"response": pb.ResponseOptions(output_logprobs=True, top_logprobs=21)}, "response.top_logprobs"),
+        ({"response": pb.OutputOptions(top_logprobs=3)}, "response.top_logprobs"),
+        ({"response": pb.OutputOptions(output_logprobs=True, top_logprobs=21)}, "response.top_logprobs"),
         ({"sampling": pb.SamplingParameters(num_sequences=0)}, "sampling.num_sequences"),
         ({"sampling": pb.SamplingParameters(), "resume_token_ids": [1]}, "sampling.seed"),
         ({"sampling": pb.SamplingParameters(seed=1, num_sequences=2), "resume_token_ids": [1]}, "resume_token_ids"),
@@ -291,10 +291,10 @@ async def test_a_conversation_is_a_prompt_by_the_models_template(service: Any) -
         pb.Message(role=pb.ROLE_ASSISTANT, content="A fox."),
         pb.Message(role=pb.ROLE_USER, content="What does it eat?"),
     ]
-    response = pb.ResponseOptions(prompt_token_ids=True)
+    response = pb.OutputOptions(prompt_token_ids=True)
     asked = request(24, text=None, conversation=pb.Conversation(messages=messages), response=response, sampling=ANY)
     answer = await service.stub.Generate(asked)
-    shown = await service.stub.Detokenize(pb.DetokenizeRequest(ids=answer.prompt.token_ids))
+    shown = await service.stub.Detokenize(pb.DetokenizeRequest(token_ids=answer.prompt.token_ids))
     assert shown.text.startswith("You tell stories.\n---\nUser: Who lives in the wood?\nAssistant: A fox.\n")
     assert shown.text.endswith("User: What does it eat?\nAssistant:")
     assert (await service.stub.GetModelInfo(pb.GetModelInfoRequest())).chat_template == "base"
@@ -314,7 +314,7 @@ async def test_a_conversation_that_is_too_long_is_refused_or_cut(service: Any) -
 
 
 async def test_a_prompt_is_truncated_to_its_last_tokens(service: Any) -> None:
-    response = pb.ResponseOptions(prompt_token_ids=True, output_token_ids=True)
+    response = pb.OutputOptions(prompt_token_ids=True, output_token_ids=True)
     whole = await service.stub.Generate(request(1, response=response))
     cut = await service.stub.Generate(request(1, truncate_prompt_tokens=2, response=response))
     assert list(cut.prompt.token_ids) == list(whole.prompt.token_ids)[-2:]
@@ -359,12 +359,12 @@ async def test_a_guard_refuses_a_prompt(guarded: Any) -> None:
 
 async def test_what_a_guard_withholds_is_never_sent(guarded: Any, service: Any) -> None:
     decoding = pb.DecodingOptions(regex="The knight saw a (cow|Dragon) and ran\\.")
-    response = pb.ResponseOptions(output_token_ids=True, output_logprobs=True)
+    response = pb.OutputOptions(output_token_ids=True, output_logprobs=True)
     for seed in range(6):
         asked = request(100, sampling=pb.SamplingParameters(seed=seed), decoding=decoding, response=response)
         free = await output(service, asked)
         answer = await output(guarded, asked)
-        sent = await guarded.stub.Detokenize(pb.DetokenizeRequest(ids=answer.token_ids))
+        sent = await guarded.stub.Detokenize(pb.DetokenizeRequest(token_ids=answer.token_ids))
         if "Dragon" in free.text:
             assert answer.text == "The knight saw a "
             assert answer.text.startswith(sent.text)

@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from mpt.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 GREEDY = pb.SamplingParameters(temperature=0, seed=1)
 
@@ -42,7 +42,7 @@ def details(error: grpc.aio.AioRpcError) -> dict[str, Any]:
 
 
 async def test_streamed_pieces_add_up_to_the_unary_answer(service: Any) -> None:
-    options = pb.ResponseOptions(prompt_token_ids=True, output_token_ids=True)
+    options = pb.OutputOptions(prompt_token_ids=True, output_token_ids=True)
     asked = request(max_new_tokens=40, sampling=pb.SamplingParameters(seed=5), response=options)
     whole = await service.stub.Generate(asked)
     pieces = [piece async for piece in service.stub.StreamGenerate(asked)]
@@ -70,9 +70,9 @@ async def test_token_ids_are_answered_only_if_asked_for(service: Any) -> None:
 async def test_tokens_and_text_convert_both_ways(service: Any) -> None:
     text = "The fox said: “Où est la lune? 🌙”"
     tokens = (await service.stub.Tokenize(pb.TokenizeRequest(text=text))).tokens
-    assert b"".join(token.bytes for token in tokens) == text.encode()
-    ids = [token.id for token in tokens]
-    assert (await service.stub.Detokenize(pb.DetokenizeRequest(ids=ids))).text == text
+    assert b"".join(token.token_bytes for token in tokens) == text.encode()
+    ids = [token.token_id for token in tokens]
+    assert (await service.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids))).text == text
     by_text = await service.stub.Generate(request(text))
     by_ids = await service.stub.Generate(
         pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids), sampling=GREEDY, stopping=request().stopping)
@@ -82,8 +82,8 @@ async def test_tokens_and_text_convert_both_ways(service: Any) -> None:
 
 async def test_special_tokens_are_shown_on_request(service: Any) -> None:
     ids = [0, 260, 0]
-    skipped = await service.stub.Detokenize(pb.DetokenizeRequest(ids=ids))
-    shown = await service.stub.Detokenize(pb.DetokenizeRequest(ids=ids, skip_special_tokens=False))
+    skipped = await service.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids))
+    shown = await service.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids, skip_special_tokens=False))
     assert shown.text == f"<|endoftext|>{skipped.text}<|endoftext|>"
 
 
@@ -127,9 +127,9 @@ async def test_a_prompt_that_does_not_fit_is_refused_by_name(service: Any, bad: 
 
 
 async def test_other_methods_name_their_bad_fields(service: Any) -> None:
-    error = await failure(service.stub.Detokenize(pb.DetokenizeRequest(ids=[1, 2, 5000])))
+    error = await failure(service.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1, 2, 5000])))
     assert details(error)["BadRequest"].field_violations[0].field == "ids[2]"
-    error = await failure(service.stub.Abort(pb.AbortRequest(request_ids=["x"] * 1001)))
+    error = await failure(service.stub.Cancel(pb.CancelRequest(request_ids=["x"] * 1001)))
     assert details(error)["BadRequest"].field_violations[0].field == "request_ids"
 
 
@@ -173,13 +173,13 @@ async def test_abort_answers_what_there_is(make_service: Any, stepped: list[Step
     for _ in range(3):
         stepped[0].allow()
         await asyncio.to_thread(stepped[0].wait_for_step)
-    response = await service.stub.Abort(pb.AbortRequest(request_ids=["unary", "nobody"]))
+    response = await service.stub.Cancel(pb.CancelRequest(request_ids=["unary", "nobody"]))
     assert list(response.request_ids) == ["unary"]
     stepped[0].run_free()
     answer = await unary
     assert answer.outputs[0].finish.reason == pb.FINISH_REASON_CANCELLED
     assert 3 <= answer.outputs[0].num_tokens <= 4
-    assert not (await service.stub.Abort(pb.AbortRequest(request_ids=["unary"]))).request_ids
+    assert not (await service.stub.Cancel(pb.CancelRequest(request_ids=["unary"]))).request_ids
     assert await service.all_blocks_free()
 
 
@@ -230,5 +230,5 @@ async def test_bytes_that_are_no_message_are_an_invalid_request(service: Any) ->
 async def test_texts_and_lists_over_their_limits_are_refused_by_name(service: Any) -> None:
     error = await failure(service.stub.Tokenize(pb.TokenizeRequest(text="x" * ((1 << 20) + 1))))
     assert details(error)["BadRequest"].field_violations[0].field == "text"
-    error = await failure(service.stub.Detokenize(pb.DetokenizeRequest(ids=[1] * ((1 << 18) + 1))))
+    error = await failure(service.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1] * ((1 << 18) + 1))))
     assert details(error)["BadRequest"].field_violations[0].field == "ids"

@@ -16,10 +16,10 @@ from conftest import demo_settings
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace import TracerProvider
 
-from mpt.v1 import text_generation_pb2 as pb
-from mpt.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 from mpt_grpc.server.server import running_server
 from mpt_grpc_client import AsyncClient
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 
 TRACE_ID, CALLER_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 FROM_CALLER = (("traceparent", f"00-{TRACE_ID}-{CALLER_ID}-01"),)

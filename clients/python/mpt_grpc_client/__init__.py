@@ -1,4 +1,5 @@
-"""The Python client of mpt-grpc: `Client` and its asyncio twin `AsyncClient`, and the values they give and take."""
+"""The Python client of mpt-grpc: `Client`, its asyncio equivalent `AsyncClient`, and the values they take and
+return."""
 
 from mpt_grpc_client.async_client import AsyncClient, AsyncTextStream
 from mpt_grpc_client.client import Client, TextStream
@@ -19,16 +20,14 @@ from mpt_grpc_client.prompts import Message, Prompt, Role
 from mpt_grpc_client.request import GenerateOptions, RepetitionGuard
 from mpt_grpc_client.results import (
     Delta,
-    EngineState,
     Finish,
     FinishReason,
     Generation,
+    GenerationDefaults,
     Limits,
     Load,
     ModelInfo,
     Output,
-    RequestState,
-    SequenceState,
     ServerInfo,
     Timings,
     Token,
@@ -36,6 +35,7 @@ from mpt_grpc_client.results import (
     TopLogprob,
     Usage,
 )
+from mpt_grpc_client.version import __version__
 
 __all__ = [
     "AlreadyExistsError",
@@ -46,12 +46,12 @@ __all__ = [
     "Constraint",
     "DeadlineExceededError",
     "Delta",
-    "EngineState",
     "FieldViolation",
     "Finish",
     "FinishReason",
     "GenerateOptions",
     "Generation",
+    "GenerationDefaults",
     "InternalError",
     "InvalidRequestError",
     "InvalidTargetError",
@@ -69,9 +69,7 @@ __all__ = [
     "Prompt",
     "Regex",
     "RepetitionGuard",
-    "RequestState",
     "Role",
-    "SequenceState",
     "ServerInfo",
     "TextStream",
     "Timings",
@@ -80,4 +78,5 @@ __all__ = [
     "TopLogprob",
     "UnavailableError",
     "Usage",
+    "__version__",
 ]

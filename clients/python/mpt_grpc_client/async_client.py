@@ -1,44 +1,44 @@
-"""`AsyncClient` and `AsyncTextStream`: what `client.py` offers to threads, for asyncio."""
+"""The asyncio client: `AsyncClient` and `AsyncTextStream`, the equivalents of `client.py`."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from functools import cached_property
 from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from mpt.v1 import text_generation_pb2 as pb
-from mpt.v1.text_generation_pb2_grpc import TextGenerationServiceStub
-from mpt_grpc_client import responses
+from mpt_grpc_client import debug, responses
 from mpt_grpc_client.channel import channel_options, resolve_target, trace_metadata
-from mpt_grpc_client.errors import MptGrpcError, from_rpc_error
+from mpt_grpc_client.errors import closed_error, from_rpc_error
 from mpt_grpc_client.prompts import Prompt
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
+from mpt_grpc_client.proto.v1alpha1 import debug_pb2
+from mpt_grpc_client.proto.v1alpha1.debug_pb2_grpc import DebugServiceStub
 from mpt_grpc_client.request import GenerateOptions, build_request
-from mpt_grpc_client.results import Delta, EngineState, Generation, ModelInfo, ServerInfo, Token
+from mpt_grpc_client.results import Delta, Generation, ModelInfo, ServerInfo, Token
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
 class AsyncClient:
-    """A connection to one server, for the tasks of one event loop. Every call raises `MptGrpcError` if it fails.
+    """A connection to a server for the tasks of one event loop. Every call that fails raises `MptGrpcError`.
 
-    A task that is cancelled while it waits for a call cancels the call.
+    Cancelling a task that awaits a call cancels the call on the server.
     """
 
-    def __init__(self, target: str | None = None, *, timeout_s: float | None = None, retries: bool = True) -> None:
-        """Connects at the first call, without TLS. Raises RuntimeError outside of a running event loop.
+    def __init__(self, target: str | None = None, *, timeout: float | None = None, retries: bool = True) -> None:
+        """Creates a client, which connects at its first call, without TLS, and from then on belongs to that event loop.
 
-        target: `host:port`; default: the environment's MPT_GRPC_TARGET, else `localhost:50051`.
-        timeout_s: for calls that give none, retries included; None sets no deadline.
-        retries: whether a call that is refused, the server being away or full, is sent up to three times more.
+        target: `host:port`; defaults to the environment variable MPT_GRPC_TARGET, then to `localhost:50051`.
+        timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
+        retries: whether to retry calls up to three times while the server is unavailable or overloaded.
         """
-        # grpc.aio would bind the channel to some other loop than the one that will run, and hang.
-        asyncio.get_running_loop()
-        self._timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(resolve_target(target), channel_options(retries))
-        self._stub = TextGenerationServiceStub(self._channel)
+        self._target, self._timeout, self._retries = resolve_target(target), timeout, retries
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -47,81 +47,123 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Cancels the calls in flight and disconnects."""
-        await self._channel.close()
+        """Cancels the calls in progress and disconnects."""
+        self._closed = True
+        if "_connection" in vars(self):
+            await self._connection.channel.close()
 
     async def generate(
-        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
-        """Continues a prompt and answers once; the options are those of `GenerateOptions`."""
+        """Generates a continuation of the prompt and returns it when it is complete.
+
+        timeout: of the call in seconds; None uses the client's. `time_limit` returns a partial output instead of
+        failing.
+        options: see `GenerateOptions`.
+        """
         request = build_request(prompt, **options)
-        return responses.generation(await self._call(self._stub.Generate, request, timeout_s))
+        return responses.generation(await self._call(self._connected.service.Generate, request, timeout))
 
     def stream(
-        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncTextStream:
-        """Continues a prompt as `generate` does, and answers piece by piece. The request is on its way at once."""
-        request = build_request(prompt, **options)
-        call = self._stub.StreamGenerate(request, timeout=self._timeout(timeout_s), metadata=trace_metadata())
-        return AsyncTextStream(call, request.sampling.num_sequences)
+        """Generates a continuation of the prompt and streams it. The request is sent immediately.
 
-    async def tokenize(self, text: str, *, timeout_s: float | None = None) -> tuple[Token, ...]:
-        """The tokens of a text."""
-        return responses.tokens(await self._call(self._stub.Tokenize, pb.TokenizeRequest(text=text), timeout_s))
+        timeout: of the whole stream in seconds; None uses the client's.
+        options: see `GenerateOptions`.
+        """
+        request = build_request(prompt, **options)
+        timeout = self._timeout if timeout is None else timeout
+        call = self._connected.service.StreamGenerate(request, timeout=timeout, metadata=trace_metadata())
+        return AsyncTextStream(call, request.sampling.num_sequences, self._target, timeout)
+
+    async def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[Token, ...]:
+        """Returns the tokens of a text."""
+        request = pb.TokenizeRequest(text=text)
+        return responses.tokens(await self._call(self._connected.service.Tokenize, request, timeout))
 
     async def detokenize(
-        self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, timeout_s: float | None = None
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, timeout: float | None = None
     ) -> str:
-        """The text of tokens; bytes that are no UTF-8 are replaced by U+FFFD."""
-        request = pb.DetokenizeRequest(ids=token_ids, skip_special_tokens=skip_special_tokens)
-        return (await self._call(self._stub.Detokenize, request, timeout_s)).text
+        """Returns the text of token IDs. Invalid UTF-8 is replaced by U+FFFD."""
+        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        return (await self._call(self._connected.service.Detokenize, request, timeout)).text
 
-    async def abort(self, *request_ids: str, timeout_s: float | None = None) -> tuple[str, ...]:
-        """Ends requests, whoever sent them, and answers those that were in flight; their calls answer what there is."""
-        response = await self._call(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), timeout_s)
-        return tuple(response.request_ids)
+    async def cancel(self, *request_ids: str, timeout: float | None = None) -> tuple[str, ...]:
+        """Cancels requests, of any client, whose calls then return their partial output.
 
-    async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
-        """What model is loaded."""
-        return responses.model_info(await self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest(), timeout_s))
+        Returns the IDs that were in progress.
+        """
+        request = pb.CancelRequest(request_ids=request_ids)
+        return tuple((await self._call(self._connected.service.Cancel, request, timeout)).request_ids)
 
-    async def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
-        """What the server's limits are and how busy it is."""
-        return responses.server_info(await self._call(self._stub.GetServerInfo, pb.GetServerInfoRequest(), timeout_s))
+    async def get_model_info(self, *, timeout: float | None = None) -> ModelInfo:
+        """Returns information about the loaded model."""
+        request = pb.GetModelInfoRequest()
+        return responses.model_info(await self._call(self._connected.service.GetModelInfo, request, timeout))
 
-    async def engine_state(self, *, timeout_s: float | None = None) -> EngineState:
-        """What the engine is doing: its requests, those that ended lately, and the blocks of the KV cache they hold."""
-        response = await self._call(self._stub.GetEngineState, pb.GetEngineStateRequest(), timeout_s)
-        return responses.engine_state(response)
+    async def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Returns the server's version, limits and load."""
+        request = pb.GetServerInfoRequest()
+        return responses.server_info(await self._call(self._connected.service.GetServerInfo, request, timeout))
+
+    async def get_engine_state(self, *, timeout: float | None = None) -> debug.EngineState:
+        """Returns the requests in progress and the KV cache blocks they hold. It may change in any release."""
+        request = debug_pb2.GetEngineStateRequest()
+        return debug.engine_state(await self._call(self._connected.debug_service.GetEngineState, request, timeout))
+
+    @property
+    def _connected(self) -> _Connection:
+        """The connection. Raises MptGrpcError once the client is closed, and RuntimeError outside its event loop."""
+        if self._closed:
+            raise closed_error()
+        if self._connection.loop is not asyncio.get_running_loop():
+            raise RuntimeError("this AsyncClient is in use by another event loop: create one for each")
+        return self._connection
+
+    @cached_property
+    def _connection(self) -> _Connection:
+        return _Connection(self._target, self._retries)
 
     async def _call(
-        self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout_s: float | None
+        self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout: float | None
     ) -> _Response:
+        timeout = self._timeout if timeout is None else timeout
         try:
-            return await method(request, timeout=self._timeout(timeout_s), metadata=trace_metadata())
+            return await method(request, timeout=timeout, metadata=trace_metadata())
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+            raise from_rpc_error(error, self._target, timeout) from error
         except asyncio.CancelledError as error:
             if _is_cancelled():
                 raise
-            raise MptGrpcError("the client was closed", code=grpc.StatusCode.CANCELLED) from error
+            raise closed_error() from error
 
-    def _timeout(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s
+
+class _Connection:
+    """A channel of the running event loop: grpc.aio hangs if a channel is created before its loop runs."""
+
+    def __init__(self, target: str, retries: bool) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.channel = grpc.aio.insecure_channel(target, channel_options(retries))
+        self.service = TextGenerationServiceStub(self.channel)
+        self.debug_service = DebugServiceStub(self.channel)
 
 
 class AsyncTextStream(responses.PartialGeneration):
-    """A generation piece by piece as it comes: iterate over it, or over `deltas()`, once.
+    """A generation in progress. Iterate over it for its text, or over `deltas()` for everything, once.
 
-    As a context manager it cancels the generation when the block is left early, so that the server stops working on it.
+    As a context manager, it cancels the generation on the server when the block is left before the end.
     """
 
     def __init__(
-        self, call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.StreamGenerateResponse], num_sequences: int
+        self,
+        call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.StreamGenerateResponse],
+        num_sequences: int,
+        target: str,
+        timeout: float | None,
     ) -> None:
         super().__init__()
-        self._num_sequences = num_sequences
-        self._call = call
+        self._call, self._num_sequences, self._target, self._timeout = call, num_sequences, target, timeout
         self._cancelled = False
 
     async def __aenter__(self) -> Self:
@@ -134,39 +176,42 @@ class AsyncTextStream(responses.PartialGeneration):
         return self
 
     async def __anext__(self) -> str:
-        """The next piece of text, never empty. Raises TypeError for more outputs than one, else as `deltas` does."""
+        """Returns the next piece of text, which is never empty.
+
+        Raises TypeError if several outputs were requested, and otherwise the same as `deltas`.
+        """
         if self._num_sequences > 1:
-            raise TypeError("several outputs are interleaved: iterate over deltas()")
+            raise TypeError("the outputs are interleaved: iterate over deltas() instead")
         while (delta := await self._next_delta()) is not None:
             if delta.text:
                 return delta.text
         raise StopAsyncIteration
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """What is new, of any output. Raises `MptGrpcError` if the call fails; ends quietly once it is cancelled."""
+        """Yields the new parts of all outputs. Raises `MptGrpcError` if the call fails; ends when it is cancelled."""
         while (delta := await self._next_delta()) is not None:
             yield delta
 
     def cancel(self) -> None:
-        """Ends the generation on the server too; without effect once it has ended."""
+        """Cancels the generation on the server. Has no effect once it has ended."""
         self._cancelled = True
         self._call.cancel()
 
     async def _next_delta(self) -> Delta | None:
         try:
-            piece = await anext(aiter(self._call), None)
+            chunk = await anext(aiter(self._call), None)
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+            raise from_rpc_error(error, self._target, self._timeout) from error
         except asyncio.CancelledError as error:
             if _is_cancelled():
                 raise
             if self._cancelled:
                 return None
-            raise MptGrpcError("the client was closed", code=grpc.StatusCode.CANCELLED) from error
-        return None if piece is None else self._add(piece)
+            raise closed_error() from error
+        return None if chunk is None else self._add(chunk)
 
 
 def _is_cancelled() -> bool:
-    """Whether the task itself is cancelled; grpc.aio raises the same for a call or a channel that was ended here."""
+    """Whether the task itself is cancelled; grpc.aio raises the same error for a call or channel closed by us."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

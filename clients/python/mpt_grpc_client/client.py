@@ -1,4 +1,4 @@
-"""`Client` and `TextStream`: calls to the server from threads. Their asyncio twins are in `async_client.py`."""
+"""The synchronous client: `Client` and `TextStream`. `async_client.py` has their asyncio equivalents."""
 
 from __future__ import annotations
 
@@ -7,32 +7,36 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from mpt.v1 import text_generation_pb2 as pb
-from mpt.v1.text_generation_pb2_grpc import TextGenerationServiceStub
-from mpt_grpc_client import responses
+from mpt_grpc_client import debug, responses
 from mpt_grpc_client.channel import channel_options, resolve_target, trace_metadata
-from mpt_grpc_client.errors import from_rpc_error
+from mpt_grpc_client.errors import closed_error, from_rpc_error
 from mpt_grpc_client.prompts import Prompt
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
+from mpt_grpc_client.proto.v1alpha1 import debug_pb2
+from mpt_grpc_client.proto.v1alpha1.debug_pb2_grpc import DebugServiceStub
 from mpt_grpc_client.request import GenerateOptions, build_request
-from mpt_grpc_client.results import Delta, EngineState, Generation, ModelInfo, ServerInfo, Token
+from mpt_grpc_client.results import Delta, Generation, ModelInfo, ServerInfo, Token
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
 class Client:
-    """A connection to one server; threads may share it. Every call raises `MptGrpcError` if it fails."""
+    """A connection to a server, which threads may share. Every call that fails raises `MptGrpcError`."""
 
-    def __init__(self, target: str | None = None, *, timeout_s: float | None = None, retries: bool = True) -> None:
-        """Connects at the first call, without TLS.
+    def __init__(self, target: str | None = None, *, timeout: float | None = None, retries: bool = True) -> None:
+        """Creates a client, which connects at its first call, without TLS.
 
-        target: `host:port`; default: the environment's MPT_GRPC_TARGET, else `localhost:50051`.
-        timeout_s: for calls that give none, retries included; None sets no deadline.
-        retries: whether a call that is refused, the server being away or full, is sent up to three times more.
+        target: `host:port`; defaults to the environment variable MPT_GRPC_TARGET, then to `localhost:50051`.
+        timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
+        retries: whether to retry calls up to three times while the server is unavailable or overloaded.
         """
-        self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(resolve_target(target), channel_options(retries))
-        self._stub = TextGenerationServiceStub(self._channel)
+        self._target, self._timeout = resolve_target(target), timeout
+        self._channel = grpc.insecure_channel(self._target, channel_options(retries))
+        self._service = TextGenerationServiceStub(self._channel)
+        self._debug_service = DebugServiceStub(self._channel)
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -41,75 +45,96 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Cancels the calls in flight and disconnects."""
+        """Cancels the calls in progress and disconnects."""
+        self._closed = True
         self._channel.close()
 
     def generate(
-        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
-        """Continues a prompt and answers once; the options are those of `GenerateOptions`."""
-        request = build_request(prompt, **options)
-        return responses.generation(self._call(self._stub.Generate, request, timeout_s))
+        """Generates a continuation of the prompt and returns it when it is complete.
 
-    def stream(
-        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
-    ) -> TextStream:
-        """Continues a prompt as `generate` does, and answers piece by piece. The request is on its way at once."""
+        timeout: of the call in seconds; None uses the client's. `time_limit` returns a partial output instead of
+        failing.
+        options: see `GenerateOptions`.
+        """
         request = build_request(prompt, **options)
-        call = self._stub.StreamGenerate(request, timeout=self._timeout(timeout_s), metadata=trace_metadata())
-        return TextStream(call, request.sampling.num_sequences)
+        return responses.generation(self._call(self._service.Generate, request, timeout))
 
-    def tokenize(self, text: str, *, timeout_s: float | None = None) -> tuple[Token, ...]:
-        """The tokens of a text."""
-        return responses.tokens(self._call(self._stub.Tokenize, pb.TokenizeRequest(text=text), timeout_s))
+    def stream(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> TextStream:
+        """Generates a continuation of the prompt and streams it. The request is sent immediately.
+
+        timeout: of the whole stream in seconds; None uses the client's.
+        options: see `GenerateOptions`.
+        """
+        request = build_request(prompt, **options)
+        timeout = self._timeout if timeout is None else timeout
+        self._check_open()
+        call = self._service.StreamGenerate(request, timeout=timeout, metadata=trace_metadata())
+        return TextStream(call, request.sampling.num_sequences, self._target, timeout)
+
+    def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[Token, ...]:
+        """Returns the tokens of a text."""
+        return responses.tokens(self._call(self._service.Tokenize, pb.TokenizeRequest(text=text), timeout))
 
     def detokenize(
-        self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, timeout_s: float | None = None
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, timeout: float | None = None
     ) -> str:
-        """The text of tokens; bytes that are no UTF-8 are replaced by U+FFFD."""
-        request = pb.DetokenizeRequest(ids=token_ids, skip_special_tokens=skip_special_tokens)
-        return self._call(self._stub.Detokenize, request, timeout_s).text
+        """Returns the text of token IDs. Invalid UTF-8 is replaced by U+FFFD."""
+        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        return self._call(self._service.Detokenize, request, timeout).text
 
-    def abort(self, *request_ids: str, timeout_s: float | None = None) -> tuple[str, ...]:
-        """Ends requests, whoever sent them, and answers those that were in flight; their calls answer what there is."""
-        response = self._call(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), timeout_s)
+    def cancel(self, *request_ids: str, timeout: float | None = None) -> tuple[str, ...]:
+        """Cancels requests, of any client, whose calls then return their partial output.
+
+        Returns the IDs that were in progress.
+        """
+        response = self._call(self._service.Cancel, pb.CancelRequest(request_ids=request_ids), timeout)
         return tuple(response.request_ids)
 
-    def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
-        """What model is loaded."""
-        return responses.model_info(self._call(self._stub.GetModelInfo, pb.GetModelInfoRequest(), timeout_s))
+    def get_model_info(self, *, timeout: float | None = None) -> ModelInfo:
+        """Returns information about the loaded model."""
+        return responses.model_info(self._call(self._service.GetModelInfo, pb.GetModelInfoRequest(), timeout))
 
-    def server_info(self, *, timeout_s: float | None = None) -> ServerInfo:
-        """What the server's limits are and how busy it is."""
-        return responses.server_info(self._call(self._stub.GetServerInfo, pb.GetServerInfoRequest(), timeout_s))
+    def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Returns the server's version, limits and load."""
+        return responses.server_info(self._call(self._service.GetServerInfo, pb.GetServerInfoRequest(), timeout))
 
-    def engine_state(self, *, timeout_s: float | None = None) -> EngineState:
-        """What the engine is doing: its requests, those that ended lately, and the blocks of the KV cache they hold."""
-        response = self._call(self._stub.GetEngineState, pb.GetEngineStateRequest(), timeout_s)
-        return responses.engine_state(response)
+    def get_engine_state(self, *, timeout: float | None = None) -> debug.EngineState:
+        """Returns the requests in progress and the KV cache blocks they hold. It may change in any release."""
+        request = debug_pb2.GetEngineStateRequest()
+        return debug.engine_state(self._call(self._debug_service.GetEngineState, request, timeout))
 
     def _call(
-        self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout_s: float | None
+        self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout: float | None
     ) -> _Response:
+        timeout = self._timeout if timeout is None else timeout
+        self._check_open()
         try:
-            return method(request, timeout=self._timeout(timeout_s), metadata=trace_metadata())
+            return method(request, timeout=timeout, metadata=trace_metadata())
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+            raise from_rpc_error(error, self._target, timeout) from error
 
-    def _timeout(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s
+    def _check_open(self) -> None:
+        if self._closed:
+            raise closed_error()
 
 
 class TextStream(responses.PartialGeneration):
-    """A generation piece by piece as it comes: iterate over it, or over `deltas()`, once.
+    """A generation in progress. Iterate over it for its text, or over `deltas()` for everything, once.
 
-    As a context manager it cancels the generation when the block is left early, so that the server stops working on it.
+    As a context manager, it cancels the generation on the server when the block is left before the end.
     """
 
-    def __init__(self, call: grpc._CallIterator[pb.StreamGenerateResponse], num_sequences: int) -> None:
+    def __init__(
+        self,
+        call: grpc._CallIterator[pb.StreamGenerateResponse],
+        num_sequences: int,
+        target: str,
+        timeout: float | None,
+    ) -> None:
         super().__init__()
-        self._num_sequences = num_sequences
-        self._call = call
+        self._call, self._num_sequences, self._target, self._timeout = call, num_sequences, target, timeout
         self._cancelled = False
 
     def __enter__(self) -> Self:
@@ -122,29 +147,32 @@ class TextStream(responses.PartialGeneration):
         return self
 
     def __next__(self) -> str:
-        """The next piece of text, never empty. Raises TypeError for more outputs than one, else as `deltas` does."""
+        """Returns the next piece of text, which is never empty.
+
+        Raises TypeError if several outputs were requested, and otherwise the same as `deltas`.
+        """
         if self._num_sequences > 1:
-            raise TypeError("several outputs are interleaved: iterate over deltas()")
+            raise TypeError("the outputs are interleaved: iterate over deltas() instead")
         while (delta := self._next_delta()) is not None:
             if delta.text:
                 return delta.text
         raise StopIteration
 
     def deltas(self) -> Iterator[Delta]:
-        """What is new, of any output. Raises `MptGrpcError` if the call fails; ends quietly once it is cancelled."""
+        """Yields the new parts of all outputs. Raises `MptGrpcError` if the call fails; ends when it is cancelled."""
         while (delta := self._next_delta()) is not None:
             yield delta
 
     def cancel(self) -> None:
-        """Ends the generation on the server too; without effect once it has ended. Any thread may call it."""
+        """Cancels the generation on the server. Has no effect once it has ended. Any thread may call it."""
         self._cancelled = True
         self._call.cancel()
 
     def _next_delta(self) -> Delta | None:
         try:
-            piece = next(self._call, None)
+            chunk = next(self._call, None)
         except grpc.RpcError as error:
             if self._cancelled:
                 return None
-            raise from_rpc_error(error) from error
-        return None if piece is None else self._add(piece)
+            raise from_rpc_error(error, self._target, self._timeout) from error
+        return None if chunk is None else self._add(chunk)

@@ -1,4 +1,4 @@
-"""What an output may be: the values of the option `constraint`."""
+"""The values of the option `constraint`, which restricts the output to a formal language."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class JsonSchema:
-    """The output is JSON that a schema allows; the schema is a mapping, or JSON."""
+    """Constrains the output to JSON that conforms to a JSON Schema, given as a mapping or as JSON text."""
 
     def __init__(self, schema: Mapping[str, Any] | str) -> None:
-        """Raises TypeError or ValueError for a mapping that cannot be written as JSON."""
+        """Raises TypeError or ValueError for a mapping that cannot be serialized as JSON."""
         self.schema = schema if isinstance(schema, str) else json.dumps(dict(schema))
 
     def __repr__(self) -> str:
@@ -21,18 +21,18 @@ class JsonSchema:
 
 @dataclass(frozen=True)
 class JsonObject:
-    """The output is any JSON object."""
+    """Constrains the output to a JSON object."""
 
 
 @dataclass(frozen=True)
 class Regex:
-    """The whole output matches a regular expression, in the syntax of Rust's regex crate."""
+    """Constrains the whole output to match a regular expression, in the syntax of Rust's regex crate."""
 
     pattern: str
 
 
 class Choice:
-    """The output is one of these strings."""
+    """Constrains the output to one of the given strings."""
 
     def __init__(self, *options: str) -> None:
         self.options = options
@@ -43,7 +43,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class LarkGrammar:
-    """The output is a sentence of a grammar, in llguidance's variant of Lark."""
+    """Constrains the output to a grammar in llguidance's variant of Lark, starting at the rule `start`."""
 
     grammar: str
 
@@ -52,15 +52,16 @@ Constraint = JsonSchema | JsonObject | Regex | Choice | LarkGrammar
 
 
 def closed_schema(schema: Any) -> Any:
-    """The schema with no properties but those that its objects name, where it does not say whether others may be.
+    """Returns the schema with `additionalProperties: false` added to every object that lists properties and does not
+    say.
 
-    A class has no fields but its own and a function no parameters, but their schemas allow more, and a weak model adds
-    them for ever. Where `allOf` composes an object, nothing is closed.
+    A class has no other fields and a function no other parameters, but the schemas generated from them allow more, and
+    a weak model keeps adding them. Objects composed with `allOf` are left open.
     """
     if isinstance(schema, list):
         return [closed_schema(part) for part in schema]
     if not isinstance(schema, dict) or "allOf" in schema:
         return schema
-    # The type tells an object's schema from a mapping of fields of which one is called "properties".
+    # The type distinguishes an object's schema from a mapping of fields, one of which is called "properties".
     closing = {"additionalProperties": False} if schema.get("type") == "object" and "properties" in schema else {}
     return closing | {name: closed_schema(part) for name, part in schema.items()}

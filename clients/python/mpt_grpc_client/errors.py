@@ -1,49 +1,50 @@
-"""The client's errors, and how a gRPC status with its google.rpc details becomes one of them.
+"""The client's exceptions, and the translation of gRPC statuses with google.rpc details into them.
 
-MptGrpcError              any status; other codes than those below are raised as this class itself
-├── InvalidRequestError     INVALID_ARGUMENT: names every bad field
-├── NotFoundError           NOT_FOUND: no such model is loaded
-├── AlreadyExistsError      ALREADY_EXISTS: the request id is in flight
-├── OverloadedError         RESOURCE_EXHAUSTED: the server's queue is full; says when to try again
-├── UnavailableError        UNAVAILABLE: no server there, or it is draining
-├── DeadlineExceededError   DEADLINE_EXCEEDED: timeout_s has passed
-├── InternalError           INTERNAL: the engine failed while it served this request
-└── InvalidTargetError      no call was made: the target is not HOST:PORT
+MptGrpcError              a call that failed; statuses not listed below raise this class itself
+├── InvalidRequestError     INVALID_ARGUMENT: one or more options are invalid
+├── NotFoundError           NOT_FOUND: the requested model is not loaded
+├── AlreadyExistsError      ALREADY_EXISTS: a request with this ID is in progress
+├── OverloadedError         RESOURCE_EXHAUSTED: the server's queue is full
+├── UnavailableError        UNAVAILABLE: the server cannot be reached or is shutting down
+├── DeadlineExceededError   DEADLINE_EXCEEDED: the timeout has expired
+├── InternalError           INTERNAL: the server failed while processing this request
+└── InvalidTargetError      the target is not HOST:PORT; no call was made
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 _Detail = TypeVar("_Detail", bound=Message)
 
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """One bad field of a request: its path in the API and what is wrong with it."""
+    """An invalid option of a request and what is wrong with it."""
 
     field: str
+    """The name of the option, or its path, such as `stop_strings[2]`."""
     description: str
 
 
 class MptGrpcError(Exception):
-    """A call that failed; `__cause__` is the error as gRPC raised it."""
+    """A call that failed. `__cause__` is the error raised by gRPC."""
 
     def __init__(self, message: str, *, code: grpc.StatusCode = grpc.StatusCode.UNKNOWN, reason: str = "") -> None:
         super().__init__(message)
         self.code = code
         self.reason = reason
-        """The server's stable name for the fault, such as `ENGINE_FAULT`; empty if gRPC itself failed."""
+        """The server's stable name for the error, such as `ENGINE_FAULT`; empty if gRPC itself failed."""
 
 
 class InvalidRequestError(MptGrpcError):
-    """One or more fields of the request are out of range."""
+    """One or more options of the request are invalid."""
 
     def __init__(
         self,
@@ -55,19 +56,19 @@ class InvalidRequestError(MptGrpcError):
     ) -> None:
         super().__init__(message, code=code, reason=reason)
         self.violations = violations
-        """All bad fields; empty if the server named none."""
+        """All invalid options; empty if the server listed none."""
 
 
 class NotFoundError(MptGrpcError):
-    """The request names a model that is not loaded."""
+    """The requested model is not loaded."""
 
 
 class AlreadyExistsError(MptGrpcError):
-    """A request with this id is in flight."""
+    """A request with this ID is in progress."""
 
 
 class OverloadedError(MptGrpcError):
-    """The server's queue is full, and stayed so while the channel retried."""
+    """The server's queue is full, and remained full during the retries."""
 
     def __init__(
         self,
@@ -75,48 +76,63 @@ class OverloadedError(MptGrpcError):
         *,
         code: grpc.StatusCode = grpc.StatusCode.RESOURCE_EXHAUSTED,
         reason: str = "",
-        retry_after_s: float | None = None,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message, code=code, reason=reason)
-        self.retry_after_s = retry_after_s
-        """How long the server asks to wait; None if it does not say."""
+        self.retry_after = retry_after
+        """Seconds to wait before trying again; None if the server does not specify it."""
 
 
 class UnavailableError(MptGrpcError):
-    """The server is not there, is draining or has lost its engine."""
+    """The server cannot be reached, is shutting down, or its engine has stopped."""
 
 
 class DeadlineExceededError(MptGrpcError):
-    """The call took longer than `timeout_s`. A stream keeps the text that came until then."""
+    """The call exceeded its timeout. A stream keeps the text received so far."""
 
 
 class InternalError(MptGrpcError):
-    """The engine failed while it served this request."""
+    """The server failed while processing this request."""
 
 
 class InvalidTargetError(MptGrpcError, ValueError):
     """The target is not HOST:PORT."""
 
 
-def from_rpc_error(error: grpc.RpcError) -> MptGrpcError:
-    """The client's error for one that grpc or grpc.aio raised. Raise it `from error`."""
-    code = error.code()
-    message = error.details() or code.name
-    if code is grpc.StatusCode.UNAVAILABLE and message.startswith(("failed to connect", "DNS resolution failed")):
-        message = f"no server answers; is it running, and is the target its gRPC port, not HTTP's? {message}"
-    # What grpc and grpc.aio raise has a call's methods, though it is not declared so.
-    status = rpc_status.from_call(cast(grpc.Call, error)) or status_pb2.Status()
+def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None) -> MptGrpcError:
+    """Returns the client's exception for one raised by grpc or grpc.aio. Raise it `from error`.
+
+    timeout: of the call, in seconds.
+    """
+    # What grpc and grpc.aio raise has the methods of a call, although it is not declared that way.
+    call = cast(grpc.Call, error)
+    code = call.code()
+    status = _status(call)
     reason = _detail(status, error_details_pb2.ErrorInfo).reason
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
-        bad_request = _detail(status, error_details_pb2.BadRequest)
-        violations = tuple(FieldViolation(v.field, v.description) for v in bad_request.field_violations)
-        return InvalidRequestError(message, code=code, reason=reason, violations=violations)
-    # gRPC itself answers RESOURCE_EXHAUSTED, with no reason, to a message that is too large: waiting would not help.
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and reason:
-        retry = _detail(status, error_details_pb2.RetryInfo)
-        retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
-        return OverloadedError(message, code=code, reason=reason, retry_after_s=retry_after_s)
+    message = call.details() or code.name
+    match code:
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            violations = tuple(
+                FieldViolation(_option_name(violation.field), violation.description)
+                for violation in _detail(status, error_details_pb2.BadRequest).field_violations
+            )
+            message = "; ".join(f"{v.field}: {v.description}" for v in violations) or message
+            return InvalidRequestError(message, code=code, reason=reason, violations=violations)
+        # Without a reason it is gRPC itself that refuses a message that is too large; retrying would not help.
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if reason:
+            retry = _detail(status, error_details_pb2.RetryInfo)
+            retry_after = retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
+            return OverloadedError(message, code=code, reason=reason, retry_after=retry_after)
+        case grpc.StatusCode.UNAVAILABLE if not reason:
+            message = f"no server responds at {target}; start one with `mpt-grpc serve`, or check the target: {message}"
+        case grpc.StatusCode.DEADLINE_EXCEEDED if timeout is not None:
+            message = f"the call did not finish within its timeout of {timeout:g} s"
     return _CLASSES.get(code, MptGrpcError)(message, code=code, reason=reason)
+
+
+def closed_error() -> MptGrpcError:
+    """Returns the error of a call on a client that has been closed."""
+    return MptGrpcError("the client is closed", code=grpc.StatusCode.CANCELLED)
 
 
 _CLASSES: dict[grpc.StatusCode, type[MptGrpcError]] = {
@@ -127,9 +143,42 @@ _CLASSES: dict[grpc.StatusCode, type[MptGrpcError]] = {
     grpc.StatusCode.INTERNAL: InternalError,
 }
 
+_OPTION_NAMES = {
+    "cache.bypass": "cache_bypass",
+    "cache.salt": "cache_salt",
+    "conversation": "prompt",
+    "conversation.drop_oldest_turns": "drop_oldest_turns",
+    "decoding.choice": "constraint",
+    "decoding.json_object": "constraint",
+    "decoding.json_schema": "constraint",
+    "decoding.lark_grammar": "constraint",
+    "decoding.regex": "constraint",
+    "text": "prompt",
+    "token_ids": "prompt",
+}
+"""The options whose names are not the last part of their path in the API. Longer paths begin with these."""
+_GROUPS = re.compile(r"(sampling|decoding|stopping|output_options)\.")
+
+
+def _option_name(field: str) -> str:
+    """Returns the keyword argument that sets a field of the API, followed by the rest of its path."""
+    for path in sorted(_OPTION_NAMES, key=len, reverse=True):
+        if re.match(rf"{re.escape(path)}(?![\w])", field):
+            rest = field.removeprefix(path).removeprefix(".ids").removeprefix(".messages").removeprefix(".options")
+            return _OPTION_NAMES[path] + rest
+    return _GROUPS.sub("", field, count=1)
+
+
+def _status(call: grpc.Call) -> status_pb2.Status:
+    """Returns the status with its details. grpcio-status does the same, but ties protobuf to the release of grpcio."""
+    for key, value in call.trailing_metadata() or ():
+        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+            return status_pb2.Status.FromString(value)
+    return status_pb2.Status()
+
 
 def _detail(status: status_pb2.Status, kind: type[_Detail]) -> _Detail:
-    """The status's detail of this kind, or an empty one."""
+    """Returns the first detail of this kind, or an empty one."""
     detail = kind()
     for packed in status.details:
         if packed.Unpack(detail):

@@ -1,6 +1,7 @@
-"""LangChain over gRPC: `ChatMpt` answers messages and `MptLLM` continues text. Needs `mpt-grpc-client[langchain]`.
+"""LangChain models over gRPC: the chat model `ChatMpt` and the text model `MptLLM`.
 
-The package does not import this module. What LangChain means by messages and results is in `langchain_values.py`.
+Requires the extra `langchain`; the package itself does not import this module. `langchain_values.py` translates
+messages and results.
 """
 
 from __future__ import annotations
@@ -25,29 +26,29 @@ from mpt_grpc_client.async_client import AsyncClient
 from mpt_grpc_client.channel import resolve_target
 from mpt_grpc_client.client import Client
 from mpt_grpc_client.constraints import JsonSchema
-from mpt_grpc_client.request import GenerateOptions
+from mpt_grpc_client.request import GenerateOptions, unknown_option
 
 
 class _Model(BaseLanguageModel[Any]):
-    """What both models are made with, and their connections.
+    """The fields and connections that both models share.
 
-    A keyword of a call wins over what the model was made with; None there is the server's default.
+    A keyword argument of a call overrides the field; None selects the server's default.
     """
 
     target: str = Field(default_factory=lambda: resolve_target(None))
-    """`host:port`; default: the environment's MPT_GRPC_TARGET, else `localhost:50051`."""
-    timeout_s: float | None = Field(default=None, validation_alias=AliasChoices("timeout_s", "timeout"))
-    """For each call; None sets no deadline."""
+    """`host:port`; defaults to the environment variable MPT_GRPC_TARGET, then to `localhost:50051`."""
+    timeout: float | None = None
+    """The timeout of each call in seconds; None waits indefinitely."""
     model: str | None = None
-    """As in `GenerateOptions`, and so are the following."""
+    """This and the following fields are described in `GenerateOptions`."""
     max_new_tokens: int | None = Field(default=None, validation_alias=AliasChoices("max_new_tokens", "max_tokens"))
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop_strings: str | list[str] | None = Field(default=None, validation_alias=AliasChoices("stop_strings", "stop"))
     options: dict[str, Any] = Field(default_factory=dict)
-    """Any other `GenerateOptions`."""
+    """Other `GenerateOptions`."""
 
     _connections: _Connections = PrivateAttr(default_factory=lambda: _Connections())
 
@@ -56,9 +57,9 @@ class _Model(BaseLanguageModel[Any]):
     def _check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         unknown = options.keys() - GenerateOptions.__optional_keys__
         if unknown:
-            raise ValueError(f"no such option: {', '.join(sorted(unknown))}")
+            raise ValueError("; ".join(map(unknown_option, sorted(unknown))))
         if twice := options.keys() & cls.model_fields:
-            raise ValueError(f"not in options but beside them: {', '.join(sorted(twice))}")
+            raise ValueError(f"pass as fields of the model, not in options: {', '.join(sorted(twice))}")
         return options
 
     @classmethod
@@ -66,27 +67,27 @@ class _Model(BaseLanguageModel[Any]):
         return True
 
     def get_token_ids(self, text: str) -> list[int]:
-        """The server's tokens of a text, so that LangChain counts as the model does."""
+        """Returns the model's token IDs of a text, with which LangChain counts tokens."""
         client, _ = self._connect()
-        return [token.id for token in client.tokenize(text, timeout_s=self.timeout_s)]
+        return [token.token_id for token in client.tokenize(text, timeout=self.timeout)]
 
     def _asked(self, stop: list[str] | None, call: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of the client's call."""
+        """Returns the keyword arguments of the client's call."""
         made = {name: value for name in _OPTION_FIELDS if (value := getattr(self, name)) is not None}
         asked = {**self.options, **made, **{_STANDARD_NAMES.get(name, name): value for name, value in call.items()}}
-        return asked if stop is None else {**asked, "stop": stop}
+        return asked if stop is None else {**asked, "stop_strings": stop}
 
     def _connect(self) -> tuple[Client, str]:
-        """The client, and the name of the server's model."""
+        """Returns the client and the name of the server's model."""
         client, names = self._connections.client(self.target), self._connections.model_names
         if self.target not in names:
-            names[self.target] = client.model_info(timeout_s=self.timeout_s).name
+            names[self.target] = client.get_model_info(timeout=self.timeout).name
         return client, names[self.target]
 
     async def _connect_async(self) -> tuple[AsyncClient, str]:
         client, names = self._connections.async_client(self.target), self._connections.model_names
         if self.target not in names:
-            names[self.target] = (await client.model_info(timeout_s=self.timeout_s)).name
+            names[self.target] = (await client.get_model_info(timeout=self.timeout)).name
         return client, names[self.target]
 
     @property
@@ -99,21 +100,21 @@ class _Model(BaseLanguageModel[Any]):
         params["ls_model_name"] = asked.get("model") or "mpt"
         if (max_new_tokens := asked.get("max_new_tokens")) is not None:
             params["ls_max_tokens"] = max_new_tokens
-        if stop := asked.get("stop"):
+        if stop := asked.get("stop_strings"):
             params["ls_stop"] = [stop] if isinstance(stop, str) else list(stop)
         return params
 
 
 class ChatMpt(_Model, BaseChatModel):
-    """A chat model: the server's chat template makes a prompt of the messages, which are text. It calls no tools.
+    """A chat model. The server's chat template turns the messages, which must be text, into a prompt. No tool calling.
 
-    A keyword of a call is one of `GenerateOptions`, or `timeout_s`, and wins over what the model was made with.
+    A keyword argument of a call, one of `GenerateOptions` or `timeout`, overrides the model's field.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     streaming: bool = False
-    """Whether `invoke` reads its answer piece by piece too, for callbacks that want its tokens."""
+    """Whether `invoke` streams internally, for callbacks that receive tokens."""
 
     @property
     def _llm_type(self) -> str:
@@ -122,14 +123,15 @@ class ChatMpt(_Model, BaseChatModel):
     def with_structured_output(
         self, schema: dict[str, Any] | type, *, include_raw: bool = False, **kwargs: Any
     ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
-        """Answers values of a pydantic class, or of a TypedDict or a JSON schema as dicts; the server sees to it.
+        """Returns a model whose outputs the server constrains to a schema: a pydantic class, a TypedDict or a JSON
+        Schema.
 
-        include_raw: answers a dict of the message `raw`, of `parsed` and of `parsing_error`, and does not raise it.
-        kwargs: `method` and `strict` change nothing: there is one way, and it is strict.
-        Raises ValueError for other keywords, OutputParserException for an output that ended before its JSON.
+        include_raw: return a dict with `raw`, `parsed` and `parsing_error`, and do not raise parsing errors.
+        kwargs: `method` and `strict` are accepted and ignored; the output is always constrained.
+        Raises ValueError for other keywords. Invoking raises OutputParserException if the output ended before its JSON.
         """
         if unknown := kwargs.keys() - {"method", "strict"}:
-            raise ValueError(f"no such option: {', '.join(sorted(unknown))}")
+            raise ValueError(f"unknown option: {', '.join(sorted(unknown))}")
         form = {"kwargs": {"method": "json_schema"}, "schema": schema}
         model = self.bind(constraint=JsonSchema(values.json_schema(schema)), ls_structured_output_format=form)
         parser = values.json_parser(schema)
@@ -162,7 +164,7 @@ class ChatMpt(_Model, BaseChatModel):
         generation = await client.generate(values.conversation(messages), **self._asked(stop, kwargs))
         return values.chat_result(generation, model_name)
 
-    # LangChain tells the callbacks of a chat model's pieces itself.
+    # LangChain itself reports the chunks of a chat model to callbacks.
     def _stream(
         self,
         messages: list[BaseMessage],
@@ -190,14 +192,14 @@ class ChatMpt(_Model, BaseChatModel):
                     yield chunk
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        # LangChain's own key for its cache is blind to what a constraint in `options` says.
+        # LangChain's own cache key ignores the value of a constraint in `options`.
         return str(sorted(self._get_invocation_params(stop=stop, **kwargs).items()))
 
 
 class MptLLM(_Model, BaseLLM):
-    """A model that continues text, without a chat template. The prompts of a batch are in flight together.
+    """A model that continues text, without a chat template. The prompts of a batch are generated concurrently.
 
-    A keyword of a call is one of `GenerateOptions`, or `timeout_s`, and wins over what the model was made with.
+    A keyword argument of a call, one of `GenerateOptions` or `timeout`, overrides the model's field.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -216,7 +218,7 @@ class MptLLM(_Model, BaseLLM):
         client, model_name = self._connect()
         asked = self._asked(stop, kwargs)
         with ExitStack() as stack:
-            # A stream's request is on its way at once, and an error cancels the others.
+            # Creating a stream sends its request, and an error cancels the other streams.
             streams = [stack.enter_context(client.stream(prompt, **asked)) for prompt in prompts]
             for stream in streams:
                 for _ in stream.deltas():
@@ -270,23 +272,23 @@ class MptLLM(_Model, BaseLLM):
                     yield chunk
 
 
-_OPTION_FIELDS = ("timeout_s", "model", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
-_STANDARD_NAMES = {"max_tokens": "max_new_tokens", "timeout": "timeout_s"}
-"""LangChain's names for what has another here."""
+_OPTION_FIELDS = ("timeout", "model", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop_strings")
+_STANDARD_NAMES = {"max_tokens": "max_new_tokens", "stop": "stop_strings"}
+"""LangChain's names of options that have another name here."""
 
 
 class _Connections:
-    """The clients of one model, made when they are first needed: one for threads, and one for each running loop."""
+    """The clients of one model, created on first use: one for threads and one for each event loop."""
 
     def __init__(self) -> None:
         self.model_names: dict[str, str] = {}
-        """By target."""
+        """The name of the server's model by target."""
         self._lock = threading.Lock()
         self._clients: dict[str, Client] = {}
         self._async_clients: dict[tuple[asyncio.AbstractEventLoop, str], AsyncClient] = {}
 
     def __reduce__(self) -> tuple[type[_Connections], tuple[()]]:
-        """A copy, or what comes out of a pickle, connects anew."""
+        """Copies and unpickled models create their own connections."""
         return _Connections, ()
 
     def client(self, target: str) -> Client:
@@ -296,7 +298,7 @@ class _Connections:
             return self._clients[target]
 
     def async_client(self, target: str) -> AsyncClient:
-        """For the running loop. A loop that has ended takes its clients with it."""
+        """Returns the client of the running loop. Clients of closed loops are discarded."""
         key = asyncio.get_running_loop(), target
         with self._lock:
             for ended in [key for key in self._async_clients if key[0].is_closed()]:

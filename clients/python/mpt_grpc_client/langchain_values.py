@@ -1,4 +1,4 @@
-"""The translation between LangChain's values and the client's: messages, results and the schemas of outputs."""
+"""The translation between LangChain's values and the client's: messages, results and output schemas."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ from mpt_grpc_client.results import Delta, Generation, Output, TokenLogprob, Top
 
 
 def conversation(messages: Sequence[BaseMessage]) -> list[Message]:
-    """The client's messages; runs of one role become one, as chat templates want their roles to alternate.
+    """Returns the client's messages. Consecutive messages of one role are merged, since chat templates expect
+    alternation.
 
-    Raises ValueError for what is no text of the system, the user or the assistant.
+    Raises ValueError for content other than text and for roles other than system, user and assistant.
     """
     return [Message(_role(message), _text(message)) for message in merge_message_runs(messages)]
 
 
 def chat_result(generation: Generation, model_name: str) -> ChatResult:
-    """One generation an output; the first has the usage of all."""
+    """Returns one generation for each output; the first carries the usage of all."""
     messages = [AIMessage(output.text) for output in generation.outputs]
     messages[0].usage_metadata = _usage(generation.usage)
     return ChatResult(
@@ -50,7 +51,7 @@ def chat_result(generation: Generation, model_name: str) -> ChatResult:
 
 
 def llm_result(generations: Sequence[Generation], model_name: str) -> LLMResult:
-    """For each prompt one generation an output, of which the first has the usage of all."""
+    """Returns, for each prompt, one generation for each output; the first carries the usage of all."""
     return LLMResult(
         generations=[
             [
@@ -65,7 +66,7 @@ def llm_result(generations: Sequence[Generation], model_name: str) -> LLMResult:
 
 
 def chat_chunk(delta: Delta, stream: PartialGeneration, model_name: str) -> ChatGenerationChunk | None:
-    """What a delta says, if anything; the last says all but the text that came before."""
+    """Returns the chunk of a delta, if it is not empty. The last one carries the usage and the finish reason."""
     _check_single(delta)
     info, usage = _part(delta), None
     if delta.finish:
@@ -78,7 +79,7 @@ def chat_chunk(delta: Delta, stream: PartialGeneration, model_name: str) -> Chat
 
 
 def llm_chunk(delta: Delta, stream: PartialGeneration, model_name: str) -> GenerationChunk | None:
-    """As `chat_chunk`."""
+    """Returns the chunk of a delta, if it is not empty. The last one carries the usage and the finish reason."""
     _check_single(delta)
     info = _part(delta)
     if delta.finish:
@@ -87,7 +88,7 @@ def llm_chunk(delta: Delta, stream: PartialGeneration, model_name: str) -> Gener
 
 
 def json_schema(schema: dict[str, Any] | type) -> dict[str, Any]:
-    """The JSON schema that is given, or that of a pydantic class, a TypedDict or a function in OpenAI's form."""
+    """Returns the given JSON Schema, or that of a pydantic class, a TypedDict or a function in OpenAI's format."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return cast(dict[str, Any], closed_schema(schema.model_json_schema()))
     if isinstance(schema, dict) and not schema.keys() & {"function", "parameters"}:
@@ -96,14 +97,15 @@ def json_schema(schema: dict[str, Any] | type) -> dict[str, Any]:
 
 
 def json_parser(schema: dict[str, Any] | type) -> JsonOutputParser:
-    """Makes instances of a pydantic class, else what the JSON says; of a stream, as far as it has come."""
+    """Returns a parser into a pydantic class, or into plain JSON values. It also parses the partial JSON of a
+    stream."""
     if isinstance(schema, type) and is_basemodel_subclass(schema):
         return _WholePydanticParser(pydantic_object=schema)
     return _WholeJsonParser()
 
 
 class _WholeJsonParser(JsonOutputParser):
-    """LangChain's parser closes what is open in JSON that was cut short; this one refuses it once no more will come."""
+    """A parser that refuses a completed output with truncated JSON, which LangChain's parser would repair silently."""
 
     def parse_result(self, result: list[TextGeneration], *, partial: bool = False) -> Any:
         [generation] = result
@@ -114,7 +116,7 @@ class _WholeJsonParser(JsonOutputParser):
         try:
             json.loads(generation.text)
         except ValueError as error:
-            message = f"the output ended before its JSON: {reason}"
+            message = f"the output ended before its JSON was complete: {reason}"
             raise OutputParserException(message, llm_output=generation.text) from error
         return super().parse_result(result)
 
@@ -127,12 +129,12 @@ def _role(message: BaseMessage) -> Role:
     for kind, role in ((SystemMessage, Role.SYSTEM), (HumanMessage, Role.USER), (AIMessage, Role.ASSISTANT)):
         if isinstance(message, kind):
             return role
-    raise ValueError(f"messages of type {message.type} are not supported: only system, human and ai")
+    raise ValueError(f"messages of type {message.type!r} are not supported; use system, human or ai messages")
 
 
 def _text(message: BaseMessage) -> str:
     if isinstance(message, AIMessage) and message.tool_calls:
-        raise ValueError("tool calls are not supported")
+        raise ValueError("messages with tool calls are not supported")
     parts = [message.content] if isinstance(message.content, str) else message.content
     return "".join(map(_part_text, parts))
 
@@ -141,18 +143,18 @@ def _part_text(part: str | dict[str, Any]) -> str:
     if isinstance(part, str):
         return part
     if part.get("type") != "text":
-        raise ValueError(f"content of type {part.get('type')} is not supported: only text")
+        raise ValueError(f"content of type {part.get('type')!r} is not supported; use text")
     text: str = part["text"]
     return text
 
 
 def _check_single(delta: Delta) -> None:
     if delta.index:
-        raise ValueError("num_sequences: a stream has one output")
+        raise ValueError("num_sequences: streaming supports only one output")
 
 
 def _part(part: Delta | Output) -> dict[str, Any]:
-    """What was asked for beside the text; LangChain joins the lists of a stream's chunks."""
+    """Returns the requested token IDs and log probabilities; LangChain concatenates the lists of a stream's chunks."""
     info: dict[str, Any] = {}
     if part.token_ids:
         info["token_ids"] = list(part.token_ids)
@@ -171,7 +173,7 @@ def _end(generation: Generation, output: Output, model_name: str) -> dict[str, A
 
 
 def _llm_end(generation: Generation, output: Output, model_name: str) -> dict[str, Any]:
-    """LangChain has no other place for the usage of text; the first output has that of all."""
+    """Returns the end of a text generation with its usage, for which LangChain has no other place."""
     usage = {} if output.index else {"usage_metadata": _usage(generation.usage)}
     return _end(generation, output, model_name) | usage
 
@@ -186,10 +188,10 @@ def _usage(usage: Usage) -> UsageMetadata:
 
 
 def _logprob(logprob: TokenLogprob) -> dict[str, Any]:
-    """In the form of OpenAI's, as other chat models of LangChain give it."""
-    return _token(logprob) | {"top_logprobs": [_token(top) for top in logprob.top]}
+    """Returns a log probability in OpenAI's format, as LangChain's other chat models do."""
+    return _token(logprob) | {"top_logprobs": [_token(top) for top in logprob.top_logprobs]}
 
 
 def _token(token: TokenLogprob | TopLogprob) -> dict[str, Any]:
-    text = token.bytes.decode(errors="replace")
-    return {"token": text, "bytes": list(token.bytes), "token_id": token.token_id, "logprob": token.logprob}
+    text = token.token_bytes.decode(errors="replace")
+    return {"token": text, "bytes": list(token.token_bytes), "token_id": token.token_id, "logprob": token.logprob}

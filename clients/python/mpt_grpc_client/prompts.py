@@ -1,27 +1,29 @@
-"""What a model can be asked to continue: text, token ids, or a conversation."""
+"""The prompts a model can continue: text, token IDs, or a conversation."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
 class Role(enum.Enum):
-    """Who speaks; the numbers are the API's."""
+    """The author of a message."""
 
-    SYSTEM = 1
-    USER = 2
-    ASSISTANT = 3
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
-    role: Role
+    role: Role | str
+    """A `Role`, or its value."""
     content: str
 
 
-Prompt = str | Sequence[int] | Sequence[Message]
-"""Text, token ids, or the messages of a conversation, of which the last is the user's."""
+Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, str]]
+"""Text, token IDs, or the messages of a conversation, the last of which is the user's. A mapping has the keys `role`
+and `content`."""

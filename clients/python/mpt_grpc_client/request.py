@@ -1,195 +1,212 @@
-"""What a caller can ask of a generation, and its one translation into the API's `GenerateRequest`."""
+"""The options of a generation, and their translation into the API's `GenerateRequest`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TypedDict, Unpack, cast
 
 from google.protobuf.duration_pb2 import Duration
 
-from mpt.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.constraints import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
 from mpt_grpc_client.errors import FieldViolation, InvalidRequestError
 from mpt_grpc_client.prompts import Message, Prompt, Role
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 
 @dataclass(frozen=True)
 class RepetitionGuard:
-    """Ends an output whose last tokens are one cycle of up to `max_cycle_tokens`, `min_repeats` times in a row."""
+    """Ends an output whose last tokens repeat the same sequence of up to `max_cycle_tokens` tokens `min_repeats`
+    times."""
 
     min_repeats: int = 4
-    """Range 2 to 1,000."""
+    """Range: 2 to 1000."""
     max_cycle_tokens: int = 32
-    """Range 1 to 256."""
+    """Range: 1 to 256."""
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The keyword arguments of `generate` and `stream`. One that is left out, or None, takes the server's default."""
+    """The keyword arguments of `generate` and `stream`.
+
+    An option that is omitted or None takes the server's default; those given here apply unless the server was started
+    with `--generation-config model`.
+    """
 
     max_new_tokens: int | None
-    """At most so many new tokens; 0 only computes the prompt. Default: 256, or what the context has room for."""
+    """Maximum number of new tokens; 0 only computes the prompt. Default: 256, or less if the context has less room."""
     min_new_tokens: int | None
-    """Until there are so many, end marks and stop tokens are not chosen and stop strings do not count. Default 0."""
+    """Minimum number of new tokens, before which the output does not end. Default: 0."""
     temperature: float | None
-    """0 is greedy, whatever the filters say. Range 0 to 100, default 1."""
+    """Sampling temperature; 0 selects greedy decoding. Range: 0 to 100. Default: 1."""
     top_k: int | None
-    """Keep the k likeliest tokens; 0, the default, keeps all."""
+    """Keep only the k most likely tokens. Default: 0, which keeps all."""
     top_p: float | None
-    """Keep the fewest likeliest tokens whose probabilities reach this sum. Above 0 to 1, default 1."""
+    """Keep the most likely tokens whose total probability reaches this value. Range: above 0, up to 1. Default: 1."""
     min_p: float | None
-    """Drop tokens less likely than this share of the likeliest. Range 0 to 1, default 0."""
+    """Remove tokens less likely than this fraction of the most likely token. Range: 0 to 1. Default: 0."""
     typical_p: float | None
-    """Keep the tokens closest to the expected surprise whose probabilities reach this sum. Above 0 to 1, default 1."""
+    """Keep the most typical tokens whose total probability reaches this value. Range: above 0, up to 1. Default: 1."""
     seed: int | None
-    """The same request with the same seed gives the same tokens. Uint64; default: the server draws one and tells it."""
+    """Seed of the random number generator. Range: 0 to 2^64 - 1. Default: random, and returned in the result."""
     num_sequences: int | None
-    """So many outputs of one prompt, each with a seed of its own. Range 1 to 16, default 1."""
+    """Number of outputs, each with its own seed. Range: 1 to 16. Default: 1."""
     repetition_penalty: float | None
-    """Divides the scores of tokens that are in the prompt or the output. Above 0 to 10, default 1."""
+    """Divides the logits of tokens in the prompt or the output. Range: above 0, up to 10. Default: 1."""
     frequency_penalty: float | None
-    """Taken from a token's score for each time that it is in the output. Range -2 to 2, default 0."""
+    """Subtracted from a token's logit for each occurrence in the output. Range: -2 to 2. Default: 0."""
     presence_penalty: float | None
-    """Taken from a token's score if it is in the output. Range -2 to 2, default 0."""
+    """Subtracted from the logit of every token in the output. Range: -2 to 2. Default: 0."""
     logit_bias: Mapping[int, float] | None
-    """Added to the scores of these tokens. At most 1,024 tokens, range -100 to 100."""
+    """Added to the logits of these token IDs. At most 1024 entries. Range: -100 to 100."""
     allowed_token_ids: Sequence[int] | None
-    """Only these tokens may be chosen; default: all. Not together with a constraint."""
+    """Restricts the output to these token IDs. Default: all. Cannot be combined with a constraint."""
     constraint: Constraint | None
-    """What the output may be: a JsonSchema, JsonObject, Regex, Choice or LarkGrammar."""
-    stop: str | Sequence[str] | None
-    """The output ends where this string, or one of these, appears. At most 16, each 1 to 256 bytes."""
+    """Restricts the output to a JsonSchema, JsonObject, Regex, Choice or LarkGrammar."""
+    stop_strings: str | Sequence[str] | None
+    """A string, or up to 16 strings, that end the output. Each has 1 to 256 bytes."""
     stop_token_ids: Sequence[int] | None
-    """The output ends with one of these tokens; its text is left out. At most 64."""
-    include_stop_string: bool
-    """Whether the text ends with the stop string that was met. Default False: it ends before it."""
-    ignore_eos: bool
-    """Whether to go on after the model's end mark, for benchmarks. Default False. Not together with a constraint."""
-    time_limit_s: float | None
-    """The output ends with what there is, so many seconds after the request's arrival. Above 0; default: no limit."""
+    """Up to 64 token IDs that end the output. Their text is not included."""
+    include_stop_string: bool | None
+    """Whether the text includes the stop string that ended the output. Default: False."""
+    ignore_eos: bool | None
+    """Whether to continue past the end-of-sequence token. Default: False. Cannot be combined with a constraint."""
+    time_limit: float | None
+    """Seconds after arrival at which the partial output is returned. Must be positive. Default: no limit."""
     repetition_guard: RepetitionGuard | None
-    """Ends an output that goes in circles. Default: off."""
+    """Ends an output that repeats itself. Default: off."""
     skip_special_tokens: bool | None
-    """Whether special tokens, such as the end mark, are left out of the text. Default True."""
-    return_token_ids: bool
-    """Whether the result has the output's `token_ids`. Default False."""
-    return_prompt_token_ids: bool
-    """Whether the result has the `prompt_token_ids`. Default False."""
-    return_logprobs: bool
-    """Whether the result has the `logprobs` of the output's tokens. Default False."""
-    return_prompt_logprobs: bool
-    """Whether the result has the `prompt_logprobs`; the prompt is computed anew then. Default False."""
+    """Whether to omit special tokens, such as the end-of-sequence token, from the text. Default: True."""
+    return_token_ids: bool | None
+    """Whether the result has the `token_ids` of the output. Default: False."""
+    return_prompt_token_ids: bool | None
+    """Whether the result has the `prompt_token_ids`. Default: False."""
+    return_logprobs: bool | None
+    """Whether the result has the `logprobs` of the output tokens. Default: False."""
+    return_prompt_logprobs: bool | None
+    """Whether the result has the `prompt_logprobs`; the prompt then bypasses the prefix cache. Default: False."""
     top_logprobs: int | None
-    """With each log probability, so many of the likeliest tokens. Range 0 to 20, default 0."""
+    """Number of most likely tokens to return with each log probability. Range: 0 to 20. Default: 0."""
     truncate_prompt_tokens: int | None
-    """Use only so many of the prompt's last tokens, 1 or more; default: all. Not with messages."""
-    drop_oldest_turns: bool
-    """With messages: leave out the oldest turns where all do not fit. Default False, which refuses them."""
+    """Keep only the last N prompt tokens, at least 1. Default: all. Not supported for messages."""
+    drop_oldest_turns: bool | None
+    """Whether to drop the oldest messages if the conversation does not fit. Default: False, which refuses it."""
     resume_token_ids: Sequence[int] | None
-    """An output's tokens as far as it has come: the answer is what would have followed, with the same seed."""
+    """The tokens of a partial output to resume, with the same request and seed. The result has only what follows."""
     request_id: str | None
-    """Names the request in `abort`, traces and logs. At most 128 bytes; default: the server makes one up."""
+    """Identifies the request in `cancel`, traces and logs. At most 128 bytes. Default: generated by the server."""
     model: str | None
-    """The model that has to answer, by its name in `model_info`. Default: whichever is loaded."""
+    """The name of the model, as in `get_model_info`. Default: the loaded model."""
     priority: int | None
-    """Higher goes first; among equals the earlier arrival. Range -100 to 100, default 0."""
-    cache_bypass: bool
-    """Whether to neither read nor fill the prefix cache. Default False."""
+    """Requests with higher values run first. Range: -100 to 100. Default: 0."""
+    cache_bypass: bool | None
+    """Whether to neither read nor write the prefix cache. Default: False."""
     cache_salt: str | None
-    """The prefix cache is shared only among requests with the same salt. At most 128 bytes, default empty."""
+    """Restricts sharing of the prefix cache to requests with the same salt. At most 128 bytes. Default: empty."""
 
 
 def build_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
-    """The request for a prompt. Ranges are the server's to check.
+    """Returns the request for a prompt. The server checks the ranges.
 
-    Raises TypeError for an option that does not exist or is of another type, InvalidRequestError for a value that its
-    field cannot hold. Both name the option.
+    Raises TypeError for an unknown option or a value of the wrong type, and InvalidRequestError for a value that does
+    not fit in its field. Both name the option.
     """
     unknown = options.keys() - GenerateOptions.__optional_keys__
     if unknown:
-        raise TypeError(f"no such option: {', '.join(map(_with_likeliest, sorted(unknown)))}")
+        raise TypeError("; ".join(map(unknown_option, sorted(unknown))))
     try:
         return _request(prompt, options)
     except (TypeError, ValueError, OverflowError) as error:
-        name = _culprit(prompt, options)
+        name = _invalid_argument(prompt, options)
         if isinstance(error, TypeError):
             raise TypeError(f"{name}: {error}") from error
         raise InvalidRequestError(f"{name}: {error}", violations=(FieldViolation(name, str(error)),)) from error
 
 
-def _with_likeliest(unknown: str) -> str:
-    likeliest = get_close_matches(unknown, GenerateOptions.__optional_keys__, n=1)
-    return f"{unknown} (is {likeliest[0]} meant?)" if likeliest else unknown
+def unknown_option(name: str) -> str:
+    """Returns the error text for an option that does not exist, with the closest one that does."""
+    closest = get_close_matches(name, GenerateOptions.__optional_keys__, n=1)
+    return f"unknown option '{name}'" + (f"; did you mean '{closest[0]}'?" if closest else "")
 
 
-def _culprit(prompt: Prompt, options: GenerateOptions) -> str:
-    """What makes no request even by itself: the prompt, or the name of an option."""
+def _invalid_argument(prompt: Prompt, options: GenerateOptions) -> str:
+    """Returns the name of the first argument that is invalid by itself."""
     for name, value in {"prompt": None, **options}.items():
         try:
             _request(prompt, cast(GenerateOptions, {name: value}))
         except (TypeError, ValueError, OverflowError):
             return name
-    raise AssertionError("options that make requests one by one make one together")
+    raise AssertionError("arguments that are valid one by one are valid together")
 
 
 def _request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
     request = pb.GenerateRequest(
         request_id=options.get("request_id") or "",
         model=options.get("model") or "",
-        sampling=_sampling(options),
+        sampling=pb.SamplingParameters(
+            temperature=options.get("temperature"),
+            top_k=options.get("top_k"),
+            top_p=options.get("top_p"),
+            min_p=options.get("min_p"),
+            typical_p=options.get("typical_p"),
+            seed=options.get("seed"),
+            num_sequences=options.get("num_sequences"),
+        ),
         decoding=_decoding(options),
         stopping=_stopping(options),
-        response=pb.ResponseOptions(
-            prompt_token_ids=options.get("return_prompt_token_ids", False),
-            output_token_ids=options.get("return_token_ids", False),
+        output_options=pb.OutputOptions(
+            return_token_ids=options.get("return_token_ids"),
+            return_prompt_token_ids=options.get("return_prompt_token_ids"),
+            return_logprobs=options.get("return_logprobs"),
+            return_prompt_logprobs=options.get("return_prompt_logprobs"),
+            top_logprobs=options.get("top_logprobs"),
             skip_special_tokens=options.get("skip_special_tokens"),
-            prompt_logprobs=options.get("return_prompt_logprobs", False),
-            output_logprobs=options.get("return_logprobs", False),
-            top_logprobs=options.get("top_logprobs") or 0,
         ),
-        cache=pb.CacheOptions(bypass=options.get("cache_bypass", False), salt=options.get("cache_salt") or ""),
-        priority=options.get("priority") or 0,
+        cache=pb.CacheOptions(bypass=options.get("cache_bypass"), salt=options.get("cache_salt")),
+        priority=options.get("priority"),
         truncate_prompt_tokens=options.get("truncate_prompt_tokens"),
         resume_token_ids=options.get("resume_token_ids") or (),
     )
-    _set_prompt(request, prompt, options.get("drop_oldest_turns", False))
+    _set_prompt(request, prompt, options.get("drop_oldest_turns"))
     return request
 
 
-def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, drop_oldest_turns: bool) -> None:
-    if not isinstance(prompt, str) and any(isinstance(part, Message) for part in prompt):
-        request.conversation.drop_oldest_turns = drop_oldest_turns
-        for message in cast(Sequence[Message], prompt):
-            request.conversation.messages.add(role=Role(message.role).value, content=message.content)
-        return
-    if not isinstance(prompt, str) and any(isinstance(part, Mapping | str) for part in prompt):
-        raise TypeError("must be a text, token ids, or a list of Message(Role.USER, text)")
-    if drop_oldest_turns:
-        raise ValueError("needs a prompt of messages; for others there is truncate_prompt_tokens")
+def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, drop_oldest_turns: bool | None) -> None:
     if isinstance(prompt, str):
         request.text = prompt
+    elif isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
+        raise TypeError(f"must be a string, token IDs or messages, not {type(prompt).__name__}")
+    elif any(isinstance(part, Message | Mapping) for part in prompt):
+        messages = cast(Sequence[Message | Mapping[str, str]], prompt)
+        request.conversation.CopyFrom(
+            pb.Conversation(messages=map(_message, messages), drop_oldest_turns=drop_oldest_turns)
+        )
+        return
+    elif any(isinstance(part, str) for part in prompt):
+        raise TypeError("must be one string, token IDs, or messages such as Message(Role.USER, 'Hello')")
     else:
         request.token_ids.CopyFrom(pb.TokenIds(ids=cast(Sequence[int], prompt)))
+    if drop_oldest_turns:
+        raise ValueError("requires a prompt of messages; use truncate_prompt_tokens for other prompts")
 
 
-def _sampling(options: GenerateOptions) -> pb.SamplingParameters:
-    return pb.SamplingParameters(
-        temperature=options.get("temperature"),
-        top_k=options.get("top_k") or 0,
-        top_p=options.get("top_p"),
-        min_p=options.get("min_p") or 0,
-        typical_p=options.get("typical_p"),
-        seed=options.get("seed"),
-        num_sequences=options.get("num_sequences"),
-    )
+def _message(message: Message | Mapping[str, str]) -> pb.Message:
+    if not isinstance(message, Message):
+        if unknown := message.keys() - {"role", "content"}:
+            raise TypeError(f"a message has the keys 'role' and 'content', not {', '.join(sorted(unknown))}")
+        message = Message(message["role"], message["content"])
+    try:
+        role = Role(message.role)
+    except ValueError as error:
+        raise ValueError(f"{message.role!r} is not a role: use 'system', 'user' or 'assistant'") from error
+    return pb.Message(role=pb.Role.Value(f"ROLE_{role.name}"), content=message.content)
 
 
 def _decoding(options: GenerateOptions) -> pb.DecodingOptions:
     decoding = pb.DecodingOptions(
         repetition_penalty=options.get("repetition_penalty"),
-        frequency_penalty=options.get("frequency_penalty") or 0,
-        presence_penalty=options.get("presence_penalty") or 0,
+        frequency_penalty=options.get("frequency_penalty"),
+        presence_penalty=options.get("presence_penalty"),
         logit_bias=options.get("logit_bias") or {},
         allowed_token_ids=options.get("allowed_token_ids") or (),
     )
@@ -197,7 +214,7 @@ def _decoding(options: GenerateOptions) -> pb.DecodingOptions:
         case JsonSchema(schema=schema):
             decoding.json_schema = schema
         case JsonObject():
-            decoding.json_object = True
+            decoding.json_object.SetInParent()
         case Regex(pattern=pattern):
             decoding.regex = pattern
         case Choice(options=strings):
@@ -207,24 +224,25 @@ def _decoding(options: GenerateOptions) -> pb.DecodingOptions:
         case None:
             pass
         case other:
-            raise TypeError(f"not a constraint: {other!r}")
+            raise TypeError(f"{other!r} is not a constraint: use JsonSchema, JsonObject, Regex, Choice or LarkGrammar")
     return decoding
 
 
 def _stopping(options: GenerateOptions) -> pb.StoppingCriteria:
-    stop, limit_s, guard = options.get("stop") or (), options.get("time_limit_s"), options.get("repetition_guard")
+    strings = options.get("stop_strings") or ()
+    time_limit, guard = options.get("time_limit"), options.get("repetition_guard")
     stopping = pb.StoppingCriteria(
         max_new_tokens=options.get("max_new_tokens"),
-        min_new_tokens=options.get("min_new_tokens") or 0,
-        stop_strings=[stop] if isinstance(stop, str) else stop,
+        min_new_tokens=options.get("min_new_tokens"),
+        stop_strings=[strings] if isinstance(strings, str) else strings,
         stop_token_ids=options.get("stop_token_ids") or (),
-        include_stop_string=options.get("include_stop_string", False),
-        ignore_eos=options.get("ignore_eos", False),
+        include_stop_string=options.get("include_stop_string"),
+        ignore_eos=options.get("ignore_eos"),
     )
-    if limit_s is not None:
-        limit = Duration()
-        limit.FromNanoseconds(round(limit_s * 1e9))
-        stopping.time_limit.CopyFrom(limit)
+    if time_limit is not None:
+        duration = Duration()
+        duration.FromNanoseconds(round(time_limit * 1e9))
+        stopping.time_limit.CopyFrom(duration)
     if guard is not None:
         stopping.repetition_guard.CopyFrom(
             pb.RepetitionGuard(min_repeats=guard.min_repeats, max_cycle_tokens=guard.max_cycle_tokens)

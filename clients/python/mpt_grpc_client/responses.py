@@ -1,4 +1,4 @@
-"""The one translation from the API's messages into the client's values."""
+"""The translation of the API's messages into the client's values."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ from collections import defaultdict
 
 from google.protobuf.duration_pb2 import Duration
 
-from mpt.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.results import (
     Delta,
-    EngineState,
     Finish,
     FinishReason,
     Generation,
+    GenerationDefaults,
     Limits,
     Load,
     ModelInfo,
     Output,
-    RequestState,
-    SequenceState,
     ServerInfo,
     Timings,
     Token,
@@ -29,11 +27,11 @@ from mpt_grpc_client.results import (
 
 
 class PartialGeneration:
-    """A generation as far as it has come: the sum of an answer's pieces. Its properties are of the first output."""
+    """A generation in progress: the sum of the chunks received so far. Its properties describe the first output."""
 
     def __init__(self) -> None:
         self.request_id = ""
-        """Empty until the first piece has come."""
+        """Empty until the first chunk has arrived."""
         self._deltas: defaultdict[int, list[Delta]] = defaultdict(list)
         self._seeds: dict[int, int] = {}
         self._prompt = pb.PromptInfo()
@@ -41,44 +39,44 @@ class PartialGeneration:
 
     @property
     def text(self) -> str:
-        """The text so far."""
+        """The text received so far."""
         return "".join(delta.text for delta in self._deltas[0])
 
     @property
     def num_tokens(self) -> int:
-        """Tokens generated so far."""
+        """The number of tokens generated so far."""
         return sum(delta.num_tokens for delta in self._deltas[0])
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The token ids so far; empty unless asked for by `return_token_ids`."""
+        """The token IDs received so far; empty unless requested by `return_token_ids`."""
         return tuple(token_id for delta in self._deltas[0] for token_id in delta.token_ids)
 
     @property
     def finish(self) -> Finish | None:
-        """Why the output ended; None while it has not."""
+        """Why the output ended; None while it is in progress."""
         return self._deltas[0][-1].finish if self._deltas[0] else None
 
     @property
     def usage(self) -> Usage | None:
-        """The token counts; None while not all outputs have ended."""
+        """The token counts; None until all outputs have ended."""
         return self._result.usage if self._result else None
 
     @property
     def result(self) -> Generation:
-        """The whole generation. Raises RuntimeError while it has not ended, or if it was left early or failed."""
+        """The complete generation. Raises RuntimeError while it is in progress, and if it was cancelled or failed."""
         if self._result is None:
-            raise RuntimeError("the generation has not ended")
+            raise RuntimeError("the generation is incomplete: iterate over the stream to its end first")
         return self._result
 
-    def _add(self, piece: pb.StreamGenerateResponse) -> Delta:
-        """Takes the answer's next piece in and gives what is new."""
-        self.request_id = piece.request_id
-        if piece.HasField("prompt"):
-            self._prompt = piece.prompt
-        delta = self._add_output(piece.output)
-        if piece.HasField("summary"):
-            self._end(piece.summary)
+    def _add(self, chunk: pb.StreamGenerateResponse) -> Delta:
+        """Adds the next chunk and returns the new part of the output."""
+        self.request_id = chunk.request_id
+        if chunk.HasField("prompt"):
+            self._prompt = chunk.prompt
+        delta = self._add_output(chunk.output)
+        if chunk.HasField("summary"):
+            self._complete(chunk.summary)
         return delta
 
     def _add_output(self, output: pb.Output) -> Delta:
@@ -94,33 +92,34 @@ class PartialGeneration:
         self._seeds[output.index] = output.seed
         return delta
 
-    def _end(self, summary: pb.Summary) -> None:
+    def _complete(self, summary: pb.Summary) -> None:
         self._result = Generation(
             request_id=self.request_id,
             outputs=tuple(_output(deltas, self._seeds[index]) for index, deltas in sorted(self._deltas.items())),
             prompt_token_ids=tuple(self._prompt.token_ids),
             prompt_logprobs=tuple(map(_logprob, self._prompt.logprobs)),
-            usage=_usage(summary.usage),
-            timings=_timings(summary.timings),
+            usage=usage(summary.usage),
+            timings=timings(summary.timings),
             seed=summary.seed,
             trace_id=summary.trace_id,
         )
 
 
 def generation(response: pb.GenerateResponse) -> Generation:
-    whole = PartialGeneration()
-    whole.request_id, whole._prompt = response.request_id, response.prompt
+    partial = PartialGeneration()
+    partial.request_id, partial._prompt = response.request_id, response.prompt
     for output in response.outputs:
-        whole._add_output(output)
-    whole._end(response.summary)
-    return whole.result
+        partial._add_output(output)
+    partial._complete(response.summary)
+    return partial.result
 
 
 def tokens(response: pb.TokenizeResponse) -> tuple[Token, ...]:
-    return tuple(Token(id=token.id, bytes=token.bytes) for token in response.tokens)
+    return tuple(Token(token.token_id, token.token_bytes) for token in response.tokens)
 
 
 def model_info(response: pb.GetModelInfoResponse) -> ModelInfo:
+    defaults = response.defaults
     return ModelInfo(
         name=response.name,
         num_parameters=response.num_parameters,
@@ -134,6 +133,15 @@ def model_info(response: pb.GetModelInfoResponse) -> ModelInfo:
         num_heads=response.num_heads,
         num_kv_heads=response.num_kv_heads,
         chat_template=response.chat_template,
+        defaults=GenerationDefaults(
+            temperature=defaults.temperature,
+            top_k=defaults.top_k,
+            top_p=defaults.top_p,
+            min_p=defaults.min_p,
+            typical_p=defaults.typical_p,
+            repetition_penalty=defaults.repetition_penalty,
+            max_new_tokens=defaults.max_new_tokens,
+        ),
     )
 
 
@@ -141,58 +149,47 @@ def server_info(response: pb.GetServerInfoResponse) -> ServerInfo:
     limits = response.limits
     return ServerInfo(
         version=response.version,
-        uptime_s=_seconds(response.uptime),
+        uptime=_seconds(response.uptime),
         limits=Limits(
             max_running_requests=limits.max_running_requests,
             max_waiting_requests=limits.max_waiting_requests,
             max_step_tokens=limits.max_step_tokens,
             max_message_bytes=limits.max_message_bytes,
-            cache_tokens=limits.cache_tokens,
+            max_cache_tokens=limits.max_cache_tokens,
         ),
-        load=_load(response.load),
+        load=load(response.load),
     )
 
 
-def engine_state(response: pb.GetEngineStateResponse) -> EngineState:
-    return EngineState(
-        time_s=response.time.ToNanoseconds() / 1e9,
-        load=_load(response.load),
-        kept_blocks=tuple(response.kept_blocks),
-        in_flight=tuple(map(_request_state, response.in_flight)),
-        ended=tuple(map(_request_state, response.ended)),
-    )
-
-
-def _load(load: pb.Load) -> Load:
+def load(message: pb.Load) -> Load:
     return Load(
-        running_requests=load.running_requests,
-        waiting_requests=load.waiting_requests,
-        total_blocks=load.total_blocks,
-        free_blocks=load.free_blocks,
-        steps=load.steps,
-        generated_tokens=load.generated_tokens,
-        batched_sequences=load.batched_sequences,
+        num_running_requests=message.num_running_requests,
+        num_waiting_requests=message.num_waiting_requests,
+        num_blocks=message.num_blocks,
+        num_free_blocks=message.num_free_blocks,
+        num_steps=message.num_steps,
+        num_output_tokens=message.num_output_tokens,
+        num_batched_sequences=message.num_batched_sequences,
     )
 
 
-def _request_state(state: pb.RequestState) -> RequestState:
-    return RequestState(
-        request_id=state.request_id,
-        arrival_time_s=state.arrival_time.ToNanoseconds() / 1e9,
-        end_time_s=state.end_time.ToNanoseconds() / 1e9 if state.HasField("end_time") else None,
-        timings=_timings(state.timings),
-        usage=_usage(state.usage),
-        sequences=tuple(map(_sequence_state, state.sequences)),
+def usage(message: pb.Usage) -> Usage:
+    return Usage(
+        num_prompt_tokens=message.num_prompt_tokens,
+        num_cached_tokens=message.num_cached_tokens,
+        num_output_tokens=message.num_output_tokens,
+        num_preemptions=message.num_preemptions,
     )
 
 
-def _sequence_state(state: pb.SequenceState) -> SequenceState:
-    return SequenceState(
-        index=state.index,
-        num_computed_tokens=state.num_computed_tokens,
-        num_output_tokens=state.num_output_tokens,
-        blocks=tuple(state.blocks),
-        finish_reason=FinishReason(state.finish_reason) if state.HasField("finish_reason") else None,
+def timings(message: pb.Timings) -> Timings:
+    return Timings(
+        queue_time=_seconds(message.queue_time) if message.HasField("queue_time") else None,
+        prefill_time=_seconds(message.prefill_time) if message.HasField("prefill_time") else None,
+        decode_time=_seconds(message.decode_time) if message.HasField("decode_time") else None,
+        time_to_first_token=(
+            _seconds(message.time_to_first_token) if message.HasField("time_to_first_token") else None
+        ),
     )
 
 
@@ -210,41 +207,21 @@ def _output(deltas: list[Delta], seed: int) -> Output:
     )
 
 
-def _logprob(logprob: pb.Logprob) -> TokenLogprob:
+def _logprob(message: pb.TokenLogprob) -> TokenLogprob:
     return TokenLogprob(
-        token_id=logprob.token_id,
-        bytes=logprob.bytes,
-        logprob=logprob.logprob,
-        rank=logprob.rank,
-        top=tuple(TopLogprob(top.token_id, top.bytes, top.logprob) for top in logprob.top),
+        token_id=message.token_id,
+        token_bytes=message.token_bytes,
+        logprob=message.logprob,
+        rank=message.rank,
+        top_logprobs=tuple(TopLogprob(top.token_id, top.token_bytes, top.logprob) for top in message.top_logprobs),
     )
 
 
-def _finish(finish: pb.Finish) -> Finish:
+def _finish(message: pb.Finish) -> Finish:
     return Finish(
-        reason=FinishReason(finish.reason),
-        stop_token_id=finish.stop_token_id if finish.HasField("stop_token_id") else None,
-        stop_string=finish.stop_string if finish.HasField("stop_string") else None,
-    )
-
-
-def _usage(usage: pb.Usage) -> Usage:
-    return Usage(
-        num_prompt_tokens=usage.num_prompt_tokens,
-        num_cached_tokens=usage.num_cached_tokens,
-        num_output_tokens=usage.num_output_tokens,
-        num_preemptions=usage.num_preemptions,
-    )
-
-
-def _timings(timings: pb.Timings) -> Timings:
-    return Timings(
-        queue_s=_seconds(timings.queue) if timings.HasField("queue") else None,
-        prefill_s=_seconds(timings.prefill) if timings.HasField("prefill") else None,
-        decode_s=_seconds(timings.decode) if timings.HasField("decode") else None,
-        time_to_first_token_s=(
-            _seconds(timings.time_to_first_token) if timings.HasField("time_to_first_token") else None
-        ),
+        reason=FinishReason(message.reason),
+        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        stop_string=message.stop_string if message.HasField("stop_string") else None,
     )
 
 

@@ -1,31 +1,30 @@
-"""What the client answers, as frozen values; `responses.py` makes them."""
+"""The values returned by the client. Times are in seconds."""
 
 from __future__ import annotations
 
-import builtins
 import enum
 from dataclasses import dataclass
 
 
 class FinishReason(enum.Enum):
-    """Why an output ended; the numbers are the API's."""
+    """The reason an output ended."""
 
     UNKNOWN = 0
-    """A reason that is younger than this client."""
+    """A reason that this version of the client does not know."""
     MAX_NEW_TOKENS = 1
     EOS_TOKEN = 2
-    """The model's end mark, or the end of all that a constraint allows."""
+    """The model generated its end-of-sequence token, or the constraint is complete."""
     STOP_STRING = 3
     STOP_TOKEN = 4
     CONTEXT_LENGTH = 5
     """The context is full."""
     CANCELLED = 6
-    """`abort` was called."""
+    """The request was cancelled by `cancel`."""
     TIME_LIMIT = 7
     REPETITION = 8
-    """The repetition guard saw it go in circles."""
+    """The repetition guard detected repetition."""
     CONTENT_FILTER = 9
-    """A guard of the server ended it; what it objected to was not sent."""
+    """A guard configured on the server ended the output. The offending text was not sent."""
 
     @classmethod
     def _missing_(cls, value: object) -> FinishReason | None:
@@ -34,11 +33,16 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of an output: why, and the stop token (or end mark) or stop string that was met, if one was."""
+    """Why an output ended, and the token or string that ended it, if there is one."""
 
     reason: FinishReason
     stop_token_id: int | None = None
+    """The end-of-sequence or stop token."""
     stop_string: str | None = None
+
+    def __str__(self) -> str:
+        matched = self.stop_token_id if self.stop_string is None else repr(self.stop_string)
+        return self.reason.name if matched is None else f"{self.reason.name} ({matched})"
 
 
 @dataclass(frozen=True)
@@ -47,226 +51,208 @@ class Usage:
 
     num_prompt_tokens: int
     num_cached_tokens: int
-    """Tokens of the prompt that were taken from the prefix cache."""
+    """Prompt tokens that were read from the prefix cache."""
     num_output_tokens: int
+    """Generated tokens of all outputs together, excluding resumed ones."""
     num_preemptions: int
-    """How often the request gave its memory back to others and was computed again."""
+    """How many times the request was preempted for lack of cache memory and recomputed."""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Where a request's time went on the server; None for a phase that was never entered."""
+    """How long each phase of a request took on the server; None for phases that it did not reach."""
 
-    queue_s: float | None
-    prefill_s: float | None
-    decode_s: float | None
-    """From the first token to the last."""
-    time_to_first_token_s: float | None
+    queue_time: float | None
+    """From arrival to the first step."""
+    prefill_time: float | None
+    """From the first step to the first generated token."""
+    decode_time: float | None
+    """From the first generated token to the last."""
+    time_to_first_token: float | None
+    """From arrival to the first generated token."""
 
 
 @dataclass(frozen=True)
 class TopLogprob:
-    """One of the likeliest tokens at a place; its bytes need not be whole characters."""
+    """One of the most likely tokens at a position."""
 
     token_id: int
-    bytes: builtins.bytes
+    token_bytes: bytes
+    """The bytes of the token, which need not be valid UTF-8 by themselves."""
     logprob: float
-    """The natural logarithm of its probability."""
+    """The natural logarithm of the token's probability."""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely the model found a token, by its own scores: before penalties, biases and temperature."""
+    """The log probability of a token under the model's own distribution, before penalties, biases and temperature."""
 
     token_id: int
-    bytes: builtins.bytes
+    token_bytes: bytes
+    """The bytes of the token, which need not be valid UTF-8 by themselves."""
     logprob: float
-    """The natural logarithm of its probability."""
+    """The natural logarithm of the token's probability."""
     rank: int
-    """How many tokens were likelier, plus 1."""
-    top: tuple[TopLogprob, ...]
-    """The likeliest first, as many as `top_logprobs` asks for."""
+    """The rank of the token by probability; 1 is the most likely token."""
+    top_logprobs: tuple[TopLogprob, ...]
+    """The most likely tokens in decreasing order, as many as requested by `top_logprobs`."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What is new of one output of a stream."""
+    """The new part of one output of a stream."""
 
     index: int
     text: str
     """May be empty."""
     num_tokens: int
     token_ids: tuple[int, ...]
-    """Empty unless asked for by `return_token_ids`."""
+    """Empty unless requested by `return_token_ids`."""
     logprobs: tuple[TokenLogprob, ...]
-    """Empty unless asked for by `return_logprobs`."""
+    """Empty unless requested by `return_logprobs`."""
     finish: Finish | None
-    """In the output's last delta."""
+    """Set in the last delta of the output."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """One whole output."""
+    """A complete output."""
 
     index: int
     text: str
     num_tokens: int
-    """Tokens generated; those of special tokens and of a stop string included."""
+    """The number of generated tokens, including special tokens and those of a stop string."""
     token_ids: tuple[int, ...]
-    """Empty unless asked for by `return_token_ids`."""
+    """Empty unless requested by `return_token_ids`."""
     logprobs: tuple[TokenLogprob, ...]
-    """Empty unless asked for by `return_logprobs`."""
+    """Empty unless requested by `return_logprobs`."""
     finish: Finish
     seed: int
-    """A request for one output with this seed gives the same."""
+    """The seed with which a request for a single output returns the same output."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The outputs of a request with their account."""
+    """The outputs of a request, with its usage, timings, seed and trace ID."""
 
     request_id: str
     outputs: tuple[Output, ...]
-    """One unless `num_sequences` asks for more."""
+    """As many as requested by `num_sequences`."""
     prompt_token_ids: tuple[int, ...]
-    """Empty unless asked for by `return_prompt_token_ids`."""
+    """Empty unless requested by `return_prompt_token_ids`."""
     prompt_logprobs: tuple[TokenLogprob, ...]
-    """Of the prompt's second token and so on; empty unless asked for by `return_prompt_logprobs`."""
+    """The log probabilities of the prompt from its second token; empty unless requested by `return_prompt_logprobs`."""
     usage: Usage
     timings: Timings
     seed: int
-    """The seed that was used, of the first output."""
+    """The seed of the first output."""
     trace_id: str
-    """The W3C trace id, 32 hexadecimal digits; empty if the request was not traced."""
+    """The W3C trace ID, 32 hexadecimal digits; empty if the request was not traced."""
 
     @property
     def text(self) -> str:
-        """The first output's."""
+        """The text of the first output."""
         return self.outputs[0].text
 
     @property
     def num_tokens(self) -> int:
-        """The first output's."""
+        """The number of tokens of the first output."""
         return self.outputs[0].num_tokens
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The first output's."""
+        """The token IDs of the first output."""
         return self.outputs[0].token_ids
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...]:
-        """The first output's."""
+        """The log probabilities of the first output."""
         return self.outputs[0].logprobs
 
     @property
     def finish(self) -> Finish:
-        """The first output's."""
+        """Why the first output ended."""
         return self.outputs[0].finish
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a text; its bytes need not be whole characters."""
+    """A token."""
 
-    id: int
-    bytes: builtins.bytes
+    token_id: int
+    token_bytes: bytes
+    """The bytes of the token, which need not be valid UTF-8 by themselves."""
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """The values used for options that a request does not set."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    max_new_tokens: int
+    """Reduced to the room in the context."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model that is loaded."""
+    """Information about the loaded model."""
 
     name: str
     num_parameters: int
     dtype: str
-    """What it computes in: float32, float16 or bfloat16."""
+    """The data type used for computation: float32, float16 or bfloat16."""
     device: str
-    """Where it computes: cpu or cuda."""
+    """The device used for computation: cpu or cuda."""
     vocab_size: int
     max_context_tokens: int
-    """The most tokens, prompt and output together, that one request may have."""
+    """The maximum number of tokens of one request, prompt and output together."""
     eos_token_ids: tuple[int, ...]
     num_layers: int
     hidden_size: int
     num_heads: int
     num_kv_heads: int
     chat_template: str
-    """What makes prompts of messages: base, instruct, chatml, model (its own) or file."""
+    """The chat template applied to messages: base, instruct, chatml, model (the checkpoint's own) or file."""
+    defaults: GenerationDefaults
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server."""
+    """The limits of a server."""
 
     max_running_requests: int
     max_waiting_requests: int
     max_step_tokens: int
-    """Tokens that one step computes at most."""
+    """The maximum number of tokens computed in one step."""
     max_message_bytes: int
-    cache_tokens: int
+    max_cache_tokens: int
 
 
 @dataclass(frozen=True)
 class Load:
-    """How busy a server is; the last three count since its start."""
+    """The load of a server. The last three counts are totals since it started."""
 
-    running_requests: int
-    waiting_requests: int
-    total_blocks: int
-    free_blocks: int
-    steps: int
-    generated_tokens: int
-    batched_sequences: int
-    """Summed over the steps: divided by `steps` it is the mean batch size."""
+    num_running_requests: int
+    num_waiting_requests: int
+    num_blocks: int
+    num_free_blocks: int
+    """KV cache blocks that are not used by a request, including those retained by the prefix cache."""
+    num_steps: int
+    num_output_tokens: int
+    num_batched_sequences: int
+    """The number of sequences computed, summed over all steps. Divided by `num_steps`, this is the mean batch size."""
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """A server's limits and load."""
+    """A server's version, limits and load."""
 
     version: str
-    uptime_s: float
+    uptime: float
     limits: Limits
     load: Load
-
-
-@dataclass(frozen=True)
-class SequenceState:
-    """An output as far as it has come."""
-
-    index: int
-    num_computed_tokens: int
-    """Tokens, of prompt and output, that are computed and held in the blocks."""
-    num_output_tokens: int
-    blocks: tuple[int, ...]
-    """Of the KV cache, in the order of its tokens; others may share the first ones. Empty while it waits, and ended."""
-    finish_reason: FinishReason | None
-    """None while it has not ended, and after an error."""
-
-
-@dataclass(frozen=True)
-class RequestState:
-    """A request as far as it has come; times by the server's clock, in seconds since the epoch."""
-
-    request_id: str
-    arrival_time_s: float
-    end_time_s: float | None
-    """None in flight."""
-    timings: Timings
-    usage: Usage
-    sequences: tuple[SequenceState, ...]
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """What a server's engine was doing at `time_s`, between two steps."""
-
-    time_s: float
-    load: Load
-    kept_blocks: tuple[int, ...]
-    """Blocks that no request holds and that are kept because their content can be found again."""
-    in_flight: tuple[RequestState, ...]
-    """By arrival."""
-    ended: tuple[RequestState, ...]
-    """The last 64, by their end."""

@@ -6,13 +6,13 @@ const text = document.getElementById("cache-text");
 const CELL_SIZES = [12, 9, 6, 4, 3];
 const ROOMY_HEIGHT = 200;
 
-export function drawCache({ load, in_flight, kept_blocks }) {
-  const owners = ownersOfBlocks(in_flight);
+export function drawCache({ load, active_requests, cached_blocks }) {
+  const owners = ownersOfBlocks(active_requests);
   const shared = [...owners.values()].filter((of) => of.sequences > 1).length;
   text.textContent =
-    `${owners.size} of ${load.total_blocks.toLocaleString()} blocks in use` +
-    `${shared ? `, ${shared} shared` : ""}, ${kept_blocks.length} kept`;
-  paint(load.total_blocks, owners, new Set(kept_blocks));
+    `${owners.size} of ${load.num_blocks.toLocaleString()} blocks in use` +
+    `${shared ? `, ${shared} shared` : ""}, ${cached_blocks.length} cached`;
+  paint(load.num_blocks, owners, new Set(cached_blocks));
 }
 
 // Block -> its first owner, and how many sequences hold it.

@@ -23,15 +23,15 @@ export async function watchEngine() {
       showNumbers(state, before);
       drawCache(state);
       drawWaterfall(state);
-      if (before) throughput.add(state.time_s, tokensPerSecond(state, before));
-      for (const request of state.ended) {
+      if (before) throughput.add(state.time, tokensPerSecond(state, before));
+      for (const request of state.completed_requests) {
         if (measured.has(request.request_id)) continue;
-        const waited = request.timings.time_to_first_token_s;
-        if (waited !== null) ttft.add(request.arrival_time_s + waited, waited);
+        const waited = request.timings.time_to_first_token;
+        if (waited !== null) ttft.add(request.arrival_time + waited, waited);
       }
-      measured = new Set(state.ended.map((request) => request.request_id));
-      throughput.draw(state.time_s - WINDOW_S, state.time_s);
-      ttft.draw(state.time_s - WINDOW_S, state.time_s);
+      measured = new Set(state.completed_requests.map((request) => request.request_id));
+      throughput.draw(state.time - WINDOW_S, state.time);
+      ttft.draw(state.time - WINDOW_S, state.time);
       before = state;
     } catch (error) {
       status.textContent = `not reached: ${error.message}`;
@@ -47,21 +47,21 @@ async function seen() {
 }
 
 async function stateOfEngine() {
-  const response = await fetch("engine");
+  const response = await fetch("debug/engine");
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error.message);
   return answer;
 }
 
 function showNumbers({ load }, before) {
-  const steps = load.steps - (before?.load.steps ?? load.steps);
-  const batched = load.batched_sequences - (before?.load.batched_sequences ?? 0);
-  numbers.running.textContent = load.running_requests;
-  numbers.waiting.textContent = load.waiting_requests;
+  const steps = load.num_steps - (before?.load.num_steps ?? load.num_steps);
+  const batched = load.num_batched_sequences - (before?.load.num_batched_sequences ?? 0);
+  numbers.running.textContent = load.num_running_requests;
+  numbers.waiting.textContent = load.num_waiting_requests;
   numbers.batch.textContent = steps > 0 ? (batched / steps).toFixed(1) : "–";
-  numbers.cache.textContent = `${Math.round(100 * (1 - load.free_blocks / load.total_blocks))} %`;
+  numbers.cache.textContent = `${Math.round(100 * (1 - load.num_free_blocks / load.num_blocks))} %`;
 }
 
-function tokensPerSecond({ load, time_s }, before) {
-  return Math.max(0, load.generated_tokens - before.load.generated_tokens) / Math.max(time_s - before.time_s, 1e-3);
+function tokensPerSecond({ load, time }, before) {
+  return Math.max(0, load.num_output_tokens - before.load.num_output_tokens) / Math.max(time - before.time, 1e-3);
 }

@@ -6,13 +6,13 @@ const WINDOW_S = 30;
 const REASONS = { MAX_NEW_TOKENS: "token limit", EOS_TOKEN: "end mark" };
 const list = document.getElementById("waterfall");
 
-export function drawWaterfall({ time_s: now, in_flight, ended }) {
-  const end = Math.max(...[...ended, ...in_flight].map((request) => request.end_time_s ?? now));
-  const requests = [...ended, ...in_flight]
-    .filter((request) => (request.end_time_s ?? now) > end - WINDOW_S)
-    .sort((one, other) => other.arrival_time_s - one.arrival_time_s)
+export function drawWaterfall({ time: now, active_requests, completed_requests }) {
+  const end = Math.max(...[...completed_requests, ...active_requests].map((request) => request.end_time ?? now));
+  const requests = [...completed_requests, ...active_requests]
+    .filter((request) => (request.end_time ?? now) > end - WINDOW_S)
+    .sort((one, other) => other.arrival_time - one.arrival_time)
     .slice(0, ROWS);
-  const begin = Math.max(end - WINDOW_S, Math.min(...requests.map((request) => request.arrival_time_s)));
+  const begin = Math.max(end - WINDOW_S, Math.min(...requests.map((request) => request.arrival_time)));
   list.replaceChildren(...requests.map((request) => row(request, begin, end, now)));
 }
 
@@ -23,7 +23,7 @@ function row(request, begin, end, now) {
   dot.className = "dot";
   const track = document.createElement("div");
   track.className = "track";
-  let from = request.arrival_time_s;
+  let from = request.arrival_time;
   for (const [phase, seconds] of phases(request, now)) {
     const bar = document.createElement("span");
     bar.className = phase;
@@ -44,12 +44,12 @@ function row(request, begin, end, now) {
 }
 
 // What a phase has not told yet lasts until the end, or until now.
-function phases({ arrival_time_s, end_time_s, timings }, now) {
-  let left = (end_time_s ?? now) - arrival_time_s;
+function phases({ arrival_time, end_time, timings }, now) {
+  let left = (end_time ?? now) - arrival_time;
   const named = [
-    ["queue", timings.queue_s],
-    ["prefill", timings.prefill_s],
-    ["decode", timings.decode_s],
+    ["queue", timings.queue_time],
+    ["prefill", timings.prefill_time],
+    ["decode", timings.decode_time],
   ];
   return named.map(([phase, seconds]) => {
     const lasted = Math.max(0, Math.min(left, seconds ?? left));
@@ -58,10 +58,10 @@ function phases({ arrival_time_s, end_time_s, timings }, now) {
   });
 }
 
-function summary({ end_time_s, usage, sequences }) {
+function summary({ end_time, usage, sequences }) {
   const tokens = `${usage.num_prompt_tokens} + ${usage.num_output_tokens}`;
   const [reason] = sequences.map((sequence) => sequence.finish_reason).filter(Boolean);
   const named = REASONS[reason] ?? (reason ?? "cancelled").toLowerCase().replaceAll("_", " ");
-  const ended = end_time_s === null ? "" : named;
+  const ended = end_time === null ? "" : named;
   return [tokens, ended].filter(Boolean).join(" · ");
 }

@@ -57,5 +57,5 @@ def logit_bias() -> dict[int, float]:
     """Has the demo model end its JSON where it may, which it is too small to do by itself."""
     with Client(TARGET) as client:
         [quote] = client.tokenize('"')
-        on_and_on = [token.id for text in (',"', ",", "\n\r\t ") for token in client.tokenize(text)]
+        on_and_on = [token.token_id for text in (',"', ",", "\n\r\t ") for token in client.tokenize(text)]
     return dict.fromkeys(on_and_on, -100.0) | {quote.id: 5.0}

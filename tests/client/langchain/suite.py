@@ -96,9 +96,9 @@ class TestAnswers:
             assert [text(answer) for answer in await model.abatch([STORY, STORY])] == [whole] * 2
 
     def test_the_prompts_of_a_batch_are_in_flight_together(self, llm: MptLLM, client: Client) -> None:
-        steps = client.server_info().load.steps
+        steps = client.get_server_info().load.num_steps
         answers = llm.batch([f"{STORY} {n}" for n in range(4)], ignore_eos=True)
-        assert client.server_info().load.steps - steps < 4 * GREEDY["max_new_tokens"]
+        assert client.get_server_info().load.num_steps - steps < 4 * GREEDY["max_new_tokens"]
         assert answers == [client.generate(f"{STORY} {n}", ignore_eos=True, **GREEDY).text for n in range(4)]
 
     async def test_a_chain_streams_through(self, chat: ChatMpt) -> None:
@@ -119,7 +119,7 @@ class TestAnswers:
             list(chat.stream("Hi", num_sequences=2))
 
     def test_tokens_are_counted_by_the_server(self, chat: ChatMpt, client: Client) -> None:
-        assert chat.get_token_ids("An old fox") == [token.id for token in client.tokenize("An old fox")]
+        assert chat.get_token_ids("An old fox") == [token.token_id for token in client.tokenize("An old fox")]
         assert chat.get_num_tokens("An old fox") == len(client.tokenize("An old fox"))
 
 
@@ -162,7 +162,7 @@ class TestAccounts:
         assert whole.usage_metadata["input_token_details"]["cache_read"] > 0
         metadata = whole.response_metadata
         assert metadata["finish_reason"] == "max_new_tokens"
-        assert metadata["model_name"] == client.model_info().name
+        assert metadata["model_name"] == client.get_model_info().name
         assert metadata["request_id"] == "mine"
         assert metadata["seed"] == 2**64 - 1
         tokens = metadata["logprobs"]["content"]
@@ -230,7 +230,7 @@ class TestOptions:
 
     def test_a_timeout_ends_the_call(self, llm: MptLLM) -> None:
         with pytest.raises(DeadlineExceededError):
-            llm.invoke(STORY, timeout_s=0.2, **LONG)
+            llm.invoke(STORY, timeout=0.2, **LONG)
         llm.timeout_s = 0.2
         with pytest.raises(DeadlineExceededError):
             llm.invoke(STORY, **LONG)
@@ -347,7 +347,7 @@ class TestLeavingEarly:
 
         async with generation_cut_short() as client:
             task = asyncio.create_task(read() if streamed else model.ainvoke(STORY, **LONG))
-            while not (await client.server_info()).load.running_requests:
+            while not (await client.get_server_info()).load.num_running_requests:
                 assert not task.done()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -371,11 +371,11 @@ class TestLeavingEarly:
 async def generation_cut_short() -> AsyncIterator[AsyncClient]:
     """Checks that the server comes to rest before a generation of LONG would have ended."""
     async with AsyncClient(TARGET) as client:
-        before = (await client.server_info()).load.generated_tokens
+        before = (await client.get_server_info()).load.num_output_tokens
         yield client
-        while (load := (await client.server_info()).load).running_requests:
+        while (load := (await client.get_server_info()).load).num_running_requests:
             pass
-        assert load.generated_tokens - before < LONG["max_new_tokens"]
+        assert load.num_output_tokens - before < LONG["max_new_tokens"]
 
 
 class TestConnections:

@@ -3,9 +3,9 @@
 import grpc
 import warnings
 
-from mpt.v1 import text_generation_pb2 as mpt_dot_v1_dot_text__generation__pb2
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as mpt_dot_v1_dot_text__generation__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.68.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,23 +18,27 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in mpt/v1/text_generation_pb2_grpc.py depends on'
+        + f' but the generated code in mpt/v1/text_generation_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class TextGenerationServiceStub:
-    """Continues prompts with a language model. Every error carries google.rpc.ErrorInfo with the domain "mpt-grpc":
+class TextGenerationServiceStub(object):
+    """Generates text with a language model of the MPT family.
 
-    INVALID_ARGUMENT    INVALID_REQUEST: google.rpc.BadRequest names every field that is out of range
-    PROMPT_REFUSED: a guard of the server refuses the prompt
-    NOT_FOUND           UNKNOWN_MODEL: the request names a model that is not loaded
-    ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this id is in flight
-    RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and grpc-retry-pushback-ms say when to retry
-    UNAVAILABLE         UNAVAILABLE: the server is draining or its engine has stopped
-    INTERNAL            ENGINE_FAULT: the engine failed while it served this request; others are not disturbed
+    Every error carries a google.rpc.ErrorInfo with the domain "mpt-grpc" and one of these reasons:
+
+    INVALID_ARGUMENT    INVALID_REQUEST: a google.rpc.BadRequest lists every invalid field
+    PROMPT_REFUSED: a guard configured on the server refused the prompt
+    NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
+    ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
+    RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer
+    specify when to retry
+    UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
+    ENGINE_STOPPED: the engine has failed and the server must be restarted
+    INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
     """
 
     def __init__(self, channel):
@@ -63,10 +67,10 @@ class TextGenerationServiceStub:
                 request_serializer=mpt_dot_v1_dot_text__generation__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=mpt_dot_v1_dot_text__generation__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
-        self.Abort = channel.unary_unary(
-                '/mpt.v1.TextGenerationService/Abort',
-                request_serializer=mpt_dot_v1_dot_text__generation__pb2.AbortRequest.SerializeToString,
-                response_deserializer=mpt_dot_v1_dot_text__generation__pb2.AbortResponse.FromString,
+        self.Cancel = channel.unary_unary(
+                '/mpt.v1.TextGenerationService/Cancel',
+                request_serializer=mpt_dot_v1_dot_text__generation__pb2.CancelRequest.SerializeToString,
+                response_deserializer=mpt_dot_v1_dot_text__generation__pb2.CancelResponse.FromString,
                 _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/mpt.v1.TextGenerationService/GetModelInfo',
@@ -78,78 +82,69 @@ class TextGenerationServiceStub:
                 request_serializer=mpt_dot_v1_dot_text__generation__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=mpt_dot_v1_dot_text__generation__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
-        self.GetEngineState = channel.unary_unary(
-                '/mpt.v1.TextGenerationService/GetEngineState',
-                request_serializer=mpt_dot_v1_dot_text__generation__pb2.GetEngineStateRequest.SerializeToString,
-                response_deserializer=mpt_dot_v1_dot_text__generation__pb2.GetEngineStateResponse.FromString,
-                _registered_method=True)
 
 
-class TextGenerationServiceServicer:
-    """Continues prompts with a language model. Every error carries google.rpc.ErrorInfo with the domain "mpt-grpc":
+class TextGenerationServiceServicer(object):
+    """Generates text with a language model of the MPT family.
 
-    INVALID_ARGUMENT    INVALID_REQUEST: google.rpc.BadRequest names every field that is out of range
-    PROMPT_REFUSED: a guard of the server refuses the prompt
-    NOT_FOUND           UNKNOWN_MODEL: the request names a model that is not loaded
-    ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this id is in flight
-    RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and grpc-retry-pushback-ms say when to retry
-    UNAVAILABLE         UNAVAILABLE: the server is draining or its engine has stopped
-    INTERNAL            ENGINE_FAULT: the engine failed while it served this request; others are not disturbed
+    Every error carries a google.rpc.ErrorInfo with the domain "mpt-grpc" and one of these reasons:
+
+    INVALID_ARGUMENT    INVALID_REQUEST: a google.rpc.BadRequest lists every invalid field
+    PROMPT_REFUSED: a guard configured on the server refused the prompt
+    NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
+    ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
+    RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer
+    specify when to retry
+    UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
+    ENGINE_STOPPED: the engine has failed and the server must be restarted
+    INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
     """
 
     def Generate(self, request, context):
-        """Continues a prompt and answers once, with the whole output.
+        """Generates a continuation of a prompt and returns it when it is complete.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Continues a prompt and answers piece by piece: concatenated, the pieces of one index are what Generate answers.
-        A client that reads slowly gets fewer and longer pieces.
+        """Generates a continuation of a prompt and streams it as it is generated. The concatenated chunks of one output equal
+        the output returned by Generate. If the client reads slowly, it receives fewer and larger chunks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Turns text into token ids.
+        """Converts text to tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """Turns token ids into text.
+        """Converts token IDs to text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Abort(self, request, context):
-        """Ends a request that is in flight: its call answers what there is, with FINISH_REASON_CANCELLED. Idempotent.
+    def Cancel(self, request, context):
+        """Cancels requests in progress. Their calls return the partial output with FINISH_REASON_CANCELLED. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """Says what model is loaded.
+        """Returns information about the loaded model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """Says what the server's limits are and how busy it is.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def GetEngineState(self, request, context):
-        """Shows what the engine is doing, for people who watch it: its requests, and which blocks of the KV cache they hold.
-        It is taken between two steps and answered then. No prompt and no output is in it.
+        """Returns the server's version, limits and current load.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -178,10 +173,10 @@ def add_TextGenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=mpt_dot_v1_dot_text__generation__pb2.DetokenizeRequest.FromString,
                     response_serializer=mpt_dot_v1_dot_text__generation__pb2.DetokenizeResponse.SerializeToString,
             ),
-            'Abort': grpc.unary_unary_rpc_method_handler(
-                    servicer.Abort,
-                    request_deserializer=mpt_dot_v1_dot_text__generation__pb2.AbortRequest.FromString,
-                    response_serializer=mpt_dot_v1_dot_text__generation__pb2.AbortResponse.SerializeToString,
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=mpt_dot_v1_dot_text__generation__pb2.CancelRequest.FromString,
+                    response_serializer=mpt_dot_v1_dot_text__generation__pb2.CancelResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -193,11 +188,6 @@ def add_TextGenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=mpt_dot_v1_dot_text__generation__pb2.GetServerInfoRequest.FromString,
                     response_serializer=mpt_dot_v1_dot_text__generation__pb2.GetServerInfoResponse.SerializeToString,
             ),
-            'GetEngineState': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetEngineState,
-                    request_deserializer=mpt_dot_v1_dot_text__generation__pb2.GetEngineStateRequest.FromString,
-                    response_serializer=mpt_dot_v1_dot_text__generation__pb2.GetEngineStateResponse.SerializeToString,
-            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'mpt.v1.TextGenerationService', rpc_method_handlers)
@@ -206,16 +196,20 @@ def add_TextGenerationServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class TextGenerationService:
-    """Continues prompts with a language model. Every error carries google.rpc.ErrorInfo with the domain "mpt-grpc":
+class TextGenerationService(object):
+    """Generates text with a language model of the MPT family.
 
-    INVALID_ARGUMENT    INVALID_REQUEST: google.rpc.BadRequest names every field that is out of range
-    PROMPT_REFUSED: a guard of the server refuses the prompt
-    NOT_FOUND           UNKNOWN_MODEL: the request names a model that is not loaded
-    ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this id is in flight
-    RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and grpc-retry-pushback-ms say when to retry
-    UNAVAILABLE         UNAVAILABLE: the server is draining or its engine has stopped
-    INTERNAL            ENGINE_FAULT: the engine failed while it served this request; others are not disturbed
+    Every error carries a google.rpc.ErrorInfo with the domain "mpt-grpc" and one of these reasons:
+
+    INVALID_ARGUMENT    INVALID_REQUEST: a google.rpc.BadRequest lists every invalid field
+    PROMPT_REFUSED: a guard configured on the server refused the prompt
+    NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
+    ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
+    RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer
+    specify when to retry
+    UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
+    ENGINE_STOPPED: the engine has failed and the server must be restarted
+    INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
     """
 
     @staticmethod
@@ -327,7 +321,7 @@ class TextGenerationService:
             _registered_method=True)
 
     @staticmethod
-    def Abort(request,
+    def Cancel(request,
             target,
             options=(),
             channel_credentials=None,
@@ -340,9 +334,9 @@ class TextGenerationService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/mpt.v1.TextGenerationService/Abort',
-            mpt_dot_v1_dot_text__generation__pb2.AbortRequest.SerializeToString,
-            mpt_dot_v1_dot_text__generation__pb2.AbortResponse.FromString,
+            '/mpt.v1.TextGenerationService/Cancel',
+            mpt_dot_v1_dot_text__generation__pb2.CancelRequest.SerializeToString,
+            mpt_dot_v1_dot_text__generation__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -397,33 +391,6 @@ class TextGenerationService:
             '/mpt.v1.TextGenerationService/GetServerInfo',
             mpt_dot_v1_dot_text__generation__pb2.GetServerInfoRequest.SerializeToString,
             mpt_dot_v1_dot_text__generation__pb2.GetServerInfoResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def GetEngineState(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/mpt.v1.TextGenerationService/GetEngineState',
-            mpt_dot_v1_dot_text__generation__pb2.GetEngineStateRequest.SerializeToString,
-            mpt_dot_v1_dot_text__generation__pb2.GetEngineStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,1 +1,0 @@
-"""Generated from protos/mpt/v1 by `make protos`."""
