@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 CLI = (sys.executable, "-m", "mpt_grpc.cli")
-SERVE = ("serve", "--grpc-port", "0", "--http-port", "0", "--dtype", "float32", "--kv-cache", "0.25")
+SERVE = ("serve", "--grpc-port", "0", "--http-port", "0", "--dtype", "float32", "--kv-cache", "256MiB")
 
 
 class ServerProcess:
