@@ -14,7 +14,7 @@ from server_process import ServerProcess, running
 from mpt_grpc.engine import load
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream
-from mpt_grpc.model.runner import Runner, StepScores
+from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.request import GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import CacheSettings, HttpSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 from mpt_grpc.step import StepPlan
@@ -93,7 +93,7 @@ class SteppedRunner(Runner):
         self._free = False
         self.plans: list[StepPlan] = []
 
-    def run(self, plan: StepPlan) -> StepScores:
+    def run(self, plan: StepPlan) -> StepOutput:
         if plan.sequences[0].request_id == "warm-up":
             return super().run(plan)
         self.plans.append(plan)

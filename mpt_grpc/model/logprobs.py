@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpt_grpc.model.scores import best
+from mpt_grpc.model.logits import best
 from mpt_grpc.request import TokenLogprob
 
 

@@ -23,7 +23,7 @@ _SCORED_ROWS = 64
 
 
 @dataclass(frozen=True)
-class StepScores:
+class StepOutput:
     """What the model has to say to a step."""
 
     logits: Tensor
@@ -43,7 +43,7 @@ class Runner:
         self._vocab_size = vocab_size
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepScores:
+    def run(self, plan: StepPlan) -> StepOutput:
         """Running the same plan again gives the same: the cache's slots are written with the same values.
 
         Raises DeviceLostError if the accelerator has failed for good, FloatingPointError if a token's state or a
@@ -54,15 +54,17 @@ class Runner:
         except torch.AcceleratorError as error:
             raise DeviceLostError(f"the accelerator has failed: {error}") from error
 
-    def _run(self, plan: StepPlan) -> StepScores:
+    def _run(self, plan: StepPlan) -> StepOutput:
         token_ids = torch.tensor([token for s in plan.sequences for token in s.token_ids], device=self._device)
         metadata = AttentionMetadata.from_plan(plan, self._cache.block_size, self._device)
         hidden = self._model(token_ids, metadata.positions, self._attention.bind(self._cache, metadata))
         if not hidden.isfinite().all():
             raise FloatingPointError("the model's activations are not finite")
-        ends = [end - 1 for s, end in zip(plan.sequences, metadata.first_rows[1:], strict=True) if s.choice is not None]
+        ends = [
+            end - 1 for s, end in zip(plan.sequences, metadata.first_rows[1:], strict=True) if s.sampling is not None
+        ]
         logits = self._logits(hidden, ends) if ends else hidden.new_empty((0, self._vocab_size), dtype=torch.float32)
-        return StepScores(logits, self._prompt_logprobs(plan, metadata, hidden))
+        return StepOutput(logits, self._prompt_logprobs(plan, metadata, hidden))
 
     def _prompt_logprobs(
         self, plan: StepPlan, metadata: AttentionMetadata, hidden: Tensor

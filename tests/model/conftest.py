@@ -19,10 +19,10 @@ from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.mpt import MPT
-from mpt_grpc.model.runner import Runner, StepScores
+from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.model.weights import load_model
 from mpt_grpc.request import SamplingParameters, TokenLogprob
-from mpt_grpc.step import PromptScoring, SequenceStep, StepPlan, TokenChoice
+from mpt_grpc.step import PromptScoring, SamplingInputs, SequenceStep, StepPlan
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParameters(temperature=0, seed=0)
@@ -157,7 +157,7 @@ class Stepper:
 
     def _run(
         self, chunks: Mapping[str, Sequence[int]], samples: Collection[str], scoring: Mapping[str, PromptScoring]
-    ) -> StepScores:
+    ) -> StepOutput:
         steps = []
         for name, chunk in chunks.items():
             start, table = self._known.get(name, 0), self._tables.setdefault(name, [])
@@ -165,7 +165,7 @@ class Stepper:
             while len(table) * self._block_size < self._known[name]:
                 table.append(self._free.pop())
             sequence_id = self._ids.setdefault(name, next(self._new_ids))
-            choice = TokenChoice(GREEDY, 0) if name in samples else None
+            choice = SamplingInputs(GREEDY, 0) if name in samples else None
             steps.append(SequenceStep(sequence_id, name, tuple(chunk), start, tuple(table), choice, scoring.get(name)))
         return self._runner.run(StepPlan(tuple(steps)))
 

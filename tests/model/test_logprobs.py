@@ -15,7 +15,7 @@ from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.request import DecodingOptions, SamplingParameters, TokenLogprob
-from mpt_grpc.step import PromptScoring, SequenceStep, TokenChoice
+from mpt_grpc.step import PromptScoring, SamplingInputs, SequenceStep
 
 
 def test_log_probabilities_are_those_of_torch() -> None:
@@ -48,8 +48,8 @@ def test_chosen_tokens_are_told_by_the_models_own_scores() -> None:
     before = logits.clone()
     decoding = DecodingOptions(frequency_penalty=2.0, logit_bias={4: 50.0}, allowed_token_ids=(4, 5, 6))
     sampling = SamplingParameters(temperature=3.0, top_k=1, seed=0)
-    asked = TokenChoice(sampling, 0, decoding, output_token_ids=(5, 6), num_top_logprobs=2)
-    silent = TokenChoice(sampling, 0, decoding)
+    asked = SamplingInputs(sampling, 0, decoding, output_token_ids=(5, 6), num_top_logprobs=2)
+    silent = SamplingInputs(sampling, 0, decoding)
     steps = [SequenceStep(9 - row, "r", (1,), 0, (0,), one) for row, one in enumerate((asked, silent, asked))]
     result = Sampler(50).sample(logits, steps)
     assert result.token_ids == {9: 4, 8: 4, 7: 4}

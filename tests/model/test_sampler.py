@@ -15,11 +15,11 @@ from torch import Tensor
 from mpt_grpc.errors import InternalError
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.request import SamplingParameters
-from mpt_grpc.step import SequenceStep, TokenChoice
+from mpt_grpc.step import SamplingInputs, SequenceStep
 
 
 def sequence(sequence_id: int = 0, position: int = 0, **sampling: Any) -> SequenceStep:
-    choice = TokenChoice(SamplingParameters(**{"seed": 0, **sampling}), position)
+    choice = SamplingInputs(SamplingParameters(**{"seed": 0, **sampling}), position)
     return SequenceStep(sequence_id, "r", (1,), 8, (3,), choice)
 
 

@@ -17,7 +17,7 @@ from conftest import submit
 from mpt_grpc.engine import load
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream, collect
-from mpt_grpc.model.runner import Runner, StepScores
+from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.request import (
     CacheOptions,
     Choice,
@@ -116,7 +116,7 @@ class ArrivingRunner(Runner):
         self.due = next(self.arrivals, None)
         self.num_steps = 0
 
-    def run(self, plan: StepPlan) -> StepScores:
+    def run(self, plan: StepPlan) -> StepOutput:
         while self.due is not None and self.due[0] <= self.num_steps:
             self.due[1]()
             self.due = next(self.arrivals, None)

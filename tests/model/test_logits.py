@@ -27,14 +27,14 @@ from transformers import (
 )
 
 from mpt_grpc.errors import InternalError
+from mpt_grpc.model.logits import adjust, best, keep_likely
 from mpt_grpc.model.sampler import Sampler
-from mpt_grpc.model.scores import adjust, best, keep_likely
 from mpt_grpc.request import DecodingOptions, SamplingParameters
-from mpt_grpc.step import SequenceStep, StepResult, TokenChoice
+from mpt_grpc.step import SamplingInputs, SequenceStep, StepResult
 
 VOCAB = 200
 PROMPT, OUTPUT = (3, 7, 7, 50, 199), (7, 8, 8, 8, 0, 3)
-PLAIN = TokenChoice(SamplingParameters(seed=0), 0)
+PLAIN = SamplingInputs(SamplingParameters(seed=0), 0)
 
 
 def random_logits(rows: int, vocab_size: int = VOCAB, seed: int = 0, std: float = 2.0) -> Tensor:
@@ -48,13 +48,13 @@ def choice(
     forbidden: tuple[int, ...] = (),
     sampling: Mapping[str, Any] | None = None,
     **decoding: Any,
-) -> TokenChoice:
+) -> SamplingInputs:
     """A greedy choice, unless `sampling` says otherwise."""
     parameters = SamplingParameters(**{"temperature": 0, "seed": 0, **(sampling or {})})
-    return TokenChoice(parameters, 0, DecodingOptions(**decoding), prompt, output, forbidden)
+    return SamplingInputs(parameters, 0, DecodingOptions(**decoding), prompt, output, forbidden)
 
 
-def adjusted(logits: Tensor, one: TokenChoice, mask: bytes | None = None) -> Tensor:
+def adjusted(logits: Tensor, one: SamplingInputs, mask: bytes | None = None) -> Tensor:
     """The scores [vocab_size] of the middle one of three rows, whose neighbours ask nothing and stay as they are."""
     rows = torch.stack([logits + 1, logits, logits - 1])
     scores = adjust(rows, [PLAIN, one, PLAIN], {} if mask is None else {1: mask})
@@ -67,7 +67,7 @@ def mask_of(allowed: Collection[int], num_bytes: int = VOCAB // 8 + 4) -> bytes:
     return sum(1 << token for token in allowed).to_bytes(num_bytes, "little")
 
 
-def sample(logits: Tensor, *choices: TokenChoice, masks: Mapping[int, bytes] | None = None) -> StepResult:
+def sample(logits: Tensor, *choices: SamplingInputs, masks: Mapping[int, bytes] | None = None) -> StepResult:
     """Samples a row for each choice; the sequence ids are 10, 11 and so on."""
     steps = [SequenceStep(10 + row, "r", (1,), 8, (3,), one) for row, one in enumerate(choices)]
     return Sampler(logits.shape[1]).sample(logits, steps, masks or {})
@@ -281,7 +281,7 @@ def test_a_penalty_overflows_into_no_fault(penalty: float, scale: float) -> None
     assert result.token_ids[10] in (0, 3)
 
 
-def random_choice(draw: random.Random, vocab_size: int) -> TokenChoice:
+def random_choice(draw: random.Random, vocab_size: int) -> SamplingInputs:
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(draw.choices(range(vocab_size), k=draw.randint(1, count)))
 
@@ -300,7 +300,7 @@ def random_choice(draw: random.Random, vocab_size: int) -> TokenChoice:
         logit_bias=draw.choice([{}, {token: draw.uniform(-5, 5) for token in tokens(20)}]),
         allowed_token_ids=draw.choice([(), (), tokens(300)]),
     )
-    return TokenChoice(
+    return SamplingInputs(
         sampling,
         draw.randrange(1000),
         decoding,

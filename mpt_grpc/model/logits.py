@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpt_grpc.request import SamplingParameters
-from mpt_grpc.step import TokenChoice
+from mpt_grpc.step import SamplingInputs
 
 _Tokens = Mapping[int, Collection[int]]
 """By row; a row that has none is left out."""
@@ -22,7 +22,7 @@ _NUCLEUS_WIDTH = 1024
 """So many of a row's best tokens are searched for a sum of probabilities before all of them are sorted."""
 
 
-def adjust(logits: Tensor, choices: Sequence[TokenChoice], masks: Mapping[int, bytes]) -> Tensor:
+def adjust(logits: Tensor, choices: Sequence[SamplingInputs], masks: Mapping[int, bytes]) -> Tensor:
     """Returns what `choices`, one a row, make of the float32 scores `logits` [n, vocab_size] before one is drawn.
 
     `masks` are by row. `logits` is not changed, and is what is returned if there is nothing to do.
@@ -73,10 +73,10 @@ def keep_likely(scores: Tensor, parameters: Sequence[SamplingParameters]) -> Non
 
 def best(scores: Tensor, count: int) -> Tensor:
     """Returns the ids [n, count] of the highest float32 `scores` [n, vocab_size], among equals the lower first."""
-    return torch.cat([_best(part, count) for part in scores.split(rows_at_once(scores))])
+    return torch.cat([_best(part, count) for part in scores.split(rows_per_chunk(scores))])
 
 
-def rows_at_once(scores: Tensor) -> int:
+def rows_per_chunk(scores: Tensor) -> int:
     """How many rows of `scores` [n, vocab_size] to take at once where each score needs several int64.
 
     It bounds the memory; and a CPU takes twice as long where the allocator gives memory back in between.
@@ -151,7 +151,7 @@ def _forbid(scores: Tensor, tokens: _Tokens) -> None:
     flat[at] = torch.where(is_empty[rows.to(scores.device)], before, -torch.inf)
 
 
-def _tokens(choices: Sequence[TokenChoice], of: Callable[[TokenChoice], Collection[int]]) -> _Tokens:
+def _tokens(choices: Sequence[SamplingInputs], of: Callable[[SamplingInputs], Collection[int]]) -> _Tokens:
     return {row: tokens for row, choice in enumerate(choices) if (tokens := of(choice))}
 
 
