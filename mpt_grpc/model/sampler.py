@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mpt_grpc.errors import InternalError
-from mpt_grpc.model.logits import adjust, keep_likely, rows_per_chunk
+from mpt_grpc.model.logits import adjust, apply_filters, rows_per_chunk
 from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.request import TokenLogprob
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepResult
@@ -109,7 +109,7 @@ def _sample(logits: Tensor, inputs: Sequence[SamplingInputs]) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny
     temperatures = torch.tensor([max(p.temperature, tiny) for p in parameters], device=logits.device)
     logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None])
-    keep_likely(logits, parameters)
+    apply_filters(logits, parameters)
     return logits.add_(_gumbel(inputs, logits.shape[1], logits.device)).argmax(dim=-1)
 
 

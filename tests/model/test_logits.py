@@ -1,6 +1,6 @@
-"""What penalties, biases, bans and filters make of the scores, with transformers' processors as oracles.
+"""Penalties, biases, masks and filters, compared with transformers' logits processors.
 
-Where transformers has none, the oracle is the formula in plain Python.
+Where transformers has no equivalent, the oracle is the formula in plain Python.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from mpt_grpc.errors import InternalError
-from mpt_grpc.model.logits import adjust, best, keep_likely
+from mpt_grpc.model.logits import adjust, apply_filters, top_tokens
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.request import DecodingOptions, SamplingParameters
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepResult
@@ -41,7 +41,7 @@ def random_logits(rows: int, vocab_size: int = VOCAB, seed: int = 0, std: float 
     return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * std
 
 
-def choice(
+def greedy_inputs(
     *,
     prompt: tuple[int, ...] = (),
     output: tuple[int, ...] = (),
@@ -49,102 +49,104 @@ def choice(
     sampling: Mapping[str, Any] | None = None,
     **decoding: Any,
 ) -> SamplingInputs:
-    """A greedy choice, unless `sampling` says otherwise."""
+    """Returns sampling inputs that are greedy unless `sampling` sets a temperature."""
     parameters = SamplingParameters(**{"temperature": 0, "seed": 0, **(sampling or {})})
     return SamplingInputs(parameters, 0, DecodingOptions(**decoding), prompt, output, forbidden)
 
 
 def adjusted(logits: Tensor, one: SamplingInputs, mask: bytes | None = None) -> Tensor:
-    """The scores [vocab_size] of the middle one of three rows, whose neighbours ask nothing and stay as they are."""
+    """Returns the middle one of three rows, [vocab_size], and checks that its plain neighbours are unchanged."""
     rows = torch.stack([logits + 1, logits, logits - 1])
-    scores = adjust(rows, [PLAIN, one, PLAIN], {} if mask is None else {1: mask})
-    assert torch.equal(scores[[0, 2]], rows[[0, 2]])
-    assert torch.equal(rows[1], logits), "the model's own scores are for others too"
-    return scores[1]
+    processed = adjust(rows, [PLAIN, one, PLAIN], {} if mask is None else {1: mask})
+    assert torch.equal(processed[[0, 2]], rows[[0, 2]])
+    assert torch.equal(rows[1], logits), "the model's own logits must not be modified"
+    return processed[1]
 
 
 def mask_of(allowed: Collection[int], num_bytes: int = VOCAB // 8 + 4) -> bytes:
     return sum(1 << token for token in allowed).to_bytes(num_bytes, "little")
 
 
-def sample(logits: Tensor, *choices: SamplingInputs, masks: Mapping[int, bytes] | None = None) -> StepResult:
-    """Samples a row for each choice; the sequence ids are 10, 11 and so on."""
-    steps = [SequenceStep(10 + row, "r", (1,), 8, (3,), one) for row, one in enumerate(choices)]
+def sample(logits: Tensor, *inputs: SamplingInputs, masks: Mapping[int, bytes] | None = None) -> StepResult:
+    """Samples one row for each of `inputs`; the sequence ids are 10, 11 and so on."""
+    steps = [SequenceStep(10 + row, "r", (1,), 8, (3,), one) for row, one in enumerate(inputs)]
     return Sampler(logits.shape[1]).sample(logits, steps, masks or {})
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 10.0])
-def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+def test_the_repetition_penalty_matches_transformers(penalty: float) -> None:
     logits = random_logits(1)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([PROMPT + OUTPUT]), logits.clone())[0]
-    scores = adjusted(logits[0], choice(prompt=PROMPT, output=OUTPUT, repetition_penalty=penalty))
-    assert torch.equal(scores, expected)
-    assert (scores != logits[0]).sum() == len({*PROMPT, *OUTPUT})
+    processed = adjusted(logits[0], greedy_inputs(prompt=PROMPT, output=OUTPUT, repetition_penalty=penalty))
+    assert torch.equal(processed, expected)
+    assert (processed != logits[0]).sum() == len({*PROMPT, *OUTPUT})
 
 
-def test_frequency_and_presence_penalties_count_the_output_alone() -> None:
+def test_frequency_and_presence_penalties_count_only_the_output() -> None:
     logits = random_logits(1)[0]
-    scores = adjusted(logits, choice(prompt=PROMPT, output=OUTPUT, frequency_penalty=0.7, presence_penalty=-0.4))
+    processed = adjusted(
+        logits, greedy_inputs(prompt=PROMPT, output=OUTPUT, frequency_penalty=0.7, presence_penalty=-0.4)
+    )
     expected = logits.tolist()
     for token, count in Counter(OUTPUT).items():
         expected[token] += -0.7 * count + 0.4
-    torch.testing.assert_close(scores, torch.tensor(expected), rtol=0, atol=1e-6)
+    torch.testing.assert_close(processed, torch.tensor(expected), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("penalties", [{"frequency_penalty": 1.5}, {"presence_penalty": 1.5}])
 def test_each_penalty_works_alone(penalties: dict[str, float]) -> None:
     logits = random_logits(1)[0]
     times = Counter(OUTPUT) if "frequency_penalty" in penalties else Counter(set(OUTPUT))
-    expected = [score - 1.5 * times[token] for token, score in enumerate(logits.tolist())]
-    scores = adjusted(logits, choice(output=OUTPUT, **penalties))
-    torch.testing.assert_close(scores, torch.tensor(expected), rtol=0, atol=1e-6)
+    expected = [logit - 1.5 * times[token] for token, logit in enumerate(logits.tolist())]
+    processed = adjusted(logits, greedy_inputs(output=OUTPUT, **penalties))
+    torch.testing.assert_close(processed, torch.tensor(expected), rtol=0, atol=1e-6)
 
 
-def test_before_the_first_token_there_is_nothing_to_penalize() -> None:
+def test_nothing_is_penalized_before_the_first_token() -> None:
     logits = random_logits(1)[0]
-    assert torch.equal(adjusted(logits, choice(frequency_penalty=2.0, presence_penalty=2.0)), logits)
+    assert torch.equal(adjusted(logits, greedy_inputs(frequency_penalty=2.0, presence_penalty=2.0)), logits)
 
 
-def test_the_logit_bias_is_that_of_transformers() -> None:
+def test_the_logit_bias_matches_transformers() -> None:
     bias = {0: 100.0, 17: -0.25, 199: -100.0}
     logits = random_logits(1)
     processor = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
-    assert torch.equal(adjusted(logits[0], choice(logit_bias=bias)), processor(torch.tensor([[1]]), logits)[0])
+    assert torch.equal(adjusted(logits[0], greedy_inputs(logit_bias=bias)), processor(torch.tensor([[1]]), logits)[0])
 
 
-def test_only_allowed_tokens_keep_their_scores() -> None:
+def test_only_allowed_tokens_keep_their_logits() -> None:
     allowed, logits = (199, 0, 64, 64), random_logits(1)
     expected = PrefixConstrainedLogitsProcessor(lambda *_: list(allowed), 1)(torch.tensor([[1]]), logits)[0]
-    assert torch.equal(adjusted(logits[0], choice(allowed_token_ids=allowed)), expected)
+    assert torch.equal(adjusted(logits[0], greedy_inputs(allowed_token_ids=allowed)), expected)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 8, 13, 200])
-def test_only_what_the_mask_allows_keeps_its_score(vocab_size: int) -> None:
+def test_only_tokens_allowed_by_the_mask_keep_their_logits(vocab_size: int) -> None:
     logits = random_logits(1, vocab_size)[0]
     allowed = set(random.Random(vocab_size).sample(range(vocab_size), vocab_size // 2)) | {0}
     beyond = {vocab_size, vocab_size + 9}
-    scores = adjusted(logits, choice(), mask_of(allowed | beyond, num_bytes=vocab_size // 8 + 5))
-    expected = [score if token in allowed else -torch.inf for token, score in enumerate(logits.tolist())]
-    assert scores.tolist() == expected
+    processed = adjusted(logits, greedy_inputs(), mask_of(allowed | beyond, num_bytes=vocab_size // 8 + 5))
+    expected = [logit if token in allowed else -torch.inf for token, logit in enumerate(logits.tolist())]
+    assert processed.tolist() == expected
 
 
-def test_forbidden_tokens_are_suppressed_as_by_transformers() -> None:
+def test_suppression_of_forbidden_tokens_matches_transformers() -> None:
     logits = random_logits(1)
     expected = SuppressTokensLogitsProcessor([0, 5, 199])(torch.tensor([[1]]), logits)[0]
-    assert torch.equal(adjusted(logits[0], choice(forbidden=(0, 5, 199, 5))), expected)
+    assert torch.equal(adjusted(logits[0], greedy_inputs(forbidden=(0, 5, 199, 5))), expected)
 
 
-def test_forbidden_tokens_may_follow_where_nothing_else_may() -> None:
+def test_forbidden_tokens_are_chosen_if_no_other_token_is_allowed() -> None:
     logits = random_logits(3)
-    ends = choice(forbidden=(0, 5))
+    ends = greedy_inputs(forbidden=(0, 5))
     masks = {10: mask_of({0, 5}), 11: mask_of({0, 5, 9}), 12: mask_of({5})}
     result = sample(logits, ends, ends, ends, masks=masks)
     assert result.token_ids == {10: int(logits[0, 5] > logits[0, 0]) * 5, 11: 9, 12: 5}
     assert not result.errors
 
 
-def test_the_steps_come_in_their_order() -> None:
-    """The repetition penalty before what is added: tokens 0, 3, 7 and 8 have both."""
+def test_processing_steps_are_applied_in_the_documented_order() -> None:
+    """The repetition penalty comes before the additive ones: both apply to tokens 0, 3, 7 and 8."""
     logits = random_logits(1)
     processors = LogitsProcessorList(
         [
@@ -157,7 +159,7 @@ def test_the_steps_come_in_their_order() -> None:
             SuppressTokensLogitsProcessor([50, 51]),
         ]
     )
-    everything = choice(
+    everything = greedy_inputs(
         prompt=PROMPT,
         output=OUTPUT,
         forbidden=(50, 51),
@@ -168,20 +170,20 @@ def test_the_steps_come_in_their_order() -> None:
         allowed_token_ids=tuple(range(0, 200, 2)),
     )
     expected = processors(torch.tensor([PROMPT + OUTPUT]), logits.clone())[0]
-    scores = adjusted(logits[0], everything, mask_of(range(4, 104)))
-    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
-    assert int(scores.isfinite().sum()) == 49
+    processed = adjusted(logits[0], everything, mask_of(range(4, 104)))
+    torch.testing.assert_close(processed, expected, rtol=0, atol=1e-6)
+    assert int(processed.isfinite().sum()) == 49
 
 
-def test_nothing_asked_is_nothing_done() -> None:
+def test_default_options_return_the_logits_unchanged() -> None:
     logits = random_logits(2)
     assert adjust(logits, [PLAIN, PLAIN], {}) is logits
 
 
 @pytest.mark.parametrize("std", [0.3, 2.0, 6.0])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_filters_are_those_of_transformers(std: float, seed: int) -> None:
-    """Over a vocabulary that is wide enough for a sum of probabilities to need more than the best thousand."""
+def test_the_filters_match_transformers(std: float, seed: int) -> None:
+    """The vocabulary is large enough that a probability sum may need more than the top thousand tokens."""
     draw = random.Random(f"{std} {seed}")
     parameters = [
         SamplingParameters(
@@ -193,8 +195,8 @@ def test_the_filters_are_those_of_transformers(std: float, seed: int) -> None:
         for _ in range(16)
     ]
     logits = random_logits(16, 4000, seed, std)
-    scores = logits.clone()
-    keep_likely(scores, parameters)
+    processed = logits.clone()
+    apply_filters(processed, parameters)
     for row, p in enumerate(parameters):
         warpers = LogitsProcessorList()
         warpers += [TopKLogitsWarper(p.top_k)] if p.top_k else []
@@ -202,64 +204,64 @@ def test_the_filters_are_those_of_transformers(std: float, seed: int) -> None:
         warpers += [MinPLogitsWarper(p.min_p)] if p.min_p else []
         warpers += [TypicalLogitsWarper(p.typical_p)] if p.typical_p < 1 else []
         expected = warpers(torch.tensor([[1]]), logits[row : row + 1])[0]
-        assert torch.equal(scores[row], expected), p
+        assert torch.equal(processed[row], expected), p
 
 
 @pytest.mark.parametrize("name", ["top_p", "typical_p"])
 @pytest.mark.parametrize("share", [0.125, 0.25, 0.5])
-def test_among_equals_the_lower_ids_are_kept(name: str, share: float) -> None:
-    """512, 1024 and 2048 of 4096 tokens: less, just as much and more than is looked at first."""
-    scores = torch.zeros(1, 4096)
-    keep_likely(scores, [SamplingParameters(**{name: share})])
-    assert scores[0].isfinite().nonzero()[:, 0].tolist() == list(range(int(4096 * share)))
+def test_among_equal_logits_the_lower_ids_are_kept(name: str, share: float) -> None:
+    """512, 1024 and 2048 of 4096 tokens: fewer, exactly as many and more than are searched first."""
+    logits = torch.zeros(1, 4096)
+    apply_filters(logits, [SamplingParameters(**{name: share})])
+    assert logits[0].isfinite().nonzero()[:, 0].tolist() == list(range(int(4096 * share)))
 
 
-def test_typical_drops_the_likeliest_where_it_tells_too_little() -> None:
-    """Beside 0.3 there are 70 tokens of 0.01: 3.58 nats are expected, 4.6 come closer to that than 1.2 does."""
-    scores = torch.tensor([[0.3] + [0.01] * 70]).log()
-    keep_likely(scores, [SamplingParameters(typical_p=0.495)])
-    assert scores[0].isfinite().nonzero()[:, 0].tolist() == list(range(1, 51))
+def test_typical_p_drops_the_most_likely_token_if_its_surprise_is_too_low() -> None:
+    """One token has probability 0.3 and 70 have 0.01: of the expected 3.58 nats, 4.6 is closer than 1.2."""
+    logits = torch.tensor([[0.3] + [0.01] * 70]).log()
+    apply_filters(logits, [SamplingParameters(typical_p=0.495)])
+    assert logits[0].isfinite().nonzero()[:, 0].tolist() == list(range(1, 51))
 
 
-def test_the_best_come_first_and_the_lower_id_among_equals() -> None:
-    scores = torch.tensor([[-1.0, 2.0, -0.0, 0.0, 2.0, -torch.inf, -3.0, 1e-40], [5.0] * 8])
-    assert best(scores, 8).tolist() == [[1, 4, 7, 2, 3, 0, 6, 5], list(range(8))]
-    assert best(scores, 2).tolist() == [[1, 4], [0, 1]]
+def test_top_tokens_are_sorted_by_logit_then_by_id() -> None:
+    logits = torch.tensor([[-1.0, 2.0, -0.0, 0.0, 2.0, -torch.inf, -3.0, 1e-40], [5.0] * 8])
+    assert top_tokens(logits, 8).tolist() == [[1, 4, 7, 2, 3, 0, 6, 5], list(range(8))]
+    assert top_tokens(logits, 2).tolist() == [[1, 4], [0, 1]]
 
 
-def test_greedy_choices_obey_penalties_biases_and_bans() -> None:
+def test_greedy_sampling_respects_penalties_biases_and_masks() -> None:
     logits = torch.tensor([4.0, 3.9, 3.8, -5.0, -5.1]).expand(8, -1)
-    choices = [
-        choice(),
-        choice(prompt=(0,), repetition_penalty=1.5),
-        choice(output=(0, 1, 1), frequency_penalty=0.12),
-        choice(output=(0, 1), presence_penalty=0.5),
-        choice(logit_bias={4: 20.0}),
-        choice(allowed_token_ids=(3, 4)),
-        choice(),
-        choice(forbidden=(0,)),
+    inputs = [
+        greedy_inputs(),
+        greedy_inputs(prompt=(0,), repetition_penalty=1.5),
+        greedy_inputs(output=(0, 1, 1), frequency_penalty=0.12),
+        greedy_inputs(output=(0, 1), presence_penalty=0.5),
+        greedy_inputs(logit_bias={4: 20.0}),
+        greedy_inputs(allowed_token_ids=(3, 4)),
+        greedy_inputs(),
+        greedy_inputs(forbidden=(0,)),
     ]
-    result = sample(logits, *choices, masks={16: mask_of({2, 4}), 99: mask_of({0})})
+    result = sample(logits, *inputs, masks={16: mask_of({2, 4}), 99: mask_of({0})})
     assert list(result.token_ids.values()) == [0, 1, 0, 2, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 100.0])
-def test_what_may_not_be_chosen_never_is(temperature: float) -> None:
+def test_excluded_tokens_are_never_chosen(temperature: float) -> None:
     allowed = {3, 90, 150, 199}
     parameters = {"temperature": temperature}
-    narrow = choice(sampling=parameters, allowed_token_ids=tuple(allowed))
-    choices = [replace(narrow, output_position=position) for position in range(400)]
-    masked = [replace(one, decoding=DecodingOptions(), forbidden_token_ids=(90,)) for one in choices]
+    narrow = greedy_inputs(sampling=parameters, allowed_token_ids=tuple(allowed))
+    inputs = [replace(narrow, output_position=position) for position in range(400)]
+    masked = [replace(one, decoding=DecodingOptions(), forbidden_token_ids=(90,)) for one in inputs]
     logits = random_logits(1).expand(400, -1)
-    assert set(sample(logits, *choices).token_ids.values()) == allowed
+    assert set(sample(logits, *inputs).token_ids.values()) == allowed
     masks = {10 + row: mask_of(allowed) for row in range(400)}
     assert set(sample(logits, *masked, masks=masks).token_ids.values()) == allowed - {90}
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "typical_p": 0.9}])
-def test_a_row_that_may_choose_nothing_ends_its_own_sequence(sampling: dict[str, Any]) -> None:
+def test_a_row_with_no_allowed_token_fails_only_its_own_sequence(sampling: dict[str, Any]) -> None:
     logits = random_logits(3)
-    one = choice(sampling=sampling, forbidden=(0,))
+    one = greedy_inputs(sampling=sampling, forbidden=(0,))
     alone = sample(logits, one, one, one).token_ids
     result = sample(logits, one, replace(one, num_top_logprobs=2), one, masks={11: mask_of(())})
     assert result.token_ids == {10: alone[10], 12: alone[12]}
@@ -269,19 +271,19 @@ def test_a_row_that_may_choose_nothing_ends_its_own_sequence(sampling: dict[str,
 
 @pytest.mark.parametrize("penalty", [1e-300, 1e-45, 1e-30, 10.0])
 @pytest.mark.parametrize("scale", [1.0, 1e38])
-def test_a_penalty_overflows_into_no_fault(penalty: float, scale: float) -> None:
+def test_an_extreme_repetition_penalty_does_not_overflow(penalty: float, scale: float) -> None:
     logits = torch.tensor([0.5, -0.5, 0.0, 3.0]) * scale
     sampling = {"temperature": 1.0, "top_p": 0.9, "typical_p": 0.9}
-    penalized = choice(prompt=(0, 1, 2, 3), repetition_penalty=penalty, sampling=sampling)
-    scores = adjusted(logits, penalized)
-    assert scores.isfinite().all()
-    assert scores.sign().equal(logits.sign())
+    penalized = greedy_inputs(prompt=(0, 1, 2, 3), repetition_penalty=penalty, sampling=sampling)
+    processed = adjusted(logits, penalized)
+    assert processed.isfinite().all()
+    assert processed.sign().equal(logits.sign())
     result = sample(logits[None], penalized)
     assert not result.errors
     assert result.token_ids[10] in (0, 3)
 
 
-def random_choice(draw: random.Random, vocab_size: int) -> SamplingInputs:
+def random_inputs(draw: random.Random, vocab_size: int) -> SamplingInputs:
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(draw.choices(range(vocab_size), k=draw.randint(1, count)))
 
@@ -311,12 +313,12 @@ def random_choice(draw: random.Random, vocab_size: int) -> SamplingInputs:
     )
 
 
-def test_no_neighbour_changes_a_choice_or_its_log_probability() -> None:
-    """Rows with any features, alone and in any company, over a vocabulary as large as MPT-7B's."""
+def test_tokens_and_log_probabilities_do_not_depend_on_other_rows() -> None:
+    """Rows with random options, sampled alone and in random batches, with a vocabulary as large as MPT-7B's."""
     draw, vocab_size = random.Random(0), 50_277
     logits = random_logits(16, vocab_size, std=3.0)
-    choices = [random_choice(draw, vocab_size) for _ in range(16)]
-    steps = [SequenceStep(row, "r", (1,), 8, (3,), one) for row, one in enumerate(choices)]
+    inputs = [random_inputs(draw, vocab_size) for _ in range(16)]
+    steps = [SequenceStep(row, "r", (1,), 8, (3,), one) for row, one in enumerate(inputs)]
     masks = {row: draw.randbytes(vocab_size // 8 + 1) for row in range(0, 16, 3)}
     sampler = Sampler(vocab_size)
     alone = [sampler.sample(logits[row : row + 1], [step], masks) for row, step in enumerate(steps)]
