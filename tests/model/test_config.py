@@ -47,12 +47,12 @@ SEVEN_B = MPTConfig(
         ("mpt-7b-chat", SEVEN_B),
         ("mpt-7b-instruct", SEVEN_B),
         ("mpt-7b-storywriter", replace(SEVEN_B, max_seq_len=65536, alibi_bias_max=16.0, clip_qkv=6.0)),
-        ("mpt-30b", replace(SEVEN_B, d_model=7168, n_heads=64, n_kv_heads=64, n_layers=48, d_ffn=28672, max_seq_len=8192,
-                        softmax_scale=1 / math.sqrt(112))),
+        ("mpt-30b", replace(SEVEN_B, d_model=7168, n_heads=64, n_kv_heads=64, n_layers=48, d_ffn=28672,
+                            max_seq_len=8192, softmax_scale=1 / math.sqrt(112))),
         ("replit-code-v1-3b", replace(SEVEN_B, d_model=2560, d_ffn=10240, vocab_size=32768,
-                                  softmax_scale=1 / math.sqrt(80))),
+                                      softmax_scale=1 / math.sqrt(80))),
         ("replit-code-v1_5-3b", replace(SEVEN_B, d_model=3072, n_heads=24, n_kv_heads=8, d_ffn=12288, vocab_size=32768,
-                                    max_seq_len=4096)),
+                                        max_seq_len=4096)),
     ],
 )  # fmt: skip
 def test_published_configs_are_read_unmodified(name: str, expected: MPTConfig) -> None:

@@ -228,7 +228,7 @@ def test_an_overflowing_key_raises_an_error_instead_of_changing_the_text(tmp_pat
 
 
 def test_bfloat16_is_close_to_float32(tmp_path: Path) -> None:
-    """With its 8 bits of precision, two layers give an error of a few hundredths of the logits' spread, and no drift."""
+    """With its 8 bits of precision, two layers err by a few hundredths of the logits' spread, without drift."""
     make_checkpoint(tmp_path, tiny_config(STORYWRITER))
     tokens = random_tokens(64)
     sizes = [30] + [1] * 34

@@ -1,7 +1,7 @@
-"""Whatever is asked, and whoever else asks at the same time: each result equals the same request run alone.
+"""Concurrent requests: each gives the same result as when it runs alone, whatever the other requests are.
 
-Every round draws 16 requests with random combinations of all features, random arrivals, a cache too small for them
-(so that some are preempted) and a random budget a step. Computed in float32 on the demo model.
+Every round has 16 requests with random combinations of all features, random arrivals, a cache too small for all of them
+(so that some are preempted) and a random token budget per step. Computed in float32 on the demo model.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ CONSTRAINTS = (
 )
 
 
-def drawn_request(name: str, draw: Random) -> GenerationRequest:
-    """A request in which each feature is on about one time in three."""
+def random_request(name: str, draw: Random) -> GenerationRequest:
+    """Returns a request in which each feature is enabled about one time in three."""
 
     def sometimes(value: Any, default: Any) -> Any:
         return value if draw.random() < 0.35 else default
@@ -105,7 +105,7 @@ def drawn_request(name: str, draw: Random) -> GenerationRequest:
 
 
 class ArrivingRunner(Runner):
-    """Lets requests arrive in front of steps that were chosen beforehand."""
+    """Submits requests just before predetermined steps."""
 
     arrivals: Iterator[tuple[int, Callable[[], None]]] = iter(())
     due: tuple[int, Callable[[], None]] | None = None
@@ -136,14 +136,14 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> list[ArrivingRunner]:
     return made
 
 
-def cut(deltas: list[OutputDelta], num_tokens: int) -> tuple[tuple[int, ...], Generation]:
-    """Splits an output that came token by token: the tokens to resume with, and what is then to come."""
-    told = 0
+def split_for_resuming(deltas: list[OutputDelta], num_tokens: int) -> tuple[tuple[int, ...], Generation]:
+    """Splits a streamed output into the tokens to resume with and the expected result of the resumed request."""
+    num_received = 0
     for position, delta in enumerate(deltas):
-        if told >= num_tokens:
+        if num_received >= num_tokens:
             rest = replace(collect(deltas[position:]), prompt_logprobs=deltas[0].prompt_logprobs)
             return tuple(t for d in deltas[:position] for t in d.token_ids), rest
-        told += len(delta.token_ids)
+        num_received += len(delta.token_ids)
     return (), collect(deltas)
 
 
@@ -153,7 +153,7 @@ def assert_same(name: str, actual: Generation, expected: Generation) -> None:
         assert one.token_ids == other.token_ids, name
         assert (one.text, one.finish) == (other.text, other.finish), name
         assert_same_logprobs(one.logprobs, other.logprobs)
-    if actual.prompt_logprobs:  # those who resume an output that was over get none
+    if actual.prompt_logprobs:  # absent if the resumed output had already ended
         assert_same_logprobs(actual.prompt_logprobs, expected.prompt_logprobs)
 
 
@@ -163,21 +163,21 @@ def assert_same_logprobs(some: Sequence[TokenLogprob], others: Sequence[TokenLog
 
 
 @pytest.mark.parametrize("seed", range(NUM_ROUNDS))
-def test_16_requests_at_once_yield_what_each_yields_alone(
+def test_16_concurrent_requests_yield_the_same_results_as_alone(
     seed: int, shared_engine: Engine, make_engine: Callable[..., Engine], runners: list[ArrivingRunner]
 ) -> None:
     draw = Random(seed)
     requests: list[GenerationRequest] = []
     expected: dict[str, Generation] = {}
     for number in range(NUM_REQUESTS):
-        request = drawn_request(f"r{number}", draw)
+        request = random_request(f"r{number}", draw)
         if number == 0:  # runs until all others have arrived
             stopping = StoppingCriteria(max_new_tokens=3 * NUM_REQUESTS, ignore_eos=True)
             request = GenerationRequest("r0", PROMPTS[0], SamplingParameters(seed=seed), stopping=stopping, priority=2)
         deltas = list(shared_engine.stream(request))
         expected[request.request_id] = collect(deltas)
         if number and request.sampling.num_sequences == 1 and draw.random() < 0.4:
-            resumed, expected[request.request_id] = cut(deltas, draw.randint(1, 20))
+            resumed, expected[request.request_id] = split_for_resuming(deltas, draw.randint(1, 20))
             request = replace(request, resume_token_ids=resumed)
         requests.append(request)
 
