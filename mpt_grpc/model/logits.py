@@ -93,7 +93,7 @@ def _top_tokens(logits: Tensor, count: int) -> Tensor:
 
 
 def _penalize_repetition(logits: Tensor, tokens: _Tokens, penalties: Sequence[float]) -> None:
-    """https://arxiv.org/abs/1909.05858, section 4.1, with negative logits multiplied as transformers does."""
+    """Penalizes as in https://arxiv.org/abs/1909.05858 (section 4.1); like transformers, multiplies negative logits."""
     cells, rows = _cells(logits, tokens)
     limits = torch.finfo(torch.float32)
     # A penalty close to 0 must not make logits infinite, since they could then no longer be compared.
@@ -104,7 +104,7 @@ def _penalize_repetition(logits: Tensor, tokens: _Tokens, penalties: Sequence[fl
 
 
 def _penalize_frequency(logits: Tensor, tokens: _Tokens, penalties: Sequence[float]) -> None:
-    """https://platform.openai.com/docs/advanced-usage (frequency and presence penalties)."""
+    """Penalizes as specified in https://platform.openai.com/docs/advanced-usage (frequency and presence penalties)."""
     cells, counts = _cells(logits, tokens)[0].unique(return_counts=True)
     penalty = torch.tensor(penalties)[cells // logits.shape[1]] * counts
     logits.view(-1)[cells.to(logits.device)] -= penalty.to(logits.device)

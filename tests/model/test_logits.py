@@ -184,13 +184,13 @@ def test_default_options_return_the_logits_unchanged() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_filters_match_transformers(std: float, seed: int) -> None:
     """The vocabulary is large enough that a probability sum may need more than the top thousand tokens."""
-    draw = random.Random(f"{std} {seed}")
+    rng = random.Random(f"{std} {seed}")
     parameters = [
         SamplingParameters(
-            top_k=draw.choice([0, 0, 1, 40, 1500, 5000]),
-            top_p=draw.choice([1.0, 0.95, 0.5]),
-            min_p=draw.choice([0.0, 0.0, 0.1]),
-            typical_p=draw.choice([1.0, 0.9, 0.3]),
+            top_k=rng.choice([0, 0, 1, 40, 1500, 5000]),
+            top_p=rng.choice([1.0, 0.95, 0.5]),
+            min_p=rng.choice([0.0, 0.0, 0.1]),
+            typical_p=rng.choice([1.0, 0.9, 0.3]),
         )
         for _ in range(16)
     ]
@@ -283,47 +283,47 @@ def test_an_extreme_repetition_penalty_does_not_overflow(penalty: float, scale: 
     assert result.token_ids[10] in (0, 3)
 
 
-def random_inputs(draw: random.Random, vocab_size: int) -> SamplingInputs:
+def random_inputs(rng: random.Random, vocab_size: int) -> SamplingInputs:
     def tokens(count: int) -> tuple[int, ...]:
-        return tuple(draw.choices(range(vocab_size), k=draw.randint(1, count)))
+        return tuple(rng.choices(range(vocab_size), k=rng.randint(1, count)))
 
     sampling = SamplingParameters(
-        temperature=draw.choice([0.0, 0.7, 1.0, 3.0]),
-        top_k=draw.choice([0, 0, 5, 1200]),
-        top_p=draw.choice([1.0, 0.9, 0.6]),
-        min_p=draw.choice([0.0, 0.0, 0.02]),
-        typical_p=draw.choice([1.0, 1.0, 0.8]),
-        seed=draw.getrandbits(64),
+        temperature=rng.choice([0.0, 0.7, 1.0, 3.0]),
+        top_k=rng.choice([0, 0, 5, 1200]),
+        top_p=rng.choice([1.0, 0.9, 0.6]),
+        min_p=rng.choice([0.0, 0.0, 0.02]),
+        typical_p=rng.choice([1.0, 1.0, 0.8]),
+        seed=rng.getrandbits(64),
     )
     decoding = DecodingOptions(
-        repetition_penalty=draw.choice([1.0, 1.0, 1.3]),
-        frequency_penalty=draw.choice([0.0, 0.0, 0.5]),
-        presence_penalty=draw.choice([0.0, 0.0, -0.5]),
-        logit_bias=draw.choice([{}, {token: draw.uniform(-5, 5) for token in tokens(20)}]),
-        allowed_token_ids=draw.choice([(), (), tokens(300)]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+        frequency_penalty=rng.choice([0.0, 0.0, 0.5]),
+        presence_penalty=rng.choice([0.0, 0.0, -0.5]),
+        logit_bias=rng.choice([{}, {token: rng.uniform(-5, 5) for token in tokens(20)}]),
+        allowed_token_ids=rng.choice([(), (), tokens(300)]),
     )
     return SamplingInputs(
         sampling,
-        draw.randrange(1000),
+        rng.randrange(1000),
         decoding,
         tokens(50),
         tokens(30),
-        draw.choice([(), tokens(3)]),
-        num_top_logprobs=draw.choice([None, 0, 3]),
+        rng.choice([(), tokens(3)]),
+        num_top_logprobs=rng.choice([None, 0, 3]),
     )
 
 
 def test_tokens_and_log_probabilities_do_not_depend_on_other_rows() -> None:
     """Rows with random options, sampled alone and in random batches, with a vocabulary as large as MPT-7B's."""
-    draw, vocab_size = random.Random(0), 50_277
+    rng, vocab_size = random.Random(0), 50_277
     logits = random_logits(16, vocab_size, std=3.0)
-    inputs = [random_inputs(draw, vocab_size) for _ in range(16)]
+    inputs = [random_inputs(rng, vocab_size) for _ in range(16)]
     steps = [SequenceStep(row, "r", (1,), 8, (3,), one) for row, one in enumerate(inputs)]
-    masks = {row: draw.randbytes(vocab_size // 8 + 1) for row in range(0, 16, 3)}
+    masks = {row: rng.randbytes(vocab_size // 8 + 1) for row in range(0, 16, 3)}
     sampler = Sampler(vocab_size)
     alone = [sampler.sample(logits[row : row + 1], [step], masks) for row, step in enumerate(steps)]
     for _ in range(4):
-        rows = draw.sample(range(16), draw.randint(2, 16))
+        rows = rng.sample(range(16), rng.randint(2, 16))
         together = sampler.sample(logits[rows], [steps[row] for row in rows], masks)
         assert together.token_ids == {row: alone[row].token_ids[row] for row in rows}
         assert together.logprobs == {row: one for row in rows for one in alone[row].logprobs.values()}

@@ -109,7 +109,7 @@ def test_scoring_may_start_and_end_inside_a_chunk(tmp_path: Path) -> None:
     stepper = Stepper(model)
     stepper.score({"a": tokens[:10]}, {})
     logprobs = stepper.score(
-        {"beside": [1], "a": tokens[10:], "b": tokens},
+        {"neighbour": [1], "a": tokens[10:], "b": tokens},
         {"a": PromptScoring(7, tuple(tokens[18:30]), 2), "b": PromptScoring(38, (tokens[39],), 2)},
     )
     for one, other in zip(logprobs["a"] + logprobs["b"], whole[17:29] + whole[38:], strict=True):
@@ -121,10 +121,10 @@ def test_scoring_may_start_and_end_inside_a_chunk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_chunked_prompt_has_the_same_log_probabilities_as_a_whole_one(tmp_path: Path, seed: int) -> None:
     make_checkpoint(tmp_path, tiny_config(max_seq_len=256))
-    model, tokens, draw = load(tmp_path), random_tokens(150), random.Random(seed)
+    model, tokens, rng = load(tmp_path), random_tokens(150), random.Random(seed)
     sizes: list[int] = []
     while sum(sizes) < 150:
-        sizes.append(min(draw.choice([1, 7, 80]), 150 - sum(sizes)))
+        sizes.append(min(rng.choice([1, 7, 80]), 150 - sum(sizes)))
     whole, chunked = prompt_logprobs(model, tokens, [150], 0), prompt_logprobs(model, tokens, sizes, 0)
     assert [logprob.token_id for logprob in chunked] == tokens[1:]
     for one, other in zip(whole, chunked, strict=True):

@@ -127,25 +127,25 @@ def test_prefill_and_decode_agree_at_every_position(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_any_chunking_gives_the_same_logits(tmp_path: Path, seed: int) -> None:
     make_checkpoint(tmp_path, tiny_config(d_model=72, n_heads=6))
-    model, tokens, draw = load(tmp_path), random_tokens(70), random.Random(seed)
+    model, tokens, rng = load(tmp_path), random_tokens(70), random.Random(seed)
     sizes: list[int] = []
     while sum(sizes) < 70:
-        sizes.append(min(draw.randint(1, 17), 70 - sum(sizes)))
+        sizes.append(min(rng.randint(1, 17), 70 - sum(sizes)))
     ends = np.cumsum(sizes) - 1
     whole = run_prompt(model, tokens, [1] * 70)
-    chunked = run_prompt(model, tokens, sizes, block_size=draw.choice([1, 3, 16]))
+    chunked = run_prompt(model, tokens, sizes, block_size=rng.choice([1, 3, 16]))
     torch.testing.assert_close(chunked, whole[ends], rtol=0, atol=1e-5)
 
 
 def test_16_batched_sequences_have_the_same_logits_as_alone(tmp_path: Path) -> None:
     """The lengths differ and chunk sizes vary from step to step, so that prefill and decode share steps."""
     make_checkpoint(tmp_path, tiny_config({**GQA, "kv_n_heads": 2}))
-    model, draw = load(tmp_path), random.Random(0)
+    model, rng = load(tmp_path), random.Random(0)
     prompts = {f"r{i}": random_tokens(3 + 5 * i, seed=i) for i in range(16)}
     alone = {name: run_prompt(model, tokens, [1] * len(tokens)) for name, tokens in prompts.items()}
     stepper, done, mixed_steps = Stepper(model, num_blocks=512), dict.fromkeys(prompts, 0), 0
     while waiting := [name for name in prompts if done[name] < len(prompts[name])]:
-        sizes = {name: draw.choice([1, 1, 2, 9]) for name in waiting}
+        sizes = {name: rng.choice([1, 1, 2, 9]) for name in waiting}
         mixed_steps += len({size == 1 for size in sizes.values()}) == 2
         rows = stepper.step({name: prompts[name][done[name] : done[name] + size] for name, size in sizes.items()})
         for name, row in rows.items():

@@ -76,9 +76,9 @@ def test_exactly_the_tokens_that_the_filters_keep_are_sampled(top_k: int, top_p:
 
 
 def test_each_row_of_a_batch_has_its_own_filters() -> None:
-    logits, draw = random_logits(1, 12, seed=5)[0], random.Random(0)
+    logits, rng = random_logits(1, 12, seed=5)[0], random.Random(0)
     settings = [
-        (draw.choice([0.5, 1.0, 2.0]), draw.choice([0, 2, 5]), draw.choice([1.0, 0.8, 0.4]), draw.choice([0.0, 0.2]))
+        (rng.choice([0.5, 1.0, 2.0]), rng.choice([0, 2, 5]), rng.choice([1.0, 0.8, 0.4]), rng.choice([0.0, 0.2]))
         for _ in range(3000)
     ]
     names = ("temperature", "top_k", "top_p", "min_p")
@@ -138,17 +138,17 @@ def test_different_seeds_and_positions_are_independent(seeds: tuple[int, int]) -
 
 def test_a_sampled_token_depends_only_on_seed_position_and_logits() -> None:
     """It does not depend on the row or on the other rows, whether greedy or filtered."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     logits = random_logits(16, 200, std=2.0)
     steps = [
         sequence(
             row,
-            draw.randrange(1000),
-            seed=draw.getrandbits(64),
-            temperature=draw.choice([0.0, 0.7, 1.3]),
-            top_k=draw.choice([0, 0, 20]),
-            top_p=draw.choice([1.0, 0.9]),
-            min_p=draw.choice([0.0, 0.05]),
+            rng.randrange(1000),
+            seed=rng.getrandbits(64),
+            temperature=rng.choice([0.0, 0.7, 1.3]),
+            top_k=rng.choice([0, 0, 20]),
+            top_p=rng.choice([1.0, 0.9]),
+            min_p=rng.choice([0.0, 0.05]),
         )
         for row in range(16)
     ]
@@ -157,7 +157,7 @@ def test_a_sampled_token_depends_only_on_seed_position_and_logits() -> None:
     for row, step in enumerate(steps):
         alone |= sampler.sample(logits[row : row + 1].clone(), [step]).token_ids
     for _ in range(10):
-        rows = draw.sample(range(16), draw.randint(2, 16))
+        rows = rng.sample(range(16), rng.randint(2, 16))
         together = sampler.sample(logits[rows], [steps[row] for row in rows]).token_ids
         assert together == {row: alone[row] for row in rows}
 

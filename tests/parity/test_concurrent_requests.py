@@ -59,47 +59,47 @@ CONSTRAINTS = (
 )
 
 
-def random_request(name: str, draw: Random) -> GenerationRequest:
+def random_request(name: str, rng: Random) -> GenerationRequest:
     """Returns a request in which each feature is enabled about one time in three."""
 
     def sometimes(value: Any, default: Any) -> Any:
-        return value if draw.random() < 0.35 else default
+        return value if rng.random() < 0.35 else default
 
-    constraint = sometimes(draw.choice(CONSTRAINTS), None)
-    max_new_tokens = draw.randint(1, 28)
-    is_scored = draw.random() < 0.3
+    constraint = sometimes(rng.choice(CONSTRAINTS), None)
+    max_new_tokens = rng.randint(1, 28)
+    is_scored = rng.random() < 0.3
     return GenerationRequest(
         name,
-        draw.choice(PROMPTS),
+        rng.choice(PROMPTS),
         SamplingParameters(
-            temperature=draw.choice([0.0, 0.7, 1.0, 1.4]),
-            top_k=sometimes(draw.randint(1, 100), 0),
-            top_p=sometimes(draw.uniform(0.3, 1), 1.0),
-            min_p=sometimes(draw.uniform(0, 0.1), 0.0),
-            typical_p=sometimes(draw.uniform(0.3, 1), 1.0),
-            seed=draw.getrandbits(64),
-            num_sequences=sometimes(draw.randint(2, 4), 1),
+            temperature=rng.choice([0.0, 0.7, 1.0, 1.4]),
+            top_k=sometimes(rng.randint(1, 100), 0),
+            top_p=sometimes(rng.uniform(0.3, 1), 1.0),
+            min_p=sometimes(rng.uniform(0, 0.1), 0.0),
+            typical_p=sometimes(rng.uniform(0.3, 1), 1.0),
+            seed=rng.getrandbits(64),
+            num_sequences=sometimes(rng.randint(2, 4), 1),
         ),
         decoding=DecodingOptions(
-            repetition_penalty=sometimes(draw.uniform(0.8, 2), 1.0),
-            frequency_penalty=sometimes(draw.uniform(-1, 1), 0.0),
-            presence_penalty=sometimes(draw.uniform(-1, 1), 0.0),
-            logit_bias=sometimes({draw.randrange(4096): draw.uniform(-20, 8) for _ in range(9)}, {}),
-            allowed_token_ids=() if constraint else sometimes(tuple(draw.sample(range(4096), 400)), ()),
+            repetition_penalty=sometimes(rng.uniform(0.8, 2), 1.0),
+            frequency_penalty=sometimes(rng.uniform(-1, 1), 0.0),
+            presence_penalty=sometimes(rng.uniform(-1, 1), 0.0),
+            logit_bias=sometimes({rng.randrange(4096): rng.uniform(-20, 8) for _ in range(9)}, {}),
+            allowed_token_ids=() if constraint else sometimes(tuple(rng.sample(range(4096), 400)), ()),
             constraint=constraint,
         ),
         stopping=StoppingCriteria(
             max_new_tokens=max_new_tokens,
-            min_new_tokens=sometimes(draw.randint(0, max_new_tokens), 0),
+            min_new_tokens=sometimes(rng.randint(0, max_new_tokens), 0),
             stop_strings=sometimes(("ing", ". "), ()),
-            stop_token_ids=sometimes(tuple(draw.sample(range(300), 20)), ()),
-            include_stop_string=draw.random() < 0.5,
-            ignore_eos=constraint is None and draw.random() < 0.3,
-            repetition_guard=sometimes(RepetitionGuard(draw.randint(2, 4), draw.randint(1, 8)), None),
+            stop_token_ids=sometimes(tuple(rng.sample(range(300), 20)), ()),
+            include_stop_string=rng.random() < 0.5,
+            ignore_eos=constraint is None and rng.random() < 0.3,
+            repetition_guard=sometimes(RepetitionGuard(rng.randint(2, 4), rng.randint(1, 8)), None),
         ),
-        logprobs=LogprobOptions(prompt=is_scored, output=draw.random() < 0.3 or is_scored, num_top=2 * is_scored),
-        cache=CacheOptions(bypass=draw.random() < 0.2),
-        priority=draw.randint(-1, 1),
+        logprobs=LogprobOptions(prompt=is_scored, output=rng.random() < 0.3 or is_scored, num_top=2 * is_scored),
+        cache=CacheOptions(bypass=rng.random() < 0.2),
+        priority=rng.randint(-1, 1),
         truncate_prompt_tokens=None,
     )
 
@@ -157,35 +157,35 @@ def assert_same(name: str, actual: Generation, expected: Generation) -> None:
         assert_same_logprobs(actual.prompt_logprobs, expected.prompt_logprobs)
 
 
-def assert_same_logprobs(some: Sequence[TokenLogprob], others: Sequence[TokenLogprob]) -> None:
-    assert [p.token_id for p in some] == [p.token_id for p in others]
-    assert [p.logprob for p in some] == pytest.approx([p.logprob for p in others], abs=1e-3)
+def assert_same_logprobs(actual: Sequence[TokenLogprob], expected: Sequence[TokenLogprob]) -> None:
+    assert [p.token_id for p in actual] == [p.token_id for p in expected]
+    assert [p.logprob for p in actual] == pytest.approx([p.logprob for p in expected], abs=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(NUM_ROUNDS))
 def test_16_concurrent_requests_yield_the_same_results_as_alone(
     seed: int, shared_engine: Engine, make_engine: Callable[..., Engine], runners: list[ArrivingRunner]
 ) -> None:
-    draw = Random(seed)
+    rng = Random(seed)
     requests: list[GenerationRequest] = []
     expected: dict[str, Generation] = {}
     for number in range(NUM_REQUESTS):
-        request = random_request(f"r{number}", draw)
+        request = random_request(f"r{number}", rng)
         if number == 0:  # runs until all others have arrived
             stopping = StoppingCriteria(max_new_tokens=3 * NUM_REQUESTS, ignore_eos=True)
             request = GenerationRequest("r0", PROMPTS[0], SamplingParameters(seed=seed), stopping=stopping, priority=2)
         deltas = list(shared_engine.stream(request))
         expected[request.request_id] = collect(deltas)
-        if number and request.sampling.num_sequences == 1 and draw.random() < 0.4:
-            resumed, expected[request.request_id] = split_for_resuming(deltas, draw.randint(1, 20))
+        if number and request.sampling.num_sequences == 1 and rng.random() < 0.4:
+            resumed, expected[request.request_id] = split_for_resuming(deltas, rng.randint(1, 20))
             request = replace(request, resume_token_ids=resumed)
         requests.append(request)
 
     engine = make_engine(
-        num_blocks=draw.randint(12, 15), max_running_requests=draw.randint(6, 16), max_step_tokens=draw.randint(16, 48)
+        num_blocks=rng.randint(12, 15), max_running_requests=rng.randint(6, 16), max_step_tokens=rng.randint(16, 48)
     )
     streams: list[ThreadStream] = []
-    arrivals = sorted(draw.randint(0, 2 * NUM_REQUESTS) for _ in requests[1:])
+    arrivals = sorted(rng.randint(0, 2 * NUM_REQUESTS) for _ in requests[1:])
     runners[0].expect(
         [(step, lambda r=r: streams.append(submit(engine, r))) for step, r in zip(arrivals, requests[1:], strict=True)]
     )

@@ -196,7 +196,7 @@ class Arrival:
     priority: int
     salt: str
     bypass: bool
-    scores: bool
+    scores_prompt: bool
     steps_before: int
     fate: str
 
@@ -211,7 +211,7 @@ arrivals = st.builds(
     priority=st.integers(-1, 1),
     salt=st.sampled_from(["", "", "", "tenant"]),
     bypass=st.sampled_from([False, False, True]),
-    scores=st.sampled_from([False, False, True]),
+    scores_prompt=st.sampled_from([False, False, True]),
     steps_before=st.integers(0, 3),
     fate=st.sampled_from(["live"] * 6 + ["cancel", "cancel in a step", "fail"]),
 )
@@ -250,7 +250,7 @@ def test_every_request_yields_the_same_output_as_when_it_runs_alone(
             salt=a.salt,
             bypass=a.bypass,
         )
-        m.add(replace(added, logprobs=LogprobOptions(prompt=a.scores), resume_token_ids=tuple(resumed)), prompt)
+        m.add(replace(added, logprobs=LogprobOptions(prompt=a.scores_prompt), resume_token_ids=tuple(resumed)), prompt)
         for name in [name for name in m.prompts if name.startswith(f"r{number}_")]:
             fates[name] = a
             seed = sequence_seed(1, m.sequences[name].index)
@@ -276,7 +276,7 @@ def test_every_request_yields_the_same_output_as_when_it_runs_alone(
         if a.fate == "live":
             assert m.outputs[name] == expected[name]
             assert m.ended[name].finish is not None
-            if a.scores and m.sequences[name].primary is None and name in m.prompt_logprobs:
+            if a.scores_prompt and m.sequences[name].primary is None and name in m.prompt_logprobs:
                 prompt = m.prompts[name]
                 wanted = tuple(logprob_of(prompt[:end]) for end in range(2, len(prompt) + 1))
                 assert m.prompt_logprobs[name] == wanted
