@@ -174,7 +174,7 @@ class Engine:
                 if plan.sequences:
                     self._mark_scheduled(plan)
                     result = self._compute(plan)
-                    self._waits_for_masks = all(result.is_late(sequence) for sequence in plan.sequences)
+                    self._waits_for_masks = all(result.is_deferred(sequence) for sequence in plan.sequences)
                     self._account(plan, result, self._scheduler.commit(plan, result))
                 self._deliver()
         except BaseException as error:
@@ -225,7 +225,7 @@ class Engine:
             self._masks.start(plan)
             scores = self._runner.run(plan)
             masks = self._masks.collect(plan)
-            chooses = [sequence for sequence in plan.sequences if sequence.choice is not None]
+            chooses = [sequence for sequence in plan.sequences if sequence.sampling is not None]
             ready = [row for row, sequence in enumerate(chooses) if masks.is_ready(sequence)]
             logits = scores.logits if len(ready) == len(chooses) else scores.logits[ready]
             result = self._sampler.sample(logits, [chooses[row] for row in ready], masks.bits)
@@ -300,7 +300,7 @@ class Engine:
             return
         with self._admission:
             watchers, self._watchers = self._watchers, []
-        now_s, kept_blocks = self._now_s(), self._scheduler.kept_blocks
+        now_s, kept_blocks = self._now_s(), self._scheduler.cached_blocks
         state = EngineState(now_s, self.load, kept_blocks, self._flights.in_flight(now_s), self._flights.ended)
         for watcher in watchers:
             watcher.set_result(state)

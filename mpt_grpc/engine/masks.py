@@ -39,7 +39,7 @@ class MaskWorkers:
     def start(self, plan: StepPlan) -> None:
         """Begins with the masks that the plan's choices need; one that is under way goes on."""
         for sequence in plan.sequences:
-            matcher = None if sequence.choice is None else sequence.choice.matcher
+            matcher = None if sequence.sampling is None else sequence.sampling.matcher
             if matcher is not None and sequence.sequence_id not in self._pending:
                 future = self._threads.submit(matcher.mask)
                 future.add_done_callback(lambda _: self._on_ready())
@@ -71,4 +71,4 @@ class MaskWorkers:
 
 
 def _has_matcher(sequence: SequenceStep) -> bool:
-    return sequence.choice is not None and sequence.choice.matcher is not None
+    return sequence.sampling is not None and sequence.sampling.matcher is not None

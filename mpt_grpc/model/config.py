@@ -1,7 +1,7 @@
-"""The architecture of an MPT model, read from the `config.json` that the family publishes.
+"""The architecture of an MPT model, read from its published `config.json`.
 
-Every field that changes the arithmetic is honoured or refused by name; fields that matter only in training
-are passed over. The layout is that of MosaicML's llm-foundry (`MPTConfig`), which transformers reads as well.
+Every field that affects the computation is either implemented or rejected by name; fields that matter only in training
+are ignored. The format is that of MosaicML's llm-foundry (`MPTConfig`), which transformers reads as well.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from mpt_grpc.errors import ConfigError
 
-# Fields that are bookkeeping or matter in training only: any value gives the same scores at inference. transformers
-# writes its own, sampling defaults included, into every object of the file.
+# Metadata and training-only fields: their values do not affect the logits at inference. transformers writes its own
+# fields, sampling defaults included, into every object of the file.
 _IGNORED = frozenset(
     "_attn_implementation_autoset _name_or_path add_cross_attention architectures attn_impl attn_pdrop auto_map"
     " bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size"
@@ -31,7 +31,7 @@ _IGNORED = frozenset(
     " torchscript transformers_version typical_p use_bfloat16 use_cache verbose".split()
 )
 
-# Fields for which one set of values is implemented; an absent field has the first.
+# Fields of which only some values are implemented; the first one is the default for an absent field.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
     "norm_type": ("low_precision_layernorm", "layernorm"),
     "tie_word_embeddings": (True,),
@@ -54,7 +54,7 @@ _FIXED_FFN: Mapping[str, tuple[Any, ...]] = {"ffn_type": ("mptmlp",), "fc_type":
 
 @dataclass(frozen=True)
 class MPTConfig:
-    """What the forward pass needs to know. Sizes are in elements, `max_seq_len` in tokens."""
+    """The parameters of the forward pass. Sizes are in elements, `max_seq_len` is in tokens."""
 
     d_model: int
     n_heads: int
@@ -78,7 +78,7 @@ class MPTConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> MPTConfig:
-        """Reads a published `config.json`. Raises ConfigError for what cannot be read or is not implemented."""
+        """Reads a published `config.json`. Raises ConfigError if it cannot be read or is not implemented."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -89,9 +89,9 @@ class MPTConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> MPTConfig:
-        """Takes `config.json` as a mapping. Raises ConfigError naming the field and its value."""
+        """Parses the content of `config.json`. Raises ConfigError naming the field and its value."""
         if raw.get("model_type") != "mpt":
-            raise ConfigError(f"model_type: {raw.get('model_type')!r} is not supported, only 'mpt' is")
+            raise ConfigError(f"model_type: {raw.get('model_type')!r} is not supported; only 'mpt' is")
         top = _Fields("", raw)
         attention = _Fields("attn_config.", top.take("attn_config", {}) or {})
         ffn = _Fields("ffn_config.", top.take("ffn_config", {}) or {})
@@ -105,7 +105,7 @@ class MPTConfig:
             raise ConfigError(f"n_heads: {n_heads} does not divide d_model {d_model}")
         alibi, learned = attention.boolean("alibi", True), top.boolean("learned_pos_emb", True)
         if not alibi and not learned:
-            raise ConfigError("attn_config.alibi: False is supported only with learned_pos_emb: true")
+            raise ConfigError("attn_config.alibi: False is only supported with learned_pos_emb: true")
         bias_max, scale = attention.number("alibi_bias_max"), attention.number("softmax_scale")
         config = cls(
             d_model=d_model,
@@ -125,12 +125,12 @@ class MPTConfig:
             norm_eps=_norm_eps(top),
         )
         for fields in (top, attention, ffn):
-            fields.refuse_rest()
+            fields.reject_rest()
         return config
 
 
 class _Fields:
-    """One JSON object of which every field has to be taken, skipped or refused."""
+    """A JSON object whose fields must each be taken, skipped or rejected."""
 
     def __init__(self, prefix: str, raw: Any) -> None:
         if not isinstance(raw, Mapping):
@@ -158,7 +158,7 @@ class _Fields:
         if value is None:
             return None
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-            raise self.error(name, value, "expected a number, 0 or more, or null")
+            raise self.error(name, value, "expected a non-negative number or null")
         return float(value)
 
     def check_fixed(self, fixed: Mapping[str, tuple[Any, ...]]) -> None:
@@ -170,7 +170,7 @@ class _Fields:
     def skip(self, names: frozenset[str]) -> None:
         self._rest = {name: value for name, value in self._rest.items() if name not in names}
 
-    def refuse_rest(self) -> None:
+    def reject_rest(self) -> None:
         for name, value in self._rest.items():
             raise self.error(name, value, "this field is not implemented")
 
@@ -188,7 +188,7 @@ def _n_kv_heads(attention: _Fields, n_heads: int) -> int:
     if not isinstance(n_kv_heads, int) or n_kv_heads < 1 or n_heads % n_kv_heads:
         raise attention.error("kv_n_heads", n_kv_heads, f"expected a divisor of n_heads {n_heads}")
     if stated is not None and stated != n_kv_heads:
-        raise attention.error("kv_n_heads", stated, f"attn_type {kind!r} has {n_kv_heads}")
+        raise attention.error("kv_n_heads", stated, f"attn_type {kind!r} requires {n_kv_heads}")
     return n_kv_heads
 
 
@@ -196,12 +196,12 @@ def _d_ffn(top: _Fields, d_model: int) -> int:
     ratio = top.number("expansion_ratio")
     d_ffn = d_model * (4.0 if ratio is None else ratio)
     if d_ffn < 1 or d_ffn != int(d_ffn):
-        raise top.error("expansion_ratio", ratio, f"times d_model {d_model} is no positive integer")
+        raise top.error("expansion_ratio", ratio, f"multiplied by d_model {d_model} must be a positive integer")
     return int(d_ffn)
 
 
 def _norm_eps(top: _Fields) -> float:
-    """llm-foundry calls it `norm_eps`, transformers `layer_norm_epsilon`."""
+    """Returns the epsilon of layer norm, which llm-foundry calls `norm_eps` and transformers `layer_norm_epsilon`."""
     stated = [value for value in (top.number("norm_eps"), top.number("layer_norm_epsilon")) if value is not None]
     if len(set(stated)) > 1:
         raise ConfigError(f"layer_norm_epsilon: {stated[1]!r} differs from norm_eps {stated[0]!r}")

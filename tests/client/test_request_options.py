@@ -213,7 +213,7 @@ def test_a_constraint_of_each_kind_sets_its_field(answer, client):
 
 @pytest.mark.parametrize("constraint", ["[ab]+", {"type": "object"}, Regex, 0])
 def test_a_constraint_of_another_type_is_a_type_error(answer, client, constraint):
-    with pytest.raises(TypeError, match="^constraint: .* is not a constraint"):
+    with pytest.raises(TypeError, match=r"^constraint: .* is not a constraint"):
         client.generate("Once", constraint=constraint)
     assert not answer.requests
 
@@ -229,9 +229,9 @@ def test_a_single_stop_string_may_be_given_without_a_list(answer, client):
 
 
 def test_an_unknown_option_is_a_type_error_that_suggests_the_closest_one(answer, client):
-    with pytest.raises(TypeError, match="unknown option 'max_token'; did you mean 'max_new_tokens'?"):
+    with pytest.raises(TypeError, match=r"unknown option 'max_token'; did you mean 'max_new_tokens'?"):
         client.generate("Once", max_token=3)
-    with pytest.raises(TypeError, match="unknown option 'zzz'$"):
+    with pytest.raises(TypeError, match=r"unknown option 'zzz'$"):
         client.generate("Once", zzz=3)
     assert not answer.requests
 

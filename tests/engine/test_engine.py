@@ -21,7 +21,7 @@ from mpt_grpc.errors import (
     OverloadedError,
     UnavailableError,
 )
-from mpt_grpc.model.runner import Runner, StepScores
+from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.request import (
     CacheOptions,
     DecodingOptions,
@@ -289,7 +289,7 @@ def test_an_aborted_request_frees_its_blocks_within_one_step(
         plan = runner.wait_for_step()
     planned = {sequence.request_id: sequence for sequence in plan.sequences}
     assert ("gone" in planned) == (state != "waiting")
-    assert state == "waiting" or (planned["gone"].choice is not None) == (state == "running")
+    assert state == "waiting" or (planned["gone"].sampling is not None) == (state == "running")
 
     assert engine.cancel("gone")
     runner.allow()
@@ -326,7 +326,7 @@ def test_leaving_a_stream_early_ends_the_request(
 class FaultyRunner(Runner):
     """Fails when it is to compute token 666."""
 
-    def run(self, plan: StepPlan) -> StepScores:
+    def run(self, plan: StepPlan) -> StepOutput:
         if any(666 in sequence.token_ids for sequence in plan.sequences):
             raise RuntimeError("a kernel has failed")
         return super().run(plan)
@@ -349,7 +349,7 @@ def test_a_fault_of_one_request_ends_that_request_alone(
 
 
 class LostDevice(Runner):
-    def run(self, plan: StepPlan) -> StepScores:  # noqa: ARG002
+    def run(self, plan: StepPlan) -> StepOutput:  # noqa: ARG002
         raise DeviceLostError("an illegal memory access was encountered")
 
 

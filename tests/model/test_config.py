@@ -1,9 +1,10 @@
-"""`config.json`, as published and as transformers saves it; what is not implemented is refused by name."""
+"""Reading `config.json`, as published and as saved by transformers; unimplemented fields are rejected by name."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,6 @@ SEVEN_B = MPTConfig(
 )
 
 
-def but(config: MPTConfig, **fields: Any) -> MPTConfig:
-    return MPTConfig(**{**vars(config), **fields})
-
-
 @pytest.mark.skipif(PUBLISHED is None, reason="the published configs are not on this machine (shared/data/mpt_configs)")
 @pytest.mark.parametrize(
     ("name", "expected"),
@@ -49,22 +46,22 @@ def but(config: MPTConfig, **fields: Any) -> MPTConfig:
         ("mpt-7b", SEVEN_B),
         ("mpt-7b-chat", SEVEN_B),
         ("mpt-7b-instruct", SEVEN_B),
-        ("mpt-7b-storywriter", but(SEVEN_B, max_seq_len=65536, alibi_bias_max=16.0, clip_qkv=6.0)),
-        ("mpt-30b", but(SEVEN_B, d_model=7168, n_heads=64, n_kv_heads=64, n_layers=48, d_ffn=28672, max_seq_len=8192,
-                        softmax_scale=1 / math.sqrt(112))),
-        ("replit-code-v1-3b", but(SEVEN_B, d_model=2560, d_ffn=10240, vocab_size=32768,
-                                  softmax_scale=1 / math.sqrt(80))),
-        ("replit-code-v1_5-3b", but(SEVEN_B, d_model=3072, n_heads=24, n_kv_heads=8, d_ffn=12288, vocab_size=32768,
-                                    max_seq_len=4096)),
+        ("mpt-7b-storywriter", replace(SEVEN_B, max_seq_len=65536, alibi_bias_max=16.0, clip_qkv=6.0)),
+        ("mpt-30b", replace(SEVEN_B, d_model=7168, n_heads=64, n_kv_heads=64, n_layers=48, d_ffn=28672,
+                            max_seq_len=8192, softmax_scale=1 / math.sqrt(112))),
+        ("replit-code-v1-3b", replace(SEVEN_B, d_model=2560, d_ffn=10240, vocab_size=32768,
+                                      softmax_scale=1 / math.sqrt(80))),
+        ("replit-code-v1_5-3b", replace(SEVEN_B, d_model=3072, n_heads=24, n_kv_heads=8, d_ffn=12288, vocab_size=32768,
+                                        max_seq_len=4096)),
     ],
 )  # fmt: skip
-def test_published_configs_are_read_as_they_are(name: str, expected: MPTConfig) -> None:
+def test_published_configs_are_read_unmodified(name: str, expected: MPTConfig) -> None:
     assert PUBLISHED is not None
     assert MPTConfig.from_file(PUBLISHED / f"{name}.json") == expected
 
 
-def test_fields_that_are_absent_have_the_values_of_the_family() -> None:
-    assert MPTConfig.from_dict({"model_type": "mpt"}) == but(
+def test_absent_fields_have_the_defaults_of_llm_foundry() -> None:
+    assert MPTConfig.from_dict({"model_type": "mpt"}) == replace(
         SEVEN_B, d_model=2048, n_heads=16, n_kv_heads=16, n_layers=24, d_ffn=8192, vocab_size=50368
     )
 
@@ -92,7 +89,7 @@ def test_fields_that_are_absent_have_the_values_of_the_family() -> None:
         (tiny_config(norm_eps=1e-6, layer_norm_epsilon=1e-6), "norm_eps", 1e-6),
     ],
 )
-def test_fields_that_change_the_arithmetic_are_taken(raw: dict[str, Any], field: str, expected: object) -> None:
+def test_fields_that_affect_the_computation_are_read(raw: dict[str, Any], field: str, expected: object) -> None:
     value = getattr(MPTConfig.from_dict(raw), field)
     assert value == expected
     assert type(value) is type(expected)
@@ -123,7 +120,7 @@ def test_fields_that_change_the_arithmetic_are_taken(raw: dict[str, Any], field:
         ("kv_n_heads", 2),
     ],
 )
-def test_what_attention_does_not_implement_is_named(field: str, value: object) -> None:
+def test_unimplemented_attention_fields_are_named_in_the_error(field: str, value: object) -> None:
     with pytest.raises(ConfigError) as error:
         MPTConfig.from_dict(tiny_config({field: value}))
     assert f"attn_config.{field}: {value!r}" in str(error.value)
@@ -154,7 +151,7 @@ def test_what_attention_does_not_implement_is_named(field: str, value: object) -
         ("layer_norm_epsilon", -1e-5),
     ],
 )
-def test_what_the_model_does_not_implement_is_named(field: str, value: object) -> None:
+def test_unimplemented_model_fields_are_named_in_the_error(field: str, value: object) -> None:
     with pytest.raises(ConfigError) as error:
         MPTConfig.from_dict(tiny_config(**{field: value}))
     assert f"{field}: {value!r}" in str(error.value) or f"{field}: {value} " in str(error.value)
@@ -175,27 +172,27 @@ def test_what_the_model_does_not_implement_is_named(field: str, value: object) -
         ({}, "model_type: None"),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(raw: dict[str, Any], message: str) -> None:
+def test_inconsistent_fields_are_rejected(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         MPTConfig.from_dict(raw)
     assert message in str(error.value)
 
 
-def test_a_config_that_transformers_saved_is_read(tmp_path: Path) -> None:
+def test_a_config_saved_by_transformers_is_read(tmp_path: Path) -> None:
     saved = MptConfig(
         d_model=96, n_heads=6, n_layers=3, vocab_size=100, attn_config={"clip_qkv": 6.0, "alibi_bias_max": 16}
     )
     (tmp_path / "diff").mkdir()
     saved.save_pretrained(tmp_path / "diff")
     (tmp_path / "whole.json").write_text(saved.to_json_string(use_diff=False))
-    expected = but(SEVEN_B, d_model=96, n_heads=6, n_kv_heads=6, n_layers=3, d_ffn=384, vocab_size=100,
+    expected = replace(SEVEN_B, d_model=96, n_heads=6, n_kv_heads=6, n_layers=3, d_ffn=384, vocab_size=100,
                    softmax_scale=0.25, clip_qkv=6.0, alibi_bias_max=16.0)  # fmt: skip
     assert MPTConfig.from_file(tmp_path / "diff" / "config.json") == expected
     assert MPTConfig.from_file(tmp_path / "whole.json") == expected
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '"mpt"', "\xff"])
-def test_a_file_that_is_no_json_object_is_refused_with_its_path(tmp_path: Path, text: str | None) -> None:
+def test_a_file_that_is_not_a_json_object_is_rejected_with_its_path(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "config.json"
     if text is not None:
         path.write_bytes(text.encode("latin-1"))
@@ -203,7 +200,7 @@ def test_a_file_that_is_no_json_object_is_refused_with_its_path(tmp_path: Path, 
         MPTConfig.from_file(path)
 
 
-def test_the_error_names_what_the_file_says(tmp_path: Path) -> None:
+def test_the_error_names_the_field_its_value_and_the_implemented_values(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config({"prefix_lm": True})))
     with pytest.raises(ConfigError, match=r"attn_config\.prefix_lm: True: only False is implemented"):
         MPTConfig.from_file(tmp_path / "config.json")

@@ -34,7 +34,7 @@ def asked(prompt: list[int], max_new_tokens: int = 500, **fields: Any) -> pb.Gen
 
 def _position(step: SequenceStep | None) -> int | None:
     """How many tokens were chosen before the one that this step chooses."""
-    return None if step is None or step.choice is None else step.choice.output_position
+    return None if step is None or step.sampling is None else step.sampling.output_position
 
 
 async def step_until(runner: SteppedRunner, condition: Callable[[StepPlan], bool]) -> StepPlan:
