@@ -1,4 +1,4 @@
-"""Random JSON schemas, and what they ask for, told without the library that enforces them."""
+"""Hypothesis strategies for JSON schemas, and a validator independent of the library that enforces them."""
 
 from __future__ import annotations
 

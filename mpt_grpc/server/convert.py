@@ -141,7 +141,7 @@ def engine_state(state: EngineState, total_blocks: int) -> pb.GetEngineStateResp
     return pb.GetEngineStateResponse(
         time=_timestamp(state.time_s),
         load=load(state.load, total_blocks),
-        kept_blocks=state.kept_blocks,
+        kept_blocks=state.cached_blocks,
         in_flight=[_request_state(request, has_ended=False) for request in state.in_flight],
         ended=[_request_state(request, has_ended=True) for request in state.ended],
     )

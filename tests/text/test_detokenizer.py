@@ -220,7 +220,7 @@ class TestStopStrings:
     ) -> None:
         finder = StopStrings(stops, include)
         told = "".join([finder.feed(piece) for piece in cut_up(text, cuts)]) + finder.flush()
-        assert (told, finder.met) == by_the_rule(text, stops, include)
+        assert (told, finder.found) == by_the_rule(text, stops, include)
 
     @settings(deadline=None, max_examples=1000, derandomize=True)
     @given(ab_text, ab_stops)
@@ -229,7 +229,7 @@ class TestStopStrings:
         told = ""
         for count, letter in enumerate(text, start=1):
             told += finder.feed(letter)
-            if finder.met is not None:
+            if finder.found is not None:
                 return
             ends = [text[start:count] for start in range(count + 1)]
             held = next(end for end in ends if end == "" or any(stop.startswith(end) for stop in stops))
@@ -239,17 +239,17 @@ class TestStopStrings:
         finder = StopStrings(["\n\nUser:"])
         pieces = ["a long line ", "of text\n", "\nUse", "less\n", "\nUser", ": hi"]
         assert [finder.feed(piece) for piece in pieces] == ["a long line ", "of text", "", "\n\nUseless", "", ""]
-        assert finder.met == "\n\nUser:"
+        assert finder.found == "\n\nUser:"
 
     def test_of_those_that_end_together_the_longest_is_met(self) -> None:
         finder = StopStrings(["b", "ab"])
         assert finder.feed("xaby") == "x"
-        assert finder.met == "ab"
+        assert finder.found == "ab"
 
     def test_a_shorter_one_that_is_complete_earlier_is_met(self) -> None:
         finder = StopStrings(["abcd", "bc"])
         assert finder.feed("xabcd") == "xa"
-        assert finder.met == "bc"
+        assert finder.found == "bc"
 
     def test_nothing_comes_after_a_stop_string(self) -> None:
         finder = StopStrings(["."], include_stop_string=True)
@@ -267,9 +267,9 @@ def test_a_stop_string_that_deaf_text_completes_is_passed_over(
     for end in range(deaf_end + 1, len(text) + 1):
         if found := [stop for stop in stops if text[:end].endswith(stop)]:
             stop = max(found, key=len)
-            assert (told, finder.met) == (text[:end] if include else text[: end - len(stop)], stop)
+            assert (told, finder.found) == (text[:end] if include else text[: end - len(stop)], stop)
             return
-    assert (told, finder.met) == (text, None)
+    assert (told, finder.found) == (text, None)
 
 
 def assembled(assembler: TextAssembler, ids: Sequence[int]) -> tuple[str, int]:
