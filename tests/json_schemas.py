@@ -57,6 +57,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 
 def conforms(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a value is valid under one of the generated schemas."""
     if "anyOf" in schema:
         return any(conforms(value, option) for option in schema["anyOf"])
     if "enum" in schema or "const" in schema:

@@ -112,8 +112,9 @@ def conversation_token_ids(
     shortest = tokens_without(len(candidates) - 1) if conversation.drop_oldest_turns else token_ids
     if len(shortest) > max_prompt_tokens:
         remedy = "the last message" if conversation.drop_oldest_turns else "the messages or set drop_oldest_turns"
-        why = f"{len(shortest)} tokens and {num_new_tokens} new tokens exceed the context of {max_context_tokens}"
-        raise InvalidRequestError(FieldViolation(_FIELD, f"{why}: shorten {remedy}"))
+        lengths = f"{len(shortest)} + {num_new_tokens} tokens (prompt + output)"
+        why = f"{lengths} exceed the context of {max_context_tokens}: shorten {remedy}"
+        raise InvalidRequestError(FieldViolation(_FIELD, why))
     # Binary search: the smallest sufficient number of turns to drop is above `too_few`, and at most `enough`.
     too_few, enough = 0, len(candidates) - 1
     while enough - too_few > 1:

@@ -254,9 +254,7 @@ def test_request_larger_than_the_cache_is_rejected_and_the_next_one_served(make_
     assert len(engine.generate(generation(prompt=(5,) * 10, max_new_tokens=54)).token_ids) == 54
 
 
-def test_full_queue_rejects_further_requests(
-    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
-) -> None:
+def test_full_queue_rejects_further_requests(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
     engine = make_engine(max_running_requests=1, max_waiting_requests=1)
     streams = [submit(engine, generation(name)) for name in ("a", "b")]
     with pytest.raises(OverloadedError):
@@ -267,7 +265,9 @@ def test_full_queue_rejects_further_requests(
     assert len(collect(streams[0]).token_ids) == 24
 
 
-def test_duplicate_request_id_is_rejected_while_in_flight(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
+def test_duplicate_request_id_is_rejected_while_in_flight(
+    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
+) -> None:
     engine = make_engine()
     stream = submit(engine, generation("a"))
     with pytest.raises(DuplicateRequestError):
@@ -367,9 +367,7 @@ def test_lost_device_stops_the_engine(monkeypatch: pytest.MonkeyPatch, make_engi
         engine.generate(generation())
 
 
-def test_closing_fails_requests_in_flight(
-    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
-) -> None:
+def test_closing_fails_requests_in_flight(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
     engine = make_engine()
     stream = submit(engine, generation(max_new_tokens=1000))
     stepped[0].wait_for_step()
@@ -383,7 +381,9 @@ def test_closing_fails_requests_in_flight(
         engine.generate(generation())
 
 
-def test_engine_is_stuck_if_a_step_does_not_complete(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
+def test_engine_is_stuck_if_a_step_does_not_complete(
+    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
+) -> None:
     engine = make_engine()
     assert not engine.is_stuck(0.0)
     stream = submit(engine, generation())
