@@ -14,7 +14,7 @@ _TEXTLESS = (FinishReason.EOS_TOKEN, FinishReason.STOP_TOKEN)
 
 
 class RequestAssembly:
-    """Assembles all outputs of one request. It has ended once all of them have, or once the request has failed."""
+    """Assembles all outputs of one request. It ends when all of them have ended, or when the request fails."""
 
     error: Exception | None = None
     """The error that ended the request, to be raised after all earlier deltas are delivered."""
@@ -56,7 +56,7 @@ class _HeldToken:
 
 
 class OutputAssembly:
-    """Assembles one output. After a stop string or a guard's block, it only waits for the engine to end the sequence.
+    """Assembles one output. Once a stop string or a guard has ended it, only the engine's final event is awaited.
 
     With a guard, tokens are sent together with their text: each one when the guard has released all of its text.
     """

@@ -98,7 +98,7 @@ class RequestTable:
             if request.request_id in self._by_request_id:
                 raise DuplicateRequestError(f"request_id {request.request_id!r} is already in flight")
             if self._num_sequences + request.sampling.num_sequences > self._max_sequences:
-                why = f"the waiting queue is full: {self._num_sequences} outputs are in flight"
+                why = f"the waiting queue is full, {self._num_sequences} outputs are in flight: try again later"
                 raise OverloadedError(why, _RETRY_AFTER_S)
             self._by_request_id[request.request_id] = record
             self._num_sequences += request.sampling.num_sequences

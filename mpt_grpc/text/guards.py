@@ -119,10 +119,10 @@ class _PatternWatch:
         if self.blocked:
             return ""
         self._text += text
-        return self._pass(self._find(is_last=False))
+        return self._release(self._find(is_last=False))
 
     def finish(self) -> str:
-        return "" if self.blocked else self._pass(self._find(is_last=True))
+        return "" if self.blocked else self._release(self._find(is_last=True))
 
     def _find(self, is_last: bool) -> int:
         """Returns the offset of the first character that may not be sent yet, or ever; sets `blocked`."""
@@ -151,11 +151,12 @@ class _PatternWatch:
         earlier = (pattern.match(self._text, at, partial=True, timeout=_TIMEOUT_S) for at in before)
         return next((found for found in earlier if found is not None), match)
 
-    def _pass(self, end: int) -> str:
-        passed = self._text[self._start : end]
-        kept = max(0, end - _MAX_LOOKBEHIND)
-        self._text, self._start = self._text[kept:], end - kept
-        return passed
+    def _release(self, end: int) -> str:
+        """Returns the held text up to `end`; keeps enough of the sent text for lookbehinds."""
+        released = self._text[self._start : end]
+        kept_start = max(0, end - _MAX_LOOKBEHIND)
+        self._text, self._start = self._text[kept_start:], end - kept_start
+        return released
 
 
 class _ChainedWatch:
@@ -167,19 +168,19 @@ class _ChainedWatch:
         return any(watch.blocked for watch in self._watches)
 
     def feed(self, text: str) -> str:
-        return self._pass(text, is_last=False)
+        return self._filter(text, is_last=False)
 
     def finish(self) -> str:
-        return self._pass("", is_last=True)
+        return self._filter("", is_last=True)
 
-    def _pass(self, text: str, is_last: bool) -> str:
+    def _filter(self, text: str, is_last: bool) -> str:
         if self.blocked:
             return ""
         for watch in self._watches:
             text = watch.feed(text)
             if is_last and not watch.blocked:
                 text += watch.finish()
-            is_last = is_last or watch.blocked  # the guards behind one that has blocked will get no more text
+            is_last = is_last or watch.blocked  # later guards get no more text once one has blocked
         return text
 
 
