@@ -238,7 +238,7 @@ def test_all_invalid_fields_are_reported_at_once(shared_engine: Engine) -> None:
         "stopping.time_limit",
         "stopping.repetition_guard.min_repeats",
         "stopping.repetition_guard.max_cycle_tokens",
-        "response.top_logprobs",
+        "output_options.top_logprobs",
         "cache.salt",
         "priority",
         "truncate_prompt_tokens",

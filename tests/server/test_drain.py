@@ -36,8 +36,8 @@ def asked(max_new_tokens: int, **fields: Any) -> pb.GenerateRequest:
     )
 
 
-async def unavailable(call: Any) -> str:
-    """Awaits a call that must end with the service's own UNAVAILABLE; returns the message."""
+async def unavailable(call: Any, reason: str) -> str:
+    """Awaits a call that must fail with UNAVAILABLE for this reason, and returns the message."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     error = caught.value
@@ -45,7 +45,7 @@ async def unavailable(call: Any) -> str:
     packed = next(value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin")
     info = error_details_pb2.ErrorInfo()
     assert status_pb2.Status.FromString(packed).details[0].Unpack(info)
-    assert (info.domain, info.reason) == ("mpt-grpc", "UNAVAILABLE")
+    assert (info.domain, info.reason) == ("mpt-grpc", reason)
     return error.details()
 
 
@@ -73,8 +73,8 @@ async def test_a_drain_refuses_new_work_and_lets_a_running_stream_finish(
 
     drain = asyncio.create_task(service.server.drain())
     await watch.until(NOT_SERVING)
-    assert "draining" in await unavailable(service.stub.Generate(asked(1)))
-    assert "draining" in await unavailable(anext(aiter(service.stub.StreamGenerate(asked(1)))))
+    assert "shutting down" in await unavailable(service.stub.Generate(asked(1)), "DRAINING")
+    assert "shutting down" in await unavailable(anext(aiter(service.stub.StreamGenerate(asked(1)))), "DRAINING")
     everything = await health_pb2_grpc.HealthStub(service.channel).Check(health_pb2.HealthCheckRequest())
     assert everything.status == NOT_SERVING
     assert not drain.done()
@@ -140,13 +140,13 @@ async def test_health_says_when_the_engine_has_died_and_calls_end(
     watch = Watch(service.channel)
     await watch.until(SERVING)
     unary, stream = service.stub.Generate(asked(50)), service.stub.StreamGenerate(asked(50, request_id="deadly"))
-    assert "has stopped" in await unavailable(unary)
+    assert "has stopped" in await unavailable(unary, "ENGINE_STOPPED")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in stream:
             pass
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     await watch.until(NOT_SERVING)
-    assert "has stopped" in await unavailable(service.stub.Generate(asked(1)))
+    assert "has stopped" in await unavailable(service.stub.Generate(asked(1)), "ENGINE_STOPPED")
 
 
 class MortalScheduler(Scheduler):

@@ -27,7 +27,7 @@ def asked(prompt: list[int], max_new_tokens: int = 500, **fields: Any) -> pb.Gen
         token_ids=pb.TokenIds(ids=prompt),
         sampling=pb.SamplingParameters(temperature=0),
         stopping=pb.StoppingCriteria(max_new_tokens=max_new_tokens, ignore_eos=True),
-        output_options=pb.OutputOptions(output_token_ids=True),
+        output_options=pb.OutputOptions(return_token_ids=True),
         **fields,
     )
 
@@ -148,7 +148,7 @@ async def test_streams_that_stay_are_right_while_others_leave_and_memory_is_shor
     requests = [
         asked([300 + i, 400, 500 + i], max_new_tokens=fates.randint(12, 32), request_id=f"r{i}") for i in range(32)
     ]
-    ways = [fates.choice(["stay", "stay", "cancel", "deadline", "abort"]) for _ in requests]
+    ways = [fates.choice(["stay", "stay", "cancel", "deadline", "cancel_rpc"]) for _ in requests]
     patience = [fates.randint(1, 12) for _ in requests]
     alone = [list((await service.stub.Generate(request)).outputs[0].token_ids) for request in requests]
 
@@ -168,7 +168,7 @@ async def test_streams_that_stay_are_right_while_others_leave_and_memory_is_shor
                 num_pieces -= 1
                 if num_pieces == 0 and way == "cancel":
                     call.cancel()
-                if num_pieces == 0 and way == "abort":
+                if num_pieces == 0 and way == "cancel_rpc":
                     await crowded.stub.Cancel(pb.CancelRequest(request_ids=[request.request_id]))
         return token_ids, summary, await call.code()
 
@@ -178,5 +178,5 @@ async def test_streams_that_stay_are_right_while_others_leave_and_memory_is_shor
         assert token_ids == (expected if way == "stay" else expected[: len(token_ids)])
         assert code in (grpc.StatusCode.OK, allowed.get(way))
     assert sum(summary.usage.num_preemptions for _, summary, _ in outcomes if summary is not None) > 0
-    assert {"stay", "cancel", "deadline", "abort"} == set(ways)
+    assert {"stay", "cancel", "deadline", "cancel_rpc"} == set(ways)
     assert await crowded.all_blocks_free()

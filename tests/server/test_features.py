@@ -24,9 +24,9 @@ ANY = pb.SamplingParameters(seed=11)
 
 def request(max_new_tokens: int = 16, text: str | None = "Once upon a time", **fields: Any) -> pb.GenerateRequest:
     stopping = pb.StoppingCriteria(max_new_tokens=max_new_tokens, ignore_eos="decoding" not in fields)
-    response = pb.OutputOptions(output_token_ids=True)
+    output_options = pb.OutputOptions(return_token_ids=True)
     return pb.GenerateRequest(
-        **{"text": text, "sampling": GREEDY, "stopping": stopping, "response": response, **fields}
+        **{"text": text, "sampling": GREEDY, "stopping": stopping, "output_options": output_options, **fields}
     )
 
 
@@ -116,9 +116,9 @@ async def test_a_stop_string_ends_the_sequence_that_met_it_alone(service: Any) -
 
 
 async def test_logprobs_name_the_token_its_rank_and_the_likeliest(service: Any) -> None:
-    response = pb.OutputOptions(output_token_ids=True, output_logprobs=True, top_logprobs=5)
+    output_options = pb.OutputOptions(return_token_ids=True, return_logprobs=True, top_logprobs=5)
     answer = await output(
-        service, request(10, sampling=pb.SamplingParameters(temperature=2, seed=5), response=response)
+        service, request(10, sampling=pb.SamplingParameters(temperature=2, seed=5), output_options=output_options)
     )
     assert [p.token_id for p in answer.logprobs] == list(answer.token_ids)
     assert b"".join(p.token_bytes for p in answer.logprobs).decode() == answer.text
@@ -131,8 +131,8 @@ async def test_logprobs_name_the_token_its_rank_and_the_likeliest(service: Any) 
 
 
 async def test_prompt_logprobs_come_with_the_first_piece_and_again_from_the_cache(service: Any) -> None:
-    response = pb.OutputOptions(prompt_token_ids=True, prompt_logprobs=True)
-    asked = request(2, text="The king said to the fox, " * 8, response=response)
+    output_options = pb.OutputOptions(return_prompt_token_ids=True, return_prompt_logprobs=True)
+    asked = request(2, text="The king said to the fox, " * 8, output_options=output_options)
     pieces = [piece async for piece in service.stub.StreamGenerate(asked)]
     prompt = pieces[0].prompt
     assert [p.token_id for p in prompt.logprobs] == list(prompt.token_ids)[1:]
@@ -143,9 +143,9 @@ async def test_prompt_logprobs_come_with_the_first_piece_and_again_from_the_cach
 
 
 async def test_no_new_tokens_scores_a_prompt_alone(service: Any) -> None:
-    response = pb.OutputOptions(prompt_logprobs=True)
+    output_options = pb.OutputOptions(return_prompt_logprobs=True)
     stopping = pb.StoppingCriteria(max_new_tokens=0)
-    answer = await service.stub.Generate(request(response=response, stopping=stopping))
+    answer = await service.stub.Generate(request(output_options=output_options, stopping=stopping))
     assert len(answer.prompt.logprobs) == answer.prompt.num_tokens - 1
     assert answer.outputs[0].num_tokens == 0
     assert answer.outputs[0].finish.reason == pb.FINISH_REASON_MAX_NEW_TOKENS
@@ -227,7 +227,7 @@ async def test_a_constrained_output_is_what_the_constraint_says(service: Any, se
 
 
 async def test_any_json_object_parses_or_is_cut_by_the_limit(service: Any) -> None:
-    decoding = pb.DecodingOptions(json_object=True)
+    decoding = pb.DecodingOptions(json_object=pb.JsonObject())
     for seed in range(4):
         answer = await output(service, request(300, sampling=pb.SamplingParameters(seed=seed), decoding=decoding))
         if answer.finish.reason == pb.FINISH_REASON_EOS_TOKEN:
@@ -269,8 +269,8 @@ async def test_a_bad_decoding_option_is_refused_by_name(service: Any, decoding: 
     [
         ({"stopping": pb.StoppingCriteria(max_new_tokens=4, min_new_tokens=5)}, "stopping.min_new_tokens"),
         ({"stopping": pb.StoppingCriteria(time_limit=Duration(seconds=-1))}, "stopping.time_limit"),
-        ({"response": pb.OutputOptions(top_logprobs=3)}, "response.top_logprobs"),
-        ({"response": pb.OutputOptions(output_logprobs=True, top_logprobs=21)}, "response.top_logprobs"),
+        ({"output_options": pb.OutputOptions(top_logprobs=3)}, "output_options.top_logprobs"),
+        ({"output_options": pb.OutputOptions(return_logprobs=True, top_logprobs=21)}, "output_options.top_logprobs"),
         ({"sampling": pb.SamplingParameters(num_sequences=0)}, "sampling.num_sequences"),
         ({"sampling": pb.SamplingParameters(), "resume_token_ids": [1]}, "sampling.seed"),
         ({"sampling": pb.SamplingParameters(seed=1, num_sequences=2), "resume_token_ids": [1]}, "resume_token_ids"),
@@ -291,8 +291,10 @@ async def test_a_conversation_is_a_prompt_by_the_models_template(service: Any) -
         pb.Message(role=pb.ROLE_ASSISTANT, content="A fox."),
         pb.Message(role=pb.ROLE_USER, content="What does it eat?"),
     ]
-    response = pb.OutputOptions(prompt_token_ids=True)
-    asked = request(24, text=None, conversation=pb.Conversation(messages=messages), response=response, sampling=ANY)
+    output_options = pb.OutputOptions(return_prompt_token_ids=True)
+    asked = request(
+        24, text=None, conversation=pb.Conversation(messages=messages), output_options=output_options, sampling=ANY
+    )
     answer = await service.stub.Generate(asked)
     shown = await service.stub.Detokenize(pb.DetokenizeRequest(token_ids=answer.prompt.token_ids))
     assert shown.text.startswith("You tell stories.\n---\nUser: Who lives in the wood?\nAssistant: A fox.\n")
@@ -314,9 +316,9 @@ async def test_a_conversation_that_is_too_long_is_refused_or_cut(service: Any) -
 
 
 async def test_a_prompt_is_truncated_to_its_last_tokens(service: Any) -> None:
-    response = pb.OutputOptions(prompt_token_ids=True, output_token_ids=True)
-    whole = await service.stub.Generate(request(1, response=response))
-    cut = await service.stub.Generate(request(1, truncate_prompt_tokens=2, response=response))
+    output_options = pb.OutputOptions(return_prompt_token_ids=True, return_token_ids=True)
+    whole = await service.stub.Generate(request(1, output_options=output_options))
+    cut = await service.stub.Generate(request(1, truncate_prompt_tokens=2, output_options=output_options))
     assert list(cut.prompt.token_ids) == list(whole.prompt.token_ids)[-2:]
 
 
@@ -359,9 +361,11 @@ async def test_a_guard_refuses_a_prompt(guarded: Any) -> None:
 
 async def test_what_a_guard_withholds_is_never_sent(guarded: Any, service: Any) -> None:
     decoding = pb.DecodingOptions(regex="The knight saw a (cow|Dragon) and ran\\.")
-    response = pb.OutputOptions(output_token_ids=True, output_logprobs=True)
+    output_options = pb.OutputOptions(return_token_ids=True, return_logprobs=True)
     for seed in range(6):
-        asked = request(100, sampling=pb.SamplingParameters(seed=seed), decoding=decoding, response=response)
+        asked = request(
+            100, sampling=pb.SamplingParameters(seed=seed), decoding=decoding, output_options=output_options
+        )
         free = await output(service, asked)
         answer = await output(guarded, asked)
         sent = await guarded.stub.Detokenize(pb.DetokenizeRequest(token_ids=answer.token_ids))

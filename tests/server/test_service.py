@@ -41,9 +41,9 @@ def details(error: grpc.aio.AioRpcError) -> dict[str, Any]:
     return found
 
 
-async def test_streamed_pieces_add_up_to_the_unary_answer(service: Any) -> None:
-    options = pb.OutputOptions(prompt_token_ids=True, output_token_ids=True)
-    asked = request(max_new_tokens=40, sampling=pb.SamplingParameters(seed=5), response=options)
+async def test_streamed_chunks_add_up_to_the_unary_response(service: Any) -> None:
+    options = pb.OutputOptions(return_prompt_token_ids=True, return_token_ids=True)
+    asked = request(max_new_tokens=40, sampling=pb.SamplingParameters(seed=5), output_options=options)
     whole = await service.stub.Generate(asked)
     pieces = [piece async for piece in service.stub.StreamGenerate(asked)]
     assert "".join(piece.output.text for piece in pieces) == whole.outputs[0].text
@@ -61,7 +61,7 @@ async def test_streamed_pieces_add_up_to_the_unary_answer(service: Any) -> None:
     assert whole.summary.trace_id == ""
 
 
-async def test_token_ids_are_answered_only_if_asked_for(service: Any) -> None:
+async def test_token_ids_are_returned_only_on_request(service: Any) -> None:
     answer = await service.stub.Generate(request(max_new_tokens=3))
     assert not answer.outputs[0].token_ids
     assert not answer.prompt.token_ids
@@ -87,7 +87,7 @@ async def test_special_tokens_are_shown_on_request(service: Any) -> None:
     assert shown.text == f"<|endoftext|>{skipped.text}<|endoftext|>"
 
 
-async def test_every_bad_field_is_named_in_bad_request(service: Any) -> None:
+async def test_every_invalid_field_is_listed_in_bad_request(service: Any) -> None:
     bad = pb.GenerateRequest(
         sampling=pb.SamplingParameters(temperature=-1, top_p=0, min_p=1.5),
         stopping=pb.StoppingCriteria(stop_strings=["a", ""], stop_token_ids=[9999999]),
@@ -126,9 +126,9 @@ async def test_a_prompt_that_does_not_fit_is_refused_by_name(service: Any, bad: 
     assert violation.description
 
 
-async def test_other_methods_name_their_bad_fields(service: Any) -> None:
+async def test_other_methods_list_their_invalid_fields(service: Any) -> None:
     error = await failure(service.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1, 2, 5000])))
-    assert details(error)["BadRequest"].field_violations[0].field == "ids[2]"
+    assert details(error)["BadRequest"].field_violations[0].field == "token_ids[2]"
     error = await failure(service.stub.Cancel(pb.CancelRequest(request_ids=["x"] * 1001)))
     assert details(error)["BadRequest"].field_violations[0].field == "request_ids"
 
@@ -183,7 +183,7 @@ async def test_abort_answers_what_there_is(make_service: Any, stepped: list[Step
     assert await service.all_blocks_free()
 
 
-async def test_model_info_tells_the_model(service: Any) -> None:
+async def test_model_info_describes_the_model(service: Any) -> None:
     info = await service.stub.GetModelInfo(pb.GetModelInfoRequest())
     assert (info.name, info.dtype, info.device, info.vocab_size) == ("demo", "float32", "cpu", 4096)
     assert info.num_parameters == 7_344_384
@@ -199,6 +199,7 @@ async def test_health_is_serving_after_the_warm_up_and_reflection_lists_the_api(
     assert service.server.engine.load.num_steps >= 2
     assert await asyncio.to_thread(_reflected_services, service.server.port) == {
         "mpt.v1.TextGenerationService",
+        "mpt.v1alpha1.DebugService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }
@@ -209,16 +210,16 @@ def _reflected_services(port: int) -> set[str]:
         return set(ProtoReflectionDescriptorDatabase(channel).get_services())
 
 
-async def test_a_message_over_the_limit_is_refused_and_the_channel_lives_on(service: Any) -> None:
+async def test_a_message_over_the_limit_is_refused_and_the_channel_stays_usable(service: Any) -> None:
     info = await service.stub.GetServerInfo(pb.GetServerInfoRequest())
     error = await failure(service.stub.Tokenize(pb.TokenizeRequest(text="x" * (info.limits.max_message_bytes + 1))))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    # 5 MiB are more than gRPC's own default lets in: the answer comes from the engine's limits.
+    # 5 MiB exceed gRPC's own default, so the refusal comes from the engine's limits.
     error = await failure(service.stub.Generate(request("word " * (1 << 20))))
     assert details(error)["BadRequest"].field_violations[0].field == "text"
 
 
-async def test_bytes_that_are_no_message_are_an_invalid_request(service: Any) -> None:
+async def test_bytes_that_are_not_a_message_are_an_invalid_request(service: Any) -> None:
     for method in ("Generate", "StreamGenerate"):
         path = f"/mpt.v1.TextGenerationService/{method}"
         call = service.channel.unary_stream(path)(b"\xff\xff\xff")
@@ -227,8 +228,8 @@ async def test_bytes_that_are_no_message_are_an_invalid_request(service: Any) ->
         assert details(error)["BadRequest"].field_violations[0].field == "request"
 
 
-async def test_texts_and_lists_over_their_limits_are_refused_by_name(service: Any) -> None:
+async def test_texts_and_lists_over_their_limits_are_refused_with_the_field(service: Any) -> None:
     error = await failure(service.stub.Tokenize(pb.TokenizeRequest(text="x" * ((1 << 20) + 1))))
     assert details(error)["BadRequest"].field_violations[0].field == "text"
     error = await failure(service.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1] * ((1 << 18) + 1))))
-    assert details(error)["BadRequest"].field_violations[0].field == "ids"
+    assert details(error)["BadRequest"].field_violations[0].field == "token_ids"
