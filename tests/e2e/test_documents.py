@@ -19,7 +19,7 @@ from mpt_grpc_client.request import build_request
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PAGES = ("start", "clients", "generation", "openai", "evaluation")
+PAGES = ("install", "serving", "clients", "generation", "openai", "evaluation", "limitations", "compatibility", "names")
 READMES = ("README.md", "clients/python/README.md", *(f"docs/{name}.md" for name in PAGES))
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
