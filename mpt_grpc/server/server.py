@@ -130,7 +130,7 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
     reflection.enable_server_reflection((SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     with engine:
         try:
-            await asyncio.to_thread(engine.generate, _WARM_UP)
+            await asyncio.to_thread(engine.generate, _warm_up(engine.preparation.limits.max_context_tokens))
         except MptServerError as error:
             raise ModelError(f"the model failed to generate its first tokens: {error.__cause__ or error}") from error
         await server.start()
@@ -162,13 +162,15 @@ async def _http(settings: Settings, grpc_port: int) -> AsyncIterator[int | None]
         yield port
 
 
-_WARM_UP = GenerationRequest(
-    request_id="warm-up",
-    prompt=(0,),
-    sampling=SamplingParameters(temperature=0),
-    stopping=StoppingCriteria(max_new_tokens=2, ignore_eos=True),
-    cache=CacheOptions(bypass=True),
-)
+def _warm_up(max_context_tokens: int) -> GenerationRequest:
+    """Returns a request with a prefill and, if the context has room, a decode step."""
+    return GenerationRequest(
+        request_id="warm-up",
+        prompt=(0,),
+        sampling=SamplingParameters(temperature=0),
+        stopping=StoppingCriteria(max_new_tokens=min(2, max_context_tokens - 1), ignore_eos=True),
+        cache=CacheOptions(bypass=True),
+    )
 
 
 def _bind(server: grpc.aio.Server, settings: ServerSettings) -> int:
