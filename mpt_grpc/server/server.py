@@ -50,8 +50,7 @@ async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -
     async with running_server(settings) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
-        # Objects created at startup live forever; a garbage collection that scanned them would pause every stream for
-        # 150 ms.
+        # Objects created at startup live forever; a collection that scanned them would pause every stream for 150 ms.
         gc.collect()
         gc.freeze()
         on_ready(server)
@@ -80,8 +79,7 @@ class RunningServer:
         return self._health
 
     async def drain(self, stop: asyncio.Event | None = None) -> None:
-        """Refuses new requests and waits for those in progress, for the grace period at most, or until `stop` is
-        set."""
+        """Refuses new requests and waits for those in progress, up to the grace period or until `stop` is set."""
         self._draining = True
         await self._health.enter_graceful_shutdown()
         self.engine.refuse(DrainingError("the server is shutting down; use another one"))
