@@ -90,8 +90,8 @@ def test_a_checkpoint_saved_by_transformers_is_loaded(tmp_path: Path, max_shard_
         ),
         pytest.param(
             edited(transformer__norm_f__bias=torch.zeros(64)),
-            "tensor 'transformer.norm_f.bias' is not part of this model; config.json says no_bias: true, which is also the"
-            " default",
+            "tensor 'transformer.norm_f.bias' is not part of this model; config.json says no_bias: true, which is also"
+            " the default",
             id="bias",
         ),
         pytest.param(
