@@ -136,7 +136,7 @@ def print_table(console: Console, generations: list[Generation], before: Load, a
             f"{usage.num_output_tokens / (first_s + decode_s):.0f}",
         )
     console.print(table)
-    steps = after.num_steps - before.steps
+    steps = after.num_steps - before.num_steps
     busy_s = max((g.timings.time_to_first_token or 0) + (g.timings.decode_time or 0) for g in generations)
     new_tokens = after.num_output_tokens - before.num_output_tokens
     console.print(
