@@ -9,7 +9,7 @@ INSTALL := -m pip install --disable-pip-version-check
 STUBS := clients/python/mpt_grpc_client/proto
 BASELINE := protos/released.txtpb
 # The package index to install PyTorch from; empty for pip's own.
-TORCH_INDEX ?=
+export TORCH_INDEX ?=
 
 .PHONY: help
 help: ## List the targets
