@@ -51,7 +51,12 @@ def resolve_target(target: str | None) -> str:
 
 def proxy_variable(target: str) -> str | None:
     """Returns the environment variable whose proxy gRPC uses for this target; None if it connects directly."""
-    return None if _is_local(target) else next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
+    excluded = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
+    if _is_local(target) or any(
+        _host(target).endswith(suffix.strip()) for suffix in excluded.split(",") if suffix.strip()
+    ):
+        return None
+    return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
 
 
 def channel_options(target: str, retries: bool) -> tuple[tuple[str, str | int], ...]:
@@ -77,11 +82,18 @@ def channel_options(target: str, retries: bool) -> tuple[tuple[str, str | int], 
 
 def _is_local(target: str) -> bool:
     """Whether a target is on this machine: a loopback address or a Unix socket."""
-    if target.startswith(("unix:", "unix-abstract:")):
-        return True
-    host = target.rpartition("/")[2].removeprefix("dns:").removeprefix("ipv4:").removeprefix("ipv6:")
-    host = host.rpartition(":")[0].strip("[]").lower()
-    return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.fullmatch(r"127(\.\d+){3}", host))
+    host = _host(target)
+    return (
+        target.startswith(("unix:", "unix-abstract:"))
+        or host in ("localhost", "::1")
+        or host.endswith(".localhost")
+        or bool(re.fullmatch(r"127(\.\d+){3}", host))
+    )
+
+
+def _host(target: str) -> str:
+    host = re.sub(r"^(dns|ipv4|ipv6):", "", target).rpartition("/")[2]
+    return host.rpartition(":")[0].strip("[]").lower()
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:
