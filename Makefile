@@ -1,45 +1,65 @@
 .DEFAULT_GOAL := help
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The newest interpreter on this machine, for the tests of the client; pyenv's versions need not be on PATH.
+NEWEST_PYTHON = $(firstword $(foreach minor,14 13 12,$(shell \
+	for python in python3.$(minor) $(HOME)/.pyenv/versions/3.$(minor).*/bin/python; do \
+		"$$python" -c 'import sys; print(sys.executable)' 2>/dev/null; done)) $(PYTHON))
 BIN := .venv/bin
-PIP := $(BIN)/pip install --disable-pip-version-check
+INSTALL := -m pip install --disable-pip-version-check
 STUBS := clients/python/mpt_grpc_client/proto
-# The index to take PyTorch from, if not pip's own: PyTorch's page names one with builds for CPUs, a tenth of the size.
-TORCH_INDEX ?=
+BASELINE := protos/released.txtpb
+# The package index to install PyTorch from; empty for pip's own.
+export TORCH_INDEX ?=
 
 .PHONY: help
 help: ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | column -t -s '|'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
 
 .PHONY: setup
 setup: .venv/server ## Create .venv with the server and the client, as pinned in constraints.txt
 
-.venv/server: pyproject.toml constraints.txt
+# Without its dependencies, which the next step installs from pip's index in the pinned versions.
+.venv/torch:
 	$(PYTHON) -m venv .venv
-	$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PIP) --constraint constraints.txt -e '.[torch]'
+	@echo 'Installing PyTorch. On Linux x86-64, the CUDA build downloads about 3 GB and the CPU build about 200 MB;' \
+		'set TORCH_INDEX to the URL of an index to select another build.'
+	$(BIN)/python $(INSTALL) --no-deps --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+.venv/server: .venv/torch pyproject.toml clients/python/pyproject.toml constraints.txt
+	$(BIN)/python $(INSTALL) --constraint constraints.txt -e '.[torch]'
 	@touch $@
 
 .venv/dev: .venv/server
-	$(PIP) --quiet --constraint constraints.txt -e '.[dev]'
+	@echo 'Installing the tools for checks and tests into .venv.'
+	@$(BIN)/python $(INSTALL) --quiet --constraint constraints.txt -e '.[dev]'
 	@touch $@
 
-# Environments with the clients that tests call the server with.
-.venv/%/ready: tests/gateway/%.txt
-	$(PYTHON) -m venv .venv/$*
-	.venv/$*/bin/pip install --quiet --disable-pip-version-check -r $<
+# Environments that tests and tools run in, apart from .venv: $(call environment,PYTHON,REQUIREMENTS)
+define environment
+	@echo 'Installing $(@D).'
+	@$(1) -m venv --clear $(@D)
+	@$(@D)/bin/python $(INSTALL) --quiet $(2)
 	@touch $@
+endef
+
+# Clients of the OpenAI-compatible API.
+.venv/%/ready: tests/gateway/%.txt
+	$(call environment,$(PYTHON),-r $<)
+
+# The Python client with the oldest and the newest versions of what it depends on.
+.venv/client-oldest/ready: tests/packaging/client-oldest.txt clients/python/pyproject.toml
+	$(call environment,$(PYTHON),-r $<)
+
+.venv/client-newest/ready: tests/packaging/client-newest.txt clients/python/pyproject.toml constraints.txt
+	$(call environment,$(NEWEST_PYTHON),-r $<)
 
 # The releases of protoc that tools/generate_stubs.py uses for messages and for services.
 .venv/protoc-messages/ready:
-	$(PYTHON) -m venv .venv/protoc-messages
-	.venv/protoc-messages/bin/pip install --quiet --disable-pip-version-check \
-		grpcio-tools==1.72.2 mypy-protobuf==5.1.0 setuptools==80.9.0
-	@touch $@
+	$(call environment,$(PYTHON),grpcio-tools==1.72.2 mypy-protobuf==5.1.0 setuptools==80.9.0)
 
 .venv/protoc-services/ready:
-	$(PYTHON) -m venv .venv/protoc-services
-	.venv/protoc-services/bin/pip install --quiet --disable-pip-version-check grpcio-tools==1.68.1 setuptools==80.9.0
-	@touch $@
+	$(call environment,$(PYTHON),grpcio-tools==1.68.1 setuptools==80.9.0)
 
 .PHONY: demo
 demo: setup ## Stream eight prompts from one server, side by side
@@ -60,15 +80,22 @@ check: protos ## Check format, lint, types, layers, protos, prose and links
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint protos
+	$(BIN)/buf breaking protos --against $(BASELINE)
 	@test -z "$$(git status --porcelain $(STUBS))" || { echo 'stale stubs: run make protos and commit'; exit 1; }
+	$(BIN)/python tools/check_prose.py
+	$(BIN)/lychee --offline --include-fragments --no-progress $$(git ls-files '*.md')
 
 .PHONY: test
-test: .venv/dev .venv/sdks/ready .venv/litellm/ready ## Run every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+test: .venv/dev .venv/sdks/ready .venv/litellm/ready .venv/client-oldest/ready .venv/client-newest/ready ## Run every test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 .PHONY: dist
 dist: .venv/dev ## Build wheels and source distributions of the server and the client into dist/
-	rm -rf dist build clients/python/build
+	rm -rf dist build clients/python/build *.egg-info clients/python/*.egg-info
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m build --outdir dist clients/python
 	$(BIN)/twine check --strict dist/*
+
+.PHONY: release-baseline
+release-baseline: .venv/dev ## Make today's protos the release that make check compares the API with
+	$(BIN)/buf build protos --exclude-source-info -o $(BASELINE)

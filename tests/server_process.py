@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 CLI = (sys.executable, "-m", "mpt_grpc.cli")
@@ -17,10 +17,10 @@ SERVE = ("serve", "--grpc-port", "0", "--http-port", "0", "--dtype", "float32", 
 class ServerProcess:
     """A running `mpt-grpc serve` or `mpt-grpc gateway` that has printed its welcome."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, cli: Sequence[str] = CLI) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}
         self._process = subprocess.Popen(
-            (*CLI, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            (*cli, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
         self.stderr = ""
         self._reader = threading.Thread(target=self._read_stderr)
@@ -66,9 +66,9 @@ class ServerProcess:
 
 
 @contextmanager
-def running(*flags: str) -> Iterator[ServerProcess]:
-    """Runs a server with additional flags."""
-    with _killed_at_exit(ServerProcess(*SERVE, *flags)) as server:
+def running(*flags: str, cli: Sequence[str] = CLI) -> Iterator[ServerProcess]:
+    """Runs a server with additional flags, from this environment or with the command `cli`."""
+    with _killed_at_exit(ServerProcess(*SERVE, *flags, cli=cli)) as server:
         yield server
 
 

@@ -76,7 +76,8 @@ def _served_model(url: str) -> dict[str, Any]:
 
 
 def _story_endings() -> dict[str, Any]:
-    """Returns a task of 64 beginnings of sentences from children's stories, each with four endings, one of them correct."""
+    """Returns a task of 64 beginnings of sentences from children's stories, each with four endings, one of them
+    correct."""
     lines = Path(__file__).with_name("story_endings.jsonl").read_text(encoding="utf-8").splitlines()
     return _task(
         STORY_ENDINGS,

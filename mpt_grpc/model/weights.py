@@ -62,6 +62,9 @@ def num_parameters(config: MPTConfig) -> int:
 def weight_files(folder: Path) -> list[Path]:
     """Returns the weight files in order. Raises WeightsError naming the missing file if there is one."""
     for single, index in _LAYOUTS:
+        # As transformers does: an index beside a complete file is a leftover.
+        if (folder / single).is_file():
+            return [folder / single]
         if (folder / index).is_file():
             try:
                 weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
@@ -72,8 +75,6 @@ def weight_files(folder: Path) -> list[Path]:
                 if Path(name).name != name or not (folder / name).is_file():
                     raise WeightsError(f"{folder / index}: shard {name!r} is not in the folder")
             return [folder / name for name in names]
-        if (folder / single).is_file():
-            return [folder / single]
     raise WeightsError(
         f"{folder}: no weights found; expected one of {', '.join(name for pair in _LAYOUTS for name in pair)}"
     )
@@ -91,7 +92,9 @@ def _fill(config: MPTConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch
                 head = tensor  # compared with the embedding at the end, whichever shards they are in
                 continue
             if name not in expected:
-                raise WeightsError(f"tensor {name!r} is not part of this model")
+                is_bias = name.endswith(".bias") and name.removesuffix("bias") + "weight" in expected
+                hint = "; config.json says no_bias: true, which is also the default" if is_bias else ""
+                raise WeightsError(f"tensor {name!r} is not part of this model{hint}")
             if tensor.shape != expected[name]:
                 raise WeightsError(f"tensor {name!r} has shape {list(tensor.shape)}, not {list(expected[name])}")
             # Copied, so that the file can be unmapped.
@@ -122,8 +125,10 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                         yield name, opened.get_tensor(name)
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-                    raise WeightsError(f"{file}: expected a mapping of names to tensors")
+                if not isinstance(state, dict) or not all(
+                    isinstance(value, Tensor) and value.layout is torch.strided for value in state.values()
+                ):
+                    raise WeightsError(f"{file}: expected a mapping of names to dense tensors")
                 for name in state:
                     yield name, state[name]
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:

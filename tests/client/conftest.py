@@ -24,13 +24,13 @@ SEED = 2**64 - 1
 
 
 class ScriptedService(pb_grpc.TextGenerationServiceServicer, debug_pb2_grpc.DebugServiceServicer):
-    """Records the request and metadata of each call and returns its fields, unless told to refuse calls or to hang."""
+    """Records the request and metadata of each call and returns its fields, unless set to refuse calls or to hang."""
 
     def __init__(self) -> None:
         self.requests: list[Message] = []
         self.metadata: list[dict[str, str | bytes]] = []
-        self.whole = pb.GenerateResponse()
-        self.pieces: list[pb.StreamGenerateResponse] = []
+        self.response = pb.GenerateResponse()
+        self.chunks: list[pb.StreamGenerateResponse] = []
         self.tokens = pb.TokenizeResponse()
         self.text = pb.DetokenizeResponse()
         self.cancelled = pb.CancelResponse()
@@ -57,11 +57,11 @@ class ScriptedService(pb_grpc.TextGenerationServiceServicer, debug_pb2_grpc.Debu
     def Generate(self, request, context):
         self._arrive(request, context)
         self._wait()
-        return self.whole
+        return self.response
 
     def StreamGenerate(self, request, context):
         self._arrive(request, context)
-        yield from self.pieces
+        yield from self.chunks
         self._wait()
 
     def Tokenize(self, request, context):
@@ -100,7 +100,7 @@ class ScriptedService(pb_grpc.TextGenerationServiceServicer, debug_pb2_grpc.Debu
     def _wait(self) -> None:
         if self._hang:
             self._hang.reached.set()
-            assert self._hang.left.wait(30), "the client never left"
+            assert self._hang.left.wait(30), "the client did not disconnect"
 
 
 class Hang:
@@ -117,7 +117,7 @@ def service() -> ScriptedService:
 
 
 @pytest.fixture
-def answer(service: ScriptedService) -> ScriptedService:
+def scripted(service: ScriptedService) -> ScriptedService:
     """The service with one output to return, complete and in three chunks, the first of which has no text."""
     prompt = pb.PromptInfo(num_tokens=2, token_ids=[12092, 1533])
     finish = pb.Finish(reason=pb.FINISH_REASON_STOP_STRING, stop_string="END")
@@ -128,7 +128,7 @@ def answer(service: ScriptedService) -> ScriptedService:
     )
     summary.timings.queue_time.FromMilliseconds(250)
     summary.timings.time_to_first_token.FromMilliseconds(1500)
-    service.whole = pb.GenerateResponse(
+    service.response = pb.GenerateResponse(
         request_id="r-1",
         prompt=prompt,
         outputs=[pb.Output(text="Once 🐈 upon", num_tokens=5, token_ids=[7, 8, 9, 10, 11], finish=finish, seed=SEED)],
@@ -139,20 +139,20 @@ def answer(service: ScriptedService) -> ScriptedService:
         pb.Output(text="Once 🐈", num_tokens=3, token_ids=[8, 9, 10]),
         pb.Output(text=" upon", num_tokens=1, token_ids=[11], finish=finish, seed=SEED),
     )
-    service.pieces = [pb.StreamGenerateResponse(request_id="r-1", output=output) for output in outputs]
-    service.pieces[0].prompt.CopyFrom(prompt)
-    service.pieces[-1].summary.CopyFrom(summary)
+    service.chunks = [pb.StreamGenerateResponse(request_id="r-1", output=output) for output in outputs]
+    service.chunks[0].prompt.CopyFrom(prompt)
+    service.chunks[-1].summary.CopyFrom(summary)
     return service
 
 
 @pytest.fixture
-def several(answer: ScriptedService) -> ScriptedService:
+def two_outputs(scripted: ScriptedService) -> ScriptedService:
     """The service with two outputs to return, complete and in interleaved chunks; the second output ends first."""
     eos = pb.Finish(reason=pb.FINISH_REASON_EOS_TOKEN, stop_token_id=0)
     full = pb.Finish(reason=pb.FINISH_REASON_MAX_NEW_TOKENS)
-    del answer.whole.outputs[:]
-    answer.whole.outputs.add(index=0, text="a cat", num_tokens=3, token_ids=[1, 2, 3], finish=full, seed=SEED)
-    answer.whole.outputs.add(index=1, text="a dog", num_tokens=2, token_ids=[1, 4], finish=eos, seed=5)
+    del scripted.response.outputs[:]
+    scripted.response.outputs.add(index=0, text="a cat", num_tokens=3, token_ids=[1, 2, 3], finish=full, seed=SEED)
+    scripted.response.outputs.add(index=1, text="a dog", num_tokens=2, token_ids=[1, 4], finish=eos, seed=5)
     outputs = (
         pb.Output(index=0, text="a", num_tokens=1, token_ids=[1]),
         pb.Output(index=1, text="a", num_tokens=1, token_ids=[1]),
@@ -160,17 +160,17 @@ def several(answer: ScriptedService) -> ScriptedService:
         pb.Output(index=1, text=" dog", num_tokens=1, token_ids=[4], finish=eos, seed=5),
         pb.Output(index=0, text=" cat", num_tokens=1, token_ids=[3], finish=full, seed=SEED),
     )
-    answer.pieces = [pb.StreamGenerateResponse(request_id="r-1", output=output) for output in outputs]
-    answer.pieces[0].prompt.CopyFrom(answer.whole.prompt)
-    answer.pieces[-1].summary.CopyFrom(answer.whole.summary)
-    return answer
+    scripted.chunks = [pb.StreamGenerateResponse(request_id="r-1", output=output) for output in outputs]
+    scripted.chunks[0].prompt.CopyFrom(scripted.response.prompt)
+    scripted.chunks[-1].summary.CopyFrom(scripted.response.summary)
+    return scripted
 
 
 @pytest.fixture
-def endless(answer: ScriptedService) -> Hang:
+def endless(scripted: ScriptedService) -> Hang:
     """The service with a generation that does not end: a unary call hangs, and a stream hangs after two chunks."""
-    del answer.pieces[2:]
-    return answer.hang()
+    del scripted.chunks[2:]
+    return scripted.hang()
 
 
 @pytest.fixture

@@ -37,9 +37,9 @@ from mpt_grpc_client import (
         (grpc.StatusCode.DATA_LOSS, "OTHER", MptGrpcError),
     ],
 )
-def test_each_status_has_its_error_with_code_reason_and_cause(service, client, code, reason, error):
-    service.refuse(code, "no way", reason, times=4)
-    with pytest.raises(MptGrpcError, match="no way") as caught:
+def test_each_status_raises_its_error_with_code_reason_and_cause(service, client, code, reason, error):
+    service.refuse(code, "refused", reason, times=4)
+    with pytest.raises(MptGrpcError, match="refused") as caught:
         client.generate("Once")
     assert type(caught.value) is error
     assert (caught.value.code, caught.value.reason) == (code, reason)
@@ -68,13 +68,13 @@ def test_each_status_has_its_error_with_code_reason_and_cause(service, client, c
     ],
 )
 def test_an_invalid_request_names_the_option_of_a_field(service, client, field, option):
-    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description="too odd")
+    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description="out of range")
     bad_request = error_details_pb2.BadRequest(field_violations=[violation])
-    service.refuse(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: too odd", "INVALID_REQUEST", bad_request)
+    service.refuse(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: out of range", "INVALID_REQUEST", bad_request)
     with pytest.raises(InvalidRequestError) as caught:
         client.generate("Once")
-    assert caught.value.violations == (FieldViolation(option, "too odd"),)
-    assert str(caught.value) == f"{option}: too odd"
+    assert caught.value.violations == (FieldViolation(option, "out of range"),)
+    assert str(caught.value) == f"{option}: out of range"
 
 
 def test_an_invalid_request_lists_every_invalid_option(service, client):
@@ -88,7 +88,7 @@ def test_an_invalid_request_lists_every_invalid_option(service, client):
     assert caught.value.violations == tuple(FieldViolation(*violation) for violation in violations)
 
 
-def test_an_overload_has_the_time_to_wait(service, client):
+def test_an_overload_error_has_the_time_to_wait(service, client):
     retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=2, nanos=500_000_000))
     service.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", "OVERLOADED", retry, times=4)
     with pytest.raises(OverloadedError) as caught:
@@ -96,7 +96,7 @@ def test_an_overload_has_the_time_to_wait(service, client):
     assert caught.value.retry_after == 2.5
 
 
-def test_an_overload_without_a_time_to_wait_has_none(service, client):
+def test_an_overload_error_may_have_no_time_to_wait(service, client):
     service.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", "OVERLOADED", times=4)
     with pytest.raises(OverloadedError) as caught:
         client.generate("Once")
@@ -116,7 +116,7 @@ def test_a_stream_that_is_refused_raises_on_its_first_chunk(service, client):
         next(stream)
 
 
-def test_a_missing_server_is_unavailable_and_the_error_says_how_to_start_one():
+def test_the_error_for_a_missing_server_explains_how_to_start_one():
     with socket.socket() as not_listening:
         not_listening.bind(("127.0.0.1", 0))
         target = f"127.0.0.1:{not_listening.getsockname()[1]}"
@@ -172,6 +172,6 @@ def test_calls_of_a_closed_client_fail_with_an_error_of_the_client(target):
         ("localhost", "has no port: write 'localhost:50051'"),
     ],
 )
-def test_a_target_that_is_no_address_is_refused_with_what_to_write(target, remedy):
+def test_an_invalid_target_is_refused_with_the_correct_form(target, remedy):
     with pytest.raises(InvalidTargetError, match=re.escape(remedy)):
         Client(target)

@@ -89,60 +89,60 @@ def test_every_option_is_covered_here():
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_sets_its_field_and_no_other(answer, client, option):
+def test_an_option_sets_its_field_and_no_other(scripted, client, option):
     value, path, expected = OPTIONS[option]
     prompt = MESSAGES if option == "drop_oldest_turns" else "Once"
     client.generate(prompt)
     client.generate(prompt, **{option: value})
-    without, fields = map(_fields, answer.requests)
+    without, fields = map(_fields, scripted.requests)
     assert fields.pop(path) == expected
     assert fields == without
 
 
-def test_all_options_go_together(answer, client):
+def test_all_options_can_be_combined(scripted, client):
     client.generate(MESSAGES, **{option: value for option, (value, _, _) in OPTIONS.items()})
-    fields = _fields(answer.requests[0])
+    fields = _fields(scripted.requests[0])
     assert {path: fields[path] for _, path, _ in OPTIONS.values()} == {path: want for _, path, want in OPTIONS.values()}
 
 
-def test_a_stream_sends_the_same_request_as_a_unary_call(answer, client):
+def test_a_stream_sends_the_same_request_as_a_unary_call(scripted, client):
     options = GenerateOptions(temperature=0.0, seed=0, stop_strings=("END",), request_id="mine")
     client.generate([1, 2, 3], **options)
     list(client.stream([1, 2, 3], **options))
-    assert answer.requests[0] == answer.requests[1]
+    assert scripted.requests[0] == scripted.requests[1]
 
 
-def test_options_that_are_omitted_or_none_leave_their_fields_unset(answer, client):
+def test_options_that_are_omitted_or_none_leave_their_fields_unset(scripted, client):
     client.generate("Once")
     client.generate("Once", **dict.fromkeys(OPTIONS))
-    for request in answer.requests:
+    for request in scripted.requests:
         assert _fields(request) == {"text": "Once"}
 
 
-def test_zero_and_false_are_values(answer, client):
+def test_zero_and_false_are_sent(scripted, client):
     client.generate("Once", temperature=0, seed=0, top_p=0, top_k=0, max_new_tokens=0, ignore_eos=False)
-    request = answer.requests[0]
+    request = scripted.requests[0]
     assert all(request.sampling.HasField(name) for name in ("temperature", "top_p", "top_k", "seed"))
     assert request.stopping.HasField("max_new_tokens")
     assert request.stopping.HasField("ignore_eos")
 
 
-def test_an_empty_list_is_a_prompt_of_token_ids(answer, client):
+def test_an_empty_list_is_a_prompt_of_token_ids(scripted, client):
     client.generate((12092, 1533))
     client.generate([])
-    assert list(answer.requests[0].token_ids.ids) == [12092, 1533]
-    assert answer.requests[1].WhichOneof("prompt") == "token_ids"
+    assert list(scripted.requests[0].token_ids.ids) == [12092, 1533]
+    assert scripted.requests[1].WhichOneof("prompt") == "token_ids"
 
 
-def test_empty_text_is_still_a_text_prompt(answer, client):
+def test_empty_text_is_still_a_text_prompt(scripted, client):
     client.generate("")
-    assert answer.requests[0].WhichOneof("prompt") == "text"
+    assert scripted.requests[0].WhichOneof("prompt") == "text"
 
 
-def test_messages_are_a_conversation_with_roles_in_order(answer, client):
+def test_messages_are_a_conversation_with_roles_in_order(scripted, client):
     client.generate([*MESSAGES, Message(Role.ASSISTANT, "Yes?"), Message(Role.USER, "")])
-    assert answer.requests[0].WhichOneof("prompt") == "conversation"
-    assert answer.requests[0].conversation == pb.Conversation(
+    assert scripted.requests[0].WhichOneof("prompt") == "conversation"
+    assert scripted.requests[0].conversation == pb.Conversation(
         messages=[
             pb.Message(role=pb.ROLE_SYSTEM, content="Be short."),
             pb.Message(role=pb.ROLE_USER, content="Hi"),
@@ -157,10 +157,10 @@ def test_every_role_of_the_api_has_its_name_in_the_client():
     assert {pb.Role.Value(f"ROLE_{role.name}"): role.name for role in Role} == api
 
 
-def test_messages_may_be_mappings_and_roles_may_be_strings(answer, client):
+def test_messages_may_be_mappings_and_roles_may_be_strings(scripted, client):
     client.generate([{"role": "system", "content": "Be short."}, Message("user", "Hi")])
     client.generate(MESSAGES)
-    assert answer.requests[0] == answer.requests[1]
+    assert scripted.requests[0] == scripted.requests[1]
 
 
 @pytest.mark.parametrize(
@@ -174,28 +174,28 @@ def test_messages_may_be_mappings_and_roles_may_be_strings(answer, client):
         ([{"role": "user", "content": "Hi", "name": "Ann"}], r"^prompt: a message has the keys .*, not name"),
     ],
 )
-def test_a_prompt_of_another_type_is_a_type_error(answer, client, prompt, error):
+def test_a_prompt_of_another_type_is_a_type_error(scripted, client, prompt, error):
     with pytest.raises(TypeError, match=error):
         client.generate(prompt)
-    assert not answer.requests
+    assert not scripted.requests
 
 
-def test_an_unknown_role_is_refused_with_the_known_ones(answer, client):
+def test_an_unknown_role_is_refused_with_the_known_ones(scripted, client):
     with pytest.raises(
         InvalidRequestError, match=r"^prompt: 'tool' is not a role: use 'system', 'user' or 'assistant'"
     ):
         client.generate([{"role": "tool", "content": "Hi"}])
-    assert not answer.requests
+    assert not scripted.requests
 
 
 @pytest.mark.parametrize("prompt", ["Once", [1, 2], []])
-def test_turns_can_be_dropped_only_from_messages(answer, client, prompt):
+def test_turns_can_be_dropped_only_from_messages(scripted, client, prompt):
     with pytest.raises(InvalidRequestError, match=r"drop_oldest_turns: .*truncate_prompt_tokens"):
         client.generate(prompt, drop_oldest_turns=True)
-    assert not answer.requests
+    assert not scripted.requests
 
 
-def test_a_constraint_of_each_kind_sets_its_field(answer, client):
+def test_a_constraint_of_each_kind_sets_its_field(scripted, client):
     schema = {"type": "object", "properties": {"ä": {"enum": [1, 2]}}}
     constraints = {
         JsonSchema('{"type": "string"}'): pb.DecodingOptions(json_schema='{"type": "string"}'),
@@ -206,16 +206,16 @@ def test_a_constraint_of_each_kind_sets_its_field(answer, client):
     }
     for constraint, expected in constraints.items():
         client.generate("Once", constraint=constraint)
-        assert answer.requests.pop().decoding == expected
+        assert scripted.requests.pop().decoding == expected
     client.generate("Once", constraint=JsonSchema(MappingProxyType(schema)))
-    assert json.loads(answer.requests.pop().decoding.json_schema) == schema
+    assert json.loads(scripted.requests.pop().decoding.json_schema) == schema
 
 
 @pytest.mark.parametrize("constraint", ["[ab]+", {"type": "object"}, Regex, 0])
-def test_a_constraint_of_another_type_is_a_type_error(answer, client, constraint):
+def test_a_constraint_of_another_type_is_a_type_error(scripted, client, constraint):
     with pytest.raises(TypeError, match=r"^constraint: .* is not a constraint"):
         client.generate("Once", constraint=constraint)
-    assert not answer.requests
+    assert not scripted.requests
 
 
 def test_a_schema_that_cannot_be_serialized_is_a_type_error():
@@ -223,17 +223,17 @@ def test_a_schema_that_cannot_be_serialized_is_a_type_error():
         JsonSchema({"enum": {1, 2}})
 
 
-def test_a_single_stop_string_may_be_given_without_a_list(answer, client):
+def test_a_single_stop_string_may_be_given_without_a_list(scripted, client):
     client.generate("Once", stop_strings="END")
-    assert list(answer.requests[0].stopping.stop_strings) == ["END"]
+    assert list(scripted.requests[0].stopping.stop_strings) == ["END"]
 
 
-def test_an_unknown_option_is_a_type_error_that_suggests_the_closest_one(answer, client):
+def test_an_unknown_option_is_a_type_error_that_suggests_the_closest_one(scripted, client):
     with pytest.raises(TypeError, match=r"unknown option 'max_token'; did you mean 'max_new_tokens'?"):
         client.generate("Once", max_token=3)
     with pytest.raises(TypeError, match=r"unknown option 'zzz'$"):
         client.generate("Once", zzz=3)
-    assert not answer.requests
+    assert not scripted.requests
 
 
 @pytest.mark.parametrize(
@@ -247,16 +247,16 @@ def test_an_unknown_option_is_a_type_error_that_suggests_the_closest_one(answer,
         ("cache_salt", "\ud83d"),
     ],
 )
-def test_a_value_that_does_not_fit_in_its_field_is_refused_before_it_is_sent(answer, client, name, value):
+def test_a_value_that_does_not_fit_in_its_field_is_refused_before_it_is_sent(scripted, client, name, value):
     with pytest.raises(InvalidRequestError, match=f"^{name}: ") as refused:
         client.generate([Message(Role.USER, "Hi")], max_new_tokens=3, drop_oldest_turns=True, **{name: value})
     assert [violation.field for violation in refused.value.violations] == [name]
     with pytest.raises(InvalidRequestError, match=r"^prompt: "):
         client.generate("\ud83d", max_new_tokens=3)
-    assert not answer.requests
+    assert not scripted.requests
 
 
-def test_a_value_of_another_type_is_a_type_error_that_names_the_option(answer, client):
+def test_a_value_of_another_type_is_a_type_error_that_names_the_option(scripted, client):
     with pytest.raises(TypeError, match=r"^temperature: "):
         client.generate("Once", top_k=3, temperature="hot")
-    assert not answer.requests
+    assert not scripted.requests

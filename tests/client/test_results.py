@@ -1,4 +1,4 @@
-"""What the client makes of the server's answers."""
+"""The values that the client returns for the server's responses."""
 
 import dataclasses
 
@@ -47,15 +47,15 @@ GENERATION = Generation(
     seed=2**64 - 1,
     trace_id="0af7651916cd43dd8448eb211c80319c",
 )
-"""What the scripted answer says."""
+"""The value that the client returns for the scripted response."""
 
 
-@pytest.mark.usefixtures("answer")
-def test_a_generation_tells_all_that_the_server_answered(client):
+@pytest.mark.usefixtures("scripted")
+def test_a_generation_has_all_values_of_the_response(client):
     assert client.generate("Once") == GENERATION
 
 
-@pytest.mark.usefixtures("answer")
+@pytest.mark.usefixtures("scripted")
 def test_a_stream_yields_the_text_and_ends_with_the_unary_result(client):
     stream = client.stream("Once")
     assert list(stream) == ["Once 🐈", " upon"]
@@ -65,7 +65,7 @@ def test_a_stream_yields_the_text_and_ends_with_the_unary_result(client):
 
 
 @pytest.mark.usefixtures("endless")
-def test_a_stream_shows_how_far_it_has_come(client):
+def test_a_stream_exposes_its_partial_output(client):
     with client.stream("Once") as stream:
         assert (stream.text, stream.num_tokens, stream.request_id) == ("", 0, "")
         assert next(stream) == "Once 🐈"
@@ -75,36 +75,36 @@ def test_a_stream_shows_how_far_it_has_come(client):
             _ = stream.result
 
 
-@pytest.mark.usefixtures("answer")
-def test_a_stream_that_has_ended_stays_ended(client):
+@pytest.mark.usefixtures("scripted")
+def test_a_finished_stream_yields_nothing_more(client):
     with client.stream("Once") as stream:
         list(stream)
         assert list(stream) == []
     assert stream.result == GENERATION
 
 
-@pytest.mark.usefixtures("answer")
+@pytest.mark.usefixtures("scripted")
 def test_results_are_frozen(client):
     with pytest.raises(dataclasses.FrozenInstanceError):
         client.generate("Once").text = "other"
 
 
-def test_a_stop_token_has_its_id_even_if_that_is_zero(answer, client):
-    answer.whole.outputs[0].finish.CopyFrom(pb.Finish(reason=pb.FINISH_REASON_EOS_TOKEN, stop_token_id=0))
+def test_a_stop_token_may_have_the_id_zero(scripted, client):
+    scripted.response.outputs[0].finish.CopyFrom(pb.Finish(reason=pb.FINISH_REASON_EOS_TOKEN, stop_token_id=0))
     assert client.generate("Once").finish == Finish(FinishReason.EOS_TOKEN, stop_token_id=0)
 
 
-def test_every_finish_reason_of_the_api_has_its_name_in_the_client():
+def test_finish_reasons_have_the_names_of_the_api():
     api = {number: name.removeprefix("FINISH_REASON_") for name, number in pb.FinishReason.items()}
     assert {reason.value: reason.name for reason in FinishReason} == api | {0: "UNKNOWN"}
 
 
-def test_a_finish_reason_of_a_younger_server_is_unknown_and_not_an_error(answer, client):
-    answer.whole.outputs[0].finish.reason = 99
+def test_a_finish_reason_of_a_newer_server_is_unknown(scripted, client):
+    scripted.response.outputs[0].finish.reason = 99
     assert client.generate("Once").finish.reason is FinishReason.UNKNOWN
 
 
-@pytest.mark.usefixtures("several")
+@pytest.mark.usefixtures("two_outputs")
 def test_several_outputs_are_in_order_and_a_generation_has_the_fields_of_the_first(client):
     result = client.generate("Once", num_sequences=2)
     assert [(o.index, o.text, o.num_tokens, o.token_ids, o.seed) for o in result.outputs] == [
@@ -120,8 +120,8 @@ def test_several_outputs_are_in_order_and_a_generation_has_the_fields_of_the_fir
     assert (result.logprobs, result.finish) == (first.logprobs, first.finish)
 
 
-@pytest.mark.usefixtures("several")
-def test_deltas_are_of_any_output_as_they_come_and_add_up_to_the_unary_result(client):
+@pytest.mark.usefixtures("two_outputs")
+def test_deltas_of_several_outputs_interleave_and_add_up_to_the_unary_result(client):
     stream = client.stream("Once", num_sequences=2)
     deltas = list(stream.deltas())
     full, eos = Finish(FinishReason.MAX_NEW_TOKENS), Finish(FinishReason.EOS_TOKEN, stop_token_id=0)
@@ -136,36 +136,36 @@ def test_deltas_are_of_any_output_as_they_come_and_add_up_to_the_unary_result(cl
     assert list(stream.deltas()) == []
 
 
-@pytest.mark.usefixtures("several")
-def test_a_stream_of_several_shows_how_far_the_first_has_come(client):
+@pytest.mark.usefixtures("two_outputs")
+def test_a_stream_of_several_outputs_exposes_the_partial_first_output(client):
     stream = client.stream("Once", num_sequences=2)
     deltas = stream.deltas()
     for _ in range(4):
         next(deltas)
-    # The second output has ended, the first has not, and so the request has not.
+    # The second output has ended, but the first has not, so neither has the request.
     assert (stream.text, stream.token_ids, stream.num_tokens, stream.finish) == ("a", (1, 2), 2, None)
     assert stream.usage is None
     assert next(deltas).text == " cat"
     assert (stream.text, stream.finish.reason) == ("a cat", FinishReason.MAX_NEW_TOKENS)
 
 
-@pytest.mark.usefixtures("several")
-def test_several_outputs_are_not_joined_into_one_text(client):
+@pytest.mark.usefixtures("two_outputs")
+def test_a_stream_of_several_outputs_refuses_to_iterate_over_text(client):
     stream = client.stream("Once", num_sequences=2)
     with pytest.raises(TypeError, match=r"deltas\(\)"):
         next(stream)
-    # Nothing was lost by the attempt.
+    # The attempt has consumed nothing.
     assert len(list(stream.deltas())) == 5
 
 
-@pytest.mark.usefixtures("answer")
-def test_deltas_of_one_output_have_those_without_text_too(client):
+@pytest.mark.usefixtures("scripted")
+def test_deltas_of_one_output_include_those_without_text(client):
     stream = client.stream("Once", num_sequences=1)
     assert [delta.text for delta in stream.deltas()] == ["", "Once 🐈", " upon"]
     assert stream.result == GENERATION
 
 
-def test_logprobs_of_prompt_and_output_are_returned_whole_and_in_chunks(answer, client):
+def test_logprobs_of_prompt_and_output_are_returned_whole_and_in_chunks(scripted, client):
     def logprob(token_id, rank, *top):
         tops = [pb.TopLogprob(token_id=t, token_bytes=bytes([t]), logprob=-0.5) for t in top]
         return pb.TokenLogprob(
@@ -176,11 +176,11 @@ def test_logprobs_of_prompt_and_output_are_returned_whole_and_in_chunks(answer, 
         tops = tuple(TopLogprob(t, bytes([t]), -0.5) for t in top)
         return TokenLogprob(token_id, bytes([token_id]), -1.5, rank, tops)
 
-    answer.whole.prompt.logprobs.append(logprob(200, 3, 65, 66))
-    answer.whole.outputs[0].logprobs.extend([logprob(7, 1, 7), logprob(8, 9)])
-    answer.pieces[0].prompt.CopyFrom(answer.whole.prompt)
-    answer.pieces[0].output.logprobs.append(logprob(7, 1, 7))
-    answer.pieces[1].output.logprobs.append(logprob(8, 9))
+    scripted.response.prompt.logprobs.append(logprob(200, 3, 65, 66))
+    scripted.response.outputs[0].logprobs.extend([logprob(7, 1, 7), logprob(8, 9)])
+    scripted.chunks[0].prompt.CopyFrom(scripted.response.prompt)
+    scripted.chunks[0].output.logprobs.append(logprob(7, 1, 7))
+    scripted.chunks[1].output.logprobs.append(logprob(8, 9))
     whole = client.generate("Once")
     assert whole.prompt_logprobs == (expected(200, 3, 65, 66),)
     assert whole.logprobs == whole.outputs[0].logprobs == (expected(7, 1, 7), expected(8, 9))
@@ -190,8 +190,8 @@ def test_logprobs_of_prompt_and_output_are_returned_whole_and_in_chunks(answer, 
 
 
 @pytest.mark.parametrize("reason", [reason for reason in FinishReason if reason is not FinishReason.UNKNOWN])
-def test_every_finish_reason_is_known(answer, client, reason):
-    answer.whole.outputs[0].finish.CopyFrom(pb.Finish(reason=reason.value))
+def test_every_finish_reason_is_returned(scripted, client, reason):
+    scripted.response.outputs[0].finish.CopyFrom(pb.Finish(reason=reason.value))
     assert client.generate("Once").finish == Finish(reason)
 
 

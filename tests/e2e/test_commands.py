@@ -61,7 +61,8 @@ def test_every_flag_sets_an_option_that_the_server_accepts(server: Any, tmp_path
         --repetition-penalty 1.1 --frequency-penalty 0.1 --presence-penalty 0.1 --logit-bias 77=-5 --logit-bias 78=-5
         --max-new-tokens 30 --min-new-tokens 2 --stop-strings never --stop-strings a\\nb --stop-token-ids 5,6
         --include-stop-string --time-limit 60s --repetition-guard 5,9 --num-sequences 2 --truncate-prompt-tokens 3
-        --no-skip-special-tokens --request-id mine --model demo --priority 3 --cache-bypass --cache-salt s --timeout 60s --json"""
+        --no-skip-special-tokens --request-id mine --model demo --priority 3 --cache-bypass --cache-salt s
+        --timeout 60s --json"""
     result = json.loads(output_of(server, "generate", "Once upon a time", *flags.split()))
     assert result["request_id"] == "mine"
     assert result["usage"]["num_prompt_tokens"] == 3

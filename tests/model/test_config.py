@@ -87,6 +87,8 @@ def test_absent_fields_have_the_defaults_of_llm_foundry() -> None:
         (tiny_config(layer_norm_epsilon=1e-6), "norm_eps", 1e-6),
         (tiny_config(norm_eps=0), "norm_eps", 0.0),
         (tiny_config(norm_eps=1e-6, layer_norm_epsilon=1e-6), "norm_eps", 1e-6),
+        (tiny_config(max_seq_len=256.0), "max_seq_len", 256),
+        (tiny_config(ffn_config={"ffn_hidden_size": 100}), "d_ffn", 100),
     ],
 )
 def test_fields_that_affect_the_computation_are_read(raw: dict[str, Any], field: str, expected: object) -> None:
@@ -99,14 +101,16 @@ def test_fields_that_affect_the_computation_are_read(raw: dict[str, Any], field:
     ("field", "value"),
     [
         ("prefix_lm", True),
-        ("attn_uses_sequence_id", True),
         ("qk_gn", True),
         ("rope", True),
         ("sliding_window_size", 1024),
         ("attn_logit_softcapping", 30.0),
         ("kv_dim", 32),
         ("reuse_kv_layer_idx", 0),
-        ("rope_theta", 10000),
+        ("nope", True),
+        ("fused_qkv", False),
+        ("attn_temperature_tuning", {"attn_scale": 0.1, "floor_scale": 8192}),
+        ("new_scale", 0.5),
         ("alibi", "yes"),
         ("alibi", None),
         ("qk_ln", 1),
@@ -133,12 +137,16 @@ def test_unimplemented_attention_fields_are_named_in_the_error(field: str, value
         ("norm_type", "rmsnorm"),
         ("tie_word_embeddings", False),
         ("final_logit_softcapping", 30.0),
-        ("block_overrides", {"order": []}),
+        ("block_overrides", {"order": [{"name": "wide"}], "overrides": {"wide": {"d_model": 128}}}),
+        ("head_dim", 32),
+        ("attention_bias", True),
+        ("d_model", 10**12),
+        ("expansion_ratio", 1e300),
+        ("max_seq_len", 256.5),
         ("num_experts", 8),
         ("d_model", "64"),
         ("d_model", 0),
         ("n_heads", 3),
-        ("n_heads", 4.0),
         ("n_layers", True),
         ("vocab_size", None),
         ("max_seq_len", -1),
@@ -162,7 +170,8 @@ def test_unimplemented_model_fields_are_named_in_the_error(field: str, value: ob
     [
         (tiny_config({"alibi": False}, learned_pos_emb=False), "attn_config.alibi: False"),
         (tiny_config(ffn_config={"ffn_type": "mptglu"}), "ffn_config.ffn_type: 'mptglu'"),
-        (tiny_config(ffn_config={"ffn_hidden_size": 100}), "ffn_config.ffn_hidden_size: 100"),
+        (tiny_config(ffn_config={"ffn_act_fn": {"name": "silu"}}), "ffn_config.ffn_act_fn: {'name': 'silu'}"),
+        ({**tiny_config(), "attn_config": []}, "attn_config: expected a JSON object, not []"),
         (tiny_config({"attn_type": GQA}), "attn_config.kv_n_heads: None"),
         (tiny_config({"attn_type": GQA, "kv_n_heads": 3}), "attn_config.kv_n_heads: 3"),
         (tiny_config({"attn_type": GQA, "kv_n_heads": 0}), "attn_config.kv_n_heads: 0"),
@@ -191,7 +200,50 @@ def test_a_config_saved_by_transformers_is_read(tmp_path: Path) -> None:
     assert MPTConfig.from_file(tmp_path / "whole.json") == expected
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "[]", '"mpt"', "\xff"])
+@pytest.mark.parametrize(
+    "inert",
+    [
+        tiny_config({"attn_uses_sequence_id": True}),
+        tiny_config({"rope": False, "rope_theta": 500000, "rope_impl": "hf", "rope_hf_config": {"type": "linear"}}),
+        tiny_config({"nope": False, "fused_qkv": True, "sliding_window_size": None}),
+        tiny_config({"attn_temperature_tuning": {"attn_scale": 0.0, "floor_scale": 8192}}),
+        tiny_config({"a_new_feature": False, "another": None, "a_third": {}}),
+        tiny_config(head_dim=16, attention_bias=False, loss_fn="torch_crossentropy"),
+        tiny_config(norm_type="Low_Precision_LayerNorm"),
+        tiny_config(norm_type="LayerNorm"),
+        tiny_config(fc_type={"name": "torch"}, ffn_config={"ffn_type": "mptmlp", "fc_type": {"name": "te"}}),
+        tiny_config(ffn_config={"ffn_act_fn": {"name": "gelu", "approximate": "none"}}),
+        tiny_config(block_overrides={"order": [{"name": "default"}], "overrides": {}}),
+        tiny_config(a_new_feature=False, another=None),
+    ],
+)
+def test_values_that_change_nothing_are_accepted(inert: dict[str, Any]) -> None:
+    assert MPTConfig.from_dict(inert) == MPTConfig.from_dict(tiny_config())
+
+
+@pytest.mark.skipif(PUBLISHED is None, reason="the configs of llm-foundry are not on this machine (shared/data)")
+@pytest.mark.parametrize("version", ["v0.4.0", "v0.12.0", "HEAD"])
+def test_configs_written_by_llm_foundry_are_read_unmodified(version: str) -> None:
+    assert PUBLISHED is not None
+    assert MPTConfig.from_file(PUBLISHED / "llm-foundry" / f"{version}.json") == replace(
+        SEVEN_B, d_model=768, n_heads=12, n_kv_heads=12, n_layers=12, d_ffn=3072, vocab_size=50368,
+        softmax_scale=1 / math.sqrt(64),
+    )  # fmt: skip
+
+
+def test_all_obstacles_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        MPTConfig.from_dict(tiny_config({"rope": True, "qk_gn": True}, norm_type="rmsnorm", num_experts=8, n_layers=0))
+    for name in ("attn_config.rope", "attn_config.qk_gn", "norm_type", "num_experts", "n_layers"):
+        assert f"{name}: " in str(error.value)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()), encoding="utf-8-sig")
+    assert MPTConfig.from_file(tmp_path / "config.json") == MPTConfig.from_dict(tiny_config())
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[" * 100_000, "[]", '"mpt"', "\xff"])
 def test_a_file_that_is_not_a_json_object_is_rejected_with_its_path(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "config.json"
     if text is not None:
@@ -200,7 +252,9 @@ def test_a_file_that_is_not_a_json_object_is_rejected_with_its_path(tmp_path: Pa
         MPTConfig.from_file(path)
 
 
-def test_the_error_names_the_field_its_value_and_the_implemented_values(tmp_path: Path) -> None:
+def test_the_error_has_the_field_its_value_and_what_it_would_need(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config({"prefix_lm": True})))
-    with pytest.raises(ConfigError, match=r"attn_config\.prefix_lm: True: only False is implemented"):
+    with pytest.raises(
+        ConfigError, match=r"attn_config\.prefix_lm: True: would need bidirectional attention .* supported: false"
+    ):
         MPTConfig.from_file(tmp_path / "config.json")

@@ -90,7 +90,8 @@ def test_a_checkpoint_saved_by_transformers_is_loaded(tmp_path: Path, max_shard_
         ),
         pytest.param(
             edited(transformer__norm_f__bias=torch.zeros(64)),
-            "tensor 'transformer.norm_f.bias' is not part of this model",
+            "tensor 'transformer.norm_f.bias' is not part of this model; config.json says no_bias: true, which is also"
+            " the default",
             id="bias",
         ),
         pytest.param(
@@ -151,11 +152,11 @@ def test_code_in_a_pickle_is_rejected_and_not_executed(tmp_path: Path) -> None:
     assert trace.exists(), "without weights_only the code is executed"
 
 
-@pytest.mark.parametrize("state", [[torch.ones(2)], {"epoch": 3}, torch.ones(2)])
+@pytest.mark.parametrize("state", [[torch.ones(2)], {"epoch": 3}, torch.ones(2), {"a": torch.ones(2).to_sparse()}])
 def test_a_pickle_that_is_not_a_mapping_to_tensors_is_rejected(tmp_path: Path, state: object) -> None:
     make_checkpoint(tmp_path, CONFIG, format="bin")
     torch.save(state, tmp_path / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"pytorch_model\.bin: expected a mapping of names to tensors"):
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin: expected a mapping of names to dense tensors"):
         load(tmp_path)
 
 
@@ -196,6 +197,19 @@ def test_an_invalid_index_is_rejected_by_name(tmp_path: Path, index: str) -> Non
     make_checkpoint(tmp_path, CONFIG, shards=2)
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json"):
+        load(tmp_path)
+
+
+def test_a_stale_index_beside_a_complete_file_is_ignored(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, CONFIG)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {EMBEDDING: "gone.safetensors"}}))
+    assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"]
+
+
+def test_biases_that_the_config_does_not_announce_are_refused_with_the_field(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, tiny_config(no_bias=False))
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "no_bias"}))
+    with pytest.raises(WeightsError, match=r"\.bias' is not part of this model; config\.json says no_bias: true"):
         load(tmp_path)
 
 

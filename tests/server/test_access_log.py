@@ -19,13 +19,13 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-def request(**fields: Any) -> pb.GenerateRequest:
+def generate_request(**fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(text="Once", stopping=pb.StoppingCriteria(max_new_tokens=3, ignore_eos=True), **fields)
 
 
 async def test_a_call_is_logged_with_its_status_request_and_tokens(service: Any, log: Any) -> None:
-    await service.stub.Generate(request(request_id="order-17"))
-    assert [piece async for piece in service.stub.StreamGenerate(request(request_id="order-18"))]
+    await service.stub.Generate(generate_request(request_id="order-17"))
+    assert [chunk async for chunk in service.stub.StreamGenerate(generate_request(request_id="order-18"))]
     unary, stream = [record.getMessage() for record in log.records]
     for line, method, request_id in ((unary, "Generate", "order-17"), (stream, "StreamGenerate", "order-18")):
         assert line.startswith(f"{method} OK ")
@@ -36,7 +36,7 @@ async def test_a_call_is_logged_with_its_status_request_and_tokens(service: Any,
 async def test_a_failed_call_is_logged_with_its_error_in_one_bounded_line(service: Any, log: Any) -> None:
     forged = "x\nGenerate OK" + "y" * 1000
     with pytest.raises(grpc.aio.AioRpcError):
-        await service.stub.Generate(request(model=forged))
+        await service.stub.Generate(generate_request(model=forged))
     (record,) = log.records
     line = record.getMessage()
     assert line.startswith("Generate NOT_FOUND ")

@@ -14,7 +14,7 @@ from mpt_grpc.checkpoint import DEMO
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 
-def request(**sampling: Any) -> pb.GenerateRequest:
+def generate_request(**sampling: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         text="Once upon a time",
         sampling=pb.SamplingParameters(seed=3, **sampling),
@@ -31,14 +31,14 @@ async def test_unset_options_take_the_checkpoints_values_and_set_ones_do_not(mak
 
     defaults = (await service.stub.GetModelInfo(pb.GetModelInfoRequest())).defaults
     assert (defaults.temperature, defaults.max_new_tokens, defaults.top_k, defaults.top_p) == (0, 12, 5, 1)
-    unset = (await service.stub.Generate(request())).outputs[0]
-    greedy = (await service.stub.Generate(request(temperature=0))).outputs[0]
+    unset = (await service.stub.Generate(generate_request())).outputs[0]
+    greedy = (await service.stub.Generate(generate_request(temperature=0))).outputs[0]
     assert (unset.num_tokens, unset.text) == (12, greedy.text)
-    sampled = (await service.stub.Generate(request(temperature=1, top_k=0))).outputs[0]
+    sampled = (await service.stub.Generate(generate_request(temperature=1, top_k=0))).outputs[0]
     assert sampled.text != greedy.text
 
 
-async def test_the_documented_defaults_apply_otherwise(service: Any) -> None:
+async def test_the_documented_defaults_apply_without_the_option(service: Any) -> None:
     defaults = (await service.stub.GetModelInfo(pb.GetModelInfoRequest())).defaults
     assert defaults == pb.GenerationDefaults(
         temperature=1, top_p=1, typical_p=1, repetition_penalty=1, max_new_tokens=256
