@@ -1,4 +1,4 @@
-"""A server, or a gateway to one, as its users start it: a process of its own."""
+"""Runs `mpt-grpc serve` and `mpt-grpc gateway` as processes, as users do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SERVE = ("serve", "--grpc-port", "0", "--http-port", "0", "--dtype", "float32", 
 
 
 class ServerProcess:
-    """A running `mpt-grpc serve` or `mpt-grpc gateway` that has said its welcome."""
+    """A running `mpt-grpc serve` or `mpt-grpc gateway` that has printed its welcome."""
 
     def __init__(self, *arguments: str, cli: Sequence[str] = CLI) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}
@@ -51,7 +51,7 @@ class ServerProcess:
         self._process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        """Returns the exit status; `stderr` is whole then."""
+        """Waits for the process and returns its exit status; `stderr` is complete from then on."""
         status = self._process.wait(60)
         self._reader.join()
         return status
@@ -67,20 +67,20 @@ class ServerProcess:
 
 @contextmanager
 def running(*flags: str, cli: Sequence[str] = CLI) -> Iterator[ServerProcess]:
-    """Starts a server with more flags, from this environment or with the command `cli`."""
-    with _killed_at_the_end(ServerProcess(*SERVE, *flags, cli=cli)) as server:
+    """Runs a server with additional flags, from this environment or with the command `cli`."""
+    with _killed_at_exit(ServerProcess(*SERVE, *flags, cli=cli)) as server:
         yield server
 
 
 @contextmanager
 def running_gateway(*flags: str) -> Iterator[ServerProcess]:
-    """A gateway, on a free port."""
-    with _killed_at_the_end(ServerProcess("gateway", "--http-port", "0", *flags)) as gateway:
+    """Runs a gateway on a free port."""
+    with _killed_at_exit(ServerProcess("gateway", "--http-port", "0", *flags)) as gateway:
         yield gateway
 
 
 @contextmanager
-def _killed_at_the_end(process: ServerProcess) -> Iterator[ServerProcess]:
+def _killed_at_exit(process: ServerProcess) -> Iterator[ServerProcess]:
     try:
         yield process
     finally:

@@ -1,1 +1,1 @@
-"""OpenAI's HTTP API in front of the gRPC API, of which it is a client like any other."""
+"""The OpenAI-compatible HTTP API and the web page: an ordinary client of the gRPC API."""

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's endpoints, and those around them, over one gRPC client."""
+"""The HTTP application: the OpenAI-compatible endpoints and a few others, served by calls of one gRPC client."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -17,48 +18,62 @@ from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from mpt_grpc import __version__
-from mpt_grpc.gateway import tokens
-from mpt_grpc.gateway.answers import ChatAnswer, Json, TextAnswer
-from mpt_grpc.gateway.api_docs import add_schemas, body_of
-from mpt_grpc.gateway.body import parsed
+from mpt_grpc.gateway import openapi, schemas, tokens
 from mpt_grpc.gateway.completions import complete, stream_completion
-from mpt_grpc.gateway.errors import NAMES, BadRequestError, error_body, error_response
+from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, error_response
 from mpt_grpc.gateway.page import add_page
+from mpt_grpc.gateway.parsing import parse
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
+from mpt_grpc.gateway.responses import ChatResponse, Json, TextResponse
 from mpt_grpc_client import AsyncClient, GenerateOptions, Message, MptGrpcError
 
 _Result = TypeVar("_Result")
-_NAME_HOLDS_S = 5
-_IDLE_S = 15
+_MODEL_NAME_LIFETIME_S = 5
+_KEEPALIVE_S = 15
+_EVENTS = "text/event-stream"
+_JSON = "application/json"
+
+
+@dataclass(frozen=True)
+class _Route:
+    method: str
+    path: str
+    endpoint: Callable[..., Any]
+    request: type[BaseModel] | None = None
+    """The schema of the body."""
+    responses: Mapping[str, type[BaseModel]] = field(default_factory=dict)
+    """The schema of a successful response for each media type, where there is one."""
 
 
 def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAPI:
-    """The application. Any model's name is answered by the loaded model unless `strict_model_names`."""
+    """Returns the application. The loaded model serves requests for any model unless `strict_model_names`."""
     app: FastAPI = FastAPIOffline(
         title="mpt-grpc",
         version=__version__,
-        description="OpenAI's API for an MPT model.",
+        description="OpenAI-compatible API for an MPT model.",
         redoc_url=None,
-        responses={"default": {"description": "An error, in OpenAI's form"}},
+        responses={"default": openapi.response("An error, in OpenAI's format", {_JSON: schemas.ErrorResponse})},
     )
     gateway = _Gateway(client, strict_model_names)
-    routes: tuple[tuple[str, str, Callable[..., Any], type[BaseModel] | None], ...] = (
-        ("POST", "/v1/chat/completions", gateway.chat_completions, ChatCompletionRequest),
-        ("POST", "/v1/completions", gateway.completions, CompletionRequest),
-        ("POST", "/v1/embeddings", gateway.embeddings, None),
-        ("GET", "/v1/models", gateway.models, None),
-        ("GET", "/v1/models/{name:path}", gateway.model, None),
-        ("POST", "/tokenize", gateway.tokenize, tokens.TokenizeRequest),
-        ("POST", "/detokenize", gateway.detokenize, tokens.DetokenizeRequest),
-        ("GET", "/tokenizer_info", gateway.tokenizer_info, None),
-        ("GET", "/health", gateway.health, None),
-        ("GET", "/ready", gateway.ready, None),
+    models: dict[str, type[BaseModel]] = {_JSON: schemas.ModelList}
+    chat: dict[str, type[BaseModel]] = {_JSON: schemas.ChatCompletion, _EVENTS: schemas.ChatCompletionChunk}
+    text = {_JSON: schemas.Completion, _EVENTS: schemas.Completion}
+    routes = (
+        _Route("POST", "/v1/chat/completions", gateway.chat_completions, ChatCompletionRequest, chat),
+        _Route("POST", "/v1/completions", gateway.completions, CompletionRequest, text),
+        _Route("POST", "/v1/embeddings", gateway.embeddings),
+        _Route("GET", "/v1/models", gateway.models, responses=models),
+        _Route("GET", "/v1/models/{name:path}", gateway.model, responses={_JSON: schemas.Model}),
+        _Route("POST", "/tokenize", gateway.tokenize, tokens.TokenizeRequest),
+        _Route("POST", "/detokenize", gateway.detokenize, tokens.DetokenizeRequest),
+        _Route("GET", "/tokenizer_info", gateway.tokenizer_info),
+        _Route("GET", "/health", gateway.health),
+        _Route("GET", "/ready", gateway.ready),
     )
-    for method, path, endpoint, body in routes:
-        app.add_api_route(path, endpoint, methods=[method], response_model=None, openapi_extra=body_of(body))
-    add_schemas(app, [body for _, _, _, body in routes if body is not None])
+    _add_routes(app, routes)
     add_page(app, client)
     for kind in (MptGrpcError, BadRequestError, Exception):
         app.add_exception_handler(kind, _on_error)
@@ -66,73 +81,95 @@ def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAP
     return app
 
 
+def _add_routes(app: FastAPI, routes: Sequence[_Route]) -> None:
+    for route in routes:
+        app.add_api_route(
+            route.path,
+            route.endpoint,
+            methods=[route.method],
+            response_model=None,
+            openapi_extra=openapi.request_body(route.request),
+            responses={200: openapi.response("Success", route.responses)} if route.responses else None,
+        )
+        if route.method == "GET":
+            # A route of its own, since FastAPI would document one with both methods twice.
+            app.add_api_route(
+                route.path, route.endpoint, methods=["HEAD"], response_model=None, include_in_schema=False
+            )
+    requests = [route.request for route in routes if route.request is not None]
+    responses = {model for route in routes for model in route.responses.values()}
+    openapi.add_schemas(app, requests, [*sorted(responses, key=lambda model: model.__name__), schemas.ErrorResponse])
+
+
 class _Gateway:
     def __init__(self, client: AsyncClient, strict_model_names: bool) -> None:
         self._client, self._strict = client, strict_model_names
-        self._name, self._name_until_s = "", 0.0
+        self._name, self._name_expires_s = "", 0.0
 
     async def chat_completions(self, request: Request) -> Response:
-        """Answers a conversation, whole or as server-sent events."""
-        asked = await parsed(request, ChatCompletionRequest)
-        request.state.names = asked.names
+        """Replies to a conversation, in one response or as server-sent events."""
+        body = await parse(request, ChatCompletionRequest)
+        request.state.field_names = body.field_names
         with _callers_trace(request):
-            messages = [message.message() for message in asked.messages]
-            function_name = None if asked.function is None else asked.function.name
-            answer = ChatAnswer(await self._model_name(asked.model), _request_id(request), function_name)
-            options = asked.options()
+            messages = [message.message() for message in body.messages]
+            function_name = None if body.function is None else body.function.name
+            response = ChatResponse(await self._model_name(body.model), _request_id(request), function_name)
+            options = body.options()
             options["request_id"] = _request_id(request)
-            if asked.stream:
-                chunks = self._stream_chat(asked, messages, options, answer)
-                return await _events(request, chunks, answer.idle_chunk())
-            generation = await _unless_left(request, self._client.generate(messages, **options))
-            return JSONResponse(answer.whole(generation, bool(asked.logprobs)))
+            if body.stream:
+                chunks = self._stream_chat(body, messages, options, response)
+                return await _events(request, chunks, response.empty_chunk())
+            generation = await _unless_disconnected(request, self._client.generate(messages, **options))
+            return JSONResponse(response.complete(generation, bool(body.logprobs)))
 
     async def completions(self, request: Request) -> Response:
-        """Continues one prompt or several, whole or as server-sent events."""
-        asked = await parsed(request, CompletionRequest)
-        request.state.names = asked.names
+        """Continues one or several prompts, in one response or as server-sent events."""
+        body = await parse(request, CompletionRequest)
+        request.state.field_names = body.field_names
         with _callers_trace(request):
             request_id = _request_id(request)
-            answer = TextAnswer(await self._model_name(asked.model), request_id)
-            if asked.stream:
-                chunks = stream_completion(self._client, asked, answer, request_id)
-                return await _events(request, chunks, answer.idle_chunk())
-            whole = await _unless_left(request, complete(self._client, asked, answer, request_id))
-            return JSONResponse(whole)
+            response = TextResponse(await self._model_name(body.model), request_id)
+            if body.stream:
+                chunks = stream_completion(self._client, body, response, request_id)
+                return await _events(request, chunks, response.empty_chunk())
+            return JSONResponse(await _unless_disconnected(request, complete(self._client, body, response, request_id)))
 
     async def embeddings(self) -> Response:
-        """Refuses: this model has none."""
-        raise BadRequestError("embeddings are not supported: the model generates text", status=404)
+        """Not supported: the model has no embeddings."""
+        raise BadRequestError("embeddings are not supported: the model only generates text", status=404)
 
     async def models(self) -> Response:
-        """Lists the one model that is loaded."""
+        """Lists the loaded model."""
         return JSONResponse({"object": "list", "data": [await self._model()]})
 
     async def model(self, name: str) -> Response:
-        """Describes the model of this name."""
+        """Returns the model with this name."""
+        if not name:
+            return await self.models()
         model = await self._model()
         if model["id"] != name:
-            raise _unknown(name, model["id"])
+            raise _unknown_model(name, model["id"])
         return JSONResponse(model)
 
     async def tokenize(self, request: Request) -> Response:
-        """Gives the tokens of a text."""
-        return JSONResponse(await tokens.tokenize(self._client, await parsed(request, tokens.TokenizeRequest)))
+        """Splits text into tokens."""
+        return JSONResponse(await tokens.tokenize(self._client, await parse(request, tokens.TokenizeRequest)))
 
     async def detokenize(self, request: Request) -> Response:
-        """Gives the text of tokens."""
-        return JSONResponse(await tokens.detokenize(self._client, await parsed(request, tokens.DetokenizeRequest)))
+        """Returns the text of token IDs."""
+        request.state.field_names = tokens.DETOKENIZE_FIELD_NAMES
+        return JSONResponse(await tokens.detokenize(self._client, await parse(request, tokens.DetokenizeRequest)))
 
     async def tokenizer_info(self) -> Response:
-        """Tells the special tokens."""
+        """Returns the special tokens and the context length."""
         return JSONResponse(await tokens.tokenizer_info(self._client))
 
     async def health(self) -> Response:
-        """Says that this process answers."""
+        """Returns 200 while this process runs."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
-        """Says whether the gRPC server answers: 200 or 503."""
+        """Returns 200 if the gRPC server responds, otherwise 503."""
         try:
             await self._client.get_server_info(timeout=2)
         except MptGrpcError as error:
@@ -140,18 +177,18 @@ class _Gateway:
         return JSONResponse({"status": "ready"})
 
     async def _stream_chat(
-        self, asked: ChatCompletionRequest, messages: list[Message], options: GenerateOptions, answer: ChatAnswer
+        self, body: ChatCompletionRequest, messages: list[Message], options: GenerateOptions, response: ChatResponse
     ) -> AsyncIterator[Json]:
-        begun: set[int] = set()
+        started: set[int] = set()
         async with self._client.stream(messages, **options) as stream:
             async for delta in stream.deltas():
-                if delta.index not in begun:
-                    begun.add(delta.index)
-                    yield answer.first_chunk(delta.index)
+                if delta.index not in started:
+                    started.add(delta.index)
+                    yield response.first_chunk(delta.index)
                 if delta.text or delta.logprobs or delta.finish:
-                    yield answer.chunk(delta, bool(asked.logprobs))
-            if asked.includes_usage:
-                yield answer.usage_chunk([stream.result.usage])
+                    yield response.chunk(delta, bool(body.logprobs))
+            if body.includes_usage:
+                yield response.usage_chunk([stream.result.usage])
 
     async def _model(self) -> dict[str, Any]:
         info = await self._client.get_model_info()
@@ -163,17 +200,19 @@ class _Gateway:
             "max_model_len": info.max_context_tokens,
         }
 
-    async def _model_name(self, asked: str) -> str:
-        # Asked for now and then only: it costs a call, and changes with the server's restart at most.
-        if (now_s := time.monotonic()) > self._name_until_s:
-            self._name, self._name_until_s = (await self._client.get_model_info()).name, now_s + _NAME_HOLDS_S
-        if self._strict and asked not in ("", self._name):
-            raise _unknown(asked, self._name)
+    async def _model_name(self, requested: str) -> str:
+        """Returns the name of the loaded model. Raises BadRequestError if names are strict and it is another one."""
+        # Cached, since it costs a call and changes only if the server is restarted.
+        if (now_s := time.monotonic()) > self._name_expires_s:
+            self._name = (await self._client.get_model_info()).name
+            self._name_expires_s = now_s + _MODEL_NAME_LIFETIME_S
+        if self._strict and requested not in ("", self._name):
+            raise _unknown_model(requested, self._name)
         return self._name
 
 
-def _unknown(asked: str, name: str) -> BadRequestError:
-    why = f"model {asked!r} is not loaded; this server has {name!r}"
+def _unknown_model(requested: str, name: str) -> BadRequestError:
+    why = f"model {requested!r} is not loaded; the loaded model is {name!r}"
     return BadRequestError(why, "model", status=404, code="model_not_found")
 
 
@@ -183,7 +222,7 @@ def _request_id(request: Request) -> str | None:
 
 @contextlib.contextmanager
 def _callers_trace(request: Request) -> Iterator[None]:
-    """Inside it calls belong to the trace that the HTTP caller has begun."""
+    """Makes calls inside the block part of the HTTP caller's trace."""
     token = trace_context.attach(propagate.extract(dict(request.headers)))
     try:
         yield
@@ -191,32 +230,33 @@ def _callers_trace(request: Request) -> Iterator[None]:
         trace_context.detach(token)
 
 
-async def _unless_left(request: Request, call: Awaitable[_Result]) -> _Result:
-    """Awaits a call, and cancels it if the HTTP caller goes away meanwhile."""
-    working = asyncio.ensure_future(call)
-    leaving = asyncio.ensure_future(_left(request))
+async def _unless_disconnected(request: Request, call: Awaitable[_Result]) -> _Result:
+    """Awaits a call, and cancels it if the HTTP caller disconnects in the meantime."""
+    calling = asyncio.ensure_future(call)
+    disconnecting = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            working.cancel()
-            raise BadRequestError("the caller has left", status=499)
-        return working.result()
+        await asyncio.wait({calling, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
+        if not calling.done():
+            calling.cancel()
+            raise BadRequestError("the caller has disconnected", status=499)
+        return calling.result()
     finally:
-        working.cancel()
-        leaving.cancel()
+        calling.cancel()
+        disconnecting.cancel()
 
 
-async def _left(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _events(request: Request, chunks: AsyncIterator[Json], idle_chunk: Json) -> Response:
-    """Server-sent events. What fails before the first is an HTTP error, later an event that says so.
+async def _events(request: Request, chunks: AsyncIterator[Json], empty_chunk: Json) -> Response:
+    """Returns chunks as server-sent events. A failure before the first is an HTTP error, a later one an error event.
 
-    Where nothing comes for a while, `idle_chunk` does: comments are no sign of life to LangChain, which gives up.
+    `empty_chunk` is sent whenever the stream has been idle for a while. A comment would not do: LangChain ignores
+    comments and times out.
     """
-    first = await _unless_left(request, _next(chunks))
+    first = await _unless_disconnected(request, _next(chunks))
 
     async def events() -> AsyncIterator[ServerSentEvent]:
         async with contextlib.aclosing(chunks):  # type: ignore[type-var]
@@ -226,11 +266,11 @@ async def _events(request: Request, chunks: AsyncIterator[Json], idle_chunk: Jso
                 async for chunk in chunks:
                     yield _event(chunk)
             except MptGrpcError as error:
-                yield _event(error_body(error, _names(request))[1])
+                yield _event(error_body(error, _field_names(request))[1])
                 return
             yield ServerSentEvent("[DONE]", sep="\n")
 
-    return EventSourceResponse(events(), ping=_IDLE_S, ping_message_factory=lambda: _event(idle_chunk))
+    return EventSourceResponse(events(), ping=_KEEPALIVE_S, ping_message_factory=lambda: _event(empty_chunk))
 
 
 async def _next(chunks: AsyncIterator[Json]) -> Json | None:
@@ -242,20 +282,35 @@ def _event(chunk: Json) -> ServerSentEvent:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    return error_response(error, _names(request))
+    return error_response(error, _field_names(request))
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    status, why = error.status_code, str(error.detail)
-    if status in (404, 405):
-        why = f"no such endpoint: {request.method} {request.url.path}; /docs shows those that there are"
+    status, why, headers = error.status_code, str(error.detail), dict(error.headers or {})
+    if status == 404:
+        why = f"no such endpoint: {request.url.path}; see /docs for the endpoints"
+    if status == 405:
+        allowed = _allowed_methods(request)
+        headers["allow"] = ", ".join(allowed)
+        # HEAD goes without saying where GET is allowed.
+        methods = " or ".join(method for method in allowed if method != "HEAD")
+        why = f"{request.method} is not allowed for {request.url.path}; use {methods}"
     response = error_response(BadRequestError(why, status=status))
-    response.headers.update(error.headers or {})
+    response.headers.update(headers)
     return response
 
 
-def _names(request: Request) -> Mapping[str, str]:
-    """What this caller knows the gRPC API's fields by."""
-    names: Mapping[str, str] = getattr(request.state, "names", NAMES)
+def _allowed_methods(request: Request) -> list[str]:
+    """Returns the methods of all routes for the path of a request. Files, which have no such route, allow GET."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is Match.PARTIAL:
+            methods |= route.methods
+    return sorted(methods) or ["GET", "HEAD"]
+
+
+def _field_names(request: Request) -> Mapping[str, str]:
+    """Returns this endpoint's names for the client library's options, where they differ."""
+    names: Mapping[str, str] = getattr(request.state, "field_names", FIELD_NAMES)
     return names

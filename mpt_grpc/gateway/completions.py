@@ -1,4 +1,4 @@
-"""Completions of OpenAI's older kind: text for text, one prompt or several, with echo and log probabilities."""
+"""Text completions: one or several prompts, with echo and log probabilities."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
-from mpt_grpc.gateway.answers import TextAnswer, text_choice, text_logprobs
 from mpt_grpc.gateway.errors import BadRequestError
-from mpt_grpc.gateway.interleave import interleaved
+from mpt_grpc.gateway.interleave import interleave
 from mpt_grpc.gateway.requests import CompletionRequest
+from mpt_grpc.gateway.responses import TextResponse, text_choice, text_logprobs
 from mpt_grpc_client import AsyncClient, GenerateOptions, Generation, TokenLogprob, Usage
 
 Json = dict[str, Any]
 
 
-async def complete(client: AsyncClient, asked: CompletionRequest, answer: TextAnswer, request_id: str | None) -> Json:
-    """The whole answer. If one prompt of several fails, all do. Raises MptGrpcError."""
-    prompts, options = asked.prompts, asked.options()
+async def complete(
+    client: AsyncClient, body: CompletionRequest, response: TextResponse, request_id: str | None
+) -> Json:
+    """Returns the complete response. If one of several prompts fails, all do. Raises MptGrpcError."""
+    prompts, options = body.prompts, body.options()
     calls = [
-        asyncio.ensure_future(client.generate(prompt, **_named(options, request_id, number)))
+        asyncio.ensure_future(client.generate(prompt, **_with_request_id(options, request_id, number)))
         for number, prompt in enumerate(prompts)
     ]
     try:
@@ -31,61 +33,62 @@ async def complete(client: AsyncClient, asked: CompletionRequest, answer: TextAn
             call.cancel()
     choices: list[Json] = []
     for prompt, generation in zip(prompts, generations, strict=True):
-        echo = await _text(client, prompt) if asked.echo else ""
-        first = await client.detokenize(generation.prompt_token_ids[:1]) if asked.echo else ""
+        echo = await _text(client, prompt) if body.echo else ""
+        first_token = await client.detokenize(generation.prompt_token_ids[:1]) if body.echo else ""
         for output in generation.outputs:
-            logprobs = _logprobs(asked, generation, output.logprobs, echo, first)
+            logprobs = _logprobs(body, generation, output.logprobs, echo, first_token)
             choices.append(text_choice(len(choices), echo + output.text, logprobs, output.finish))
-    return answer.whole(choices, [generation.usage for generation in generations])
+    return response.complete(choices, [generation.usage for generation in generations])
 
 
 async def stream_completion(
-    client: AsyncClient, asked: CompletionRequest, answer: TextAnswer, request_id: str | None
+    client: AsyncClient, body: CompletionRequest, response: TextResponse, request_id: str | None
 ) -> AsyncIterator[Json]:
-    """The chunks of an answer; those of several prompts interleave. Raises MptGrpcError."""
-    if asked.echo and asked.logprobs is not None:
-        raise BadRequestError("echo with logprobs is not supported in a stream: send stream false", "echo")
+    """Yields the chunks of a response; those of several prompts are interleaved. Raises MptGrpcError."""
+    if body.echo and body.logprobs is not None:
+        raise BadRequestError("echo: not supported with logprobs in a stream; set stream to false", "echo")
     usages: list[Usage] = []
     streams = [
-        _stream_prompt(client, asked, prompt, _named(asked.options(), request_id, number), number, usages)
-        for number, prompt in enumerate(asked.prompts)
+        _stream_prompt(client, body, prompt, _with_request_id(body.options(), request_id, number), number, usages)
+        for number, prompt in enumerate(body.prompts)
     ]
-    # One alone is read as it is, which costs less.
-    async with contextlib.aclosing(interleaved(streams) if len(streams) > 1 else streams[0]) as choices:
+    # A single stream is read directly, which costs less.
+    async with contextlib.aclosing(interleave(streams) if len(streams) > 1 else streams[0]) as choices:
         async for choice in choices:
-            yield answer.chunk(choice)
-    if asked.includes_usage:
-        yield answer.usage_chunk(usages)
+            yield response.chunk(choice)
+    if body.includes_usage:
+        yield response.usage_chunk(usages)
 
 
 async def _stream_prompt(
     client: AsyncClient,
-    asked: CompletionRequest,
+    body: CompletionRequest,
     prompt: str | Sequence[int],
     options: GenerateOptions,
     number: int,
     usages: list[Usage],
 ) -> AsyncGenerator[Json]:
-    """The choices of the prompt of this number, as they grow; its usage goes to `usages`."""
-    first_index = number * (asked.n or 1)
-    if asked.echo:
+    """Yields the new parts of the choices of the prompt with this number, then appends its usage to `usages`."""
+    first_index = number * (body.n or 1)
+    if body.echo:
         echo = await _text(client, prompt)
-        for index in range(asked.n or 1):
+        for index in range(body.n or 1):
             yield text_choice(first_index + index, echo, None, None)
     offsets: defaultdict[int, int] = defaultdict(int)
     async with client.stream(prompt, **options) as stream:
         async for delta in stream.deltas():
             logprobs = None
             if delta.logprobs:
-                logprobs = text_logprobs(delta.logprobs, offsets[delta.index], asked.logprobs or 0)
+                logprobs = text_logprobs(delta.logprobs, offsets[delta.index], body.logprobs or 0)
             offsets[delta.index] += len(delta.text)
             if delta.text or logprobs or delta.finish:
                 yield text_choice(first_index + delta.index, delta.text, logprobs, delta.finish)
         usages.append(stream.result.usage)
 
 
-def _named(options: GenerateOptions, request_id: str | None, number: int) -> GenerateOptions:
-    """The options of one prompt; the caller's request id names the first, others have its number behind it."""
+def _with_request_id(options: GenerateOptions, request_id: str | None, number: int) -> GenerateOptions:
+    """Returns the options of one prompt: the first has the caller's request ID, the others also a number as a
+    suffix."""
     if request_id is None:
         return options
     return {**options, "request_id": f"{request_id}-{number}" if number else request_id}
@@ -96,12 +99,12 @@ async def _text(client: AsyncClient, prompt: str | Sequence[int]) -> str:
 
 
 def _logprobs(
-    asked: CompletionRequest, generation: Generation, output: Sequence[TokenLogprob], echo: str, first: str
+    body: CompletionRequest, generation: Generation, output: Sequence[TokenLogprob], echo: str, first_token: str
 ) -> Json | None:
-    if asked.logprobs is None:
+    if body.logprobs is None:
         return None
-    after = text_logprobs(output, len(echo), asked.logprobs)
-    if not asked.echo:
-        return after
-    before = text_logprobs(generation.prompt_logprobs, 0, asked.logprobs, first)
-    return {name: None if values is None else values + after[name] for name, values in before.items()}
+    of_output = text_logprobs(output, len(echo), body.logprobs)
+    if not body.echo:
+        return of_output
+    of_prompt = text_logprobs(generation.prompt_logprobs, 0, body.logprobs, first_token)
+    return {name: None if values is None else values + of_output[name] for name, values in of_prompt.items()}

@@ -1,4 +1,4 @@
-"""The one table from the client library's errors to HTTP, in OpenAI's form."""
+"""The mapping of the client library's errors to HTTP errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -26,27 +26,26 @@ _TABLE: tuple[tuple[type[MptGrpcError], int, str, str | None], ...] = (
     (UnavailableError, 503, "server_error", "unavailable"),
     (DeadlineExceededError, 504, "server_error", "timeout"),
 )
-NAMES: Mapping[str, str] = {
+FIELD_NAMES: Mapping[str, str] = {
     "request_id": "X-Request-Id",
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
     "stop_strings": "stop",
     "num_sequences": "n",
-    "token_ids": "tokens",
 }
-"""The HTTP fields of the client library's options that have another name there."""
+"""The HTTP names of the client library's options, where they differ."""
 
 
 class BadRequestError(Exception):
-    """A request that the gateway itself refuses."""
+    """A request refused by the gateway itself."""
 
     def __init__(self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
         self.param, self.status, self.code = param, status, code
 
 
-def error_body(error: Exception, names: Mapping[str, str] = NAMES) -> tuple[int, dict[str, Any]]:
-    """The status of an error and its body; `names` are the caller's names of the options."""
+def error_body(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> tuple[int, dict[str, Any]]:
+    """Returns the status and the body of an error; `names` are the endpoint's names for the options."""
     if isinstance(error, BadRequestError):
         return error.status, _body(str(error), "invalid_request_error", error.param, error.code)
     if isinstance(error, InvalidRequestError) and error.violations:
@@ -61,8 +60,8 @@ def error_body(error: Exception, names: Mapping[str, str] = NAMES) -> tuple[int,
     return 500, _body("internal error; the gateway's log has the details", "server_error", None, "gateway_fault")
 
 
-def error_response(error: Exception, names: Mapping[str, str] = NAMES) -> JSONResponse:
-    """The same as an answer, with the headers that tell an SDK when to try again."""
+def error_response(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> JSONResponse:
+    """Returns the response for an error, with the headers from which SDKs read when to retry."""
     status, body = error_body(error, names)
     headers = {}
     if isinstance(error, OverloadedError) and error.retry_after is not None:

@@ -1,4 +1,4 @@
-"""Several asynchronous generators read at once."""
+"""Reads several asynchronous generators at once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TypeVar
 _Item = TypeVar("_Item")
 
 
-async def interleaved(generators: Sequence[AsyncGenerator[_Item]]) -> AsyncGenerator[_Item]:
-    """Yields what each generator has next, as soon as it has it. The first error is raised, and ends the others."""
+async def interleave(generators: Sequence[AsyncGenerator[_Item]]) -> AsyncGenerator[_Item]:
+    """Yields the items of all generators as they become available. The first error is raised and closes the others."""
     reading = {asyncio.ensure_future(anext(generator, None)): generator for generator in generators}
     try:
         while reading:

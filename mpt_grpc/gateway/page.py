@@ -1,4 +1,4 @@
-"""The page at `/` for people: its files, and the engine's state that it draws."""
+"""The web page at `/`: its files, and the state of the engine that it displays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpt_grpc_client import AsyncClient
 
 _FILES = Path(__file__).with_name("static")
 _HEADERS = {
-    # Nothing from elsewhere, nothing inline, in nobody's frame.
+    # No external resources, no inline code, no embedding in frames.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
     " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -27,18 +27,17 @@ _HEADERS = {
 
 
 def add_page(app: FastAPI, client: AsyncClient) -> None:
-    """Adds the page, its files, and `/debug/engine`."""
+    """Adds the web page, its files and `/debug/engine`."""
 
     async def page() -> Response:
         return FileResponse(_FILES / "index.html", headers=_HEADERS)
 
     async def engine() -> Response:
-        """Tells what the engine is doing: its load, its requests in flight and the last that ended, and who holds which
-        blocks of the KV cache."""
+        """Returns the load, the requests in progress with their KV cache blocks, and the last completed requests."""
         state = await client.get_engine_state(timeout=5)
-        return Response(json.dumps(state, default=_plain), media_type="application/json")
+        return Response(json.dumps(state, default=_to_json), media_type="application/json")
 
-    app.add_api_route("/", page, response_model=None, include_in_schema=False)
+    app.add_api_route("/", page, methods=["GET", "HEAD"], response_model=None, include_in_schema=False)
     app.add_api_route("/debug/engine", engine, response_model=None)
     app.mount("/static", _Files(directory=_FILES))
 
@@ -50,8 +49,8 @@ class _Files(StaticFiles):
         return response
 
 
-def _plain(value: Any) -> Any:
-    """What JSON holds of a value of the client's; lists, of which a cache's are long, need no copy."""
+def _to_json(value: Any) -> Any:
+    """Returns a value of the client library as JSON values, one level deep: the long lists of blocks need no copy."""
     if isinstance(value, enum.Enum):
         return value.name
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

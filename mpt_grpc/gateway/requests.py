@@ -1,6 +1,6 @@
-"""What OpenAI's clients send, checked; and what it means in the client library's options.
+"""The bodies of requests and their translation into the client library's options.
 
-The fields are OpenAI's, and those that vLLM has added and its users send. Ranges are the gRPC server's to check.
+The fields are those of OpenAI's API and vLLM's extensions to it. The gRPC server checks their ranges.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mpt_grpc.gateway.errors import NAMES, BadRequestError
+from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError
 from mpt_grpc.gateway.tools import Function, Tool, ToolChoice, forced_function
 from mpt_grpc_client import (
     Choice,
@@ -26,11 +26,11 @@ from mpt_grpc_client import (
 )
 
 Uint = Annotated[int, Field(ge=0, lt=1 << 32)]
-"""What the gRPC API's whole numbers hold."""
+"""An integer that fits in the gRPC API's uint32 fields."""
 _Item = TypeVar("_Item")
 Text = Annotated[str, Field(min_length=1)]
 Some = Annotated[list[_Item], Field(min_length=1)]
-_SEEDS = 1 << 64
+Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
 
 
 class _Strict(BaseModel):
@@ -43,7 +43,7 @@ class StreamOptions(_Strict):
 
 
 class StructuredOutputs(_Strict):
-    """vLLM's field."""
+    """vLLM's field for constraints on the output."""
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
@@ -65,24 +65,24 @@ class ResponseFormat(_Strict):
 
     @property
     def constraint(self) -> Constraint | None:
-        """None for text. Raises BadRequestError."""
+        """The constraint, or None for plain text. Raises BadRequestError if the schema is missing."""
         if self.type == "text":
             return None
         if self.type == "json_object":
             return JsonObject()
         if self.json_schema is None:
-            raise BadRequestError("response_format.json_schema is required with type json_schema", "response_format")
+            raise BadRequestError("response_format.json_schema: required if type is json_schema", "response_format")
         return JsonSchema(self.json_schema.schema_)
 
 
 class GenerationFields(_Strict):
-    """What both kinds of completion can ask."""
+    """The fields shared by chat and text completions."""
 
     model: str = ""
     temperature: float | None = None
     top_p: float | None = None
     n: Uint | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     stop: str | list[str] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
@@ -91,7 +91,7 @@ class GenerationFields(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    # vLLM's
+    # Extensions of vLLM.
     top_k: Annotated[int, Field(ge=-1, lt=1 << 32)] | None = None
     min_p: float | None = None
     typical_p: float | None = None
@@ -116,8 +116,8 @@ class GenerationFields(_Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def options(self) -> GenerateOptions:
-        """As the client library takes them."""
-        top_k = None if self.top_k == -1 else self.top_k  # vLLM's way to say all
+        """Returns the client library's options. Raises BadRequestError."""
+        top_k = None if self.top_k == -1 else self.top_k  # In vLLM, -1 keeps all tokens.
         return GenerateOptions(
             max_new_tokens=self.max_tokens,
             min_new_tokens=self.min_tokens,
@@ -126,7 +126,7 @@ class GenerationFields(_Strict):
             top_p=self.top_p,
             min_p=self.min_p,
             typical_p=self.typical_p,
-            seed=None if self.seed is None else self.seed % _SEEDS,
+            seed=self.seed,
             num_sequences=self.n,
             repetition_penalty=self.repetition_penalty,
             frequency_penalty=self.frequency_penalty,
@@ -140,31 +140,31 @@ class GenerationFields(_Strict):
             ignore_eos=self.ignore_eos,
             skip_special_tokens=self.skip_special_tokens,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
-            priority=None if self.priority is None else -self.priority,  # vLLM's lower goes first
+            priority=None if self.priority is None else -self.priority,  # In vLLM, lower values run first.
             cache_salt=self.cache_salt,
         )
 
     @property
-    def names(self) -> Mapping[str, str]:
-        """What the caller knows the gRPC API's fields by."""
-        return {**NAMES, "constraint": self.constraint[0] if self.constraint else ""}
+    def field_names(self) -> Mapping[str, str]:
+        """The names of this request's fields for the client library's options, where they differ."""
+        return {**FIELD_NAMES, "constraint": self.constraint[0] if self.constraint else ""}
 
     @cached_property
     def constraint(self) -> tuple[str, Constraint] | None:
-        """What the output has to be, and the field that says so. Raises BadRequestError for more than one."""
+        """The field that constrains the output, and its constraint. Raises BadRequestError if several do."""
         given = [(name, constraint) for name, constraint in self._constraints() if constraint is not None]
         if len(given) > 1:
             names = ", ".join(name for name, _ in given)
-            raise BadRequestError(f"more than one constraint: {names}; send one", given[1][0])
+            raise BadRequestError(f"more than one constraint: {names}; set only one", given[1][0])
         return given[0] if given else None
 
     def _constraints(self) -> Iterator[tuple[str, Constraint | None]]:
         if self.response_format is not None:
             yield "response_format", self.response_format.constraint
-        asked = self.structured_outputs or StructuredOutputs()
-        yield "structured_outputs.json_object", JsonObject() if asked.json_object else None
+        outputs = self.structured_outputs or StructuredOutputs()
+        yield "structured_outputs.json_object", JsonObject() if outputs.json_object else None
         for prefix, schema, regex, choice, grammar in (
-            ("structured_outputs.", asked.json_, asked.regex, asked.choice, asked.grammar),
+            ("structured_outputs.", outputs.json_, outputs.regex, outputs.choice, outputs.grammar),
             ("guided_", self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar),
         ):
             yield f"{prefix}json", None if schema is None else JsonSchema(schema)
@@ -201,25 +201,25 @@ class ChatCompletionRequest(GenerationFields):
 
     @property
     def function(self) -> Function | None:
-        """What the answer has to be a call of. Raises BadRequestError."""
+        """The function that the output must call, if any. Raises BadRequestError."""
         return forced_function(self.tools, self.tool_choice)
 
     @property
-    def names(self) -> Mapping[str, str]:
-        """The one of the two names for the limit that was sent."""
+    def field_names(self) -> Mapping[str, str]:
+        # The limit has two names; errors use the one that was sent.
         newer = {} if self.max_completion_tokens is None else {"max_new_tokens": "max_completion_tokens"}
-        return {**super().names, "prompt": "messages", **newer}
+        return {**super().field_names, "prompt": "messages", **newer}
 
     def _constraints(self) -> Iterator[tuple[str, Constraint | None]]:
         yield from super()._constraints()
-        yield "tools", None if self.function is None else JsonSchema(self.function.form)
+        yield "tools", None if self.function is None else JsonSchema(self.function.arguments_schema)
 
     def options(self) -> GenerateOptions:
         options = super().options()
         if self.max_completion_tokens is not None:
             options["max_new_tokens"] = self.max_completion_tokens
         if self.top_logprobs and not self.logprobs:
-            raise BadRequestError("top_logprobs: needs logprobs true", "top_logprobs")
+            raise BadRequestError("top_logprobs: requires logprobs; set it to true", "top_logprobs")
         options["drop_oldest_turns"] = self.drop_oldest_turns
         options["return_logprobs"] = bool(self.logprobs)
         options["top_logprobs"] = self.top_logprobs
@@ -234,20 +234,20 @@ class CompletionRequest(GenerationFields):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or several."""
+        """The prompts, each a text or token IDs."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         ids = [part for part in self.prompt if isinstance(part, int)]
         return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
 
     @property
-    def names(self) -> Mapping[str, str]:
-        """Here one field says both, whether and how many."""
-        return {**super().names, "top_logprobs": "logprobs"}
+    def field_names(self) -> Mapping[str, str]:
+        # For text completions, `logprobs` is the number of alternatives.
+        return {**super().field_names, "top_logprobs": "logprobs"}
 
     def options(self) -> GenerateOptions:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise BadRequestError("best_of other than n is not supported: send n", "best_of")
+            raise BadRequestError("best_of: must equal n; set n instead", "best_of")
         options = super().options()
         if self.max_tokens is None:
             options["max_new_tokens"] = 16  # OpenAI's default

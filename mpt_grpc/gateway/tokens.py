@@ -1,4 +1,4 @@
-"""Text to tokens and back, in vLLM's form, which tools that count tokens know."""
+"""Tokenization, in the format of vLLM, which tools that count tokens support."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from mpt_grpc.gateway.requests import Uint
 from mpt_grpc_client import AsyncClient
 
 Json = dict[str, Any]
+DETOKENIZE_FIELD_NAMES = {"token_ids": "tokens", "prompt": "tokens"}
+"""The field of a detokenization request, by the names that the client's errors may use for it."""
 
 
 class TokenizeRequest(BaseModel):
-    """MPT's tokenizers add no special tokens, so that `add_special_tokens` changes nothing."""
+    """`add_special_tokens` has no effect, since MPT's tokenizers add none."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,26 +32,26 @@ class DetokenizeRequest(BaseModel):
     tokens: list[Uint]
 
 
-async def tokenize(client: AsyncClient, asked: TokenizeRequest) -> Json:
-    """The ids of a text; with `return_token_strs` also what each stands for. Raises MptGrpcError."""
-    tokens = await client.tokenize(asked.prompt)
+async def tokenize(client: AsyncClient, body: TokenizeRequest) -> Json:
+    """Returns the token IDs of a text and, with `return_token_strs`, the text of each token. Raises MptGrpcError."""
+    tokens = await client.tokenize(body.prompt)
     return {
         "count": len(tokens),
         "max_model_len": (await client.get_model_info()).max_context_tokens,
         "tokens": [token.token_id for token in tokens],
         "token_strs": [token.token_bytes.decode(errors="replace") for token in tokens]
-        if asked.return_token_strs
+        if body.return_token_strs
         else None,
     }
 
 
-async def detokenize(client: AsyncClient, asked: DetokenizeRequest) -> Json:
-    """The text of ids, special tokens included. Raises MptGrpcError."""
-    return {"prompt": await client.detokenize(asked.tokens, skip_special_tokens=False)}
+async def detokenize(client: AsyncClient, body: DetokenizeRequest) -> Json:
+    """Returns the text of token IDs, including special tokens. Raises MptGrpcError."""
+    return {"prompt": await client.detokenize(body.tokens, skip_special_tokens=False)}
 
 
 async def tokenizer_info(client: AsyncClient) -> Json:
-    """The special tokens; MPT's have none for a beginning. Raises MptGrpcError."""
+    """Returns the special tokens; MPT's tokenizers have no beginning-of-sequence token. Raises MptGrpcError."""
     info = await client.get_model_info()
     ends = [await client.detokenize([token], skip_special_tokens=False) for token in info.eos_token_ids[:1]]
     return {"eos_token": ends[0] if ends else None, "bos_token": None, "model_max_length": info.max_context_tokens}

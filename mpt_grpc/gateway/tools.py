@@ -1,6 +1,6 @@
-"""Functions that a caller forces: the answer is held to the function's parameters and given as its call.
+"""Forced functions: the output is constrained to the parameters of a function and returned as a call of it.
 
-The model was not made to choose among tools, so nothing else is offered.
+The model is not trained to choose among tools, so nothing else is supported.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Function(_Strict):
     strict: bool | None = None
 
     @property
-    def form(self) -> dict[str, Any]:
-        """The schema of its arguments: the parameters and no others, unless they say that others may be."""
+    def arguments_schema(self) -> dict[str, Any]:
+        """The schema of the arguments. Parameters that are not listed are excluded unless the schema allows them."""
         closed: dict[str, Any] = closed_schema(self.parameters)
         return closed
 
@@ -50,14 +50,14 @@ ToolChoice = Literal["none", "auto", "required"] | ToolName
 
 
 def forced_function(tools: list[Tool] | None, choice: ToolChoice | None) -> Function | None:
-    """The function that has to be called, if there is one. Raises BadRequestError where the model had to choose."""
+    """Returns the function that must be called, if any. Raises BadRequestError if the model would have to choose."""
     functions = {tool.function.name: tool.function for tool in tools or ()}
     if isinstance(choice, ToolName):
         if choice.function.name not in functions:
-            raise BadRequestError(f"tool_choice: tools has no function {choice.function.name!r}", "tool_choice")
+            raise BadRequestError(f"tool_choice: no function in tools is named {choice.function.name!r}", "tool_choice")
         return functions[choice.function.name]
     if choice == "none" or not functions:
         return None
     if choice == "required" and len(functions) == 1:
         return next(iter(functions.values()))
-    raise BadRequestError(f"tools: the model does not choose among tools: {_REMEDY}", "tools")
+    raise BadRequestError(f"tools: the model cannot choose among tools; {_REMEDY}", "tools")

@@ -1,4 +1,4 @@
-"""Servers as their users start them."""
+"""Fixtures that start servers and gateways as users do."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from server_process import running, running_gateway
 
 @pytest.fixture
 def start_server() -> Iterator[Callable[..., Any]]:
-    """Starts servers with more flags; what is left of them at the end is killed."""
+    """Starts servers with additional flags, and kills those still running when the test ends."""
     with ExitStack() as stack:
         yield lambda *flags: stack.enter_context(running(*flags))
 
 
 @pytest.fixture
 def start_gateway() -> Iterator[Callable[..., Any]]:
-    """Starts gateways with flags, as `start_server` does it."""
+    """Starts gateways with additional flags, and kills those still running when the test ends."""
     with ExitStack() as stack:
         yield lambda *flags: stack.enter_context(running_gateway(*flags))

@@ -1,4 +1,4 @@
-"""`mpt-grpc generate` and `mpt-grpc chat` as they are typed, against a real server."""
+"""`mpt-grpc generate` and `mpt-grpc chat` as processes, with a real server."""
 
 from __future__ import annotations
 
@@ -19,51 +19,54 @@ CLI = (sys.executable, "-m", "mpt_grpc.cli")
 
 
 def run(server: Any, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs a command that connects to the server."""
     environment = {**os.environ, "MPT_GRPC_TARGET": server.target}
     return subprocess.run(
         [*CLI, *arguments], input=stdin, capture_output=True, text=True, timeout=120, check=False, env=environment
     )
 
 
-def answer(server: Any, *arguments: str, stdin: str = "") -> str:
+def output_of(server: Any, *arguments: str, stdin: str = "") -> str:
+    """Returns what a command prints. Fails the test if the command fails or prints errors."""
     ended = run(server, *arguments, stdin=stdin)
     assert (ended.returncode, ended.stderr) == (0, "")
     return ended.stdout
 
 
-def test_a_prompt_comes_as_an_argument_or_through_a_pipe(server: Any) -> None:
+def test_the_prompt_is_an_argument_or_standard_input(server: Any) -> None:
     flags = ("--max-new-tokens", "20", "--temperature", "0")
-    text = answer(server, "generate", "Once upon a time", *flags)
+    text = output_of(server, "generate", "Once upon a time", *flags)
     assert len(text) > 20
     assert text.endswith("\n")
-    assert answer(server, "generate", "-", *flags, stdin="Once upon a time") == text
-    assert answer(server, "generate", *flags, stdin="Once upon a time") == text
-    assert answer(server, "generate", "Once upon a time", "--target", server.target, *flags) == text
+    assert output_of(server, "generate", "-", *flags, stdin="Once upon a time") == text
+    assert output_of(server, "generate", *flags, stdin="Once upon a time") == text
+    assert output_of(server, "generate", "Once upon a time", "--target", server.target, *flags) == text
 
 
-def test_json_is_the_whole_answer(server: Any) -> None:
+def test_json_is_the_complete_result(server: Any) -> None:
     flags = "--json --seed 7 --max-new-tokens 6 --return-token-ids --return-logprobs --return-prompt-logprobs"
-    whole = json.loads(answer(server, "generate", "The fox", *flags.split(), "--top-logprobs", "2"))
-    (output,) = whole["outputs"]
+    result = json.loads(output_of(server, "generate", "The fox", *flags.split(), "--top-logprobs", "2"))
+    (output,) = result["outputs"]
     assert output["finish"]["reason"] == "MAX_NEW_TOKENS"
-    assert whole["seed"] == output["seed"] == 7
-    assert len(output["token_ids"]) == output["num_tokens"] == whole["usage"]["num_output_tokens"] == 6
+    assert result["seed"] == output["seed"] == 7
+    assert len(output["token_ids"]) == output["num_tokens"] == result["usage"]["num_output_tokens"] == 6
     assert [p["token_id"] for p in output["logprobs"]] == output["token_ids"]
-    assert "".join(p["bytes"] for p in output["logprobs"]) == output["text"]
-    assert all(len(p["top"]) == 2 for p in whole["prompt_logprobs"])
-    assert whole["timings"]["time_to_first_token_s"] > 0
+    assert "".join(p["token_bytes"] for p in output["logprobs"]) == output["text"]
+    assert all(len(p["top_logprobs"]) == 2 for p in result["prompt_logprobs"])
+    assert result["timings"]["time_to_first_token"] > 0
 
 
-def test_every_flag_is_an_option_that_the_server_takes(server: Any, tmp_path: Path) -> None:
+def test_every_flag_sets_an_option_that_the_server_accepts(server: Any, tmp_path: Path) -> None:
     flags = """--temperature 0.9 --top-k 50 --top-p 0.9 --min-p 0.01 --typical-p 0.9 --seed 3
         --repetition-penalty 1.1 --frequency-penalty 0.1 --presence-penalty 0.1 --logit-bias 77=-5 --logit-bias 78=-5
-        --max-new-tokens 30 --min-new-tokens 2 --stop never --stop a\\nb --stop-token-ids 5,6 --include-stop-string
-        --time-limit-s 60 --repetition-guard 5,9 --num-sequences 2 --truncate-prompt-tokens 3 --keep-special-tokens
-        --request-id mine --model demo --priority 3 --cache-bypass --cache-salt s --timeout-s 60 --json"""
-    whole = json.loads(answer(server, "generate", "Once upon a time", *flags.split()))
-    assert whole["request_id"] == "mine"
-    assert whole["usage"]["num_prompt_tokens"] == 3
-    assert [output["index"] for output in whole["outputs"]] == [0, 1]
+        --max-new-tokens 30 --min-new-tokens 2 --stop-strings never --stop-strings a\\nb --stop-token-ids 5,6
+        --include-stop-string --time-limit 60s --repetition-guard 5,9 --num-sequences 2 --truncate-prompt-tokens 3
+        --no-skip-special-tokens --request-id mine --model demo --priority 3 --cache-bypass --cache-salt s
+        --timeout 60s --json"""
+    result = json.loads(output_of(server, "generate", "Once upon a time", *flags.split()))
+    assert result["request_id"] == "mine"
+    assert result["usage"]["num_prompt_tokens"] == 3
+    assert [output["index"] for output in result["outputs"]] == [0, 1]
     schema = tmp_path / "schema.json"
     schema.write_text('{"enum": ["a", "b"]}', encoding="utf-8")
     for constraint, pattern in (
@@ -73,54 +76,60 @@ def test_every_flag_is_an_option_that_the_server_takes(server: Any, tmp_path: Pa
         (("--choice", "red", "--choice", "blue"), "(red|blue)\n"),
         (("--lark-grammar", 'start: "x" "y"'), "xy\n"),
     ):
-        assert re.fullmatch(pattern, answer(server, "generate", "Say:", *constraint)), constraint
-    assert answer(server, "generate", "Say:", "--json-object", "--max-new-tokens", "5").lstrip().startswith("{")
+        assert re.fullmatch(pattern, output_of(server, "generate", "Say:", *constraint)), constraint
+    assert output_of(server, "generate", "Say:", "--json-object", "--max-new-tokens", "5").lstrip().startswith("{")
     allowed = json.loads(
-        answer(server, "generate", "x", "--allowed-token-ids", "77", "--max-new-tokens", "3", "--json")
+        output_of(server, "generate", "x", "--allowed-token-ids", "77", "--max-new-tokens", "3", "--json")
     )
     assert allowed["outputs"][0]["num_tokens"] == 3
     resumed = ("--resume-token-ids", "300,301", "--temperature", "0", "--max-new-tokens", "5", "--json", "--ignore-eos")
-    assert json.loads(answer(server, "generate", "x", *resumed))["outputs"][0]["num_tokens"] == 3
-    assert answer(server, "generate", "x", "--repetition-guard", "--max-new-tokens", "3")
+    assert json.loads(output_of(server, "generate", "x", *resumed))["outputs"][0]["num_tokens"] == 3
+    assert output_of(server, "generate", "x", "--repetition-guard", "--max-new-tokens", "3")
 
 
-def test_several_outputs_are_printed_one_after_the_other(server: Any) -> None:
-    printed = answer(server, "generate", "The fox", "--num-sequences", "3", "--max-new-tokens", "5", "--seed", "1")
+def test_several_outputs_are_printed_with_their_index(server: Any) -> None:
+    printed = output_of(server, "generate", "The fox", "--num-sequences", "3", "--max-new-tokens", "5", "--seed", "1")
     assert re.findall(r"^\[\d\]$", printed, re.MULTILINE) == ["[0]", "[1]", "[2]"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "says"),
+    ("arguments", "status", "message"),
     [
-        (("generate", "x", "--temperature", "-1"), 1, "sampling.temperature: -1.0 is not in [0, 100]"),
+        (("generate", "x", "--temperature", "-1"), 1, "mpt-grpc: --temperature: -1.0 is not in [0, 100]"),
         (("generate", "x", "--model", "gpt"), 1, "model 'gpt' is not loaded"),
-        (("generate", "x", "--target", "127.0.0.1:1", "--timeout", "5"), 1, "no server answers; is it running"),
-        (("generate", "x", "--target", "localhost"), 1, "target: 'localhost' is not HOST:PORT"),
-        (("generate", "x", "--target", "http://localhost:50051"), 1, "target: 'http://localhost:50051' is not"),
-        (("generate", "x", "--seed", "-1"), 1, "mpt-grpc: seed: "),
+        (
+            ("generate", "x", "--target", "127.0.0.1:1", "--timeout", "5s"),
+            1,
+            "no server responds at 127.0.0.1:1; start one with",
+        ),
+        (("generate", "x", "--target", "localhost"), 1, "'localhost' is not HOST:PORT"),
+        (("generate", "x", "--target", "http://localhost:50051"), 1, "'http://localhost:50051' is not"),
+        (("generate", "x", "--seed", "-1"), 1, "mpt-grpc: --seed: "),
         (("generate", "x", "--json-schema", "absent.json"), 2, "--json-schema: absent.json: No such file"),
         (("generate", "x", "--lark-grammar", "absent.lark"), 2, "--lark-grammar: absent.lark: No such file"),
-        (("generate", "x", "--json-schema", "{"), 2, "--json-schema: {: not JSON"),
+        (("generate", "x", "--json-schema", "{"), 2, "--json-schema: {: not valid JSON"),
         (("generate", "x", "--top-k", "many"), 2, "--top-k"),
         (("generate", "x", "--logit-bias", "5"), 2, "ID=NUMBER"),
         (("generate", "x", "--regex", "a", "--choice", "b"), 2, "not allowed with"),
-        (("generate", "x", "--repetition-guard", "1,2,3"), 2, "one number or two"),
-        (("generate", "x", "--num", "2"), 2, "unrecognized"),
-        (("chat", "--temperature", "-1"), 1, "sampling.temperature"),
+        (("generate", "x", "--repetition-guard", "1,2,3"), 2, "has more than two numbers"),
+        (("generate", "x", "--timeout", "5"), 2, "argument --timeout: '5' is not a number with a unit, such as 30s"),
+        (("generate", "x", "--top-logprobs", "2"), 2, "argument --top-logprobs: needs --json"),
+        (("generate", "x", "--num-sequence", "2"), 2, "unknown argument --num-sequence, did you mean --num-sequences"),
+        (("chat", "--temperature", "-1"), 1, "mpt-grpc: --temperature: "),
     ],
 )
-def test_what_fails_is_told_in_a_line_and_by_the_status(
-    server: Any, arguments: tuple[str, ...], status: int, says: str
+def test_a_failure_is_one_line_and_an_exit_status(
+    server: Any, arguments: tuple[str, ...], status: int, message: str
 ) -> None:
     ended = run(server, *arguments, stdin="hello\n")
     assert ended.returncode == status
-    assert says in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert message in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
     assert ended.stdout == ""
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
-def test_input_that_is_no_text_is_told(server: Any, command: str) -> None:
+def test_standard_input_that_is_not_utf_8_is_an_error(server: Any, command: str) -> None:
     environment = {**os.environ, "MPT_GRPC_TARGET": server.target, "LC_ALL": "C"}
     ended = subprocess.run(
         [*CLI, command], input=b"caf\xe9\n", capture_output=True, timeout=120, env=environment, check=False
@@ -129,7 +138,7 @@ def test_input_that_is_no_text_is_told(server: Any, command: str) -> None:
     assert ended.stderr.startswith(b"mpt-grpc: standard input is not UTF-8")
 
 
-def test_who_stops_reading_ends_it_quietly(server: Any) -> None:
+def test_a_reader_that_closes_the_pipe_ends_generate_without_an_error(server: Any) -> None:
     command = f"{sys.executable} -m mpt_grpc.cli generate x --max-new-tokens 1500 --ignore-eos | head -c 5"
     environment = {**os.environ, "MPT_GRPC_TARGET": server.target}
     ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, env=environment)
@@ -137,7 +146,7 @@ def test_who_stops_reading_ends_it_quietly(server: Any) -> None:
 
 
 @pytest.mark.parametrize("command", ["serve", "gateway", "generate", "chat", "eval"])
-def test_help_waits_for_neither_torch_nor_grpc(command: str) -> None:
+def test_help_imports_neither_torch_nor_grpc(command: str) -> None:
     code = f"""
 import sys
 from mpt_grpc.cli import main
@@ -151,48 +160,48 @@ finally:
     assert "None" not in ended.stdout
 
 
-def test_lines_that_are_piped_in_are_turns_of_a_conversation(server: Any) -> None:
-    lines = "Who are you?\n\n/system You are a fox.\nAnd now?\n/new\nHello\n/dance\n/help\n/quit\nnever asked\n"
-    printed = answer(server, "chat", "--max-new-tokens", "8", "--seed", "1", stdin=lines)
-    assert "no such command: /dance" in printed
+def test_piped_lines_are_messages_of_one_conversation(server: Any) -> None:
+    lines = "Who are you?\n\n/system You are a fox.\nAnd now?\n/new\nHello\n/dance\n/help\n/quit\nnever sent\n"
+    printed = output_of(server, "chat", "--max-new-tokens", "8", "--seed", "1", stdin=lines)
+    assert "unknown command /dance; /help lists the commands" in printed
     assert "/system TEXT" in printed
     assert ">" not in printed
     flags = ("--max-new-tokens", "24", "--temperature", "0")
-    told = "The king had a golden crown and three sons."
-    first = answer(server, "chat", *flags, stdin=f"{told}\nAnd now?\n")
-    again = answer(server, "chat", *flags, stdin="And now?\n")
-    assert not first.endswith(again), "what was said before counts"
+    statement = "The king had a golden crown and three sons."
+    first = output_of(server, "chat", *flags, stdin=f"{statement}\nAnd now?\n")
+    again = output_of(server, "chat", *flags, stdin="And now?\n")
+    assert not first.endswith(again), "the reply depends on the earlier messages"
 
 
 class Terminal:
-    """A command in a terminal of its own."""
+    """A command in a pseudo-terminal."""
 
     def __init__(self, server: Any, *arguments: str) -> None:
-        self._side, other = pty.openpty()
+        self._terminal, other = pty.openpty()
         environment = {**os.environ, "MPT_GRPC_TARGET": server.target, "TERM": "dumb"}
         self.process = subprocess.Popen(
             [*CLI, *arguments], stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True
         )
         os.close(other)
-        self.shown = ""
+        self.output = ""
 
     def type(self, text: str) -> None:
-        self.shown = ""
-        os.write(self._side, text.encode())
+        self.output = ""
+        os.write(self._terminal, text.encode())
 
     def wait_for(self, pattern: str) -> None:
-        """Blocks until what is shown since the last typing matches."""
-        while not re.search(pattern, self.shown, re.DOTALL):
-            self.shown += os.read(self._side, 4096).decode(errors="replace")
+        """Blocks until the output since the last input matches."""
+        while not re.search(pattern, self.output, re.DOTALL):
+            self.output += os.read(self._terminal, 4096).decode(errors="replace")
 
     def interrupt(self) -> None:
-        self.shown = ""
+        self.output = ""
         self.process.send_signal(signal.SIGINT)
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        os.close(self._side)
+        os.close(self._terminal)
 
 
 @pytest.fixture
@@ -202,7 +211,7 @@ def chat(server: Any) -> Iterator[Terminal]:
     terminal.close()
 
 
-def test_in_a_terminal_an_interrupt_stops_the_answer_and_not_the_program(chat: Terminal) -> None:
+def test_ctrl_c_in_a_terminal_stops_the_reply_and_not_the_program(chat: Terminal) -> None:
     chat.wait_for("> ")
     for question in ("Who are you?", "And then?"):
         chat.type(f"{question}\n")
@@ -213,7 +222,7 @@ def test_in_a_terminal_an_interrupt_stops_the_answer_and_not_the_program(chat: T
     assert chat.process.wait(30) == 0
 
 
-def test_an_interrupt_ends_generate_with_130(server: Any) -> None:
+def test_ctrl_c_ends_generate_with_status_130(server: Any) -> None:
     terminal = Terminal(server, "generate", "Once", "--max-new-tokens", "1200", "--ignore-eos")
     terminal.wait_for(".{12}")
     terminal.interrupt()

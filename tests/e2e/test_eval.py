@@ -1,4 +1,4 @@
-"""`mpt-grpc eval`, and lm-eval by itself, against a real server: what they measure is what transformers computes."""
+"""`mpt-grpc eval` and lm-eval with a real server measure what transformers computes."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def oracle() -> tuple[MptForCausalLM, Tokenizer]:
 
 
 def logprobs(ids: list[int]) -> torch.Tensor:
-    """Of each token but the first, and whether it is the likeliest: [2, tokens - 1]."""
+    """Returns the log probability of each token after the first, and whether it is the most likely: [2, tokens - 1]."""
     with torch.inference_mode():
-        scores = oracle()[0](torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
-    chosen = scores.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    return torch.stack((chosen, (scores.argmax(-1) == torch.tensor(ids[1:])).float()))
+        logprobs_of_vocabulary = oracle()[0](torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+    chosen = logprobs_of_vocabulary.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return torch.stack((chosen, (logprobs_of_vocabulary.argmax(-1) == torch.tensor(ids[1:])).float()))
 
 
 def encode(text: str) -> list[int]:
@@ -46,18 +46,20 @@ def encode(text: str) -> list[int]:
 
 
 def likelihood(context: str, continuation: str) -> tuple[float, bool]:
+    """Returns the log probability of the continuation, and whether greedy decoding would generate it."""
     after = logprobs(encode(context + continuation))[:, len(encode(context)) - 1 :]
     return after[0].sum().item(), bool(after[1].all())
 
 
 def rolling(text: str) -> float:
+    """Returns the log probability of a whole document."""
     (end,) = encode("<|endoftext|>")
     return logprobs([end, *encode(text)])[0].sum().item()
 
 
 @pytest.fixture
 def harness(server: Any) -> Any:
-    """lm-eval's model for a server that speaks OpenAI's API."""
+    """lm-eval's model for servers with OpenAI's API."""
     url = f"{server.openai_url}/completions"
     return get_model("local-completions")(base_url=url, model="demo", tokenizer_backend="remote", num_concurrent=4)
 
@@ -66,27 +68,27 @@ def requests(kind: Any, arguments: list[tuple[str, ...]]) -> list[Instance]:
     return [Instance(kind, {}, argument, number) for number, argument in enumerate(arguments)]
 
 
-def test_log_likelihoods_are_those_of_transformers(harness: Any) -> None:
-    asked = [
+def test_log_likelihoods_equal_those_of_transformers(harness: Any) -> None:
+    pairs = [
         ("Once upon a time,", " and a little"),
         ("The king had a", " beautiful daughter"),
         ("“Où est", " la lune?”"),
     ]
-    measured = harness.loglikelihood(requests("loglikelihood", asked))
-    for (total, greedy), pair in zip(measured, asked, strict=True):
+    measured = harness.loglikelihood(requests("loglikelihood", pairs))
+    for (total, greedy), pair in zip(measured, pairs, strict=True):
         expected, expected_greedy = likelihood(*pair)
         assert total == pytest.approx(expected, abs=1e-3)
         assert greedy == expected_greedy
 
 
-def test_rolling_log_likelihoods_are_those_of_transformers(harness: Any) -> None:
+def test_rolling_log_likelihoods_equal_those_of_transformers(harness: Any) -> None:
     measured = harness.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in DOCUMENTS]))
     assert measured == pytest.approx([rolling(text) for text in DOCUMENTS], abs=1e-3)
 
 
-def test_texts_are_generated_until_a_stop(harness: Any) -> None:
-    asked = [("Once upon a time", {"until": ["little"], "max_gen_toks": 20})]
-    assert harness.generate_until(requests("generate_until", asked)) == [", and a "]
+def test_text_is_generated_up_to_a_stop_string(harness: Any) -> None:
+    prompts = [("Once upon a time", {"until": ["little"], "max_gen_toks": 20})]
+    assert harness.generate_until(requests("generate_until", prompts)) == [", and a "]
 
 
 def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -94,21 +96,21 @@ def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_built_in_task_counts_the_endings_that_transformers_finds_likeliest(server: Any) -> None:
+def test_the_built_in_task_has_the_accuracy_that_transformers_has(server: Any) -> None:
     ended = evaluate("--url", server.openai_url, "--json", "--limit", "12")
     assert ended.returncode == 0, ended.stderr
     assert not ended.stderr
-    right = 0
+    num_correct = 0
     for line in ENDINGS.read_text(encoding="utf-8").splitlines()[:12]:
         item = json.loads(line)
         totals = [likelihood(item["text"], f" {ending}")[0] for ending in item["endings"]]
-        right += totals.index(max(totals)) == item["answer"]
-    answer = json.loads(ended.stdout)
-    assert answer["model"] == "demo"
-    assert answer["results"]["story_endings"]["acc,none"] == pytest.approx(right / 12)
+        num_correct += totals.index(max(totals)) == item["answer"]
+    results = json.loads(ended.stdout)
+    assert results["model"] == "demo"
+    assert results["results"]["story_endings"]["acc,none"] == pytest.approx(num_correct / 12)
 
 
-def test_a_text_is_measured_in_bits_per_byte_and_shown_in_a_table(server: Any, tmp_path: Path) -> None:
+def test_bits_per_byte_of_a_text_are_shown_in_a_table(server: Any, tmp_path: Path) -> None:
     file = tmp_path / "stories.txt"
     file.write_text("<|endoftext|>\n".join(DOCUMENTS), encoding="utf-8")
     ended = evaluate("--url", server.openai_url, "--text", str(file))
@@ -125,29 +127,29 @@ def test_the_built_in_task_is_well_formed() -> None:
     items = [json.loads(line) for line in ENDINGS.read_text(encoding="utf-8").splitlines()]
     assert len({item["text"] for item in items}) == 64
     answers = [item["answer"] for item in items]
-    assert [answers.count(place) for place in range(4)] == [16] * 4  # no place is right more often
+    assert [answers.count(position) for position in range(4)] == [16] * 4  # no position is correct more often
     assert all(len(set(item["endings"])) == 4 for item in items)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "why"),
+    ("arguments", "message"),
     [
-        (("--url", "http://localhost:1/v1"), "--url: no model is served at http://localhost:1/v1"),
+        (("--url", "http://localhost:1/v1"), "--url: no server responds at http://localhost:1/v1"),
         (("--tasks", "no_such_task"), "lm-eval: Spec 'no_such_task' is not a registered task"),
         (("--text", "no/such/file"), "--text: cannot read no/such/file"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(arguments: tuple[str, ...], why: str, server: Any) -> None:
+def test_an_evaluation_that_fails_is_one_line(arguments: tuple[str, ...], message: str, server: Any) -> None:
     ended = evaluate("--url", server.openai_url, *arguments)
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"mpt-grpc: {why}")
+    assert line.startswith(f"mpt-grpc: {message}")
     assert not ended.stdout
 
 
-def test_without_lm_eval_it_says_what_to_install(server: Any) -> None:
+def test_without_lm_eval_the_error_names_the_extra_to_install(server: Any) -> None:
     script = "import sys; sys.modules['lm_eval'] = None; from mpt_grpc.cli import main; sys.exit(main(sys.argv[1:]))"
     command = (sys.executable, "-c", script, "eval", "--url", server.openai_url)
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1
-    assert ended.stderr == "mpt-grpc: eval needs lm-eval: pip install 'mpt-grpc[eval]'\n"
+    assert ended.stderr == "mpt-grpc: eval needs lm-eval, which the extra 'eval' installs; see docs/install.md\n"

@@ -1,4 +1,4 @@
-"""What users do with OpenAI's SDK and with LangChain. Run by `test_sdks.py` in an environment that has them:
+"""Uses of OpenAI's SDK and LangChain. Run by `test_sdks.py` in an environment where they are installed:
 
 python scenarios.py NAME URL
 """
@@ -32,7 +32,7 @@ def sdk(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=url, api_key="random-string", max_retries=0)
 
 
-def failure(kind: type[openai.APIStatusError], call: Callable[[], object]) -> Any:
+def raised(kind: type[openai.APIStatusError], call: Callable[[], object]) -> Any:
     try:
         call()
     except kind as error:
@@ -41,23 +41,23 @@ def failure(kind: type[openai.APIStatusError], call: Callable[[], object]) -> An
 
 
 def chat(url: str) -> None:
-    answer = sdk(url).chat.completions.create(model="gpt-4o", messages=HELLO, max_completion_tokens=12, seed=1)
-    assert answer.model == "demo"
-    assert answer.choices[0].message.role == "assistant"
-    assert answer.choices[0].message.content
-    assert answer.choices[0].finish_reason == "length"
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens == 12
-    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
+    response = sdk(url).chat.completions.create(model="gpt-4o", messages=HELLO, max_completion_tokens=12, seed=1)
+    assert response.model == "demo"
+    assert response.choices[0].message.role == "assistant"
+    assert response.choices[0].message.content
+    assert response.choices[0].finish_reason == "length"
+    assert response.usage is not None
+    assert response.usage.completion_tokens == 12
+    assert response.usage.total_tokens == response.usage.prompt_tokens + 12
     same = sdk(url).chat.completions.create(model="x", messages=HELLO, max_tokens=12, seed=1)
-    assert same.choices[0].message.content == answer.choices[0].message.content
+    assert same.choices[0].message.content == response.choices[0].message.content
 
 
-def chat_in_a_stream(url: str) -> None:
-    asked: dict[str, Any] = {"model": "demo", "messages": HELLO, "max_tokens": 20, "seed": 3, "n": 2}
-    whole = sdk(url).chat.completions.create(**asked)
+def streamed_chat(url: str) -> None:
+    request: dict[str, Any] = {"model": "demo", "messages": HELLO, "max_tokens": 20, "seed": 3, "n": 2}
+    complete = sdk(url).chat.completions.create(**request)
     texts, finishes, roles, usages = ["", ""], [None, None], [], []
-    for chunk in sdk(url).chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+    for chunk in sdk(url).chat.completions.create(**request, stream=True, stream_options={"include_usage": True}):
         if chunk.usage is not None:
             assert chunk.choices == []
             usages.append(chunk.usage)
@@ -65,32 +65,32 @@ def chat_in_a_stream(url: str) -> None:
             texts[choice.index] += choice.delta.content or ""
             finishes[choice.index] = choice.finish_reason or finishes[choice.index]
             roles += [choice.delta.role] if choice.delta.role else []
-    assert texts == [choice.message.content for choice in whole.choices]
-    assert finishes == [choice.finish_reason for choice in whole.choices]
+    assert texts == [choice.message.content for choice in complete.choices]
+    assert finishes == [choice.finish_reason for choice in complete.choices]
     assert roles == ["assistant"] * 2
-    assert [usage.completion_tokens for usage in usages] == [whole.usage.completion_tokens]
+    assert [usage.completion_tokens for usage in usages] == [complete.usage.completion_tokens]
 
 
 def chat_logprobs(url: str) -> None:
-    answer = sdk(url).chat.completions.create(
+    response = sdk(url).chat.completions.create(
         model="demo", messages=HELLO, max_tokens=5, logprobs=True, top_logprobs=3, seed=1
     )
-    content = answer.choices[0].logprobs.content
+    content = response.choices[0].logprobs.content
     assert len(content) == 5
-    assert "".join(token.token for token in content) == answer.choices[0].message.content
+    assert "".join(token.token for token in content) == response.choices[0].message.content
     assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in content)
 
 
 def structured_output(url: str) -> None:
-    answer = sdk(url).chat.completions.parse(
+    response = sdk(url).chat.completions.parse(
         model="demo", messages=HELLO, response_format=Animal, max_tokens=400, seed=2
     )
-    assert isinstance(answer.choices[0].message.parsed, Animal)
-    answer = sdk(url).chat.completions.create(
+    assert isinstance(response.choices[0].message.parsed, Animal)
+    response = sdk(url).chat.completions.create(
         model="demo", messages=HELLO, max_tokens=60, extra_body={"guided_choice": ["yes", "no"]}
     )
-    assert answer.choices[0].message.content in ("yes", "no")
-    assert answer.choices[0].finish_reason == "stop"
+    assert response.choices[0].message.content in ("yes", "no")
+    assert response.choices[0].finish_reason == "stop"
 
 
 def forced_functions(url: str) -> None:
@@ -99,30 +99,30 @@ def forced_functions(url: str) -> None:
         {"type": "function", "function": {"name": "count_legs", "parameters": legs}},
         {"type": "function", "function": {"name": "run"}},
     ]
-    choice: Any = {"type": "function", "function": {"name": "count_legs"}}
-    asked: dict[str, Any] = {"model": "demo", "messages": HELLO, "max_tokens": 60, "seed": 5, "n": 2}
-    whole = sdk(url).chat.completions.create(**asked, tools=tools, tool_choice=choice)
+    tool_choice: Any = {"type": "function", "function": {"name": "count_legs"}}
+    request: dict[str, Any] = {"model": "demo", "messages": HELLO, "max_tokens": 60, "seed": 5, "n": 2}
+    complete = sdk(url).chat.completions.create(**request, tools=tools, tool_choice=tool_choice)
     ids = set()
-    for answer in whole.choices:
-        assert answer.finish_reason == "tool_calls"
-        assert answer.message.content is None
-        (call,) = answer.message.tool_calls
+    for choice in complete.choices:
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content is None
+        (call,) = choice.message.tool_calls
         assert call.function.name == "count_legs"
         assert json.loads(call.function.arguments)["legs"] in (2, 4)
         ids.add(call.id)
     assert len(ids) == 2
-    with sdk(url).chat.completions.stream(**asked, tools=tools, tool_choice=choice) as stream:
+    with sdk(url).chat.completions.stream(**request, tools=tools, tool_choice=tool_choice) as stream:
         streamed = stream.get_final_completion()
-    for answer, other in zip(whole.choices, streamed.choices, strict=True):
+    for choice, other in zip(complete.choices, streamed.choices, strict=True):
         assert other.finish_reason == "tool_calls"
-        assert other.message.tool_calls[0].function.arguments == answer.message.tool_calls[0].function.arguments
+        assert other.message.tool_calls[0].function.arguments == choice.message.tool_calls[0].function.arguments
         assert other.message.tool_calls[0].function.name == "count_legs"
-    alone = sdk(url).chat.completions.create(**asked, tools=tools[1:], tool_choice="required")
+    alone = sdk(url).chat.completions.create(**request, tools=tools[1:], tool_choice="required")
     assert json.loads(alone.choices[0].message.tool_calls[0].function.arguments) == {}
-    free = sdk(url).chat.completions.create(**asked, tools=tools, tool_choice="none")
-    assert free.choices[0].message.content == sdk(url).chat.completions.create(**asked).choices[0].message.content
-    cut = sdk(url).chat.completions.create(**{**asked, "max_tokens": 1}, tools=tools, tool_choice=choice)
-    assert cut.choices[0].finish_reason == "length"
+    free = sdk(url).chat.completions.create(**request, tools=tools, tool_choice="none")
+    assert free.choices[0].message.content == sdk(url).chat.completions.create(**request).choices[0].message.content
+    truncated = sdk(url).chat.completions.create(**{**request, "max_tokens": 1}, tools=tools, tool_choice=tool_choice)
+    assert truncated.choices[0].finish_reason == "length"
 
 
 def completions(url: str) -> None:
@@ -147,12 +147,12 @@ def completions(url: str) -> None:
     assert "".join(piece.choices[0].text for piece in pieces) == "Once upon a time" + one.choices[0].text
 
 
-def scored_prompts(url: str) -> None:
-    """As evaluation harnesses ask: the prompt's own log probabilities, and no new token."""
+def prompt_logprobs(url: str) -> None:
+    """What evaluation harnesses request: the log probabilities of the prompt, and no new token."""
     text = "The fox said nothing."
-    answer = sdk(url).completions.create(model="demo", prompt=text, max_tokens=0, echo=True, logprobs=1)
-    assert answer.choices[0].text == text
-    logprobs = answer.choices[0].logprobs
+    response = sdk(url).completions.create(model="demo", prompt=text, max_tokens=0, echo=True, logprobs=1)
+    assert response.choices[0].text == text
+    logprobs = response.choices[0].logprobs
     assert "".join(logprobs.tokens) == text
     assert logprobs.token_logprobs[0] is None
     assert all(value <= 0 for value in logprobs.token_logprobs[1:])
@@ -165,58 +165,60 @@ def models(url: str) -> None:
     (model,) = sdk(url).models.list().data
     assert model.id == "demo"
     assert sdk(url).models.retrieve("demo").id == "demo"
-    assert failure(openai.NotFoundError, lambda: sdk(url).models.retrieve("gpt-4o")).code == "model_not_found"
+    assert raised(openai.NotFoundError, lambda: sdk(url).models.retrieve("gpt-4o")).code == "model_not_found"
 
 
 def errors(url: str) -> None:
-    def refused(**fields: Any) -> Any:
-        asked = {"model": "demo", "messages": HELLO, **fields}
-        return failure(openai.BadRequestError, lambda: sdk(url).chat.completions.create(**asked))
+    def bad_request(**fields: Any) -> Any:
+        request = {"model": "demo", "messages": HELLO, **fields}
+        return raised(openai.BadRequestError, lambda: sdk(url).chat.completions.create(**request))
 
-    assert refused(temperature=-1).param == "temperature"
-    assert refused(max_tokens=100_000).param == "messages", "they and what is asked for do not fit"
-    assert refused(messages=[]).param == "messages"
-    assert refused(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]).param == "messages"
+    assert bad_request(temperature=-1).param == "temperature"
+    assert bad_request(max_tokens=100_000).param == "messages", (
+        "the messages and the requested tokens together exceed the context"
+    )
+    assert bad_request(messages=[]).param == "messages"
+    assert bad_request(messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}]).param == "messages"
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert refused(tools=tools).param == "tools"
+    assert bad_request(tools=tools).param == "tools"
     assert (
-        refused(tools=[*tools, {"type": "function", "function": {"name": "g"}}], tool_choice="required").param
+        bad_request(tools=[*tools, {"type": "function", "function": {"name": "g"}}], tool_choice="required").param
         == "tools"
     )
-    elsewhere = {"type": "function", "function": {"name": "other"}}
-    assert refused(tools=tools, tool_choice=elsewhere).param == "tool_choice"
-    twice = refused(tools=tools, tool_choice="required", response_format={"type": "json_object"})
-    assert "more than one constraint: response_format, tools" in str(twice)
-    assert refused(extra_body={"surprise": 1}).param == "surprise"
-    assert refused(extra_body={"guided_regex": "("}).param == "guided_regex"
-    assert "more than one" in str(refused(extra_body={"guided_regex": "a", "guided_choice": ["b"]}))
-    answer = sdk(url).chat.completions.create(model="demo", messages=HELLO, max_tokens=1, user="me", store=False)
-    assert answer.choices
-    missing = failure(openai.NotFoundError, lambda: sdk(url).embeddings.create(model="demo", input="x"))
+    missing_function = {"type": "function", "function": {"name": "other"}}
+    assert bad_request(tools=tools, tool_choice=missing_function).param == "tool_choice"
+    two_constraints = bad_request(tools=tools, tool_choice="required", response_format={"type": "json_object"})
+    assert "more than one constraint: response_format, tools" in str(two_constraints)
+    assert bad_request(extra_body={"surprise": 1}).param == "surprise"
+    assert bad_request(extra_body={"guided_regex": "("}).param == "guided_regex"
+    assert "more than one" in str(bad_request(extra_body={"guided_regex": "a", "guided_choice": ["b"]}))
+    response = sdk(url).chat.completions.create(model="demo", messages=HELLO, max_tokens=1, user="me", store=False)
+    assert response.choices
+    missing = raised(openai.NotFoundError, lambda: sdk(url).embeddings.create(model="demo", input="x"))
     assert "embeddings" in str(missing)
 
 
 def async_sdk(url: str) -> None:
     async def run() -> None:
         async with AsyncOpenAI(base_url=url, api_key="random-string") as client:
-            asked: dict[str, Any] = {"model": "demo", "messages": HELLO, "max_tokens": 10, "seed": 1}
-            answers = await asyncio.gather(*(client.chat.completions.create(**asked) for _ in range(8)))
-            assert len({answer.choices[0].message.content for answer in answers}) == 1
-            stream = await client.chat.completions.create(**asked, stream=True)
+            request: dict[str, Any] = {"model": "demo", "messages": HELLO, "max_tokens": 10, "seed": 1}
+            responses = await asyncio.gather(*(client.chat.completions.create(**request) for _ in range(8)))
+            assert len({response.choices[0].message.content for response in responses}) == 1
+            stream = await client.chat.completions.create(**request, stream=True)
             text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-            assert text == answers[0].choices[0].message.content
+            assert text == responses[0].choices[0].message.content
 
     asyncio.run(run())
 
 
-def langchain_as_the_models_documents_show_it(url: str) -> None:
+def langchain_as_documented_for_mpt(url: str) -> None:
     chat = ChatOpenAI(base_url=url, api_key="random-string", max_tokens=128)
-    answer = chat.invoke([HumanMessage(content="What is the capital of France?")])
-    assert answer.content
-    assert answer.usage_metadata["output_tokens"] <= 128
+    response = chat.invoke([HumanMessage(content="What is the capital of France?")])
+    assert response.content
+    assert response.usage_metadata["output_tokens"] <= 128
     template = PromptTemplate(
         input_variables=["user_message"],
-        template="The assistant tells short, true answers.\n\nUser: {user_message}\nAssistant:",
+        template="The assistant gives short, true answers.\n\nUser: {user_message}\nAssistant:",
     )
     assert (template | chat).invoke({"user_message": "Where does the fox live?"}).content
 
@@ -224,15 +226,15 @@ def langchain_as_the_models_documents_show_it(url: str) -> None:
 def langchain(url: str) -> None:
     chat = ChatOpenAI(base_url=url, api_key="random-string", max_tokens=10, seed=1)
     messages = [SystemMessage(content="Be brief."), HumanMessage(content="Who are you?")]
-    whole = chat.invoke(messages)
-    assert "".join(str(chunk.content) for chunk in chat.stream(messages)) == whole.content
-    assert [str(answer.content) for answer in chat.batch([messages, messages])] == [whole.content] * 2
-    assert asyncio.run(chat.ainvoke(messages)).content == whole.content
-    # For its default model's name LangChain forces a function instead of asking for a schema.
-    for names_a_model in ({"model": "demo"}, {}):
-        asked = ChatOpenAI(base_url=url, api_key="random-string", max_tokens=400, seed=2, **names_a_model)
-        assert isinstance(asked.with_structured_output(Animal).invoke("An animal, please."), Animal)
-        both = asked.with_structured_output(Animal, include_raw=True).invoke("An animal, please.")
+    complete = chat.invoke(messages)
+    assert "".join(str(chunk.content) for chunk in chat.stream(messages)) == complete.content
+    assert [str(response.content) for response in chat.batch([messages, messages])] == [complete.content] * 2
+    assert asyncio.run(chat.ainvoke(messages)).content == complete.content
+    # With its default model name, LangChain forces a function instead of requesting a schema.
+    for model in ({"model": "demo"}, {}):
+        structured = ChatOpenAI(base_url=url, api_key="random-string", max_tokens=400, seed=2, **model)
+        assert isinstance(structured.with_structured_output(Animal).invoke("An animal, please."), Animal)
+        both = structured.with_structured_output(Animal, include_raw=True).invoke("An animal, please.")
         assert isinstance(both["parsed"], Animal)
         assert both["parsing_error"] is None
     text = OpenAI(base_url=url, api_key="random-string", max_tokens=8, temperature=0)

@@ -1,4 +1,4 @@
-"""What the gateway refuses, it refuses in the words of who asked."""
+"""The gateway's errors name the fields of the HTTP request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import urllib.error
 from typing import Any
 
 import pytest
-from http_calls import ask
+from http_calls import call
 
 USER = {"role": "user", "content": "Hi"}
 BAD_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}
@@ -38,21 +38,21 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
 )
 def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any) -> None:
     with pytest.raises(urllib.error.HTTPError) as raised:
-        ask(server, path, body)
+        call(server, path, body)
     assert raised.value.code == 400
     assert json.load(raised.value)["error"]["param"] == param
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
-        ({"messages": []}, "messages: must be a list of messages, at least one"),
+        ({"messages": []}, "messages: must be a list of at least one message"),
         ({"messages": [USER, {"role": "tool", "content": "3"}]}, "messages[1].role: must be system, developer,"),
-        ({"messages": [USER, {**USER, "content": [{"type": "image_url"}]}]}, "messages[1].content: must be a text"),
-        ({"messages": [USER, {**USER, "tool_calls": []}]}, "messages[1].tool_calls: unknown field"),
+        ({"messages": [USER, {**USER, "content": [{"type": "image_url"}]}]}, "messages[1].content: must be text"),
+        ({"messages": [USER, {**USER, "tool_calls": []}]}, "messages[1]: unknown field 'tool_calls'"),
         ({"max_completion_tokens": 5000}, "messages: "),
         ({"min_tokens": 500}, "min_tokens: 500 is not in [0, 256]"),
-        ({"top_logprobs": 2}, "top_logprobs: needs logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs: requires logprobs"),
         ({"response_format": {"type": "yaml"}}, "response_format.type: "),
         ({"response_format": BAD_SCHEMA}, "response_format: "),
         ({"guided_json": {"type": "x"}}, "guided_json: "),
@@ -61,15 +61,34 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"structured_outputs": {"json": 3}}, "structured_outputs.json: must be a JSON schema"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "more than one constraint: guided_regex, guided_choice"),
         ({"tools": [FUNCTION], "tool_choice": "maybe"}, "tool_choice: must be none, auto, required, or a function"),
+        ({"temprature": 1}, "unknown field 'temprature'; did you mean 'temperature'?"),
+        ({"metdata": {}}, "unknown field 'metdata'; did you mean 'metadata'?"),
+        (
+            {"stream_options": {"include_usge": True}},
+            "stream_options: unknown field 'include_usge'; did you mean 'include",
+        ),
+        ({"tools": [{**FUNCTION, "function": {"nam": "f"}}]}, "tools[0].function.name: Field required"),
+        ({"seed": -1}, "seed: must be an integer from 0 to 2^64 - 1"),
+        ({"seed": 1 << 64}, "seed: must be an integer from 0 to 2^64 - 1"),
     ],
 )
-def test_errors_speak_of_what_was_sent(fields: dict[str, Any], says: str, server: Any) -> None:
+def test_errors_name_the_fields_as_they_were_sent(fields: dict[str, Any], message: str, server: Any) -> None:
     with pytest.raises(urllib.error.HTTPError) as raised:
-        ask(server, "/v1/chat/completions", {"messages": [USER], **fields})
-    assert json.load(raised.value)["error"]["message"].startswith(says)
+        call(server, "/v1/chat/completions", {"messages": [USER], **fields})
+    assert json.load(raised.value)["error"]["message"].startswith(message)
 
 
-def test_turns_are_dropped_where_the_caller_says_so(server: Any) -> None:
+def test_an_unknown_field_without_a_similar_one_gets_no_suggestion(server: Any) -> None:
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        call(server, "/v1/completions", {"prompt": "a", "foo": 1})
+    assert json.load(raised.value)["error"]["message"] == "unknown field 'foo'"
+
+
+def test_the_largest_seed_is_accepted(server: Any) -> None:
+    assert call(server, "/v1/completions", {"prompt": "a", "max_tokens": 1, "seed": (1 << 64) - 1})["choices"]
+
+
+def test_oldest_turns_are_dropped_on_request(server: Any) -> None:
     messages = [USER, {"role": "assistant", "content": "word " * 3000}, USER]
-    answer = ask(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 1, "drop_oldest_turns": True})
-    assert answer["usage"]["prompt_tokens"] < 100
+    response = call(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 1, "drop_oldest_turns": True})
+    assert response["usage"]["prompt_tokens"] < 100

@@ -1,4 +1,4 @@
-"""The page at `/` in a browser, against a real server."""
+"""The web page in a browser, with a real server."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mpt_grpc.settings import HttpSettings
 from mpt_grpc_client import AsyncClient
 
 CHROMIUM = shutil.which("chromium")
-ALONE = (
+CHROMIUM_FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync".split()
 )
 LONG = "Once upon a time there was a fox who lived in a wood with a bear and a crow, and all three were hungry. " * 2
 
-expect.set_options(timeout=30_000)  # a browser's and a server's first words come late on a busy machine
+expect.set_options(timeout=30_000)  # browsers and servers start slowly on a busy machine
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None and "CI" not in os.environ, reason="needs chromium: apt-get install chromium"
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 async def browser() -> AsyncIterator[Browser]:
     async with async_playwright() as playwright:
-        yield await playwright.chromium.launch(executable_path=CHROMIUM, args=ALONE)
+        yield await playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +44,21 @@ async def served() -> AsyncIterator[RunningServer]:
 
 @pytest.fixture
 async def page(browser: Browser, served: RunningServer) -> AsyncIterator[Page]:
-    """The page as a new visitor gets it. Nothing may come from elsewhere, and nothing may fail in its scripts."""
-    at = f"http://localhost:{served.http_port}"
-    elsewhere: list[str] = []
-    wrong: list[str] = []
+    """A freshly loaded page. Fails the test if it loads anything external or if a script fails."""
+    origin = f"http://localhost:{served.http_port}"
+    external: list[str] = []
+    script_errors: list[str] = []
     page = await browser.new_page()
-    page.on("request", lambda request: None if request.url.startswith(at) else elsewhere.append(request.url))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(message.text) if "Content Security" in message.text else None)
-    await page.goto(f"{at}/")
+    page.on("request", lambda request: None if request.url.startswith(origin) else external.append(request.url))
+    page.on("pageerror", lambda error: script_errors.append(str(error)))
+    page.on(
+        "console", lambda message: script_errors.append(message.text) if "Content Security" in message.text else None
+    )
+    await page.goto(f"{origin}/")
     yield page
     await page.close()
-    assert not elsewhere
-    assert not wrong
+    assert not external
+    assert not script_errors
 
 
 async def generate(page: Page, **settings: Any) -> None:
@@ -68,113 +70,117 @@ async def generate(page: Page, **settings: Any) -> None:
     await page.get_by_role("button", name="Generate").click()
 
 
-async def ended(page: Page, how: str, count: int) -> None:
-    await expect(page.locator(".output header").filter(has_text=how)).to_have_count(count)
+async def wait_for_status(page: Page, status: str, count: int) -> None:
+    await expect(page.locator(".output header").filter(has_text=status)).to_have_count(count)
 
 
-async def test_streams_appear_side_by_side_as_the_server_generates_them(page: Page, served: RunningServer) -> None:
+async def test_each_stream_shows_the_text_that_the_server_generates(page: Page, served: RunningServer) -> None:
     await generate(page, prompt="The fox said:", streams=3, max_tokens=40, temperature=0, ignore_eos=True)
-    await ended(page, "token limit · 40 tokens", 3)
+    await wait_for_status(page, "token limit · 40 tokens", 3)
     async with AsyncClient(f"localhost:{served.port}") as client:
         generation = await client.generate("The fox said:", max_new_tokens=40, temperature=0, ignore_eos=True)
     texts = [await text.text_content() for text in await page.locator(".output .text").all()]
     assert texts == [f"The fox said:{generation.text}"] * 3
 
 
-async def test_an_end_mark_that_is_passed_over_is_seen(page: Page, served: RunningServer) -> None:
-    seed = 223  # one of the few at which this model ends early
-    asked: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True, "skip_special_tokens": False}
+async def test_an_ignored_end_of_sequence_token_is_shown(page: Page, served: RunningServer) -> None:
+    seed = 223  # one of the few with which this model ends early
+    options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True, "skip_special_tokens": False}
     async with AsyncClient(f"localhost:{served.port}") as client:
-        text = (await client.generate("The end.", seed=seed, **asked)).text
+        text = (await client.generate("The end.", seed=seed, **options)).text
     assert "<|endoftext|>" in text[:-20]
     await generate(page, prompt="The end.", streams=1, max_tokens=30, temperature=1, seed=seed, ignore_eos=True)
-    await ended(page, "token limit", 1)
+    await wait_for_status(page, "token limit", 1)
     assert await page.locator(".output .text").text_content() == f"The end.{text}"
 
 
-async def test_what_the_browser_has_no_connection_for_waits_and_can_be_stopped(page: Page) -> None:
+async def test_streams_beyond_the_browsers_connections_wait_and_can_be_stopped(page: Page) -> None:
     for _ in range(2):
         await generate(page, prompt=LONG, streams=5, max_tokens=1500, ignore_eos=True)
     await expect(page.locator("[data-of=running]")).to_have_text("5")
     await expect(page.locator(".output header").filter(has_text="waiting")).to_have_count(5)
     stops = page.get_by_role("button", name="Stop", exact=True)
     await stops.nth(0).click()
-    await ended(page, "stopped", 1)
+    await wait_for_status(page, "stopped", 1)
     await stops.last.click()
-    await ended(page, "stopped · ", 1)
+    await wait_for_status(page, "stopped · ", 1)
     await expect(page.locator(".output header").filter(has_text="waiting")).to_have_count(3)
     await page.keyboard.press("Escape")
-    await ended(page, "stopped", 10)
+    await wait_for_status(page, "stopped", 10)
 
 
-async def test_a_message_is_answered_through_the_chat_template(page: Page) -> None:
-    await page.get_by_label("Answer it as a message").check()
+async def test_a_chat_message_is_formatted_with_the_chat_template(page: Page) -> None:
+    await page.get_by_label("Reply to a chat message").check()
     await generate(page, prompt="Who are you?", streams=1, max_tokens=12, temperature=0, ignore_eos=True, stop="\\nU")
-    await ended(page, "token limit · 12 tokens", 1)
+    await wait_for_status(page, "token limit · 12 tokens", 1)
     assert await page.locator(".output .text").text_content()
 
 
-async def test_the_text_of_a_stop_string_is_not_shown(page: Page) -> None:
+async def test_the_stop_string_is_not_shown(page: Page) -> None:
     await generate(page, prompt="Once upon a time", streams=1, max_tokens=40, temperature=0, stop="ttle")
-    await ended(page, "stop · ", 1)
+    await wait_for_status(page, "stop · ", 1)
     assert await page.locator(".output .text").text_content() == "Once upon a time, and a li"
 
 
-async def test_a_token_shows_what_else_was_likely_to_the_mouse_and_to_the_keyboard(page: Page) -> None:
+async def test_the_mouse_and_the_arrow_keys_show_the_alternatives_of_a_token(page: Page) -> None:
     await generate(page, prompt="Once upon a time", streams=1, max_tokens=8, temperature=0, ignore_eos=True)
-    await ended(page, "token limit", 1)
-    tokens, box = page.locator(".token"), page.locator("#token")
+    await wait_for_status(page, "token limit", 1)
+    tokens, tooltip = page.locator(".token"), page.locator("#token")
     await tokens.nth(0).hover()
-    await expect(box.locator("li")).to_have_count(6)
-    first = await box.locator("li.chosen").text_content()
-    shares = [float(share.removesuffix(" %")) for share in await box.locator(".number").all_text_contents()]
-    assert shares == sorted(shares, reverse=True)
-    assert 0 < sum(shares) <= 100.1
+    await expect(tooltip.locator("li")).to_have_count(6)
+    first = await tooltip.locator("li.chosen").text_content()
+    percentages = [
+        float(percentage.removesuffix("%")) for percentage in await tooltip.locator(".number").all_text_contents()
+    ]
+    assert percentages == sorted(percentages, reverse=True)
+    assert 0 < sum(percentages) <= 100.1
     await page.mouse.move(0, 0)
-    await expect(box).to_be_hidden()
+    await expect(tooltip).to_be_hidden()
     await page.locator(".output .text").focus()
     await page.keyboard.press("ArrowRight")
-    await expect(box.locator("li.chosen")).to_have_text(first or "")
+    await expect(tooltip.locator("li.chosen")).to_have_text(first or "")
     await page.keyboard.press("ArrowRight")
     await expect(tokens.nth(1)).to_have_class(re.compile("current"))
 
 
-async def test_a_likely_token_is_plain_and_an_unlikely_one_is_coloured(page: Page) -> None:
+async def test_unlikely_tokens_are_coloured_and_likely_ones_are_not(page: Page) -> None:
     await generate(page, prompt="Once upon a time", streams=1, max_tokens=60, temperature=1.5, seed=3, ignore_eos=True)
-    await ended(page, "token limit", 1)
+    await wait_for_status(page, "token limit", 1)
     for token in (await page.locator(".token").all())[::6]:
         await token.hover()
-        share = float((await page.locator("#token li.chosen .number").text_content() or "").removesuffix(" %"))
-        level = sum(share < limit for limit in (50, 20, 5, 1))
+        percentage = float((await page.locator("#token li.chosen .number").text_content() or "").removesuffix("%"))
+        level = sum(percentage < limit for limit in (50, 20, 5, 1))
         assert (await token.get_attribute("class") or "").split()[1:2] == (
-            [f"likely-{level}"] if level else ["current"]
+            [f"unlikely-{level}"] if level else ["current"]
         )
 
 
-async def test_a_stopped_stream_ends_on_the_server_and_others_go_on(page: Page, served: RunningServer) -> None:
+async def test_stopping_a_stream_cancels_it_on_the_server_and_leaves_others_running(
+    page: Page, served: RunningServer
+) -> None:
     await generate(page, prompt=LONG, streams=2, max_tokens=1500, ignore_eos=True)
     await expect(page.locator(".output").nth(0).locator(".token").nth(3)).to_be_visible()
     await page.locator(".output").nth(0).get_by_role("button", name="Stop").click()
-    await ended(page, "stopped · ", 1)
+    await wait_for_status(page, "stopped · ", 1)
     async with AsyncClient(f"localhost:{served.port}") as client:
-        while len((await client.get_engine_state()).in_flight) != 1:
+        while len((await client.get_engine_state()).active_requests) != 1:
             pass
         await page.keyboard.press("Escape")
-        while (await client.get_engine_state()).in_flight:
+        while (await client.get_engine_state()).active_requests:
             pass
-    await ended(page, "stopped · ", 2)
+    await wait_for_status(page, "stopped · ", 2)
     await page.get_by_role("button", name="Clear").click()
     await expect(page.locator(".output")).to_have_count(0)
 
 
-async def test_an_error_names_the_field(page: Page) -> None:
+async def test_an_error_message_names_the_field(page: Page) -> None:
     await generate(page, streams=1, temperature=-1)
     await expect(page.get_by_role("alert")).to_have_text(re.compile("temperature: -1.0 is not in"))
 
 
-async def test_the_engine_is_seen_at_work(page: Page) -> None:
+async def test_the_engine_panel_shows_running_requests(page: Page) -> None:
     await generate(page, prompt=LONG, streams=1, max_tokens=1)
-    await ended(page, "token limit", 1)
+    await wait_for_status(page, "token limit", 1)
     await generate(page, prompt=LONG, streams=3, max_tokens=1500, ignore_eos=True)
     await expect(page.locator("[data-of=running]")).to_have_text("3")
     await expect(page.locator("#cache-text")).to_have_text(
@@ -188,24 +194,24 @@ async def test_the_engine_is_seen_at_work(page: Page) -> None:
     await expect(page.locator("#waterfall")).to_have_text(re.compile("cancelled"))
 
 
-async def test_it_says_when_the_server_is_away_and_comes_back_by_itself(page: Page) -> None:
+async def test_the_page_reports_a_server_that_is_not_reachable_and_recovers(page: Page) -> None:
     status = page.locator("#engine-status")
     await page.context.set_offline(True)
-    await expect(status).to_have_text(re.compile("not reached: "))
+    await expect(status).to_have_text(re.compile("not reachable: "))
     await generate(page, streams=1)
     await expect(page.get_by_role("alert")).not_to_be_empty()
     await page.context.set_offline(False)
     await expect(status).to_be_empty()
 
 
-async def test_the_api_is_described_without_help_from_elsewhere(page: Page) -> None:
+async def test_the_api_documentation_loads_nothing_external(page: Page) -> None:
     await page.get_by_role("link", name="HTTP API").click()
     await expect(page.locator(".opblock-summary-path").filter(has_text="/v1/completions")).to_be_visible()
     await page.locator(".opblock-summary-path").filter(has_text="/v1/chat/completions").click()
     await expect(page.locator(".opblock-body").get_by_text("temperature").first).to_be_visible()
 
 
-async def test_by_keyboard_alone(page: Page) -> None:
+async def test_the_page_works_with_the_keyboard_alone(page: Page) -> None:
     await page.keyboard.press("Tab")
     while await page.evaluate("document.activeElement.id") != "prompt":
         await page.keyboard.press("Tab")
@@ -218,23 +224,23 @@ async def test_by_keyboard_alone(page: Page) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_it_fits_a_phone_and_is_readable_by_day_and_by_night(page: Page, scheme: Any) -> None:
+async def test_the_page_fits_a_phone_and_has_enough_contrast(page: Page, scheme: Any) -> None:
     await page.set_viewport_size({"width": 360, "height": 740})
     await page.emulate_media(color_scheme=scheme)
     await generate(page, prompt="Once upon a time", streams=4, max_tokens=12, temperature=0)
-    await ended(page, "12 tokens", 4)
+    await wait_for_status(page, "12 tokens", 4)
     assert await page.evaluate("document.documentElement.scrollWidth") == 360
     assert await page.evaluate(CONTRAST) >= 4.5
-    picture = await page.screenshot(full_page=True)
-    assert picture.startswith(b"\x89PNG")
+    screenshot = await page.screenshot(full_page=True)
+    assert screenshot.startswith(b"\x89PNG")
 
 
-# The least contrast, by WCAG's formula, of any text with the colour behind it.
+# Returns the lowest contrast of any text with its background, by WCAG's formula.
 CONTRAST = """() => {
   const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
   const linear = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
   const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
-  const behind = (element) => {
+  const background = (element) => {
     for (; element; element = element.parentElement) {
       const colour = channels(getComputedStyle(element).backgroundColor);
       if (colour.length === 3) return colour;
@@ -246,7 +252,7 @@ CONTRAST = """() => {
       && [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()));
   return Math.min(...texts.map((element) => {
     const style = getComputedStyle(element);
-    const lights = [light(channels(element.closest("svg") ? style.fill : style.color)), light(behind(element))];
+    const lights = [light(channels(element.closest("svg") ? style.fill : style.color)), light(background(element))];
     return (Math.max(...lights) + 0.05) / (Math.min(...lights) + 0.05);
   }));
 }"""

@@ -1,4 +1,4 @@
-"""OpenAI's SDK, LangChain and LiteLLM, as they are released, against a real server."""
+"""Runs released versions of OpenAI's SDK, LangChain and LiteLLM against a real server."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SCENARIOS = [
 
 
 @pytest.mark.parametrize(("file", "name"), SCENARIOS, ids=[name for _, name in SCENARIOS])
-def test_a_client_as_it_is_released_gets_what_it_asks_for(file: str, name: str, server: Any) -> None:
+def test_a_released_client_works_with_the_server(file: str, name: str, server: Any) -> None:
     environment = f".venv/{ENVIRONMENTS[file]}"
     python = ROOT / environment / "bin/python"
     if not python.exists():
-        pytest.skip(f"the clients are not installed: make {environment}/ready")
+        pytest.skip(f"the clients are not installed: run make {environment}/ready")
     ended = subprocess.run(
         [python, HERE / file, name, server.openai_url], capture_output=True, text=True, timeout=120, check=False
     )

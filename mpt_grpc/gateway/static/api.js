@@ -1,12 +1,12 @@
-// OpenAI's API as this page needs it: a completion of either kind as one stream of pieces.
-const ALTERNATIVES = 6;
-// A browser opens six connections to a server, and the engine's panel needs one.
-const CONNECTIONS = 5;
+// The part of the OpenAI-compatible API that this page uses: a chat or text completion as one stream of pieces.
+const NUM_ALTERNATIVES = 6;
+// Browsers open at most six connections to a server, and the engine panel needs one.
+const MAX_CONNECTIONS = 5;
 let open = 0;
 const waiting = new Set();
 
-// Yields {text, tokens, finish}; a token is {bytes, logprob, alternatives: [{text, logprob}]}. Throws Error with the
-// server's words.
+// Yields {text, tokens, finish}, where a token is {bytes, logprob, alternatives: [{text, logprob}]}. Throws an Error with
+// the server's message.
 export async function* completion(kind, body, requestId, signal) {
   await connection(signal);
   try {
@@ -18,9 +18,9 @@ export async function* completion(kind, body, requestId, signal) {
   }
 }
 
-// Resolves when one more may be opened; it counts as open from then on.
+// Resolves when another connection may be opened, and counts it as open.
 async function connection(signal) {
-  while (open >= CONNECTIONS) {
+  while (open >= MAX_CONNECTIONS) {
     let resume;
     await new Promise((resolve, reject) => {
       resume = resolve;
@@ -33,14 +33,14 @@ async function connection(signal) {
 
 async function* pieces(kind, { prompt, ...settings }, requestId, signal) {
   const path = kind === "chat" ? "v1/chat/completions" : "v1/completions";
-  const asked =
+  const input =
     kind === "chat"
-      ? { messages: [{ role: "user", content: prompt }], logprobs: true, top_logprobs: ALTERNATIVES }
-      : { prompt, logprobs: ALTERNATIVES };
+      ? { messages: [{ role: "user", content: prompt }], logprobs: true, top_logprobs: NUM_ALTERNATIVES }
+      : { prompt, logprobs: NUM_ALTERNATIVES };
   const response = await fetch(path, {
     method: "POST",
     headers: { "content-type": "application/json", "x-request-id": requestId },
-    body: JSON.stringify({ ...settings, ...asked, stream: true }),
+    body: JSON.stringify({ ...settings, ...input, stream: true }),
     signal,
   });
   if (!response.ok) throw new Error(await errorOf(response));
@@ -56,25 +56,25 @@ async function* pieces(kind, { prompt, ...settings }, requestId, signal) {
       };
     }
   }
-  throw new Error("the connection was lost");
+  throw new Error("connection lost");
 }
 
 async function errorOf(response) {
   try {
     return (await response.json()).error.message;
   } catch {
-    return `the server answered ${response.status}`;
+    return `the server responded with status ${response.status}`;
   }
 }
 
-// The data of server-sent events.
+// Yields the data of server-sent events.
 async function* events(body) {
-  let held = "";
+  let pending = "";
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let { done, value } = await reader.read(); !done; { done, value } = await reader.read()) {
-    held += value;
-    const lines = held.split("\n");
-    held = lines.pop();
+    pending += value;
+    const lines = pending.split("\n");
+    pending = lines.pop();
     for (const line of lines) {
       if (line.startsWith("data: ")) yield line.slice(6).trimEnd();
     }
@@ -97,7 +97,7 @@ function textTokens(logprobs) {
   }));
 }
 
-// A token that is no whole characters is spelt "bytes:\xe2\x80".
+// A token that is not valid UTF-8 by itself is written as "bytes:\xe2\x80".
 function bytesOf(token) {
   if (!/^bytes:(\\x[0-9a-f]{2})+$/.test(token)) return new TextEncoder().encode(token);
   return Uint8Array.from(token.slice(6).split("\\x").slice(1), (hex) => parseInt(hex, 16));

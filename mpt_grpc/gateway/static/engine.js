@@ -1,4 +1,4 @@
-// The engine's panel: asks for its state twice a second while the page is seen, and hands it on to be drawn.
+// The engine panel: fetches the state of the engine twice a second while the page is visible, and draws it.
 import { drawCache } from "./cache_map.js";
 import { Plot } from "./plot.js";
 import { drawWaterfall } from "./waterfall.js";
@@ -10,58 +10,59 @@ const numbers = Object.fromEntries(
 );
 const status = document.getElementById("engine-status");
 
-export async function watchEngine() {
+export async function pollEngine() {
   const throughput = new Plot("throughput", "line", (value) => Math.round(value).toLocaleString());
   const ttft = new Plot("ttft", "dots", (value) => `${Math.round(value * 1000)} ms`);
+  // The completed requests whose time to first token is plotted already.
   let measured = new Set();
-  let before = null;
+  let previous = null;
   for (;;) {
-    await seen();
+    await pageVisible();
     try {
-      const state = await stateOfEngine();
+      const state = await fetchState();
       status.textContent = "";
-      showNumbers(state, before);
+      showNumbers(state, previous);
       drawCache(state);
       drawWaterfall(state);
-      if (before) throughput.add(state.time, tokensPerSecond(state, before));
+      if (previous) throughput.add(state.time, tokensPerSecond(state, previous));
       for (const request of state.completed_requests) {
         if (measured.has(request.request_id)) continue;
-        const waited = request.timings.time_to_first_token;
-        if (waited !== null) ttft.add(request.arrival_time + waited, waited);
+        const ttftSeconds = request.timings.time_to_first_token;
+        if (ttftSeconds !== null) ttft.add(request.arrival_time + ttftSeconds, ttftSeconds);
       }
       measured = new Set(state.completed_requests.map((request) => request.request_id));
       throughput.draw(state.time - WINDOW_S, state.time);
       ttft.draw(state.time - WINDOW_S, state.time);
-      before = state;
+      previous = state;
     } catch (error) {
-      status.textContent = `not reached: ${error.message}`;
+      status.textContent = `not reachable: ${error.message}`;
     }
     await new Promise((resolve) => setTimeout(resolve, INTERVAL_MS));
   }
 }
 
-async function seen() {
+async function pageVisible() {
   while (document.hidden) {
     await new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
   }
 }
 
-async function stateOfEngine() {
+async function fetchState() {
   const response = await fetch("debug/engine");
-  const answer = await response.json();
-  if (!response.ok) throw new Error(answer.error.message);
-  return answer;
+  const body = await response.json();
+  if (!response.ok) throw new Error(body.error.message);
+  return body;
 }
 
-function showNumbers({ load }, before) {
-  const steps = load.num_steps - (before?.load.num_steps ?? load.num_steps);
-  const batched = load.num_batched_sequences - (before?.load.num_batched_sequences ?? 0);
+function showNumbers({ load }, previous) {
+  const steps = load.num_steps - (previous?.load.num_steps ?? load.num_steps);
+  const batched = load.num_batched_sequences - (previous?.load.num_batched_sequences ?? 0);
   numbers.running.textContent = load.num_running_requests;
   numbers.waiting.textContent = load.num_waiting_requests;
   numbers.batch.textContent = steps > 0 ? (batched / steps).toFixed(1) : "–";
-  numbers.cache.textContent = `${Math.round(100 * (1 - load.num_free_blocks / load.num_blocks))} %`;
+  numbers.cache.textContent = `${Math.round(100 * (1 - load.num_free_blocks / load.num_blocks))}%`;
 }
 
-function tokensPerSecond({ load, time }, before) {
-  return Math.max(0, load.num_output_tokens - before.load.num_output_tokens) / Math.max(time - before.time, 1e-3);
+function tokensPerSecond({ load, time }, previous) {
+  return Math.max(0, load.num_output_tokens - previous.load.num_output_tokens) / Math.max(time - previous.time, 1e-3);
 }

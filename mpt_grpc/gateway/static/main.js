@@ -1,9 +1,9 @@
-// The form, and what it starts: one request for each stream.
+// The form and the requests that it starts, one for each stream.
 import { completion } from "./api.js";
-import { watchEngine } from "./engine.js";
+import { pollEngine } from "./engine.js";
 import { Output } from "./output.js";
 
-const form = document.getElementById("ask");
+const form = document.getElementById("request");
 const stopAll = document.getElementById("stop-all");
 const clear = document.getElementById("clear");
 const announcement = document.getElementById("announcement");
@@ -49,10 +49,10 @@ function refresh() {
   const running = [...outputs].filter((output) => output.running).length;
   stopAll.disabled = running === 0;
   clear.disabled = running === outputs.size;
-  announcement.textContent = running ? `${running} running` : "all have ended";
+  announcement.textContent = running ? `${running} running` : "all completed";
 }
 
-// What is left empty is the server's to choose; each stream of a seeded prompt has a seed of its own.
+// Fields left empty take the server's defaults. Each stream has its own seed: the given one plus its number.
 function settings(fields, number) {
   const body = { prompt: fields.get("prompt") };
   for (const name of ["max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"]) {
@@ -68,7 +68,7 @@ fetch("v1/models")
   .then((response) => response.json())
   .then(({ data: [model] }) => {
     document.getElementById("model").textContent =
-      `${model.id} · up to ${model.max_model_len.toLocaleString()} tokens a request`;
+      `${model.id} · up to ${model.max_model_len.toLocaleString()} tokens per request`;
   })
-  .catch(() => {}); // The engine's panel says that the server is away.
-watchEngine();
+  .catch(() => {}); // The engine panel reports that the server is not reachable.
+pollEngine();

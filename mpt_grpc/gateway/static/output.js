@@ -1,8 +1,8 @@
-// One output: its text as it comes, its tokens' colours, how fast it is, and how it ended.
+// One output: its text as it is generated, with coloured tokens, its speed and how it ended.
 import { ownerColour } from "./owners.js";
 import { TokenText } from "./tokens.js";
 
-const SHOWN_PROMPT = 200;
+const MAX_SHOWN_PROMPT = 200;
 
 export class Output {
   constructor(prompt) {
@@ -25,7 +25,7 @@ export class Output {
     this._text = new TokenText(shortened(prompt));
     this.element.append(header, this._text.element, this._error);
     this._tokens = 0;
-    this._say("waiting");
+    this._showStatus("waiting");
   }
 
   get signal() {
@@ -36,38 +36,38 @@ export class Output {
     if (this.running) this._abort.abort();
   }
 
-  // Shows the pieces until the last one; never throws.
+  // Shows pieces until the last one. Never throws.
   async run(pieces) {
-    const asked = performance.now();
+    const start = performance.now();
     let first = null;
-    let how = "";
+    let state = "";
     try {
       for await (const piece of pieces) {
         if (piece.tokens.length) first ??= performance.now();
         this._tokens += piece.tokens.length;
         this._text.add(piece);
-        how = piece.finish ?? how;
-        this._say(how || "running", first === null ? null : first - asked, first);
+        state = piece.finish ?? state;
+        this._showStatus(state || "running", first === null ? null : first - start, first);
       }
     } catch (error) {
-      how = this.signal.aborted ? "stopped" : "failed";
+      state = this.signal.aborted ? "stopped" : "failed";
       if (!this.signal.aborted) this._error.textContent = error.message;
-      this._say(how, first === null ? null : first - asked, first);
+      this._showStatus(state, first === null ? null : first - start, first);
     }
     this.running = false;
     this._button.remove();
   }
 
-  _say(how, waitedMs = null, first = null) {
-    const parts = [how === "length" ? "token limit" : how];
+  _showStatus(state, ttftMs = null, first = null) {
+    const parts = [state === "length" ? "token limit" : state];
     if (this._tokens) parts.push(`${this._tokens} tokens`);
-    if (waitedMs !== null) parts.push(`first after ${Math.round(waitedMs)} ms`);
-    const seconds = (performance.now() - first) / 1000;
-    if (first !== null && this._tokens > 1 && seconds > 0) parts.push(`${Math.round((this._tokens - 1) / seconds)}/s`);
+    if (ttftMs !== null) parts.push(`TTFT ${Math.round(ttftMs)} ms`);
+    const decodeSeconds = (performance.now() - first) / 1000;
+    if (first !== null && this._tokens > 1 && decodeSeconds > 0) parts.push(`${Math.round((this._tokens - 1) / decodeSeconds)} tokens/s`);
     this._status.textContent = parts.join(" · ");
   }
 }
 
 function shortened(prompt) {
-  return prompt.length > SHOWN_PROMPT ? `…${prompt.slice(-SHOWN_PROMPT)}` : prompt;
+  return prompt.length > MAX_SHOWN_PROMPT ? `…${prompt.slice(-MAX_SHOWN_PROMPT)}` : prompt;
 }

@@ -1,14 +1,14 @@
-// A colour for each request, the same in the outputs, the cache's map and the waterfall.
+// Assigns each request a colour, used in the outputs, the cache map and the waterfall.
 const COLOURS = 8;
-const REMEMBERED = 256;
-const given = new Map();
+const MAX_REMEMBERED = 256;
+const assigned = new Map();
 let next = 0;
 
 export function ownerColour(requestId) {
-  const colour = given.get(requestId) ?? next++ % COLOURS;
-  // The last one used is the last in order, and the first is forgotten.
-  given.delete(requestId);
-  given.set(requestId, colour);
-  if (given.size > REMEMBERED) given.delete(given.keys().next().value);
+  const colour = assigned.get(requestId) ?? next++ % COLOURS;
+  // A Map keeps its order of insertion, so the least recently used colour comes first and is forgotten first.
+  assigned.delete(requestId);
+  assigned.set(requestId, colour);
+  if (assigned.size > MAX_REMEMBERED) assigned.delete(assigned.keys().next().value);
   return `var(--owner-${colour})`;
 }

@@ -1,4 +1,4 @@
-// A small plot over time: a line or dots, the highest value at its top, and the value at the pointer.
+// A small plot over time, as a line or dots. Shows the highest value and the value under the pointer.
 const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 88;
 const [TOP, BOTTOM] = [14, 12];
@@ -22,7 +22,7 @@ export class Plot {
     });
   }
 
-  // Times in seconds.
+  // time: in seconds.
   add(time, value) {
     this._points.push({ time, value });
   }
@@ -40,15 +40,15 @@ export class Plot {
     const highest = Math.max(...this._points.map(({ value }) => value), 1e-9);
     const x = (time) => ((time - from) / (to - from)) * width;
     const y = (value) => base - (value / highest) * (base - TOP);
-    const places = this._points.map(({ time, value }) => ({ x: x(time), y: y(value), value }));
+    const positions = this._points.map(({ time, value }) => ({ x: x(time), y: y(value), value }));
     const drawn = [node("line", { class: "axis", x1: 0, x2: width, y1: base, y2: base })];
-    if (places.length) {
-      drawn.push(node("text", { x: 0, y: 10 }, `highest ${this._format(highest)}`));
-      drawn.push(...(this._kind === "line" ? line(places, base) : dots(places)));
+    if (positions.length) {
+      drawn.push(node("text", { x: 0, y: 10 }, `max ${this._format(highest)}`));
+      drawn.push(...(this._kind === "line" ? line(positions, base) : dots(positions)));
     }
     drawn.push(node("text", { x: 0, y: HEIGHT }, `${Math.round(to - from)} s ago`));
     drawn.push(node("text", { x: width, y: HEIGHT, "text-anchor": "end" }, "now"));
-    const shown = this._pointer === null ? places.at(-1) : nearest(places, this._pointer);
+    const shown = this._pointer === null ? positions.at(-1) : nearest(positions, this._pointer);
     if (shown && this._pointer !== null) {
       drawn.push(node("line", { class: "pointer", x1: shown.x, x2: shown.x, y1: TOP, y2: base }));
     }
@@ -57,18 +57,19 @@ export class Plot {
   }
 }
 
-function line(places, base) {
-  const path = places.map(({ x, y }) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" L");
-  const area = `M${places[0].x.toFixed(1)},${base} L${path} L${places.at(-1).x.toFixed(1)},${base}Z`;
+function line(positions, base) {
+  const path = positions.map(({ x, y }) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" L");
+  const area = `M${positions[0].x.toFixed(1)},${base} L${path} L${positions.at(-1).x.toFixed(1)},${base}Z`;
   return [node("path", { class: "area", d: area }), node("path", { class: "line", d: `M${path}` })];
 }
 
-function dots(places) {
-  return places.map(({ x, y }) => node("circle", { class: "dot", cx: x, cy: y, r: 2.5 }));
+function dots(positions) {
+  return positions.map(({ x, y }) => node("circle", { class: "dot", cx: x, cy: y, r: 2.5 }));
 }
 
-function nearest(places, x) {
-  return places.reduce((best, place) => (Math.abs(place.x - x) < Math.abs(best.x - x) ? place : best), places[0]);
+function nearest(positions, x) {
+  const distance = (position) => Math.abs(position.x - x);
+  return positions.reduce((best, position) => (distance(position) < distance(best) ? position : best), positions[0]);
 }
 
 function node(name, attributes, text = "") {

@@ -1,9 +1,9 @@
-// The last requests as bars on one time axis: waiting, its prompt, its tokens.
+// The most recent requests as bars on one time axis: queue, prefill and decode.
 import { ownerColour } from "./owners.js";
 
 const ROWS = 14;
 const WINDOW_S = 30;
-const REASONS = { MAX_NEW_TOKENS: "token limit", EOS_TOKEN: "end mark" };
+const REASONS = { MAX_NEW_TOKENS: "token limit", EOS_TOKEN: "end of sequence" };
 const list = document.getElementById("waterfall");
 
 export function drawWaterfall({ time: now, active_requests, completed_requests }) {
@@ -43,7 +43,7 @@ function row(request, begin, end, now) {
   return item;
 }
 
-// What a phase has not told yet lasts until the end, or until now.
+// A phase without a reported duration lasts until the end of the request, or until now.
 function phases({ arrival_time, end_time, timings }, now) {
   let left = (end_time ?? now) - arrival_time;
   const named = [
@@ -52,9 +52,9 @@ function phases({ arrival_time, end_time, timings }, now) {
     ["decode", timings.decode_time],
   ];
   return named.map(([phase, seconds]) => {
-    const lasted = Math.max(0, Math.min(left, seconds ?? left));
-    left -= lasted;
-    return [phase, lasted];
+    const duration = Math.max(0, Math.min(left, seconds ?? left));
+    left -= duration;
+    return [phase, duration];
   });
 }
 

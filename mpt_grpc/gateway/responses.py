@@ -1,4 +1,4 @@
-"""The client library's results in OpenAI's form: objects, and the chunks of a stream."""
+"""The client library's results in OpenAI's format: complete responses, and the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LENGTH = (FinishReason.MAX_NEW_TOKENS, FinishReason.CONTEXT_LENGTH, FinishReaso
 
 
 def usage(usages: Iterable[Usage]) -> Json:
-    """The sum over the prompts of a request."""
+    """Returns the token counts of a request, summed over its prompts."""
     usages = tuple(usages)
     num_prompt = sum(usage.num_prompt_tokens for usage in usages)
     num_output = sum(usage.num_output_tokens for usage in usages)
@@ -27,14 +27,15 @@ def usage(usages: Iterable[Usage]) -> Json:
     }
 
 
-class ChatAnswer:
-    """The answer to a chat completion: a message, or the call of the function that had to be called."""
+class ChatResponse:
+    """Builds the response to a chat completion: messages, or calls of the forced function."""
 
     def __init__(self, model: str, request_id: str | None, function_name: str | None = None) -> None:
-        self._frame = _frame("chatcmpl", model, request_id)
+        self._envelope = _envelope_for("chatcmpl", model, request_id)
         self._function_name = function_name
 
-    def whole(self, generation: Generation, with_logprobs: bool) -> Json:
+    def complete(self, generation: Generation, with_logprobs: bool) -> Json:
+        """Returns the response for a finished generation."""
         choices = [
             {
                 "index": output.index,
@@ -44,9 +45,10 @@ class ChatAnswer:
             }
             for output in generation.outputs
         ]
-        return {**self._frame, "object": "chat.completion", "choices": choices, "usage": usage([generation.usage])}
+        return {**self._envelope, "object": "chat.completion", "choices": choices, "usage": usage([generation.usage])}
 
     def first_chunk(self, index: int) -> Json:
+        """Returns the chunk that opens a choice: the role, and the name of the forced function."""
         content: Json = {"content": ""}
         if self._function_name is not None:
             content = {"content": None, "tool_calls": [{"index": 0, **_call(self._function_name, "")}]}
@@ -59,12 +61,13 @@ class ChatAnswer:
             content = {"tool_calls": [{"index": 0, "function": {"arguments": delta.text}}]}
         return self._chunk(delta.index, content if delta.text else {}, logprobs, delta.finish)
 
-    def idle_chunk(self) -> Json:
-        """Says nothing, but that the answer is still being made."""
+    def empty_chunk(self) -> Json:
+        """Returns a chunk without content, which keeps an idle stream alive."""
         return self._chunk(0, {}, None, None)
 
     def usage_chunk(self, usages: Iterable[Usage]) -> Json:
-        return {**self._frame, "object": "chat.completion.chunk", "choices": [], "usage": usage(usages)}
+        """Returns the last chunk of a stream with `include_usage`."""
+        return {**self._envelope, "object": "chat.completion.chunk", "choices": [], "usage": usage(usages)}
 
     def _content(self, text: str) -> Json:
         if self._function_name is None:
@@ -78,34 +81,36 @@ class ChatAnswer:
             "logprobs": logprobs,
             "finish_reason": None if finish is None else self._finish_reason(finish),
         }
-        return {**self._frame, "object": "chat.completion.chunk", "choices": [choice]}
+        return {**self._envelope, "object": "chat.completion.chunk", "choices": [choice]}
 
     def _finish_reason(self, finish: Finish) -> str:
         reason = finish_reason(finish)
         return "tool_calls" if reason == "stop" and self._function_name is not None else reason
 
 
-class TextAnswer:
-    """The answer to a completion, which may have several prompts: the choices of one follow those of another."""
+class TextResponse:
+    """Builds the response to a text completion. The choices of several prompts follow one another."""
 
     def __init__(self, model: str, request_id: str | None) -> None:
-        self._frame = {**_frame("cmpl", model, request_id), "object": "text_completion"}
+        self._envelope = {**_envelope_for("cmpl", model, request_id), "object": "text_completion"}
 
-    def whole(self, choices: list[Json], usages: Iterable[Usage]) -> Json:
-        return {**self._frame, "choices": choices, "usage": usage(usages)}
+    def complete(self, choices: list[Json], usages: Iterable[Usage]) -> Json:
+        return {**self._envelope, "choices": choices, "usage": usage(usages)}
 
     def chunk(self, choice: Json) -> Json:
-        return {**self._frame, "choices": [choice]}
+        return {**self._envelope, "choices": [choice]}
 
-    def idle_chunk(self) -> Json:
-        """Says nothing, but that the answer is still being made."""
+    def empty_chunk(self) -> Json:
+        """Returns a chunk without content, which keeps an idle stream alive."""
         return self.chunk(text_choice(0, "", None, None))
 
     def usage_chunk(self, usages: Iterable[Usage]) -> Json:
-        return self.whole([], usages)
+        """Returns the last chunk of a stream with `include_usage`."""
+        return self.complete([], usages)
 
 
 def text_choice(index: int, text: str, logprobs: Json | None, finish: Finish | None) -> Json:
+    """Returns a choice of a text completion, or the new part of one in a chunk."""
     return {
         "index": index,
         "text": text,
@@ -115,8 +120,10 @@ def text_choice(index: int, text: str, logprobs: Json | None, finish: Finish | N
 
 
 def text_logprobs(logprobs: Sequence[TokenLogprob], offset: int, num_top: int, first: str | None = None) -> Json:
-    """Of tokens whose text begins `offset` characters into the choice's; `first` is the text of a prompt's first
-    token, which has no log probability."""
+    """Returns the log probabilities of tokens whose text begins `offset` characters into the text of the choice.
+
+    first: the text of a prompt's first token, which has no log probability.
+    """
     tokens = [] if first is None else [first]
     values: list[float | None] = [] if first is None else [None]
     top: list[Json | None] = [] if first is None else [None]
@@ -137,7 +144,7 @@ def text_logprobs(logprobs: Sequence[TokenLogprob], offset: int, num_top: int, f
 
 
 def finish_reason(finish: Finish) -> str:
-    """OpenAI's word for why an output ended."""
+    """Returns OpenAI's name for the reason an output ended."""
     if finish.reason is FinishReason.CONTENT_FILTER:
         return "content_filter"
     return "length" if finish.reason in _LENGTH else "stop"
@@ -168,12 +175,13 @@ def _chat_logprobs(logprobs: Iterable[TokenLogprob]) -> Json:
 
 
 def _token(token: bytes) -> str:
-    """A token's text; one that is no whole characters is spelt as OpenAI does it."""
+    """Returns the text of a token; a token that is not valid UTF-8 by itself is written as OpenAI does."""
     try:
         return token.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
-def _frame(kind: str, model: str, request_id: str | None) -> Json:
-    return {"id": f"{kind}-{request_id or uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+def _envelope_for(prefix: str, model: str, request_id: str | None) -> Json:
+    """Returns the fields that a response and all its chunks share."""
+    return {"id": f"{prefix}-{request_id or uuid.uuid4().hex}", "created": int(time.time()), "model": model}
