@@ -51,7 +51,7 @@ def resolve_target(target: str | None) -> str:
 
 def proxy_variable(target: str) -> str | None:
     """Returns the environment variable whose proxy gRPC uses for this target; None if it connects directly."""
-    excluded = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
+    excluded = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""  # noqa: SIM112  (their usual case)
     if _is_local(target) or any(
         _host(target).endswith(suffix.strip()) for suffix in excluded.split(",") if suffix.strip()
     ):
