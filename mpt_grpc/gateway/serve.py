@@ -37,27 +37,56 @@ async def running_gateway(
 
 @asynccontextmanager
 async def _serving(app: FastAPI, host: str, port: int, grace_s: float) -> AsyncIterator[int]:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio disables Nagle's algorithm, which delays a response of two packets by 40 ms, only for this protocol.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        flag = "host" if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL else "http-port"
-        remedy = "; --http-port 0 selects a free port" if error.errno == errno.EADDRINUSE else ""
-        raise SettingsError(f"--{flag}: cannot listen on {host}:{port}: {error.strerror}{remedy}") from error
+    listeners = _listen(host, port)
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=math.ceil(grace_s))
     server = _Server(config)
-    running = asyncio.create_task(server.serve(sockets=[listener]))
+    running = asyncio.create_task(server.serve(sockets=listeners))
     try:
         await server.ready.wait()
-        yield listener.getsockname()[1]
+        yield listeners[0].getsockname()[1]
     finally:
         server.should_exit = True
         await running
-        listener.close()
+        for listener in listeners:
+            listener.close()
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Returns sockets on all addresses of the host, on one port, as gRPC listens on them."""
+    listeners: list[socket.socket] = []
+    try:
+        for family, address in _addresses(host):
+            # asyncio disables Nagle's algorithm, which delays a response of two packets by 40 ms, only for this
+            # protocol.
+            listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listener.bind((address, port))
+            except OSError as error:
+                listener.close()
+                if listeners and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    continue  # this machine has no IPv6
+                raise
+            listeners.append(listener)
+            port = listener.getsockname()[1]
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        flag = "host" if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL else "http-port"
+        remedy = "; --http-port 0 selects a free port" if error.errno == errno.EADDRINUSE else ""
+        raise SettingsError(f"--{flag}: cannot listen on {host}:{port}: {error.strerror}{remedy}") from error
+    return listeners
+
+
+def _addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
+    if host in ("0.0.0.0", "::"):
+        return [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")]
+    if host == "localhost":
+        return [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
 
 
 class _Server(uvicorn.Server):
