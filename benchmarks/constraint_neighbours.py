@@ -1,9 +1,9 @@
-"""What constraints cost those who have none: the gaps between tokens of plain streams, alone and beside constraints.
+"""Measures how constrained requests slow down unconstrained ones: the time between tokens of plain streams.
 
     python benchmarks/constraint_neighbours.py
 
-Four plain requests stream on the demo model while, in other threads, requests with constraints come one after the
-other: ordinary ones, then such as are made to be costly to compile or to follow.
+Four plain requests stream on the demo model while other threads send constrained requests one after the other: first
+with ordinary constraints, then with ones designed to be costly to compile or to enforce.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ORDINARY: tuple[Constraint, ...] = (
 
 
 def costly(number: int) -> Constraint:
-    """Constraints that cost as much as the server allows; each is new to its cache."""
+    """Returns a constraint that costs about as much as the server allows; no two are the same, so none is cached."""
     return (
         Regex(f"(a{{1,{900 + number % 99}}}){{1,1000}}"),
         LarkGrammar(f'start: e\ne: e e | "a" | "b{number}"'),
@@ -47,8 +47,11 @@ def costly(number: int) -> Constraint:
     )[number % 4]
 
 
-def gaps_ms(engine: Engine, neighbour: Callable[[int], Constraint | None] | None) -> list[float]:
-    """The times between the tokens of the plain streams, while neighbours come and go."""
+def gaps_ms(engine: Engine, make_constraint: Callable[[int], Constraint | None] | None) -> list[float]:
+    """Returns the times between tokens of the plain streams.
+
+    Meanwhile other threads send requests with the constraints that `make_constraint` returns, or none if it is None.
+    """
     done = threading.Event()
 
     def plain(number: int) -> None:
@@ -61,22 +64,22 @@ def gaps_ms(engine: Engine, neighbour: Callable[[int], Constraint | None] | None
             last_s = now_s
 
     def constrained(number: int) -> None:
-        while not done.is_set() and neighbour is not None:
+        while not done.is_set() and make_constraint is not None:
             request = GenerationRequest(
                 f"constrained {number}",
                 "Once upon a time",
                 SamplingParameters(seed=number),
-                decoding=DecodingOptions(constraint=neighbour(number)),
+                decoding=DecodingOptions(constraint=make_constraint(number)),
                 stopping=StoppingCriteria(max_new_tokens=40),
             )
             try:
                 engine.generate(request)
             except MptServerError:
-                refused.append(number)
+                failed.append(number)
             number += NUM_NEIGHBOURS
 
     gaps: list[float] = []
-    refused: list[int] = []
+    failed: list[int] = []
     streams = [threading.Thread(target=plain, args=(number,)) for number in range(NUM_PLAIN)]
     others = [threading.Thread(target=constrained, args=(number,)) for number in range(NUM_NEIGHBOURS)]
     for thread in (*streams, *others):
@@ -97,11 +100,11 @@ def row(name: str, gaps: Sequence[float]) -> str:
 def main() -> None:
     engine, model = load_engine(Settings())
     print(f"{model.name}, {model.dtype}, {model.device}; ms between tokens of {NUM_PLAIN} plain streams\n")
-    print("| beside | p50 | p99 | most |\n|---|---|---|---|")
+    print("| concurrent load | p50 | p99 | max |\n|---|---|---|---|")
     with engine:
         gaps_ms(engine, None)
-        print(row("nothing", gaps_ms(engine, None)), flush=True)
-        print(row(f"{NUM_NEIGHBOURS} plain requests that come and go", gaps_ms(engine, lambda _: None)), flush=True)
+        print(row("none", gaps_ms(engine, None)), flush=True)
+        print(row(f"{NUM_NEIGHBOURS} short plain requests", gaps_ms(engine, lambda _: None)), flush=True)
         ordinary = gaps_ms(engine, lambda number: ORDINARY[number % len(ORDINARY)])
         print(row(f"{NUM_NEIGHBOURS} requests with ordinary constraints", ordinary), flush=True)
         print(row(f"{NUM_NEIGHBOURS} requests with costly constraints", gaps_ms(engine, costly)), flush=True)

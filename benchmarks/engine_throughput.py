@@ -1,10 +1,10 @@
-"""Measures the engine at several batch sizes, beside the limit that the memory sets, and a peer if asked for.
+"""Measures the engine's throughput and latency at several batch sizes, and optionally those of a peer.
 
     python benchmarks/engine_throughput.py --sequences 1 8 32 --peer transformers
     python benchmarks/engine_throughput.py --model FOLDER --load-format random --sequences 1 16 64
 
-Every sequence has its own random prompt and the same number of new tokens. A decoding step cannot be quicker than it
-takes to read the weights once: that limit is measured in the same run, by copying a gibibyte.
+Every sequence has its own random prompt and the same number of new tokens. A decoding step cannot be faster than one
+read of all weights: this limit is measured in the same run, by summing a gibibyte.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
         cache=CacheSettings(kv_cache_bytes=int(arguments.kv_cache_gib * (1 << 30))),
     )
     engine, model = load_engine(settings)
-    # In a thread of its own: see engine/load.py on OpenMP's workers.
+    # In a separate thread, because of OpenMP's workers: see engine/load.py.
     with ThreadPoolExecutor(max_workers=1) as thread:
         limit_s = model.weight_bytes / thread.submit(_read_bandwidth, torch.device(model.device)).result()
     processor = torch.cuda.get_device_name() if model.device == "cuda" else f"{os.cpu_count()} CPU cores"
@@ -83,7 +83,7 @@ def _run(engine: Engine, n: int, new_tokens: int) -> tuple[float, list[Generatio
 
 
 def _run_transformers(arguments: argparse.Namespace, model: LoadedModel) -> None:
-    """The peer: `generate` with one padded batch, on the same checkpoint, dtype and threads."""
+    """Measures transformers' `generate` on one batch, with the same checkpoint, dtype and number of threads."""
     import transformers
 
     folder = find_checkpoint(arguments.model).folder
@@ -105,7 +105,7 @@ def _run_transformers(arguments: argparse.Namespace, model: LoadedModel) -> None
 
 
 def _read_bandwidth(device: torch.device) -> float:
-    """Bytes a second that the device reads, the best of five sums over a gibibyte."""
+    """Returns the device's read bandwidth in bytes per second: the best of five sums over a gibibyte."""
     data = torch.ones(1 << 28, dtype=torch.float32, device=device)
     best_s = float("inf")
     for _ in range(5):
@@ -137,7 +137,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kv-cache", type=float)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--peer", choices=("transformers",), help="measure it as well, on the same checkpoint")
+    parser.add_argument("--peer", choices=("transformers",), help="also measure this peer on the same checkpoint")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""What OpenAI's API costs beside the gRPC API: the same streams over both, in turns, on one server.
+"""Measures the overhead of the OpenAI-compatible API: the same streams over gRPC and HTTP in turn, on one server.
 
 mpt-grpc serve &
 python benchmarks/gateway_overhead.py
@@ -26,7 +26,9 @@ async def main() -> None:
     parser.add_argument("--url", default="http://localhost:8451/v1")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parsed = parser.parse_args()
-    print("| streams | over | tokens/s | TTFT ms, median | ITL ms, median | ITL ms, p99 |\n|---|---|---|---|---|---|")
+    print(
+        "| streams | protocol | tokens/s | TTFT ms, median | ITL ms, median | ITL ms, p99 |\n|---|---|---|---|---|---|"
+    )
     async with AsyncClient(parsed.target) as client, aiohttp.ClientSession() as session:
 
         async def grpc() -> AsyncIterator[None]:
@@ -35,9 +37,9 @@ async def main() -> None:
                     yield
 
         async def http() -> AsyncIterator[None]:
-            asked = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True}
-            async with session.post(f"{parsed.url}/completions", json=asked) as answer:
-                async for line in answer.content:
+            body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True}
+            async with session.post(f"{parsed.url}/completions", json=body) as response:
+                async for line in response.content:
                     if line.startswith(b"data: {"):
                         yield
 
@@ -46,7 +48,7 @@ async def main() -> None:
             for number in range(ROUNDS + 1):
                 for name, stream in (("gRPC", grpc), ("HTTP", http)):
                     measured = await _measure(stream, num_streams)
-                    if number:  # the first is for warming up
+                    if number:  # the first round is a warm-up
                         rounds[name].append(measured)
             for name, measures in rounds.items():
                 rate, ttft, itl, itl_p99 = (statistics.median(values) for values in zip(*measures, strict=True))
@@ -54,21 +56,21 @@ async def main() -> None:
 
 
 async def _measure(stream: Stream, num_streams: int) -> tuple[float, ...]:
-    """Tokens/s, and the medians of TTFT and ITL and the p99 of ITL in ms."""
+    """Returns tokens/s, the medians of TTFT and ITL in ms, and the p99 of ITL in ms."""
     first: list[float] = []
     between: list[float] = []
 
     async def read() -> None:
         last_s = time.perf_counter()
-        begun = False
+        has_started = False
         async for _ in stream():
             now_s = time.perf_counter()
-            (between if begun else first).append((now_s - last_s) * 1e3)
-            begun, last_s = True, now_s
+            (between if has_started else first).append((now_s - last_s) * 1e3)
+            has_started, last_s = True, now_s
 
-    began_s = time.perf_counter()
+    start_s = time.perf_counter()
     await asyncio.gather(*(read() for _ in range(num_streams)))
-    rate = num_streams * NUM_TOKENS / (time.perf_counter() - began_s)
+    rate = num_streams * NUM_TOKENS / (time.perf_counter() - start_s)
     return rate, statistics.median(first), statistics.median(between), statistics.quantiles(between, n=100)[98]
 
 

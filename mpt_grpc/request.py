@@ -1,4 +1,4 @@
-"""What a caller asks and what comes back, as frozen values; their fields are named as in the API (`protos/mpt/v1`)."""
+"""Requests and their results as frozen values, with the names of the API (`protos/mpt/v1`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hashlib import blake2b
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: str
     """'system', 'user' or 'assistant'."""
@@ -19,31 +19,31 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that the model's chat template makes a prompt of; the last is the user's."""
+    """Messages that the model's chat template turns into a prompt; the last one is the user's."""
 
     messages: tuple[Message, ...]
     drop_oldest_turns: bool = False
-    """Whether the oldest turns are left out where all of them do not fit the context; the system message stays."""
+    """Whether to drop the oldest turns if the conversation does not fit in the context; the system message is kept."""
 
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How a token is drawn. The filters apply in the order temperature, top-k, top-p, min-p, typical-p."""
+    """How the next token is sampled. Applied in the order temperature, top-k, top-p, min-p, typical-p."""
 
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 selects greedy decoding."""
     top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the fewest likeliest tokens whose probabilities reach this sum; 1 keeps all."""
+    """Keep the smallest set of most likely tokens whose total probability reaches this value; 1 keeps all."""
     min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest; 0 keeps all."""
+    """Remove tokens less likely than this fraction of the most likely token; 0 keeps all."""
     typical_p: float = 1.0
-    """Keep the fewest tokens closest to the expected surprise whose probabilities reach this sum; 1 keeps all."""
+    """Keep the smallest set of most typical tokens whose total probability reaches this value; 1 keeps all."""
     seed: int | None = None
-    """Uint64; None lets the engine draw one."""
+    """An unsigned 64-bit number; None lets the engine choose a random one."""
     num_sequences: int = 1
-    """How many outputs; each draws with a seed of its own, see `sequence_seed`."""
+    """The number of outputs, each with its own seed; see `sequence_seed`."""
 
 
 @dataclass(frozen=True)
@@ -62,34 +62,34 @@ class GenerationDefaults:
 
 @dataclass(frozen=True)
 class JsonSchema:
-    """The output is JSON that a schema allows."""
+    """Constrains the output to JSON that conforms to a schema."""
 
     schema: str
-    """As JSON."""
+    """The schema as JSON text."""
 
 
 @dataclass(frozen=True)
 class JsonObject:
-    """The output is any JSON object."""
+    """Constrains the output to a JSON object."""
 
 
 @dataclass(frozen=True)
 class Regex:
-    """The whole output matches a regular expression."""
+    """Constrains the whole output to match a regular expression."""
 
     pattern: str
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The output is one of these strings."""
+    """Constrains the output to one of the given strings."""
 
     options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class LarkGrammar:
-    """The output is a sentence of a grammar in llguidance's variant of Lark."""
+    """Constrains the output to a grammar in llguidance's variant of Lark."""
 
     grammar: str
 
@@ -99,25 +99,25 @@ Constraint = JsonSchema | JsonObject | Regex | Choice | LarkGrammar
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """What is done to the scores before a token is drawn, in this order; it applies to greedy choices too."""
+    """How the logits are processed before sampling, in this order; also applies to greedy decoding."""
 
     repetition_penalty: float = 1.0
-    """Divides the positive scores of tokens in prompt and output, and multiplies the negative ones; 1 is none."""
+    """Divides positive logits, and multiplies negative logits, of tokens in prompt and output; 1 has no effect."""
     frequency_penalty: float = 0.0
-    """Taken from a token's score for each time that it is in the output."""
+    """Subtracted from a token's logit for each of its occurrences in the output."""
     presence_penalty: float = 0.0
-    """Taken from a token's score if it is in the output."""
+    """Subtracted from the logit of every token that occurs in the output."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the scores of these tokens."""
+    """Added to the logits of these token IDs."""
     allowed_token_ids: tuple[int, ...] = ()
-    """Only these may be chosen; empty allows all."""
+    """Restricts the output to these token IDs; empty allows all."""
     constraint: Constraint | None = None
-    """Only what this allows may be chosen."""
+    """Restricts the output to a formal language."""
 
 
 @dataclass(frozen=True)
 class RepetitionGuard:
-    """Ends an output that loops: its last tokens are a cycle of at most `max_cycle_tokens`, `min_repeats` times."""
+    """Ends an output whose last tokens repeat a sequence of at most `max_cycle_tokens` tokens `min_repeats` times."""
 
     min_repeats: int = 4
     max_cycle_tokens: int = 32
@@ -125,30 +125,30 @@ class RepetitionGuard:
 
 @dataclass(frozen=True)
 class StoppingCriteria:
-    """When an output ends."""
+    """When generation stops."""
 
     max_new_tokens: int | None = None
-    """None takes the server's default, cut to what the context has room for. 0 only computes the prompt."""
+    """None takes the server's default, reduced to the room in the context. 0 only computes the prompt."""
     min_new_tokens: int = 0
-    """Until there are so many, end marks and stop tokens are not chosen and stop strings do not count."""
+    """Until it is reached, EOS and stop tokens are not sampled and stop strings are ignored."""
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop_string: bool = False
-    """Whether the text ends with the stop string that was met."""
+    """Whether the text includes the stop string that ended the output."""
     ignore_eos: bool = False
     time_limit_s: float | None = None
-    """Since arrival; the output ends with what there is."""
+    """The maximum age of the request in seconds, after which the partial output is returned."""
     repetition_guard: RepetitionGuard | None = None
 
 
 @dataclass(frozen=True)
 class LogprobOptions:
-    """Which tokens get a `TokenLogprob`."""
+    """Which tokens have a `TokenLogprob` in the result."""
 
     prompt: bool = False
     output: bool = False
     num_top: int = 0
-    """How many of the likeliest tokens it names."""
+    """The number of most likely tokens to include at each position."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,14 @@ class CacheOptions:
     """How the request uses the prefix cache."""
 
     bypass: bool = False
-    """Neither read nor fill it."""
+    """Whether to neither read nor write it."""
     salt: str = ""
-    """Blocks are shared only among requests with the same salt."""
+    """Restricts sharing of blocks to requests with the same salt."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt to continue."""
+    """A prompt to continue, and how."""
 
     request_id: str
     prompt: str | tuple[int, ...] | Conversation
@@ -173,30 +173,31 @@ class GenerationRequest:
     logprobs: LogprobOptions = field(default_factory=LogprobOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     priority: int = 0
-    """Higher goes first; among equals the earlier arrival."""
+    """Requests with higher values run first; equal priorities are served in order of arrival."""
     skip_special_tokens: bool = True
-    """Whether special tokens, such as the end mark, are left out of the text."""
+    """Whether to omit special tokens, such as the EOS token, from the text."""
     truncate_prompt_tokens: int | None = None
-    """Only so many of the prompt's last tokens are used."""
+    """Keep only this many tokens from the end of the prompt."""
     resume_token_ids: tuple[int, ...] = ()
-    """An output as far as it has come: what follows is what would have followed."""
+    """The tokens of a partial output to resume; the result is what would have followed."""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely the model found a token, by its own scores: before penalties, biases, constraints and temperature."""
+    """The log probability of a token under the model's own distribution, before penalties, biases, constraints and
+    temperature."""
 
     token_id: int
     logprob: float
-    """Natural logarithm of the probability."""
+    """The natural logarithm of the probability."""
     rank: int
-    """1 for the likeliest token."""
+    """1 for the most likely token."""
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens and their log probabilities, the likeliest first."""
+    """The most likely tokens and their log probabilities, in decreasing order."""
 
 
 class FinishReason(enum.Enum):
-    """Why an output ended."""
+    """The reason an output ended."""
 
     MAX_NEW_TOKENS = enum.auto()
     EOS_TOKEN = enum.auto()
@@ -211,7 +212,7 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of an output: why, and the stop token or stop string that was met, if one was."""
+    """Why an output ended, and the token or string that ended it, if there is one."""
 
     reason: FinishReason
     stop_token_id: int | None = None
@@ -220,45 +221,45 @@ class Finish:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """What one step of the engine did for one sequence of a request.
+    """The result of one step for one sequence of a request.
 
-    Each sequence ends with one `finish`, the last of them with `stats`; or the request ends with one `error`.
+    Every sequence ends with one `finish`, the last of which has `stats`, or the request ends with one `error`.
     """
 
     request_id: str
     index: int = 0
-    """Of the request's sequences."""
+    """The index of the sequence."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Of `token_ids`, if asked for."""
+    """The log probabilities of `token_ids`, if requested."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the prompt's tokens but the first, if asked for; in the first event only."""
+    """The log probabilities of the prompt from its second token, if requested; in the first event only."""
     finish: Finish | None = None
     error: Exception | None = None
     stats: RequestStats | None = None
-    """With the last `finish`, and with the `error` of a step."""
+    """Set with the last `finish`, and with the `error` of a step."""
 
 
 @dataclass(frozen=True)
 class RequestStats:
-    """The account of one request. Times are seconds since the epoch; None where it has not got that far."""
+    """Statistics of a request. Times are in seconds since the epoch, and None for phases that it has not reached."""
 
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens taken from the prefix cache when the request first ran."""
     num_preemptions: int
     seed: int
-    """The seed that was used."""
+    """The seed of the first output."""
     arrival_time_s: float
     scheduled_time_s: float | None
     first_token_time_s: float | None
     end_time_s: float
-    """Of one in flight: now."""
+    """The present time while the request is in progress."""
 
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """A piece of one sequence's output; the first has `prompt_logprobs`, the last of all sequences `stats`."""
+    """A chunk of one output; the first has `prompt_logprobs` and the last of all outputs has `stats`."""
 
     index: int
     text: str
@@ -271,7 +272,7 @@ class OutputDelta:
 
 @dataclass(frozen=True)
 class Output:
-    """One sequence's whole output."""
+    """A complete output."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -281,7 +282,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Generation:
-    """What came of a request: an output for each of its sequences."""
+    """The outputs of a request, with its statistics."""
 
     outputs: tuple[Output, ...]
     prompt_logprobs: tuple[TokenLogprob, ...]
@@ -289,22 +290,23 @@ class Generation:
 
     @property
     def text(self) -> str:
-        """The first output's."""
+        """The text of the first output."""
         return self.outputs[0].text
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The first output's."""
+        """The token IDs of the first output."""
         return self.outputs[0].token_ids
 
     @property
     def finish(self) -> Finish:
-        """The first output's."""
+        """Why the first output ended."""
         return self.outputs[0].finish
 
 
 def sequence_seed(seed: int, index: int) -> int:
-    """The seed of a request's sequence: the request's own for the first, a hash of it and the index for the others."""
+    """Returns the seed of a sequence: the request's own for the first, and a hash of it and the index for the
+    others."""
     if index == 0:
         return seed
     return int.from_bytes(blake2b(seed.to_bytes(8, "little") + index.to_bytes(8, "little"), digest_size=8).digest())

@@ -1,4 +1,4 @@
-"""What passes between the control plane (`schedule/`) and the data plane (`model/`) in one step, as frozen values."""
+"""The frozen values that the control plane (`schedule/`) and the data plane (`model/`) exchange in one step."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from mpt_grpc.request import DecodingOptions, SamplingParameters, TokenLogprob
 
 
 class Matcher(Protocol):
-    """A constraint, and how far one output has come in it. Raises InvalidRequestError once it costs too much."""
+    """The state of one output's constraint. Its methods raise InvalidRequestError if the constraint costs too much."""
 
     def advance(self, token_id: int) -> bool:
-        """Takes a chosen token in; returns whether the output is complete, so that nothing may follow."""
+        """Consumes a chosen token; returns whether the output is complete, so that no token may follow."""
         ...
 
     def mask(self) -> bytes:
-        """Which tokens may come next: token i may if bit i % 8 of byte i // 8 is set.
+        """Returns a bit mask of the tokens that may come next: token i is allowed if bit i % 8 of byte i // 8 is set.
 
-        Another thread may call it, which then does not hold up this one, but not while `advance` runs.
+        It may be called from another thread, without blocking this one, but not while `advance` runs.
         """
         ...
 
 
 @dataclass(frozen=True)
-class TokenChoice:
-    """How a sequence's next token is chosen: everything that the sampler needs, so that it keeps no state."""
+class SamplingInputs:
+    """Everything the sampler needs to choose a sequence's next token, so that it keeps no state of its own."""
 
-    sampling: SamplingParameters
-    """With the seed of the sequence, always."""
+    parameters: SamplingParameters
+    """The sampling parameters; the seed is always set, and is the sequence's own."""
     output_position: int
-    """How many tokens were chosen before; the sampler's counter."""
+    """The number of output tokens chosen so far; it is the counter of the sampler's hash."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     prompt_token_ids: tuple[int, ...] = ()
-    """With a repetition penalty, else empty."""
+    """The prompt's tokens if there is a repetition penalty, else empty."""
     output_token_ids: tuple[int, ...] = ()
-    """With a penalty of any kind, else empty."""
+    """The output's tokens if there is a penalty of any kind, else empty."""
     forbidden_token_ids: tuple[int, ...] = ()
-    """End marks and stop tokens, as long as `min_new_tokens` is not reached."""
+    """EOS and stop tokens until `min_new_tokens` is reached, else empty."""
     matcher: Matcher | None = None
     num_top_logprobs: int | None = None
-    """None if no TokenLogprob is asked for."""
+    """The number of most likely tokens to report; None if no TokenLogprob was requested."""
 
 
 @dataclass(frozen=True)
 class PromptScoring:
-    """Prompt tokens whose log probability is asked for: `token_ids[i]` follows the step's token `first + i`."""
+    """Prompt tokens whose log probabilities were requested: `token_ids[i]` follows the step's token `first + i`."""
 
     first: int
     token_ids: tuple[int, ...]
@@ -55,28 +55,28 @@ class PromptScoring:
 
 @dataclass(frozen=True)
 class SequenceStep:
-    """One sequence's share of a step: compute the tokens at positions [start, start + len(token_ids))."""
+    """One sequence's part of a step: compute the tokens at positions [start, start + len(token_ids))."""
 
     sequence_id: int
-    """No other sequence ever has it."""
+    """Unique among all sequences of the process; never reused."""
     request_id: str
     token_ids: tuple[int, ...]
     start: int
     block_table: tuple[int, ...]
-    """The blocks that hold positions [0, start + len(token_ids)), in order."""
-    choice: TokenChoice | None
-    """If these are the last known tokens and a new one is chosen after them."""
+    """The blocks that store positions [0, start + len(token_ids)), in order."""
+    sampling: SamplingInputs | None
+    """Set if these are the last known tokens and a new token is to be chosen after them."""
     scoring: PromptScoring | None = None
 
     @property
     def length(self) -> int:
-        """Tokens in the cache once the step is done."""
+        """The number of the sequence's tokens in the cache after the step."""
         return self.start + len(self.token_ids)
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What the model computes in one step; no sequence is named twice."""
+    """What the model computes in one step; each sequence appears at most once."""
 
     sequences: tuple[SequenceStep, ...]
 
@@ -87,25 +87,25 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What came of a step, by sequence id."""
+    """The results of a step, by sequence id."""
 
     token_ids: Mapping[int, int]
     """The chosen tokens."""
     logprobs: Mapping[int, TokenLogprob] = field(default_factory=dict)
-    """Of the chosen tokens, where asked for."""
+    """Log probabilities of the chosen tokens, where requested."""
     prompt_logprobs: Mapping[int, tuple[TokenLogprob, ...]] = field(default_factory=dict)
-    """Of the prompt tokens of `PromptScoring`, in their order."""
+    """Log probabilities of the tokens in each `PromptScoring`, in the same order."""
     errors: Mapping[int, Exception] = field(default_factory=dict)
-    """The sequences that failed alone."""
+    """Errors of sequences that failed while the rest of the step succeeded."""
 
-    def is_late(self, sequence: SequenceStep) -> bool:
-        """Whether a sequence wanted a token and was not ready to choose: its last token is computed again."""
-        known = sequence.sequence_id in self.token_ids or sequence.sequence_id in self.errors
-        return sequence.choice is not None and not known
+    def is_deferred(self, sequence: SequenceStep) -> bool:
+        """Whether a sequence was to get a token but was not ready; its last token is then computed again."""
+        has_result = sequence.sequence_id in self.token_ids or sequence.sequence_id in self.errors
+        return sequence.sampling is not None and not has_result
 
 
 def merged(results: Iterable[StepResult]) -> StepResult:
-    """One result of several, which name different sequences."""
+    """Returns the union of results that concern different sequences."""
     results = tuple(results)
     return StepResult(
         token_ids={key: value for result in results for key, value in result.token_ids.items()},

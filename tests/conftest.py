@@ -1,4 +1,4 @@
-"""Fixtures that several floors share. Engines compute in float32, where results do not depend on the batch's shape."""
+"""Fixtures shared by several packages. Engines compute in float32, where results do not depend on the batch's shape."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from server_process import ServerProcess, running
 from mpt_grpc.engine import load
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream
-from mpt_grpc.model.runner import Runner, StepScores
+from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.request import GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import CacheSettings, HttpSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 from mpt_grpc.step import StepPlan
 
 DEMO_BLOCK_BYTES = 2 * 8 * 16 * 256 * 4
-"""One block of the demo model's cache in float32: keys and values, 8 layers, 16 tokens, 256 wide."""
+"""The size of one block of the demo model's cache in float32: keys and values, 8 layers, 16 tokens, width 256."""
 
 
 def demo_settings(num_blocks: int = 512, **scheduler: Any) -> Settings:
-    """The demo model in float32 with a cache of `num_blocks`, on a free port."""
+    """Returns settings for the demo model in float32 with a cache of `num_blocks`, on a free port."""
     return Settings(
         model=ModelSettings(device="cpu", dtype="float32"),
         cache=CacheSettings(kv_cache_bytes=num_blocks * DEMO_BLOCK_BYTES),
@@ -41,7 +41,7 @@ def settings() -> Settings:
 
 @pytest.fixture
 def make_engine() -> Iterator[Callable[..., Engine]]:
-    """Starts engines on the demo model, and closes them at the end."""
+    """Starts engines on the demo model and closes them when the test ends."""
     with ExitStack() as stack:
 
         def make(num_blocks: int = 512, **scheduler: Any) -> Engine:
@@ -53,7 +53,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
 
 @pytest.fixture(scope="session")
 def shared_engine() -> Iterator[Engine]:
-    """One engine for tests that leave nothing behind."""
+    """One engine shared by all tests that leave no state behind."""
     engine, _ = load.load_engine(demo_settings())
     with engine:
         yield engine
@@ -69,57 +69,57 @@ def generation(
     ignore_eos: bool = True,
     **fields: Any,
 ) -> GenerationRequest:
-    """A greedy request, unless `sampling` says otherwise."""
+    """Returns a request that is greedy unless `sampling` is given."""
     stopping = StoppingCriteria(max_new_tokens=max_new_tokens, stop_strings=stop, ignore_eos=ignore_eos)
     sampling = sampling or SamplingParameters(temperature=0)
     return GenerationRequest(request_id, prompt, sampling, stopping=stopping, **fields)
 
 
 def submit(engine: Engine, request: GenerationRequest) -> ThreadStream:
-    """Puts a request in flight, to be read by this thread."""
+    """Submits a request; its stream is to be read by this thread."""
     return engine.submit(engine.preparation.prepare(request), ThreadStream)
 
 
 class SteppedRunner(Runner):
-    """A runner that computes only as many steps as the test allows, and says when it has been asked for one more.
+    """A runner that waits before each step until the test allows it, and lets the test wait for the next step.
 
-    A server's warm-up passes unseen.
+    A server's warm-up request runs without waiting.
     """
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self._allowed = threading.Semaphore(0)
-        self._asked = threading.Semaphore(0)
-        self._free = False
+        self._requested = threading.Semaphore(0)
+        self._runs_freely = False
         self.plans: list[StepPlan] = []
 
-    def run(self, plan: StepPlan) -> StepScores:
+    def run(self, plan: StepPlan) -> StepOutput:
         if plan.sequences[0].request_id == "warm-up":
             return super().run(plan)
         self.plans.append(plan)
-        self._asked.release()
-        if not self._free:
+        self._requested.release()
+        if not self._runs_freely:
             self._allowed.acquire()
         return super().run(plan)
 
     def wait_for_step(self) -> StepPlan:
-        """Blocks until the engine has planned a step that was not seen yet, and returns its plan."""
-        assert self._asked.acquire(timeout=30)
+        """Blocks until the engine has planned a step not yet returned here, and returns its plan."""
+        assert self._requested.acquire(timeout=30)
         return self.plans[-1]
 
     def allow(self) -> None:
         self._allowed.release()
 
     def run_free(self) -> None:
-        self._free = True
+        self._runs_freely = True
         self._allowed.release()
 
 
 @pytest.fixture
 def stepped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SteppedRunner]]:
-    """Engines that are made in the test get a SteppedRunner each; they are listed here.
+    """Gives each engine created in the test a SteppedRunner, and returns the list of these runners.
 
-    A test names it after the fixture that makes engines, so that they are let go before they are closed.
+    A test must list it after the fixture that creates engines, so that runners are released before engines are closed.
     """
     runners: list[SteppedRunner] = []
 
@@ -135,6 +135,6 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SteppedRunner]]:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
-    """One server process for tests that leave nothing behind."""
+    """One server process shared by all tests that leave no state behind."""
     with running() as process:
         yield process

@@ -1,4 +1,4 @@
-"""Random JSON schemas, and what they ask for, told without the library that enforces them."""
+"""Hypothesis strategies for JSON schemas, and a validator independent of the library that enforces them."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 
 def conforms(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a value is valid under one of the generated schemas."""
     if "anyOf" in schema:
         return any(conforms(value, option) for option in schema["anyOf"])
     if "enum" in schema or "const" in schema:

@@ -1,4 +1,4 @@
-"""Shows the service at work: starts a server on the built-in model and streams eight prompts from it at once."""
+"""Demonstrates the service: starts a server on the built-in model and streams eight prompts from it concurrently."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 @contextmanager
 def running_server(trace_file: Path) -> Iterator[tuple[str, str]]:
-    """Starts a server, yields its target and what it printed, stops it and makes sure that it ended well."""
+    """Starts a server, yields its target and its startup message, then stops it; exits if the server fails."""
     command = [
         sys.executable,
         "-m",
@@ -75,17 +75,17 @@ def running_server(trace_file: Path) -> Iterator[tuple[str, str]]:
                 break
         targets = [line.split()[1] for line in welcome if line.strip().startswith("gRPC")]
         if not targets:
-            sys.exit("the server did not start; its words are above")
+            sys.exit("the server did not start; see its output above")
         yield targets[0], "\n".join(welcome)
     finally:
         process.send_signal(signal.SIGTERM)
         status = process.wait()
     if status:
-        sys.exit(f"the server ended with status {status}")
+        sys.exit(f"the server exited with status {status}")
 
 
 def stream_all(client: Client, console: Console) -> list[Generation]:
-    """Streams every prompt at the same time and shows the texts as they grow."""
+    """Streams all prompts concurrently and shows the texts as they grow."""
     texts = list(PROMPTS)
     start = threading.Barrier(len(PROMPTS))
 
@@ -111,11 +111,11 @@ def stream_all(client: Client, console: Console) -> list[Generation]:
 
 
 def side_by_side(texts: list[str], console: Console) -> Columns:
-    """The ends of the texts, in two rows of four panels."""
+    """Returns the ends of the texts in two rows of four panels."""
     width, height = console.width // 4 - 1, max(6, (console.height - 2) // 2)
-    room = (width - 4) * (height - 3)
+    max_characters = (width - 4) * (height - 3)
     panels = [
-        Panel(" ".join(text.split())[-room:], title=str(index + 1), width=width, height=height)
+        Panel(" ".join(text.split())[-max_characters:], title=str(index + 1), width=width, height=height)
         for index, text in enumerate(texts)
     ]
     return Columns(panels, padding=0)
@@ -147,7 +147,7 @@ def print_table(console: Console, generations: list[Generation], before: Load, a
 
 
 def print_waterfall(console: Console, trace_file: Path, trace_id: str) -> None:
-    """Draws the spans of one request as bars over time."""
+    """Prints the spans of one request as bars over time."""
     lines = trace_file.read_text(encoding="utf-8").splitlines()
     spans = [span for span in map(json.loads, lines) if span["context"]["trace_id"] == f"0x{trace_id}"]
     times = {

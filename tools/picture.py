@@ -1,4 +1,4 @@
-"""Makes docs/page.png: the page at work on the built-in model, in Debian's chromium."""
+"""Takes the screenshot docs/page.png: the web page in use with the built-in model, in Debian's chromium."""
 
 from __future__ import annotations
 

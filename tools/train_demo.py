@@ -1,11 +1,11 @@
 """Trains the demo model that ships in mpt_grpc/demo: a small MPT on public-domain children's stories.
 
-    python tools/train_demo.py --corpus stories.txt --work /tmp/demo            # trains, or goes on from a checkpoint
+    python tools/train_demo.py --corpus stories.txt --work /tmp/demo            # trains, or resumes from a checkpoint
     python tools/train_demo.py --corpus stories.txt --work /tmp/demo --export   # writes mpt_grpc/demo
 
-The corpus is one text with `<|endoftext|>` between documents; every 40th document is held out whole. The model is
-the server's own `MPT`; only attention differs, since nothing is cached in training. The learning rate warms up, stays,
-and falls to zero over the last part, so that a run can be shortened or lengthened at a checkpoint by `--steps`.
+The corpus is one text file with `<|endoftext|>` between documents; every 40th document is held out. The model is the
+server's own `MPT`; only attention differs, since nothing is cached in training. The learning rate warms up, stays
+constant and decays to zero at the end, so a run can be shortened or extended at a checkpoint with `--steps`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _train(
             optimizer.load_state_dict(saved)
         start = state["step"]
     attend = causal_attention(model.config, arguments.batch, CONTEXT, arguments.device)
-    began, seen = time.monotonic(), 0
+    start_s, num_tokens = time.monotonic(), 0
     for step in range(start, arguments.steps):
         for optimizer, rate in zip(optimizers, base_rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * _schedule(step, arguments.steps)
@@ -102,9 +102,9 @@ def _train(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        seen += inputs.numel()
+        num_tokens += inputs.numel()
         if (step + 1) % 20 == 0:
-            rate = seen / (time.monotonic() - began)
+            rate = num_tokens / (time.monotonic() - start_s)
             print(f"step {step + 1}/{arguments.steps} loss {loss.item():.4f} {rate:,.0f} tokens/s", flush=True)
         if (step + 1) % arguments.checkpoint_every == 0 or step + 1 == arguments.steps:
             states = [optimizer.state_dict() for optimizer in optimizers]
@@ -116,12 +116,12 @@ def _train(
 
 
 def causal_attention(config: MPTConfig, batch: int, length: int, device: str) -> Attend:
-    """Attention for `batch` sequences of `length` tokens each, laid one after the other; nothing is cached."""
+    """Returns attention for `batch` concatenated sequences of `length` tokens each; nothing is cached."""
     distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]
     slopes = alibi_slopes(config.n_heads, config.alibi_bias_max)
     bias = (slopes[:, None, None] * distance).masked_fill(distance > 0, -torch.inf)[None].to(device)
 
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001 - the same in each
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG001 - the same for every layer
         q, k, v = (t.unflatten(0, (batch, length)).transpose(1, 2) for t in (query, key, value))
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=config.softmax_scale)
         return context.transpose(1, 2).flatten(0, 1)
@@ -137,14 +137,17 @@ def _loss(model: MPT, inputs: Tensor, targets: Tensor, attend: Attend, device: s
 
 
 def _batch(stream: Tensor, step: int, batch: int, device: str) -> tuple[Tensor, Tensor]:
-    """Windows without replacement: each epoch shifts the grid of windows and shuffles it anew."""
+    """Returns inputs and targets of windows sampled without replacement.
+
+    Each epoch shifts the grid of windows by a random offset and reshuffles it.
+    """
     windows = (len(stream) - 1) // CONTEXT - 1
     rows = []
     for index in range(step * batch, (step + 1) * batch):
-        epoch, place = divmod(index, windows)
+        epoch, position = divmod(index, windows)
         rng = np.random.default_rng(epoch)
         offset = int(rng.integers(CONTEXT))
-        rows.append(offset + int(rng.permutation(windows)[place]) * CONTEXT)
+        rows.append(offset + int(rng.permutation(windows)[position]) * CONTEXT)
     picked = torch.stack([stream[row : row + CONTEXT + 1] for row in rows]).to(device)
     return picked[:, :-1].flatten(), picked[:, 1:].flatten()
 
@@ -164,7 +167,7 @@ def _initialise(model: MPT) -> None:
 
 @torch.no_grad()
 def _bits_per_byte(model: MPT, tokenizer: Tokenizer, documents: list[str]) -> float:
-    """Held-out cross-entropy in bits per UTF-8 byte; each document is cut into windows that start with the end mark."""
+    """Returns the cross-entropy in bits per UTF-8 byte, over windows that each start with the EOS token."""
     bits, num_bytes = 0.0, 0
     end = tokenizer.token_to_id(END)
     device = next(model.parameters()).device
@@ -235,11 +238,13 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder for the tokenizer, the checkpoint and the log")
-    parser.add_argument("--steps", type=int, default=2000, help="steps in all, those of a checkpoint included")
-    parser.add_argument("--batch", type=int, default=16, help="windows of 512 tokens in a step")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="total number of steps, including those of a checkpoint"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="number of 512-token windows per step")
     parser.add_argument("--checkpoint-every", type=int, default=100)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--export", action="store_true", help="write the checkpoint to mpt_grpc/demo and stop")
+    parser.add_argument("--export", action="store_true", help="write the checkpoint to mpt_grpc/demo and exit")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""`mpt-grpc eval`: how good a model is, measured by lm-eval through a running server's OpenAI API."""
+"""`mpt-grpc eval`: measures the quality of a model with lm-eval through a server's OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def run(parsed: argparse.Namespace) -> None:
 
 def _evaluate(parsed: argparse.Namespace, model: dict[str, Any], tasks: list[Any]) -> Any:
     if all(isinstance(task, dict) for task in tasks):
-        # Nothing of these is elsewhere.
+        # These tasks need no download.
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
-        raise EvaluationError("eval needs lm-eval: in the project's folder, pip install -e '.[eval]'") from error
+        raise EvaluationError("eval needs lm-eval, which the extra 'eval' installs; see docs/install.md") from error
     try:
         return simple_evaluate(
             model="local-completions",
@@ -72,11 +72,12 @@ def _served_model(url: str) -> dict[str, Any]:
             return model
     except (OSError, ValueError, LookupError) as error:
         why = getattr(error, "reason", error)
-        raise EvaluationError(f"--url: no model is served at {url}: {why}") from error
+        raise EvaluationError(f"--url: no server responds at {url}; start one with `mpt-grpc serve`: {why}") from error
 
 
 def _story_endings() -> dict[str, Any]:
-    """64 beginnings of sentences as children's stories have them, each with four endings, one of which is right."""
+    """Returns a task of 64 beginnings of sentences from children's stories, each with four endings, one of them
+    correct."""
     lines = Path(__file__).with_name("story_endings.jsonl").read_text(encoding="utf-8").splitlines()
     return _task(
         STORY_ENDINGS,
@@ -96,7 +97,7 @@ def _text(file: Path) -> dict[str, Any]:
         raise EvaluationError(f"--text: cannot read {file}: {error}") from error
     rows = [{"text": document} for document in documents if document]
     if not rows:
-        raise EvaluationError(f"--text: {file} has no text")
+        raise EvaluationError(f"--text: {file} is empty")
     return _task(
         f"text:{file.name}",
         rows,
@@ -118,7 +119,7 @@ def _task(name: str, rows: list[dict[str, Any]], **config: Any) -> dict[str, Any
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside it nothing is heard of lm-eval and of what it uses, but for bars that show progress in a terminal."""
+    """Silences lm-eval and its dependencies inside the block, except for progress bars in a terminal."""
     logging.disable(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))

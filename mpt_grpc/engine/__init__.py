@@ -1,1 +1,1 @@
-"""Where the two planes meet: the scheduler thread, and what carries its tokens to the readers."""
+"""The engine: the scheduler thread, and the streams that deliver its tokens to readers."""

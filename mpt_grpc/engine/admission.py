@@ -1,4 +1,4 @@
-"""Decides whether a request may enter: every field within its range, and room for it in the context and the cache."""
+"""Validates requests: the range of every field, and whether prompt and output fit in the context and the cache."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ MAX_PRIORITY = 100
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What a request must fit in."""
+    """The limits that a request is checked against."""
 
     vocab_size: int
-    """Tokens of the tokenizer."""
+    """The number of token ids in the tokenizer's vocabulary."""
     max_context_tokens: int
-    """Prompt and output together; never more than the KV cache holds."""
+    """The maximum length of prompt and output together; never more than fits in the KV cache."""
     default_max_new_tokens: int
     """The value for requests that do not set `max_new_tokens`, reduced to the room in the context."""
     max_num_sequences: int
-    """Outputs of one request; never more than may be in flight."""
+    """The maximum number of outputs per request; never more than may be in flight."""
 
 
 def request_violations(request: GenerationRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
-    """Yields each field that is wrong whatever the prompt's tokens are."""
+    """Yields the violations that do not depend on the prompt's tokens."""
     if len(request.request_id.encode()) > MAX_ID_BYTES:
         yield FieldViolation("request_id", f"longer than {MAX_ID_BYTES} bytes")
     if len(request.cache.salt.encode()) > MAX_ID_BYTES:
@@ -51,7 +51,7 @@ def request_violations(request: GenerationRequest, limits: RequestLimits) -> Ite
         yield FieldViolation("priority", f"{request.priority} is not in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
     if request.truncate_prompt_tokens is not None:
         if isinstance(request.prompt, Conversation):
-            why = "not with a conversation: set its drop_oldest_turns instead"
+            why = "cannot be combined with a conversation: set its drop_oldest_turns instead"
             yield FieldViolation("truncate_prompt_tokens", why)
         if request.truncate_prompt_tokens < 1:
             yield FieldViolation("truncate_prompt_tokens", f"{request.truncate_prompt_tokens} is below 1")
@@ -59,13 +59,13 @@ def request_violations(request: GenerationRequest, limits: RequestLimits) -> Ite
     yield from _decoding(request.decoding, limits)
     yield from _stopping(request.stopping, limits)
     yield from _logprobs(request.logprobs)
-    yield from _together(request, limits)
+    yield from _combinations(request, limits)
 
 
 def prompt_violations(
     request: GenerationRequest, prompt_token_ids: tuple[int, ...], limits: RequestLimits
 ) -> Iterator[FieldViolation]:
-    """Yields what is wrong with the prompt's tokens, and whether what is asked for fits beside them."""
+    """Yields the violations that depend on the prompt's tokens: invalid ids, and requests that exceed the context."""
     field = "text" if isinstance(request.prompt, str) else "token_ids.ids"
     num_tokens, num_resumed, context = len(prompt_token_ids), len(request.resume_token_ids), limits.max_context_tokens
     max_new_tokens = request.stopping.max_new_tokens
@@ -74,7 +74,7 @@ def prompt_violations(
         return
     if num_tokens > context - (max_new_tokens != 0):
         yield FieldViolation(
-            field, f"{num_tokens} tokens leave no room for a new one in the context of {context}: shorten the prompt"
+            field, f"{num_tokens} tokens leave no room for a new token in the context of {context}: shorten the prompt"
         )
         return
     yield from _token_ids(field, prompt_token_ids, limits)
@@ -85,12 +85,12 @@ def prompt_violations(
         yield FieldViolation(
             "stopping.max_new_tokens",
             f"{max_new_tokens} new tokens after a prompt of {num_tokens} exceed the context of {context}:"
-            f" ask for at most {context - num_tokens} or shorten the prompt",
+            f" request at most {context - num_tokens} or shorten the prompt",
         )
 
 
 def _sampling(sampling: SamplingParameters, limits: RequestLimits) -> Iterator[FieldViolation]:
-    # Each comparison is false for NaN, so that NaN is out of every range.
+    # Every comparison with NaN is false, so NaN is outside every range.
     if not 0 <= sampling.temperature <= 100:
         yield FieldViolation("sampling.temperature", f"{sampling.temperature} is not in [0, 100]")
     if not 0 <= sampling.top_k <= limits.vocab_size:
@@ -109,7 +109,7 @@ def _sampling(sampling: SamplingParameters, limits: RequestLimits) -> Iterator[F
 
 def _decoding(decoding: DecodingOptions, limits: RequestLimits) -> Iterator[FieldViolation]:
     if not 0 < decoding.repetition_penalty <= MAX_REPETITION_PENALTY:
-        why = f"{decoding.repetition_penalty} is not in (0, {MAX_REPETITION_PENALTY}]; 1 changes nothing"
+        why = f"{decoding.repetition_penalty} is not in (0, {MAX_REPETITION_PENALTY}]; 1 applies no penalty"
         yield FieldViolation("decoding.repetition_penalty", why)
     for name, value in (
         ("frequency_penalty", decoding.frequency_penalty),
@@ -118,12 +118,12 @@ def _decoding(decoding: DecodingOptions, limits: RequestLimits) -> Iterator[Fiel
         if not -MAX_PENALTY <= value <= MAX_PENALTY:
             yield FieldViolation(f"decoding.{name}", f"{value} is not in [-{MAX_PENALTY}, {MAX_PENALTY}]")
     if len(decoding.logit_bias) > MAX_LOGIT_BIAS_TOKENS:
-        why = f"{len(decoding.logit_bias)} tokens, at most {MAX_LOGIT_BIAS_TOKENS}"
+        why = f"{len(decoding.logit_bias)} tokens; at most {MAX_LOGIT_BIAS_TOKENS} are allowed"
         yield FieldViolation("decoding.logit_bias", why)
     for token, bias in decoding.logit_bias.items():
         field = f"decoding.logit_bias[{token}]"
         if not 0 <= token < limits.vocab_size:
-            yield FieldViolation(field, f"{token} is not a token id: they are below {limits.vocab_size}")
+            yield FieldViolation(field, f"{token} is not a token id: ids are below {limits.vocab_size}")
         if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
             yield FieldViolation(field, f"{bias} is not in [-{MAX_LOGIT_BIAS}, {MAX_LOGIT_BIAS}]")
     yield from _token_ids("decoding.allowed_token_ids", decoding.allowed_token_ids, limits)
@@ -133,19 +133,21 @@ def _stopping(stopping: StoppingCriteria, limits: RequestLimits) -> Iterator[Fie
     if stopping.max_new_tokens is not None and stopping.max_new_tokens < 0:
         yield FieldViolation("stopping.max_new_tokens", f"{stopping.max_new_tokens} is below 0")
     if len(stopping.stop_strings) > MAX_STOP_STRINGS:
-        yield FieldViolation("stopping.stop_strings", f"{len(stopping.stop_strings)}, at most {MAX_STOP_STRINGS}")
+        why = f"{len(stopping.stop_strings)} strings; at most {MAX_STOP_STRINGS} are allowed"
+        yield FieldViolation("stopping.stop_strings", why)
     for index, stop in enumerate(stopping.stop_strings):
         if not 1 <= len(stop.encode()) <= MAX_STOP_STRING_BYTES:
             yield FieldViolation(
                 f"stopping.stop_strings[{index}]",
-                f"{len(stop.encode())} bytes are not in [1, {MAX_STOP_STRING_BYTES}]",
+                f"its length of {len(stop.encode())} bytes is not in [1, {MAX_STOP_STRING_BYTES}]",
             )
     if len(stopping.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        yield FieldViolation("stopping.stop_token_ids", f"{len(stopping.stop_token_ids)}, at most {MAX_STOP_TOKEN_IDS}")
+        why = f"{len(stopping.stop_token_ids)} tokens; at most {MAX_STOP_TOKEN_IDS} are allowed"
+        yield FieldViolation("stopping.stop_token_ids", why)
     yield from _token_ids("stopping.stop_token_ids", stopping.stop_token_ids, limits)
     limit_s = stopping.time_limit_s
     if limit_s is not None and not 0 < limit_s < math.inf:
-        yield FieldViolation("stopping.time_limit", f"{limit_s} s is not above 0")
+        yield FieldViolation("stopping.time_limit", f"{limit_s} s is not positive and finite")
     if (guard := stopping.repetition_guard) is not None:
         field = "stopping.repetition_guard"
         if not 2 <= guard.min_repeats <= MAX_REPEATS:
@@ -162,35 +164,37 @@ def _logprobs(logprobs: LogprobOptions) -> Iterator[FieldViolation]:
         yield FieldViolation("output_options.top_logprobs", "requires return_logprobs or return_prompt_logprobs")
 
 
-def _together(request: GenerationRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
-    """What excludes what."""
+def _combinations(request: GenerationRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
+    """Yields the violations by fields that cannot be combined."""
     sampling, decoding, stopping = request.sampling, request.decoding, request.stopping
     max_new_tokens = limits.default_max_new_tokens if stopping.max_new_tokens is None else stopping.max_new_tokens
     if not 0 <= stopping.min_new_tokens <= max_new_tokens:
-        why = f"{stopping.min_new_tokens} is not in [0, {max_new_tokens}], the latter being max_new_tokens"
+        why = f"{stopping.min_new_tokens} is not in [0, {max_new_tokens}], where the upper bound is max_new_tokens"
         yield FieldViolation("stopping.min_new_tokens", why)
     if decoding.constraint is not None and decoding.allowed_token_ids:
-        why = "not together with a constraint: what both allow may be nothing"
+        why = "cannot be combined with a constraint: the two might have no token in common"
         yield FieldViolation("decoding.allowed_token_ids", why)
     if decoding.constraint is not None and stopping.ignore_eos:
-        why = "not together with a constraint, which ends where it is complete"
+        why = "cannot be combined with a constraint: the output ends once the constraint is complete"
         yield FieldViolation("stopping.ignore_eos", why)
     if max_new_tokens == 0 and sampling.num_sequences > 1:
-        yield FieldViolation("sampling.num_sequences", "more than 1 with max_new_tokens 0: there is no output")
+        yield FieldViolation("sampling.num_sequences", "must be 1 if max_new_tokens is 0: there is no output")
     if resumed := request.resume_token_ids:
         if sampling.num_sequences > 1:
-            yield FieldViolation("resume_token_ids", "with num_sequences above 1: resume each output by its own seed")
+            why = "cannot be combined with num_sequences above 1: resume each output separately, with its own seed"
+            yield FieldViolation("resume_token_ids", why)
         if sampling.seed is None and sampling.temperature > 0:
-            why = "required with resume_token_ids unless temperature is 0: give the one that the answer told"
+            why = "required with resume_token_ids unless temperature is 0: set the seed from the interrupted response"
             yield FieldViolation("sampling.seed", why)
         if len(resumed) > max_new_tokens:
-            yield FieldViolation("resume_token_ids", f"{len(resumed)} tokens, max_new_tokens is {max_new_tokens}")
+            why = f"{len(resumed)} tokens exceed max_new_tokens, which is {max_new_tokens}"
+            yield FieldViolation("resume_token_ids", why)
         yield from _token_ids("resume_token_ids", resumed, limits)
 
 
 def _token_ids(field: str, token_ids: Iterable[int], limits: RequestLimits) -> Iterator[FieldViolation]:
-    """Yields the first that is no token id."""
+    """Yields a violation for the first invalid token id."""
     for index, token in enumerate(token_ids):
         if not 0 <= token < limits.vocab_size:
-            yield FieldViolation(f"{field}[{index}]", f"{token} is not a token id: they are below {limits.vocab_size}")
+            yield FieldViolation(f"{field}[{index}]", f"{token} is not a token id: ids are below {limits.vocab_size}")
             return

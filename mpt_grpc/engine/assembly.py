@@ -1,4 +1,4 @@
-"""From a request's token events to its deltas: text, where it ends, and what a guard lets through."""
+"""Turns a request's token events into output deltas: assembles text, finds its end, and applies guards."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ _TEXTLESS = (FinishReason.EOS_TOKEN, FinishReason.STOP_TOKEN)
 
 
 class RequestAssembly:
-    """All outputs of one request. Ends with the last of them, or with an error."""
+    """Assembles all outputs of one request. It ends when all of them have ended, or when the request fails."""
 
     error: Exception | None = None
-    """What the request ended with, once all that came before it is told."""
+    """The error that ended the request, to be raised after all earlier deltas are delivered."""
 
     def __init__(self, outputs: Sequence[OutputAssembly], end_request: Callable[[], None]) -> None:
         self._outputs, self._end_request = outputs, end_request
         self.is_guarded = any(output.is_guarded for output in outputs)
-        """Whether `advance` runs code of a guard, which may take its time."""
+        """Whether `advance` runs guard code, which may be slow."""
         self.ended = False
 
     def advance(self, events: Iterable[TokenEvent]) -> list[OutputDelta]:
-        """Returns what is new: at most one delta for each output."""
+        """Processes events and returns the resulting deltas, at most one per output."""
         by_index: dict[int, list[TokenEvent]] = {}
         for event in events:
             if event.error is not None:
                 self.error, self.ended = event.error, True
             else:
                 by_index.setdefault(event.index, []).append(event)
-        deltas = [delta for index, some in by_index.items() if (delta := self._outputs[index].advance(some))]
-        # The account comes with the event that ends the last output, so its delta goes last.
+        deltas = [delta for index, group in by_index.items() if (delta := self._outputs[index].advance(group))]
+        # The request's statistics arrive with the event that ends the last output, so its delta goes last.
         deltas.sort(key=lambda delta: delta.stats is not None)
         self.ended = self.ended or any(delta.stats is not None for delta in deltas)
         return deltas
 
     def cancel(self) -> None:
-        """Ends the request; without effect once it has ended. Any thread may call it."""
+        """Cancels the request; has no effect once it has ended. May be called from any thread."""
         if not self.ended:
             self._end_request()
 
 
 @dataclass(frozen=True)
 class _HeldToken:
-    """A token that is told once its text is."""
+    """A token that is held back until its text is sent."""
 
     token_id: int
     logprob: TokenLogprob | None
     text_end: int | None
-    """Where its text ends in the output's; None if only a later token completes it."""
+    """The offset in the output's text where the token's text ends; None if only a later token completes it."""
 
 
 class OutputAssembly:
-    """One output. After a stop string, or a guard's objection, it only waits for the engine to end the sequence.
+    """Assembles one output. Once a stop string or a guard has ended it, only the engine's final event is awaited.
 
-    Under a guard tokens and text are told together: a token once the guard lets all of its text through.
+    With a guard, tokens are sent together with their text: each one when the guard has released all of its text.
     """
 
     def __init__(
@@ -69,25 +69,25 @@ class OutputAssembly:
         end_sequence: Callable[[], None],
         resume_token_ids: tuple[int, ...] = (),
     ) -> None:
-        """`end_sequence` tells the engine that no more tokens are wanted; `resume_token_ids` are not told again."""
+        """`end_sequence` asks the engine to generate no more tokens; `resume_token_ids` are not sent again."""
         self._index, self._text, self._watch, self._end_sequence = index, text, watch, end_sequence
         self._resume_token_ids = resume_token_ids
         self._held: deque[_HeldToken] = deque()
         self._num_assembled = 0
-        """Characters that came out of the text assembler."""
-        self._passed, self._passed_start = "", 0
-        """Text that may be told, and where it begins in the output's."""
-        self._num_told = 0
-        """Characters that the caller has; one who resumes has some from the start."""
+        """The number of characters that the text assembler has returned."""
+        self._released, self._released_start = "", 0
+        """The text that may be sent, and its offset in the output's text."""
+        self._num_sent = 0
+        """The number of characters that the caller has; a resumed request starts with some."""
 
     @property
     def is_guarded(self) -> bool:
         return self._watch is not None
 
     def advance(self, events: Iterable[TokenEvent]) -> OutputDelta | None:
-        """Returns what is new, if anything is."""
+        """Processes events and returns the resulting delta, or None if there is nothing to send."""
         was_over = self._is_over
-        self._take_in_resumed()
+        self._feed_resumed_tokens()
         text, finish, stats = "", None, None
         prompt_logprobs: tuple[TokenLogprob, ...] = ()
         for event in events:
@@ -95,11 +95,11 @@ class OutputAssembly:
             text += self._feed(event)
             finish, stats = event.finish, event.stats
         if finish is not None:
-            text += self._text.finish()  # nothing after a stop string, but it may complete one
-        self._pass(text, is_last=finish is not None)
+            text += self._text.finish()  # empty after a stop string, but it may also complete one
+        self._release(text, is_last=finish is not None)
         if self._is_over and not was_over:
             self._end_sequence()
-        tokens, text = self._tell(is_last=finish is not None)
+        tokens, text = self._take_sendable(is_last=finish is not None)
         if not (text or tokens or prompt_logprobs or finish is not None):
             return None
         return OutputDelta(
@@ -120,17 +120,17 @@ class OutputAssembly:
     def _is_blocked(self) -> bool:
         return self._watch is not None and self._watch.blocked
 
-    def _take_in_resumed(self) -> None:
+    def _feed_resumed_tokens(self) -> None:
         token_ids, self._resume_token_ids = self._resume_token_ids, ()
         if token_ids:
             text = self._feed(TokenEvent("", self._index, token_ids))
             self._held.clear()
-            self._pass(text, is_last=False)
-            # A guard had let the whole text of these tokens through; without one, what a stop string holds is untold.
-            self._num_told = self._num_assembled + (self._text.num_held if self.is_guarded else 0)
+            self._release(text, is_last=False)
+            # A guard had released these tokens' whole text. Without one, text held for a stop string was not sent yet.
+            self._num_sent = self._num_assembled + (self._text.num_held if self.is_guarded else 0)
 
     def _feed(self, event: TokenEvent) -> str:
-        """Returns the text of an event's tokens; those after a stop string do not belong to the output."""
+        """Returns the text of an event's tokens, leaving out tokens after the end of the output."""
         text = ""
         for position, token_id in enumerate(event.token_ids):
             if self._is_over:
@@ -147,37 +147,40 @@ class OutputAssembly:
             self._held.append(_HeldToken(token_id, logprob, text_end))
         return text
 
-    def _pass(self, text: str, is_last: bool) -> None:
-        """Adds to `_passed` what the guard, if there is one, lets through."""
+    def _release(self, text: str, is_last: bool) -> None:
+        """Adds text to `_released`, as far as the guard, if there is one, allows it."""
         if self._watch is not None and not self._watch.blocked:
             text = self._watch.feed(text) if text else ""
             if is_last and not self._watch.blocked:
                 text += self._watch.finish()
         elif self._watch is not None:
             text = ""
-        self._passed += text
+        self._released += text
 
-    def _tell(self, is_last: bool) -> tuple[list[_HeldToken], str]:
-        """The tokens and the text that may be told now."""
-        passed_end = self._passed_start + len(self._passed)
+    def _take_sendable(self, is_last: bool) -> tuple[list[_HeldToken], str]:
+        """Removes and returns the tokens and the text that may be sent now."""
+        released_end = self._released_start + len(self._released)
         if self._watch is None or (is_last and not self._is_blocked):
-            tokens, end = list(self._held), passed_end
+            tokens, end = list(self._held), released_end
             self._held.clear()
         else:
-            tokens = self._pop_passed(passed_end)
-            end = passed_end if is_last else max(self._num_told, *(token.text_end or 0 for token in tokens), 0)
-        text = self._passed[max(0, self._num_told - self._passed_start) : end - self._passed_start]
-        self._num_told = max(self._num_told, end)
-        gone = min(len(self._passed), self._num_told - self._passed_start)
-        self._passed, self._passed_start = self._passed[gone:], self._passed_start + gone
+            tokens = self._pop_released_tokens(released_end)
+            end = released_end if is_last else max(self._num_sent, *(token.text_end or 0 for token in tokens), 0)
+        text = self._released[max(0, self._num_sent - self._released_start) : end - self._released_start]
+        self._num_sent = max(self._num_sent, end)
+        num_removed = min(len(self._released), self._num_sent - self._released_start)
+        self._released, self._released_start = self._released[num_removed:], self._released_start + num_removed
         return tokens, text
 
-    def _pop_passed(self, passed_end: int) -> list[_HeldToken]:
-        """Takes the first held tokens whose text has passed; one without an end goes with the next that has one."""
+    def _pop_released_tokens(self, released_end: int) -> list[_HeldToken]:
+        """Removes and returns the leading tokens whose text is released.
+
+        A token that does not complete any text goes together with the next one that does.
+        """
         count = 0
         for number, token in enumerate(self._held, start=1):
             if token.text_end is not None:
-                if token.text_end > passed_end:
+                if token.text_end > released_end:
                     break
                 count = number
         return [self._held.popleft() for _ in range(count)]
@@ -191,5 +194,5 @@ class OutputAssembly:
 
 
 def _is_textless(token_id: int, finish: Finish | None) -> bool:
-    """Whether a token's text is left out because it ended the output."""
+    """Whether a token's text is omitted because the token ended the output."""
     return finish is not None and finish.reason in _TEXTLESS and token_id == finish.stop_token_id

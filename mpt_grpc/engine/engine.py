@@ -1,6 +1,7 @@
-"""The scheduler thread. It alone touches the model, the cache and the state of requests.
+"""The scheduler thread, which alone accesses the model, the cache and the state of requests.
 
-Into it goes mail (submit, abort, close), out of it come token events: a whole step's in one call to the readers' loop.
+Other threads send it commands (submit, abort, close) through a queue. It sends back token events, and delivers all
+events of a step in a single call to the readers' event loop.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
 
 from mpt_grpc.engine.assembly import OutputAssembly, RequestAssembly
-from mpt_grpc.engine.flights import Flight, Flights
 from mpt_grpc.engine.masks import MaskWorkers
 from mpt_grpc.engine.prepare import Preparation, PreparedRequest
+from mpt_grpc.engine.request_table import RequestRecord, RequestTable
 from mpt_grpc.engine.state import EngineLoad, EngineState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream, collect
 from mpt_grpc.errors import DeviceLostError, DrainingError, EngineStoppedError, InternalError, UnavailableError
@@ -48,7 +49,7 @@ Stream = TypeVar("Stream", AsyncStream, ThreadStream)
 
 
 class Engine:
-    """Generates text, with or without a server around it. A context manager: the thread runs inside."""
+    """Generates text, as a library or inside a server. A context manager: the scheduler thread runs within it."""
 
     def __init__(
         self,
@@ -61,17 +62,17 @@ class Engine:
         tracer: Tracer | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """Takes the parts as `load.py` makes them. With `loop`, events are delivered there, else in the thread."""
+        """Takes the components that `load.py` builds. Events are delivered on `loop`, or else by the thread itself."""
         self.preparation = preparation
         self.load = EngineLoad(num_free_blocks=scheduler.num_free_blocks)
         self._scheduler, self._runner, self._sampler = scheduler, runner, sampler
         self._loop = loop
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._masks = MaskWorkers(on_ready=lambda: self._inbox.put(_wake_up))
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._masks = MaskWorkers(on_ready=lambda: self._commands.put(_wake_up))
         self._waits_for_masks = False
-        """Whether nothing can be chosen before a mask is ready, which comes as mail."""
-        self._flights = Flights(max_in_flight, tracer)
-        self._watchers: list[Future[EngineState]] = []
+        """Whether no token can be chosen until a mask is ready, which a command will signal."""
+        self._requests = RequestTable(max_in_flight, tracer)
+        self._state_futures: list[Future[EngineState]] = []
         self._admission = threading.Lock()
         self._closed: UnavailableError | None = None
         self._running = True
@@ -88,11 +89,14 @@ class Engine:
         self.close()
 
     def generate(self, request: GenerationRequest) -> Generation:
-        """Blocks until the request has ended and returns its whole outputs. Raises as `prepare` and `submit` do."""
+        """Blocks until the request has ended and returns its outputs. Raises the errors of `prepare` and `submit`."""
         return collect(self.stream(request))
 
     def stream(self, request: GenerationRequest) -> Iterator[OutputDelta]:
-        """Yields the outputs as they grow; leaving early ends the request. Raises as `prepare` and `submit` do."""
+        """Yields the outputs piece by piece; closing the iterator early cancels the request.
+
+        Raises the errors of `prepare` and `submit`.
+        """
         stream = self.submit(self.preparation.prepare(request), ThreadStream)
         try:
             yield from stream
@@ -100,82 +104,82 @@ class Engine:
             stream.cancel()
 
     def submit(self, prepared: PreparedRequest, kind: type[Stream], *, context: Context | None = None) -> Stream:
-        """Puts a request in flight and returns its stream; `context` is the parent of its spans.
+        """Starts a request and returns its stream; `context` is the parent of the request's spans.
 
-        Raises DuplicateRequestError, OverloadedError or UnavailableError; a fault while it runs is raised by the
+        Raises DuplicateRequestError, OverloadedError or UnavailableError. Errors that occur later are raised by the
         stream.
         """
 
-        def ending(index: int) -> Callable[[], None]:
-            return lambda: self._cancel(flight, index)
+        def canceller(index: int) -> Callable[[], None]:
+            return lambda: self._cancel(record, index)
 
         num_sequences = prepared.request.sampling.num_sequences
-        outputs = [self._assembly(prepared, index, ending(index)) for index in range(num_sequences)]
-        stream = kind(prepared, RequestAssembly(outputs, lambda: self._cancel(flight)))
-        flight: Flight = Flight(prepared, stream.receive, context, self._now_s())
+        outputs = [self._assembly(prepared, index, canceller(index)) for index in range(num_sequences)]
+        stream = kind(prepared, RequestAssembly(outputs, lambda: self._cancel(record)))
+        record: RequestRecord = RequestRecord(prepared, stream.receive, context, self._now_s())
         with self._admission:
             if self._closed is not None:
                 raise type(self._closed)(str(self._closed))
-            was_idle = not self._flights
-            self._flights.enter(flight)
+            was_idle = not self._requests
+            self._requests.add(record)
             if was_idle:
                 self._progress_time_s = time.monotonic()
-            self._inbox.put(lambda: self._add(flight))
+            self._commands.put(lambda: self._add(record))
         return stream
 
     def cancel(self, request_id: str) -> bool:
-        """Ends a request with CANCELLED before the next step; its blocks are free then. False: not in flight."""
-        flight = self._flights.get(request_id)
-        if flight is not None:
-            self._cancel(flight)
-        return flight is not None
+        """Cancels a request and frees its blocks before the next step; returns False if it is not in flight."""
+        record = self._requests.get(request_id)
+        if record is not None:
+            self._cancel(record)
+        return record is not None
 
     def state(self) -> Future[EngineState]:
-        """What the engine is doing, as it is after the step that runs. Raises UnavailableError if it has stopped."""
-        watcher: Future[EngineState] = Future()
+        """Returns a future for the engine's state after the current step. Raises UnavailableError if it has stopped."""
+        future: Future[EngineState] = Future()
         with self._admission:
             if self._has_stopped:
                 assert self._closed is not None, "the engine refuses requests before it stops"
                 raise type(self._closed)(str(self._closed))
-            self._watchers.append(watcher)
-        self._inbox.put(_wake_up)
-        return watcher
+            self._state_futures.append(future)
+        self._commands.put(_wake_up)
+        return future
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._flights)
+        return len(self._requests)
 
     def refuse(self, why: UnavailableError) -> None:
-        """From now on `submit` raises UnavailableError; what is in flight goes on."""
+        """Makes `submit` raise UnavailableError from now on; requests in flight continue."""
         with self._admission:
             self._closed = self._closed or why
 
     def close(self) -> None:
-        """Ends what is in flight with UnavailableError and the thread with it. Idempotent."""
+        """Stops the thread and ends all requests in flight with UnavailableError. Idempotent."""
         self.refuse(DrainingError("the engine is closed"))
-        self._inbox.put(self._stop)
+        self._commands.put(self._stop)
         if self._thread.ident is not None:
             self._thread.join()
 
     def is_stuck(self, timeout_s: float) -> bool:
-        """Whether the thread has died, or work waits and nothing has come of it for `timeout_s`."""
+        """Whether the thread has died, or requests are pending but no step has completed for `timeout_s`."""
         idle_s = time.monotonic() - self._progress_time_s
-        return not self._thread.is_alive() or (bool(self._flights) and idle_s > timeout_s)
+        return not self._thread.is_alive() or (bool(self._requests) and idle_s > timeout_s)
 
     def _run(self) -> None:
         try:
             while self._running:
-                self._take_mail()
-                self._answer_watchers()
+                self._run_commands()
+                self._report_state()
                 self._end_overdue()
-                self._deliver()  # what has ended does not wait for the step
+                self._deliver()  # the events of requests that have just ended do not wait for the step
                 plan = self._scheduler.plan()
                 self._waits_for_masks = False
                 if plan.sequences:
                     self._mark_scheduled(plan)
                     result = self._compute(plan)
-                    self._waits_for_masks = all(result.is_late(sequence) for sequence in plan.sequences)
-                    self._account(plan, result, self._scheduler.commit(plan, result))
+                    self._waits_for_masks = all(result.is_deferred(sequence) for sequence in plan.sequences)
+                    self._record_step(plan, result, self._scheduler.commit(plan, result))
                 self._deliver()
         except BaseException as error:
             _log.exception("the engine has stopped")
@@ -184,53 +188,53 @@ class Engine:
             assert self._closed is not None, "close() refuses before it stops the thread"
             self._fail_all(self._closed)
 
-    def _take_mail(self) -> None:
+    def _run_commands(self) -> None:
         if self._waits_for_masks or not self._scheduler.has_work:
-            self._inbox.get()()
+            self._commands.get()()
         while True:
             try:
-                mail = self._inbox.get_nowait()
+                command = self._commands.get_nowait()
             except queue.Empty:
                 return
-            mail()
+            command()
 
-    def _add(self, flight: Flight) -> None:
-        prepared = flight.prepared
+    def _add(self, record: RequestRecord) -> None:
+        prepared = record.prepared
         added = self._scheduler.add(prepared.request, prepared.prompt_token_ids, prepared.matchers)
-        self._flights.start(flight, [progress.sequence for progress in added])
+        self._requests.start(record, [progress.sequence for progress in added])
         for progress in added:
             if progress.finish is not None:
-                self._flights.tell(progress, self._now_s())
+                self._requests.report(progress, self._now_s())
 
     def _end_overdue(self) -> None:
-        for flight in self._flights.overdue(self._now_s()):
-            self._end(flight.sequences, FinishReason.TIME_LIMIT)
+        for record in self._requests.overdue(self._now_s()):
+            self._end(record.sequences, FinishReason.TIME_LIMIT)
 
-    def _cancel(self, flight: Flight, index: int | None = None) -> None:
-        """Ends a flight, or one sequence of it. Any thread may ask; what has ended is passed over."""
+    def _cancel(self, record: RequestRecord, index: int | None = None) -> None:
+        """Cancels a request, or one of its sequences, unless it has ended. May be called from any thread."""
 
         def end() -> None:
-            self._end(flight.sequences if index is None else [flight.sequences[index]], FinishReason.CANCELLED)
+            self._end(record.sequences if index is None else [record.sequences[index]], FinishReason.CANCELLED)
 
-        self._inbox.put(end)
+        self._commands.put(end)
 
     def _end(self, sequences: Iterable[Sequence], reason: FinishReason) -> None:
         for sequence in sequences:
             if self._scheduler.end(sequence):
                 self._masks.forget(sequence.sequence_id)
-                self._flights.tell(Progress(sequence, finish=Finish(reason)), self._now_s())
+                self._requests.report(Progress(sequence, finish=Finish(reason)), self._now_s())
 
     def _compute(self, plan: StepPlan) -> StepResult:
         try:
             self._masks.start(plan)
-            scores = self._runner.run(plan)
+            output = self._runner.run(plan)
             masks = self._masks.collect(plan)
-            chooses = [sequence for sequence in plan.sequences if sequence.choice is not None]
+            chooses = [sequence for sequence in plan.sequences if sequence.sampling is not None]
             ready = [row for row, sequence in enumerate(chooses) if masks.is_ready(sequence)]
-            logits = scores.logits if len(ready) == len(chooses) else scores.logits[ready]
+            logits = output.logits if len(ready) == len(chooses) else output.logits[ready]
             result = self._sampler.sample(logits, [chooses[row] for row in ready], masks.bits)
             errors = {**result.errors, **masks.errors}
-            return replace(result, prompt_logprobs=scores.prompt_logprobs, errors=errors)
+            return replace(result, prompt_logprobs=output.prompt_logprobs, errors=errors)
         except DeviceLostError:
             raise
         except Exception as error:
@@ -239,26 +243,26 @@ class Engine:
                 fault = InternalError(f"the engine failed: {type(error).__name__}")
                 fault.__cause__ = error
                 return StepResult({}, errors={plan.sequences[0].sequence_id: fault})
-            # Computing a step again is harmless, so each sequence is tried alone and only the faulty ones end.
+            # Repeating a step is harmless, so each sequence is retried alone and only the ones that fail again end.
             return merged([self._compute(StepPlan((sequence,))) for sequence in plan.sequences])
 
     def _mark_scheduled(self, plan: StepPlan) -> None:
         for sequence in plan.sequences:
-            flight = self._flights.of(sequence.sequence_id)
-            if flight is not None and flight.scheduled_time_s is None:
-                flight.scheduled_time_s = self._now_s()
+            record = self._requests.by_sequence(sequence.sequence_id)
+            if record is not None and record.scheduled_time_s is None:
+                record.scheduled_time_s = self._now_s()
 
-    def _account(self, plan: StepPlan, result: StepResult, progress: Iterable[Progress]) -> None:
+    def _record_step(self, plan: StepPlan, result: StepResult, progress: Iterable[Progress]) -> None:
         now_s = self._now_s()
         for step in progress:
-            flight = self._flights.of(step.sequence.sequence_id)
+            record = self._requests.by_sequence(step.sequence.sequence_id)
             if step.error is None:
-                self._flights.tell(step, now_s)
-            elif flight is not None:
-                for sequence in flight.sequences:
+                self._requests.report(step, now_s)
+            elif record is not None:
+                for sequence in record.sequences:
                     self._scheduler.end(sequence)
                     self._masks.forget(sequence.sequence_id)
-                self._flights.fail(flight, step.error, now_s)
+                self._requests.fail(record, step.error, now_s)
         if result.token_ids or not result.errors:
             self._progress_time_s = time.monotonic()
         self.load = replace(
@@ -275,7 +279,7 @@ class Engine:
             num_waiting=self._scheduler.num_waiting,
             num_free_blocks=self._scheduler.num_free_blocks,
         )
-        batch = self._flights.take_outbox()
+        batch = self._requests.take_undelivered()
         if not batch:
             return
         if self._loop is None:
@@ -295,15 +299,15 @@ class Engine:
         watch = watch_all(preparation.guards) if preparation.guards else None
         return OutputAssembly(index, text, watch, end_sequence, request.resume_token_ids)
 
-    def _answer_watchers(self) -> None:
-        if not self._watchers:
+    def _report_state(self) -> None:
+        if not self._state_futures:
             return
         with self._admission:
-            watchers, self._watchers = self._watchers, []
-        now_s, kept_blocks = self._now_s(), self._scheduler.kept_blocks
-        state = EngineState(now_s, self.load, kept_blocks, self._flights.in_flight(now_s), self._flights.ended)
-        for watcher in watchers:
-            watcher.set_result(state)
+            futures, self._state_futures = self._state_futures, []
+        now_s, cached_blocks = self._now_s(), self._scheduler.cached_blocks
+        state = EngineState(now_s, self.load, cached_blocks, self._requests.in_flight(now_s), self._requests.ended)
+        for future in futures:
+            future.set_result(state)
 
     def _stop(self) -> None:
         self._running = False
@@ -311,21 +315,21 @@ class Engine:
     def _fail_all(self, why: UnavailableError) -> None:
         with self._admission:
             self._has_stopped = True
-        for watcher in self._watchers:
-            watcher.set_exception(type(why)(str(why)))
-        self._flights.fail_all(lambda: type(why)(str(why)))
+        for future in self._state_futures:
+            future.set_exception(type(why)(str(why)))
+        self._requests.fail_all(lambda: type(why)(str(why)))
         self._masks.close()
         self._deliver()
 
     def _now_s(self) -> float:
-        """Seconds since the epoch, by a clock that never goes back."""
+        """Returns the time in seconds since the epoch, by a clock that never goes backwards."""
         return self._epoch_s + time.monotonic()
 
 
 def _wake_up() -> None:
-    """Mail that says no more than that it has come."""
+    """A command that does nothing but wake up the scheduler thread."""
 
 
-def _receive(batch: list[tuple[Flight, TokenEvent]]) -> None:
-    for flight, event in batch:
-        flight.receive(event)
+def _receive(batch: list[tuple[RequestRecord, TokenEvent]]) -> None:
+    for record, event in batch:
+        record.receive(event)

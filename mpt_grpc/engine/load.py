@@ -1,4 +1,4 @@
-"""Makes an engine from settings: finds the checkpoint, resolves what is 'auto', loads, sizes the cache."""
+"""Builds an engine from settings: finds the checkpoint, resolves 'auto' values, loads the model, sizes the cache."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from mpt_grpc.text.chat import find_chat_template
 from mpt_grpc.text.guards import load_guards
 from mpt_grpc.text.tokenizer import Tokenizer
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 BLOCK_SIZE = 16
-"""Tokens of a KV block."""
+"""The number of tokens in a KV cache block."""
 _DEFAULT_CPU_CACHE_BYTES = 1 << 30
 _SMALL_MODEL_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What was loaded, for those who ask: GetModelInfo and the line printed on start."""
+    """Facts about the loaded model, as shown by GetModelInfo and at startup."""
 
     name: str
     config: MPTConfig
@@ -63,9 +63,9 @@ class LoadedModel:
 def load_engine(
     settings: Settings, *, tracer: Tracer | None = None, loop: asyncio.AbstractEventLoop | None = None
 ) -> tuple[Engine, LoadedModel]:
-    """Loads the model and returns an engine that is not started yet. Raises ModelError or SettingsError.
+    """Loads the model and returns an engine that is not yet started. Raises ModelError or SettingsError.
 
-    Unless OMP_NUM_THREADS says how many threads compute, torch is set to one for a small model on a CPU.
+    For a small model on a CPU, torch is limited to one thread unless OMP_NUM_THREADS is set.
     """
     wanted = settings.model
     random = wanted.load_format == "random"
@@ -74,26 +74,28 @@ def load_engine(
     config = MPTConfig.from_file(folder / "config.json")
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
-        raise ModelError(f"{folder}: {tokenizer.vocab_size} tokens in tokenizer.json, {config.vocab_size} in the model")
+        why = f"tokenizer.json has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
+        raise ModelError(f"{folder}: {why}")
     chat_template = find_chat_template(wanted.chat_template, folder, checkpoint.name)
     guards = load_guards(settings.guards)
     defaults = generation_defaults(folder) if wanted.generation_config == "model" else GenerationDefaults()
     device, dtype = _device(wanted), _dtype(wanted)
     max_context_tokens = wanted.max_context_tokens or config.max_seq_len
     if not config.alibi and max_context_tokens > config.max_seq_len:
-        raise SettingsError(f"--max-context-tokens: {max_context_tokens} is above the {config.max_seq_len} positions")
+        why = f"{max_context_tokens} exceeds the model's {config.max_seq_len} positions"
+        raise SettingsError(f"--max-context-tokens: {why}")
 
     def load_weights() -> MPT:
         return random_model(config, dtype, device) if random else load_model(folder, config, dtype, device)
 
     weight_bytes = num_parameters(config) * dtype.itemsize
     if device.type == "cpu" and weight_bytes <= _SMALL_MODEL_BYTES and "OMP_NUM_THREADS" not in os.environ:
-        # Two wait for each other so often that one other busy process costs three quarters of the speed.
+        # Two threads wait for each other so often that a single other busy process costs three quarters of the speed.
         torch.set_num_threads(1)
     model = _in_own_thread(load_weights)
     block_bytes = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
     num_blocks = _num_blocks(settings.cache, device, block_bytes)
-    # One request may fill the whole cache, never more: it could not end otherwise.
+    # A single request may fill the whole cache; a longer one could never complete.
     max_context_tokens = min(max_context_tokens, num_blocks * BLOCK_SIZE)
 
     try:
@@ -136,11 +138,12 @@ def load_engine(
     return engine, loaded
 
 
-def _in_own_thread(make: Callable[[], Made]) -> Made:
-    """Makes tensors in a thread that ends with it.
+def _in_own_thread(make: Callable[[], Result]) -> Result:
+    """Calls `make`, which creates tensors, in a short-lived thread.
 
-    OpenMP keeps workers for each thread that has computed as long as it lives. With a second set beside the scheduler
-    thread's, libgomp sees more threads than cores and lets none of them spin: each step takes twice as long.
+    OpenMP keeps a set of workers for every thread that has computed, as long as that thread lives. With a second set
+    besides the scheduler thread's, libgomp sees more threads than cores and stops all of them from spinning, which
+    doubles the time of each step.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(make).result()
@@ -148,7 +151,7 @@ def _in_own_thread(make: Callable[[], Made]) -> Made:
 
 def _device(wanted: ModelSettings) -> torch.device:
     if wanted.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("--device: cuda is not available here; use cpu")
+        raise SettingsError("--device: cuda is not available on this machine; use cpu")
     return torch.device("cuda" if wanted.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -170,6 +173,6 @@ def _num_blocks(wanted: CacheSettings, device: torch.device, block_bytes: int) -
         free_bytes = free - int(total * (1 - wanted.memory_fraction))
     if free_bytes < block_bytes:
         raise SettingsError(
-            f"--kv-cache: {free_bytes:,} bytes are too few for the KV cache, of which one block takes {block_bytes:,}"
+            f"--kv-cache: {free_bytes:,} bytes are available for the KV cache, but one block takes {block_bytes:,}"
         )
     return free_bytes // block_bytes

@@ -1,4 +1,4 @@
-"""Computes what constraints allow beside the model, so that a costly one holds up its own sequence alone."""
+"""Computes token masks of constraints while the model runs, so that a costly one delays only its own sequence."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.step import SequenceStep, StepPlan
 
 _NUM_WORKERS = 2
-# What is almost ready is waited for: to compute a token again costs more.
-_PATIENCE_S = 0.002
+# Waiting briefly for masks that are almost ready is cheaper than computing the sequence's last token again.
+_MAX_WAIT_S = 0.002
 
 
 @dataclass(frozen=True)
 class Masks:
-    """What the workers have found, by sequence id."""
+    """The finished masks, and the errors of failed ones, by sequence id."""
 
     bits: Mapping[int, bytes]
-    """As of `Matcher.mask`."""
+    """The tokens that may come next, in the format of `Matcher.mask`."""
     errors: Mapping[int, Exception]
 
     def is_ready(self, sequence: SequenceStep) -> bool:
@@ -28,27 +28,27 @@ class Masks:
 
 
 class MaskWorkers:
-    """Threads that compute masks. Belongs to the scheduler thread."""
+    """A pool of threads that compute masks. To be used by the scheduler thread only."""
 
     def __init__(self, on_ready: Callable[[], None]) -> None:
-        """`on_ready` is called in a worker's thread for each mask."""
+        """`on_ready` is called in a worker thread whenever a mask is done."""
         self._on_ready = on_ready
         self._threads = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="mask")
         self._pending: dict[int, Future[bytes]] = {}
 
     def start(self, plan: StepPlan) -> None:
-        """Begins with the masks that the plan's choices need; one that is under way goes on."""
+        """Starts computing the masks that the plan's sequences need, unless they are already being computed."""
         for sequence in plan.sequences:
-            matcher = None if sequence.choice is None else sequence.choice.matcher
+            matcher = None if sequence.sampling is None else sequence.sampling.matcher
             if matcher is not None and sequence.sequence_id not in self._pending:
                 future = self._threads.submit(matcher.mask)
                 future.add_done_callback(lambda _: self._on_ready())
                 self._pending[sequence.sequence_id] = future
 
     def collect(self, plan: StepPlan) -> Masks:
-        """Returns what is ready."""
+        """Returns the plan's masks that are ready, after waiting briefly for those that are not."""
         wanted = {s.sequence_id: self._pending[s.sequence_id] for s in plan.sequences if _has_matcher(s)}
-        wait(wanted.values(), _PATIENCE_S)
+        wait(wanted.values(), _MAX_WAIT_S)
         bits: dict[int, bytes] = {}
         errors: dict[int, Exception] = {}
         for sequence_id, future in wanted.items():
@@ -61,14 +61,14 @@ class MaskWorkers:
         return Masks(bits, errors)
 
     def forget(self, sequence_id: int) -> None:
-        """Drops what is under way for a sequence that has ended."""
+        """Discards the pending mask of a sequence that has ended."""
         if (future := self._pending.pop(sequence_id, None)) is not None:
             future.cancel()
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Shuts down the threads without waiting for them."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _has_matcher(sequence: SequenceStep) -> bool:
-    return sequence.choice is not None and sequence.choice.matcher is not None
+    return sequence.sampling is not None and sequence.sampling.matcher is not None

@@ -1,6 +1,6 @@
-"""All that a request costs before it enters: its prompt in tokens, its constraint compiled, its fields checked.
+"""Prepares requests for the scheduler: tokenizes the prompt, compiles the constraint, and validates all fields.
 
-Nothing here touches the scheduler; any thread may do it, several at once.
+Nothing here accesses the scheduler, so any number of threads may prepare requests at the same time.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from mpt_grpc.text.guards import Guard
 from mpt_grpc.text.tokenizer import Tokenizer
 
 _MAX_TRUNCATED_CHARACTERS = 1 << 20
-# What is longer takes a millisecond or more, for which an event loop should not stand still.
+# Preparing a longer text takes a millisecond or more, too long to block an event loop.
 _LONG_TEXT = 4096
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request that may enter."""
+    """A validated request, ready to be submitted."""
 
     request: GenerationRequest
-    """With its seed, `max_new_tokens`, and the stop strings of its chat template."""
+    """The request with its seed, `max_new_tokens` and the chat template's stop strings filled in."""
     prompt_token_ids: tuple[int, ...]
     matchers: tuple[Matcher, ...]
-    """With a constraint one for each sequence, else none."""
+    """One matcher per sequence if the request has a constraint, else empty."""
 
 
 class Preparation:
-    """Makes requests ready for one model."""
+    """Prepares requests for one model."""
 
     def __init__(
         self, tokenizer: Tokenizer, limits: RequestLimits, chat_template: ChatTemplate, guards: Sequence[Guard] = ()
@@ -49,8 +49,11 @@ class Preparation:
         return is_short and request.decoding.constraint is None and not self.guards
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Raises InvalidRequestError with all the fields that are out of range, PromptRefusedError, or
-        OverloadedError if the machine is too busy to check a constraint."""
+        """Returns the request ready to be submitted.
+
+        Raises InvalidRequestError, which lists all invalid fields; PromptRefusedError; or OverloadedError, if the
+        machine is too busy to check a constraint.
+        """
         violations = list(request_violations(request, self.limits))
         prompt_token_ids: tuple[int, ...] = ()
         try:
@@ -62,7 +65,7 @@ class Preparation:
         violations += self._resume_violations(request)
         if violations:
             raise InvalidRequestError(*violations)
-        self._ask_guards(prompt_token_ids)
+        self._check_with_guards(prompt_token_ids)
         return PreparedRequest(self._resolved(request), prompt_token_ids, self._matchers(request))
 
     def _prompt_token_ids(self, request: GenerationRequest) -> tuple[int, ...]:
@@ -81,13 +84,13 @@ class Preparation:
         return prompt[-request.truncate_prompt_tokens :] if request.truncate_prompt_tokens else prompt
 
     def _check_length(self, text: str, is_truncated: bool) -> None:
-        """Refuses a text that cannot fit, before time is spent on tokenizing it."""
+        """Rejects a text that is certainly too long, before spending time on tokenizing it."""
         context = self.limits.max_context_tokens
         longest = _MAX_TRUNCATED_CHARACTERS if is_truncated else context * self.tokenizer.max_token_bytes
         if len(text) > longest:
-            where = "be truncated" if is_truncated else f"fit in the context of {context} tokens"
+            limit = "can be truncated" if is_truncated else f"fit in the context of {context} tokens"
             raise InvalidRequestError(
-                FieldViolation("text", f"{len(text)} characters cannot {where}: shorten the prompt")
+                FieldViolation("text", f"{len(text)} characters are more than {limit}: shorten the prompt")
             )
 
     def _resume_violations(self, request: GenerationRequest) -> list[FieldViolation]:
@@ -95,11 +98,11 @@ class Preparation:
         ends = {*stopping.stop_token_ids, *(() if stopping.ignore_eos else self.tokenizer.eos_token_ids)}
         for index, token_id in enumerate(request.resume_token_ids[:-1]):
             if token_id in ends:
-                why = f"{token_id} ends the output: nothing can follow it"
+                why = f"{token_id} ends the output, so no token can follow it"
                 return [FieldViolation(f"resume_token_ids[{index}]", why)]
         return []
 
-    def _ask_guards(self, prompt_token_ids: tuple[int, ...]) -> None:
+    def _check_with_guards(self, prompt_token_ids: tuple[int, ...]) -> None:
         if self.guards:
             prompt = self.tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
             for guard in self.guards:
@@ -127,7 +130,7 @@ class Preparation:
         stop_strings = stopping.stop_strings
         if isinstance(request.prompt, Conversation):
             stop_strings = tuple(dict.fromkeys((*stop_strings, *self.chat_template.stop_strings)))
-        # The text of a special token is usually left out of the output's, where no stop string would find it.
+        # A special token's text is usually omitted from the output, so a stop string would not be found there.
         special = [self.tokenizer.special_token_id(stop) for stop in stop_strings]
         stop_token_ids = tuple(dict.fromkeys((*stopping.stop_token_ids, *(i for i in special if i is not None))))
         return replace(stopping, stop_strings=stop_strings, stop_token_ids=stop_token_ids)

@@ -1,4 +1,4 @@
-"""What the engine shows of itself to those who watch: values, taken between two steps."""
+"""Snapshots of the engine's state, taken between two steps."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from mpt_grpc.request import FinishReason, RequestStats
 
 @dataclass(frozen=True)
 class SequenceState:
-    """One output of a request; it runs if it holds blocks."""
+    """One output of a request. It is running if it has blocks."""
 
     index: int
     num_computed_tokens: int
     num_output_tokens: int
     blocks: tuple[int, ...]
-    """Of the KV cache, in the order of the tokens; other sequences may share the first ones."""
+    """The sequence's blocks of the KV cache, in token order; other sequences may share the first ones."""
     finish_reason: FinishReason | None
 
 
 @dataclass(frozen=True)
 class RequestState:
-    """One request, in flight or ended; one that ended with an error has sequences without a finish reason."""
+    """One request, in flight or ended. After an error, some of its sequences have no finish reason."""
 
     request_id: str
     stats: RequestStats
     num_output_tokens: int
-    """Those of all sequences together, without any that were resumed."""
+    """The number of tokens generated for all sequences together; resumed tokens are not counted."""
     sequences: tuple[SequenceState, ...]
-    """Empty until the scheduler has it."""
+    """Empty until the request is added to the scheduler."""
 
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """How busy the engine was after its last step; counters run since the start."""
+    """The engine's load after its last step. Counters start at zero when the engine starts."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -45,13 +45,13 @@ class EngineLoad:
 
 @dataclass(frozen=True)
 class EngineState:
-    """The engine at `time_s`, in seconds since the epoch."""
+    """The state of the engine at `time_s`, in seconds since the epoch."""
 
     time_s: float
     load: EngineLoad
-    kept_blocks: tuple[int, ...]
-    """Blocks that no sequence holds and whose content can be found again."""
+    cached_blocks: tuple[int, ...]
+    """Blocks that no sequence uses but that the prefix cache can still find."""
     in_flight: tuple[RequestState, ...]
-    """By arrival."""
+    """The requests in flight, in order of arrival."""
     ended: tuple[RequestState, ...]
-    """The last ones, by their end."""
+    """The most recently ended requests, in the order in which they ended."""

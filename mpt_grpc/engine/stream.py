@@ -1,7 +1,7 @@
-"""One request on its reader's side: token events in, deltas out.
+"""The reader's side of a request: turns token events into deltas.
 
-A reader that comes late finds all that has happened since in one piece. `AsyncStream` is read on the event loop,
-`ThreadStream` by a thread; both are fed by the engine.
+`AsyncStream` is read on the event loop, `ThreadStream` by a thread; the engine feeds both. A slow reader of an
+`AsyncStream` gets everything that has accumulated in a single delta per output.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ class ThreadStream:
 
 
 def collect(deltas: Iterable[OutputDelta]) -> Generation:
-    """Joins all the deltas of an ended request."""
+    """Combines all deltas of a request into its complete outputs."""
     parts: defaultdict[int, list[OutputDelta]] = defaultdict(list)
     stats, prompt_logprobs = None, tuple[TokenLogprob, ...]()
     for delta in deltas:
         parts[delta.index].append(delta)
         prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
         stats = stats or delta.stats
-    assert stats is not None, "the last delta has the account"
+    assert stats is not None, "the last delta has the request's statistics"
     return Generation(tuple(_output(parts[index]) for index in sorted(parts)), prompt_logprobs, stats)
 
 

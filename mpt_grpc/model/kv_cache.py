@@ -1,4 +1,4 @@
-"""The tensors of the KV cache: one pool of blocks a layer. Who owns which block is decided in `schedule/`."""
+"""The tensors of the KV cache: one pool of blocks per layer. Ownership of the blocks is decided in `schedule/`."""
 
 from __future__ import annotations
 
@@ -16,32 +16,35 @@ class KVCache:
     ) -> None:
         shape = (config.n_layers, num_blocks, config.n_kv_heads, block_size, config.head_dim)
         self.num_blocks, self.block_size = num_blocks, block_size
-        # Zeros, not garbage: a slot that is masked out still meets the probability 0, and 0 x NaN is NaN.
+        # Zeros, not uninitialized memory: masked positions are still multiplied by probability 0, and 0 x NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     @staticmethod
     def bytes_per_block(config: MPTConfig, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one block over all layers, keys and values."""
+        """Returns the size of one block: keys and values of all layers."""
         return 2 * config.n_layers * block_size * config.n_kv_heads * config.head_dim * dtype.itemsize
 
     def write(self, layer: int, blocks: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores `key` and `value` [num_tokens, n_kv_heads, head_dim] at `offsets` in `blocks`, both [num_tokens].
 
-        What is not finite is stored as 0, so that one request's overflow never reaches a later owner of the block.
+        Non-finite values are stored as 0, so that one request's overflow never affects a later owner of the block.
         """
         self.keys[layer][blocks, :, offsets] = key.nan_to_num(0.0, 0.0, 0.0)
         self.values[layer][blocks, :, offsets] = value.nan_to_num(0.0, 0.0, 0.0)
 
-    def rows(self, tables: Tensor) -> Tensor:
-        """What `gather` needs for `tables` [n, num_blocks], the same in every layer: [n, n_kv_heads, num_blocks]."""
+    def flat_indices(self, tables: Tensor) -> Tensor:
+        """Returns the indices [n, n_kv_heads, num_blocks] with which `gather` reads the block `tables` [n, num_blocks].
+
+        They are the same for every layer.
+        """
         heads = torch.arange(self.keys.shape[2], device=tables.device)
         return tables[:, None, :] * len(heads) + heads[:, None]
 
-    def gather(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies blocks out, as keys and values [n, n_kv_heads, tokens, head_dim]."""
-        shape = (*rows.shape[:2], -1, self.keys.shape[-1])
-        # A table of flat rows: over more dimensions index_select copies five times as slowly.
-        keys = self.keys[layer].flatten(0, 1).flatten(1).index_select(0, rows.flatten())
-        values = self.values[layer].flatten(0, 1).flatten(1).index_select(0, rows.flatten())
+    def gather(self, layer: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns a copy of the blocks at `flat_indices`: keys and values [n, n_kv_heads, tokens, head_dim]."""
+        shape = (*indices.shape[:2], -1, self.keys.shape[-1])
+        # Flattened to two dimensions: index_select over four is five times as slow.
+        keys = self.keys[layer].flatten(0, 1).flatten(1).index_select(0, indices.flatten())
+        values = self.values[layer].flatten(0, 1).flatten(1).index_select(0, indices.flatten())
         return keys.view(shape), values.view(shape)

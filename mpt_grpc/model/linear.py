@@ -1,4 +1,4 @@
-"""A linear layer whose weight is laid out for the CPU's matrix kernels once, at load."""
+"""A linear layer that can pack its weight for the CPU's matrix kernels once, when it is loaded."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Linear(nn.Module):
         return y
 
     def prepack(self) -> None:
-        """Replaces a bfloat16 weight on the CPU by oneDNN's blocked copy; the results are the same bits, sooner.
+        """Replaces a bfloat16 weight on the CPU with oneDNN's blocked copy: faster, with bit-identical results.
 
-        Measured at 12288 x 4096 on two cores with AVX512-BF16: 5.0 ms against 1.8 ms for one row, 12.8 against 9.4
-        for 64. Elsewhere it changes nothing.
+        Measured at 12288 x 4096 on two cores with AVX512-BF16: from 5.0 ms to 1.8 ms for one row and from 12.8 ms to
+        9.4 ms for 64 rows. With any other dtype or device it does nothing.
         """
         weight = self.weight
         if weight.is_cpu and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():

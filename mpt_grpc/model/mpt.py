@@ -1,7 +1,7 @@
-"""MPT's forward pass, over flattened tokens of any number of sequences, without padding.
+"""MPT's forward pass over the concatenated tokens of any number of sequences, without padding.
 
-What a token may look at, and where its keys and values are kept, is not known here: the caller passes `attend`.
-The tensors carry the names of the published checkpoints. Architecture: https://www.databricks.com/blog/mpt-7b and
+The caller passes `attend`, which determines what each token attends to and where keys and values are stored.
+Parameters are named as in the published checkpoints. Architecture: https://www.databricks.com/blog/mpt-7b and
 llm-foundry's `modeling_mpt.py`; exact GELU, pre-norm, tied embedding and head, no dropout at inference.
 """
 
@@ -29,7 +29,7 @@ class Attend(Protocol):
 
 
 class Attention(nn.Module):
-    """Projects to queries, keys and values (one matrix: all Q, then K, then V), attends, projects back."""
+    """Projects to queries, keys and values (one matrix: all Q, then K, then V), attends and projects back."""
 
     def __init__(self, config: MPTConfig, layer: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Up, GELU, down."""
+    """The feed-forward network: up projection, GELU, down projection."""
 
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each after a norm and around a residual."""
+    """One transformer layer: attention and feed-forward, each with pre-norm and a residual connection."""
 
     def __init__(self, config: MPTConfig, layer: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token embeddings, the blocks and the last norm."""
+    """Token embeddings, the blocks and the final norm, which `MPT.logits` applies."""
 
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Transformer(nn.Module):
 
 
 class MPT(nn.Module):
-    """The language model. `forward` gives hidden states, `logits` turns the rows that are asked for into scores."""
+    """The language model. `forward` returns hidden states; `logits` computes logits from selected hidden states."""
 
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
@@ -120,15 +120,15 @@ class MPT(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Returns float32 scores [n, vocab_size] for the rows `hidden` [n, d_model]."""
-        scores = F.linear(self.transformer.norm_f(hidden), self.transformer.wte.weight).to(torch.float32)
-        return scores if self.config.logit_scale is None else scores * self.config.logit_scale
+        """Returns float32 logits [n, vocab_size] for `hidden` [n, d_model]."""
+        logits = F.linear(self.transformer.norm_f(hidden), self.transformer.wte.weight).to(torch.float32)
+        return logits if self.config.logit_scale is None else logits * self.config.logit_scale
 
 
 def alibi_slopes(n_heads: int, bias_max: float) -> Tensor:
-    """Returns the slope of each head, [n_heads] of float32, as in MPT (https://arxiv.org/abs/2108.12409).
+    """Returns the ALiBi slope of each head, float32 [n_heads], as in MPT (https://arxiv.org/abs/2108.12409).
 
-    For a head count that is no power of two the slopes of the next one are taken, the odd ones first.
+    If the number of heads is not a power of two, the slopes of the next power of two are used, odd indices first.
     """
     power = 1 << (n_heads - 1).bit_length()
     slopes = 2.0 ** -(torch.arange(1, power + 1, dtype=torch.float32) * (bias_max / power))
@@ -136,7 +136,7 @@ def alibi_slopes(n_heads: int, bias_max: float) -> Tensor:
 
 
 def _embedding(rows: int, size: int) -> nn.Embedding:
-    # With a weight given, torch does not initialise one, for which it would import sympy: 1.7 s at every start.
+    # Passing a weight keeps torch from initialising one, for which it would import sympy: 1.7 s at every start.
     return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
 
 

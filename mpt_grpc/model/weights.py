@@ -1,7 +1,7 @@
-"""Puts a checkpoint's tensors into the model, one at a time, so that loading needs the model once plus one tensor.
+"""Loads a checkpoint's tensors into the model one at a time, so that peak memory is the model plus one tensor.
 
-Reads safetensors and PyTorch's zip files, whole or in shards with an index, memory-mapped. PyTorch's files are read
-with `weights_only=True`: what else a pickle may hold is refused by torch and never run.
+Reads memory-mapped safetensors and PyTorch zip files, either a single file or shards with an index. PyTorch files are
+read with `weights_only=True`, so torch rejects any other content of a pickle and never executes it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ _TIED_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
 
 def load_model(folder: Path, config: MPTConfig, dtype: torch.dtype, device: torch.device) -> MPT:
-    """Loads the checkpoint in `folder`. Raises WeightsError naming a tensor that is missing, extra or misshapen."""
+    """Loads the checkpoint in `folder`.
+
+    Raises WeightsError naming the tensor if one is missing, unexpected or has the wrong shape.
+    """
     return _fill(config, _tensors(weight_files(folder)), dtype, device)
 
 
 def random_model(config: MPTConfig, dtype: torch.dtype, device: torch.device) -> MPT:
-    """Fills the shape with random weights that keep activations finite, for benchmarks without a checkpoint."""
+    """Returns a model with random weights that keep activations finite, for benchmarks without a checkpoint."""
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in MPT(config).named_parameters()}
     generator = torch.Generator(device).manual_seed(0)
@@ -51,27 +54,30 @@ def random_model(config: MPTConfig, dtype: torch.dtype, device: torch.device) ->
 
 
 def num_parameters(config: MPTConfig) -> int:
-    """The number of weights of a model."""
+    """Returns the number of parameters of a model."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in MPT(config).parameters())
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the tensors, in order. Raises WeightsError naming what is missing."""
+    """Returns the weight files in order. Raises WeightsError naming the missing file if there is one."""
     for single, index in _LAYOUTS:
+        # As transformers does: an index beside a complete file is a leftover.
+        if (folder / single).is_file():
+            return [folder / single]
         if (folder / index).is_file():
             try:
                 weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
                 names = sorted({str(name) for name in weight_map.values()})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise WeightsError(f"{folder / index}: not an index of shards: {error!r}") from error
+                raise WeightsError(f"{folder / index}: not a valid shard index: {error!r}") from error
             for name in names:
                 if Path(name).name != name or not (folder / name).is_file():
-                    raise WeightsError(f"{folder / index}: the shard {name!r} is not in the folder")
+                    raise WeightsError(f"{folder / index}: shard {name!r} is not in the folder")
             return [folder / name for name in names]
-        if (folder / single).is_file():
-            return [folder / single]
-    raise WeightsError(f"{folder}: no weights; expected one of {', '.join(name for pair in _LAYOUTS for name in pair)}")
+    raise WeightsError(
+        f"{folder}: no weights found; expected one of {', '.join(name for pair in _LAYOUTS for name in pair)}"
+    )
 
 
 def _fill(config: MPTConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device) -> MPT:
@@ -83,18 +89,20 @@ def _fill(config: MPTConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch
     with _progress(total_bytes) as advance:
         for name, tensor in tensors:
             if name == _TIED_HEAD:
-                head = tensor  # to be compared when the embedding is there, in whichever shard it is
+                head = tensor  # compared with the embedding at the end, whichever shards they are in
                 continue
             if name not in expected:
-                raise WeightsError(f"tensor {name!r} is not part of this model")
+                is_bias = name.endswith(".bias") and name.removesuffix("bias") + "weight" in expected
+                hint = "; config.json says no_bias: true, which is also the default" if is_bias else ""
+                raise WeightsError(f"tensor {name!r} is not part of this model{hint}")
             if tensor.shape != expected[name]:
-                raise WeightsError(f"tensor {name!r} has the shape {list(tensor.shape)}, not {list(expected[name])}")
-            # A copy that is ours: the file's mapping is let go.
+                raise WeightsError(f"tensor {name!r} has shape {list(tensor.shape)}, not {list(expected[name])}")
+            # Copied, so that the file can be unmapped.
             _set(model, name, torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor))
             missing.discard(name)
             advance(tensor.numel() * dtype.itemsize)
     if missing:
-        raise WeightsError(f"{len(missing)} tensors are missing, the first is {min(missing)!r}")
+        raise WeightsError(f"tensor {min(missing)!r} is missing; {len(missing)} missing in total")
     if head is not None and not torch.equal(model.transformer.wte.weight, head.to(device, dtype)):
         raise WeightsError(f"tensor {_TIED_HEAD!r} differs from {_EMBEDDING!r}: untied heads are not implemented")
     return model.eval()
@@ -117,8 +125,10 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                         yield name, opened.get_tensor(name)
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-                    raise WeightsError(f"{file}: not a mapping of names to tensors")
+                if not isinstance(state, dict) or not all(
+                    isinstance(value, Tensor) and value.layout is torch.strided for value in state.values()
+                ):
+                    raise WeightsError(f"{file}: expected a mapping of names to dense tensors")
                 for name in state:
                     yield name, state[name]
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
@@ -126,7 +136,7 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _progress(total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
-    """A bar on a terminal, a line for each quarter elsewhere, nothing for models that load in a moment."""
+    """Shows a progress bar on a terminal, or prints a line per quarter elsewhere; models below 100 MiB show nothing."""
     if total_bytes < 100 << 20:
         return nullcontext(lambda _: None)
     return _Bar(total_bytes) if sys.stderr.isatty() else nullcontext(_Lines(total_bytes))

@@ -1,1 +1,1 @@
-"""The control plane: who runs next and who owns which block. Pure Python, without torch, clock or lock."""
+"""The control plane: which sequences run next and which own each block. Pure Python; uses no torch, clock or lock."""

@@ -1,6 +1,6 @@
-"""KV blocks: who owns them, and which full ones can be found again by what they hold.
+"""Ownership of KV blocks, and the prefix cache: an index of full blocks by content.
 
-Only numbers are kept here; the tensors are in `model/kv_cache.py`. All operations are O(1) a block.
+Blocks are just numbers here; the tensors are in `model/kv_cache.py`. All operations are O(1) per block.
 """
 
 from __future__ import annotations
@@ -14,46 +14,46 @@ Digest = bytes
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens, with reference counts and an index of full blocks by digest.
+    """`num_blocks` blocks of `block_size` tokens, with reference counts and a prefix cache that maps digests to blocks.
 
-    A block without an owner keeps its content until it is handed out again: first those that cannot be found, then
-    the ones that were let go the longest ago.
+    A free block, one without an owner, keeps its content until it is allocated again. Uncached blocks are allocated
+    first, then cached ones in the order in which they were freed.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self._owners = [0] * num_blocks
-        self._blank = list(range(num_blocks - 1, -1, -1))
-        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._free_uncached = list(range(num_blocks - 1, -1, -1))
+        self._free_cached: OrderedDict[int, None] = OrderedDict()
         self._block_of: dict[Digest, int] = {}
         self._digest_of: dict[int, Digest] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks without an owner."""
-        return len(self._blank) + len(self._kept)
+        """The number of blocks without an owner, whether cached or not."""
+        return len(self._free_uncached) + len(self._free_cached)
 
     @property
-    def kept(self) -> tuple[int, ...]:
-        """Blocks without an owner that can be found; the first is handed out first."""
-        return tuple(self._kept)
+    def cached(self) -> tuple[int, ...]:
+        """The free blocks that are in the prefix cache, in the order in which they would be allocated."""
+        return tuple(self._free_cached)
 
     def allocate(self, n: int) -> list[int]:
-        """Hands out `n` blocks, each with one owner; there must be as many free ones."""
-        assert n <= self.num_free, "the scheduler counts before it allocates"
+        """Returns `n` blocks, each with one owner; at least `n` must be free."""
+        assert n <= self.num_free, "the scheduler must check num_free before it allocates"
         blocks = []
         for _ in range(n):
-            if self._blank:
-                block = self._blank.pop()
+            if self._free_uncached:
+                block = self._free_uncached.pop()
             else:
-                block, _ = self._kept.popitem(last=False)
+                block, _ = self._free_cached.popitem(last=False)
                 del self._block_of[self._digest_of.pop(block)]
             self._owners[block] = 1
             blocks.append(block)
         return blocks
 
     def find(self, digests: Sequence[Digest]) -> list[int]:
-        """The blocks that hold the longest known beginning of `digests`; they get no owner by this."""
+        """Returns the cached blocks of the longest prefix of `digests` that is in the cache, without owning them."""
         blocks = []
         for digest in digests:
             block = self._block_of.get(digest)
@@ -63,39 +63,39 @@ class BlockPool:
         return blocks
 
     def num_unowned(self, blocks: Sequence[int]) -> int:
-        """How many of `blocks` are free, so that sharing them takes from `num_free`."""
+        """Returns how many of `blocks` are free, which is by how much sharing them reduces `num_free`."""
         return sum(self._owners[block] == 0 for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Adds an owner to each of `blocks`, which were found."""
+        """Adds an owner to each of `blocks`, as returned by `find`."""
         for block in blocks:
             self._owners[block] += 1
-            self._kept.pop(block, None)
+            self._free_cached.pop(block, None)
 
-    def publish(self, block: int, digest: Digest) -> None:
-        """Makes a full block findable; the first of several with the same content stays."""
+    def insert(self, block: int, digest: Digest) -> None:
+        """Inserts a full block into the prefix cache, unless another block with the same content is there already."""
         if digest not in self._block_of and block not in self._digest_of:
             self._block_of[digest] = block
             self._digest_of[block] = digest
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Takes an owner from each of `blocks`, given in the order of their sequence: its end is handed out first."""
+        """Removes an owner from each of `blocks`, given in sequence order; the last block is reallocated first."""
         for block in reversed(blocks):
             self._owners[block] -= 1
             assert self._owners[block] >= 0, "a block was freed twice"
             if self._owners[block] == 0:
                 if block in self._digest_of:
-                    self._kept[block] = None
+                    self._free_cached[block] = None
                 else:
-                    self._blank.append(block)
+                    self._free_uncached.append(block)
 
 
 def root_digest(salt: str) -> Digest:
-    """What the digests of a request's blocks start from; other salts never meet."""
-    # Salts are hashed apart from blocks: none can be made to spell the content of another's block.
+    """Returns the digest that a request's first block is chained to; different salts never share blocks."""
+    # Salts are hashed in a domain of their own, so no salt can be crafted to collide with another's block.
     return blake2b(salt.encode(), digest_size=16, person=b"salt").digest()
 
 
 def block_digest(parent: Digest, token_ids: Sequence[int]) -> Digest:
-    """Names a full block by its tokens and all before them."""
+    """Returns the digest of a full block: it identifies the block's tokens and all tokens before them."""
     return blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()

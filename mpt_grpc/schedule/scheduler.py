@@ -1,8 +1,8 @@
-"""Decides what the next step computes, and takes in what came of it.
+"""Decides what each step computes and applies the results.
 
-`plan` serves the sequences by rank, priority before arrival, in one pass; `commit` takes the chosen tokens. When
-blocks run short, the last in rank gives its own back, waits, and is computed again later. Of a request's sequences the
-first leads: the others follow once the prompt is computed, and share its full blocks.
+`plan` serves the sequences in one pass, by priority and then by arrival; `commit` applies the chosen tokens. When
+blocks run short, the lowest-ranked running sequence is preempted: its blocks are freed and it is recomputed later. The
+first sequence of a request is its primary; its siblings start once the prompt is computed and share its full blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from mpt_grpc.step import Matcher, SequenceStep, StepPlan, StepResult
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """`max_step_tokens` is at least `max_running_requests`, so that each running sequence gets its token."""
+    """Limits on the sequences in a batch, the tokens in a step and the tokens of a sequence.
+
+    `max_step_tokens` is at least `max_running_requests`, so that every running sequence gets a token in each step.
+    """
 
     max_running_requests: int
     max_step_tokens: int
@@ -29,23 +32,25 @@ class SchedulerLimits:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step did for one sequence that got a token, ended or failed."""
+    """The outcome of a step for one sequence that got a token, ended or failed."""
 
     sequence: Sequence
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the whole prompt, with the first token or the end; only if asked for."""
+    """The whole prompt's log probabilities, if requested; with the first token, or the finish if there is none."""
     finish: Finish | None = None
     error: Exception | None = None
 
 
 class Scheduler:
-    """All sequences that wait or run. Belongs to one thread."""
+    """Schedules all waiting and running sequences. Not thread-safe: used by one thread only."""
 
     def __init__(self, limits: SchedulerLimits, pool: BlockPool, eos_token_ids: frozenset[int]) -> None:
         assert limits.max_step_tokens >= limits.max_running_requests
-        assert limits.max_context_tokens <= pool.num_blocks * pool.block_size, "one request must fit in the cache"
+        assert limits.max_context_tokens <= pool.num_blocks * pool.block_size, (
+            "one full-length request must fit in the cache"
+        )
         self._limits, self._pool, self._eos_token_ids = limits, pool, eos_token_ids
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
@@ -65,8 +70,8 @@ class Scheduler:
         return self._pool.num_free
 
     @property
-    def kept_blocks(self) -> tuple[int, ...]:
-        return self._pool.kept
+    def cached_blocks(self) -> tuple[int, ...]:
+        return self._pool.cached
 
     @property
     def has_work(self) -> bool:
@@ -75,12 +80,12 @@ class Scheduler:
     def add(
         self, request: GenerationRequest, prompt_token_ids: tuple[int, ...], matchers: tuple[Matcher, ...] = ()
     ) -> list[Progress]:
-        """Takes an admitted request: its seed and `max_new_tokens` are resolved, its prompt is within the context.
+        """Adds an admitted request: its seed and `max_new_tokens` are set, and its prompt fits in the context.
 
-        With a constraint each sequence has a matcher of its own. Returns the sequences; one that was resumed after its
-        end has a finish and is gone already.
+        With a constraint, `matchers` has one matcher per sequence. Returns one Progress per sequence; it has a finish
+        if the resumed output had already ended, in which case the sequence is not scheduled.
         """
-        leader: Sequence | None = None
+        primary: Sequence | None = None
         added = []
         for index in range(request.sampling.num_sequences):
             sequence = Sequence(
@@ -90,7 +95,7 @@ class Scheduler:
                 prompt_token_ids,
                 self._eos_token_ids,
                 matchers[index] if matchers else None,
-                leader,
+                primary,
             )
             self._num_arrivals += 1
             finish = None
@@ -99,32 +104,32 @@ class Scheduler:
             assert 0 < len(sequence.token_ids) <= self._limits.max_context_tokens
             if finish is None:
                 self._sequences[sequence.sequence_id] = sequence
-                if leader is None:
+                if primary is None:
                     insort(self._waiting, sequence, key=_rank)
                 else:
-                    leader.followers.append(sequence)
-            leader = leader or sequence
+                    primary.siblings.append(sequence)
+            primary = primary or sequence
             added.append(Progress(sequence, finish=finish))
         return added
 
     def end(self, sequence: Sequence) -> bool:
-        """Removes a sequence wherever it is; its blocks are free at once. False if it is not here any more."""
+        """Removes a sequence and frees its blocks immediately; returns False if it has already been removed."""
         if self._sequences.pop(sequence.sequence_id, None) is None:
             return False
-        for place in (self._running, self._waiting, sequence.leader.followers if sequence.leader else []):
-            if sequence in place:
-                place.remove(sequence)
+        for queue in (self._running, self._waiting, sequence.primary.siblings if sequence.primary else []):
+            if sequence in queue:
+                queue.remove(sequence)
         self._pool.free(sequence.release())
-        self._let_followers_go(sequence)
+        self._release_siblings(sequence)
         return True
 
     def plan(self) -> StepPlan:
-        """Returns what to compute now; empty only if there is no work."""
+        """Returns what to compute next; the plan is empty only if there is no work."""
         self._admit()
         return StepPlan(tuple(self._share_budget()))
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Progress]:
-        """Takes in the result of `plan`, in its order. Sequences that have ended since are passed over."""
+        """Applies the result of `plan`, in its order. Sequences that have ended in the meantime are skipped."""
         progress = []
         for step in plan.sequences:
             sequence = self._sequences.get(step.sequence_id)
@@ -135,9 +140,9 @@ class Scheduler:
                 progress.append(Progress(sequence, error=error))
                 continue
             token_id = result.token_ids.get(step.sequence_id)
-            sequence.num_computed = step.length - result.is_late(step)
+            sequence.num_computed = step.length - result.is_deferred(step)
             sequence.prompt_logprobs += result.prompt_logprobs.get(step.sequence_id, ())
-            self._publish(sequence)
+            self._insert_full_blocks(sequence)
             if token_id is not None:
                 progress.append(self._advance(sequence, token_id, result.logprobs.get(step.sequence_id)))
             elif not sequence.num_uncomputed and not sequence.wants_token:
@@ -147,10 +152,10 @@ class Scheduler:
         return progress
 
     def _advance(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> Progress:
-        self._let_followers_go(sequence)
+        self._release_siblings(sequence)
         try:
             finish = self._append(sequence, token_id)
-        except InvalidRequestError as error:  # the constraint costs too much
+        except InvalidRequestError as error:  # the constraint is too expensive
             self.end(sequence)
             return Progress(sequence, error=error)
         if finish is not None:
@@ -159,23 +164,23 @@ class Scheduler:
         prompt_logprobs = tuple(sequence.prompt_logprobs) if is_first else ()
         return Progress(sequence, token_id, logprob, prompt_logprobs, finish)
 
-    def _let_followers_go(self, leader: Sequence) -> None:
-        while leader.followers:
-            insort(self._waiting, leader.followers.pop(), key=_rank)
+    def _release_siblings(self, primary: Sequence) -> None:
+        while primary.siblings:
+            insort(self._waiting, primary.siblings.pop(), key=_rank)
 
     def _admit(self) -> None:
-        """Lets waiting sequences in, strictly by rank, as long as there is budget, a seat and room for all they know.
+        """Starts waiting sequences, strictly by rank, while budget, batch slots and blocks for their tokens last.
 
-        A sequence of higher priority takes the place of running ones of lower priority, if it fits in then.
+        A sequence of higher priority preempts running ones of lower priority if it fits once they are gone.
         """
         while self._waiting and self._has_budget_for(self._waiting[0]):
             head = self._waiting[0]
             hits = self._cached_blocks(head)
-            if self._is_crowded_for(head, hits):
+            if self._lacks_capacity_for(head, hits):
                 staying = [s for s in self._running if s.request.priority >= head.request.priority]
                 if len(staying) == len(self._running) or not self._fits_beside(staying, head, hits):
                     return
-                while self._is_crowded_for(head, hits):
+                while self._lacks_capacity_for(head, hits):
                     self._preempt(self._running[-1])
             self._waiting.remove(head)
             self._pool.share(hits)
@@ -183,42 +188,48 @@ class Scheduler:
             insort(self._running, head, key=_rank)
 
     def _has_budget_for(self, head: Sequence) -> bool:
-        """Whether those who go before `head` leave a token to it: until then it owns nothing, and may find more."""
+        """Whether the sequences ranked before `head` leave it at least one token of the step's budget.
+
+        Until they do it owns no blocks, and by then more of its prompt may be in the prefix cache.
+        """
         ahead = sum(s.num_uncomputed for s in self._running if _rank(s) < _rank(head))
         return ahead < self._limits.max_step_tokens
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Blocks that hold a beginning of the sequence; at least one token is left to compute."""
+        """Returns cached blocks for a prefix of the sequence; at least one token is left to compute."""
         block_size = self._pool.block_size
-        num_usable = sequence.num_usable // block_size
+        num_cacheable_blocks = sequence.num_cacheable // block_size
         if not sequence.request.cache.bypass:
-            return self._pool.find(sequence.digests(num_usable, block_size))
-        leader = sequence.leader
-        if leader is None:
+            return self._pool.find(sequence.digests(num_cacheable_blocks, block_size))
+        primary = sequence.primary
+        if primary is None:
             return []
-        num_shared = min(leader.num_computed, leader.num_prompt_tokens) // block_size
-        return list(leader.block_table[: min(num_usable, num_shared)])
+        num_shared = min(primary.num_computed, primary.num_prompt_tokens) // block_size
+        return list(primary.block_table[: min(num_cacheable_blocks, num_shared)])
 
-    def _is_crowded_for(self, head: Sequence, hits: list[int]) -> bool:
-        """Whether a seat is missing, or blocks for what `head` and the running sequences know and one token more."""
-        promised = sum(self._num_blocks_missing(s, s.num_wanted) for s in self._running)
-        wanted = self._num_blocks_missing(head, head.num_wanted) - len(hits) + self._pool.num_unowned(hits)
-        return len(self._running) == self._limits.max_running_requests or promised + wanted > self._pool.num_free
+    def _lacks_capacity_for(self, head: Sequence, hits: list[int]) -> bool:
+        """Whether the batch has no free slot, or too few blocks are free for the running sequences and `head`.
+
+        Each of them needs blocks for its known tokens and the next one.
+        """
+        reserved = sum(self._num_blocks_missing(s, s.num_required) for s in self._running)
+        needed = self._num_blocks_missing(head, head.num_required) - len(hits) + self._pool.num_unowned(hits)
+        return len(self._running) == self._limits.max_running_requests or reserved + needed > self._pool.num_free
 
     def _fits_beside(self, staying: list[Sequence], head: Sequence, hits: list[int]) -> bool:
-        """Whether `head` would find a seat and room if only `staying` ran."""
+        """Whether there would be a batch slot and enough blocks for `head` if only `staying` were running."""
         owned = len(set(hits).union(*(s.block_table for s in staying)))
-        missing = sum(self._num_blocks_missing(s, s.num_wanted) for s in (*staying, head)) - len(hits)
+        missing = sum(self._num_blocks_missing(s, s.num_required) for s in (*staying, head)) - len(hits)
         return len(staying) < self._limits.max_running_requests and owned + missing <= self._pool.num_blocks
 
     def _share_budget(self) -> Iterator[SequenceStep]:
-        """Gives each running sequence one token, and what is left of the budget to the first in rank that want more."""
+        """Gives each running sequence one token, and the rest of the budget to those with more to compute, by rank."""
         budget, index = self._limits.max_step_tokens, 0
         while index < len(self._running):
             sequence = self._running[index]
             reserved = len(self._running) - index - 1
             num_tokens = min(sequence.num_uncomputed, budget - reserved)
-            # Whoever is preempted comes after this sequence in rank, so it is not in the plan yet.
+            # A preempted sequence ranks no higher than this one, so it is not in the plan yet.
             while (
                 missing := self._num_blocks_missing(sequence, sequence.num_computed + num_tokens)
             ) > self._pool.num_free:
@@ -240,14 +251,14 @@ class Scheduler:
         sequence.num_preemptions += 1
         insort(self._waiting, sequence, key=_rank)
 
-    def _publish(self, sequence: Sequence) -> None:
+    def _insert_full_blocks(self, sequence: Sequence) -> None:
         num_full = sequence.num_computed // self._pool.block_size
-        if num_full == sequence.num_published or sequence.request.cache.bypass:
+        if num_full == sequence.num_inserted_blocks or sequence.request.cache.bypass:
             return
         digests = sequence.digests(num_full, self._pool.block_size)
-        for index in range(sequence.num_published, num_full):
-            self._pool.publish(sequence.block_table[index], digests[index])
-        sequence.num_published = num_full
+        for index in range(sequence.num_inserted_blocks, num_full):
+            self._pool.insert(sequence.block_table[index], digests[index])
+        sequence.num_inserted_blocks = num_full
 
     def _append(self, sequence: Sequence, token_id: int) -> Finish | None:
         stopping = sequence.request.stopping

@@ -1,7 +1,7 @@
-"""One sequence on its way: the tokens that are known and how many of them are computed.
+"""The state of one sequence: its known tokens and how many of them have been computed.
 
-There are no phases. A prompt, a chunk of one, the newest token, what a preemption has to do again and what an output
-brings along that is resumed are all just tokens that are known and not yet computed.
+There is no separate prefill or decode phase. A prompt, a chunk of one, the newest token, the tokens of a preempted
+sequence and those of a resumed output are all just tokens that are known but not yet computed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from mpt_grpc.request import GenerationRequest, TokenLogprob, sequence_seed
 from mpt_grpc.schedule.block_pool import Digest, block_digest, root_digest
 from mpt_grpc.schedule.repetition import RepetitionDetector
-from mpt_grpc.step import Matcher, PromptScoring, SequenceStep, TokenChoice
+from mpt_grpc.step import Matcher, PromptScoring, SamplingInputs, SequenceStep
 
 
 class Sequence:
@@ -25,27 +25,27 @@ class Sequence:
         prompt_token_ids: tuple[int, ...],
         eos_token_ids: frozenset[int] = frozenset(),
         matcher: Matcher | None = None,
-        leader: Sequence | None = None,
+        primary: Sequence | None = None,
     ) -> None:
-        """`leader` is the sequence of the same request that computes the prompt for this one, if that is another."""
+        """`primary` is the sequence of the same request that computes the prompt for this one; None on the primary."""
         self.sequence_id, self.request, self.index = sequence_id, request, index
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.eos_token_ids = frozenset() if request.stopping.ignore_eos else eos_token_ids
         self.num_computed = 0
         self.prompt_logprobs: list[TokenLogprob] = []
-        """Of the prompt's tokens from the second on; only the leader's are asked for."""
+        """Log probabilities of the prompt's tokens from the second on; computed on the primary only."""
         self.block_table: tuple[int, ...] = ()
-        self.num_published = 0
-        """Leading blocks that can be found by others."""
+        self.num_inserted_blocks = 0
+        """The number of leading blocks that are in the prefix cache."""
         self.num_cached_tokens: int | None = None
-        """Prompt tokens found in the cache when it first ran; None before."""
+        """The number of prompt tokens found in the prefix cache when the sequence first ran; None before that."""
         self.num_preemptions = 0
-        self.leader = leader
-        self.followers: list[Sequence] = []
-        """The request's other sequences, as long as they wait for this one to compute the prompt."""
+        self.primary = primary
+        self.siblings: list[Sequence] = []
+        """The request's other sequences, while they wait for this one to compute the prompt."""
         self._matcher = matcher
-        self._sampling = replace(request.sampling, seed=sequence_seed(request.sampling.seed or 0, index))
+        self._parameters = replace(request.sampling, seed=sequence_seed(request.sampling.seed or 0, index))
         guard = request.stopping.repetition_guard
         self._repetition = None if guard is None else RepetitionDetector(guard)
         self._digests: list[Digest] = []
@@ -56,7 +56,7 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Lower goes first: by priority, then by arrival."""
+        """The sort key for scheduling: lower runs first, by priority and then by arrival."""
         return (-self.request.priority, self.sequence_id)
 
     @property
@@ -69,34 +69,34 @@ class Sequence:
 
     @property
     def wants_token(self) -> bool:
-        """False for a prompt that is only computed."""
+        """Whether a token is to be chosen after the known ones; False if only the prompt is to be computed."""
         return self.num_output_tokens != self.request.stopping.max_new_tokens
 
     @property
-    def num_wanted(self) -> int:
-        """Tokens that need room: the known ones and the next."""
+    def num_required(self) -> int:
+        """The number of tokens that need space in the KV cache: the known ones and the next one, if any."""
         return len(self.token_ids) + self.wants_token
 
     @property
-    def num_usable(self) -> int:
-        """Leading tokens that may come from the cache: the last is always computed, and so is all that is scored."""
+    def num_cacheable(self) -> int:
+        """The number of leading tokens that may be cached: all but the last, and none that is yet to be scored."""
         last = len(self.token_ids) - 1
         return min(last, len(self.prompt_logprobs)) if self._is_scoring else last
 
     @property
     def _is_scoring(self) -> bool:
-        wanted = self.request.logprobs.prompt and self.leader is None
+        wanted = self.request.logprobs.prompt and self.primary is None
         return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     def append(self, token_id: int) -> tuple[bool, bool]:
-        """Adds a token to the output; returns whether its constraint is complete, and whether it goes in circles."""
+        """Adds a token to the output; returns whether its constraint is complete and whether it is repeating itself."""
         self.token_ids.append(token_id)
         is_complete = self._matcher is not None and self._matcher.advance(token_id)
         is_looping = self._repetition is not None and self._repetition.feed(token_id)
         return is_complete, is_looping
 
     def digests(self, num_blocks: int, block_size: int) -> list[Digest]:
-        """The digests of the first `num_blocks` blocks, all of whose tokens are known."""
+        """Returns the digests of the first `num_blocks` blocks; all tokens of these blocks must be known."""
         while len(self._digests) < num_blocks:
             parent = self._digests[-1] if self._digests else root_digest(self.request.cache.salt)
             start = len(self._digests) * block_size
@@ -104,18 +104,18 @@ class Sequence:
         return self._digests[:num_blocks]
 
     def start(self, blocks: list[int], num_tokens: int) -> None:
-        """Begins to run with `num_tokens` found in the cache, in `blocks`."""
-        self.block_table, self.num_computed, self.num_published = tuple(blocks), num_tokens, len(blocks)
+        """Starts running with the first `num_tokens` tokens taken from the prefix cache, in `blocks`."""
+        self.block_table, self.num_computed, self.num_inserted_blocks = tuple(blocks), num_tokens, len(blocks)
         if self.num_cached_tokens is None:
             self.num_cached_tokens = min(num_tokens, self.num_prompt_tokens)
 
     def release(self) -> tuple[int, ...]:
-        """Forgets what was computed, and returns the blocks that held it."""
-        blocks, self.block_table, self.num_computed, self.num_published = self.block_table, (), 0, 0
+        """Discards what has been computed and returns the blocks it occupied."""
+        blocks, self.block_table, self.num_computed, self.num_inserted_blocks = self.block_table, (), 0, 0
         return blocks
 
     def step(self, num_tokens: int) -> SequenceStep:
-        """The plan to compute the next `num_tokens`."""
+        """Returns the step that computes the next `num_tokens` tokens."""
         end = self.num_computed + num_tokens
         return SequenceStep(
             sequence_id=self.sequence_id,
@@ -123,21 +123,21 @@ class Sequence:
             token_ids=tuple(self.token_ids[self.num_computed : end]),
             start=self.num_computed,
             block_table=self.block_table,
-            choice=self._choice() if end == len(self.token_ids) and self.wants_token else None,
+            sampling=self._sampling_inputs() if end == len(self.token_ids) and self.wants_token else None,
             scoring=self._scoring(end) if self._is_scoring else None,
         )
 
-    def _choice(self) -> TokenChoice:
+    def _sampling_inputs(self) -> SamplingInputs:
         request, decoding = self.request, self.request.decoding
-        repeats = decoding.repetition_penalty != 1
-        penalizes = repeats or decoding.frequency_penalty != 0 or decoding.presence_penalty != 0
+        penalizes_prompt = decoding.repetition_penalty != 1
+        penalizes_output = penalizes_prompt or decoding.frequency_penalty != 0 or decoding.presence_penalty != 0
         is_short = self.num_output_tokens < request.stopping.min_new_tokens
-        return TokenChoice(
-            sampling=self._sampling,
+        return SamplingInputs(
+            parameters=self._parameters,
             output_position=self.num_output_tokens,
             decoding=decoding,
-            prompt_token_ids=tuple(self.token_ids[: self.num_prompt_tokens]) if repeats else (),
-            output_token_ids=tuple(self.token_ids[self.num_prompt_tokens :]) if penalizes else (),
+            prompt_token_ids=tuple(self.token_ids[: self.num_prompt_tokens]) if penalizes_prompt else (),
+            output_token_ids=tuple(self.token_ids[self.num_prompt_tokens :]) if penalizes_output else (),
             forbidden_token_ids=(*self.eos_token_ids, *request.stopping.stop_token_ids) if is_short else (),
             matcher=self._matcher,
             num_top_logprobs=request.logprobs.num_top if request.logprobs.output else None,

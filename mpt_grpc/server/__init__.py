@@ -1,1 +1,1 @@
-"""The gRPC service: the API's messages to the engine's values and back, health, errors, tracing, drain."""
+"""The gRPC server: services, conversion of messages, errors as statuses, health and shutdown."""

@@ -154,7 +154,7 @@ def engine_state(state: EngineState, num_blocks: int) -> debug_pb2.GetEngineStat
     return debug_pb2.GetEngineStateResponse(
         time=_timestamp(state.time_s),
         load=load(state.load, num_blocks),
-        cached_blocks=state.kept_blocks,
+        cached_blocks=state.cached_blocks,
         active_requests=[_request_state(request, has_ended=False) for request in state.in_flight],
         completed_requests=[_request_state(request, has_ended=True) for request in state.ended],
     )

@@ -50,8 +50,7 @@ async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -
     async with running_server(settings) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
-        # Objects created at startup live forever; a garbage collection that scanned them would pause every stream for
-        # 150 ms.
+        # Objects created at startup live forever; a collection that scanned them would pause every stream for 150 ms.
         gc.collect()
         gc.freeze()
         on_ready(server)
@@ -80,8 +79,7 @@ class RunningServer:
         return self._health
 
     async def drain(self, stop: asyncio.Event | None = None) -> None:
-        """Refuses new requests and waits for those in progress, for the grace period at most, or until `stop` is
-        set."""
+        """Refuses new requests and waits for those in progress, up to the grace period or until `stop` is set."""
         self._draining = True
         await self._health.enter_graceful_shutdown()
         self.engine.refuse(DrainingError("the server is shutting down; use another one"))
@@ -130,7 +128,7 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
     reflection.enable_server_reflection((SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     with engine:
         try:
-            await asyncio.to_thread(engine.generate, _WARM_UP)
+            await asyncio.to_thread(engine.generate, _warm_up(engine.preparation.limits.max_context_tokens))
         except MptServerError as error:
             raise ModelError(f"the model failed to generate its first tokens: {error.__cause__ or error}") from error
         await server.start()
@@ -162,13 +160,15 @@ async def _http(settings: Settings, grpc_port: int) -> AsyncIterator[int | None]
         yield port
 
 
-_WARM_UP = GenerationRequest(
-    request_id="warm-up",
-    prompt=(0,),
-    sampling=SamplingParameters(temperature=0),
-    stopping=StoppingCriteria(max_new_tokens=2, ignore_eos=True),
-    cache=CacheOptions(bypass=True),
-)
+def _warm_up(max_context_tokens: int) -> GenerationRequest:
+    """Returns a request with a prefill and, if the context has room, a decode step."""
+    return GenerationRequest(
+        request_id="warm-up",
+        prompt=(0,),
+        sampling=SamplingParameters(temperature=0),
+        stopping=StoppingCriteria(max_new_tokens=min(2, max_context_tokens - 1), ignore_eos=True),
+        cache=CacheOptions(bypass=True),
+    )
 
 
 def _bind(server: grpc.aio.Server, settings: ServerSettings) -> int:

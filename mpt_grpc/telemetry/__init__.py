@@ -1,1 +1,1 @@
-"""OpenTelemetry: what is measured, under which names, and where it goes."""
+"""OpenTelemetry tracing: the spans that are recorded, their names, and where they are exported."""

@@ -1,4 +1,4 @@
-"""Every span and attribute name. RPC and GenAI names are those of OpenTelemetry's semantic conventions 1.44."""
+"""All span and attribute names. RPC and GenAI names follow OpenTelemetry's semantic conventions 1.44."""
 
 SCOPE = "mpt-grpc"
 

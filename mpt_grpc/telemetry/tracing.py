@@ -1,6 +1,6 @@
-"""Where spans go, and the spans of a request's phases.
+"""Exporting of spans, and the spans for a request's phases.
 
-Contexts are handed over as arguments: the scheduler thread has no current span.
+Contexts are passed as arguments because the scheduler thread has no current span.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mpt_grpc.telemetry import names
 
 
 def make_tracer_provider(trace_file: Path | None) -> TracerProvider | None:
-    """Returns a provider that exports by OTLP when OTEL_EXPORTER_OTLP_ENDPOINT is set and to `trace_file` when given.
+    """Returns a provider that exports by OTLP if OTEL_EXPORTER_OTLP_ENDPOINT is set, and to `trace_file` if given.
 
-    None when neither is: then nothing is traced. Raises SettingsError when the file cannot be written.
+    Returns None, which disables tracing, if neither is. Raises SettingsError if the file cannot be written.
     """
     exporters = []
     if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
@@ -47,7 +47,7 @@ def make_tracer_provider(trace_file: Path | None) -> TracerProvider | None:
 
 
 def record_phases(tracer: Tracer, context: Context, stats: RequestStats, num_output_tokens: int) -> None:
-    """Writes the spans `queue`, `prefill` and `decode` of an ended request under the span in `context`."""
+    """Records the spans `queue`, `prefill` and `decode` of an ended request as children of the span in `context`."""
     queue_end = stats.scheduled_time_s or stats.end_time_s
     _span(tracer, context, names.SPAN_QUEUE, stats.arrival_time_s, queue_end, {})
     if stats.scheduled_time_s is None:
@@ -61,7 +61,7 @@ def record_phases(tracer: Tracer, context: Context, stats: RequestStats, num_out
 
 
 def request_attributes(request: GenerationRequest, model: str) -> Mapping[str, AttributeValue]:
-    """GenAI attributes of a request, as far as they were asked for."""
+    """Returns the GenAI attributes of a request, leaving out options that are not set."""
     sampling, decoding = request.sampling, request.decoding
     attributes: dict[str, AttributeValue] = {
         names.OPERATION: "chat" if isinstance(request.prompt, Conversation) else "text_completion",

@@ -1,1 +1,1 @@
-"""Between text and tokens: the tokenizer, and the way back from tokens to text as they come."""
+"""Conversion between text and tokens: tokenizer, incremental detokenizer, chat templates, constraints and guards."""

@@ -1,4 +1,4 @@
-"""Conversations to prompts: the model's own chat template, or one of the built-in ones in `templates/`."""
+"""Renders conversations as prompts, with the model's own chat template or a built-in one from `templates/`."""
 
 from __future__ import annotations
 
@@ -20,47 +20,49 @@ from mpt_grpc.request import Conversation, Message
 MAX_MESSAGES = 1024
 _FOLDER = Path(__file__).with_name("templates")
 _BUILT_IN = {"base": ("\nUser:",), "instruct": ("\n### Instruction:",), "chatml": ("<|im_end|>",)}
-"""The built-in templates, and the strings that end an answer."""
-_BY_ENDING = {"-instruct": "instruct", "-chat": "chatml"}
+"""The built-in templates, each with the strings that end the assistant's message."""
+_BY_NAME_SUFFIX = {"-instruct": "instruct", "-chat": "chatml"}
 _ROLES = ("system", "user", "assistant")
 _FIELD = "conversation.messages"
 
 
 class _RefusedByTemplateError(Exception):
-    """The template's own `raise_exception`."""
+    """Raised by the template itself, through `raise_exception`."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Makes prompts of conversations."""
+    """Renders conversations as prompts."""
 
     name: str
-    """'base', 'instruct' or 'chatml', 'model' for the one in the model's files, 'file' for one that was given."""
+    """'base', 'instruct' or 'chatml'; 'model' if it is from the model's files, 'file' if it is from a given file."""
     stop_strings: tuple[str, ...]
-    """What ends the assistant's answer, beside the end mark."""
+    """The strings that end the assistant's message, in addition to the EOS token."""
     template: Template
     tokens: dict[str, str]
-    """The special tokens that the template may name, such as `eos_token`."""
+    """The special tokens that the template may refer to, such as `eos_token`."""
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt that the assistant's next message follows. Raises InvalidRequestError if the template refuses."""
+        """Returns the prompt for the assistant's next message. Raises InvalidRequestError if the template fails."""
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            # Templates ask whether there are tools and documents: none is not the same as undefined.
+            # Templates check for tools and documents, and many distinguish None from undefined.
             absent = dict.fromkeys(("tools", "documents"))
             return self.template.render(messages=turns, add_generation_prompt=True, **absent, **self.tokens)
         except _RefusedByTemplateError as error:
-            raise InvalidRequestError(FieldViolation(_FIELD, f"the model's chat template says: {error}")) from error
-        except Exception as error:  # a template computes, and may do so wrongly in any way
+            raise InvalidRequestError(
+                FieldViolation(_FIELD, f"rejected by the model's chat template: {error}")
+            ) from error
+        except Exception as error:  # a template is a program and may fail in any way
             why = f"the model's chat template fails on them ({type(error).__name__}): use other messages"
             raise InvalidRequestError(FieldViolation(_FIELD, why)) from error
 
 
 def find_chat_template(wanted: str, folder: Path, model_name: str) -> ChatTemplate:
-    """The template called `wanted`: 'base', 'instruct', 'chatml', a Jinja file, or 'auto'.
+    """Returns the template that `wanted` specifies: 'base', 'instruct', 'chatml', the path of a Jinja file, or 'auto'.
 
-    'auto' takes the one in the model's folder, else one by how the model's name ends, else 'base'. Raises ModelError
-    or SettingsError for one that cannot be read.
+    'auto' uses the template in the model's folder; else the one for the suffix of the model's name; else 'base'.
+    Raises ModelError or SettingsError if the template cannot be read.
     """
     config = _tokenizer_config(folder)
     tokens = _special_tokens(config)
@@ -72,16 +74,17 @@ def find_chat_template(wanted: str, folder: Path, model_name: str) -> ChatTempla
             return _from_source("file", source, tokens)
         except (OSError, UnicodeDecodeError) as error:
             known = ", ".join(_BUILT_IN)
-            raise SettingsError(f"--chat-template: {wanted} is no file, nor auto, {known}: {error}") from error
+            why = f"expected auto, {known} or a readable file, got {wanted!r}: {error}"
+            raise SettingsError(f"--chat-template: {why}") from error
         except TemplateSyntaxError as error:
             raise SettingsError(f"--chat-template: {wanted}, line {error.lineno}: {error}") from error
     if (own := _own_source(folder, config)) is not None:
         try:
             return _from_source("model", own, tokens)
         except TemplateSyntaxError as error:
-            raise ModelError(f"{folder}: its chat template cannot be read, line {error.lineno}: {error}") from error
-    endings = (name for ending, name in _BY_ENDING.items() if model_name.lower().endswith(ending))
-    return _built_in(next(endings, "base"), tokens)
+            raise ModelError(f"{folder}: invalid chat template, line {error.lineno}: {error}") from error
+    matching = (name for suffix, name in _BY_NAME_SUFFIX.items() if model_name.lower().endswith(suffix))
+    return _built_in(next(matching, "base"), tokens)
 
 
 def conversation_token_ids(
@@ -91,32 +94,33 @@ def conversation_token_ids(
     max_context_tokens: int,
     max_new_tokens: int | None,
 ) -> tuple[int, ...]:
-    """The prompt in tokens, with room for `max_new_tokens`, or for one if that is None.
+    """Returns the prompt's tokens, leaving space in the context for `max_new_tokens`, or for one token if it is None.
 
-    The oldest turns are left out as far as they must, if the conversation allows it. Raises InvalidRequestError.
+    If the conversation allows it, as many of the oldest turns as necessary are dropped. Raises InvalidRequestError.
     """
     _check(conversation.messages)
     num_new_tokens = 1 if max_new_tokens is None else max_new_tokens
-    room = max_context_tokens - num_new_tokens
+    max_prompt_tokens = max_context_tokens - num_new_tokens
 
     def tokens_without(turns: int) -> tuple[int, ...]:
-        return encode(template.render(kept[turns]))
+        return encode(template.render(candidates[turns]))
 
-    kept = _shortened(conversation.messages)
+    candidates = _shortened(conversation.messages)
     token_ids = tokens_without(0)
-    if len(token_ids) <= room:
+    if len(token_ids) <= max_prompt_tokens:
         return token_ids
-    shortest = tokens_without(len(kept) - 1) if conversation.drop_oldest_turns else token_ids
-    if len(shortest) > room:
-        remedy = "shorten the last message" if conversation.drop_oldest_turns else "shorten them or drop_oldest_turns"
-        why = f"{len(shortest)} tokens and {num_new_tokens} new ones exceed the context of {max_context_tokens}"
-        raise InvalidRequestError(FieldViolation(_FIELD, f"{why}: {remedy}"))
-    # The fewest turns to leave out are between `too_few` and `enough`.
-    too_few, enough = 0, len(kept) - 1
+    shortest = tokens_without(len(candidates) - 1) if conversation.drop_oldest_turns else token_ids
+    if len(shortest) > max_prompt_tokens:
+        remedy = "the last message" if conversation.drop_oldest_turns else "the messages or set drop_oldest_turns"
+        lengths = f"{len(shortest)} + {num_new_tokens} tokens (prompt + output)"
+        why = f"{lengths} exceed the context of {max_context_tokens}: shorten {remedy}"
+        raise InvalidRequestError(FieldViolation(_FIELD, why))
+    # Binary search: the smallest sufficient number of turns to drop is above `too_few`, and at most `enough`.
+    too_few, enough = 0, len(candidates) - 1
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
         token_ids = tokens_without(middle)
-        if len(token_ids) <= room:
+        if len(token_ids) <= max_prompt_tokens:
             enough, shortest = middle, token_ids
         else:
             too_few = middle
@@ -126,22 +130,25 @@ def conversation_token_ids(
 def _check(messages: Sequence[Message]) -> None:
     violations = []
     if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise InvalidRequestError(FieldViolation(_FIELD, f"{len(messages)}, at least 1 and at most {MAX_MESSAGES}"))
+        raise InvalidRequestError(FieldViolation(_FIELD, f"{len(messages)} messages are not in [1, {MAX_MESSAGES}]"))
     for index, message in enumerate(messages):
         field = f"{_FIELD}[{index}].role"
         if message.role not in _ROLES:
-            violations.append(FieldViolation(field, f"unknown: set one of {', '.join(_ROLES)}"))
+            violations.append(FieldViolation(field, f"unknown role: use one of {', '.join(_ROLES)}"))
         elif message.role == "system" and index > 0:
-            violations.append(FieldViolation(field, "only the first message may be the system's"))
+            violations.append(FieldViolation(field, "only the first message may have the role 'system'"))
     if messages[-1].role in ("system", "assistant"):
-        why = "the last message must be the user's: the assistant answers it"
+        why = "the last message must have the role 'user': the assistant replies to it"
         violations.append(FieldViolation(f"{_FIELD}[{len(messages) - 1}].role", why))
     if violations:
         raise InvalidRequestError(*violations)
 
 
 def _shortened(messages: tuple[Message, ...]) -> list[tuple[Message, ...]]:
-    """The messages without 0, 1, 2 … of their oldest turns. A turn is the user's and all up to the user's next."""
+    """Returns the messages without their 0, 1, 2, ... oldest turns.
+
+    A turn is a user message and everything up to the next user message.
+    """
     system = messages[:1] if messages[0].role == "system" else ()
     starts = [i for i, message in enumerate(messages) if message.role == "user" and i > len(system)]
     return [messages, *(system + messages[start:] for start in starts)]
@@ -158,7 +165,7 @@ def _from_source(name: str, source: str, tokens: dict[str, str]) -> ChatTemplate
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}`, with which templates mark what is trained on: here just what it encloses."""
+    """Renders the content of `{% generation %}`, with which templates mark the text to train on."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
@@ -168,7 +175,7 @@ class _GenerationTag(Extension):
 
 
 def _compiled(source: str) -> Template:
-    """As transformers compiles it, in a sandbox: a template is data from a stranger."""
+    """Compiles a template as transformers does, in a sandbox because templates come from untrusted sources."""
     extensions = [loopcontrols, _GenerationTag]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json
@@ -178,7 +185,7 @@ def _compiled(source: str) -> Template:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own would escape for HTML.
+    # Jinja's own filter would escape for HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
@@ -198,7 +205,9 @@ def _own_source(folder: Path, config: dict[str, Any]) -> str | None:
         entries = [entry for entry in own if isinstance(entry, dict)]
         own = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
     if own is not None and not isinstance(own, str):
-        raise ModelError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list of them")
+        raise ModelError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list of named templates"
+        )
     return own
 
 
@@ -214,10 +223,10 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token and so on, as they are spelt."""
+    """Returns the text of `bos_token`, `eos_token` and so on."""
     tokens = {}
     for key, value in config.items():
-        spelt = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(spelt, str):
-            tokens[key] = spelt
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            tokens[key] = text
     return tokens

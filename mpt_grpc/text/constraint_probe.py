@@ -1,8 +1,10 @@
-"""Builds one grammar and exits: a program of its own, so that a grammar that never ends or that overflows the stack,
-which no exception can stop, takes down only this process. Its reader is `constraints.py`.
+"""Builds one grammar and exits. Run by `constraints.py` for every new constraint.
 
-Standard input: {"grammar": …, "limits": …}. Standard output: why the grammar is refused, or nothing.
-It imports nothing of this package and little else, because every new constraint waits for it.
+This is a separate program because a grammar may never terminate or may overflow the stack, which no exception handler
+can catch; that then takes down only this process.
+
+Standard input: {"grammar": ..., "limits": ...}. Standard output: the reason why the grammar is rejected, or nothing.
+It imports nothing from this package and little else, because every new constraint has to wait for it.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 CPU_S = 1
 MEMORY_BYTES = 1 << 30
-# Half of what a thread of the server has, so that what passes here has room there.
+# Half of a server thread's stack, so that a grammar that passes here does not overflow the stack there.
 STACK_BYTES = 4 << 20
 
 if __name__ == "__main__":
-    os.nice(19)  # the model's threads go first
+    os.nice(19)  # give priority to the model's threads
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

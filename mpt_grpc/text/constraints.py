@@ -1,7 +1,7 @@
-"""Constrained output: a constraint of a request becomes a matcher that says which tokens may come next.
+"""Compiles a request's constraint into a matcher, which determines the tokens that may come next.
 
-Owns what a constraint may cost; llguidance (https://github.com/guidance-ai/llguidance) computes the masks from what
-`grammar.py` makes. When masks are computed and applied is the engine's.
+This module limits the cost of constraints. llguidance (https://github.com/guidance-ai/llguidance) computes the masks
+from the grammars that `grammar.py` makes. The engine decides when masks are computed and applied.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpt_grpc.text.grammar import TOO_COSTLY, constraint_field, make_grammar, re
 from mpt_grpc.text.tokenizer import Tokenizer
 
 NUM_CACHED = 64
-"""Constraints whose verdict is remembered; a grammar has at most half a megabyte."""
+"""The number of constraints whose verdict is cached; a grammar takes at most half a megabyte."""
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 100_000,
     "step_lexer_fuel": 50_000,
@@ -34,17 +34,17 @@ LIMITS: dict[str, Any] = {
     "precompute_large_lexemes": False,
     "verbose_errors": False,
 }
-"""Of llguidance. Ordinary schemas need a tenth: an object of 200 optional fields has 807 items in a row."""
+"""Limits for llguidance. Ordinary schemas need a tenth: an object with 200 optional fields has 807 items in a row."""
 
 _PROBE = Path(__file__).with_name("constraint_probe.py")
 _PROBE_WALL_S = 5.0
 
 
 class ConstraintCompiler:
-    """Makes matchers for one model. Threads may share it."""
+    """Compiles constraints into matchers for one model. May be shared by threads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """The vocabulary is prepared at the first constraint."""
+        """Llguidance's copy of the vocabulary is only prepared when the first constraint is compiled."""
         self._tokenizer = tokenizer
         self._tokens = _Tokens(tokenizer)
         self._vocabulary: LLTokenizer | None = None
@@ -52,12 +52,12 @@ class ConstraintCompiler:
         self._lock = threading.Lock()
 
     def compile(self, constraint: Constraint) -> ConstraintMatcher:
-        """A matcher at its start. One never seen takes a tenth of a second, at worst about one second.
+        """Returns a new matcher. A constraint not in the cache takes about 0.1 s, and at worst about 1 s.
 
         Raises InvalidRequestError, which names the field, if the constraint is malformed, unsupported, impossible to
-        meet, or too costly to follow; OverloadedError, if the machine is too busy to find that out.
+        satisfy, or too costly; OverloadedError, if the machine is too busy to find out.
         """
-        # A matcher of its own for each output: copies of one share a lexer, its lock and its budget.
+        # Every output gets a new matcher, because copies of a matcher share a lexer with its lock and its budget.
         return self._matcher(self._verified_grammar(constraint), constraint_field(constraint))
 
     def _verified_grammar(self, constraint: Constraint) -> str:
@@ -67,7 +67,7 @@ class ConstraintCompiler:
             try:
                 verdict = make_grammar(constraint)
                 _probe(verdict, constraint_field(constraint))
-                _try(self._matcher(verdict, constraint_field(constraint)))
+                _try_two_steps(self._matcher(verdict, constraint_field(constraint)))
             except InvalidRequestError as error:
                 verdict = error.violations[0]
         self._remember(constraint, verdict)
@@ -94,47 +94,47 @@ class ConstraintCompiler:
 
 
 class ConstraintMatcher:
-    """A `Matcher`. Threads may take turns with it."""
+    """Implements `Matcher` with llguidance. May be used by several threads, but by only one at a time."""
 
     def __init__(self, matcher: LLMatcher, tokens: _Tokens, field: str) -> None:
         self._matcher, self._tokens, self._field = matcher, tokens, field
 
     def advance(self, token_id: int) -> bool:
-        """Takes a token in; returns whether the output is complete: it was an end mark, or only one could follow.
+        """Consumes a token; returns whether the output is complete: it was an EOS token, or only one could follow.
 
-        Raises InvalidRequestError: for `resume_token_ids`, if the token cannot follow, since no token that `mask`
-        allows is ever refused; for the constraint, if it has become too costly.
+        Raises InvalidRequestError for the constraint if it has become too costly, or for `resume_token_ids` if the
+        token cannot follow: tokens that `mask` allows are never rejected, so it can only be a resumed one.
         """
         if token_id in self._tokens.ends and self._matcher.is_accepting():
             return True
         is_text = token_id >= 0 and self._tokens.text_bits >> token_id & 1
         if not is_text or self._matcher.is_stopped() or self._matcher.validate_tokens([token_id]) == 0:
             self._check()
-            why = f"{token_id} cannot follow under {self._field}: resume with tokens that it gave"
+            why = f"{token_id} is not allowed by {self._field} here: resume with tokens generated under that constraint"
             raise InvalidRequestError(FieldViolation("resume_token_ids", why))
         self._matcher.consume_token(token_id)
         self._check()
         if self._matcher.is_stopped():
             return True
-        # Without an end mark the output is over where it may end and no token follows.
+        # For a model without EOS tokens, the output is complete where it may end and no token can follow.
         return not self._tokens.ends and self._matcher.is_accepting() and self._allowed() == 0
 
     def mask(self) -> bytes:
-        """Which tokens may come next, as `Matcher` says: (vocab_size + 7) // 8 bytes.
+        """Returns the tokens that may come next, in the format of `Matcher.mask`: (vocab_size + 7) // 8 bytes.
 
-        End marks are among them only where the output may end, other special tokens never. Raises InvalidRequestError
-        if no token may come or it costs too much to find out.
+        EOS tokens are included only where the output may end, other special tokens never. Raises InvalidRequestError
+        if no token is allowed or the computation is too costly.
         """
         allowed = self._allowed()
         if allowed == 0:
-            why = "none of the model's tokens can follow where it leads: change it"
+            why = "it leads to a point where none of the model's tokens is allowed: change it"
             raise InvalidRequestError(FieldViolation(self._field, why))
         return allowed.to_bytes((self._tokens.size + 7) // 8, "little")
 
     def _allowed(self) -> int:
         allowed = int.from_bytes(self._matcher.compute_bitmask(), "little")
-        self._check()  # after an error the bits say that the output may end
-        # A Lark grammar may name special tokens, end marks too where the output is not over.
+        self._check()  # after an error, the mask would only allow the output to end
+        # A Lark grammar may refer to special tokens, including EOS tokens where the output may not end.
         ends = self._tokens.end_bits if self._matcher.is_accepting() else 0
         return allowed & (self._tokens.text_bits | ends)
 
@@ -144,7 +144,7 @@ class ConstraintMatcher:
 
 
 class _Tokens:
-    """Which tokens of a vocabulary are text and which end an output; bit i is token i."""
+    """Bit sets of a vocabulary's text tokens and EOS tokens; bit i represents token i."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.size = tokenizer.vocab_size
@@ -155,7 +155,7 @@ class _Tokens:
 
 
 class _Vocabulary:
-    """What `TokenizerWrapper` reads; forced text becomes tokens by `encode`, never special ones."""
+    """The tokenizer interface that `TokenizerWrapper` expects. `encode` must never return special tokens."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token_id: int | None, encode: Callable[[str], Sequence[int]]) -> None:
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
@@ -168,30 +168,30 @@ class _Vocabulary:
 
 
 def _vocabulary(tokenizer: Tokenizer, ends: list[int]) -> LLTokenizer:
-    """Takes under half a second for 50,000 tokens."""
+    """Returns llguidance's copy of the vocabulary. Takes under half a second for 50,000 tokens."""
     wrapped = TokenizerWrapper(_Vocabulary(tokenizer, ends[0] if ends else None, tokenizer.plain_text_encoder()))
     return LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size, eos_token=ends or None)
 
 
 def _probe(grammar: str, field: str) -> None:
-    """Builds the grammar in another process first, which may crash, and refuses it if that does."""
+    """Builds the grammar in another process first, because that may crash, and rejects the grammar if it does."""
     task = json.dumps({"grammar": grammar, "limits": LIMITS})
     try:
         done = subprocess.run(
             [sys.executable, "-P", str(_PROBE)], input=task.encode(), capture_output=True, timeout=_PROBE_WALL_S
         )
-    except subprocess.TimeoutExpired as error:  # it has not had its time: the machine is too busy to tell
-        raise OverloadedError("the machine is too busy to check a new constraint", retry_after_s=1.0) from error
-    if done.returncode < 0:  # it overflowed its stack, or had its fill of time or memory
+    except subprocess.TimeoutExpired as error:  # it did not get its share of CPU time: the machine is too busy
+        raise OverloadedError("the server is too busy to check a new constraint", retry_after_s=1.0) from error
+    if done.returncode < 0:  # it overflowed its stack, or exceeded its CPU time or memory
         raise InvalidRequestError(FieldViolation(field, TOO_COSTLY))
     if done.returncode > 0:
-        raise InternalError(f"the constraint probe does not run: {done.stderr.decode(errors='replace').strip()[-200:]}")
+        raise InternalError(f"the constraint probe failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
     if refusal := done.stdout.decode().strip():
         raise InvalidRequestError(FieldViolation(field, refusal_reason(refusal)))
 
 
-def _try(matcher: ConstraintMatcher) -> None:
-    """Takes two steps, which show most of what cannot be met or followed."""
+def _try_two_steps(matcher: ConstraintMatcher) -> None:
+    """Takes two steps, which reveals most constraints that are impossible to satisfy or too costly."""
     mask = int.from_bytes(matcher.mask(), "little")
     if not matcher.advance((mask & -mask).bit_length() - 1):
         matcher.mask()

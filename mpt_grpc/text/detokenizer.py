@@ -1,8 +1,8 @@
-"""From an output's tokens to its text while it grows. Owns the borders of characters and of stop strings.
+"""Incrementally converts an output's tokens to text, handling incomplete characters and stop strings.
 
-`TextAssembler` is what a stream uses; it joins a `Detokenizer` (ids to text) and `StopStrings` (where the text ends).
-However the tokens are grouped, the pieces add up to the same text. Why byte-level tokens do not go through
-`tokenizers.decoders.DecodeStream` is told in docs/decisions/0001-detokenizer.md.
+Streams use `TextAssembler`, which combines a `Detokenizer` (ids to text) and `StopStrings` (where the text ends).
+However the tokens are grouped, the pieces add up to the same text. docs/decisions/0001-detokenizer.md explains why
+byte-level tokens do not go through `tokenizers.decoders.DecodeStream`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 MAX_HELD_TOKENS = 8
-"""How many tokens `DecodeStream` may hold; an unfinished character has at most 3 bytes, so more of them are garbage."""
+"""The most tokens that `DecodeStream` may hold back. An incomplete character has at most 3 bytes; more is garbage."""
 
 
 class TextAssembler:
-    """The text of one output. Tokens whose text is left out, such as the end mark that was met, are not fed."""
+    """Assembles the text of one output.
+
+    Tokens without text in the output, such as the EOS token that ended it, must not be fed.
+    """
 
     def __init__(
         self,
@@ -28,45 +31,50 @@ class TextAssembler:
         include_stop_string: bool = False,
         min_new_tokens: int = 0,
     ) -> None:
-        """A stop string that is complete within the first `min_new_tokens` does not count."""
+        """A stop string that is completed by one of the first `min_new_tokens` tokens is ignored."""
         self._detokenizer = detokenizer
         self._stop_strings = StopStrings(stop_strings, include_stop_string)
-        self._num_deaf = min_new_tokens
+        self._num_tokens_before_stops = min_new_tokens
 
     @property
     def stop_string(self) -> str | None:
-        """The stop string that was met; the output is then over."""
-        return self._stop_strings.met
+        """The stop string that ended the output, if any."""
+        return self._stop_strings.found
 
     @property
     def num_held(self) -> int:
-        """Characters that are held back, because a stop string may begin with them."""
+        """The number of characters held back because a stop string may start with them."""
         return self._stop_strings.num_held
 
     def feed(self, token_id: int) -> str:
-        """Adds the output's next token; returns what may be sent now. After a stop string nothing comes any more."""
-        is_deaf, self._num_deaf = self._num_deaf > 0, max(0, self._num_deaf - 1)
-        return self._stop_strings.feed(self._detokenizer.feed(token_id), is_deaf)
+        """Adds the output's next token; returns the text that may be sent now, which is empty after a stop string."""
+        ignores_stops = self._num_tokens_before_stops > 0
+        self._num_tokens_before_stops = max(0, self._num_tokens_before_stops - 1)
+        return self._stop_strings.feed(self._detokenizer.feed(token_id), ignores_stops)
 
     def finish(self) -> str:
-        """What was held back, once no token follows; nothing after a stop string."""
-        return self._stop_strings.feed(self._detokenizer.flush(), self._num_deaf > 0) + self._stop_strings.flush()
+        """Returns the text that was held back, after the last token; empty after a stop string."""
+        ignores_stops = self._num_tokens_before_stops > 0
+        return self._stop_strings.feed(self._detokenizer.flush(), ignores_stops) + self._stop_strings.flush()
 
 
 class Detokenizer(Protocol):
-    """Ids to text, token by token. Made by `Tokenizer.detokenizer`."""
+    """Converts ids to text, token by token. Created by `Tokenizer.detokenizer`."""
 
     def feed(self, token_id: int) -> str:
-        """The text that this token completes; an unfinished character is held back."""
+        """Returns the text that this token completes; an incomplete character is held back."""
         ...
 
     def flush(self) -> str:
-        """The text of what was held back, once no token follows."""
+        """Returns the text of any tokens held back, after the last token."""
         ...
 
 
 class ByteDetokenizer:
-    """For byte-level BPE: joins the tokens' bytes and decodes them as UTF-8. Exact, linear, holds 3 bytes at most."""
+    """Detokenizer for byte-level BPE: joins the tokens' bytes and decodes them as UTF-8.
+
+    It is exact, takes linear time, and holds back at most 3 bytes.
+    """
 
     def __init__(self, token_bytes: Callable[[int], bytes], skipped: frozenset[int]) -> None:
         self._token_bytes = token_bytes
@@ -81,10 +89,10 @@ class ByteDetokenizer:
 
 
 class StreamDetokenizer:
-    """For every other kind: `DecodeStream`, kept from failing, from holding for ever and from losing the tail.
+    """Detokenizer for all other tokenizers: wraps `DecodeStream` so that it never fails, stalls or loses the tail.
 
-    Its text is the tokenizer's for tokens that make whole characters. Where they do not, what was told before stays
-    as it was told, even if the tokenizer would by now decode it otherwise.
+    For tokens that form complete characters, the text is exactly the tokenizer's. Otherwise, text already returned
+    stands, even if the tokenizer would decode it differently in view of later tokens.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, skipped: frozenset[int]) -> None:
@@ -99,7 +107,7 @@ class StreamDetokenizer:
         self._held.append(token_id)
         try:
             text = self._stream.step(self._tokenizer, token_id)
-        except Exception:  # tokenizers raises no narrower class: this token would change text that was told
+        except Exception:  # tokenizers raises no narrower class; this token would change text already returned
             return self.flush()
         if text is None:
             return self.flush() if len(self._held) == MAX_HELD_TOKENS else ""
@@ -114,56 +122,59 @@ class StreamDetokenizer:
 
 
 class StopStrings:
-    """Finds the stop string that a growing text completes first; of those that end together, the longest.
+    """Finds the first stop string completed in a growing text, and the longest if several end at the same place.
 
-    Holds back the longest end of the text that one of them may begin with, and nothing else. Does not depend on how
-    the text is cut into pieces.
+    Holds back the longest suffix of the text that is a prefix of a stop string, and nothing else. The result does not
+    depend on how the text is split into pieces.
     """
 
-    met: str | None
-    """The stop string that was found; nothing comes out after it."""
+    found: str | None
+    """The stop string that was found; no text is returned after it."""
 
     def __init__(self, stop_strings: Sequence[str], include_stop_string: bool = False) -> None:
-        assert all(stop_strings), "an empty stop string is refused with the request"
-        self.met = None
+        assert all(stop_strings), "requests with an empty stop string are rejected"
+        self.found = None
         self._stop_strings = tuple(stop_strings)
         self._include = include_stop_string
         self._held = ""
 
     @property
     def num_held(self) -> int:
-        """Characters that are held back."""
+        """The number of characters held back."""
         return len(self._held)
 
-    def feed(self, text: str, is_deaf: bool = False) -> str:
-        """Adds text; returns what may be sent now. Deaf, it passes over stop strings that this text completes."""
-        if self.met is not None:
+    def feed(self, text: str, ignores_stops: bool = False) -> str:
+        """Adds text; returns the text that may be sent now.
+
+        With `ignores_stops`, stop strings that this text completes are ignored.
+        """
+        if self.found is not None:
             return ""
         num_old = len(self._held)
         text = self._held + text
-        found = [] if is_deaf else self._find(text, num_old)
-        if found:
-            end, start = min(found)
-            self.met = text[start:end]
+        matches = [] if ignores_stops else self._find(text, num_old)
+        if matches:
+            end, start = min(matches)
+            self.found = text[start:end]
             self._held = ""
             return text[: end if self._include else start]
-        border = min((_possible_start(text, stop) for stop in self._stop_strings), default=len(text))
-        self._held = text[border:]
-        return text[:border]
+        held_start = min((_possible_start(text, stop) for stop in self._stop_strings), default=len(text))
+        self._held = text[held_start:]
+        return text[:held_start]
 
     def _find(self, text: str, num_old: int) -> list[tuple[int, int]]:
-        """Ends and starts; a stop string within the first `num_old` characters was passed over before."""
+        """Returns the end and start of each match that ends after the first `num_old` characters."""
         starts = ((text.find(stop, max(0, num_old - len(stop) + 1)), stop) for stop in self._stop_strings)
         return [(start + len(stop), start) for start, stop in starts if start != -1]
 
     def flush(self) -> str:
-        """What was held back, once no text follows."""
+        """Returns the text that was held back, after the last text was fed."""
         text, self._held = self._held, ""
         return text
 
 
 def _possible_start(text: str, stop: str) -> int:
-    """Where the longest end of `text` starts that is a beginning of `stop`; the text's length if none is."""
+    """Returns where the longest suffix of `text` that is a prefix of `stop` starts, or the text's length."""
     start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
     while start != -1 and not stop.startswith(text[start:]):
         start = text.find(stop[0], start + 1)

@@ -1,4 +1,4 @@
-"""Constraints as llguidance's grammars, and its refusals in a caller's words."""
+"""Converts constraints to llguidance's grammars, and its error messages to ones that make sense to the caller."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, Regex
 
 MAX_SOURCE_BYTES = 65_536
-TOO_COSTLY = "it costs more to follow than the server allows: make it simpler"
-# Unbounded white space is where a weak model goes round for ever; this is a line break and an indent.
+TOO_COSTLY = "it exceeds the server's limits for the cost of a constraint: simplify it"
+# A weak model may generate white space forever if it is unbounded; this allows a line break and an indent.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,8}"
 _COSTLY = re.compile(
     r"fuel|limit (for|exceeded)|too (big|large|complex)|too many (expressions|states|items)"
@@ -22,7 +22,7 @@ _COSTLY = re.compile(
 
 
 def make_grammar(constraint: Constraint) -> str:
-    """A constraint as llguidance reads it. Raises InvalidRequestError for what can be told from its text."""
+    """Returns a constraint as an llguidance grammar. Raises InvalidRequestError for errors apparent from its text."""
     if isinstance(constraint, JsonObject):
         return _json_grammar('{"type": "object"}')
     if isinstance(constraint, Choice):
@@ -35,12 +35,12 @@ def make_grammar(constraint: Constraint) -> str:
         _check_source(constraint.pattern, field)
         return LLMatcher.grammar_from_regex(constraint.pattern)
     _check_source(constraint.grammar, field)
-    # Not handed over as it is: text that begins with a brace would be read as a grammar of another kind.
+    # Wrapped in JSON, because llguidance reads text that begins with a brace as a different kind of grammar.
     return json.dumps({"grammars": [{"lark_grammar": constraint.grammar}]})
 
 
 def constraint_field(constraint: Constraint) -> str:
-    """Its path in the API."""
+    """Returns the constraint's field path in the API."""
     if isinstance(constraint, JsonSchema):
         return "decoding.json_schema"
     if isinstance(constraint, JsonObject):
@@ -51,20 +51,20 @@ def constraint_field(constraint: Constraint) -> str:
 
 
 def refusal_reason(error: str) -> str:
-    """What llguidance says, in one line, and what to do about it."""
+    """Returns an llguidance error in one line, with a remedy."""
     if resource := re.search(r"Resource '(.*?)' is not present", error):
-        return f"{_short(resource[1])} is not fetched: put it into $defs and refer to it there"
+        return f"{_short(resource[1])} is not fetched: copy it to $defs and refer to that"
     if keys := re.search(r"Unimplemented keys: \[(.*?)\]", error):
-        return f"{_short(keys[1])} not supported: leave it out"
+        return f"{_short(keys[1])} not supported: remove it"
     if "oneOf constraints" in error:
-        return '"oneOf" not supported where more than one may hold: use anyOf'
+        return '"oneOf" not supported where several options may match: use anyOf'
     if "special token" in error:
-        return "special tokens cannot be named: leave them out, the end mark comes by itself"
+        return "special tokens are not supported: remove them; the EOS token is added automatically"
     if "NoExtension" in error or "Regex is empty" in error:
-        return "nothing can meet it: change it"
+        return "no output can satisfy it: change it"
     if _COSTLY.search(error):
         return TOO_COSTLY
-    # The reason is under a drawing of the regular expression, or after a place in the text made of it.
+    # The reason follows a picture of the regular expression, or a position in the text derived from it.
     detail = re.search(r"^error: (.*)$", error, re.M) or re.search(r"\(in regex\): (.*?)(;|$)", error, re.M)
     return f"{_short(detail[1] if detail else re.split(r': min=', error)[0])}: change it"
 
@@ -73,17 +73,18 @@ def _check_source(source: str, field: str) -> None:
     try:
         size = len(source.encode())
     except UnicodeEncodeError as error:
-        raise InvalidRequestError(FieldViolation(field, "not Unicode: leave lone surrogates out")) from error
+        raise InvalidRequestError(FieldViolation(field, "not valid Unicode: remove lone surrogates")) from error
     if size > MAX_SOURCE_BYTES:
-        raise InvalidRequestError(FieldViolation(field, f"{size} bytes, at most {MAX_SOURCE_BYTES}: make it shorter"))
+        why = f"{size} bytes; at most {MAX_SOURCE_BYTES} are allowed: shorten it"
+        raise InvalidRequestError(FieldViolation(field, why))
 
 
 def _choice_grammar(options: tuple[str, ...]) -> str:
     if not options:
-        raise InvalidRequestError(FieldViolation("decoding.choice.options", "empty: give 1 or more"))
+        raise InvalidRequestError(FieldViolation("decoding.choice.options", "empty: set at least one option"))
     for index, option in enumerate(options):
         if not option:
-            why = "empty: an option has at least one character"
+            why = "empty: an option must have at least one character"
             raise InvalidRequestError(FieldViolation(f"decoding.choice.options[{index}]", why))
         _check_source(option, f"decoding.choice.options[{index}]")
     _check_source("".join(options), "decoding.choice.options")
@@ -96,7 +97,7 @@ def _escaped(text: str) -> str:
 
 def _json_grammar(schema: str) -> str:
     try:
-        # llguidance reads it first: it refuses what is nested too deeply for Python.
+        # llguidance parses it first, because it rejects JSON that is nested too deeply for Python.
         grammar = LLMatcher.grammar_from_json_schema(
             schema, overrides={"lenient": False, "whitespace_pattern": _WHITE_SPACE}
         )
@@ -107,13 +108,13 @@ def _json_grammar(schema: str) -> str:
         elif "object schema" in str(error):
             why = "a schema must be a JSON object"
         else:
-            why = f"not JSON: {_short(str(error))}: mend it"
+            why = f"invalid JSON: {_short(str(error))}"
         raise InvalidRequestError(FieldViolation("decoding.json_schema", why)) from error
     if has_options:
-        raise InvalidRequestError(FieldViolation("decoding.json_schema", '"x-guidance" not supported: leave it out'))
+        raise InvalidRequestError(FieldViolation("decoding.json_schema", '"x-guidance" not supported: remove it'))
     return grammar
 
 
-def _short(text: str, most: int = 160) -> str:
+def _short(text: str, max_length: int = 160) -> str:
     line = text.strip().split("\n")[0]
-    return line if len(line) <= most else line[: most - 1] + "…"
+    return line if len(line) <= max_length else line[: max_length - 1] + "…"

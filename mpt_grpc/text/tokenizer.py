@@ -1,6 +1,6 @@
-"""The model's tokenizer, as its folder holds it. Owns text to ids, ids to text and the end marks.
+"""The model's tokenizer, loaded from its folder: converts text to ids and back, and knows the EOS tokens.
 
-How an output becomes text while it grows is `detokenizer.py`'s. No space is ever cleaned up.
+`detokenizer.py` converts an output to text while it grows. Spaces are never cleaned up.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from mpt_grpc.errors import ModelError
 from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer
 
 PROMPT_TAIL_TOKENS = 8
-"""How far back a prompt is read for a character that it leaves unfinished: at most 3 bytes, so 3 tokens would do."""
+"""How many of a prompt's last tokens are checked for an incomplete character; it has at most 3 bytes, so 3 would do."""
 
 
 class Tokenizer:
-    """A Hugging Face `tokenizer.json`. Immutable; threads may share it."""
+    """A tokenizer loaded from a Hugging Face `tokenizer.json`. Immutable, so threads may share it."""
 
     vocab_size: int
-    """All ids, those of added tokens included, are below it."""
+    """The upper bound of all token ids, including those of added tokens."""
     max_token_bytes: int
-    """Of the longest token as it is spelt; in byte-level BPE no token stands for more bytes of text."""
+    """The number of bytes in the longest vocabulary entry; in byte-level BPE no token has more bytes of text."""
     eos_token_ids: frozenset[int]
-    """The tokens that end an output; empty if the model's files name none."""
+    """The tokens that end an output; empty if the model's files specify none."""
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_token_ids: frozenset[int] = frozenset()) -> None:
-        backend.no_truncation()  # a file may ask for both; a prompt is never cut or filled up in silence
+        backend.no_truncation()  # a file may enable both, but prompts must not be silently truncated or padded
         backend.no_padding()
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.max_token_bytes = max(map(len, (t.encode() for t in backend.get_vocab(with_added_tokens=True))), default=0)
@@ -44,64 +44,68 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Reads tokenizer.json, and the end marks from the first of generation_config.json, config.json and
-        tokenizer_config.json that names them. Raises ModelError, which names the file."""
+        """Loads tokenizer.json, and the EOS tokens from the first of generation_config.json, config.json and
+        tokenizer_config.json that specifies them. Raises ModelError, which names the file."""
         path = folder / "tokenizer.json"
         text = _read(path)
         if text is None:
-            raise ModelError(f"{path}: not found; a model's folder must have a tokenizer.json")
+            raise ModelError(f"{path}: not found; a model's folder must contain tokenizer.json")
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises no narrower class
-            raise ModelError(f"{path}: not a tokenizer: {error}") from error
+            raise ModelError(f"{path}: not a valid tokenizer: {error}") from error
         return cls(backend, _eos_token_ids(folder, backend.token_to_id))
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """The ids of `text` as it is: no token is added. A special token's own text, such as `<|endoftext|>`, is
-        read as that token."""
-        # The call for a batch lets other Python threads run meanwhile, the one for a single text does not.
+        """Returns the ids of `text`; no tokens are added. The text of a special token, such as `<|endoftext|>`, is
+        encoded as that token."""
+        # Unlike the method for a single text, the batch method releases the GIL.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
         return tuple(encoding.ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token become nothing."""
+        """Returns the text of `ids`. Bytes that are not valid UTF-8 become U+FFFD; unknown ids are ignored."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token, which need not be whole characters; b"" for an id without a token.
+        """Returns the bytes of one token, which may end inside a character; b"" for an unknown id.
 
-        In byte-level BPE they are exactly what `decode` joins. Other kinds have no such bytes: there it is the
-        UTF-8 of the token decoded alone.
+        In byte-level BPE, these are exactly the bytes that `decode` joins. Other tokenizers have no such bytes: the
+        result is then the UTF-8 encoding of the token decoded alone.
         """
         if not self._is_byte_level:
             return self.decode((token_id,), skip_special_tokens=False).encode()
         token = self._backend.id_to_token(token_id) or ""
         try:
             return bytes(self._byte_of_character[character] for character in token)
-        except KeyError:  # an added token is plain text: the decoder's rule is that one strange character shows it
+        except KeyError:  # an added token is plain text; the decoder, too, detects it by any character not in the map
             return token.encode()
 
     @property
     def special_token_ids(self) -> frozenset[int]:
-        """The tokens that are no text, such as end marks, whatever they are spelt like."""
+        """The tokens that do not represent text, such as EOS tokens."""
         return self._special_ids
 
     def plain_text_encoder(self) -> Callable[[str], Sequence[int]]:
-        """An `encode` that reads a special token's own text as plain text; as costly to make as the tokenizer."""
+        """Returns an `encode` that treats the text of special tokens as plain text.
+
+        Creating it takes as long as creating the tokenizer.
+        """
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.encode_special_tokens = True
         return lambda text: backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def special_token_id(self, text: str) -> int | None:
-        """The special token whose own text this is, or None."""
+        """Returns the id of the special token with this text, or None."""
         token_id = self._backend.token_to_id(text)
         return token_id if token_id in self._special_ids else None
 
     def detokenizer(self, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
-        """What turns the output that follows `prompt_ids` into text, token by token.
+        """Returns a detokenizer for the output that follows `prompt_ids`.
 
-        The text of the prompt and the detokenizer's together are `decode(prompt_ids + output)`. The prompt's text is
-        its whole characters; one that it leaves unfinished is the output's, which finishes or breaks (U+FFFD) it.
+        The prompt's text plus the detokenizer's text is `decode(prompt_ids + output)`. The prompt's text consists of
+        its complete characters. An incomplete one at its end belongs to the output, which completes it or turns it
+        into U+FFFD.
         """
         skipped = self._special_ids if skip_special_tokens else frozenset()
         detokenizer = (
@@ -109,14 +113,17 @@ class Tokenizer:
             if self._is_byte_level
             else StreamDetokenizer(self._backend, skipped)
         )
-        told = (token_id for token_id in reversed(prompt_ids) if token_id not in skipped)
-        for token_id in reversed(tuple(islice(told, PROMPT_TAIL_TOKENS))):
-            detokenizer.feed(token_id)  # what comes out is the prompt's, what stays inside is the output's
+        not_skipped = (token_id for token_id in reversed(prompt_ids) if token_id not in skipped)
+        for token_id in reversed(tuple(islice(not_skipped, PROMPT_TAIL_TOKENS))):
+            detokenizer.feed(token_id)  # text returned here is the prompt's; what is held back goes to the output
         return detokenizer
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes are counted up from U+0100."""
+    """Returns GPT-2's map from characters to bytes.
+
+    Printable Latin-1 characters represent themselves; the other bytes are numbered from U+0100 upwards.
+    """
     printable = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
     others = (byte for byte in range(0x100) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
@@ -145,19 +152,19 @@ def _eos_token_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> fr
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in the file; empty if there is no such file."""
+    """Returns the JSON object in the file, or an empty one if the file does not exist."""
     text = _read(path)
     try:
         value = {} if text is None else json.loads(text)
     except json.JSONDecodeError as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
+        raise ModelError(f"{path}: invalid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object")
     return value
 
 
 def _read(path: Path) -> str | None:
-    """The file's text; None if there is no such file."""
+    """Returns the file's text, or None if the file does not exist."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""`AsyncClient` is `Client`'s twin: the same surface, the same answers; tasks that are cancelled cancel their calls."""
+"""`AsyncClient` has the same interface and results as `Client`; cancelling a task cancels its call."""
 
 import asyncio
 import inspect
@@ -12,18 +12,19 @@ from mpt_grpc_client import (
     AsyncTextStream,
     Client,
     DeadlineExceededError,
+    MptGrpcError,
     NotFoundError,
     TextStream,
     Token,
 )
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
-# grpc.aio wants one event loop in a process.
+# grpc.aio supports one event loop per process.
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-def _surface(kind: type) -> dict[str, object]:
-    """The public names of a class with their parameters; what they return differs between the twins by intent."""
+def _interface(kind: type) -> dict[str, object]:
+    """Returns the public names of a class with their parameters; their return types differ by design."""
     public = inspect.getmembers(kind, lambda member: inspect.isfunction(member) or isinstance(member, property))
     return {
         name: list(inspect.signature(member).parameters.values()) if callable(member) else "property"
@@ -33,72 +34,72 @@ def _surface(kind: type) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(("sync", "asynchronous"), [(Client, AsyncClient), (TextStream, AsyncTextStream)])
-async def test_the_twins_have_the_same_surface(sync, asynchronous):
-    surface, twin = _surface(sync), _surface(asynchronous)
-    # What a stream is made of is not the caller's.
+async def test_both_clients_have_the_same_interface(sync, asynchronous):
+    interface, other = _interface(sync), _interface(asynchronous)
+    # Callers do not construct streams.
     if sync is TextStream:
-        del surface["__init__"], twin["__init__"]
-    assert surface == twin
+        del interface["__init__"], other["__init__"]
+    assert interface == other
 
 
-async def test_the_twins_send_the_same_requests_and_answer_the_same(answer, client, target):
-    answer.tokens = pb.TokenizeResponse(tokens=[pb.Token(id=5, bytes=b"a")])
-    answer.text = pb.DetokenizeResponse(text="Hello")
-    answer.aborted = pb.AbortResponse(request_ids=["b"])
-    answer.model = pb.GetModelInfoResponse(name="demo", eos_token_ids=[0])
-    answer.server = pb.GetServerInfoResponse(version="1.2.3")
-    async with AsyncClient(target, timeout=30) as twin:
-        assert await twin.generate("Once", seed=3) == client.generate("Once", seed=3)
-        assert await twin.tokenize("a") == client.tokenize("a") == (Token(5, b"a"),)
-        assert await twin.detokenize([1], skip_special_tokens=False) == client.detokenize(
+async def test_both_clients_send_the_same_requests_and_return_the_same(scripted, client, target):
+    scripted.tokens = pb.TokenizeResponse(tokens=[pb.Token(token_id=5, token_bytes=b"a")])
+    scripted.text = pb.DetokenizeResponse(text="Hello")
+    scripted.cancelled = pb.CancelResponse(request_ids=["b"])
+    scripted.model = pb.GetModelInfoResponse(name="demo", eos_token_ids=[0])
+    scripted.server = pb.GetServerInfoResponse(version="1.2.3")
+    async with AsyncClient(target, timeout=30) as other:
+        assert await other.generate("Once", seed=3) == client.generate("Once", seed=3)
+        assert await other.tokenize("a") == client.tokenize("a") == (Token(5, b"a"),)
+        assert await other.detokenize([1], skip_special_tokens=False) == client.detokenize(
             [1], skip_special_tokens=False
         )
-        assert await twin.abort("a", "b") == client.cancel("a", "b") == ("b",)
-        assert await twin.get_model_info() == client.get_model_info()
-        assert await twin.get_server_info() == client.get_server_info()
-        assert await twin.get_engine_state() == client.get_engine_state()
-    assert answer.requests[::2] == answer.requests[1::2]
+        assert await other.cancel("a", "b") == client.cancel("a", "b") == ("b",)
+        assert await other.get_model_info() == client.get_model_info()
+        assert await other.get_server_info() == client.get_server_info()
+        assert await other.get_engine_state() == client.get_engine_state()
+    assert scripted.requests[::2] == scripted.requests[1::2]
 
 
-@pytest.mark.usefixtures("answer")
+@pytest.mark.usefixtures("scripted")
 async def test_an_async_stream_yields_the_text_and_ends_with_the_unary_result(target):
     async with AsyncClient(target, timeout=30) as client:
         async with client.stream("Once") as stream:
-            assert [piece async for piece in stream] == ["Once 🐈", " upon"]
+            assert [chunk async for chunk in stream] == ["Once 🐈", " upon"]
         assert stream.result == await client.generate("Once")
-        assert [piece async for piece in stream] == []
+        assert [chunk async for chunk in stream] == []
 
 
-@pytest.mark.usefixtures("several")
-async def test_async_deltas_are_those_of_the_twin_and_end_with_the_unary_result(client, target):
-    async with AsyncClient(target, timeout=30) as twin:
-        async with twin.stream("Once", num_sequences=2) as stream:
+@pytest.mark.usefixtures("two_outputs")
+async def test_async_deltas_equal_the_synchronous_ones_and_end_with_the_unary_result(client, target):
+    async with AsyncClient(target, timeout=30) as other:
+        async with other.stream("Once", num_sequences=2) as stream:
             with pytest.raises(TypeError, match=r"deltas\(\)"):
                 await anext(stream)
             deltas = [delta async for delta in stream.deltas()]
         assert deltas == list(client.stream("Once", num_sequences=2).deltas())
-        assert stream.result == await twin.generate("Once", num_sequences=2)
+        assert stream.result == await other.generate("Once", num_sequences=2)
         assert [delta async for delta in stream.deltas()] == []
 
 
-async def test_async_calls_carry_user_agent_and_trace_context(answer, target):
+async def test_async_calls_carry_user_agent_and_trace_context(scripted, target):
     async with AsyncClient(target, timeout=30) as client:
         with TracerProvider().get_tracer("test").start_as_current_span("caller") as span:
             await client.generate("Once")
-    assert answer.metadata[0]["user-agent"].startswith("mpt-grpc-client/0.")
-    assert f"{span.get_span_context().trace_id:032x}" in answer.metadata[0]["traceparent"]
+    assert scripted.metadata[0]["user-agent"].startswith("mpt-grpc-client/0.")
+    assert f"{span.get_span_context().trace_id:032x}" in scripted.metadata[0]["traceparent"]
 
 
-async def test_async_calls_are_retried_by_the_channel(answer, target):
-    answer.refuse(grpc.StatusCode.UNAVAILABLE, "not now", "UNAVAILABLE", times=2)
+async def test_async_calls_are_retried_by_the_channel(scripted, target):
+    scripted.refuse(grpc.StatusCode.UNAVAILABLE, "not now", "DRAINING", times=2)
     async with AsyncClient(target, timeout=30) as client:
         assert (await client.generate("Once")).text == "Once 🐈 upon"
-    assert len(answer.requests) == 3
+    assert len(scripted.requests) == 3
 
 
-async def test_async_errors_are_the_clients_own(answer, target):
+async def test_async_calls_raise_the_clients_errors(scripted, target):
     async with AsyncClient(target, timeout=30) as client:
-        answer.refuse(grpc.StatusCode.NOT_FOUND, "no such model", "UNKNOWN_MODEL", times=2)
+        scripted.refuse(grpc.StatusCode.NOT_FOUND, "no such model", "UNKNOWN_MODEL", times=2)
         with pytest.raises(NotFoundError, match="no such model") as caught:
             await client.generate("Once")
         assert caught.value.reason == "UNKNOWN_MODEL"
@@ -130,7 +131,7 @@ async def test_cancel_ends_an_async_iteration_quietly(endless, target):
         stream = client.stream("Once")
         assert await anext(stream) == "Once 🐈"
         stream.cancel()
-        assert [piece async for piece in stream] == []
+        assert [chunk async for chunk in stream] == []
         assert [delta async for delta in stream.deltas()] == []
         assert await asyncio.to_thread(endless.left.wait, 10)
 
@@ -170,6 +171,28 @@ async def test_a_cancelled_task_is_not_mistaken_for_a_cancelled_stream(endless, 
             await task
 
 
-async def test_an_async_client_is_refused_outside_of_a_running_loop():
-    with pytest.raises(RuntimeError, match="no running event loop"):
-        await asyncio.to_thread(AsyncClient)
+def test_an_async_client_may_be_created_outside_of_an_event_loop(scripted, target):
+    client = AsyncClient(target)
+
+    async def generate() -> str:
+        async with client:
+            return (await client.generate("Once")).text
+
+    assert asyncio.run(generate()) == scripted.response.outputs[0].text
+
+
+async def test_an_async_client_is_refused_in_a_second_event_loop(scripted, target):
+    async with AsyncClient(target) as client:
+        await client.generate("Once")
+        with pytest.raises(RuntimeError, match="in use by another event loop"):
+            await asyncio.to_thread(asyncio.run, client.generate("Once"))
+    assert len(scripted.requests) == 1
+
+
+async def test_calls_of_a_closed_async_client_fail_with_an_error_of_the_client(target):
+    client = AsyncClient(target)
+    await client.close()
+    with pytest.raises(MptGrpcError, match="the client is closed"):
+        await client.generate("Once")
+    with pytest.raises(MptGrpcError, match="the client is closed"):
+        client.stream("Once")

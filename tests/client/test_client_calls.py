@@ -1,4 +1,4 @@
-"""How calls reach the server and how they are left: target, user agent, trace context, retries, cancels."""
+"""How calls are sent, retried and cancelled: target, user agent, trace context, retries and cancellation."""
 
 import signal
 import threading
@@ -10,62 +10,62 @@ from opentelemetry.sdk.trace import TracerProvider
 from mpt_grpc_client import Client, UnavailableError
 
 
-def test_the_target_comes_from_the_environment_unless_one_is_given(answer, target, monkeypatch):
+def test_the_target_comes_from_the_environment_unless_one_is_given(scripted, target, monkeypatch):
     monkeypatch.setenv("MPT_GRPC_TARGET", target)
     with Client(timeout=30) as client:
         client.generate("Once")
     monkeypatch.setenv("MPT_GRPC_TARGET", "127.0.0.1:1")
     with Client(target, timeout=30) as client:
         client.generate("Once")
-    assert len(answer.requests) == 2
+    assert len(scripted.requests) == 2
 
 
-def test_the_user_agent_names_client_and_version(answer, client):
+def test_the_user_agent_names_client_and_version(scripted, client):
     client.generate("Once")
-    assert answer.metadata[0]["user-agent"].startswith("mpt-grpc-client/0.")
+    assert scripted.metadata[0]["user-agent"].startswith("mpt-grpc-client/0.")
 
 
 @pytest.mark.parametrize("call", ["generate", "stream", "tokenize"])
-def test_the_trace_context_of_the_caller_goes_with_the_call(answer, client, call):
+def test_calls_carry_the_callers_trace_context(scripted, client, call):
     with TracerProvider().get_tracer("test").start_as_current_span("caller") as span:
         result = getattr(client, call)("Once")
     if call == "stream":
         list(result)
     context = span.get_span_context()
-    assert answer.metadata[0]["traceparent"].startswith(f"00-{context.trace_id:032x}-{context.span_id:016x}-")
+    assert scripted.metadata[0]["traceparent"].startswith(f"00-{context.trace_id:032x}-{context.span_id:016x}-")
 
 
-def test_without_a_span_no_trace_context_is_sent(answer, client):
+def test_no_trace_context_is_sent_outside_a_span(scripted, client):
     client.generate("Once")
-    assert "traceparent" not in answer.metadata[0]
+    assert "traceparent" not in scripted.metadata[0]
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
-def test_two_refusals_are_retried_by_the_channel_and_not_seen(answer, client, code):
-    answer.refuse(code, "not now", "NOT_NOW", times=2)
+def test_two_refusals_are_retried_without_an_error(scripted, client, code):
+    scripted.refuse(code, "not now", "NOT_NOW", times=2)
     assert client.generate("Once").text == "Once 🐈 upon"
-    assert [metadata.get("grpc-previous-rpc-attempts") for metadata in answer.metadata] == [None, "1", "2"]
+    assert [metadata.get("grpc-previous-rpc-attempts") for metadata in scripted.metadata] == [None, "1", "2"]
 
 
-def test_a_stream_that_is_refused_is_retried_too(answer, client):
-    answer.refuse(grpc.StatusCode.UNAVAILABLE, "not now", "UNAVAILABLE", times=2)
+def test_a_stream_that_is_refused_is_retried_too(scripted, client):
+    scripted.refuse(grpc.StatusCode.UNAVAILABLE, "not now", "DRAINING", times=2)
     assert "".join(client.stream("Once")) == "Once 🐈 upon"
 
 
-def test_long_prompts_are_retried_too(answer, client):
-    answer.refuse(grpc.StatusCode.UNAVAILABLE, "not now", "UNAVAILABLE")
+def test_long_prompts_are_retried_too(scripted, client):
+    scripted.refuse(grpc.StatusCode.UNAVAILABLE, "not now", "DRAINING")
     assert client.generate("a" * 2_000_000).text == "Once 🐈 upon"
 
 
-def test_four_refusals_are_enough(answer, client):
-    answer.refuse(grpc.StatusCode.UNAVAILABLE, "not now", "UNAVAILABLE", times=5)
+def test_a_call_fails_after_four_refusals(scripted, client):
+    scripted.refuse(grpc.StatusCode.UNAVAILABLE, "not now", "DRAINING", times=5)
     with pytest.raises(UnavailableError):
         client.generate("Once")
-    assert len(answer.requests) == 4
+    assert len(scripted.requests) == 4
 
 
-def test_an_answer_above_grpcs_default_of_4_mib_arrives(answer, client):
-    answer.whole.outputs[0].text = "a" * 5_000_000
+def test_a_response_above_grpcs_default_limit_of_4_mib_is_received(scripted, client):
+    scripted.response.outputs[0].text = "a" * 5_000_000
     assert len(client.generate("Once").text) == 5_000_000
 
 
@@ -78,7 +78,7 @@ def test_cancel_reaches_the_server_and_ends_the_iteration_quietly(endless, clien
     assert stream.text == "Once 🐈"
 
 
-def test_another_thread_may_cancel_a_stream_that_waits(endless, client):
+def test_another_thread_may_cancel_a_waiting_stream(endless, client):
     stream = client.stream("Once")
     reader = threading.Thread(target=list, args=(stream,))
     reader.start()
@@ -96,7 +96,7 @@ def test_leaving_a_stream_early_cancels_it(endless, client):
     assert endless.left.wait(10)
 
 
-def test_an_error_in_the_block_of_a_stream_cancels_it(endless, client):
+def test_an_exception_in_the_with_block_of_a_stream_cancels_it(endless, client):
     with pytest.raises(ZeroDivisionError), client.stream("Once") as stream:
         _ = len(next(stream)) / 0
     assert endless.left.wait(10)
@@ -108,8 +108,8 @@ def test_closing_the_client_cancels_its_calls(endless, target):
     assert endless.left.wait(10)
 
 
-def test_a_keyboard_interrupt_leaves_no_unary_call_behind(endless, client):
-    """A notebook goes on after Ctrl-C, with the connection open: the server must hear of it."""
+def test_a_keyboard_interrupt_cancels_a_unary_call(endless, client):
+    """A notebook keeps the connection open after Ctrl-C, so the call itself must be cancelled."""
 
     def interrupt():
         assert endless.reached.wait(10)

@@ -1,6 +1,7 @@
-"""Which error a caller meets when a call fails, and what it tells."""
+"""The errors that failed calls raise, and what they contain."""
 
 import pickle
+import re
 import socket
 
 import grpc
@@ -15,6 +16,7 @@ from mpt_grpc_client import (
     FieldViolation,
     InternalError,
     InvalidRequestError,
+    InvalidTargetError,
     MptGrpcError,
     NotFoundError,
     OverloadedError,
@@ -29,22 +31,54 @@ from mpt_grpc_client import (
         (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL", NotFoundError),
         (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID", AlreadyExistsError),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", OverloadedError),
-        (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE", UnavailableError),
+        (grpc.StatusCode.UNAVAILABLE, "DRAINING", UnavailableError),
+        (grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPED", UnavailableError),
         (grpc.StatusCode.INTERNAL, "ENGINE_FAULT", InternalError),
         (grpc.StatusCode.DATA_LOSS, "OTHER", MptGrpcError),
     ],
 )
-def test_each_status_has_its_error_with_code_reason_and_cause(service, client, code, reason, error):
-    service.refuse(code, "no way", reason, times=4)
-    with pytest.raises(MptGrpcError, match="no way") as caught:
+def test_each_status_raises_its_error_with_code_reason_and_cause(service, client, code, reason, error):
+    service.refuse(code, "refused", reason, times=4)
+    with pytest.raises(MptGrpcError, match="refused") as caught:
         client.generate("Once")
     assert type(caught.value) is error
     assert (caught.value.code, caught.value.reason) == (code, reason)
     assert isinstance(caught.value.__cause__, grpc.RpcError)
 
 
-def test_an_invalid_request_names_every_bad_field(service, client):
-    violations = [("sampling.top_p", "2 is not in (0, 1]"), ("stopping.max_new_tokens", "0 is not above 0")]
+@pytest.mark.parametrize(
+    ("field", "option"),
+    [
+        ("sampling.top_p", "top_p"),
+        ("decoding.logit_bias[5]", "logit_bias[5]"),
+        ("decoding.json_schema", "constraint"),
+        ("decoding.choice.options[1]", "constraint[1]"),
+        ("stopping.stop_strings[2]", "stop_strings[2]"),
+        ("stopping.repetition_guard.min_repeats", "repetition_guard.min_repeats"),
+        ("output_options.top_logprobs", "top_logprobs"),
+        ("cache.salt", "cache_salt"),
+        ("cache.bypass", "cache_bypass"),
+        ("text", "prompt"),
+        ("token_ids.ids[3]", "prompt[3]"),
+        ("token_ids[3]", "prompt[3]"),
+        ("conversation.messages[0].role", "prompt[0].role"),
+        ("conversation.drop_oldest_turns", "drop_oldest_turns"),
+        ("request_id", "request_id"),
+        ("resume_token_ids[7]", "resume_token_ids[7]"),
+    ],
+)
+def test_an_invalid_request_names_the_option_of_a_field(service, client, field, option):
+    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description="out of range")
+    bad_request = error_details_pb2.BadRequest(field_violations=[violation])
+    service.refuse(grpc.StatusCode.INVALID_ARGUMENT, f"{field}: out of range", "INVALID_REQUEST", bad_request)
+    with pytest.raises(InvalidRequestError) as caught:
+        client.generate("Once")
+    assert caught.value.violations == (FieldViolation(option, "out of range"),)
+    assert str(caught.value) == f"{option}: out of range"
+
+
+def test_an_invalid_request_lists_every_invalid_option(service, client):
+    violations = [("top_p", "2 is not in (0, 1]"), ("max_new_tokens", "0 is not above 0")]
     bad_request = error_details_pb2.BadRequest(
         field_violations=[error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in violations]
     )
@@ -54,7 +88,7 @@ def test_an_invalid_request_names_every_bad_field(service, client):
     assert caught.value.violations == tuple(FieldViolation(*violation) for violation in violations)
 
 
-def test_an_overloaded_server_says_when_to_retry(service, client):
+def test_an_overload_error_has_the_time_to_wait(service, client):
     retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=2, nanos=500_000_000))
     service.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", "OVERLOADED", retry, times=4)
     with pytest.raises(OverloadedError) as caught:
@@ -62,43 +96,44 @@ def test_an_overloaded_server_says_when_to_retry(service, client):
     assert caught.value.retry_after == 2.5
 
 
-def test_an_overloaded_server_that_does_not_say_when_gives_none(service, client):
+def test_an_overload_error_may_have_no_time_to_wait(service, client):
     service.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", "OVERLOADED", times=4)
     with pytest.raises(OverloadedError) as caught:
         client.generate("Once")
     assert caught.value.retry_after is None
 
 
-def test_a_message_that_is_too_large_is_not_taken_for_an_overload(service, client):
+def test_a_message_that_is_too_large_is_not_an_overload(service, client):
     with pytest.raises(MptGrpcError, match="larger than max") as caught:
         client.generate("a" * (33 * 1024 * 1024))
     assert not isinstance(caught.value, OverloadedError)
     assert not service.requests
 
 
-def test_a_stream_that_is_refused_raises_on_its_first_piece(service, client):
+def test_a_stream_that_is_refused_raises_on_its_first_chunk(service, client):
     service.refuse(grpc.StatusCode.NOT_FOUND, "no such model", "UNKNOWN_MODEL")
     with client.stream("Once", model="other") as stream, pytest.raises(NotFoundError):
         next(stream)
 
 
-def test_no_server_is_unavailable():
-    with socket.socket() as bound_but_deaf:
-        bound_but_deaf.bind(("127.0.0.1", 0))
-        with Client(f"127.0.0.1:{bound_but_deaf.getsockname()[1]}", timeout=30) as client:
-            with pytest.raises(UnavailableError) as caught:
+def test_the_error_for_a_missing_server_explains_how_to_start_one():
+    with socket.socket() as not_listening:
+        not_listening.bind(("127.0.0.1", 0))
+        target = f"127.0.0.1:{not_listening.getsockname()[1]}"
+        with Client(target, timeout=30) as client:
+            with pytest.raises(UnavailableError, match=f"no server responds at {target}; start one with") as caught:
                 client.get_model_info()
     assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, "")
 
 
-def test_a_deadline_ends_a_unary_call_and_reaches_the_server(endless, client):
-    with pytest.raises(DeadlineExceededError):
+def test_a_timeout_ends_a_unary_call_on_the_server_too(endless, client):
+    with pytest.raises(DeadlineExceededError, match=r"did not finish within its timeout of 0\.3 s"):
         client.generate("Once", timeout=0.3)
     assert endless.left.wait(10)
 
 
 @pytest.mark.usefixtures("endless")
-def test_a_deadline_ends_a_stream_which_keeps_its_text(client):
+def test_a_timeout_ends_a_stream_which_keeps_its_text(client):
     stream = client.stream("Once", timeout=0.5)
     with pytest.raises(DeadlineExceededError):
         list(stream)
@@ -106,12 +141,12 @@ def test_a_deadline_ends_a_stream_which_keeps_its_text(client):
 
 
 @pytest.mark.usefixtures("endless")
-def test_the_clients_deadline_holds_for_calls_that_give_none(target):
+def test_the_clients_timeout_applies_to_calls_without_one(target):
     with Client(target, timeout=0.3) as client, pytest.raises(DeadlineExceededError):
         client.generate("Once")
 
 
-def test_errors_survive_a_process_border(service, client):
+def test_errors_can_be_pickled(service, client):
     service.refuse(grpc.StatusCode.NOT_FOUND, "no such model", "UNKNOWN_MODEL")
     with pytest.raises(NotFoundError) as caught:
         client.generate("Once")
@@ -119,3 +154,24 @@ def test_errors_survive_a_process_border(service, client):
     assert (type(copy), str(copy), copy.code, copy.reason) == (
         NotFoundError, "no such model", grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL",
     )  # fmt: skip
+
+
+def test_calls_of_a_closed_client_fail_with_an_error_of_the_client(target):
+    client = Client(target)
+    client.close()
+    for call in (client.get_model_info, lambda: client.generate("Once"), lambda: client.stream("Once")):
+        with pytest.raises(MptGrpcError, match="the client is closed"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("target", "remedy"),
+    [
+        ("http://localhost:50051", "use the server's gRPC address, such as 'localhost:50051'"),
+        ("https://models.example/v1", "such as 'models.example:50051'"),
+        ("localhost", "has no port: write 'localhost:50051'"),
+    ],
+)
+def test_an_invalid_target_is_refused_with_the_correct_form(target, remedy):
+    with pytest.raises(InvalidTargetError, match=re.escape(remedy)):
+        Client(target)

@@ -1,10 +1,10 @@
-"""The client stands alone: it needs gRPC and OpenTelemetry's API, and nothing of the server's."""
+"""The client does not need the server or its dependencies."""
 
 import subprocess
 import sys
 
 
-def test_the_client_imports_without_the_server_and_what_it_needs():
+def test_the_client_imports_without_the_server_and_its_dependencies():
     server = ("torch", "mpt_grpc", "numpy", "transformers", "tokenizers", "opentelemetry.sdk", "rich")
     blocked = (*server, "langchain_core", "pydantic")
     script = (

@@ -1,4 +1,4 @@
-"""What a caller asks for ends up in the proper field of the request, and what he leaves out stays absent."""
+"""Each option sets its field of the request, and omitted options leave their fields unset."""
 
 import json
 from types import MappingProxyType
@@ -39,20 +39,20 @@ OPTIONS = {
     "logit_bias": ({5: -100, 7: 1.5}, "decoding.logit_bias", {5: -100.0, 7: 1.5}),
     "allowed_token_ids": ((5, 7), "decoding.allowed_token_ids", [5, 7]),
     "constraint": (Regex("[ab]+"), "decoding.regex", "[ab]+"),
-    "stop": (["END", "\n\n"], "stopping.stop_strings", ["END", "\n\n"]),
+    "stop_strings": (["END", "\n\n"], "stopping.stop_strings", ["END", "\n\n"]),
     "stop_token_ids": ([1, 2], "stopping.stop_token_ids", [1, 2]),
     "include_stop_string": (True, "stopping.include_stop_string", True),
     "ignore_eos": (True, "stopping.ignore_eos", True),
-    "time_limit_s": (1.5, "stopping.time_limit", Duration(seconds=1, nanos=500_000_000)),
+    "time_limit": (1.5, "stopping.time_limit", Duration(seconds=1, nanos=500_000_000)),
     "repetition_guard": (
         RepetitionGuard(3, 16), "stopping.repetition_guard", pb.RepetitionGuard(min_repeats=3, max_cycle_tokens=16)
     ),
-    "skip_special_tokens": (False, "response.skip_special_tokens", False),
-    "return_token_ids": (True, "response.output_token_ids", True),
-    "return_prompt_token_ids": (True, "response.prompt_token_ids", True),
-    "return_logprobs": (True, "response.output_logprobs", True),
-    "return_prompt_logprobs": (True, "response.prompt_logprobs", True),
-    "top_logprobs": (20, "response.top_logprobs", 20),
+    "skip_special_tokens": (False, "output_options.skip_special_tokens", False),
+    "return_token_ids": (True, "output_options.return_token_ids", True),
+    "return_prompt_token_ids": (True, "output_options.return_prompt_token_ids", True),
+    "return_logprobs": (True, "output_options.return_logprobs", True),
+    "return_prompt_logprobs": (True, "output_options.return_prompt_logprobs", True),
+    "top_logprobs": (20, "output_options.top_logprobs", 20),
     "truncate_prompt_tokens": (100, "truncate_prompt_tokens", 100),
     "drop_oldest_turns": (True, "conversation.drop_oldest_turns", True),
     "resume_token_ids": ((8, 9), "resume_token_ids", [8, 9]),
@@ -62,9 +62,7 @@ OPTIONS = {
     "cache_bypass": (True, "cache.bypass", True),
     "cache_salt": ("tenant", "cache.salt", "tenant"),
 }  # fmt: skip
-"""Each option with a value, the field that it belongs in and what has to stand there."""
-BOOLEANS = {option for option, (value, _, _) in OPTIONS.items() if value is True}
-"""The options that cannot be None."""
+"""Each option with a value, the field that it sets and the value expected there."""
 GROUPS = (
     pb.SamplingParameters,
     pb.DecodingOptions,
@@ -76,7 +74,7 @@ GROUPS = (
 
 
 def _fields(message: ProtoMessage, path: str = "") -> dict[str, Any]:
-    """All that a message says, by the fields' paths; a group of options that says nothing is not there."""
+    """Returns the values of all fields that are set, by path; empty groups of options are left out."""
     found: dict[str, Any] = {}
     for field, value in message.ListFields():
         if isinstance(value, GROUPS):
@@ -86,65 +84,65 @@ def _fields(message: ProtoMessage, path: str = "") -> dict[str, Any]:
     return found
 
 
-def test_no_option_is_forgotten_here():
+def test_every_option_is_covered_here():
     assert OPTIONS.keys() == GenerateOptions.__optional_keys__
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_ends_up_in_its_field_and_nowhere_else(answer, client, option):
+def test_an_option_sets_its_field_and_no_other(scripted, client, option):
     value, path, expected = OPTIONS[option]
     prompt = MESSAGES if option == "drop_oldest_turns" else "Once"
     client.generate(prompt)
     client.generate(prompt, **{option: value})
-    without, fields = map(_fields, answer.requests)
+    without, fields = map(_fields, scripted.requests)
     assert fields.pop(path) == expected
     assert fields == without
 
 
-def test_all_options_go_together(answer, client):
+def test_all_options_can_be_combined(scripted, client):
     client.generate(MESSAGES, **{option: value for option, (value, _, _) in OPTIONS.items()})
-    fields = _fields(answer.requests[0])
+    fields = _fields(scripted.requests[0])
     assert {path: fields[path] for _, path, _ in OPTIONS.values()} == {path: want for _, path, want in OPTIONS.values()}
 
 
-def test_a_stream_sends_the_same_request_as_a_unary_call(answer, client):
+def test_a_stream_sends_the_same_request_as_a_unary_call(scripted, client):
     options = GenerateOptions(temperature=0.0, seed=0, stop_strings=("END",), request_id="mine")
     client.generate([1, 2, 3], **options)
     list(client.stream([1, 2, 3], **options))
-    assert answer.requests[0] == answer.requests[1]
+    assert scripted.requests[0] == scripted.requests[1]
 
 
-def test_options_left_out_or_none_stay_absent(answer, client):
+def test_options_that_are_omitted_or_none_leave_their_fields_unset(scripted, client):
     client.generate("Once")
-    client.generate("Once", **dict.fromkeys(OPTIONS.keys() - BOOLEANS))
-    for request in answer.requests:
+    client.generate("Once", **dict.fromkeys(OPTIONS))
+    for request in scripted.requests:
         assert _fields(request) == {"text": "Once"}
 
 
-def test_zero_is_a_value_and_not_absence(answer, client):
-    client.generate("Once", temperature=0, seed=0, top_p=0, max_new_tokens=0, skip_special_tokens=False)
-    request = answer.requests[0]
-    assert all(request.sampling.HasField(name) for name in ("temperature", "top_p", "seed"))
+def test_zero_and_false_are_sent(scripted, client):
+    client.generate("Once", temperature=0, seed=0, top_p=0, top_k=0, max_new_tokens=0, ignore_eos=False)
+    request = scripted.requests[0]
+    assert all(request.sampling.HasField(name) for name in ("temperature", "top_p", "top_k", "seed"))
     assert request.stopping.HasField("max_new_tokens")
-    assert request.response.HasField("skip_special_tokens")
+    assert request.stopping.HasField("ignore_eos")
 
 
-def test_token_ids_are_a_prompt_even_when_there_are_none(answer, client):
+def test_an_empty_list_is_a_prompt_of_token_ids(scripted, client):
     client.generate((12092, 1533))
     client.generate([])
-    assert list(answer.requests[0].token_ids.ids) == [12092, 1533]
-    assert answer.requests[1].WhichOneof("prompt") == "token_ids"
+    assert list(scripted.requests[0].token_ids.ids) == [12092, 1533]
+    assert scripted.requests[1].WhichOneof("prompt") == "token_ids"
 
 
-def test_empty_text_is_still_a_text_prompt(answer, client):
+def test_empty_text_is_still_a_text_prompt(scripted, client):
     client.generate("")
-    assert answer.requests[0].WhichOneof("prompt") == "text"
+    assert scripted.requests[0].WhichOneof("prompt") == "text"
 
 
-def test_messages_are_a_conversation_with_roles_in_order(answer, client):
+def test_messages_are_a_conversation_with_roles_in_order(scripted, client):
     client.generate([*MESSAGES, Message(Role.ASSISTANT, "Yes?"), Message(Role.USER, "")])
-    assert answer.requests[0].WhichOneof("prompt") == "conversation"
-    assert answer.requests[0].conversation == pb.Conversation(
+    assert scripted.requests[0].WhichOneof("prompt") == "conversation"
+    assert scripted.requests[0].conversation == pb.Conversation(
         messages=[
             pb.Message(role=pb.ROLE_SYSTEM, content="Be short."),
             pb.Message(role=pb.ROLE_USER, content="Hi"),
@@ -156,53 +154,86 @@ def test_messages_are_a_conversation_with_roles_in_order(answer, client):
 
 def test_every_role_of_the_api_has_its_name_in_the_client():
     api = {number: name.removeprefix("ROLE_") for name, number in pb.Role.items() if number}
-    assert {role.value: role.name for role in Role} == api
+    assert {pb.Role.Value(f"ROLE_{role.name}"): role.name for role in Role} == api
+
+
+def test_messages_may_be_mappings_and_roles_may_be_strings(scripted, client):
+    client.generate([{"role": "system", "content": "Be short."}, Message("user", "Hi")])
+    client.generate(MESSAGES)
+    assert scripted.requests[0] == scripted.requests[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [
+        (b"abc", r"^prompt: must be a string, token IDs or messages, not bytes"),
+        (7, r"^prompt: must be .*, not int"),
+        ({"role": "user", "content": "Hi"}, r"^prompt: must be .*, not dict"),
+        (["Once", "upon"], r"^prompt: must be one string"),
+        ([1.5], r"^prompt: "),
+        ([{"role": "user", "content": "Hi", "name": "Ann"}], r"^prompt: a message has the keys .*, not name"),
+    ],
+)
+def test_a_prompt_of_another_type_is_a_type_error(scripted, client, prompt, error):
+    with pytest.raises(TypeError, match=error):
+        client.generate(prompt)
+    assert not scripted.requests
+
+
+def test_an_unknown_role_is_refused_with_the_known_ones(scripted, client):
+    with pytest.raises(
+        InvalidRequestError, match=r"^prompt: 'tool' is not a role: use 'system', 'user' or 'assistant'"
+    ):
+        client.generate([{"role": "tool", "content": "Hi"}])
+    assert not scripted.requests
 
 
 @pytest.mark.parametrize("prompt", ["Once", [1, 2], []])
-def test_turns_can_be_dropped_only_from_messages(answer, client, prompt):
+def test_turns_can_be_dropped_only_from_messages(scripted, client, prompt):
     with pytest.raises(InvalidRequestError, match=r"drop_oldest_turns: .*truncate_prompt_tokens"):
         client.generate(prompt, drop_oldest_turns=True)
-    assert not answer.requests
+    assert not scripted.requests
 
 
-def test_a_constraint_of_each_kind_ends_up_in_its_field(answer, client):
+def test_a_constraint_of_each_kind_sets_its_field(scripted, client):
     schema = {"type": "object", "properties": {"ä": {"enum": [1, 2]}}}
     constraints = {
         JsonSchema('{"type": "string"}'): pb.DecodingOptions(json_schema='{"type": "string"}'),
-        JsonObject(): pb.DecodingOptions(json_object=True),
+        JsonObject(): pb.DecodingOptions(json_object=pb.JsonObject()),
         Regex("[ab]+"): pb.DecodingOptions(regex="[ab]+"),
         Choice("yes", "no"): pb.DecodingOptions(choice=pb.Choice(options=["yes", "no"])),
         LarkGrammar('start: "a"'): pb.DecodingOptions(lark_grammar='start: "a"'),
     }
     for constraint, expected in constraints.items():
         client.generate("Once", constraint=constraint)
-        assert answer.requests.pop().decoding == expected
+        assert scripted.requests.pop().decoding == expected
     client.generate("Once", constraint=JsonSchema(MappingProxyType(schema)))
-    assert json.loads(answer.requests.pop().decoding.json_schema) == schema
+    assert json.loads(scripted.requests.pop().decoding.json_schema) == schema
 
 
 @pytest.mark.parametrize("constraint", ["[ab]+", {"type": "object"}, Regex, 0])
-def test_what_is_no_constraint_is_a_type_error(answer, client, constraint):
-    with pytest.raises(TypeError, match="not a constraint"):
+def test_a_constraint_of_another_type_is_a_type_error(scripted, client, constraint):
+    with pytest.raises(TypeError, match=r"^constraint: .* is not a constraint"):
         client.generate("Once", constraint=constraint)
-    assert not answer.requests
+    assert not scripted.requests
 
 
-def test_a_schema_that_is_no_json_never_leaves_the_client():
+def test_a_schema_that_cannot_be_serialized_is_a_type_error():
     with pytest.raises(TypeError):
         JsonSchema({"enum": {1, 2}})
 
 
-def test_one_stop_string_is_not_taken_for_its_letters(answer, client):
+def test_a_single_stop_string_may_be_given_without_a_list(scripted, client):
     client.generate("Once", stop_strings="END")
-    assert list(answer.requests[0].stopping.stop_strings) == ["END"]
+    assert list(scripted.requests[0].stopping.stop_strings) == ["END"]
 
 
-def test_an_unknown_option_is_a_type_error_that_names_it(answer, client):
-    with pytest.raises(TypeError, match="max_tokens"):
-        client.generate("Once", max_tokens=3)
-    assert not answer.requests
+def test_an_unknown_option_is_a_type_error_that_suggests_the_closest_one(scripted, client):
+    with pytest.raises(TypeError, match=r"unknown option 'max_token'; did you mean 'max_new_tokens'?"):
+        client.generate("Once", max_token=3)
+    with pytest.raises(TypeError, match=r"unknown option 'zzz'$"):
+        client.generate("Once", zzz=3)
+    assert not scripted.requests
 
 
 @pytest.mark.parametrize(
@@ -212,20 +243,20 @@ def test_an_unknown_option_is_a_type_error_that_names_it(answer, client):
         ("top_k", -1),
         ("stop_token_ids", [2**32]),
         ("logit_bias", {-1: 1.0}),
-        ("time_limit_s", float("inf")),
+        ("time_limit", float("inf")),
         ("cache_salt", "\ud83d"),
     ],
 )
-def test_a_value_that_its_field_cannot_hold_is_refused_by_name_and_never_leaves_the_client(answer, client, name, value):
+def test_a_value_that_does_not_fit_in_its_field_is_refused_before_it_is_sent(scripted, client, name, value):
     with pytest.raises(InvalidRequestError, match=f"^{name}: ") as refused:
         client.generate([Message(Role.USER, "Hi")], max_new_tokens=3, drop_oldest_turns=True, **{name: value})
     assert [violation.field for violation in refused.value.violations] == [name]
     with pytest.raises(InvalidRequestError, match=r"^prompt: "):
         client.generate("\ud83d", max_new_tokens=3)
-    assert not answer.requests
+    assert not scripted.requests
 
 
-def test_a_value_of_another_type_is_a_type_error_that_names_its_option(answer, client):
+def test_a_value_of_another_type_is_a_type_error_that_names_the_option(scripted, client):
     with pytest.raises(TypeError, match=r"^temperature: "):
         client.generate("Once", top_k=3, temperature="hot")
-    assert not answer.requests
+    assert not scripted.requests

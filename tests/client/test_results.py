@@ -1,4 +1,4 @@
-"""What the client makes of the server's answers."""
+"""The values that the client returns for the server's responses."""
 
 import dataclasses
 
@@ -8,16 +8,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from mpt_grpc_client import (
     Delta,
-    EngineState,
     Finish,
     FinishReason,
     Generation,
+    GenerationDefaults,
     Limits,
     Load,
     ModelInfo,
     Output,
-    RequestState,
-    SequenceState,
     ServerInfo,
     Timings,
     Token,
@@ -25,7 +23,9 @@ from mpt_grpc_client import (
     TopLogprob,
     Usage,
 )
+from mpt_grpc_client.debug import EngineState, RequestState, SequenceState
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 
 GENERATION = Generation(
     request_id="r-1",
@@ -43,19 +43,19 @@ GENERATION = Generation(
     prompt_token_ids=(12092, 1533),
     prompt_logprobs=(),
     usage=Usage(num_prompt_tokens=2, num_cached_tokens=1, num_output_tokens=5, num_preemptions=3),
-    timings=Timings(queue_s=0.25, prefill_s=None, decode_s=None, time_to_first_token_s=1.5),
+    timings=Timings(queue_time=0.25, prefill_time=None, decode_time=None, time_to_first_token=1.5),
     seed=2**64 - 1,
     trace_id="0af7651916cd43dd8448eb211c80319c",
 )
-"""What the scripted answer says."""
+"""The value that the client returns for the scripted response."""
 
 
-@pytest.mark.usefixtures("answer")
-def test_a_generation_tells_all_that_the_server_answered(client):
+@pytest.mark.usefixtures("scripted")
+def test_a_generation_has_all_values_of_the_response(client):
     assert client.generate("Once") == GENERATION
 
 
-@pytest.mark.usefixtures("answer")
+@pytest.mark.usefixtures("scripted")
 def test_a_stream_yields_the_text_and_ends_with_the_unary_result(client):
     stream = client.stream("Once")
     assert list(stream) == ["Once 🐈", " upon"]
@@ -65,47 +65,47 @@ def test_a_stream_yields_the_text_and_ends_with_the_unary_result(client):
 
 
 @pytest.mark.usefixtures("endless")
-def test_a_stream_shows_how_far_it_has_come(client):
+def test_a_stream_exposes_its_partial_output(client):
     with client.stream("Once") as stream:
         assert (stream.text, stream.num_tokens, stream.request_id) == ("", 0, "")
         assert next(stream) == "Once 🐈"
         assert (stream.text, stream.token_ids, stream.num_tokens) == ("Once 🐈", (7, 8, 9, 10), 4)
         assert stream.finish is stream.usage is None
-        with pytest.raises(RuntimeError, match="not ended"):
+        with pytest.raises(RuntimeError, match="incomplete"):
             _ = stream.result
 
 
-@pytest.mark.usefixtures("answer")
-def test_a_stream_that_has_ended_stays_ended(client):
+@pytest.mark.usefixtures("scripted")
+def test_a_finished_stream_yields_nothing_more(client):
     with client.stream("Once") as stream:
         list(stream)
         assert list(stream) == []
     assert stream.result == GENERATION
 
 
-@pytest.mark.usefixtures("answer")
+@pytest.mark.usefixtures("scripted")
 def test_results_are_frozen(client):
     with pytest.raises(dataclasses.FrozenInstanceError):
         client.generate("Once").text = "other"
 
 
-def test_a_stop_token_is_told_with_its_id_even_if_that_is_zero(answer, client):
-    answer.whole.outputs[0].finish.CopyFrom(pb.Finish(reason=pb.FINISH_REASON_EOS_TOKEN, stop_token_id=0))
+def test_a_stop_token_may_have_the_id_zero(scripted, client):
+    scripted.response.outputs[0].finish.CopyFrom(pb.Finish(reason=pb.FINISH_REASON_EOS_TOKEN, stop_token_id=0))
     assert client.generate("Once").finish == Finish(FinishReason.EOS_TOKEN, stop_token_id=0)
 
 
-def test_every_finish_reason_of_the_api_has_its_name_in_the_client():
+def test_finish_reasons_have_the_names_of_the_api():
     api = {number: name.removeprefix("FINISH_REASON_") for name, number in pb.FinishReason.items()}
     assert {reason.value: reason.name for reason in FinishReason} == api | {0: "UNKNOWN"}
 
 
-def test_a_finish_reason_of_a_younger_server_is_unknown_and_not_an_error(answer, client):
-    answer.whole.outputs[0].finish.reason = 99
+def test_a_finish_reason_of_a_newer_server_is_unknown(scripted, client):
+    scripted.response.outputs[0].finish.reason = 99
     assert client.generate("Once").finish.reason is FinishReason.UNKNOWN
 
 
-@pytest.mark.usefixtures("several")
-def test_several_outputs_are_told_in_order_and_the_first_ones_fields_at_the_top(client):
+@pytest.mark.usefixtures("two_outputs")
+def test_several_outputs_are_in_order_and_a_generation_has_the_fields_of_the_first(client):
     result = client.generate("Once", num_sequences=2)
     assert [(o.index, o.text, o.num_tokens, o.token_ids, o.seed) for o in result.outputs] == [
         (0, "a cat", 3, (1, 2, 3), 2**64 - 1),
@@ -120,8 +120,8 @@ def test_several_outputs_are_told_in_order_and_the_first_ones_fields_at_the_top(
     assert (result.logprobs, result.finish) == (first.logprobs, first.finish)
 
 
-@pytest.mark.usefixtures("several")
-def test_deltas_are_of_any_output_as_they_come_and_add_up_to_the_unary_result(client):
+@pytest.mark.usefixtures("two_outputs")
+def test_deltas_of_several_outputs_interleave_and_add_up_to_the_unary_result(client):
     stream = client.stream("Once", num_sequences=2)
     deltas = list(stream.deltas())
     full, eos = Finish(FinishReason.MAX_NEW_TOKENS), Finish(FinishReason.EOS_TOKEN, stop_token_id=0)
@@ -136,49 +136,51 @@ def test_deltas_are_of_any_output_as_they_come_and_add_up_to_the_unary_result(cl
     assert list(stream.deltas()) == []
 
 
-@pytest.mark.usefixtures("several")
-def test_a_stream_of_several_shows_how_far_the_first_has_come(client):
+@pytest.mark.usefixtures("two_outputs")
+def test_a_stream_of_several_outputs_exposes_the_partial_first_output(client):
     stream = client.stream("Once", num_sequences=2)
     deltas = stream.deltas()
     for _ in range(4):
         next(deltas)
-    # The second output has ended, the first has not, and so the request has not.
+    # The second output has ended, but the first has not, so neither has the request.
     assert (stream.text, stream.token_ids, stream.num_tokens, stream.finish) == ("a", (1, 2), 2, None)
     assert stream.usage is None
     assert next(deltas).text == " cat"
     assert (stream.text, stream.finish.reason) == ("a cat", FinishReason.MAX_NEW_TOKENS)
 
 
-@pytest.mark.usefixtures("several")
-def test_several_outputs_are_not_joined_into_one_text(client):
+@pytest.mark.usefixtures("two_outputs")
+def test_a_stream_of_several_outputs_refuses_to_iterate_over_text(client):
     stream = client.stream("Once", num_sequences=2)
     with pytest.raises(TypeError, match=r"deltas\(\)"):
         next(stream)
-    # Nothing was lost by the attempt.
+    # The attempt has consumed nothing.
     assert len(list(stream.deltas())) == 5
 
 
-@pytest.mark.usefixtures("answer")
-def test_deltas_of_one_output_have_those_without_text_too(client):
+@pytest.mark.usefixtures("scripted")
+def test_deltas_of_one_output_include_those_without_text(client):
     stream = client.stream("Once", num_sequences=1)
     assert [delta.text for delta in stream.deltas()] == ["", "Once 🐈", " upon"]
     assert stream.result == GENERATION
 
 
-def test_logprobs_are_told_of_prompt_and_output_whole_and_by_pieces(answer, client):
+def test_logprobs_of_prompt_and_output_are_returned_whole_and_in_chunks(scripted, client):
     def logprob(token_id, rank, *top):
-        tops = [pb.TopLogprob(token_id=t, bytes=bytes([t]), logprob=-0.5) for t in top]
-        return pb.Logprob(token_id=token_id, bytes=bytes([token_id]), logprob=-1.5, rank=rank, top=tops)
+        tops = [pb.TopLogprob(token_id=t, token_bytes=bytes([t]), logprob=-0.5) for t in top]
+        return pb.TokenLogprob(
+            token_id=token_id, token_bytes=bytes([token_id]), logprob=-1.5, rank=rank, top_logprobs=tops
+        )
 
     def expected(token_id, rank, *top):
         tops = tuple(TopLogprob(t, bytes([t]), -0.5) for t in top)
         return TokenLogprob(token_id, bytes([token_id]), -1.5, rank, tops)
 
-    answer.whole.prompt.logprobs.append(logprob(200, 3, 65, 66))
-    answer.whole.outputs[0].logprobs.extend([logprob(7, 1, 7), logprob(8, 9)])
-    answer.pieces[0].prompt.CopyFrom(answer.whole.prompt)
-    answer.pieces[0].output.logprobs.append(logprob(7, 1, 7))
-    answer.pieces[1].output.logprobs.append(logprob(8, 9))
+    scripted.response.prompt.logprobs.append(logprob(200, 3, 65, 66))
+    scripted.response.outputs[0].logprobs.extend([logprob(7, 1, 7), logprob(8, 9)])
+    scripted.chunks[0].prompt.CopyFrom(scripted.response.prompt)
+    scripted.chunks[0].output.logprobs.append(logprob(7, 1, 7))
+    scripted.chunks[1].output.logprobs.append(logprob(8, 9))
     whole = client.generate("Once")
     assert whole.prompt_logprobs == (expected(200, 3, 65, 66),)
     assert whole.logprobs == whole.outputs[0].logprobs == (expected(7, 1, 7), expected(8, 9))
@@ -188,18 +190,20 @@ def test_logprobs_are_told_of_prompt_and_output_whole_and_by_pieces(answer, clie
 
 
 @pytest.mark.parametrize("reason", [reason for reason in FinishReason if reason is not FinishReason.UNKNOWN])
-def test_every_finish_reason_is_told(answer, client, reason):
-    answer.whole.outputs[0].finish.CopyFrom(pb.Finish(reason=reason.value))
+def test_every_finish_reason_is_returned(scripted, client, reason):
+    scripted.response.outputs[0].finish.CopyFrom(pb.Finish(reason=reason.value))
     assert client.generate("Once").finish == Finish(reason)
 
 
-def test_tokens_are_ids_and_bytes(service, client):
-    service.tokens = pb.TokenizeResponse(tokens=[pb.Token(id=5, bytes=b"\xf0\x9f"), pb.Token(id=6, bytes=b"a")])
+def test_tokens_have_ids_and_bytes(service, client):
+    service.tokens = pb.TokenizeResponse(
+        tokens=[pb.Token(token_id=5, token_bytes=b"\xf0\x9f"), pb.Token(token_id=6, token_bytes=b"a")]
+    )
     assert client.tokenize("🐈a") == (Token(5, b"\xf0\x9f"), Token(6, b"a"))
     assert service.requests == [pb.TokenizeRequest(text="🐈a")]
 
 
-def test_token_ids_are_detokenized_with_special_tokens_if_asked_for(service, client):
+def test_token_ids_are_detokenized_with_special_tokens_on_request(service, client):
     service.text = pb.DetokenizeResponse(text="Hello")
     assert client.detokenize([1, 2]) == client.detokenize((1, 2), skip_special_tokens=False) == "Hello"
     assert service.requests == [
@@ -208,8 +212,8 @@ def test_token_ids_are_detokenized_with_special_tokens_if_asked_for(service, cli
     ]
 
 
-def test_abort_answers_the_requests_that_were_in_flight(service, client):
-    service.aborted = pb.AbortResponse(request_ids=["b"])
+def test_cancel_returns_the_requests_that_were_in_progress(service, client):
+    service.cancelled = pb.CancelResponse(request_ids=["b"])
     assert client.cancel("a", "b") == ("b",)
     assert service.requests == [pb.CancelRequest(request_ids=["a", "b"])]
 
@@ -220,8 +224,9 @@ def test_model_info_has_every_field_of_the_api(service, client):
         "max_context_tokens": 3, "num_layers": 4, "hidden_size": 5, "num_heads": 6, "num_kv_heads": 7,
         "chat_template": "chatml",
     }  # fmt: skip
-    service.model = pb.GetModelInfoResponse(**fields, eos_token_ids=[0, 8])
-    assert client.get_model_info() == ModelInfo(**fields, eos_token_ids=(0, 8))
+    defaults = {field.name: n for n, field in enumerate(pb.GenerationDefaults.DESCRIPTOR.fields, 1)}
+    service.model = pb.GetModelInfoResponse(**fields, eos_token_ids=[0, 8], defaults=pb.GenerationDefaults(**defaults))
+    assert client.get_model_info() == ModelInfo(**fields, eos_token_ids=(0, 8), defaults=GenerationDefaults(**defaults))
     assert [f.name for f in dataclasses.fields(ModelInfo)] == list(pb.GetModelInfoResponse.DESCRIPTOR.fields_by_name)
 
 
@@ -240,25 +245,41 @@ def test_server_info_has_every_field_of_the_api(service, client):
 def test_engine_state_has_every_field_of_the_api(service, client):
     load = {field.name: n for n, field in enumerate(pb.Load.DESCRIPTOR.fields, 11)}
     usage = {field.name: n for n, field in enumerate(pb.Usage.DESCRIPTOR.fields, 21)}
-    running = pb.RequestState(
+    active = debug_pb2.RequestState(
         request_id="a",
         arrival_time=Timestamp(seconds=5),
-        timings=pb.Timings(queue=Duration(seconds=1)),
+        timings=pb.Timings(queue_time=Duration(seconds=1)),
         usage=pb.Usage(**usage),
-        sequences=[pb.SequenceState(index=1, num_computed_tokens=2, num_output_tokens=3, blocks=[4, 5])],
+        sequences=[debug_pb2.SequenceState(index=1, num_computed_tokens=2, num_output_tokens=3, blocks=[4, 5])],
     )
-    ended = pb.RequestState(
+    completed = debug_pb2.RequestState(
         request_id="b",
         end_time=Timestamp(seconds=7, nanos=500_000_000),
-        sequences=[pb.SequenceState(finish_reason=pb.FINISH_REASON_TIME_LIMIT)],
+        sequences=[debug_pb2.SequenceState(finish_reason=pb.FINISH_REASON_TIME_LIMIT)],
     )
-    service.engine = pb.GetEngineStateResponse(
-        time=Timestamp(seconds=9), load=pb.Load(**load), kept_blocks=[6, 7], in_flight=[running], ended=[ended]
+    service.engine = debug_pb2.GetEngineStateResponse(
+        time=Timestamp(seconds=9),
+        load=pb.Load(**load),
+        cached_blocks=[6, 7],
+        active_requests=[active],
+        completed_requests=[completed],
     )
-    in_flight = RequestState(
+    expected = RequestState(
         "a", 5.0, None, Timings(1.0, None, None, None), Usage(**usage), (SequenceState(1, 2, 3, (4, 5), None),)
     )
     state = client.get_engine_state()
-    assert state == EngineState(9.0, Load(**load), (6, 7), (in_flight,), state.ended)
-    assert (state.ended[0].request_id, state.ended[0].end_time_s) == ("b", 7.5)
-    assert state.ended[0].sequences == (SequenceState(0, 0, 0, (), FinishReason.TIME_LIMIT),)
+    assert state == EngineState(9.0, Load(**load), (6, 7), (expected,), state.completed_requests)
+    assert (state.completed_requests[0].request_id, state.completed_requests[0].end_time) == ("b", 7.5)
+    assert state.completed_requests[0].sequences == (SequenceState(0, 0, 0, (), FinishReason.TIME_LIMIT),)
+
+
+@pytest.mark.parametrize(
+    ("finish", "text"),
+    [
+        (Finish(FinishReason.MAX_NEW_TOKENS), "MAX_NEW_TOKENS"),
+        (Finish(FinishReason.EOS_TOKEN, stop_token_id=0), "EOS_TOKEN (0)"),
+        (Finish(FinishReason.STOP_STRING, stop_string="\n"), r"STOP_STRING ('\n')"),
+    ],
+)
+def test_a_finish_prints_as_its_reason_and_what_matched(finish, text):
+    assert str(finish) == text

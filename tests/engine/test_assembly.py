@@ -1,4 +1,4 @@
-"""What a reader is told of an output: the same however late it reads, and never what a guard withholds."""
+"""Assembled outputs do not depend on how slowly they are read, and never contain what a guard blocks."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Guard:
 
 
 class Reader:
-    """Reads one output in as many pieces as events are grouped into."""
+    """Assembles one output from events and collects its deltas."""
 
     def __init__(
         self, tokenizer: Tokenizer, guard: Guard | None, stops: Sequence[str] = (), resumed: tuple[int, ...] = ()
     ) -> None:
-        self.num_ended = 0
+        self.num_end_calls = 0
         text = TextAssembler(tokenizer.detokenizer(), stops)
         watch = None if guard is None else guard.watch()
         self.assembly = OutputAssembly(0, text, watch, self._end, resumed)
         self.deltas: list[OutputDelta] = []
 
     def read(self, groups: Sequence[Sequence[int]]) -> None:
-        """The last token comes with the end, and the groups that follow it are empty."""
+        """Feeds each group of tokens as one event; the last event also ends the output."""
         for number, group in enumerate(groups, start=1):
             finish = END if number == len(groups) else None
             logprobs = tuple(TokenLogprob(token_id, -1.0, rank=1) for token_id in group)
@@ -80,12 +80,12 @@ class Reader:
         return tuple(token_id for delta in self.deltas for token_id in delta.token_ids)
 
     def _end(self) -> None:
-        self.num_ended += 1
+        self.num_end_calls += 1
 
 
 def grouped(ids: Sequence[int], cuts: Sequence[int]) -> list[Sequence[int]]:
-    borders = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
-    return [ids[start:end] for start, end in itertools.pairwise(borders)]
+    bounds = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
+    return [ids[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join)
@@ -93,7 +93,7 @@ cuts = st.lists(st.integers(0, 99), max_size=8)
 stops = st.sampled_from([(), ("stop here",), ("lf", "🦊")])
 
 
-def test_however_late_it_is_read_an_output_is_the_same(tokenizer: Tokenizer, guard: Guard) -> None:
+def test_output_does_not_depend_on_how_slowly_it_is_read(tokenizer: Tokenizer, guard: Guard) -> None:
     @settings(deadline=None, max_examples=300, derandomize=True)
     @given(texts, cuts, stops, st.booleans())
     def check(text: str, cuts: list[int], stops: tuple[str, ...], is_guarded: bool) -> None:
@@ -108,7 +108,7 @@ def test_however_late_it_is_read_an_output_is_the_same(tokenizer: Tokenizer, gua
     check()
 
 
-def test_what_a_guard_withholds_is_told_neither_as_text_nor_as_tokens(tokenizer: Tokenizer, guard: Guard) -> None:
+def test_blocked_content_is_sent_neither_as_text_nor_as_tokens(tokenizer: Tokenizer, guard: Guard) -> None:
     num_blocked = 0
 
     @settings(deadline=None, max_examples=300, derandomize=True)
@@ -116,41 +116,41 @@ def test_what_a_guard_withholds_is_told_neither_as_text_nor_as_tokens(tokenizer:
     def check(text: str, cuts: list[int]) -> None:
         nonlocal num_blocked
         ids = tokenizer.encode(text)
-        free, watched = Reader(tokenizer, None), Reader(tokenizer, guard)
-        free.read(grouped(ids, cuts))
-        watched.read(grouped(ids, cuts))
-        finish = watched.deltas[-1].finish
+        unguarded, guarded = Reader(tokenizer, None), Reader(tokenizer, guard)
+        unguarded.read(grouped(ids, cuts))
+        guarded.read(grouped(ids, cuts))
+        finish = guarded.deltas[-1].finish
         assert finish is not None
         if finish.reason is FinishReason.CONTENT_FILTER:
             num_blocked += 1
-            assert watched.num_ended == 1
-            assert guard.refusal(watched.text) is None
-            assert guard.refusal(tokenizer.decode(watched.token_ids)) is None
-            assert free.text.startswith(watched.text)
-            assert watched.text.startswith(tokenizer.decode(watched.token_ids).rstrip("\ufffd"))
+            assert guarded.num_end_calls == 1
+            assert guard.refusal(guarded.text) is None
+            assert guard.refusal(tokenizer.decode(guarded.token_ids)) is None
+            assert unguarded.text.startswith(guarded.text)
+            assert guarded.text.startswith(tokenizer.decode(guarded.token_ids).rstrip("\ufffd"))
         else:
-            assert guard.refusal(free.text) is None
-            assert (watched.text, watched.token_ids, finish) == (free.text, free.token_ids, END)
-        for delta in watched.deltas:
+            assert guard.refusal(unguarded.text) is None
+            assert (guarded.text, guarded.token_ids, finish) == (unguarded.text, unguarded.token_ids, END)
+        for delta in guarded.deltas:
             assert [logprob.token_id for logprob in delta.logprobs] == list(delta.token_ids)
 
     check()
     assert num_blocked > 10
 
 
-def test_who_resumes_after_any_piece_is_told_exactly_the_rest(tokenizer: Tokenizer, guard: Guard) -> None:
+def test_resumed_output_continues_exactly_where_it_was_interrupted(tokenizer: Tokenizer, guard: Guard) -> None:
     @settings(deadline=None, max_examples=300, derandomize=True)
     @given(texts, cuts, stops, st.booleans(), st.integers(0, 20))
     def check(text: str, cuts: list[int], stops: tuple[str, ...], is_guarded: bool, num_read: int) -> None:
         ids = tokenizer.encode(text)
         whole = Reader(tokenizer, guard if is_guarded else None, stops)
         whole.read(grouped(ids, cuts))
-        told = whole.deltas[: min(num_read, len(whole.deltas) - 1)]
-        told_ids = tuple(token_id for delta in told for token_id in delta.token_ids)
-        rest = Reader(tokenizer, guard if is_guarded else None, stops, told_ids)
-        rest.read([[token_id] for token_id in ids[len(told_ids) :]] or [[]])
-        assert "".join(delta.text for delta in told) + rest.text == whole.text
-        assert told_ids + rest.token_ids == whole.token_ids
+        received = whole.deltas[: min(num_read, len(whole.deltas) - 1)]
+        received_ids = tuple(token_id for delta in received for token_id in delta.token_ids)
+        rest = Reader(tokenizer, guard if is_guarded else None, stops, received_ids)
+        rest.read([[token_id] for token_id in ids[len(received_ids) :]] or [[]])
+        assert "".join(delta.text for delta in received) + rest.text == whole.text
+        assert received_ids + rest.token_ids == whole.token_ids
         assert rest.deltas[-1].finish == whole.deltas[-1].finish
 
     check()

@@ -1,4 +1,4 @@
-"""Constraints in the engine: one that is slow, or fails, concerns its own request alone."""
+"""Constraints in the engine: a slow or failing one affects only its own request."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ SEEDED = SamplingParameters(seed=4)
 
 
 class OnlySome:
-    """Allows a handful of tokens; asked for its mask, it may wait or fail first."""
+    """A matcher that allows a few tokens. Its `mask` can be made to block or to fail."""
 
-    def __init__(self, may_answer: threading.Event | None = None, error: Exception | None = None) -> None:
-        self.asked = threading.Event()
-        self._may_answer, self._error = may_answer, error
+    def __init__(self, may_return: threading.Event | None = None, error: Exception | None = None) -> None:
+        self.called = threading.Event()
+        self._may_return, self._error = may_return, error
 
     def advance(self, token_id: int) -> bool:
         assert token_id in ALLOWED
         return False
 
     def mask(self) -> bytes:
-        self.asked.set()
-        if self._may_answer is not None:
-            assert self._may_answer.wait(30)
+        self.called.set()
+        if self._may_return is not None:
+            assert self._may_return.wait(30)
         if self._error is not None:
             raise self._error
         return sum(1 << token_id for token_id in ALLOWED).to_bytes(512, "little")
@@ -48,29 +48,29 @@ def constrained(engine: Engine, name: str, matcher: Matcher) -> ThreadStream:
     return engine.submit(replace(prepared, matchers=(matcher,)), ThreadStream)
 
 
-def test_while_a_mask_is_not_ready_others_go_on_and_its_tokens_stay_the_same(shared_engine: Engine) -> None:
+def test_slow_mask_delays_only_its_own_request_and_does_not_change_its_tokens(shared_engine: Engine) -> None:
     expected = collect(constrained(shared_engine, "quick", OnlySome())).token_ids
     assert set(expected) <= ALLOWED
-    may_answer = threading.Event()
-    matcher = OnlySome(may_answer)
+    may_return = threading.Event()
+    matcher = OnlySome(may_return)
     stream = constrained(shared_engine, "slow", matcher)
-    assert matcher.asked.wait(30)
+    assert matcher.called.wait(30)
     others = [submit(shared_engine, generation(f"other {i}", max_new_tokens=30)) for i in range(3)]
     assert [len(collect(other).token_ids) for other in others] == [30] * 3
-    may_answer.set()
+    may_return.set()
     assert collect(stream).token_ids == expected
 
 
-def test_a_request_that_is_cancelled_while_its_mask_is_computed_leaves_nothing(shared_engine: Engine) -> None:
-    may_answer = threading.Event()
-    matcher = OnlySome(may_answer)
+def test_request_cancelled_while_its_mask_is_computed_is_cleaned_up(shared_engine: Engine) -> None:
+    may_return = threading.Event()
+    matcher = OnlySome(may_return)
     stream = constrained(shared_engine, "left", matcher)
-    assert matcher.asked.wait(30)
+    assert matcher.called.wait(30)
     other = submit(shared_engine, generation("other", max_new_tokens=30))
     stream.cancel()
     assert collect(stream).token_ids == ()
     assert len(collect(other).token_ids) == 30
-    may_answer.set()
+    may_return.set()
     shared_engine.generate(generation("next"))
     assert shared_engine.num_in_flight == 0
     assert shared_engine.load.num_free_blocks == 512
@@ -83,7 +83,7 @@ def test_a_request_that_is_cancelled_while_its_mask_is_computed_leaves_nothing(s
         (RuntimeError("a fault"), InternalError),
     ],
 )
-def test_a_mask_that_fails_ends_its_request_alone(
+def test_failing_mask_ends_only_its_own_request(
     error: Exception, expected: type[Exception], shared_engine: Engine
 ) -> None:
     other = submit(shared_engine, generation("other", max_new_tokens=30))
@@ -94,7 +94,7 @@ def test_a_mask_that_fails_ends_its_request_alone(
     assert shared_engine.num_in_flight == 0
 
 
-def test_every_finished_output_of_the_model_is_json_that_its_schema_allows(shared_engine: Engine) -> None:
+def test_finished_outputs_conform_to_their_json_schema(shared_engine: Engine) -> None:
     num_finished = 0
 
     @settings(max_examples=25, deadline=None, derandomize=True)

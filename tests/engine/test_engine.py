@@ -1,4 +1,4 @@
-"""The engine as a library: what a request yields alone, in a crowd, when memory is short, and when something fails."""
+"""The engine as a library: outputs of requests that run alone, concurrently, with scarce memory, and after failures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mpt_grpc.errors import (
     OverloadedError,
     UnavailableError,
 )
-from mpt_grpc.model.runner import Runner, StepScores
+from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.request import (
     CacheOptions,
     DecodingOptions,
@@ -52,8 +52,8 @@ PROMPTS = [
 ]
 
 
-def crowd(engine: Engine, requests: list[GenerationRequest]) -> dict[str, Generation]:
-    """Runs the requests at the same time."""
+def run_concurrently(engine: Engine, requests: list[GenerationRequest]) -> dict[str, Generation]:
+    """Runs the requests at the same time and returns their outputs by request id."""
     streams = [submit(engine, request) for request in requests]
     return {stream.prepared.request.request_id: collect(stream) for stream in streams}
 
@@ -74,7 +74,7 @@ def mixed_requests(n: int) -> list[GenerationRequest]:
 
 @pytest.fixture(scope="module")
 def alone(shared_engine: Engine) -> dict[str, Generation]:
-    """What each of 16 requests yields when nothing else runs."""
+    """The outputs of 16 requests, each run with no other request in flight."""
     return {r.request_id: shared_engine.generate(r) for r in mixed_requests(16)}
 
 
@@ -83,24 +83,28 @@ def assert_same_tokens(outputs: dict[str, Generation], expected: dict[str, Gener
     assert {i: o.text for i, o in outputs.items()} == {i: o.text for i, o in expected.items()}
 
 
-def test_a_crowd_of_16_yields_what_each_yields_alone(shared_engine: Engine, alone: dict[str, Generation]) -> None:
-    assert_same_tokens(crowd(shared_engine, mixed_requests(16)), alone)
+def test_concurrent_requests_have_the_same_outputs_as_when_run_alone(
+    shared_engine: Engine, alone: dict[str, Generation]
+) -> None:
+    assert_same_tokens(run_concurrently(shared_engine, mixed_requests(16)), alone)
 
 
-def test_preempted_requests_yield_the_same(make_engine: Callable[..., Engine], alone: dict[str, Generation]) -> None:
+def test_preemption_does_not_change_outputs(make_engine: Callable[..., Engine], alone: dict[str, Generation]) -> None:
     engine = make_engine(num_blocks=24)
-    outputs = crowd(engine, mixed_requests(16))
+    outputs = run_concurrently(engine, mixed_requests(16))
     assert_same_tokens(outputs, alone)
     assert sum(output.stats.num_preemptions for output in outputs.values()) > 0
     assert engine.load.num_free_blocks == 24
 
 
-def test_chunked_prompts_yield_the_same(make_engine: Callable[..., Engine], alone: dict[str, Generation]) -> None:
+def test_chunked_prefill_does_not_change_outputs(
+    make_engine: Callable[..., Engine], alone: dict[str, Generation]
+) -> None:
     engine = make_engine(max_step_tokens=7, max_running_requests=5)
-    assert_same_tokens(crowd(engine, mixed_requests(16)), alone)
+    assert_same_tokens(run_concurrently(engine, mixed_requests(16)), alone)
 
 
-def test_streamed_pieces_add_up_to_the_whole(shared_engine: Engine) -> None:
+def test_streamed_deltas_add_up_to_the_complete_output(shared_engine: Engine) -> None:
     request = generation(sampling=SEEDED, max_new_tokens=40)
     deltas = list(shared_engine.stream(request))
     assert len(deltas) > 10
@@ -108,7 +112,7 @@ def test_streamed_pieces_add_up_to_the_whole(shared_engine: Engine) -> None:
     assert [delta.finish is None for delta in deltas] == [True] * (len(deltas) - 1) + [False]
 
 
-def test_a_prompt_seen_before_is_not_computed_again(make_engine: Callable[..., Engine]) -> None:
+def test_repeated_prompt_is_taken_from_the_prefix_cache(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     prompt = tuple(range(1, 101))
     first = engine.generate(generation("a", prompt))
@@ -122,14 +126,14 @@ def test_a_prompt_seen_before_is_not_computed_again(make_engine: Callable[..., E
         assert other.token_ids == first.token_ids
 
 
-def test_the_seed_that_was_drawn_gives_the_same_again(shared_engine: Engine) -> None:
-    drawn = shared_engine.generate(generation(sampling=SamplingParameters()))
-    assert drawn.stats.seed != shared_engine.generate(generation(sampling=SamplingParameters())).stats.seed
-    again = shared_engine.generate(generation(sampling=SamplingParameters(seed=drawn.stats.seed)))
-    assert again.token_ids == drawn.token_ids
+def test_reported_random_seed_reproduces_the_output(shared_engine: Engine) -> None:
+    unseeded = shared_engine.generate(generation(sampling=SamplingParameters()))
+    assert unseeded.stats.seed != shared_engine.generate(generation(sampling=SamplingParameters())).stats.seed
+    again = shared_engine.generate(generation(sampling=SamplingParameters(seed=unseeded.stats.seed)))
+    assert again.token_ids == unseeded.token_ids
 
 
-def test_a_stop_string_ends_the_text_before_it(shared_engine: Engine) -> None:
+def test_text_ends_before_a_stop_string(shared_engine: Engine) -> None:
     whole = shared_engine.generate(generation(max_new_tokens=40)).text
     stop = whole[len(whole) // 2 : len(whole) // 2 + 5]
     output = shared_engine.generate(generation(max_new_tokens=40, stop=("never to be seen", stop)))
@@ -139,10 +143,10 @@ def test_a_stop_string_ends_the_text_before_it(shared_engine: Engine) -> None:
     assert len(output.token_ids) < 40
 
 
-def test_a_stop_string_that_only_the_end_completes_is_the_reason(shared_engine: Engine) -> None:
-    """The only token is the first byte of a longer character: what is left of it becomes U+FFFD at the end."""
-    half = next(i for i in range(4096) if shared_engine.preparation.tokenizer.token_bytes(i) == b"\xe2")
-    events = [TokenEvent("r", token_ids=(half,), finish=Finish(FinishReason.MAX_NEW_TOKENS))]
+def test_stop_string_completed_only_by_the_final_flush_is_reported(shared_engine: Engine) -> None:
+    """The only token is the first byte of a longer character, which becomes U+FFFD at the end of the output."""
+    lead_byte = next(i for i in range(4096) if shared_engine.preparation.tokenizer.token_bytes(i) == b"\xe2")
+    events = [TokenEvent("r", token_ids=(lead_byte,), finish=Finish(FinishReason.MAX_NEW_TOKENS))]
     text = TextAssembler(shared_engine.preparation.tokenizer.detokenizer(), ["\ufffd"])
     delta = OutputAssembly(0, text, None, lambda: None).advance(events)
     assert delta is not None
@@ -150,8 +154,8 @@ def test_a_stop_string_that_only_the_end_completes_is_the_reason(shared_engine: 
     assert delta.finish == Finish(FinishReason.STOP_STRING, stop_string="\ufffd")
 
 
-def test_the_end_mark_ends_the_output_and_leaves_no_text(shared_engine: Engine) -> None:
-    (end,) = shared_engine.preparation.tokenizer.eos_token_ids
+def test_eos_token_ends_the_output_without_adding_text(shared_engine: Engine) -> None:
+    (eos_token_id,) = shared_engine.preparation.tokenizer.eos_token_ids
     outputs = (
         shared_engine.generate(
             generation(
@@ -164,19 +168,19 @@ def test_the_end_mark_ends_the_output_and_leaves_no_text(shared_engine: Engine) 
         for seed in range(20)
     )
     output = next(o for o in outputs if o.finish.reason is FinishReason.EOS_TOKEN)
-    assert output.token_ids[-1] == end
-    assert output.finish.stop_token_id == end
+    assert output.token_ids[-1] == eos_token_id
+    assert output.finish.stop_token_id == eos_token_id
     assert output.text == shared_engine.preparation.tokenizer.decode(output.token_ids[:-1])
 
 
-def test_the_default_length_is_cut_by_the_context(shared_engine: Engine) -> None:
+def test_default_max_new_tokens_is_limited_by_the_context(shared_engine: Engine) -> None:
     context = shared_engine.preparation.limits.max_context_tokens
     output = shared_engine.generate(generation(prompt=(7,) * (context - 5), max_new_tokens=None))
     assert len(output.token_ids) == 5
     assert output.finish.reason is FinishReason.CONTEXT_LENGTH
 
 
-def test_every_bad_field_is_named_at_once(shared_engine: Engine) -> None:
+def test_all_invalid_fields_are_reported_at_once(shared_engine: Engine) -> None:
     request = GenerationRequest(
         "x" * 200,
         (1, 999_999),
@@ -234,7 +238,7 @@ def test_every_bad_field_is_named_at_once(shared_engine: Engine) -> None:
         "stopping.time_limit",
         "stopping.repetition_guard.min_repeats",
         "stopping.repetition_guard.max_cycle_tokens",
-        "response.top_logprobs",
+        "output_options.top_logprobs",
         "cache.salt",
         "priority",
         "truncate_prompt_tokens",
@@ -243,16 +247,14 @@ def test_every_bad_field_is_named_at_once(shared_engine: Engine) -> None:
     }
 
 
-def test_a_request_larger_than_the_cache_is_refused_and_the_next_one_served(make_engine: Callable[..., Engine]) -> None:
+def test_request_larger_than_the_cache_is_rejected_and_the_next_one_served(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(num_blocks=4)
-    with pytest.raises(InvalidRequestError, match=r"stopping.max_new_tokens: 60 .* context of 64: ask for at most 54"):
+    with pytest.raises(InvalidRequestError, match=r"stopping.max_new_tokens: 60 .* context of 64: request at most 54"):
         engine.generate(generation(prompt=(5,) * 10, max_new_tokens=60))
     assert len(engine.generate(generation(prompt=(5,) * 10, max_new_tokens=54)).token_ids) == 54
 
 
-def test_a_full_queue_is_overload_and_a_known_id_a_duplicate(
-    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
-) -> None:
+def test_full_queue_rejects_further_requests(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
     engine = make_engine(max_running_requests=1, max_waiting_requests=1)
     streams = [submit(engine, generation(name)) for name in ("a", "b")]
     with pytest.raises(OverloadedError):
@@ -263,7 +265,9 @@ def test_a_full_queue_is_overload_and_a_known_id_a_duplicate(
     assert len(collect(streams[0]).token_ids) == 24
 
 
-def test_a_request_id_in_flight_is_refused(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
+def test_duplicate_request_id_is_rejected_while_in_flight(
+    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
+) -> None:
     engine = make_engine()
     stream = submit(engine, generation("a"))
     with pytest.raises(DuplicateRequestError):
@@ -274,7 +278,7 @@ def test_a_request_id_in_flight_is_refused(make_engine: Callable[..., Engine], s
 
 
 @pytest.mark.parametrize("state", ["waiting", "mid-prefill", "running"])
-def test_an_aborted_request_frees_its_blocks_within_one_step(
+def test_aborted_request_frees_its_blocks_within_one_step(
     state: str, make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
 ) -> None:
     engine = make_engine(num_blocks=64, max_running_requests=2, max_step_tokens=32)
@@ -289,7 +293,7 @@ def test_an_aborted_request_frees_its_blocks_within_one_step(
         plan = runner.wait_for_step()
     planned = {sequence.request_id: sequence for sequence in plan.sequences}
     assert ("gone" in planned) == (state != "waiting")
-    assert state == "waiting" or (planned["gone"].choice is not None) == (state == "running")
+    assert state == "waiting" or (planned["gone"].sampling is not None) == (state == "running")
 
     assert engine.cancel("gone")
     runner.allow()
@@ -310,7 +314,7 @@ def test_an_aborted_request_frees_its_blocks_within_one_step(
     assert engine.load.num_free_blocks == 64
 
 
-def test_leaving_a_stream_early_ends_the_request(
+def test_closing_a_stream_early_cancels_the_request(
     make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
 ) -> None:
     engine = make_engine()
@@ -324,15 +328,15 @@ def test_leaving_a_stream_early_ends_the_request(
 
 
 class FaultyRunner(Runner):
-    """Fails when it is to compute token 666."""
+    """Fails on steps that contain token 666."""
 
-    def run(self, plan: StepPlan) -> StepScores:
+    def run(self, plan: StepPlan) -> StepOutput:
         if any(666 in sequence.token_ids for sequence in plan.sequences):
             raise RuntimeError("a kernel has failed")
         return super().run(plan)
 
 
-def test_a_fault_of_one_request_ends_that_request_alone(
+def test_failing_request_does_not_affect_others(
     monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine], alone: dict[str, Generation]
 ) -> None:
     monkeypatch.setattr(load, "Runner", FaultyRunner)
@@ -349,11 +353,11 @@ def test_a_fault_of_one_request_ends_that_request_alone(
 
 
 class LostDevice(Runner):
-    def run(self, plan: StepPlan) -> StepScores:  # noqa: ARG002
+    def run(self, plan: StepPlan) -> StepOutput:  # noqa: ARG002
         raise DeviceLostError("an illegal memory access was encountered")
 
 
-def test_a_lost_device_stops_the_engine(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]) -> None:
+def test_lost_device_stops_the_engine(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]) -> None:
     monkeypatch.setattr(load, "Runner", LostDevice)
     engine = make_engine()
     stream = submit(engine, generation("a"))
@@ -363,9 +367,7 @@ def test_a_lost_device_stops_the_engine(monkeypatch: pytest.MonkeyPatch, make_en
         engine.generate(generation())
 
 
-def test_closing_ends_what_is_in_flight_with_an_error(
-    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
-) -> None:
+def test_closing_fails_requests_in_flight(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
     engine = make_engine()
     stream = submit(engine, generation(max_new_tokens=1000))
     stepped[0].wait_for_step()
@@ -379,7 +381,9 @@ def test_closing_ends_what_is_in_flight_with_an_error(
         engine.generate(generation())
 
 
-def test_work_that_stands_still_is_stuck(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
+def test_engine_is_stuck_if_a_step_does_not_complete(
+    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
+) -> None:
     engine = make_engine()
     assert not engine.is_stuck(0.0)
     stream = submit(engine, generation())

@@ -1,4 +1,4 @@
-"""What the engine shows of itself to those who watch."""
+"""Snapshots of the engine's state."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mpt_grpc.errors import DrainingError, UnavailableError
 from mpt_grpc.request import FinishReason, SamplingParameters
 
 PROMPT = tuple(range(1, 41))
-"""Two full blocks and a half."""
+"""Fills two and a half blocks."""
 
 
-def test_requests_are_shown_with_their_blocks_while_they_run_and_wait(
+def test_state_lists_running_and_waiting_requests_with_their_blocks(
     make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
 ) -> None:
     engine = make_engine(max_running_requests=2)
@@ -25,10 +25,10 @@ def test_requests_are_shown_with_their_blocks_while_they_run_and_wait(
     streams += [submit(engine, generation(name, PROMPT)) for name in ("second", "third")]
     stepped[0].allow()
     stepped[0].wait_for_step()
-    watcher = engine.state()
-    assert not watcher.done(), "it is told between two steps"
+    future = engine.state()
+    assert not future.done(), "the state is only taken between two steps"
     stepped[0].allow()
-    state = watcher.result(30)
+    state = future.result(30)
     first, second, third = state.in_flight
     assert [request.request_id for request in state.in_flight] == ["first", "second", "third"]
     assert (state.load.num_running, state.load.num_waiting) == (2, 1)
@@ -39,15 +39,13 @@ def test_requests_are_shown_with_their_blocks_while_they_run_and_wait(
     assert second.stats.num_cached_tokens == 32
     assert third.sequences[0].blocks == ()
     assert third.stats.scheduled_time_s is None
-    assert state.ended == state.kept_blocks == ()
+    assert state.ended == state.cached_blocks == ()
     stepped[0].run_free()
     for stream in streams:
         collect(stream)
 
 
-def test_requests_that_have_ended_stay_to_be_seen_and_so_do_the_blocks_that_are_kept(
-    make_engine: Callable[..., Engine],
-) -> None:
+def test_state_lists_recently_ended_requests_and_cached_blocks(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     blocks_before = engine.load.num_free_blocks
     for number in range(70):
@@ -61,11 +59,11 @@ def test_requests_that_have_ended_stay_to_be_seen_and_so_do_the_blocks_that_are_
     assert last.num_output_tokens == 4
     assert last.stats.arrival_time_s <= (last.stats.first_token_time_s or 0) <= last.stats.end_time_s <= state.time_s
     assert state.in_flight == ()
-    assert len(state.kept_blocks) == 2
+    assert len(state.cached_blocks) == 2
     assert state.load.num_free_blocks == blocks_before
 
 
-def test_an_engine_that_has_stopped_shows_nothing(make_engine: Callable[..., Engine]) -> None:
+def test_stopped_engine_does_not_return_its_state(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     engine.refuse(DrainingError("the server is draining"))
     engine.state().result(30)

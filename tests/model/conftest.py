@@ -1,4 +1,4 @@
-"""Tiny models of any architecture, checkpoints of them in every published layout, and a way to step them."""
+"""Helpers: tiny models of any architecture, their checkpoints in every published layout, and a way to run them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.mpt import MPT
-from mpt_grpc.model.runner import Runner, StepScores
+from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.model.weights import load_model
 from mpt_grpc.request import SamplingParameters, TokenLogprob
-from mpt_grpc.step import PromptScoring, SequenceStep, StepPlan, TokenChoice
+from mpt_grpc.step import PromptScoring, SamplingInputs, SequenceStep, StepPlan
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParameters(temperature=0, seed=0)
@@ -30,13 +30,13 @@ Format = Literal["safetensors", "bin"]
 
 
 def tiny_config(attn_config: Mapping[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
-    """A `config.json` of a model that runs in milliseconds, with some fields set otherwise."""
+    """Returns the `config.json` of a model that runs in milliseconds, with the given fields overridden."""
     base = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 96, "max_seq_len": 128}
     return {**base, "attn_config": dict(attn_config or {}), **fields}
 
 
 def random_weights(config: Mapping[str, Any], *, qkv_std: float = 0.2) -> dict[str, Tensor]:
-    """Float32 tensors with the published names, wide enough for scores that differ by several units."""
+    """Returns float32 tensors with the published names, of a scale that gives logits several units apart."""
     attention = config["attn_config"]
     d_model, n_heads = config["d_model"], config["n_heads"]
     kind = attention.get("attn_type", "multihead_attention")
@@ -77,7 +77,7 @@ def make_checkpoint(
     shards: int = 1,
     format: Format = "safetensors",  # noqa: A002
 ) -> dict[str, Tensor]:
-    """Writes `config.json` and the tensors to `folder`, random ones unless `weights` are given, and returns them."""
+    """Writes `config.json` and `weights`, or random tensors, to `folder`; returns the tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = random_weights(config) if weights is None else dict(weights)
     (folder / "config.json").write_text(json.dumps(config))
@@ -100,22 +100,22 @@ def make_checkpoint(
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> MPT:
-    """The checkpoint in `folder` by the code under test."""
+    """Loads the checkpoint in `folder` with the code under test."""
     return load_model(folder, MPTConfig.from_file(folder / "config.json"), dtype, CPU)
 
 
 def as_arrays(weights: Mapping[str, Tensor]) -> dict[str, Array]:
-    """The weights as the NumPy reference takes them."""
+    """Converts the weights to the arrays that the NumPy reference expects."""
     return {name: tensor.numpy().astype(np.float64) for name, tensor in weights.items()}
 
 
 def random_tokens(count: int, vocab_size: int = 96, seed: int = 0) -> list[int]:
-    """Token ids that are the same at every call."""
+    """Returns `count` token ids, the same for every call with the same seed."""
     return random.Random(seed).choices(range(vocab_size), k=count)
 
 
 class Stepper:
-    """Steps a Runner as a scheduler would, with block tables in no order; block 0 belongs to a stranger's sequence."""
+    """Steps a Runner as a scheduler would, with shuffled block tables; block 0 belongs to an unrelated sequence."""
 
     def __init__(
         self, model: MPT, *, num_blocks: int = 256, block_size: int = 4, vocab_size: int | None = None
@@ -131,12 +131,12 @@ class Stepper:
         self._free = list(range(1, num_blocks))
         random.Random(0).shuffle(self._free)
         self._free.append(0)
-        self.step({"stranger": random_tokens(block_size, config.vocab_size, seed=1)})
+        self.step({"unrelated": random_tokens(block_size, config.vocab_size, seed=1)})
 
     def step(self, chunks: Mapping[str, Sequence[int]], samples: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Appends to each sequence its chunk, all in one step, and returns the scores [vocab_size] of who samples.
+        """Appends a chunk to each sequence in one step; returns the logits [vocab_size] of those named in `samples`.
 
-        Without `samples` all do.
+        Without `samples`, the logits of all sequences are returned.
         """
         sampling = list(chunks) if samples is None else [name for name in chunks if name in set(samples)]
         return dict(zip(sampling, self._run(chunks, sampling, {}).logits, strict=True))
@@ -144,20 +144,20 @@ class Stepper:
     def score(
         self, chunks: Mapping[str, Sequence[int]], scoring: Mapping[str, PromptScoring]
     ) -> dict[str, tuple[TokenLogprob, ...]]:
-        """Appends to each sequence its chunk, all in one step, and returns what `scoring` asks; nobody samples."""
-        scores = self._run(chunks, (), scoring)
-        assert scores.logits.shape[0] == 0
+        """Appends a chunk to each sequence in one step, without sampling; returns what `scoring` requests, by name."""
+        output = self._run(chunks, (), scoring)
+        assert output.logits.shape[0] == 0
         names = {sequence_id: name for name, sequence_id in self._ids.items()}
-        return {names[sequence_id]: logprobs for sequence_id, logprobs in scores.prompt_logprobs.items()}
+        return {names[sequence_id]: logprobs for sequence_id, logprobs in output.prompt_logprobs.items()}
 
     def release(self, name: str) -> None:
-        """Ends a sequence; its blocks are the next to be used."""
+        """Ends a sequence; its blocks are the next to be reused."""
         del self._known[name], self._ids[name]
         self._free += self._tables.pop(name)
 
     def _run(
         self, chunks: Mapping[str, Sequence[int]], samples: Collection[str], scoring: Mapping[str, PromptScoring]
-    ) -> StepScores:
+    ) -> StepOutput:
         steps = []
         for name, chunk in chunks.items():
             start, table = self._known.get(name, 0), self._tables.setdefault(name, [])
@@ -165,13 +165,13 @@ class Stepper:
             while len(table) * self._block_size < self._known[name]:
                 table.append(self._free.pop())
             sequence_id = self._ids.setdefault(name, next(self._new_ids))
-            choice = TokenChoice(GREEDY, 0) if name in samples else None
-            steps.append(SequenceStep(sequence_id, name, tuple(chunk), start, tuple(table), choice, scoring.get(name)))
+            inputs = SamplingInputs(GREEDY, 0) if name in samples else None
+            steps.append(SequenceStep(sequence_id, name, tuple(chunk), start, tuple(table), inputs, scoring.get(name)))
         return self._runner.run(StepPlan(tuple(steps)))
 
 
 def run_prompt(model: MPT, token_ids: Sequence[int], chunk_sizes: Iterable[int], *, block_size: int = 4) -> Tensor:
-    """Runs one sequence alone, in chunks of these sizes; returns the scores after each chunk, [chunks, vocab_size]."""
+    """Runs one sequence alone, in chunks of these sizes; returns the logits after each chunk, [chunks, vocab_size]."""
     stepper = Stepper(model, num_blocks=len(token_ids) // block_size + 8, block_size=block_size)
     rows, first = [], 0
     for size in chunk_sizes:

@@ -1,7 +1,7 @@
-"""MPT once more, in NumPy and float64: the oracle for what transformers passes over.
+"""A second implementation of MPT, in NumPy and float64: the oracle for config fields that transformers ignores.
 
-It shares no code with mpt_grpc and has no cache, no batch and no blocks: one whole sequence goes in, the scores of all
-its positions come out. It reads the raw `config.json` itself. Written after llm-foundry's `modeling_mpt.py`.
+It shares no code with mpt_grpc and has no cache, batches or blocks: it computes the logits at all positions of one
+whole sequence. It reads the raw `config.json` itself. It follows llm-foundry's `modeling_mpt.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def reference_logits(weights: Mapping[str, Array], config: Mapping[str, Any], token_ids: Sequence[int]) -> Array:
-    """Returns scores [len(token_ids), vocab_size]. `weights` has the published names."""
+    """Returns logits [len(token_ids), vocab_size]. `weights` has the published names."""
     attention = config.get("attn_config", {})
     embedding = weights["transformer.wte.weight"]
     x = embedding[list(token_ids)]
@@ -39,7 +39,7 @@ def reference_logits(weights: Mapping[str, Array], config: Mapping[str, Any], to
 
 
 class _Part:
-    """The weights of which the names begin with `prefix`."""
+    """The weights whose names start with `prefix`."""
 
     def __init__(self, weights: Mapping[str, Array], prefix: str, epsilon: float) -> None:
         self._weights, self._prefix, self._epsilon = weights, prefix, epsilon
@@ -78,14 +78,14 @@ def _attention(part: _Part, config: Mapping[str, Any], attention: Mapping[str, A
     slopes = _slopes(n_heads, attention.get("alibi_bias_max", 8)) if attention.get("alibi", True) else [0.0] * n_heads
 
     context = np.empty((num_tokens, d_model))
-    places = np.arange(num_tokens)
+    positions = np.arange(num_tokens)
     for head in range(n_heads):
         kv_head = head // (n_heads // n_kv_heads)
         own = slice(head * head_dim, (head + 1) * head_dim)
         shared = slice(kv_head * head_dim, (kv_head + 1) * head_dim)
         for first in range(0, num_tokens, _QUERIES_AT_ONCE):
             end = min(first + _QUERIES_AT_ONCE, num_tokens)
-            distance = places[first:end, None] - places[None, :end]
+            distance = positions[first:end, None] - positions[None, :end]
             scores = q[first:end, own] @ k[:end, shared].T * scale - slopes[head] * distance
             scores[distance < 0] = -np.inf
             powers = np.exp(scores - scores.max(-1, keepdims=True))
@@ -94,7 +94,7 @@ def _attention(part: _Part, config: Mapping[str, Any], attention: Mapping[str, A
 
 
 def _slopes(n_heads: int, bias_max: float) -> list[float]:
-    """2^(-bias_max i/n) for i from 1 to n heads; if n is no power of two, those of the next one, even i first."""
+    """Returns 2^(-bias_max i/n) for i = 1 to n; if n is not a power of two, uses the next one, even i first."""
     power = 1
     while power < n_heads:
         power *= 2

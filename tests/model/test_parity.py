@@ -1,6 +1,6 @@
-"""The forward pass against transformers where it honours a field, against NumPy in float64 where it does not.
+"""The forward pass, compared with transformers where it implements a field and with NumPy in float64 where it does not.
 
-All in float32 unless a test says otherwise. The tolerance of 1e-4 is for scores that spread over several units.
+Everything is computed in float32 unless stated otherwise. The tolerance of 1e-4 is for logits several units apart.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def transformers_model(folder: Path) -> MptForCausalLM:
         pytest.param(tiny_config(learned_pos_emb=False), id="alibi-without-learned_pos_emb"),
     ],
 )
-def test_scores_are_those_of_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_logits_match_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
     make_checkpoint(tmp_path, config)
     tokens = random_tokens(48)
     with torch.inference_mode():
@@ -56,7 +56,7 @@ def test_scores_are_those_of_transformers(tmp_path: Path, config: dict[str, Any]
 
 
 @pytest.mark.parametrize("n_heads", [4, 24])
-def test_greedy_text_is_that_of_transformers_over_64_steps(tmp_path: Path, n_heads: int) -> None:
+def test_64_greedy_tokens_match_transformers(tmp_path: Path, n_heads: int) -> None:
     make_checkpoint(tmp_path, tiny_config(d_model=96, n_heads=n_heads))
     prompt = random_tokens(9)
     expected = transformers_model(tmp_path).generate(
@@ -67,10 +67,10 @@ def test_greedy_text_is_that_of_transformers_over_64_steps(tmp_path: Path, n_hea
     while len(tokens) < 64:
         tokens.append(int(stepper.step({"a": tokens[-1:]})["a"].argmax()))
     assert tokens == expected.tolist()
-    assert len(set(tokens)) > 8, "a text that stands still would prove little"
+    assert len(set(tokens)) > 8, "a constant output would prove little"
 
 
-# What transformers passes over or refuses. The weights of Wqkv are wide where a clip at 6 has to bite.
+# Fields that transformers ignores or rejects. The weights of Wqkv are large where clipping at 6 must have an effect.
 @pytest.mark.parametrize(
     ("config", "qkv_std"),
     [
@@ -93,7 +93,7 @@ def test_greedy_text_is_that_of_transformers_over_64_steps(tmp_path: Path, n_hea
         pytest.param(tiny_config({"alibi_bias_max": 16}, d_model=60, n_heads=5), 0.2, id="5-heads"),
     ],
 )
-def test_scores_are_those_of_the_reference(tmp_path: Path, config: dict[str, Any], qkv_std: float) -> None:
+def test_logits_match_the_numpy_reference(tmp_path: Path, config: dict[str, Any], qkv_std: float) -> None:
     weights = make_checkpoint(tmp_path, config, random_weights(config, qkv_std=qkv_std))
     tokens = random_tokens(48)
     expected = reference_logits(as_arrays(weights), config, tokens)
@@ -109,7 +109,7 @@ def test_scores_are_those_of_the_reference(tmp_path: Path, config: dict[str, Any
         ("logit_scale", tiny_config(STORYWRITER)),
     ],
 )
-def test_a_model_that_ignored_a_field_would_be_found_out(field: str, without: dict[str, Any]) -> None:
+def test_ignoring_a_field_would_change_the_reference_logits(field: str, without: dict[str, Any]) -> None:
     config = tiny_config(STORYWRITER, logit_scale=0.5) if field == "logit_scale" else tiny_config(STORYWRITER)
     weights = as_arrays(random_weights(config, qkv_std=0.6))
     tokens = random_tokens(48)
@@ -125,27 +125,27 @@ def test_prefill_and_decode_agree_at_every_position(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_any_chunking_gives_the_same_scores(tmp_path: Path, seed: int) -> None:
+def test_any_chunking_gives_the_same_logits(tmp_path: Path, seed: int) -> None:
     make_checkpoint(tmp_path, tiny_config(d_model=72, n_heads=6))
-    model, tokens, draw = load(tmp_path), random_tokens(70), random.Random(seed)
+    model, tokens, rng = load(tmp_path), random_tokens(70), random.Random(seed)
     sizes: list[int] = []
     while sum(sizes) < 70:
-        sizes.append(min(draw.randint(1, 17), 70 - sum(sizes)))
+        sizes.append(min(rng.randint(1, 17), 70 - sum(sizes)))
     ends = np.cumsum(sizes) - 1
     whole = run_prompt(model, tokens, [1] * 70)
-    chunked = run_prompt(model, tokens, sizes, block_size=draw.choice([1, 3, 16]))
+    chunked = run_prompt(model, tokens, sizes, block_size=rng.choice([1, 3, 16]))
     torch.testing.assert_close(chunked, whole[ends], rtol=0, atol=1e-5)
 
 
-def test_sixteen_sequences_batched_score_as_alone(tmp_path: Path) -> None:
-    """Of different lengths, in chunks that differ by step, so that prefill and decode meet in one step."""
+def test_16_batched_sequences_have_the_same_logits_as_alone(tmp_path: Path) -> None:
+    """The lengths differ and chunk sizes vary from step to step, so that prefill and decode share steps."""
     make_checkpoint(tmp_path, tiny_config({**GQA, "kv_n_heads": 2}))
-    model, draw = load(tmp_path), random.Random(0)
+    model, rng = load(tmp_path), random.Random(0)
     prompts = {f"r{i}": random_tokens(3 + 5 * i, seed=i) for i in range(16)}
     alone = {name: run_prompt(model, tokens, [1] * len(tokens)) for name, tokens in prompts.items()}
     stepper, done, mixed_steps = Stepper(model, num_blocks=512), dict.fromkeys(prompts, 0), 0
     while waiting := [name for name in prompts if done[name] < len(prompts[name])]:
-        sizes = {name: draw.choice([1, 1, 2, 9]) for name in waiting}
+        sizes = {name: rng.choice([1, 1, 2, 9]) for name in waiting}
         mixed_steps += len({size == 1 for size in sizes.values()}) == 2
         rows = stepper.step({name: prompts[name][done[name] : done[name] + size] for name, size in sizes.items()})
         for name, row in rows.items():
@@ -156,7 +156,7 @@ def test_sixteen_sequences_batched_score_as_alone(tmp_path: Path) -> None:
     assert mixed_steps > 10
 
 
-def test_only_the_sequences_that_sample_get_scores(tmp_path: Path) -> None:
+def test_only_sequences_with_sampling_inputs_get_logits(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, tiny_config())
     model = load(tmp_path)
     stepper = Stepper(model)
@@ -167,19 +167,19 @@ def test_only_the_sequences_that_sample_get_scores(tmp_path: Path) -> None:
     torch.testing.assert_close(rows["c"], run_prompt(model, [7], [1])[0], rtol=0, atol=1e-5)
 
 
-def test_twelve_thousand_tokens_on_a_model_trained_on_two_thousand(tmp_path: Path) -> None:
-    """Slopes of 2^-8 and 2^-16: the second head sees the whole context."""
+def test_alibi_extrapolates_to_12000_tokens_with_a_max_seq_len_of_2048(tmp_path: Path) -> None:
+    """With slopes of 2^-8 and 2^-16 the second head attends to the whole context."""
     config = tiny_config({"alibi_bias_max": 16}, d_model=32, n_heads=2, max_seq_len=2048)
     weights = make_checkpoint(tmp_path, config)
     model, tokens = load(tmp_path), random_tokens(12_000)
     sizes = [4096, 4096, 3800] + [1] * 8
     ends = np.cumsum(sizes) - 1
-    scores = run_prompt(model, tokens, sizes, block_size=16).numpy()
-    np.testing.assert_allclose(scores, reference_logits(as_arrays(weights), config, tokens)[ends], rtol=0, atol=1e-4)
+    logits = run_prompt(model, tokens, sizes, block_size=16).numpy()
+    np.testing.assert_allclose(logits, reference_logits(as_arrays(weights), config, tokens)[ends], rtol=0, atol=1e-4)
 
 
-def test_decoding_beside_much_longer_contexts_equals_alone(tmp_path: Path) -> None:
-    """Lengths that fall into different groups of the torch backend, and two that share one."""
+def test_decoding_in_a_batch_with_much_longer_contexts_equals_decoding_alone(tmp_path: Path) -> None:
+    """The lengths fall into different groups of the torch backend; two of them share one."""
     make_checkpoint(tmp_path, tiny_config())
     model = load(tmp_path)
     contexts = {f"{n} tokens": random_tokens(n, seed=n) for n in (3, 30, 33, 70, 150, 500)}
@@ -192,8 +192,8 @@ def test_decoding_beside_much_longer_contexts_equals_alone(tmp_path: Path) -> No
         torch.testing.assert_close(rows[name], alone, rtol=0, atol=1e-5)
 
 
-def test_what_is_not_finite_stays_with_its_sequence(tmp_path: Path) -> None:
-    """Token 5 has an embedding of NaN. Its sequence computes beside a sound one, then leaves its blocks to another."""
+def test_non_finite_values_do_not_spread_to_other_sequences(tmp_path: Path) -> None:
+    """Token 5 has an embedding of NaN. Its sequence runs in a batch with a sound one; its blocks are then reused."""
     config = tiny_config()
     weights = random_weights(config)
     weights["transformer.wte.weight"][5] = torch.nan
@@ -206,8 +206,8 @@ def test_what_is_not_finite_stays_with_its_sequence(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError):
         stepper.step({"bad": [5] * 41})
     with pytest.raises(FloatingPointError):
-        stepper.step({"bad": [5], "beside": sound})
-    stepper.release("beside")
+        stepper.step({"bad": [5], "neighbour": sound})
+    stepper.release("neighbour")
     rows = stepper.step({"again": sound})
     torch.testing.assert_close(rows["again"][others], alone, rtol=0, atol=1e-5)
     stepper.release("bad")
@@ -216,8 +216,8 @@ def test_what_is_not_finite_stays_with_its_sequence(tmp_path: Path) -> None:
     torch.testing.assert_close(rows["after"][others], alone, rtol=0, atol=1e-5)
 
 
-def test_a_key_that_overflows_is_a_fault_and_not_another_text(tmp_path: Path) -> None:
-    """In float16 a projection may overflow where the state it starts from does not."""
+def test_an_overflowing_key_raises_an_error_instead_of_changing_the_text(tmp_path: Path) -> None:
+    """In float16 a projection may overflow even if its input does not."""
     config = tiny_config()
     weights = random_weights(config)
     d_model = config["d_model"]
@@ -227,8 +227,8 @@ def test_a_key_that_overflows_is_a_fault_and_not_another_text(tmp_path: Path) ->
         Stepper(load(tmp_path)).step({"prompt": random_tokens(24)})
 
 
-def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
-    """Bfloat16 keeps 8 bits: over two layers the error is a few hundredths of the scores' spread, and has no drift."""
+def test_bfloat16_is_close_to_float32(tmp_path: Path) -> None:
+    """With its 8 bits of precision, two layers err by a few hundredths of the logits' spread, without drift."""
     make_checkpoint(tmp_path, tiny_config(STORYWRITER))
     tokens = random_tokens(64)
     sizes = [30] + [1] * 34

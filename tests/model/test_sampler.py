@@ -1,4 +1,4 @@
-"""The choice of a token: what the filters leave, how often each is drawn, and that no neighbour has a say in it."""
+"""Sampling: which tokens the filters keep, how often each is sampled, and independence from the rest of the batch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 from mpt_grpc.errors import InternalError
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.request import SamplingParameters
-from mpt_grpc.step import SequenceStep, TokenChoice
+from mpt_grpc.step import SamplingInputs, SequenceStep
 
 
 def sequence(sequence_id: int = 0, position: int = 0, **sampling: Any) -> SequenceStep:
-    choice = TokenChoice(SamplingParameters(**{"seed": 0, **sampling}), position)
-    return SequenceStep(sequence_id, "r", (1,), 8, (3,), choice)
+    inputs = SamplingInputs(SamplingParameters(**{"seed": 0, **sampling}), position)
+    return SequenceStep(sequence_id, "r", (1,), 8, (3,), inputs)
 
 
 def random_logits(rows: int, vocab_size: int, seed: int = 0, std: float = 1.0) -> Tensor:
     return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * std
 
 
-def draws(logits: Tensor, count: int, **sampling: Any) -> list[int]:
-    """The tokens chosen for the same scores [vocab_size] at `count` output positions."""
+def samples(logits: Tensor, count: int, **sampling: Any) -> list[int]:
+    """Returns the tokens sampled from the same logits [vocab_size] at `count` output positions."""
     steps = [sequence(position, position, **sampling) for position in range(count)]
     result = Sampler(len(logits)).sample(logits.expand(count, -1).clone(), steps)
     assert not result.errors
@@ -36,7 +36,7 @@ def draws(logits: Tensor, count: int, **sampling: Any) -> list[int]:
 
 
 def kept(logits: Sequence[float], temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
-    """The tokens that temperature, top-k, top-p and min-p leave, one after the other, in plain Python."""
+    """Returns the tokens that remain after temperature, top-k, top-p and min-p, computed in plain Python."""
     order = sorted(range(len(logits)), key=lambda token: -logits[token])
     order = order[: top_k or len(logits)]
     powers = [math.exp((logits[token] - max(logits)) / temperature) for token in order]
@@ -55,10 +55,10 @@ def chi_square(tokens: Sequence[int], probabilities: Sequence[float]) -> float:
 
 
 CHI_SQUARE_15 = 37.7
-"""15 degrees of freedom: exceeded by chance once in a thousand sets of draws; the draws here are always the same."""
+"""The critical value for 15 degrees of freedom at p = 0.001; the samples, and so the tests, are deterministic."""
 
 
-def test_temperature_0_takes_the_best_and_the_first_among_equals() -> None:
+def test_temperature_0_chooses_the_highest_logit_and_the_lowest_id_among_equals() -> None:
     logits = random_logits(8, 50)
     logits[7] = 0.0
     result = Sampler(50).sample(logits, [sequence(row, temperature=0, seed=row) for row in range(8)])
@@ -69,35 +69,35 @@ def test_temperature_0_takes_the_best_and_the_first_among_equals() -> None:
 @pytest.mark.parametrize("top_k", [0, 1, 3, 12, 40])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.0])
 @pytest.mark.parametrize("min_p", [0.0, 0.3, 1.0])
-def test_exactly_the_tokens_that_the_filters_keep_are_drawn(top_k: int, top_p: float, min_p: float) -> None:
+def test_exactly_the_tokens_that_the_filters_keep_are_sampled(top_k: int, top_p: float, min_p: float) -> None:
     logits = random_logits(1, 12, seed=top_k)[0]
-    tokens = draws(logits, 3000, temperature=1.5, top_k=top_k, top_p=top_p, min_p=min_p)
+    tokens = samples(logits, 3000, temperature=1.5, top_k=top_k, top_p=top_p, min_p=min_p)
     assert set(tokens) == kept(logits.tolist(), 1.5, top_k, top_p, min_p)
 
 
 def test_each_row_of_a_batch_has_its_own_filters() -> None:
-    logits, draw = random_logits(1, 12, seed=5)[0], random.Random(0)
-    choices = [
-        (draw.choice([0.5, 1.0, 2.0]), draw.choice([0, 2, 5]), draw.choice([1.0, 0.8, 0.4]), draw.choice([0.0, 0.2]))
+    logits, rng = random_logits(1, 12, seed=5)[0], random.Random(0)
+    settings = [
+        (rng.choice([0.5, 1.0, 2.0]), rng.choice([0, 2, 5]), rng.choice([1.0, 0.8, 0.4]), rng.choice([0.0, 0.2]))
         for _ in range(3000)
     ]
     names = ("temperature", "top_k", "top_p", "min_p")
-    steps = [sequence(i, i, **dict(zip(names, choice, strict=True))) for i, choice in enumerate(choices)]
+    steps = [sequence(i, i, **dict(zip(names, values, strict=True))) for i, values in enumerate(settings)]
     result = Sampler(12).sample(logits.expand(3000, -1).clone(), steps)
-    for i, choice in enumerate(choices):
-        assert result.token_ids[i] in kept(logits.tolist(), *choice), choice
+    for i, values in enumerate(settings):
+        assert result.token_ids[i] in kept(logits.tolist(), *values), values
 
 
-def test_top_p_stops_where_the_sum_is_reached() -> None:
-    assert set(draws(torch.zeros(4), 2000, top_p=0.5)) == {0, 1}
+def test_top_p_keeps_no_more_tokens_than_reach_the_sum() -> None:
+    assert set(samples(torch.zeros(4), 2000, top_p=0.5)) == {0, 1}
 
 
-def test_among_equals_top_k_keeps_k() -> None:
-    assert set(draws(torch.zeros(12), 2000, top_k=3)) == {0, 1, 2}
+def test_top_k_keeps_k_of_several_equal_tokens() -> None:
+    assert set(samples(torch.zeros(12), 2000, top_k=3)) == {0, 1, 2}
 
 
-def test_top_k_1_is_greedy_even_where_the_noise_is_the_lowest() -> None:
-    """At seed 0, position 4350, the hash gives token 3814 the largest 32 bits, which round to 1 in float32."""
+def test_top_k_1_is_greedy_even_where_the_hash_rounds_to_1() -> None:
+    """At seed 0, position 4350, the hash gives token 3814 the largest 32-bit value, which rounds to 1 in float32."""
     logits = torch.zeros(1, 4096)
     logits[0, 3814] = 1.0
     result = Sampler(4096).sample(logits, [sequence(0, 4350, top_k=1)])
@@ -105,50 +105,50 @@ def test_top_k_1_is_greedy_even_where_the_noise_is_the_lowest() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_over_positions_tokens_are_drawn_as_often_as_softmax_says(temperature: float) -> None:
+def test_token_frequencies_over_positions_match_softmax(temperature: float) -> None:
     logits = random_logits(1, 16)[0]
     expected = (logits / temperature).softmax(-1).tolist()
-    assert chi_square(draws(logits, 20_000, temperature=temperature), expected) < CHI_SQUARE_15
+    assert chi_square(samples(logits, 20_000, temperature=temperature), expected) < CHI_SQUARE_15
 
 
 @pytest.mark.parametrize("first_seed", [0, 1 << 63, (1 << 64) - 20_000])
-def test_over_seeds_tokens_are_drawn_as_often_as_softmax_says(first_seed: int) -> None:
+def test_token_frequencies_over_seeds_match_softmax(first_seed: int) -> None:
     logits = random_logits(1, 16)
     steps = [sequence(row, 7, seed=first_seed + row) for row in range(20_000)]
     tokens = list(Sampler(16).sample(logits.repeat(20_000, 1), steps).token_ids.values())
     assert chi_square(tokens, logits[0].softmax(-1).tolist()) < CHI_SQUARE_15
 
 
-def test_a_filtered_choice_is_drawn_as_often_as_what_is_left_says() -> None:
+def test_token_frequencies_after_filtering_match_softmax_over_the_remaining_tokens() -> None:
     logits = random_logits(1, 40)[0]
-    best = logits.topk(16).indices
-    tokens = draws(logits, 20_000, top_k=16)
-    expected = logits[best].softmax(-1).tolist()
-    assert chi_square([best.tolist().index(token) for token in tokens], expected) < CHI_SQUARE_15
+    top = logits.topk(16).indices
+    tokens = samples(logits, 20_000, top_k=16)
+    expected = logits[top].softmax(-1).tolist()
+    assert chi_square([top.tolist().index(token) for token in tokens], expected) < CHI_SQUARE_15
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), (0, 1 << 32), (5, (1 << 64) - 1)])
-def test_two_seeds_agree_no_more_than_chance_has_it(seeds: tuple[int, int]) -> None:
-    """Pairs of tokens over positions, and of neighbouring positions of one seed, fill 4 x 4 cells evenly."""
-    first, second = (draws(torch.zeros(4), 20_000, seed=seed) for seed in seeds)
+def test_different_seeds_and_positions_are_independent(seeds: tuple[int, int]) -> None:
+    """Token pairs of two seeds, and of adjacent positions of one seed, are uniform over 4 x 4 cells."""
+    first, second = (samples(torch.zeros(4), 20_000, seed=seed) for seed in seeds)
     even = [1 / 16] * 16
     assert chi_square([4 * a + b for a, b in zip(first, second, strict=True)], even) < CHI_SQUARE_15
     assert chi_square([4 * a + b for a, b in zip(first[::2], first[1::2], strict=True)], even) < CHI_SQUARE_15
 
 
-def test_a_choice_depends_on_seed_position_and_scores_alone() -> None:
-    """Neither the row nor the neighbours, greedy ones and ones with filters among them, change it."""
-    draw = random.Random(0)
+def test_a_sampled_token_depends_only_on_seed_position_and_logits() -> None:
+    """It does not depend on the row or on the other rows, whether greedy or filtered."""
+    rng = random.Random(0)
     logits = random_logits(16, 200, std=2.0)
     steps = [
         sequence(
             row,
-            draw.randrange(1000),
-            seed=draw.getrandbits(64),
-            temperature=draw.choice([0.0, 0.7, 1.3]),
-            top_k=draw.choice([0, 0, 20]),
-            top_p=draw.choice([1.0, 0.9]),
-            min_p=draw.choice([0.0, 0.05]),
+            rng.randrange(1000),
+            seed=rng.getrandbits(64),
+            temperature=rng.choice([0.0, 0.7, 1.3]),
+            top_k=rng.choice([0, 0, 20]),
+            top_p=rng.choice([1.0, 0.9]),
+            min_p=rng.choice([0.0, 0.05]),
         )
         for row in range(16)
     ]
@@ -157,21 +157,21 @@ def test_a_choice_depends_on_seed_position_and_scores_alone() -> None:
     for row, step in enumerate(steps):
         alone |= sampler.sample(logits[row : row + 1].clone(), [step]).token_ids
     for _ in range(10):
-        rows = draw.sample(range(16), draw.randint(2, 16))
+        rows = rng.sample(range(16), rng.randint(2, 16))
         together = sampler.sample(logits[rows], [steps[row] for row in rows]).token_ids
         assert together == {row: alone[row] for row in rows}
 
 
 @pytest.mark.parametrize("position", [0, 1, 2**31, 2**40])
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
-def test_every_seed_and_position_is_taken(seed: int, position: int) -> None:
+def test_every_seed_and_position_is_accepted(seed: int, position: int) -> None:
     step = sequence(0, position, seed=seed)
     once, again = (Sampler(1000).sample(torch.zeros(1, 1000), [step]).token_ids for _ in range(2))
     assert once.keys() == {0}
     assert once == again
 
 
-def test_seeds_are_told_apart_in_all_64_bits() -> None:
+def test_all_64_bits_of_a_seed_matter() -> None:
     seeds = [0, *(1 << bit for bit in range(64)), (1 << 64) - 1]
     steps = [sequence(row, seed=seed) for row, seed in enumerate(seeds)]
     tokens = Sampler(1 << 16).sample(torch.zeros(len(seeds), 1 << 16), steps).token_ids
@@ -180,7 +180,7 @@ def test_seeds_are_told_apart_in_all_64_bits() -> None:
 
 @pytest.mark.parametrize("padding", [1e4, torch.inf, torch.nan])
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
-def test_padding_rows_of_the_vocabulary_are_never_chosen(temperature: float, padding: float) -> None:
+def test_vocabulary_padding_is_never_chosen(temperature: float, padding: float) -> None:
     logits = random_logits(500, 16)
     logits[:, 10:] = padding
     steps = [sequence(row, row, temperature=temperature, top_k=row % 16, top_p=0.9) for row in range(500)]
@@ -192,7 +192,7 @@ def test_padding_rows_of_the_vocabulary_are_never_chosen(temperature: float, pad
 
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_that_is_not_finite_ends_its_own_request(temperature: float, fault: float) -> None:
+def test_a_non_finite_row_fails_only_its_own_sequence(temperature: float, fault: float) -> None:
     logits = random_logits(4, 50)
     steps = [sequence(row, temperature=temperature, top_p=0.9) for row in range(4)]
     sound = Sampler(50).sample(logits.clone(), steps).token_ids
@@ -205,18 +205,18 @@ def test_a_row_that_is_not_finite_ends_its_own_request(temperature: float, fault
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}])
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-45, 1e-300])
-def test_next_to_temperature_0_the_best_is_chosen(temperature: float, filters: dict[str, Any]) -> None:
+def test_at_a_tiny_temperature_the_highest_logit_is_chosen(temperature: float, filters: dict[str, Any]) -> None:
     logits = random_logits(1, 100, std=50.0)[0]
-    assert set(draws(logits, 200, temperature=temperature, **filters)) == {int(logits.argmax())}
+    assert set(samples(logits, 200, temperature=temperature, **filters)) == {int(logits.argmax())}
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-300])
-def test_next_to_temperature_0_equals_stay_equal(temperature: float) -> None:
-    assert set(draws(torch.tensor([3.0, 7.0, 7.0, 5.0]), 200, temperature=temperature)) == {1, 2}
+def test_at_a_tiny_temperature_equal_logits_stay_equally_likely(temperature: float) -> None:
+    assert set(samples(torch.tensor([3.0, 7.0, 7.0, 5.0]), 200, temperature=temperature)) == {1, 2}
 
 
-def test_at_temperature_100_the_choice_is_almost_even() -> None:
+def test_at_temperature_100_sampling_is_almost_uniform() -> None:
     logits = random_logits(1, 16)[0]
-    tokens = draws(logits, 20_000, temperature=100.0)
+    tokens = samples(logits, 20_000, temperature=100.0)
     assert chi_square(tokens, (logits / 100).softmax(-1).tolist()) < CHI_SQUARE_15
     assert chi_square(tokens, [1 / 16] * 16) < CHI_SQUARE_15

@@ -1,4 +1,4 @@
-"""Checkpoints in every published layout become the same model; what does not fit is named and nothing in it is run."""
+"""Checkpoints in every published layout load to the same model; errors name the tensor or file; no code is executed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORMATS = pytest.mark.parametrize("format", ["safetensors", "bin"])
 
 
 def edited(**changes: Tensor | None) -> dict[str, Tensor]:
-    """The random weights with some tensors replaced, added or (None) left out; `__` stands for a dot."""
+    """Returns the random weights with tensors replaced, added or (if None) removed; `__` in a name stands for a dot."""
     weights: dict[str, Any] = random_weights(CONFIG)
     weights |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
     return {name: tensor for name, tensor in weights.items() if tensor is not None}
@@ -39,7 +39,7 @@ def edited(**changes: Tensor | None) -> dict[str, Tensor]:
 
 @FORMATS
 @pytest.mark.parametrize("shards", [1, 3])
-def test_every_layout_loads_to_the_same_tensors(tmp_path: Path, format: Format, shards: int) -> None:  # noqa: A002
+def test_every_layout_loads_the_same_tensors(tmp_path: Path, format: Format, shards: int) -> None:  # noqa: A002
     config = tiny_config({"qk_ln": True, "alibi": False}, no_bias=False)
     written = make_checkpoint(tmp_path, config, shards=shards, format=format)
     assert len(weight_files(tmp_path)) == shards
@@ -52,7 +52,7 @@ def test_every_layout_loads_to_the_same_tensors(tmp_path: Path, format: Format, 
 
 @FORMATS
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
-def test_tensors_are_converted_from_the_type_they_are_stored_in(
+def test_tensors_are_converted_from_their_stored_dtype(
     tmp_path: Path,
     format: Format,  # noqa: A002
     stored: torch.dtype,
@@ -65,7 +65,7 @@ def test_tensors_are_converted_from_the_type_they_are_stored_in(
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "100KB"])
-def test_a_checkpoint_that_transformers_saved_is_loaded(tmp_path: Path, max_shard_size: str) -> None:
+def test_a_checkpoint_saved_by_transformers_is_loaded(tmp_path: Path, max_shard_size: str) -> None:
     saved = MptForCausalLM(MptConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=96)).eval()
     saved.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     tokens = random_tokens(20)
@@ -80,7 +80,7 @@ def test_a_checkpoint_that_transformers_saved_is_loaded(tmp_path: Path, max_shar
     [
         pytest.param(
             edited(transformer__blocks__1__norm_2__weight=None),
-            "1 tensors are missing, the first is 'transformer.blocks.1.norm_2.weight'",
+            "tensor 'transformer.blocks.1.norm_2.weight' is missing; 1 missing in total",
             id="missing",
         ),
         pytest.param(
@@ -90,17 +90,18 @@ def test_a_checkpoint_that_transformers_saved_is_loaded(tmp_path: Path, max_shar
         ),
         pytest.param(
             edited(transformer__norm_f__bias=torch.zeros(64)),
-            "tensor 'transformer.norm_f.bias' is not part of this model",
+            "tensor 'transformer.norm_f.bias' is not part of this model; config.json says no_bias: true, which is also"
+            " the default",
             id="bias",
         ),
         pytest.param(
             edited(transformer__blocks__0__attn__Wqkv__weight=torch.zeros(64, 192)),
-            "tensor 'transformer.blocks.0.attn.Wqkv.weight' has the shape [64, 192], not [192, 64]",
+            "tensor 'transformer.blocks.0.attn.Wqkv.weight' has shape [64, 192], not [192, 64]",
             id="misshapen",
         ),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(
+def test_a_tensor_that_does_not_fit_is_named_in_the_error(
     tmp_path: Path,
     format: Format,  # noqa: A002
     weights: dict[str, Tensor],
@@ -115,7 +116,7 @@ def test_a_tensor_that_does_not_fit_is_named(
 @FORMATS
 @pytest.mark.parametrize("head_first", [True, False])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_stored_head_is_accepted_only_if_it_is_the_embedding(
+def test_a_stored_head_is_accepted_only_if_it_equals_the_embedding(
     tmp_path: Path,
     format: Format,  # noqa: A002
     head_first: bool,
@@ -132,7 +133,7 @@ def test_a_stored_head_is_accepted_only_if_it_is_the_embedding(
 
 
 class Touch:
-    """What a pickle can do: creates a file when it is loaded."""
+    """Creates a file when it is unpickled, as malicious code in a pickle could."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -141,27 +142,27 @@ class Touch:
         return Path.touch, (self._path,)
 
 
-def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_code_in_a_pickle_is_rejected_and_not_executed(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     make_checkpoint(tmp_path, CONFIG, {**random_weights(CONFIG), "extra": Touch(trace)}, format="bin")  # type: ignore[dict-item]
     with pytest.raises(WeightsError, match=r"cannot read .*pytorch_model\.bin"):
         load(tmp_path)
     assert not trace.exists()
     torch.load(tmp_path / "pytorch_model.bin", weights_only=False)
-    assert trace.exists(), "the pickle would have done it"
+    assert trace.exists(), "without weights_only the code is executed"
 
 
-@pytest.mark.parametrize("state", [[torch.ones(2)], {"epoch": 3}, torch.ones(2)])
-def test_a_pickle_that_is_no_mapping_to_tensors_is_refused(tmp_path: Path, state: object) -> None:
+@pytest.mark.parametrize("state", [[torch.ones(2)], {"epoch": 3}, torch.ones(2), {"a": torch.ones(2).to_sparse()}])
+def test_a_pickle_that_is_not_a_mapping_to_tensors_is_rejected(tmp_path: Path, state: object) -> None:
     make_checkpoint(tmp_path, CONFIG, format="bin")
     torch.save(state, tmp_path / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"pytorch_model\.bin: not a mapping of names to tensors"):
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin: expected a mapping of names to dense tensors"):
         load(tmp_path)
 
 
 @FORMATS
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_refused_by_name(tmp_path: Path, format: Format, share: float) -> None:  # noqa: A002
+def test_a_truncated_file_is_rejected_by_name(tmp_path: Path, format: Format, share: float) -> None:  # noqa: A002
     make_checkpoint(tmp_path, CONFIG, format=format)
     (file,) = weight_files(tmp_path)
     whole = file.read_bytes()
@@ -172,7 +173,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path, format: Format, sha
 
 @FORMATS
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", b"\x80" * 999])
-def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, format: Format, content: bytes) -> None:  # noqa: A002
+def test_a_file_in_another_format_is_rejected_by_name(tmp_path: Path, format: Format, content: bytes) -> None:  # noqa: A002
     make_checkpoint(tmp_path, CONFIG, format=format)
     (file,) = weight_files(tmp_path)
     file.write_bytes(content)
@@ -181,51 +182,66 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, format: Forma
 
 
 @FORMATS
-def test_a_missing_shard_is_named(tmp_path: Path, format: Format) -> None:  # noqa: A002
+def test_a_missing_shard_is_named_in_the_error(tmp_path: Path, format: Format) -> None:  # noqa: A002
     make_checkpoint(tmp_path, CONFIG, shards=3, format=format)
     lost = weight_files(tmp_path)[1]
     lost.unlink()
-    with pytest.raises(WeightsError, match=f"the shard '{lost.name}' is not in the folder"):
+    with pytest.raises(WeightsError, match=f"shard '{lost.name}' is not in the folder"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize(
     "index", ["", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": ["b"]}}', '{"weight_map": {"a": 1}}']
 )
-def test_an_index_that_is_none_is_refused_by_name(tmp_path: Path, index: str) -> None:
+def test_an_invalid_index_is_rejected_by_name(tmp_path: Path, index: str) -> None:
     make_checkpoint(tmp_path, CONFIG, shards=2)
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json"):
         load(tmp_path)
 
 
-def test_an_index_does_not_reach_out_of_its_folder(tmp_path: Path) -> None:
+def test_a_stale_index_beside_a_complete_file_is_ignored(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, CONFIG)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {EMBEDDING: "gone.safetensors"}}))
+    assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"]
+
+
+def test_biases_that_the_config_does_not_announce_are_refused_with_the_field(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, tiny_config(no_bias=False))
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "no_bias"}))
+    with pytest.raises(WeightsError, match=r"\.bias' is not part of this model; config\.json says no_bias: true"):
+        load(tmp_path)
+
+
+def test_an_index_cannot_refer_to_files_outside_its_folder(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, CONFIG)
     make_checkpoint(tmp_path / "model", CONFIG, shards=2)
     index = tmp_path / "model" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {EMBEDDING: "../model.safetensors"}}))
-    with pytest.raises(WeightsError, match=r"the shard '\.\./model\.safetensors' is not in the folder"):
+    with pytest.raises(WeightsError, match=r"shard '\.\./model\.safetensors' is not in the folder"):
         load(tmp_path / "model")
 
 
-def test_a_folder_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_weights_lists_the_expected_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(WeightsError, match=r"model\.safetensors, .*pytorch_model\.bin"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_random_weights_keep_scores_finite_and_apart(dtype: torch.dtype) -> None:
+def test_random_weights_are_deterministic_and_give_finite_distinct_logits(dtype: torch.dtype) -> None:
     config = MPTConfig.from_dict(tiny_config({"qk_ln": True}, n_layers=12, no_bias=False))
     first, second = (run_prompt(random_model(config, dtype, CPU), random_tokens(40), [30] + [1] * 10) for _ in range(2))
     assert first.isfinite().all()
     assert first.std(dim=-1).min() > 0.01
-    assert torch.equal(first, second), "the same weights every time"
+    assert torch.equal(first, second), "the weights must be the same every time"
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16")
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not support bfloat16")
 @pytest.mark.parametrize("bias", [True, False])
-def test_prepacked_weights_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+def test_prepacked_weights_give_bit_identical_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bias: bool
+) -> None:
     make_checkpoint(tmp_path, tiny_config(d_model=256, no_bias=not bias))
     tokens, sizes = random_tokens(64), [30, 17, 7] + [1] * 10
     packed = load(tmp_path, torch.bfloat16)

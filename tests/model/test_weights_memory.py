@@ -1,6 +1,6 @@
-"""Loading needs the model once: measured in a process of its own, as anonymous memory.
+"""Peak memory while loading is about the size of the model, measured as anonymous memory in a separate process.
 
-Pages of the mapped file do not count: the kernel drops them when it needs the room.
+Pages of the mapped file do not count, since the kernel can drop them when it needs memory.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ def anonymous_bytes():
 
 folder, dtype, cpu = Path(sys.argv[1]), getattr(torch, sys.argv[2]), torch.device("cpu")
 config = MPTConfig.from_file(folder / "config.json")
-num_parameters(config)  # what torch imports to build a module on the meta device, 70 MB, is not the loader's
-before, seen, ended = anonymous_bytes(), [], threading.Event()
+num_parameters(config)  # excludes the 70 MB that torch imports to build a module on the meta device
+before, measured, done = anonymous_bytes(), [], threading.Event()
 
-def watch():
-    while not ended.wait(0.0005):
-        seen.append(anonymous_bytes())
+def measure():
+    while not done.wait(0.0005):
+        measured.append(anonymous_bytes())
 
-watcher = threading.Thread(target=watch)
-watcher.start()
+thread = threading.Thread(target=measure)
+thread.start()
 model = load_model(folder, config, dtype, cpu)
-ended.set()
-watcher.join()
-print(json.dumps({"peak": max(seen) - before, "end": anonymous_bytes() - before}))
+done.set()
+thread.join()
+print(json.dumps({"peak": max(measured) - before, "end": anonymous_bytes() - before}))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc says how much memory is anonymous")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status")
 @pytest.mark.parametrize(("format", "dtype"), [("safetensors", "float32"), ("bin", "bfloat16")])
-def test_loading_takes_the_memory_of_the_model_once(tmp_path: Path, format: Format, dtype: str) -> None:  # noqa: A002
+def test_peak_memory_while_loading_is_about_the_size_of_the_model(tmp_path: Path, format: Format, dtype: str) -> None:  # noqa: A002
     """The model has 100 MB in 50 tensors of at most 4 MB.
 
-    The bound of 1.2 models is far from the 1.5 of a loader that reads a whole shard and the 2 of one that reads the
-    whole checkpoint, and leaves room for one tensor more and for what else the process does. A real model's tensors
-    are so large that free() gives them back at once; the environment has glibc do so with these.
+    A loader that reads a whole shard would need 1.5 times the model and one that reads the whole checkpoint 2 times.
+    The bound of 1.2 is well below both, and leaves a margin for one more tensor and for the rest of the process. A real
+    model's tensors are so large that free() returns them to the system immediately; the environment variable makes
+    glibc do so for these as well.
     """
     config = tiny_config(d_model=512, n_layers=8, vocab_size=512)
     weights = make_checkpoint(tmp_path, config, shards=2, format=format)
@@ -60,5 +61,5 @@ def test_loading_takes_the_memory_of_the_model_once(tmp_path: Path, format: Form
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     run = subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
     measured = json.loads(run.stdout)
-    assert measured["end"] > model_bytes * 0.95, "the model is in memory, and was measured"
+    assert measured["end"] > model_bytes * 0.95, "the measurement must include the model"
     assert measured["peak"] < model_bytes * 1.2

@@ -1,4 +1,4 @@
-"""An output that goes in circles is found out at the token that closes the last one."""
+"""Repetition is detected at the token that completes the last required cycle."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mpt_grpc.request import RepetitionGuard
 from mpt_grpc.schedule.repetition import RepetitionDetector
 
 
-def goes_in_circles(tokens: list[int], guard: RepetitionGuard) -> bool:
-    """The oracle: cuts the end into pieces and compares them."""
+def ends_with_repetition(tokens: list[int], guard: RepetitionGuard) -> bool:
+    """The oracle: compares the end of `tokens` with a repetition of each possible cycle."""
     for length in range(1, guard.max_cycle_tokens + 1):
         end = tokens[-length * guard.min_repeats :]
         if len(end) == length * guard.min_repeats and end == end[:length] * guard.min_repeats:
@@ -24,7 +24,7 @@ def goes_in_circles(tokens: list[int], guard: RepetitionGuard) -> bool:
 )
 @example([1, 2, 3] * 4, RepetitionGuard(4, 3))
 @example([0] * 5, RepetitionGuard(4, 8))
-def test_it_is_found_at_the_first_token_that_makes_it_so(tokens: list[int], guard: RepetitionGuard) -> None:
+def test_repetition_is_detected_at_the_first_token_that_completes_it(tokens: list[int], guard: RepetitionGuard) -> None:
     detector = RepetitionDetector(guard)
     for end, token in enumerate(tokens, start=1):
-        assert detector.feed(token) == goes_in_circles(tokens[:end], guard)
+        assert detector.feed(token) == ends_with_repetition(tokens[:end], guard)

@@ -1,5 +1,5 @@
-"""The scheduler against a model of the machine: a cache that remembers what was written to each slot, and a language
-model whose next token is a hash of all tokens before it. A plan that reads a wrong, stale or unwritten slot fails."""
+"""Runs the scheduler against a simulated model: a cache that records what was written to each entry, and a language
+model whose next token is a hash of all tokens before it. A plan that reads a wrong, stale or unwritten entry fails."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def next_token(tokens: Sequence[int], seed: int = 1) -> int:
 
 
 def expected_output(prompt: tuple[int, ...], max_new_tokens: int, max_context: int, seed: int = 1) -> list[int]:
-    """What a sequence yields by itself."""
+    """Returns the output of a sequence that runs alone."""
     tokens = list(prompt)
     while len(tokens) - len(prompt) < max_new_tokens and len(tokens) < max_context:
         tokens.append(next_token(tokens, seed))
@@ -48,7 +48,7 @@ def expected_output(prompt: tuple[int, ...], max_new_tokens: int, max_context: i
 
 
 def logprob_of(tokens: Sequence[int]) -> TokenLogprob:
-    """Of the last of the tokens, after those before it."""
+    """Returns a fake log probability of the last token given the tokens before it."""
     return TokenLogprob(tokens[-1], -float(next_token(tokens)), rank=1)
 
 
@@ -67,14 +67,17 @@ def request(
 
 @dataclass
 class Machine:
-    """A scheduler, and the checks that a real model would not make. The first sequence of a request has its name, the
-    others have their index behind it."""
+    """A scheduler and a simulated model that checks every plan.
+
+    The first sequence of a request is named after the request; the names of the others have their index appended.
+    """
 
     limits: SchedulerLimits
     num_blocks: int
     prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sharers: dict[str, str] = field(default_factory=dict)
-    """Which sequences may read each other's slots: those of one salt; one that bypasses the cache its request's."""
+    """The group of sequences that may read each other's cache entries: one per salt, or one per request if it bypasses
+    the prefix cache."""
     outputs: dict[str, list[int]] = field(default_factory=dict)
     ended: dict[str, Progress] = field(default_factory=dict)
     prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = field(default_factory=dict)
@@ -82,7 +85,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.limits, BlockPool(self.num_blocks, BLOCK_SIZE), frozenset({EOS}))
-        self.slots: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
+        self.cache: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
         self.names: dict[int, str] = {}
         self.sequences: dict[str, SchedulerSequence] = {}
 
@@ -109,13 +112,13 @@ class Machine:
         assert plan.num_tokens <= self.limits.max_step_tokens
         assert len(plan.sequences) <= self.limits.max_running_requests
         assert len({s.sequence_id for s in plan.sequences}) == len(plan.sequences)
-        assert len(plan.sequences) == self.scheduler.num_running, "one that runs was left out"
-        written = [slot for s in plan.sequences for slot in self._slots(s, s.start, s.length)]
-        assert len(written) == len(set(written)), "two sequences write one slot"
+        assert len(plan.sequences) == self.scheduler.num_running, "a running sequence was left out"
+        written = [entry for s in plan.sequences for entry in self._cache_entries(s, s.start, s.length)]
+        assert len(written) == len(set(written)), "two sequences write the same cache entry"
         return plan
 
     def run(
-        self, plan: StepPlan, failing: frozenset[str] = frozenset(), late: frozenset[str] = frozenset()
+        self, plan: StepPlan, failing: frozenset[str] = frozenset(), deferred: frozenset[str] = frozenset()
     ) -> list[Progress]:
         chosen, scored = {}, {}
         for s in plan.sequences:
@@ -124,22 +127,24 @@ class Machine:
             sharers = self.sharers[name]
             assert s.token_ids == known[s.start : s.length]
             wants_token = len(self.outputs[name]) != self.sequences[name].request.stopping.max_new_tokens
-            assert (s.choice is not None) == (s.length == len(known) and wants_token)
+            assert (s.sampling is not None) == (s.length == len(known) and wants_token)
             assert len(s.block_table) == -(-s.length // BLOCK_SIZE)
-            for position, slot in enumerate(self._slots(s, 0, s.start)):
-                assert self.slots[slot] == (sharers, known[: position + 1]), "reads what another sequence wrote"
-            for position, slot in enumerate(self._slots(s, s.start, s.length), s.start):
-                self.slots[slot] = (sharers, known[: position + 1])
+            for position, entry in enumerate(self._cache_entries(s, 0, s.start)):
+                assert self.cache[entry] == (sharers, known[: position + 1]), "reads what another sequence wrote"
+            for position, entry in enumerate(self._cache_entries(s, s.start, s.length), s.start):
+                self.cache[entry] = (sharers, known[: position + 1])
             self.num_computed[name] = self.num_computed.get(name, 0) + len(s.token_ids)
-            if s.choice is not None:
-                assert s.choice.output_position == len(self.outputs[name])
-                if name not in late:
-                    chosen[s.sequence_id] = next_token(known, s.choice.sampling.seed or 0)
+            if s.sampling is not None:
+                assert s.sampling.output_position == len(self.outputs[name])
+                if name not in deferred:
+                    chosen[s.sequence_id] = next_token(known, s.sampling.parameters.seed or 0)
             if s.scoring is not None:
                 first = s.start + s.scoring.first
                 assert s.scoring.token_ids == known[first + 1 : first + 1 + len(s.scoring.token_ids)]
                 ends = range(first + 2, first + 2 + len(s.scoring.token_ids))
-                assert ends[-1] <= min(s.length + 1, len(self.prompts[name])), "its row is not computed"
+                assert ends[-1] <= min(s.length + 1, len(self.prompts[name])), (
+                    "the logits that it needs are not computed"
+                )
                 scored[s.sequence_id] = tuple(logprob_of(known[:end]) for end in ends)
         errors = {s.sequence_id: InternalError("fault") for s in plan.sequences if self.names[s.sequence_id] in failing}
         progress = self.scheduler.commit(plan, StepResult(chosen, prompt_logprobs=scored, errors=errors))
@@ -147,7 +152,7 @@ class Machine:
             name = self.names[p.sequence.sequence_id]
             assert name not in self.ended
             if p.prompt_logprobs:
-                assert name not in self.prompt_logprobs, "told twice"
+                assert name not in self.prompt_logprobs, "returned twice"
                 self.prompt_logprobs[name] = p.prompt_logprobs
             if p.token_id is not None:
                 self.outputs[name].append(p.token_id)
@@ -161,7 +166,7 @@ class Machine:
         return plan
 
     def finish(self) -> None:
-        """Steps until all have ended; each step computes a token or more, so there is a bound."""
+        """Steps until all sequences have ended; each step computes at least one token, so the number is bounded."""
         for _ in range(5000):
             if not self.scheduler.has_work:
                 break
@@ -171,7 +176,7 @@ class Machine:
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
 
     @staticmethod
-    def _slots(s: SequenceStep, start: int, end: int) -> list[tuple[int, int]]:
+    def _cache_entries(s: SequenceStep, start: int, end: int) -> list[tuple[int, int]]:
         return [(s.block_table[p // BLOCK_SIZE], p % BLOCK_SIZE) for p in range(start, end)]
 
 
@@ -181,7 +186,7 @@ def machine(num_blocks: int = 64, max_running: int = 8, max_step_tokens: int = 3
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, and what becomes of it."""
+    """A request and how it ends."""
 
     prompt_family: int
     prompt_length: int
@@ -191,7 +196,7 @@ class Arrival:
     priority: int
     salt: str
     bypass: bool
-    scores: bool
+    scores_prompt: bool
     steps_before: int
     fate: str
 
@@ -206,7 +211,7 @@ arrivals = st.builds(
     priority=st.integers(-1, 1),
     salt=st.sampled_from(["", "", "", "tenant"]),
     bypass=st.sampled_from([False, False, True]),
-    scores=st.sampled_from([False, False, True]),
+    scores_prompt=st.sampled_from([False, False, True]),
     steps_before=st.integers(0, 3),
     fate=st.sampled_from(["live"] * 6 + ["cancel", "cancel in a step", "fail"]),
 )
@@ -221,7 +226,7 @@ arrivals = st.builds(
     st.integers(24, 48),
     st.randoms(use_true_random=False),
 )
-def test_whatever_comes_each_yields_what_it_yields_alone(
+def test_every_request_yields_the_same_output_as_when_it_runs_alone(
     script: list[Arrival],
     num_blocks: int,
     max_running: int,
@@ -245,7 +250,7 @@ def test_whatever_comes_each_yields_what_it_yields_alone(
             salt=a.salt,
             bypass=a.bypass,
         )
-        m.add(replace(added, logprobs=LogprobOptions(prompt=a.scores), resume_token_ids=tuple(resumed)), prompt)
+        m.add(replace(added, logprobs=LogprobOptions(prompt=a.scores_prompt), resume_token_ids=tuple(resumed)), prompt)
         for name in [name for name in m.prompts if name.startswith(f"r{number}_")]:
             fates[name] = a
             seed = sequence_seed(1, m.sequences[name].index)
@@ -259,7 +264,7 @@ def test_whatever_comes_each_yields_what_it_yields_alone(
                 if fates[name].fate == "cancel in a step":
                     m.end(name)
             failing = frozenset(name for name in planned if fates[name].fate == "fail")
-            m.run(plan, failing, late=frozenset(name for name in planned if random.random() < 0.2))
+            m.run(plan, failing, deferred=frozenset(name for name in planned if random.random() < 0.2))
         if a.fate == "cancel":
             m.end(f"r{number}_")
             assert not m.end(f"r{number}_")
@@ -271,25 +276,25 @@ def test_whatever_comes_each_yields_what_it_yields_alone(
         if a.fate == "live":
             assert m.outputs[name] == expected[name]
             assert m.ended[name].finish is not None
-            if a.scores and m.sequences[name].leader is None and name in m.prompt_logprobs:
+            if a.scores_prompt and m.sequences[name].primary is None and name in m.prompt_logprobs:
                 prompt = m.prompts[name]
                 wanted = tuple(logprob_of(prompt[:end]) for end in range(2, len(prompt) + 1))
                 assert m.prompt_logprobs[name] == wanted
 
 
-def test_a_running_request_gets_its_token_in_every_step_beside_a_long_prompt() -> None:
+def test_a_running_request_gets_a_token_in_every_step_while_a_long_prompt_is_computed() -> None:
     m = machine(max_step_tokens=8)
     m.add(request("chat", 30), (1, 2))
     m.step()
     m.add(request("book", 4, priority=1), tuple(range(1, 60)))
-    while (plan := m.step()) and any(s.request_id == "book" and s.choice is None for s in plan.sequences):
+    while (plan := m.step()) and any(s.request_id == "book" and s.sampling is None for s in plan.sequences):
         chat = next(s for s in plan.sequences if s.request_id == "chat")
-        assert chat.choice is not None
+        assert chat.sampling is not None
         assert plan.num_tokens == 8
     m.finish()
 
 
-def test_priority_then_arrival_decides_who_enters() -> None:
+def test_waiting_requests_start_by_priority_then_by_arrival() -> None:
     m = machine(max_running=1)
     for name, priority in (("a", 0), ("b", 0), ("c", 1), ("d", -1)):
         m.add(request(name, 1, priority), (5, 6))
@@ -299,8 +304,8 @@ def test_priority_then_arrival_decides_who_enters() -> None:
     assert order == ["c", "a", "b", "d"]
 
 
-def test_the_newest_of_the_lowest_priority_gives_its_blocks_back() -> None:
-    m = machine(num_blocks=12, max_context=28)  # room for two at their full length
+def test_the_newest_request_of_the_lowest_priority_is_preempted() -> None:
+    m = machine(num_blocks=12, max_context=28)  # enough blocks for two requests at their full length
     stopping = StoppingCriteria(max_new_tokens=20, ignore_eos=True)
     for index, (name, priority) in enumerate((("low", -1), ("old", 0), ("new", 0), ("high", 1))):
         m.add(
@@ -315,7 +320,7 @@ def test_the_newest_of_the_lowest_priority_gives_its_blocks_back() -> None:
     assert {len(output) for output in m.outputs.values()} == {20}
 
 
-def test_a_higher_priority_takes_the_seat_of_a_lower_one() -> None:
+def test_a_request_of_higher_priority_takes_the_batch_slot_of_a_lower_one() -> None:
     m = machine(max_running=1)
     m.add(request("low", 20), (1, 2, 3))
     m.step()
@@ -328,7 +333,7 @@ def test_a_higher_priority_takes_the_seat_of_a_lower_one() -> None:
     assert m.outputs["low"] == expected_output((1, 2, 3), 20, 100)
 
 
-def test_none_is_preempted_for_a_request_that_would_not_fit_even_so() -> None:
+def test_nothing_is_preempted_for_a_request_that_would_still_not_fit() -> None:
     m = machine(num_blocks=16, max_context=64)
     m.add(request("large", 20, priority=1), tuple(range(1, 41)))
     m.add(request("small", 20), (50, 51, 52))
@@ -339,7 +344,7 @@ def test_none_is_preempted_for_a_request_that_would_not_fit_even_so() -> None:
     m.finish()
 
 
-def test_a_higher_priority_preempts_no_more_than_it_needs() -> None:
+def test_a_request_of_higher_priority_preempts_no_more_requests_than_necessary() -> None:
     m = machine(num_blocks=16, max_context=64)
     for index, name in enumerate(("first", "second", "third")):
         m.add(request(name, 30), tuple(range(20 * index + 1, 20 * index + 17)))
@@ -350,7 +355,7 @@ def test_a_higher_priority_preempts_no_more_than_it_needs() -> None:
     m.finish()
 
 
-def test_a_prompt_enters_when_budget_is_left_and_finds_what_the_one_before_it_computed() -> None:
+def test_a_prompt_starts_once_there_is_budget_and_reuses_what_an_earlier_request_computed() -> None:
     m = machine(max_step_tokens=8)
     prompt = tuple(range(1, 25))
     m.add(request("first"), prompt)
@@ -362,7 +367,7 @@ def test_a_prompt_enters_when_budget_is_left_and_finds_what_the_one_before_it_co
     assert m.ended["second"].sequence.num_cached_tokens == 20
 
 
-def test_cached_blocks_without_an_owner_count_as_free_only_once() -> None:
+def test_free_cached_blocks_are_counted_only_once() -> None:
     m = machine(num_blocks=8)
     prompt = tuple(range(1, 17))
     m.add(request("first", 1), prompt)
@@ -377,7 +382,7 @@ def test_cached_blocks_without_an_owner_count_as_free_only_once() -> None:
     assert m.ended["second"].sequence.num_cached_tokens == 12
 
 
-def test_what_a_preemption_undid_is_found_in_the_cache_and_not_told_as_cached() -> None:
+def test_a_preempted_request_reuses_its_cached_blocks_but_does_not_report_them_as_cached() -> None:
     m = machine(max_running=1)
     m.add(request("low", 4), tuple(range(1, 22)))
     m.step()
@@ -389,7 +394,7 @@ def test_what_a_preemption_undid_is_found_in_the_cache_and_not_told_as_cached() 
     assert m.ended["low"].sequence.num_cached_tokens == 0
 
 
-def test_a_cancelled_prefill_frees_its_blocks_at_once() -> None:
+def test_a_cancelled_prefill_frees_its_blocks_immediately() -> None:
     m = machine(max_step_tokens=8)
     m.add(request("long"), tuple(range(1, 60)))
     m.step()
@@ -400,7 +405,7 @@ def test_a_cancelled_prefill_frees_its_blocks_at_once() -> None:
     assert not m.scheduler.has_work
 
 
-def test_a_request_that_ends_between_plan_and_commit_is_passed_over() -> None:
+def test_a_request_that_ends_between_plan_and_commit_is_skipped() -> None:
     m = machine()
     m.add(request("gone"), (1, 2, 3))
     m.add(request("stays"), (4, 5, 6))
@@ -427,7 +432,7 @@ def test_full_blocks_of_a_known_prompt_are_shared(second: dict[str, object], cac
     assert m.outputs["second"] == m.outputs["first"]
 
 
-def test_running_requests_share_blocks_and_neither_frees_the_others() -> None:
+def test_running_requests_share_blocks_and_do_not_free_each_others() -> None:
     m = machine()
     prompt = tuple(range(1, 14))
     m.add(request("a", 20), prompt)
@@ -449,7 +454,7 @@ def test_running_requests_share_blocks_and_neither_frees_the_others() -> None:
         (StoppingCriteria(max_new_tokens=3, stop_token_ids=tuple(range(50))), FinishReason.STOP_TOKEN),
     ],
 )
-def test_an_output_ends_for_the_reason_that_came_first(stopping: StoppingCriteria, reason: FinishReason) -> None:
+def test_an_output_ends_for_the_first_reason_that_applies(stopping: StoppingCriteria, reason: FinishReason) -> None:
     m = machine(max_context=20)
     prompt = next(p for p in ((n, n + 1) for n in range(1, 50)) if EOS not in expected_output(p, 200, 20))
     m.add(GenerationRequest("r", "", SamplingParameters(seed=1), stopping=stopping), prompt)
@@ -459,26 +464,26 @@ def test_an_output_ends_for_the_reason_that_came_first(stopping: StoppingCriteri
     assert finish.reason is reason
 
 
-def test_the_end_mark_ends_unless_it_is_ignored() -> None:
+def test_the_eos_token_ends_an_output_unless_it_is_ignored() -> None:
     prompt = next(p for p in ((n, n + 1) for n in range(1, 500)) if expected_output(p, 9, 100)[-1] == EOS)
     length = len(expected_output(prompt, 9, 100))
     m = machine()
     m.add(request("ends", 9), prompt)
     stopping = StoppingCriteria(max_new_tokens=9, ignore_eos=True)
-    m.add(GenerationRequest("goes on", "", SamplingParameters(seed=1), stopping=stopping), prompt)
+    m.add(GenerationRequest("continues", "", SamplingParameters(seed=1), stopping=stopping), prompt)
     m.finish()
-    assert (len(m.outputs["ends"]), len(m.outputs["goes on"])) == (length, 9)
+    assert (len(m.outputs["ends"]), len(m.outputs["continues"])) == (length, 9)
     ends = m.ended["ends"].finish
     assert ends is not None
     assert (ends.reason, ends.stop_token_id) == (FinishReason.EOS_TOKEN, EOS)
 
 
-def test_sequences_of_a_request_share_one_prefill_and_copy_nothing() -> None:
+def test_sequences_of_a_request_share_one_prefill_without_copying() -> None:
     for bypass in (False, True):
         m = machine(max_step_tokens=16)
         prompt = tuple(range(1, 31))
         m.add(request("r", 6, num_sequences=4, bypass=bypass), prompt)
-        assert m.planned(m.step()) == ["r"], "the others wait for the prompt"
+        assert m.planned(m.step()) == ["r"], "its siblings wait for the prompt"
         m.step()
         tables = {m.names[s.sequence_id]: (s.block_table, s.start) for s in m.step().sequences}
         assert set(tables) == {"r", "r1", "r2", "r3"}
@@ -490,7 +495,7 @@ def test_sequences_of_a_request_share_one_prefill_and_copy_nothing() -> None:
         assert len({tuple(m.outputs[name]) for name in tables}) == 4
 
 
-def test_sequences_whose_leader_is_cancelled_in_mid_prompt_go_on_by_themselves() -> None:
+def test_siblings_continue_if_their_primary_is_cancelled_during_prefill() -> None:
     m = machine(max_step_tokens=8)
     prompt = tuple(range(1, 31))
     m.add(request("r", 6, num_sequences=3), prompt)
@@ -500,17 +505,17 @@ def test_sequences_whose_leader_is_cancelled_in_mid_prompt_go_on_by_themselves()
     assert set(m.ended) == {"r1", "r2"}
 
 
-def test_a_choice_that_is_not_ready_costs_one_token_and_changes_none() -> None:
+def test_a_deferred_sequence_recomputes_one_token_and_yields_the_same_output() -> None:
     m = machine()
     m.add(request("r", 5), (1, 2, 3))
     for _ in range(4):
-        m.run(m.plan(), late=frozenset({"r"}))
+        m.run(m.plan(), deferred=frozenset({"r"}))
     m.finish()
     assert m.outputs["r"] == expected_output((1, 2, 3), 5, 100)
     assert m.num_computed["r"] == 3 + 4 + len(m.outputs["r"]) - 1
 
 
-def test_no_new_tokens_computes_the_prompt_even_if_it_fills_the_context() -> None:
+def test_with_no_new_tokens_the_prompt_is_computed_even_if_it_fills_the_context() -> None:
     m = machine(num_blocks=10, max_context=40, max_step_tokens=16)
     m.add(request("r", 0), tuple(range(1, 41)))
     m.finish()
@@ -522,7 +527,7 @@ def test_no_new_tokens_computes_the_prompt_even_if_it_fills_the_context() -> Non
     assert m.step().sequences[0].start == 28, "the prompt is in the cache"
 
 
-def test_a_prompt_that_is_scored_is_computed_whole_though_it_is_cached() -> None:
+def test_a_scored_prompt_is_computed_in_full_even_if_it_is_cached() -> None:
     m = machine(max_step_tokens=8)
     prompt = tuple(range(1, 25))
     m.add(request("first"), prompt)
@@ -534,7 +539,7 @@ def test_a_prompt_that_is_scored_is_computed_whole_though_it_is_cached() -> None
 
 
 @pytest.mark.parametrize("num_resumed", [1, 3, 6])
-def test_a_resumed_output_goes_on_where_it_was(num_resumed: int) -> None:
+def test_a_resumed_output_continues_where_it_stopped(num_resumed: int) -> None:
     prompt = next(p for p in ((n, n + 1) for n in range(1, 500)) if len(expected_output(p, 8, 100)) == 8)
     whole = expected_output(prompt, 8, 100)
     m = machine()
@@ -544,7 +549,7 @@ def test_a_resumed_output_goes_on_where_it_was(num_resumed: int) -> None:
     assert m.num_computed["r"] == len(prompt) + 7
 
 
-def test_an_output_that_was_over_is_not_computed_again() -> None:
+def test_a_resumed_output_that_had_already_ended_is_not_recomputed() -> None:
     prompt = next(p for p in ((n, n + 1) for n in range(1, 500)) if expected_output(p, 9, 100)[-1] == EOS)
     m = machine()
     m.add(replace(request("r", 9), resume_token_ids=tuple(expected_output(prompt, 9, 100))), prompt)
@@ -554,13 +559,13 @@ def test_an_output_that_was_over_is_not_computed_again() -> None:
     assert (finish.reason, finish.stop_token_id) == (FinishReason.EOS_TOKEN, EOS)
 
 
-def test_until_min_new_tokens_the_tokens_that_end_an_output_are_forbidden() -> None:
+def test_tokens_that_end_an_output_are_forbidden_until_min_new_tokens() -> None:
     stopping = StoppingCriteria(max_new_tokens=6, min_new_tokens=2, stop_token_ids=(61, 62))
     m = machine()
     m.add(GenerationRequest("r", "", SamplingParameters(seed=1), stopping=stopping), (70, 71))
     forbidden = []
     while m.scheduler.has_work:
-        forbidden += [set(s.choice.forbidden_token_ids) for s in m.step().sequences if s.choice is not None]
+        forbidden += [set(s.sampling.forbidden_token_ids) for s in m.step().sequences if s.sampling is not None]
     assert forbidden[:3] == [{EOS, 61, 62}, {EOS, 61, 62}, set()]
 
 
@@ -573,13 +578,13 @@ def test_until_min_new_tokens_the_tokens_that_end_an_output_are_forbidden() -> N
         (DecodingOptions(frequency_penalty=-0.5), False, True),
     ],
 )
-def test_a_choice_knows_the_tokens_that_its_penalties_need(
+def test_sampling_inputs_include_the_tokens_that_the_penalties_need(
     decoding: DecodingOptions, has_prompt: bool, has_output: bool
 ) -> None:
     m = machine()
     m.add(replace(request("r", 4), decoding=decoding), (70, 71))
     m.step()
-    choice = m.step().sequences[0].choice
-    assert choice is not None
-    assert choice.prompt_token_ids == ((70, 71) if has_prompt else ())
-    assert choice.output_token_ids == (tuple(m.outputs["r"][:1]) if has_output else ())
+    inputs = m.step().sequences[0].sampling
+    assert inputs is not None
+    assert inputs.prompt_token_ids == ((70, 71) if has_prompt else ())
+    assert inputs.output_token_ids == (tuple(m.outputs["r"][:1]) if has_output else ())

@@ -24,10 +24,10 @@ class Service:
     server: RunningServer
     channel: grpc.aio.Channel
     stub: Any
-    """TextGenerationServiceStub of grpc.aio, which has no type of its own."""
+    """A TextGenerationServiceStub on a grpc.aio channel, for which there is no separate type."""
 
     async def all_blocks_free(self) -> bool:
-        """Whether, once a request of our own has run after all the others, no block has an owner."""
+        """Returns whether no block is in use, after another request has run so that earlier ones have ended."""
         await self.stub.Generate(pb.GenerateRequest(text="x", stopping=pb.StoppingCriteria(max_new_tokens=1)))
         info = await self.stub.GetServerInfo(pb.GetServerInfoRequest())
         return info.load.num_free_blocks == info.load.num_blocks and self.server.engine.num_in_flight == 0
@@ -52,7 +52,7 @@ async def make_service() -> AsyncIterator[MakeService]:
 
 @pytest.fixture(scope="session")
 async def service() -> AsyncIterator[Service]:
-    """One server for tests that leave nothing behind."""
+    """A shared server, for tests that leave no state behind."""
     async with running_server(demo_settings()) as server:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield Service(server, channel, TextGenerationServiceStub(channel))

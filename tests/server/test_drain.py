@@ -1,4 +1,4 @@
-"""How a server stops taking work, and what health says of an engine that stands still or has died."""
+"""How a server shuts down, and the health it reports when the engine has stalled or stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def server_settings(**changes: Any) -> Settings:
     return replace(demo_settings(), server=ServerSettings(grpc_port=0, **changes))
 
 
-def asked(max_new_tokens: int, **fields: Any) -> pb.GenerateRequest:
+def generate_request(max_new_tokens: int, **fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         text="Once upon a time",
         sampling=pb.SamplingParameters(temperature=0),
@@ -36,8 +36,8 @@ def asked(max_new_tokens: int, **fields: Any) -> pb.GenerateRequest:
     )
 
 
-async def unavailable(call: Any) -> str:
-    """Awaits a call that must end with the service's own UNAVAILABLE; returns the message."""
+async def unavailable_message(call: Any, reason: str) -> str:
+    """Returns the message of a call that must fail with UNAVAILABLE and this reason."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     error = caught.value
@@ -45,12 +45,12 @@ async def unavailable(call: Any) -> str:
     packed = next(value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin")
     info = error_details_pb2.ErrorInfo()
     assert status_pb2.Status.FromString(packed).details[0].Unpack(info)
-    assert (info.domain, info.reason) == ("mpt-grpc", "UNAVAILABLE")
+    assert (info.domain, info.reason) == ("mpt-grpc", reason)
     return error.details()
 
 
-class Watch:
-    """An open Health.Watch."""
+class HealthWatch:
+    """An open call of `Health.Watch`."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         request = health_pb2.HealthCheckRequest(service="mpt.v1.TextGenerationService")
@@ -62,67 +62,68 @@ class Watch:
             pass
 
 
-async def test_a_drain_refuses_new_work_and_lets_a_running_stream_finish(
+async def test_a_drain_refuses_new_requests_and_lets_a_running_stream_finish(
     make_service: Any, stepped: list[SteppedRunner]
 ) -> None:
     service = await make_service()
-    watch = Watch(service.channel)
+    watch = HealthWatch(service.channel)
     await watch.until(SERVING)
-    call = service.stub.StreamGenerate(asked(50))
+    call = service.stub.StreamGenerate(generate_request(50))
     await asyncio.to_thread(stepped[0].wait_for_step)
 
     drain = asyncio.create_task(service.server.drain())
     await watch.until(NOT_SERVING)
-    assert "draining" in await unavailable(service.stub.Generate(asked(1)))
-    assert "draining" in await unavailable(anext(aiter(service.stub.StreamGenerate(asked(1)))))
-    everything = await health_pb2_grpc.HealthStub(service.channel).Check(health_pb2.HealthCheckRequest())
-    assert everything.status == NOT_SERVING
+    assert "shutting down" in await unavailable_message(service.stub.Generate(generate_request(1)), "DRAINING")
+    stream = aiter(service.stub.StreamGenerate(generate_request(1)))
+    assert "shutting down" in await unavailable_message(anext(stream), "DRAINING")
+    overall = await health_pb2_grpc.HealthStub(service.channel).Check(health_pb2.HealthCheckRequest())
+    assert overall.status == NOT_SERVING
     assert not drain.done()
 
     stepped[0].run_free()
-    pieces = [piece async for piece in call]
-    assert sum(piece.output.num_tokens for piece in pieces) == 50
-    assert pieces[-1].output.finish.reason == pb.FINISH_REASON_MAX_NEW_TOKENS
+    chunks = [chunk async for chunk in call]
+    assert sum(chunk.output.num_tokens for chunk in chunks) == 50
+    assert chunks[-1].output.finish.reason == pb.FINISH_REASON_MAX_NEW_TOKENS
     await drain
 
 
-async def test_an_open_health_watch_does_not_hold_a_stop_up() -> None:
-    # If the watch were waited for, the stop would take longer than a test may.
+async def test_an_open_health_watch_does_not_delay_the_shutdown() -> None:
+    # If the drain waited for the watch, the test would time out.
     settings = server_settings(grace_s=3600)
     async with running_server(settings) as server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        watch = Watch(channel)
+        watch = HealthWatch(channel)
         await watch.until(SERVING)
         await server.drain()
         await watch.until(NOT_SERVING)
 
 
-@pytest.mark.parametrize("how", ["the grace is over", "a second signal"])
-async def test_what_still_runs_is_ended_when(how: str) -> None:
-    settings = server_settings(grace_s=0 if how == "the grace is over" else 3600)
-    hurry = asyncio.Event()
+@pytest.mark.parametrize("ended_by", ["the grace period", "a second signal"])
+async def test_remaining_requests_are_cancelled_after(ended_by: str) -> None:
+    settings = server_settings(grace_s=0 if ended_by == "the grace period" else 3600)
+    stop = asyncio.Event()
     async with running_server(settings) as server:
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
-        pieces = aiter(TextGenerationServiceStub(channel).StreamGenerate(asked(2000)))
-        await anext(pieces)
-        if how == "a second signal":
-            hurry.set()
-        await server.drain(hurry)
+        chunks = aiter(TextGenerationServiceStub(channel).StreamGenerate(generate_request(2000)))
+        await anext(chunks)
+        if ended_by == "a second signal":
+            stop.set()
+        await server.drain(stop)
         assert server.engine.num_in_flight == 1
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in pieces:
+        async for _ in chunks:
             pass
     assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
     assert server.engine.num_in_flight == 0
     await channel.close()
 
 
-async def test_health_says_when_work_stands_still_and_when_it_moves_on(
+async def test_health_reports_a_stalled_engine_and_its_recovery(
     make_service: Any, stepped: list[SteppedRunner]
 ) -> None:
     service = await make_service(server_settings(stall_timeout_s=0.2))
-    watch = Watch(service.channel)
+    watch = HealthWatch(service.channel)
     await watch.until(SERVING)
-    call = service.stub.Generate(asked(1))
+    call = service.stub.Generate(generate_request(1))
     await watch.until(NOT_SERVING)
     stepped[0].run_free()
     assert (await call).outputs[0].num_tokens == 1
@@ -131,30 +132,31 @@ async def test_health_says_when_work_stands_still_and_when_it_moves_on(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("fault", [RuntimeError, SystemExit])
-async def test_health_says_when_the_engine_has_died_and_calls_end(
+async def test_calls_fail_and_health_changes_when_the_engine_stops(
     make_service: Any, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException]
 ) -> None:
-    monkeypatch.setattr(MortalScheduler, "fault", fault)
-    monkeypatch.setattr(load, "Scheduler", MortalScheduler)
+    monkeypatch.setattr(FailingScheduler, "fault", fault)
+    monkeypatch.setattr(load, "Scheduler", FailingScheduler)
     service = await make_service()
-    watch = Watch(service.channel)
+    watch = HealthWatch(service.channel)
     await watch.until(SERVING)
-    unary, stream = service.stub.Generate(asked(50)), service.stub.StreamGenerate(asked(50, request_id="deadly"))
-    assert "has stopped" in await unavailable(unary)
+    unary = service.stub.Generate(generate_request(50))
+    stream = service.stub.StreamGenerate(generate_request(50, request_id="fatal"))
+    assert "has stopped" in await unavailable_message(unary, "ENGINE_STOPPED")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in stream:
             pass
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     await watch.until(NOT_SERVING)
-    assert "has stopped" in await unavailable(service.stub.Generate(asked(1)))
+    assert "has stopped" in await unavailable_message(service.stub.Generate(generate_request(1)), "ENGINE_STOPPED")
 
 
-class MortalScheduler(Scheduler):
-    """A scheduler with a fault that is nobody's request's: it breaks once two requests run, one of them named so."""
+class FailingScheduler(Scheduler):
+    """A scheduler that fails for no request's fault: in a step with two requests, one of them named 'fatal'."""
 
     fault: type[BaseException] = RuntimeError
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Progress]:
-        if len(plan.sequences) == 2 and any(sequence.request_id == "deadly" for sequence in plan.sequences):
-            raise self.fault("the books do not balance")
+        if len(plan.sequences) == 2 and any(sequence.request_id == "fatal" for sequence in plan.sequences):
+            raise self.fault("inconsistent state")
         return super().commit(plan, result)

@@ -1,4 +1,4 @@
-"""One trace from the caller through the call to the engine's phases, and where the spans go."""
+"""Traces from the caller's span to the phases of the engine, and where the spans are exported."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FROM_CALLER = (("traceparent", f"00-{TRACE_ID}-{CALLER_ID}-01"),)
 RPC = "mpt.v1.TextGenerationService/"
 
 
-def asked(max_new_tokens: int = 5, **fields: Any) -> pb.GenerateRequest:
+def generate_request(max_new_tokens: int = 5, **fields: Any) -> pb.GenerateRequest:
     stopping = pb.StoppingCriteria(max_new_tokens=max_new_tokens, ignore_eos=True)
     return pb.GenerateRequest(**{"text": "Once upon a time", "stopping": stopping, **fields})
 
 
 @asynccontextmanager
 async def stub_of_server(trace_file: Path | None) -> AsyncIterator[tuple[Any, int]]:
-    """A stub and the port; the spans are in the file once the block is left."""
+    """Yields a stub and the port of a server. Its spans are in the file after the block."""
     async with running_server(replace(demo_settings(), trace_file=trace_file)) as server:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield TextGenerationServiceStub(channel), server.port
@@ -45,23 +45,23 @@ def spans_in(trace_file: Path, trace_id: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("method", ["Generate", "StreamGenerate"])
-async def test_the_callers_trace_goes_on_to_the_last_token(tmp_path: Path, method: str) -> None:
+async def test_the_callers_trace_contains_the_call_and_its_phases(tmp_path: Path, method: str) -> None:
     trace_file = tmp_path / "spans.jsonl"
-    request = asked(
+    request = generate_request(
         request_id="traced",
         sampling=pb.SamplingParameters(temperature=0.5, top_p=0.25, top_k=40, seed=2**64 - 1),
     )
     async with stub_of_server(trace_file) as (stub, _):
         call = getattr(stub, method)(request, metadata=FROM_CALLER)
-        answer = await call if method == "Generate" else [piece async for piece in call][-1]
-    assert answer.summary.trace_id == TRACE_ID
+        response = await call if method == "Generate" else [chunk async for chunk in call][-1]
+    assert response.summary.trace_id == TRACE_ID
 
     spans = spans_in(trace_file, TRACE_ID)
     assert set(spans) == {RPC + method, "queue", "prefill", "decode"}
     rpc = spans[RPC + method]
     assert (rpc["kind"], rpc["parent_id"]) == ("SpanKind.SERVER", f"0x{CALLER_ID}")
     assert rpc["resource"]["attributes"]["service.name"] == "mpt-grpc"
-    num_prompt_tokens = answer.summary.usage.num_prompt_tokens
+    num_prompt_tokens = response.summary.usage.num_prompt_tokens
     assert rpc["attributes"] == {
         "rpc.system.name": "grpc",
         "rpc.method": f"mpt.v1.TextGenerationService/{method}",
@@ -87,15 +87,17 @@ async def test_the_callers_trace_goes_on_to_the_last_token(tmp_path: Path, metho
     assert spans["prefill"]["end_time"] == spans["decode"]["start_time"]
 
 
-async def test_calls_that_fail_or_are_left_say_so_in_their_spans(tmp_path: Path) -> None:
+async def test_spans_of_failed_and_cancelled_calls_have_the_status(tmp_path: Path) -> None:
     trace_file = tmp_path / "spans.jsonl"
-    left_id = TRACE_ID[::-1]
+    cancelled_id = TRACE_ID[::-1]
     async with stub_of_server(trace_file) as (stub, _):
         with pytest.raises(grpc.aio.AioRpcError):
-            await stub.Generate(asked(5000), metadata=FROM_CALLER)
-        left = stub.StreamGenerate(asked(1000), metadata=(("traceparent", f"00-{left_id}-{CALLER_ID}-01"),))
-        await anext(aiter(left))
-        left.cancel()
+            await stub.Generate(generate_request(5000), metadata=FROM_CALLER)
+        cancelled = stub.StreamGenerate(
+            generate_request(1000), metadata=(("traceparent", f"00-{cancelled_id}-{CALLER_ID}-01"),)
+        )
+        await anext(aiter(cancelled))
+        cancelled.cancel()
 
     failed = spans_in(trace_file, TRACE_ID)
     assert set(failed) == {f"{RPC}Generate"}
@@ -105,13 +107,13 @@ async def test_calls_that_fail_or_are_left_say_so_in_their_spans(tmp_path: Path)
     assert rpc["attributes"]["error.type"] == "INVALID_REQUEST"
     assert rpc["attributes"]["rpc.response.status_code"] == "INVALID_ARGUMENT"
 
-    left_spans = spans_in(trace_file, left_id)
-    assert set(left_spans) == {f"{RPC}StreamGenerate", "queue", "prefill", "decode"}
-    assert left_spans[f"{RPC}StreamGenerate"]["attributes"]["rpc.response.status_code"] == "CANCELLED"
-    assert left_spans["decode"]["attributes"]["gen_ai.usage.output_tokens"] < 1000
+    cancelled_spans = spans_in(trace_file, cancelled_id)
+    assert set(cancelled_spans) == {f"{RPC}StreamGenerate", "queue", "prefill", "decode"}
+    assert cancelled_spans[f"{RPC}StreamGenerate"]["attributes"]["rpc.response.status_code"] == "CANCELLED"
+    assert cancelled_spans["decode"]["attributes"]["gen_ai.usage.output_tokens"] < 1000
 
 
-async def test_the_client_library_hands_its_span_on(tmp_path: Path) -> None:
+async def test_the_client_library_propagates_its_span(tmp_path: Path) -> None:
     trace_file = tmp_path / "spans.jsonl"
     tracer = TracerProvider().get_tracer("caller")
     async with stub_of_server(trace_file) as (_, port), AsyncClient(f"127.0.0.1:{port}") as client:
@@ -123,24 +125,24 @@ async def test_the_client_library_hands_its_span_on(tmp_path: Path) -> None:
     assert rpc["parent_id"] == f"0x{caller.span_id:016x}"
 
 
-async def test_a_call_without_a_trace_begins_one(tmp_path: Path) -> None:
+async def test_a_call_without_a_trace_starts_one(tmp_path: Path) -> None:
     trace_file = tmp_path / "spans.jsonl"
     async with stub_of_server(trace_file) as (stub, _):
-        answers = [await stub.Generate(asked(1)) for _ in range(2)]
-    first, second = (answer.summary.trace_id for answer in answers)
+        responses = [await stub.Generate(generate_request(1)) for _ in range(2)]
+    first, second = (response.summary.trace_id for response in responses)
     assert first != second
     assert spans_in(trace_file, first)[f"{RPC}Generate"]["parent_id"] is None
 
 
-async def test_without_the_option_nothing_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_is_traced_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     async with stub_of_server(None) as (stub, _):
-        answer = await stub.Generate(asked(1), metadata=FROM_CALLER)
-    assert answer.summary.trace_id == ""
+        response = await stub.Generate(generate_request(1), metadata=FROM_CALLER)
+    assert response.summary.trace_id == ""
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Receives spans by OTLP and keeps them."""
+    """Records the spans that it receives over OTLP."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -156,7 +158,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    """A collector that the environment names."""
+    """A collector whose address is in the environment."""
     collector = Collector()
     with ThreadPoolExecutor(1) as pool:
         server = grpc.server(pool)
@@ -167,15 +169,15 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
         server.stop(None).wait()
 
 
-async def test_spans_go_to_the_collector_that_the_environment_names(collector: Collector) -> None:
+async def test_spans_are_exported_to_the_collector_in_the_environment(collector: Collector) -> None:
     async with stub_of_server(None) as (stub, _):
-        answer = await stub.Generate(asked(), metadata=FROM_CALLER)
-    assert answer.summary.trace_id == TRACE_ID
+        response = await stub.Generate(generate_request(), metadata=FROM_CALLER)
+    assert response.summary.trace_id == TRACE_ID
     assert collector.trace_ids == {TRACE_ID}
     assert sorted(collector.names) == ["decode", f"{RPC}Generate", "prefill", "queue"]
 
 
-async def test_a_conversation_with_several_outputs_says_so_in_its_span(tmp_path: Path) -> None:
+async def test_the_span_of_a_conversation_has_its_operation_and_number_of_outputs(tmp_path: Path) -> None:
     trace_file = tmp_path / "spans.jsonl"
     message = pb.Message(role=pb.ROLE_USER, content="Who are you?")
     request = pb.GenerateRequest(

@@ -1,4 +1,4 @@
-"""Conversations become the prompts that their template asks for, in the room that there is."""
+"""Chat templates: rendering, where they are loaded from, and fitting conversations into the context."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def rendered(name: str, *messages: Message) -> str:
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a model's folder with a tokenizer_config.json of these fields."""
+    """Returns a function that writes a tokenizer_config.json with the given fields and returns its folder."""
 
     def write(**config: Any) -> Path:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -82,7 +82,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_base_is_a_talk_that_is_written_down() -> None:
+def test_base_template_renders_a_transcript() -> None:
     assert rendered("base", HI) == (
         "A conversation between a user and an assistant.\n"
         "The assistant gives short, true answers, and says so when it does not know.\n"
@@ -93,7 +93,7 @@ def test_base_is_a_talk_that_is_written_down() -> None:
     )
 
 
-def test_instruct_is_the_form_that_mpt_instruct_was_trained_on() -> None:
+def test_instruct_template_renders_the_format_that_mpt_instruct_was_trained_on() -> None:
     intro = (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     )
@@ -104,7 +104,7 @@ def test_instruct_is_the_form_that_mpt_instruct_was_trained_on() -> None:
     )
 
 
-def test_chatml_marks_each_message() -> None:
+def test_chatml_template_delimits_each_message() -> None:
     assert rendered("chatml", HI) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert rendered("chatml", SYSTEM, HI, HELLO, WHO) == (
         "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
@@ -112,19 +112,19 @@ def test_chatml_marks_each_message() -> None:
     )
 
 
-def test_instruct_equals_the_prompts_of_the_training_data() -> None:
+def test_instruct_template_reproduces_prompts_from_the_training_data() -> None:
     if not DOLLY.is_file():
-        pytest.skip(f"the training data is not at hand: no {DOLLY}")
+        pytest.skip(f"the training data is not available: {DOLLY} does not exist")
     prompts = [json.loads(line)["prompt"] for line in DOLLY.read_text().splitlines()[:200]]
-    asked = [prompt.partition("### Instruction:\n")[2].removesuffix("\n\n### Response:\n") for prompt in prompts]
+    instructions = [prompt.partition("### Instruction:\n")[2].removesuffix("\n\n### Response:\n") for prompt in prompts]
     template = find_chat_template("instruct", Path("none"), "demo")
     assert prompts
-    assert [template.render([Message("user", text)]) for text in asked] == prompts
+    assert [template.render([Message("user", text)]) for text in instructions] == prompts
 
 
 @pytest.mark.parametrize("name", ["base", "instruct", "chatml"])
 @pytest.mark.parametrize("text", ["{{ 7 * 7 }}", "{% raw %}", "{# note #}", "a\n\n", "  a", "<b>&amp;</b>", ""])
-def test_what_is_said_is_not_read_as_a_template(name: str, text: str) -> None:
+def test_message_content_is_not_interpreted_as_a_template(name: str, text: str) -> None:
     plain = rendered(name, Message("user", "QUESTION"))
     assert rendered(name, Message("user", text)) == plain.replace("QUESTION", text)
 
@@ -133,7 +133,7 @@ def test_what_is_said_is_not_read_as_a_template(name: str, text: str) -> None:
     ("name", "stop_strings"),
     [("base", ("\nUser:",)), ("instruct", ("\n### Instruction:",)), ("chatml", ("<|im_end|>",))],
 )
-def test_an_answer_ends_where_the_next_turn_would_begin(name: str, stop_strings: tuple[str, ...]) -> None:
+def test_built_in_templates_stop_where_the_next_turn_would_begin(name: str, stop_strings: tuple[str, ...]) -> None:
     assert find_chat_template(name, Path("none"), "demo").stop_strings == stop_strings
 
 
@@ -147,7 +147,7 @@ def test_an_answer_ends_where_the_next_turn_would_begin(name: str, stop_strings:
         ("chat-7b", "base"),
     ],
 )
-def test_a_model_without_a_template_gets_one_by_its_name(tmp_path: Path, model: str, name: str) -> None:
+def test_model_without_a_template_gets_one_by_its_name(tmp_path: Path, model: str, name: str) -> None:
     assert find_chat_template("auto", tmp_path, model).name == name
 
 
@@ -156,7 +156,7 @@ def test_a_model_without_a_template_gets_one_by_its_name(tmp_path: Path, model: 
     "messages", [(HI,), (SYSTEM, HI), (HI, HELLO, WHO), (SYSTEM, HI, HELLO, Message("user", "é <b>\n"))]
 )
 @pytest.mark.parametrize("place", ["string", "list", "file"])
-def test_a_models_own_template_is_rendered_as_transformers_does(
+def test_models_own_template_is_rendered_as_by_transformers(
     save: Callable[..., Path], source: str, messages: tuple[Message, ...], place: str
 ) -> None:
     tokens = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
@@ -167,23 +167,23 @@ def test_a_models_own_template_is_rendered_as_transformers_does(
             entries = [{"name": "tool_use", "template": "wrong"}, {"name": "default", "template": source}]
             folder = save(chat_template=entries, **tokens)
         case _:
-            folder = save(chat_template="the file goes first", **tokens)
+            folder = save(chat_template="the file takes precedence", **tokens)
             (folder / "chat_template.jinja").write_text(source)
     template = find_chat_template("auto", folder, "mpt-7b-chat")
-    said = [{"role": message.role, "content": message.content} for message in messages]
+    turns = [{"role": message.role, "content": message.content} for message in messages]
     (expected,), _ = render_jinja_template(
-        [said], chat_template=source, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
+        [turns], chat_template=source, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
     )
     assert template.name == "model"
     assert template.render(messages) == expected
 
 
-def test_a_template_with_chatmls_end_mark_stops_there(save: Callable[..., Path]) -> None:
+def test_template_containing_im_end_uses_it_as_a_stop_string(save: Callable[..., Path]) -> None:
     folder = save(chat_template="{{ messages[0].content }}<|im_end|>")
     assert find_chat_template("auto", folder, "demo").stop_strings == ("<|im_end|>",)
 
 
-def test_a_template_from_a_file_goes_before_the_models_own(save: Callable[..., Path], tmp_path: Path) -> None:
+def test_given_template_file_takes_precedence_over_the_models_own(save: Callable[..., Path], tmp_path: Path) -> None:
     folder = save(chat_template="own", eos_token="</s>")
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages[0].content }}{{ eos_token }}")
@@ -192,12 +192,13 @@ def test_a_template_from_a_file_goes_before_the_models_own(save: Callable[..., P
     assert find_chat_template("base", folder, "demo").name == "base"
 
 
-def test_a_template_that_is_nowhere_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="--chat-template: alpaca is no file, nor auto, base, instruct, chatml"):
+def test_unknown_template_raises_an_error_that_lists_the_built_in_ones(tmp_path: Path) -> None:
+    expected = "--chat-template: expected auto, base, instruct, chatml or a readable file, got 'alpaca'"
+    with pytest.raises(SettingsError, match=expected):
         find_chat_template("alpaca", tmp_path, "demo")
 
 
-def test_a_file_with_a_mistake_is_an_error_with_its_line(tmp_path: Path) -> None:
+def test_syntax_error_in_a_template_file_is_reported_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}\n{{ m.content }}\n{% endif %}")
     with pytest.raises(SettingsError, match=r"mine\.jinja, line 3: "):
@@ -208,16 +209,14 @@ def test_a_file_with_a_mistake_is_an_error_with_its_line(tmp_path: Path) -> None
     "template",
     ["a\n{% if %}", 7, [{"name": "default", "template": 7}], {"default": "a"}],
 )
-def test_a_models_template_that_cannot_be_read_is_an_error_of_the_model(
-    save: Callable[..., Path], template: Any
-) -> None:
+def test_invalid_template_of_a_model_raises_model_error(save: Callable[..., Path], template: Any) -> None:
     folder = save(chat_template=template)
     with pytest.raises(ModelError, match=str(folder)):
         find_chat_template("auto", folder, "demo")
     assert find_chat_template("base", folder, "demo").name == "base"
 
 
-def test_a_tokenizer_config_that_is_no_json_is_an_error_of_the_model(tmp_path: Path) -> None:
+def test_tokenizer_config_that_is_not_json_raises_model_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"tokenizer_config\.json"):
         find_chat_template("auto", tmp_path, "demo")
@@ -236,7 +235,7 @@ def test_a_tokenizer_config_that_is_no_json_is_an_error_of_the_model(tmp_path: P
         ("{{ self.__init__.__globals__ }}", "SecurityError"),
     ],
 )
-def test_what_a_template_refuses_or_fails_on_is_an_error_of_the_messages(
+def test_messages_that_a_template_rejects_or_fails_on_are_reported_as_invalid(
     save: Callable[..., Path], source: str, why: str
 ) -> None:
     template = find_chat_template("auto", save(chat_template=source), "demo")
@@ -246,14 +245,14 @@ def test_what_a_template_refuses_or_fails_on_is_an_error_of_the_messages(
 
 
 def encode(text: str) -> tuple[int, ...]:
-    """One token a character."""
+    """Encodes each character as one token."""
     return tuple(map(ord, text))
 
 
-def token_ids(*messages: Message, room: int = 1000, new: int | None = None, drop: bool = False) -> str:
-    """The prompt by 'base' as text."""
+def prompt_text(*messages: Message, context: int = 1000, new: int | None = None, drop: bool = False) -> str:
+    """Returns the prompt for a conversation, rendered with the 'base' template, as text."""
     template = find_chat_template("base", Path("none"), "demo")
-    ids = conversation_token_ids(Conversation(messages, drop), template, encode, room, new)
+    ids = conversation_token_ids(Conversation(messages, drop), template, encode, context, new)
     return "".join(map(chr, ids))
 
 
@@ -273,43 +272,43 @@ def token_ids(*messages: Message, room: int = 1000, new: int | None = None, drop
         ((Message("", "a"), HI, HELLO), ["conversation.messages[0].role", "conversation.messages[2].role"]),
     ],
 )
-def test_messages_by_the_wrong_ones_are_refused_with_each_place(
-    messages: tuple[Message, ...], fields: list[str]
-) -> None:
+def test_messages_with_wrong_roles_are_all_reported(messages: tuple[Message, ...], fields: list[str]) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        token_ids(*messages)
+        prompt_text(*messages)
     assert [violation.field for violation in caught.value.violations] == fields
 
 
-def test_as_many_messages_as_are_allowed_are_taken() -> None:
-    assert token_ids(*(HI,) * MAX_MESSAGES, room=100_000).count("User: Hi") == MAX_MESSAGES
+def test_maximum_number_of_messages_is_accepted() -> None:
+    assert prompt_text(*(HI,) * MAX_MESSAGES, context=100_000).count("User: Hi") == MAX_MESSAGES
 
 
-def test_a_conversation_that_is_too_long_is_refused_with_both_counts() -> None:
-    prompt = token_ids(SYSTEM, HI, HELLO, WHO)
-    assert token_ids(SYSTEM, HI, HELLO, WHO, room=len(prompt) + 5, new=5) == prompt
-    assert token_ids(SYSTEM, HI, HELLO, WHO, room=len(prompt) + 1) == prompt
+def test_conversation_that_is_too_long_is_rejected_with_both_token_counts() -> None:
+    prompt = prompt_text(SYSTEM, HI, HELLO, WHO)
+    assert prompt_text(SYSTEM, HI, HELLO, WHO, context=len(prompt) + 5, new=5) == prompt
+    assert prompt_text(SYSTEM, HI, HELLO, WHO, context=len(prompt) + 1) == prompt
     with pytest.raises(InvalidRequestError) as caught:
-        token_ids(SYSTEM, HI, HELLO, WHO, room=len(prompt) + 4, new=5)
+        prompt_text(SYSTEM, HI, HELLO, WHO, context=len(prompt) + 4, new=5)
     (violation,) = caught.value.violations
     assert violation.field == "conversation.messages"
-    assert f"{len(prompt)} tokens and 5 new ones exceed the context of {len(prompt) + 4}" in violation.description
+    assert (
+        f"{len(prompt)} + 5 tokens (prompt + output) exceed the context of {len(prompt) + 4}" in violation.description
+    )
     assert "drop_oldest_turns" in violation.description
     with pytest.raises(InvalidRequestError):
-        token_ids(SYSTEM, HI, HELLO, WHO, room=len(prompt))
+        prompt_text(SYSTEM, HI, HELLO, WHO, context=len(prompt))
 
 
-def test_the_oldest_turns_are_left_out_if_asked_for() -> None:
-    whole = token_ids(SYSTEM, HI, HELLO, WHO)
-    assert token_ids(SYSTEM, HI, HELLO, WHO, room=len(whole) + 1, drop=True) == whole
-    assert token_ids(SYSTEM, HI, HELLO, WHO, room=len(whole), drop=True) == token_ids(SYSTEM, WHO)
+def test_oldest_turns_are_dropped_on_request() -> None:
+    whole = prompt_text(SYSTEM, HI, HELLO, WHO)
+    assert prompt_text(SYSTEM, HI, HELLO, WHO, context=len(whole) + 1, drop=True) == whole
+    assert prompt_text(SYSTEM, HI, HELLO, WHO, context=len(whole), drop=True) == prompt_text(SYSTEM, WHO)
 
 
-def test_a_last_message_that_is_too_long_by_itself_is_refused() -> None:
-    shortest = token_ids(SYSTEM, WHO)
-    assert token_ids(SYSTEM, HI, HELLO, WHO, room=len(shortest) + 1, drop=True) == shortest
-    with pytest.raises(InvalidRequestError, match=rf"{len(shortest)} tokens and 1 new ones .*shorten the last message"):
-        token_ids(SYSTEM, HI, HELLO, WHO, room=len(shortest), drop=True)
+def test_last_message_that_is_too_long_by_itself_is_rejected() -> None:
+    shortest = prompt_text(SYSTEM, WHO)
+    assert prompt_text(SYSTEM, HI, HELLO, WHO, context=len(shortest) + 1, drop=True) == shortest
+    with pytest.raises(InvalidRequestError, match=rf"{len(shortest)} \+ 1 tokens .*shorten the last message"):
+        prompt_text(SYSTEM, HI, HELLO, WHO, context=len(shortest), drop=True)
 
 
 words = st.text("ab ", max_size=12)
@@ -317,14 +316,14 @@ words = st.text("ab ", max_size=12)
 
 @st.composite
 def conversations(draw: st.DrawFn) -> tuple[Message, ...]:
-    """Turns by any of the two, with or without the system's; the last is the user's."""
+    """User and assistant messages in any order, with or without a system message; the last is the user's."""
     turns = draw(st.lists(st.builds(Message, st.sampled_from(["user", "assistant"]), words), max_size=20))
     system = draw(st.sampled_from([(), (SYSTEM,)]))
     return (*system, *turns, Message("user", draw(words)))
 
 
-@given(messages=conversations(), room=st.integers(20, 500), new=st.integers(0, 20))
-def test_no_more_turns_are_left_out_than_must_be(messages: tuple[Message, ...], room: int, new: int) -> None:
+@given(messages=conversations(), context=st.integers(20, 500), new=st.integers(0, 20))
+def test_no_more_turns_are_dropped_than_necessary(messages: tuple[Message, ...], context: int, new: int) -> None:
     template: ChatTemplate = find_chat_template("chatml", Path("none"), "demo")
     encoded = []
 
@@ -334,15 +333,15 @@ def test_no_more_turns_are_left_out_than_must_be(messages: tuple[Message, ...], 
 
     system = messages[:1] if messages[0] is SYSTEM else ()
     turns = messages[len(system) :]
-    # What may be kept begins with the first message or a message of the user.
+    # The messages that are kept begin with the first one or with a user message.
     kept = [system + turns[i:] for i, turn in enumerate(turns) if i == 0 or turn.role == "user"]
-    fitting = (prompt for prompt in map(template.render, kept) if len(prompt) + new <= room)
+    fitting = (prompt for prompt in map(template.render, kept) if len(prompt) + new <= context)
     expected = next(fitting, None)
     conversation = Conversation(messages, drop_oldest_turns=True)
     if expected is None:
         with pytest.raises(InvalidRequestError):
-            conversation_token_ids(conversation, template, counting, room, new)
+            conversation_token_ids(conversation, template, counting, context, new)
         assert len(encoded) <= 2
     else:
-        assert conversation_token_ids(conversation, template, counting, room, new) == encode(expected)
+        assert conversation_token_ids(conversation, template, counting, context, new) == encode(expected)
         assert len(encoded) <= 2 + log2(len(kept)) + 1

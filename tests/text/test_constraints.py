@@ -1,4 +1,4 @@
-"""Constrained output: matchers driven alone, by seeded random choices among the tokens that they allow."""
+"""Constraint matchers, tested without a model by choosing random allowed tokens."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ def allowed(matcher: Matcher) -> list[int]:
 
 
 def walk(matcher: Matcher, seed: int, tokenizer: Tokenizer = TOKENIZER, max_tokens: int = 1500) -> bytes:
-    """What comes of random choices; after some it ends whatever it can end. Always completes."""
-    choose = random.Random(seed)
+    """Generates an output from random allowed tokens. After 40 steps it prefers tokens that close something."""
+    rng = random.Random(seed)
     output = b""
     for step in range(max_tokens):
         ids = allowed(matcher)
         if step > 40:
             ending = [i for i in ids if i in tokenizer.eos_token_ids]
-            closing = [[i for i in ids if tokenizer.token_bytes(i) == mark] for mark in CLOSING]
-            ids = next((found for found in (ending, *closing) if found), ids)
-        token_id = choose.choice(ids)
+            closing = [[i for i in ids if tokenizer.token_bytes(i) == text] for text in CLOSING]
+            ids = next((preferred for preferred in (ending, *closing) if preferred), ids)
+        token_id = rng.choice(ids)
         is_complete = matcher.advance(token_id)
         if token_id not in tokenizer.eos_token_ids:
             output += tokenizer.token_bytes(token_id)
         if is_complete:
             return output
-    raise AssertionError(f"no end in sight: {output[-200:]!r}")
+    raise AssertionError(f"not complete after {max_tokens} tokens: {output[-200:]!r}")
 
 
 def refusal(call: Callable[[], object]) -> tuple[str, str]:
-    """The field and what is said of it."""
+    """Returns the field and the description of the only violation that a call raises."""
     with pytest.raises(InvalidRequestError) as caught:
         call()
     (violation,) = caught.value.violations
@@ -66,19 +66,19 @@ def refusal(call: Callable[[], object]) -> tuple[str, str]:
 
 
 def feed(matcher: Matcher, text: str) -> bool:
-    """Whether the output is complete after it."""
+    """Advances the matcher through a text; returns whether the output is complete."""
     return [matcher.advance(token_id) for token_id in TOKENIZER.encode(text)][-1]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(schema=schemas, seed=st.integers(0, 1 << 32))
-def test_every_completed_output_is_json_that_its_schema_allows(schema: dict[str, Any], seed: int) -> None:
+def test_completed_outputs_conform_to_their_json_schema(schema: dict[str, Any], seed: int) -> None:
     output = walk(COMPILER.compile(JsonSchema(json.dumps(schema))), seed)
     assert conforms(json.loads(output), schema), output
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_json_object_is_an_object_at_the_top(seed: int) -> None:
+def test_json_object_constraint_produces_an_object(seed: int) -> None:
     assert isinstance(json.loads(walk(COMPILER.compile(JsonObject()), seed)), dict)
 
 
@@ -94,7 +94,7 @@ def test_a_json_object_is_an_object_at_the_top(seed: int) -> None:
     ],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_the_whole_output_matches_the_regex(pattern: str, seed: int) -> None:
+def test_complete_output_matches_the_regex(pattern: str, seed: int) -> None:
     assert re.fullmatch(pattern, walk(COMPILER.compile(Regex(pattern)), seed).decode())
 
 
@@ -114,33 +114,33 @@ OPTIONS = (
 )
 
 
-def test_each_choice_can_be_made_and_nothing_else() -> None:
+def test_choice_produces_exactly_its_options() -> None:
     assert {walk(COMPILER.compile(Choice(OPTIONS)), seed).decode() for seed in range(300)} == set(OPTIONS)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_lark_grammar_gives_its_sentences(seed: int) -> None:
+def test_lark_grammar_produces_its_sentences(seed: int) -> None:
     grammar = 'start: "let " NAME "=" sum ";"\nsum: N ("+" N)*\nNAME: /[a-z]{1,5}/\nN: /[1-9][0-9]{0,2}/'
     output = walk(COMPILER.compile(LarkGrammar(grammar)), seed).decode()
     assert re.fullmatch(r"let [a-z]{1,5}=[1-9]\d{0,2}(\+[1-9]\d{0,2})*;", output)
 
 
-def test_json_may_be_indented_but_never_goes_on_in_white_space() -> None:
+def test_json_may_be_indented_but_white_space_is_bounded() -> None:
     matcher = COMPILER.compile(JsonObject())
     assert not feed(matcher, "{")
     assert not feed(matcher, "\n  ")
     assert refusal(lambda: [feed(matcher, "\n") for _ in range(40)])[0] == "resume_token_ids"
 
 
-# How an output ends.
+# The end of an output.
 
 
-def test_an_output_is_complete_at_once_where_only_the_end_may_follow() -> None:
+def test_output_is_complete_as_soon_as_only_the_end_may_follow() -> None:
     assert feed(COMPILER.compile(Choice(("yes", "no"))), "yes")
     assert feed(COMPILER.compile(JsonObject()), '{"a": 1}')
 
 
-def test_where_it_may_end_or_go_on_every_end_mark_is_allowed_and_ends_it() -> None:
+def test_any_eos_token_may_end_an_output_that_could_also_continue() -> None:
     a, b, other_end = (*TOKENIZER.encode("a"), *TOKENIZER.encode("b"), *TOKENIZER.encode("Q"))
     compiler = ConstraintCompiler(with_ends(END, other_end))
     for end in (END, other_end, b):
@@ -151,7 +151,7 @@ def test_where_it_may_end_or_go_on_every_end_mark_is_allowed_and_ends_it() -> No
         assert matcher.advance(end)
 
 
-def test_a_model_without_an_end_mark_completes_where_nothing_may_follow() -> None:
+def test_without_eos_tokens_an_output_is_complete_where_no_token_may_follow() -> None:
     tokenizer = with_ends()
     compiler = ConstraintCompiler(tokenizer)
     assert json.loads(walk(compiler.compile(JsonObject()), 1, tokenizer)) is not None
@@ -160,57 +160,57 @@ def test_a_model_without_an_end_mark_completes_where_nothing_may_follow() -> Non
     assert field == "decoding.regex"
 
 
-def test_special_tokens_never_come_before_the_end() -> None:
+def test_special_tokens_are_not_allowed_before_the_end() -> None:
     matcher = COMPILER.compile(Regex(r"(?s:.)*x"))
     assert END not in allowed(matcher)
     assert not matcher.advance(*TOKENIZER.encode("x"))
     assert END in allowed(matcher)
 
-    # A grammar that puts an end mark in its middle can never be followed to its end.
+    # A grammar with an EOS token in the middle can never be completed.
     field, _ = refusal(lambda: COMPILER.compile(LarkGrammar(f'start: "a" <[{END}]> "b"')))
     assert field == "decoding.lark_grammar"
 
 
-def test_the_mask_has_a_bit_for_each_token_and_none_beyond() -> None:
+def test_mask_has_exactly_one_bit_per_token() -> None:
     assert len(COMPILER.compile(JsonObject()).mask()) == (TOKENIZER.vocab_size + 7) // 8
 
 
-# What does not fit.
+# Tokens that are not allowed.
 
 
 @pytest.mark.parametrize("token_id", [*TOKENIZER.encode("Q"), END, -1, TOKENIZER.vocab_size, 1 << 40])
-def test_a_token_that_cannot_follow_is_the_fault_of_who_resumes(token_id: int) -> None:
+def test_disallowed_token_is_reported_as_an_error_in_resume_token_ids(token_id: int) -> None:
     field, why = refusal(lambda: COMPILER.compile(Regex("ab")).advance(token_id))
     assert field == "resume_token_ids"
-    assert why.startswith(f"{token_id} cannot follow under decoding.regex")
+    assert why.startswith(f"{token_id} is not allowed by decoding.regex here")
 
 
-def test_only_the_end_can_follow_a_complete_output() -> None:
+def test_only_eos_may_follow_a_complete_output() -> None:
     matcher = COMPILER.compile(Choice(("yes",)))
     assert feed(matcher, "yes")
     assert matcher.advance(END)
     assert refusal(lambda: feed(matcher, "s"))[0] == "resume_token_ids"
 
 
-def test_what_grows_too_costly_on_the_way_ends_alone() -> None:
+def test_matcher_that_becomes_too_costly_does_not_affect_the_next_one() -> None:
     constraint = Regex("(a{1,1000}){1,1000}")
 
-    def go_on() -> None:
+    def advance_until_refused() -> None:
         matcher = COMPILER.compile(constraint)
         for _ in range(1000):
             matcher.mask()
             feed(matcher, "a")
 
-    for _ in range(2):  # it leaves nothing behind for the next one
-        field, why = refusal(go_on)
+    for _ in range(2):
+        field, why = refusal(advance_until_refused)
         assert field == "decoding.regex"
-        assert why == "it costs more to follow than the server allows: make it simpler"
+        assert why == "it exceeds the server's limits for the cost of a constraint: simplify it"
 
 
 # The cache.
 
 
-def test_two_matchers_of_one_constraint_go_their_own_ways() -> None:
+def test_matchers_of_one_constraint_are_independent() -> None:
     one, other = (COMPILER.compile(Choice(("cat", "cow"))) for _ in range(2))
     feed(one, "c")
     feed(other, "c")
@@ -218,14 +218,14 @@ def test_two_matchers_of_one_constraint_go_their_own_ways() -> None:
     assert feed(other, "ow")
 
 
-def test_a_constraint_compiled_again_starts_anew_and_behaves_alike() -> None:
+def test_recompiled_constraint_starts_over_and_behaves_identically() -> None:
     compiler = ConstraintCompiler(TOKENIZER)
     constraint = JsonSchema('{"type": "array", "items": {"type": "integer"}, "maxItems": 5}')
     first, second = (walk(compiler.compile(constraint), seed=3) for _ in range(2))
     assert first == second
 
 
-def test_a_refusal_stays_one_also_after_many_other_constraints() -> None:
+def test_constraint_is_still_rejected_after_its_verdict_was_evicted() -> None:
     compiler = ConstraintCompiler(TOKENIZER)
     refusals = {refusal(lambda: compiler.compile(JsonSchema("{"))) for _ in range(2)}
     for index in range(NUM_CACHED + 1):
@@ -233,11 +233,11 @@ def test_a_refusal_stays_one_also_after_many_other_constraints() -> None:
     assert refusals == {refusal(lambda: compiler.compile(JsonSchema("{")))}
 
 
-# Refused, each by its field and with a reason.
+# Rejected constraints: the field and the reason are reported.
 
 DEEP = 30_000
 REFUSED: list[tuple[Constraint, str, str]] = [
-    (JsonSchema('{"type": '), "json_schema", "not JSON"),
+    (JsonSchema('{"type": '), "json_schema", "invalid JSON"),
     (JsonSchema("[]"), "json_schema", "must be a JSON object"),
     (JsonSchema("true"), "json_schema", "must be a JSON object"),
     (JsonSchema('{"type": "strin"}'), "json_schema", "Invalid type: strin"),
@@ -247,7 +247,7 @@ REFUSED: list[tuple[Constraint, str, str]] = [
     (JsonSchema('{"x-guidance": {"lenient": true}, "not": {}}'), "json_schema", '"x-guidance" not supported'),
     (JsonSchema('{"$ref": "http://127.0.0.1:9/s.json"}'), "json_schema", "http://127.0.0.1:9/s.json is not fetched"),
     (JsonSchema('{"$ref": "file:///etc/passwd"}'), "json_schema", "file:///etc/passwd is not fetched"),
-    (JsonSchema('{"$ref": "#"}'), "json_schema", "nothing can meet it"),
+    (JsonSchema('{"$ref": "#"}'), "json_schema", "no output can satisfy it"),
     (JsonSchema('{"type": "integer", "minimum": 5, "maximum": 4}'), "json_schema", "minimum (5) is greater"),
     (JsonSchema("[" * DEEP), "json_schema", "nested too deeply"),
     (JsonSchema('{"items":' * 5000 + "{}" + "}" * 5000), "json_schema", "nested too deeply"),
@@ -255,10 +255,10 @@ REFUSED: list[tuple[Constraint, str, str]] = [
     (Regex("("), "regex", "unclosed group"),
     (Regex(r"(a)\1"), "regex", "backreferences are not supported"),
     (Regex(r"(?=a)b"), "regex", "look-around"),
-    (Regex(r"[^\s\S]"), "regex", "nothing can meet it"),
+    (Regex(r"[^\s\S]"), "regex", "no output can satisfy it"),
     (Regex("(" * DEEP + ")" * DEEP), "regex", "nested"),
     (Regex("é" * (MAX_SOURCE_BYTES // 2 + 1)), "regex", "65538 bytes"),
-    (Regex("\ud800"), "regex", "not Unicode"),
+    (Regex("\ud800"), "regex", "not valid Unicode"),
     (Choice(()), "choice.options", "empty"),
     (Choice(("a", "")), "choice.options[1]", "empty"),
     (Choice(("a", "x" * (MAX_SOURCE_BYTES + 1))), "choice.options[1]", "65537 bytes"),
@@ -268,7 +268,7 @@ REFUSED: list[tuple[Constraint, str, str]] = [
     (LarkGrammar("start: (("), "lark_grammar", "Expected token ')'"),
     (LarkGrammar('{"grammars": [{"json_schema": {}}]}'), "lark_grammar", "1(1)"),
     (LarkGrammar("start: " + "(" * DEEP), "lark_grammar", "too deeply nested"),
-    (LarkGrammar('start: "a" <|endoftext|>'), "lark_grammar", "special tokens cannot be named"),
+    (LarkGrammar('start: "a" <|endoftext|>'), "lark_grammar", "special tokens are not supported"),
 ]
 TOO_COSTLY: dict[str, Constraint] = {
     "a chain of references that overflows a stack": JsonSchema(
@@ -284,22 +284,22 @@ TOO_COSTLY: dict[str, Constraint] = {
         json.dumps({"allOf": [{"type": "string", "pattern": f".*a{i}.*"} for i in range(100)]})
     ),
     "multiples of a large number": JsonSchema('{"type": "integer", "multipleOf": 1000003}'),
-    "a length beyond numbers": JsonSchema('{"type": "string", "minLength": 1099511627776}'),
-    "a row of options": Regex("a?" * 30_000),
-    "stars in stars": Regex("(a*b?)*" * 9000),
-    "thousands of alternatives without order": LarkGrammar("start: " + "a? " * 15_000 + '\na: "a"'),
-    "terminals that double": LarkGrammar(
+    "an enormous length": JsonSchema('{"type": "string", "minLength": 1099511627776}'),
+    "a long sequence of optional characters": Regex("a?" * 30_000),
+    "nested repetition": Regex("(a*b?)*" * 9000),
+    "thousands of ambiguous optional rules": LarkGrammar("start: " + "a? " * 15_000 + '\na: "a"'),
+    "terminals that double in length": LarkGrammar(
         "start: A0\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(60)) + '\nA60: "a"'
     ),
     "a chain of terminals that overflows a stack": LarkGrammar(
         "start: A0\n" + "\n".join(f"A{i}: A{i + 1}" for i in range(4000)) + '\nA4000: "a"'
     ),
-    "a deep schema in a grammar": LarkGrammar("start: %json " + '{"items":' * 3000 + "{}" + "}" * 3000),
+    "a deeply nested schema in a grammar": LarkGrammar("start: %json " + '{"items":' * 3000 + "{}" + "}" * 3000),
 }
 
 
 @pytest.mark.parametrize(("constraint", "field", "reason"), REFUSED)
-def test_what_cannot_be_followed_is_refused_by_name(constraint: Constraint, field: str, reason: str) -> None:
+def test_unusable_constraint_is_rejected_with_field_and_reason(constraint: Constraint, field: str, reason: str) -> None:
     found, why = refusal(lambda: COMPILER.compile(constraint))
     assert found == f"decoding.{field}"
     assert reason in why
@@ -308,9 +308,9 @@ def test_what_cannot_be_followed_is_refused_by_name(constraint: Constraint, fiel
 
 
 @pytest.mark.parametrize("constraint", TOO_COSTLY.values(), ids=TOO_COSTLY.keys())
-def test_what_costs_too_much_is_refused_and_the_process_lives(constraint: Constraint) -> None:
+def test_too_costly_constraint_is_rejected_without_crashing_the_process(constraint: Constraint) -> None:
     field, why = refusal(lambda: COMPILER.compile(constraint))
     assert field == {JsonSchema: "decoding.json_schema", Regex: "decoding.regex"}.get(
         type(constraint), "decoding.lark_grammar"
     )
-    assert why == "it costs more to follow than the server allows: make it simpler"
+    assert why == "it exceeds the server's limits for the cost of a constraint: simplify it"

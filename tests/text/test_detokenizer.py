@@ -1,4 +1,4 @@
-"""Tokens to text as they come: the pieces add up to the whole, and no more is held back than must be."""
+"""Incremental detokenization: the deltas add up to the complete text, and no more is held back than necessary."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mpt_grpc.text.detokenizer import StopStrings, TextAssembler
 from mpt_grpc.text.tokenizer import Tokenizer
 
 NEOX = Path(__file__).parents[2].parent / "shared" / "data" / "neox"
-WITHOUT_NEOX = f"MPT-7B's tokenizer is not at hand: no {NEOX}"
+WITHOUT_NEOX = f"MPT-7B's tokenizer is not available: {NEOX} does not exist"
 FAMILY = "👩‍👩‍👧‍👦"
 TEXTS = ["Hello world", "日本語のテキスト、한국어", f"{FAMILY}🏳️‍🌈👍🏽 and 🦊", "naïve café\n\tx", "a\u0301\ufffd b", ""]
 
 
 def tiny() -> Tokenizer:
-    """A byte-level BPE with few merges, so that most characters beyond ASCII are split."""
+    """A byte-level BPE with few merges, in which most non-ASCII characters take several tokens."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -50,18 +50,18 @@ BOTH = [
 
 @pytest.fixture(scope="module", params=BOTH)
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    made: Tokenizer = request.param()
-    return made
+    tokenizer: Tokenizer = request.param()
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
 def broken_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that are no whole characters."""
+    """The tokens that do not consist of complete characters."""
     return [i for i in range(tokenizer.vocab_size) if "\ufffd" in tokenizer.decode((i,), skip_special_tokens=False)]
 
 
 def output_ids(tokenizer: Tokenizer, broken_ids: list[int], max_size: int = 24) -> st.SearchStrategy[list[int]]:
-    """Any ids, rich in broken characters, special tokens and real text."""
+    """Random ids with many incomplete characters, special tokens and pieces of real text."""
     piece = st.one_of(
         st.integers(0, tokenizer.vocab_size - 1).map(lambda token_id: [token_id]),
         st.sampled_from(broken_ids).map(lambda token_id: [token_id]),
@@ -79,7 +79,7 @@ def deltas(
 
 
 def whole_characters(data: bytes) -> str:
-    """The text without a character that is unfinished at its end."""
+    """Decodes bytes, leaving out an incomplete character at the end."""
     return codecs.getincrementaldecoder("utf-8")(errors="replace").decode(data)
 
 
@@ -88,7 +88,7 @@ def bytes_of(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
 
 
 class TestDetokenizer:
-    def test_the_deltas_of_any_tokens_are_the_whole_text(self, tokenizer: Tokenizer, broken_ids: list[int]) -> None:
+    def test_deltas_of_any_tokens_add_up_to_the_decoded_text(self, tokenizer: Tokenizer, broken_ids: list[int]) -> None:
         @settings(deadline=None, max_examples=300, derandomize=True)
         @given(output_ids(tokenizer, broken_ids), st.sampled_from(TEXTS), st.booleans())
         def check(ids: list[int], prompt: str, skip: bool) -> None:
@@ -97,7 +97,7 @@ class TestDetokenizer:
 
         check()
 
-    def test_after_a_prompt_of_any_tokens_its_text_and_the_deltas_are_the_whole_text(
+    def test_text_of_any_prompt_and_the_deltas_add_up_to_the_decoded_text(
         self, tokenizer: Tokenizer, broken_ids: list[int]
     ) -> None:
         any_ids = output_ids(tokenizer, broken_ids, max_size=6)
@@ -105,14 +105,14 @@ class TestDetokenizer:
         @settings(deadline=None, max_examples=300, derandomize=True)
         @given(any_ids, any_ids, st.booleans())
         def check(prompt_ids: list[int], ids: list[int], skip: bool) -> None:
-            told = [i for i in prompt_ids if not skip or tokenizer.decode((i,)) != ""]
-            prompt_text = whole_characters(bytes_of(tokenizer, told))
+            not_skipped = [i for i in prompt_ids if not skip or tokenizer.decode((i,)) != ""]
+            prompt_text = whole_characters(bytes_of(tokenizer, not_skipped))
             pieces = deltas(tokenizer, ids, prompt_ids, skip)
             assert prompt_text + "".join(pieces) == tokenizer.decode(prompt_ids + ids, skip_special_tokens=skip)
 
         check()
 
-    def test_a_character_comes_with_the_token_that_completes_it(
+    def test_character_is_returned_with_the_token_that_completes_it(
         self, tokenizer: Tokenizer, broken_ids: list[int]
     ) -> None:
         @settings(deadline=None, max_examples=100, derandomize=True)
@@ -126,7 +126,7 @@ class TestDetokenizer:
 
         check()
 
-    def test_a_prompt_that_ends_inside_an_emoji_does_not_leak_into_the_first_delta(self, tokenizer: Tokenizer) -> None:
+    def test_prompt_that_ends_inside_an_emoji_does_not_leak_into_the_first_delta(self, tokenizer: Tokenizer) -> None:
         ids = tokenizer.encode("Once upon a time 🧜 swam")
         for cut in range(1, len(ids)):
             prompt_text = whole_characters(bytes_of(tokenizer, ids[:cut]))
@@ -134,32 +134,32 @@ class TestDetokenizer:
             assert prompt_text + text == "Once upon a time 🧜 swam"
             assert "Once" not in text
 
-    def test_an_emoji_that_the_prompt_began_and_the_output_breaks_is_one_replacement(
+    def test_emoji_begun_by_the_prompt_and_broken_by_the_output_becomes_one_replacement_character(
         self, tokenizer: Tokenizer
     ) -> None:
         prompt_ids = tokenizer.encode("Hi 🧜")[:-1]
         assert "".join(deltas(tokenizer, tokenizer.encode("no"), prompt_ids)) == "\ufffdno"
 
-    def test_an_unfinished_character_at_the_end_is_not_lost(self, tokenizer: Tokenizer) -> None:
+    def test_incomplete_character_at_the_end_is_not_lost(self, tokenizer: Tokenizer) -> None:
         ids = tokenizer.encode("Hi 🧜")[:-1]
         *pieces, tail = deltas(tokenizer, ids)
         assert "".join(pieces) == "Hi "
         assert tail == "\ufffd"
 
-    def test_special_tokens_have_no_text_unless_it_is_wanted(self, tokenizer: Tokenizer) -> None:
+    def test_special_tokens_have_text_only_if_not_skipped(self, tokenizer: Tokenizer) -> None:
         ids = tokenizer.encode("one<|endoftext|>two")
         assert "".join(deltas(tokenizer, ids)) == "onetwo"
         assert "".join(deltas(tokenizer, ids, skip_special_tokens=False)) == "one<|endoftext|>two"
 
     @pytest.mark.timeout(20)
-    def test_endless_broken_bytes_take_time_in_proportion(self, tokenizer: Tokenizer, broken_ids: list[int]) -> None:
+    def test_many_broken_bytes_take_linear_time(self, tokenizer: Tokenizer, broken_ids: list[int]) -> None:
         ids = broken_ids[:1] * 50_000
         assert "".join(deltas(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 @pytest.fixture(scope="module")
 def fallback() -> Tokenizer:
-    """A BPE with byte fallback, as SentencePiece has it: a run of bytes is decoded as one, or not at all."""
+    """A BPE with byte fallback like SentencePiece's, where a run of byte tokens is decoded together or not at all."""
     tokens = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁Hello", "▁world", "!", "▁"]
     backend = tokenizers.Tokenizer(
         models.BPE({token: token_id for token_id, token in enumerate(tokens)}, [], byte_fallback=True)
@@ -170,8 +170,8 @@ def fallback() -> Tokenizer:
     return Tokenizer(backend)
 
 
-class TestDetokenizerOfOtherKinds:
-    def test_whole_characters_come_as_the_tokenizer_decodes_them(self, fallback: Tokenizer) -> None:
+class TestStreamDetokenizer:
+    def test_complete_characters_are_decoded_as_by_the_tokenizer(self, fallback: Tokenizer) -> None:
         ids = [256, 257, *"🧜".encode(), 259, *"日本".encode(), 258]
         words = {256: b"Hello", 257: b" world", 258: b"!", 259: b" "}
         assert fallback.decode(ids) == "Hello world🧜 日本!"
@@ -180,7 +180,7 @@ class TestDetokenizerOfOtherKinds:
             prompt_text = whole_characters(b"".join(words.get(i, bytes([i % 256])) for i in ids[:cut]))
             assert prompt_text + "".join(deltas(fallback, ids[cut:], ids[:cut])) == "Hello world🧜 日本!"
 
-    def test_broken_bytes_fail_nothing_and_are_neither_held_for_ever_nor_lost(self, fallback: Tokenizer) -> None:
+    def test_broken_bytes_neither_fail_nor_stall_nor_get_lost(self, fallback: Tokenizer) -> None:
         detokenizer = fallback.detokenizer()
         assert "".join(detokenizer.feed(0xFF) for _ in range(1000)) == "\ufffd" * 1000
         assert detokenizer.feed(0xE6) + detokenizer.flush() == "\ufffd"
@@ -193,13 +193,13 @@ class TestDetokenizerOfOtherKinds:
         check()
 
 
-def cut_up(text: str, cuts: list[int]) -> list[str]:
-    borders = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    return [text[start:end] for start, end in itertools.pairwise(borders)]
+def split(text: str, cuts: list[int]) -> list[str]:
+    bounds = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(bounds)]
 
 
-def by_the_rule(text: str, stops: Sequence[str], include: bool) -> tuple[str, str | None]:
-    """The oracle: read on letter by letter until the text ends with a stop string; the longest one counts."""
+def reference(text: str, stops: Sequence[str], include: bool) -> tuple[str, str | None]:
+    """The oracle: reads character by character until the text ends with a stop string, and takes the longest."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -215,65 +215,65 @@ ab_stops = st.lists(st.text(alphabet="ab日", min_size=1, max_size=5), max_size=
 class TestStopStrings:
     @settings(deadline=None, max_examples=1000, derandomize=True)
     @given(ab_text, ab_stops, st.lists(st.integers(0, 99), max_size=8), st.booleans())
-    def test_the_first_completed_ends_the_text_however_it_is_cut(
+    def test_first_completed_stop_string_ends_the_text_however_it_is_split(
         self, text: str, stops: list[str], cuts: list[int], include: bool
     ) -> None:
         finder = StopStrings(stops, include)
-        told = "".join([finder.feed(piece) for piece in cut_up(text, cuts)]) + finder.flush()
-        assert (told, finder.met) == by_the_rule(text, stops, include)
+        sent = "".join([finder.feed(piece) for piece in split(text, cuts)]) + finder.flush()
+        assert (sent, finder.found) == reference(text, stops, include)
 
     @settings(deadline=None, max_examples=1000, derandomize=True)
     @given(ab_text, ab_stops)
-    def test_only_what_may_become_a_stop_string_is_held_back(self, text: str, stops: list[str]) -> None:
+    def test_only_a_possible_start_of_a_stop_string_is_held_back(self, text: str, stops: list[str]) -> None:
         finder = StopStrings(stops)
-        told = ""
+        sent = ""
         for count, letter in enumerate(text, start=1):
-            told += finder.feed(letter)
-            if finder.met is not None:
+            sent += finder.feed(letter)
+            if finder.found is not None:
                 return
-            ends = [text[start:count] for start in range(count + 1)]
-            held = next(end for end in ends if end == "" or any(stop.startswith(end) for stop in stops))
-            assert told + held == text[:count]
+            suffixes = [text[start:count] for start in range(count + 1)]
+            held = next(end for end in suffixes if end == "" or any(stop.startswith(end) for stop in stops))
+            assert sent + held == text[:count]
 
-    def test_text_goes_on_as_soon_as_it_is_no_stop_string(self) -> None:
+    def test_held_text_is_returned_once_it_cannot_become_a_stop_string(self) -> None:
         finder = StopStrings(["\n\nUser:"])
         pieces = ["a long line ", "of text\n", "\nUse", "less\n", "\nUser", ": hi"]
         assert [finder.feed(piece) for piece in pieces] == ["a long line ", "of text", "", "\n\nUseless", "", ""]
-        assert finder.met == "\n\nUser:"
+        assert finder.found == "\n\nUser:"
 
-    def test_of_those_that_end_together_the_longest_is_met(self) -> None:
+    def test_longest_of_several_stop_strings_with_the_same_end_is_found(self) -> None:
         finder = StopStrings(["b", "ab"])
         assert finder.feed("xaby") == "x"
-        assert finder.met == "ab"
+        assert finder.found == "ab"
 
-    def test_a_shorter_one_that_is_complete_earlier_is_met(self) -> None:
+    def test_stop_string_completed_first_is_found_even_if_shorter(self) -> None:
         finder = StopStrings(["abcd", "bc"])
         assert finder.feed("xabcd") == "xa"
-        assert finder.met == "bc"
+        assert finder.found == "bc"
 
-    def test_nothing_comes_after_a_stop_string(self) -> None:
+    def test_no_text_is_returned_after_a_stop_string(self) -> None:
         finder = StopStrings(["."], include_stop_string=True)
         assert finder.feed("One. Two") == "One."
         assert (finder.feed(" Three"), finder.flush()) == ("", "")
 
 
 @given(st.lists(ab_text, max_size=8), ab_stops, st.integers(0, 8), st.booleans())
-def test_a_stop_string_that_deaf_text_completes_is_passed_over(
-    pieces: list[str], stops: list[str], num_deaf: int, include: bool
+def test_stop_strings_are_ignored_in_the_first_pieces_on_request(
+    pieces: list[str], stops: list[str], num_ignoring: int, include: bool
 ) -> None:
     finder = StopStrings(stops, include)
-    told = "".join(finder.feed(piece, number < num_deaf) for number, piece in enumerate(pieces)) + finder.flush()
-    text, deaf_end = "".join(pieces), len("".join(pieces[:num_deaf]))
-    for end in range(deaf_end + 1, len(text) + 1):
+    sent = "".join(finder.feed(piece, number < num_ignoring) for number, piece in enumerate(pieces)) + finder.flush()
+    text, ignoring_end = "".join(pieces), len("".join(pieces[:num_ignoring]))
+    for end in range(ignoring_end + 1, len(text) + 1):
         if found := [stop for stop in stops if text[:end].endswith(stop)]:
             stop = max(found, key=len)
-            assert (told, finder.met) == (text[:end] if include else text[: end - len(stop)], stop)
+            assert (sent, finder.found) == (text[:end] if include else text[: end - len(stop)], stop)
             return
-    assert (told, finder.met) == (text, None)
+    assert (sent, finder.found) == (text, None)
 
 
 def assembled(assembler: TextAssembler, ids: Sequence[int]) -> tuple[str, int]:
-    """All the text that comes of the tokens, and how many of them were fed until a stop string was met."""
+    """Returns the text of the tokens, and how many of them were fed before a stop string was found."""
     text, num_fed = "", 0
     for token_id in ids:
         text += assembler.feed(token_id)
@@ -284,9 +284,7 @@ def assembled(assembler: TextAssembler, ids: Sequence[int]) -> tuple[str, int]:
 
 
 class TestTextAssembler:
-    def test_the_text_is_the_whole_text_cut_at_the_first_stop_string(
-        self, tokenizer: Tokenizer, broken_ids: list[int]
-    ) -> None:
+    def test_text_ends_at_the_first_stop_string(self, tokenizer: Tokenizer, broken_ids: list[int]) -> None:
         stops = st.lists(st.sampled_from(["llo w", "日本", "👩‍👧", "\ufffd\ufffd", "fox", "o"]), max_size=3)
 
         @settings(deadline=None, max_examples=300, derandomize=True)
@@ -294,12 +292,12 @@ class TestTextAssembler:
         def check(ids: list[int], stops: list[str], include: bool) -> None:
             assembler = TextAssembler(tokenizer.detokenizer(), stops, include)
             text, _ = assembled(assembler, ids)
-            assert (text, assembler.stop_string) == by_the_rule(tokenizer.decode(ids), stops, include)
+            assert (text, assembler.stop_string) == reference(tokenizer.decode(ids), stops, include)
 
         check()
 
     @pytest.mark.parametrize("stop", ["lo wor", FAMILY, "語の", "🦊"])
-    def test_a_stop_string_over_token_borders_ends_the_text_before_it(self, tokenizer: Tokenizer, stop: str) -> None:
+    def test_stop_string_across_token_boundaries_ends_the_text_before_it(self, tokenizer: Tokenizer, stop: str) -> None:
         text = f"Hello world {FAMILY} 日本語の 🦊 end"
         ids = tokenizer.encode(text)
         for include in (False, True):
@@ -308,30 +306,30 @@ class TestTextAssembler:
             assert assembled(assembler, ids)[0] == before + (stop if include else "")
             assert assembler.stop_string == stop
 
-    def test_a_stop_string_is_met_at_the_token_that_completes_it(self, tokenizer: Tokenizer) -> None:
+    def test_stop_string_is_found_at_the_token_that_completes_it(self, tokenizer: Tokenizer) -> None:
         ids = tokenizer.encode("one, two, three, four")
         text, num_fed = assembled(TextAssembler(tokenizer.detokenizer(), ["two"]), ids)
         assert text == "one, "
         assert "two" in tokenizer.decode(ids[:num_fed])
         assert "two" not in tokenizer.decode(ids[: num_fed - 1])
 
-    def test_an_emoji_that_might_begin_a_stop_string_comes_in_the_end(self, tokenizer: Tokenizer) -> None:
+    def test_emoji_held_back_for_a_stop_string_is_returned_at_the_end(self, tokenizer: Tokenizer) -> None:
         assembler = TextAssembler(tokenizer.detokenizer(), [FAMILY])
         assert "".join(assembler.feed(i) for i in tokenizer.encode("Look: 👩‍👩")) == "Look: "
         assert assembler.num_held == len("👩‍👩")
         assert assembler.finish() == "👩‍👩"
 
-    def test_without_stop_strings_every_token_is_used(self, tokenizer: Tokenizer) -> None:
+    def test_without_stop_strings_all_text_is_returned(self, tokenizer: Tokenizer) -> None:
         ids = tokenizer.encode(TEXTS[2])
         assert assembled(TextAssembler(tokenizer.detokenizer()), ids) == (TEXTS[2], len(ids))
 
-    def test_a_stop_string_within_the_first_tokens_does_not_count_and_one_over_their_border_does(
+    def test_stop_string_within_min_new_tokens_is_ignored_but_one_that_extends_beyond_is_not(
         self, tokenizer: Tokenizer
     ) -> None:
         ids = tokenizer.encode("one, two, three, two, one")
-        border = next(n for n in range(len(ids)) if "two" in tokenizer.decode(ids[:n]))
-        for min_new_tokens, expected in ((border - 1, "one, "), (border, "one, two, three, ")):
+        num_first = next(n for n in range(len(ids)) if "two" in tokenizer.decode(ids[:n]))
+        for min_new_tokens, expected in ((num_first - 1, "one, "), (num_first, "one, two, three, ")):
             assembler = TextAssembler(tokenizer.detokenizer(), ["two"], min_new_tokens=min_new_tokens)
             assert assembled(assembler, ids)[0] == expected
-        assembler = TextAssembler(tokenizer.detokenizer(), ["two, three"], min_new_tokens=border)
+        assembler = TextAssembler(tokenizer.detokenizer(), ["two, three"], min_new_tokens=num_first)
         assert assembled(assembler, ids)[0] == "one, "

@@ -1,4 +1,4 @@
-"""Guards hold back what they may object to and nothing else, wherever the text is cut."""
+"""Guards hold back only text that they may block, however the text is split into pieces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MakeGuard = Callable[..., Guard]
 
 @pytest.fixture
 def words(tmp_path: Path) -> MakeGuard:
-    """A guard of a file with these lines."""
+    """Returns a function that makes a word list guard from lines."""
 
     def make(*lines: str) -> Guard:
         file = tmp_path / "words.txt"
@@ -29,7 +29,7 @@ def words(tmp_path: Path) -> MakeGuard:
 
 
 def passed(watch: OutputWatch, pieces: Iterable[str]) -> tuple[str, bool]:
-    """What of an output is sent, and whether it was blocked."""
+    """Returns the part of an output that is sent, and whether the output was blocked."""
     sent = "".join([watch.feed(piece) for piece in pieces] + [watch.finish()])
     return sent, watch.blocked
 
@@ -39,17 +39,17 @@ def result(guard: Guard, text: str) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("text", ["a fox", "Fox!", "the FOX is", "(fox)", "a\nfox\n", "fox-like"])
-def test_a_word_is_met_whole_in_any_case_and_ends_the_text_before_it(words: MakeGuard, text: str) -> None:
+def test_word_matches_in_any_case_and_ends_the_text_before_it(words: MakeGuard, text: str) -> None:
     assert result(words("fox"), text) == (text[: text.lower().index("fox")], True)
 
 
 @pytest.mark.parametrize("text", ["foxes", "outfox", "fox_1", "fox1", "f ox", "", "foxé"])
-def test_a_part_of_a_word_is_not_met(words: MakeGuard, text: str) -> None:
+def test_part_of_a_word_does_not_match(words: MakeGuard, text: str) -> None:
     assert result(words("fox"), text) == (text, False)
 
 
 @pytest.mark.parametrize("text", ["The red fox", "the  red\n\tfox.", "THE RED FOX"])
-def test_a_phrase_is_met_over_any_white_space(words: MakeGuard, text: str) -> None:
+def test_phrase_matches_across_any_white_space(words: MakeGuard, text: str) -> None:
     assert result(words("the red fox"), text) == ("", True)
     assert result(words("the red fox"), "the red, fox") == ("the red, fox", False)
 
@@ -69,25 +69,27 @@ def test_a_phrase_is_met_over_any_white_space(words: MakeGuard, text: str) -> No
         ("/", "and / or", ("and ", True)),
     ],
 )
-def test_a_words_signs_stand_for_themselves(words: MakeGuard, word: str, text: str, expected: tuple[str, bool]) -> None:
+def test_special_characters_in_words_match_literally(
+    words: MakeGuard, word: str, text: str, expected: tuple[str, bool]
+) -> None:
     assert result(words(word), text) == expected
 
 
-def test_of_words_that_begin_alike_each_is_met(words: MakeGuard) -> None:
+def test_words_with_a_common_prefix_all_match(words: MakeGuard) -> None:
     guard = words("fox", "f", "Fox trot", "fox.", "*f", "foxes")
     for text in ("a fox", "a F ", "a fox trot", "a fox.", "a *f", "a foxes!"):
         assert result(guard, text) == ("a ", True)
     assert result(guard, "a fo fog *g foxtrot") == ("a fo fog *g foxtrot", False)
 
 
-def test_between_slashes_stands_a_regular_expression_that_minds_the_case(words: MakeGuard) -> None:
+def test_entry_between_slashes_is_a_case_sensitive_regular_expression(words: MakeGuard) -> None:
     guard = words(r"/[0-9]{3}-[0-9]{4}|Fox(?=es)/")
     assert result(guard, "call 555-1234 now") == ("call ", True)
     assert result(guard, "two Foxes") == ("two ", True)
     assert result(guard, "two foxes, a Fox, 55-1234") == ("two foxes, a Fox, 55-1234", False)
 
 
-def test_comments_and_blank_lines_are_passed_over_and_lines_are_trimmed(words: MakeGuard) -> None:
+def test_comments_and_blank_lines_are_ignored_and_lines_are_trimmed(words: MakeGuard) -> None:
     guard = words("# animals", "", "   ", "  fox  ", "\tcrow", "#owl")
     assert result(guard, "an # animals owl") == ("an # animals owl", False)
     assert result(guard, "a crow") == result(guard, "a fox") == ("a ", True)
@@ -96,19 +98,19 @@ def test_comments_and_blank_lines_are_passed_over_and_lines_are_trimmed(words: M
 @pytest.mark.parametrize(
     ("lines", "why"),
     [
-        (("fox", "", "/a(b/"), r"words\.txt, line 3: not a regular expression: "),
-        (("/a*/",), r"words\.txt, line 1: it matches where nothing stands"),
-        (("//",), r"words\.txt, line 1: it matches where nothing stands"),
-        (("# none", ""), r"words\.txt: it has no words"),
-        ((), r"words\.txt: it has no words"),
+        (("fox", "", "/a(b/"), r"words\.txt, line 3: invalid regular expression: "),
+        (("/a*/",), r"words\.txt, line 1: the pattern must not match empty text"),
+        (("//",), r"words\.txt, line 1: the pattern must not match empty text"),
+        (("# none", ""), r"words\.txt: no words in this file"),
+        ((), r"words\.txt: no words in this file"),
     ],
 )
-def test_a_file_with_a_mistake_is_an_error_with_its_place(words: MakeGuard, lines: tuple[str, ...], why: str) -> None:
+def test_error_in_a_word_file_is_reported_with_its_line(words: MakeGuard, lines: tuple[str, ...], why: str) -> None:
     with pytest.raises(SettingsError, match=why):
         words(*lines)
 
 
-def test_guards_are_found_by_their_names_with_arguments(words: MakeGuard, tmp_path: Path) -> None:
+def test_guards_are_loaded_by_name_with_an_argument(words: MakeGuard, tmp_path: Path) -> None:
     words("fox")
     (guard,) = load_guards([f"words={tmp_path / 'words.txt'}"])
     assert result(guard, "a fox") == ("a ", True)
@@ -118,20 +120,18 @@ def test_guards_are_found_by_their_names_with_arguments(words: MakeGuard, tmp_pa
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("wrods=a", "no guard 'wrods' is installed; there are .*words"),
-        ("", "no guard '' is installed"),
-        ("words=none.txt", r"words cannot be made from 'none\.txt': .*No such file"),
-        ("words", "words cannot be made from ''"),
+        ("wrods=a", "unknown guard 'wrods'; installed guards: .*words"),
+        ("", "unknown guard ''"),
+        ("words=none.txt", r"cannot create words with the argument 'none\.txt': .*No such file"),
+        ("words", "cannot create words with the argument ''"),
     ],
 )
-def test_a_guard_that_cannot_be_had_is_an_error_of_the_settings(name: str, why: str) -> None:
+def test_guard_that_cannot_be_loaded_raises_settings_error(name: str, why: str) -> None:
     with pytest.raises(SettingsError, match=f"--guard: {why}"):
         load_guards([name])
 
 
-def test_a_guard_of_another_package_is_found_by_its_entry_point(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_third_party_guard_is_found_through_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shouting_guard.py").write_text(
         "class Shouting:\n"
         "    def __init__(self, argument): self.argument, self.blocked = argument, False\n"
@@ -151,13 +151,13 @@ def test_a_guard_of_another_package_is_found_by_its_entry_point(
     (guard,) = load_guards(["shouting=a=b"])
     assert guard.refusal("AAA") == "too loud"
     assert result(guard, "x") == ("xa=b", False)
-    with pytest.raises(SettingsError, match="broken cannot be made from '': no licence"):
+    with pytest.raises(SettingsError, match="cannot create broken with the argument '': no licence"):
         load_guards(["broken"])
-    with pytest.raises(SettingsError, match="there are broken, shouting, words"):
+    with pytest.raises(SettingsError, match="installed guards: broken, shouting, words"):
         load_guards(["loud"])
 
 
-def test_a_prompt_is_refused_without_telling_the_word(words: MakeGuard) -> None:
+def test_prompt_is_rejected_without_revealing_the_word(words: MakeGuard) -> None:
     guard = words("fox")
     assert guard.refusal("the crow") is guard.refusal("") is guard.refusal("foxes") is None
     for prompt in ("fox", "the fox", "A Fox is"):
@@ -167,7 +167,7 @@ def test_a_prompt_is_refused_without_telling_the_word(words: MakeGuard) -> None:
 
 
 @pytest.mark.parametrize("num_characters", range(16_374, 16_388))
-def test_a_long_prompt_is_judged_as_one(words: MakeGuard, num_characters: int) -> None:
+def test_long_prompt_is_checked_across_piece_boundaries(words: MakeGuard, num_characters: int) -> None:
     guard = words("red fox")
     crowd = "x" * num_characters
     assert guard.refusal(f"{crowd}! red fox")
@@ -177,7 +177,7 @@ def test_a_long_prompt_is_judged_as_one(words: MakeGuard, num_characters: int) -
 @pytest.mark.parametrize(
     ("pieces", "sent"),
     [
-        # A word's beginning waits for the rest, and for what tells that the word has ended.
+        # The start of a word is held back until the rest arrives, and the word until the next character does.
         (["a", " ", "f", "o", "x", "e", "s"], ["a", " ", "", "", "", "foxe", "s"]),
         (["the crow, ", "the owl"], ["the crow, ", "the owl"]),
         (["fo", "g"], ["", "fog"]),
@@ -186,13 +186,15 @@ def test_a_long_prompt_is_judged_as_one(words: MakeGuard, num_characters: int) -
         (["two red", " \n ", "dogs"], ["two ", "", "red \n dogs"]),
     ],
 )
-def test_text_that_cannot_begin_a_match_comes_out_at_once(words: MakeGuard, pieces: list[str], sent: list[str]) -> None:
+def test_text_that_cannot_start_a_match_is_returned_at_once(
+    words: MakeGuard, pieces: list[str], sent: list[str]
+) -> None:
     watch = words("fox", "red fox").watch()
     assert [watch.feed(piece) for piece in pieces] == sent
     assert (watch.finish(), watch.blocked) == ("", False)
 
 
-def test_the_end_decides_on_what_was_held_back(words: MakeGuard) -> None:
+def test_finish_decides_on_the_text_held_back(words: MakeGuard) -> None:
     guard = words("fox", "red fox")
     for text, rest, blocked in (("a fo", "fo", False), ("a red ", "red ", False), ("a fox", "", True)):
         watch = guard.watch()
@@ -201,25 +203,25 @@ def test_the_end_decides_on_what_was_held_back(words: MakeGuard) -> None:
         assert (watch.finish(), watch.blocked) == (rest, blocked)
 
 
-def test_after_a_match_nothing_comes_out(words: MakeGuard) -> None:
+def test_no_text_is_returned_after_a_match(words: MakeGuard) -> None:
     watch = words("fox").watch()
     assert (watch.feed("a fox "), watch.blocked) == ("a ", True)
     assert (watch.feed("and more"), watch.finish(), watch.blocked) == ("", "", True)
 
 
-def test_a_pattern_sees_what_was_sent_before(words: MakeGuard) -> None:
+def test_lookbehind_sees_text_already_sent(words: MakeGuard) -> None:
     guard = words(r"/(?<=password: )\w+/")
     assert passed(guard.watch(), ["the pass", "word", ": ", "hun", "ter", "2 "]) == ("the password: ", True)
     assert passed(guard.watch(), ["the ", "hun", "ter"]) == ("the hunter", False)
     assert passed(words("fox").watch(), ["out", "fox"]) == ("outfox", False)
 
 
-def test_a_pattern_that_takes_too_long_blocks(words: MakeGuard) -> None:
+def test_pattern_that_takes_too_long_blocks_the_output(words: MakeGuard) -> None:
     watch = words("/(a|aa)+$b/").watch()
     assert passed(watch, ["b" + "a" * 60 + "c"])[1]
 
 
-def test_watches_of_one_guard_do_not_know_each_other(words: MakeGuard) -> None:
+def test_watches_of_one_guard_are_independent(words: MakeGuard) -> None:
     guard = words("fox")
     one, other = guard.watch(), guard.watch()
     one.feed("a fox!")
@@ -227,7 +229,7 @@ def test_watches_of_one_guard_do_not_know_each_other(words: MakeGuard) -> None:
     assert passed(other, ["a crow"]) == ("a crow", False)
 
 
-def test_several_guards_each_end_the_text(words: MakeGuard) -> None:
+def test_each_of_several_guards_can_end_the_text(words: MakeGuard) -> None:
     guards = (words("fox"), words("fox trot", "crow"), words("owl"))
     assert passed(watch_all(guards), ["an ant, an ", "ow", "l ", "and a fox"]) == ("an ant, an ", True)
     assert passed(watch_all(guards), ["a cr", "ow"]) == ("a ", True)
@@ -253,7 +255,7 @@ ENTRIES = [
 
 @pytest.mark.parametrize("entries", ENTRIES, ids=" ".join)
 @given(pieces=st.lists(st.text("abB !\n", max_size=5), max_size=8))
-def test_any_cut_ends_the_text_where_the_whole_text_has_its_first_match(
+def test_text_ends_before_the_first_match_however_it_is_split(
     entries: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory, pieces: list[str]
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "words.txt"
@@ -271,12 +273,12 @@ def test_any_cut_ends_the_text_where_the_whole_text_has_its_first_match(
     sent = ""
     for piece in pieces:
         sent += watch.feed(piece)
-        # At no moment anything of a match is out.
+        # No part of a match may be sent at any time.
         assert text[:end].startswith(sent)
     assert (sent + watch.finish(), watch.blocked) == (text[:end], bool(starts))
 
 
-CUT_PATTERNS = [
+SPLIT_PATTERNS = [
     (r"/AKIA\B\w+/", "x AKIA1 y"),
     (r"/password:\s?\bhunter/", "the password: hunter2"),
     (r"/\bsecret\b/", "no secrets, a secret, secret"),
@@ -288,28 +290,28 @@ CUT_PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize(("entries", "text"), CUT_PATTERNS)
-def test_borders_and_groups_are_judged_the_same_wherever_the_text_is_cut(
+@pytest.mark.parametrize(("entries", "text"), SPLIT_PATTERNS)
+def test_word_boundaries_and_groups_do_not_depend_on_how_the_text_is_split(
     entries: str, text: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "list.txt"
     path.write_text(entries, encoding="utf-8")
     guard = word_list(str(path))
 
-    def told(pieces: list[str]) -> tuple[str, bool]:
+    def passed_pieces(pieces: list[str]) -> tuple[str, bool]:
         watch = guard.watch()
         sent = "".join(watch.feed(piece) for piece in pieces) + watch.finish()
         return sent, watch.blocked
 
-    whole = told([text])
+    whole = passed_pieces([text])
     assert whole[1]
-    assert told(list(text)) == whole
+    assert passed_pieces(list(text)) == whole
     for cut in range(len(text)):
-        assert told([text[:cut], text[cut:]]) == whole
+        assert passed_pieces([text[:cut], text[cut:]]) == whole
 
 
 @pytest.mark.parametrize("entry", [r"/foo\Kbar/", r"/\Gfoo/", "/(?:foo){e<=1}/"])
-def test_what_depends_on_the_cut_is_refused_when_the_list_is_read(entry: str, tmp_path: Path) -> None:
+def test_patterns_that_depend_on_how_the_text_is_split_are_rejected(entry: str, tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_text(entry, encoding="utf-8")
     with pytest.raises(SettingsError, match=r"line 1: .* not supported"):

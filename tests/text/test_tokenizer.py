@@ -1,4 +1,4 @@
-"""The tokenizer as a folder holds it: ids, bytes, end marks, and errors that name the file."""
+"""Tokenizers loaded from a folder: ids, bytes, EOS tokens, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def folder(backend: tokenizers.Tokenizer, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def neox() -> Tokenizer:
     if not NEOX.is_dir():
-        pytest.skip(f"MPT-7B's tokenizer is not at hand: no {NEOX}")
+        pytest.skip(f"MPT-7B's tokenizer is not available: {NEOX} does not exist")
     return Tokenizer.from_folder(NEOX)
 
 
-def test_mpt_7b_s_tokenizer_reads_hello_world(neox: Tokenizer) -> None:
+def test_mpt_7b_tokenizer_encodes_hello_world(neox: Tokenizer) -> None:
     assert neox.encode("Hello world") == (12092, 1533)
     assert neox.vocab_size == 50277
     assert neox.eos_token_ids == {0}
 
 
-def test_mpt_7b_s_every_token_has_the_bytes_that_decode_joins(neox: Tokenizer) -> None:
+def test_token_bytes_match_decode_for_every_token_of_mpt_7b(neox: Tokenizer) -> None:
     for token_id in range(neox.vocab_size):
         text = neox.token_bytes(token_id).decode(errors="replace")
         assert text == neox.decode((token_id,), skip_special_tokens=False)
@@ -61,7 +61,7 @@ def test_mpt_7b_s_every_token_has_the_bytes_that_decode_joins(neox: Tokenizer) -
 @pytest.mark.parametrize(
     "text", ["", "Hello world", "日本語のテキスト", "👩‍👩‍👧‍👦 and 🏳️‍🌈", "a    b\n\t", "naïve café"]
 )
-def test_text_survives_tokenization_and_so_do_its_bytes(folder: Path, text: str) -> None:
+def test_encoding_and_decoding_preserves_text_and_its_bytes(folder: Path, text: str) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -69,7 +69,7 @@ def test_text_survives_tokenization_and_so_do_its_bytes(folder: Path, text: str)
     assert all(token_id < tokenizer.vocab_size for token_id in ids)
 
 
-def test_the_text_of_a_special_token_is_read_as_that_token(folder: Path) -> None:
+def test_text_of_a_special_token_is_encoded_as_that_token(folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     ids = tokenizer.encode("a<|endoftext|>b")
     assert len(ids) == 3
@@ -78,14 +78,14 @@ def test_the_text_of_a_special_token_is_read_as_that_token(folder: Path) -> None
     assert tokenizer.decode(ids, skip_special_tokens=False) == "a<|endoftext|>b"
 
 
-def test_no_token_is_added_and_none_is_cut_or_filled_up(backend: tokenizers.Tokenizer, tmp_path: Path) -> None:
-    cutting = tokenizers.Tokenizer.from_str(backend.to_str())
-    cutting.enable_truncation(4)
-    cutting.enable_padding(length=4)
-    cutting.post_processor = processors.TemplateProcessing(
+def test_encoding_adds_no_tokens_and_neither_truncates_nor_pads(backend: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    truncating = tokenizers.Tokenizer.from_str(backend.to_str())
+    truncating.enable_truncation(4)
+    truncating.enable_padding(length=4)
+    truncating.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    cutting.save(str(tmp_path / "tokenizer.json"))
+    truncating.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.from_folder(tmp_path)
     assert tokenizer.decode(tokenizer.encode("x, y, z and more"), skip_special_tokens=False) == "x, y, z and more"
     assert tokenizer.encode("") == ()
@@ -97,7 +97,7 @@ def test_spaces_are_never_cleaned_up(folder: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("Well , do n't !")) == "Well , do n't !"
 
 
-def test_added_tokens_count_and_have_their_own_bytes(folder: Path, backend: tokenizers.Tokenizer) -> None:
+def test_added_tokens_are_part_of_the_vocabulary_and_have_bytes(folder: Path, backend: tokenizers.Tokenizer) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.vocab_size == backend.get_vocab_size() == 323
     for text in ("    ", "🐙", "<|im_end|>"):
@@ -105,7 +105,7 @@ def test_added_tokens_count_and_have_their_own_bytes(folder: Path, backend: toke
     assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
 
 
-def test_a_tokenizer_of_another_kind_gives_the_bytes_of_the_decoded_token() -> None:
+def test_token_bytes_of_other_tokenizers_are_those_of_the_decoded_token() -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"é": 0, "fox": 1}, unk_token="é"))
     tokenizer = Tokenizer(backend)
     assert [tokenizer.token_bytes(token_id) for token_id in range(3)] == ["é".encode(), b"fox", b""]
@@ -123,12 +123,12 @@ def test_a_tokenizer_of_another_kind_gives_the_bytes_of_the_decoded_token() -> N
         ({"generation_config.json": {"eos_token_id": [0, 7]}, "config.json": {"eos_token_id": 3}}, {0, 7}),
     ],
 )
-def test_the_end_marks_are_those_of_the_first_file_that_names_them(
+def test_eos_tokens_come_from_the_first_file_that_specifies_them(
     folder: Path, backend: tokenizers.Tokenizer, files: dict[str, object], expected: set[int | str]
 ) -> None:
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
-    ids = {backend.token_to_id(mark) if isinstance(mark, str) else mark for mark in expected}
+    ids = {backend.token_to_id(token) if isinstance(token, str) else token for token in expected}
     assert Tokenizer.from_folder(folder).eos_token_ids == ids
 
 
@@ -146,13 +146,13 @@ def test_the_end_marks_are_those_of_the_first_file_that_names_them(
         ("generation_config.json", '{"eos_token_id": [0, -1]}'),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named(folder: Path, name: str, content: str) -> None:
+def test_error_about_an_invalid_file_names_it(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
     with pytest.raises(ModelError, match=name.replace(".", r"\.")):
         Tokenizer.from_folder(folder)
 
 
-def test_a_missing_or_unreadable_tokenizer_is_named(folder: Path) -> None:
+def test_error_about_a_missing_or_unreadable_tokenizer_names_the_file(folder: Path) -> None:
     (folder / "tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(ModelError, match=r"tokenizer\.json: cannot be read"):
         Tokenizer.from_folder(folder)
@@ -161,7 +161,7 @@ def test_a_missing_or_unreadable_tokenizer_is_named(folder: Path) -> None:
         Tokenizer.from_folder(folder)
 
 
-def test_plain_text_has_no_special_tokens(folder: Path) -> None:
+def test_plain_text_encoder_returns_no_special_tokens(folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(folder)
     text = "a<|endoftext|>b"
     ids = tokenizer.plain_text_encoder()(text)

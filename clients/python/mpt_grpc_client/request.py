@@ -17,8 +17,7 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 @dataclass(frozen=True)
 class RepetitionGuard:
-    """Ends an output whose last tokens repeat the same sequence of up to `max_cycle_tokens` tokens `min_repeats`
-    times."""
+    """Ends an output whose last tokens repeat a sequence of up to `max_cycle_tokens` tokens `min_repeats` times."""
 
     min_repeats: int = 4
     """Range: 2 to 1000."""

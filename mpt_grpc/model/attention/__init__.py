@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache, behind one interface."""
+"""Attention over the paged KV cache: the interface that backends implement."""
 
 from __future__ import annotations
 
@@ -15,39 +15,43 @@ from mpt_grpc.step import StepPlan
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Where the tokens of one step stand; sequence i has the rows [first_rows[i], first_rows[i + 1])."""
+    """Where a step's tokens are; sequence i has the tokens [query_starts[i], query_starts[i + 1]) of the step."""
 
-    first_rows: tuple[int, ...]
+    query_starts: tuple[int, ...]
     starts: tuple[int, ...]
-    """Tokens of each sequence that were in the cache before the step."""
+    """The number of each sequence's tokens that were in the cache before the step."""
     block_tables: Tensor
-    """[num_sequences, blocks of the longest], int64; padded with 0."""
+    """[num_sequences, blocks of the longest sequence], int64; padded with 0."""
     positions: Tensor
-    """[num_tokens], int64: each token's place in its sequence."""
+    """[num_tokens], int64: each token's position in its sequence."""
     blocks: Tensor
-    """[num_tokens], int64: the block that each token's key and value go to."""
+    """[num_tokens], int64: the block in which each token's key and value are stored."""
     offsets: Tensor
-    """[num_tokens], int64: the place within that block."""
+    """[num_tokens], int64: each token's position within its block."""
 
     @classmethod
     def from_plan(cls, plan: StepPlan, block_size: int, device: torch.device) -> AttentionMetadata:
-        """Lays the plan's sequences one after the other, in the plan's order."""
+        """Concatenates the plan's sequences, in the plan's order."""
         counts = [len(sequence.token_ids) for sequence in plan.sequences]
         starts = tuple(sequence.start for sequence in plan.sequences)
-        first_rows = [0]
+        query_starts = [0]
         for count in counts:
-            first_rows.append(first_rows[-1] + count)
+            query_starts.append(query_starts[-1] + count)
         width = max(len(sequence.block_table) for sequence in plan.sequences)
         tables = torch.tensor(
             [sequence.block_table + (0,) * (width - len(sequence.block_table)) for sequence in plan.sequences],
             device=device,
         )
         repeats = torch.tensor(counts, device=device)
-        owners = torch.repeat_interleave(torch.arange(len(counts), device=device), repeats, output_size=first_rows[-1])
-        shifts = torch.tensor([start - row for start, row in zip(starts, first_rows, strict=False)], device=device)
-        positions = torch.arange(first_rows[-1], device=device) + shifts[owners]
+        owners = torch.repeat_interleave(
+            torch.arange(len(counts), device=device), repeats, output_size=query_starts[-1]
+        )
+        shifts = torch.tensor(
+            [start - first for start, first in zip(starts, query_starts, strict=False)], device=device
+        )
+        positions = torch.arange(query_starts[-1], device=device) + shifts[owners]
         return cls(
-            first_rows=tuple(first_rows),
+            query_starts=tuple(query_starts),
             starts=starts,
             block_tables=tables,
             positions=positions,

@@ -1,7 +1,7 @@
 """Attention in plain torch, for the CPU and any GPU: the reference that other backends are tested against.
 
-Decoding sequences of similar length go through one batched call, each longer chunk through a call of its own, in tiles
-of queries that keep the ALiBi bias (a value for each head, query and key) within `_BIAS_BYTES`.
+Decoding sequences of similar length share one batched call. Each longer chunk has calls of its own, in tiles of queries
+that keep the ALiBi bias (one value per head, query and key) within `_BIAS_BYTES`.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from mpt_grpc.model.mpt import Attend, alibi_slopes
 
 _BIAS_BYTES = 64 << 20
 _GATHER_BYTES = 256 << 20
-# Contexts up to so many blocks are padded to one another: a call costs more than what that wastes.
+# Contexts of up to this many blocks are padded to the same length: a separate call costs more than the padding.
 _SHORT_BLOCKS = 8
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Sequences that are attended in one call, each with as many queries."""
+    """Sequences whose attention is computed in one call, all with the same number of queries."""
 
-    rows: Tensor
-    """[n, queries]: rows of the step's tokens."""
+    token_indices: Tensor
+    """[n, queries]: the queries' indices among the step's tokens."""
     tables: Tensor
-    """[n, blocks]: the blocks in use, and no more."""
+    """[n, blocks]: the block tables, without the blocks that no sequence of the group needs."""
     positions: Tensor
-    """[n, queries]: the queries' places in their sequences."""
+    """[n, queries]: the queries' positions in their sequences."""
 
 
 class TorchAttention:
-    """The `AttentionBackend` of any device."""
+    """An `AttentionBackend` that runs on any device."""
 
     def __init__(self, config: MPTConfig, device: torch.device) -> None:
         self._config = config
@@ -47,42 +47,42 @@ class TorchAttention:
 
     def bind(self, cache: KVCache, metadata: AttentionMetadata) -> Attend:
         groups = [*self._chunks(metadata, cache.block_size), *self._decoders(metadata, cache)]
-        rows = [cache.rows(group.tables) for group in groups]
-        # Biases that fit are made once a step instead of once a layer.
+        block_indices = [cache.flat_indices(group.tables) for group in groups]
+        # If they fit, the biases are computed once per step instead of once per layer.
         size = sum(4 * self._slopes.numel() * group.positions.numel() * group.tables.shape[1] for group in groups)
-        keep = size * cache.block_size <= _BIAS_BYTES
-        biases = [self._bias(group, cache.block_size) if keep else None for group in groups]
+        precompute = size * cache.block_size <= _BIAS_BYTES
+        biases = [self._bias(group, cache.block_size) if precompute else None for group in groups]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache.write(layer, metadata.blocks, metadata.offsets, key, value)
             context = torch.empty_like(query)
-            for group, group_rows, made in zip(groups, rows, biases, strict=True):
-                keys, values = cache.gather(layer, group_rows)
-                bias = self._bias(group, cache.block_size) if made is None else made
-                context[group.rows] = self._attend(query[group.rows], keys, values, bias)
-            # The cache holds 0 for what is not finite; the token's own state must not look as if nothing had happened.
+            for group, indices, precomputed in zip(groups, block_indices, biases, strict=True):
+                keys, values = cache.gather(layer, indices)
+                bias = self._bias(group, cache.block_size) if precomputed is None else precomputed
+                context[group.token_indices] = self._attend(query[group.token_indices], keys, values, bias)
+            # The cache stores non-finite values as 0; the token's own context must still carry them (0 x inf is NaN).
             sums = key.sum((1, 2), dtype=torch.float32) + value.sum((1, 2), dtype=torch.float32)
             return context + (sums * 0)[:, None, None].to(context.dtype)
 
         return attend
 
     def _chunks(self, metadata: AttentionMetadata, block_size: int) -> Iterator[_Group]:
-        spans = zip(metadata.starts, metadata.first_rows, metadata.first_rows[1:], strict=False)
+        spans = zip(metadata.starts, metadata.query_starts, metadata.query_starts[1:], strict=False)
         for index, (start, first, end) in enumerate(spans):
             if end - first == 1:
                 continue
             tile = max(1, _BIAS_BYTES // (4 * self._config.n_heads * (start + end - first + block_size)))
-            for row in range(first, end, tile):
-                stop = min(row + tile, end)
+            for tile_start in range(first, end, tile):
+                stop = min(tile_start + tile, end)
                 yield _Group(
-                    rows=torch.arange(row, stop, device=metadata.positions.device)[None],
+                    token_indices=torch.arange(tile_start, stop, device=metadata.positions.device)[None],
                     tables=metadata.block_tables[index : index + 1, : -(-(start + stop - first) // block_size)],
-                    positions=metadata.positions[None, row:stop],
+                    positions=metadata.positions[None, tile_start:stop],
                 )
 
     def _decoders(self, metadata: AttentionMetadata, cache: KVCache) -> Iterator[_Group]:
-        """Sequences with one new token, by length: none is padded to more than twice its blocks, beyond a few."""
-        spans = zip(metadata.first_rows, metadata.first_rows[1:], strict=False)
+        """Groups the sequences with one new token by length: beyond `_SHORT_BLOCKS`, padding never doubles a length."""
+        spans = zip(metadata.query_starts, metadata.query_starts[1:], strict=False)
         lengths = {
             index: metadata.starts[index] // cache.block_size + 1
             for index, (first, end) in enumerate(spans)
@@ -92,28 +92,30 @@ class TorchAttention:
         for index, num_blocks in lengths.items():
             by_width[max(_SHORT_BLOCKS, 1 << (num_blocks - 1).bit_length())].append(index)
         block_bytes = 2 * cache.keys[0, 0].numel() * cache.keys.itemsize
-        for width, alike in by_width.items():
+        for width, similar in by_width.items():
             limit = max(1, _GATHER_BYTES // (width * block_bytes))
-            for at in range(0, len(alike), limit):
-                some = alike[at : at + limit]
-                rows = torch.tensor([[metadata.first_rows[i]] for i in some], device=metadata.positions.device)
-                tables = metadata.block_tables[torch.tensor(some, device=rows.device), : max(lengths[i] for i in some)]
-                yield _Group(rows, tables, metadata.positions[rows])
+            for start in range(0, len(similar), limit):
+                members = similar[start : start + limit]
+                device = metadata.positions.device
+                token_indices = torch.tensor([[metadata.query_starts[i]] for i in members], device=device)
+                longest = max(lengths[i] for i in members)
+                tables = metadata.block_tables[torch.tensor(members, device=device), :longest]
+                yield _Group(token_indices, tables, metadata.positions[token_indices])
 
     def _bias(self, group: _Group, block_size: int) -> Tensor:
-        """ALiBi and the causal mask, [n, n_kv_heads, heads of a group x queries, keys] of float32."""
+        """Returns ALiBi plus the causal mask, float32 [n, n_kv_heads, query heads per key head x queries, keys]."""
         keys = torch.arange(group.tables.shape[1] * block_size, device=group.positions.device)
         distance = keys - group.positions[:, None, None, :, None]
         bias = self._slopes[None, :, :, None, None] * distance
         return bias.masked_fill_(distance > 0, -torch.inf).flatten(2, 3)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """Context [n, queries, n_heads, head_dim]. The heads that share a key head are folded into the queries."""
+        """Returns the context [n, queries, n_heads, head_dim]. Heads sharing a key head are folded into the queries."""
         n, num_queries, _, head_dim = query.shape
         folded = query.view(n, num_queries, *self._slopes.shape, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
         scale = self._config.softmax_scale
         if num_queries == 1:
-            # Two plain products: the fused kernels of the CPU take three times as long over a single query.
+            # Two plain matrix products: for a single query the CPU's fused kernels take three times as long.
             scores = (folded @ keys.transpose(-1, -2)).to(torch.float32) * scale + bias
             context = scores.softmax(dim=-1).to(values.dtype) @ values
         else:

@@ -1,4 +1,4 @@
-"""LangChain's own tests of a chat model. Run by `test_langchain.py` in an environment that has LangChain."""
+"""LangChain's standard tests of a chat model, run by `test_langchain.py` in an environment with LangChain."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mpt_grpc_client.langchain import ChatMpt
 TARGET = os.environ["MPT_GRPC_TARGET"]
 
 
-class TestUnits(ChatModelUnitTests):
+class TestUnit(ChatModelUnitTests):
     chat_model_class = ChatMpt
     chat_model_params: ClassVar = {"target": "localhost:50051"}
-    # But for `api_key` and `max_retries`: the server knows no keys, and the channel retries by itself.
+    # Without `api_key` and `max_retries`: the server has no keys, and the channel retries by itself.
     standard_chat_model_params: ClassVar = {"temperature": 0, "max_tokens": 100, "timeout": 60, "stop": []}
     supports_model_override = False
     init_from_env_params = ({"MPT_GRPC_TARGET": "there:1"}, {}, {"target": "there:1"})
 
     @pytest.mark.xfail(
-        reason="LangChain loads no classes but its own unless it is told of them, as suite.py does",
+        reason="LangChain loads only its own classes unless others are allowed, which suite.py tests",
         raises=ValueError,
         strict=True,
     )
@@ -35,7 +35,7 @@ class TestUnits(ChatModelUnitTests):
         load(dumpd(model), allowed_objects="all", valid_namespaces=["mpt_grpc_client"])
 
 
-class TestAgainstTheServer(ChatModelIntegrationTests):
+class TestIntegration(ChatModelIntegrationTests):
     chat_model_class = ChatMpt
     supports_json_mode = True
     supports_model_override = False
@@ -54,8 +54,8 @@ class TestAgainstTheServer(ChatModelIntegrationTests):
 
 @functools.cache
 def logit_bias() -> dict[int, float]:
-    """Has the demo model end its JSON where it may, which it is too small to do by itself."""
+    """Returns a bias with which the demo model, too small to do so by itself, ends its JSON as soon as it may."""
     with Client(TARGET) as client:
         [quote] = client.tokenize('"')
-        on_and_on = [token.token_id for text in (',"', ",", "\n\r\t ") for token in client.tokenize(text)]
-    return dict.fromkeys(on_and_on, -100.0) | {quote.id: 5.0}
+        continuations = [token.token_id for text in (',"', ",", "\n\r\t ") for token in client.tokenize(text)]
+    return dict.fromkeys(continuations, -100.0) | {quote.token_id: 5.0}

@@ -1,4 +1,4 @@
-"""`mpt_grpc_client.langchain` in LangChain as it is released, against a real server."""
+"""`mpt_grpc_client.langchain` with released versions of LangChain, against a real server."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 PYTHON = ROOT / ".venv/sdks/bin/python"
-# Nothing of this project's own pytest: neither its settings nor its fixtures are for that environment.
-APART = ("-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", HERE, "--confcutdir", HERE, "-o", "asyncio_mode=auto")
+# Without this project's pytest configuration and fixtures, which need packages that this environment does not have.
+FLAGS = ("-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", HERE, "--confcutdir", HERE, "-o", "asyncio_mode=auto")
 
 
 @pytest.mark.parametrize("suite", ["standard.py", "suite.py"])
@@ -23,7 +23,7 @@ def test_a_suite_passes(suite: str, server: Any) -> None:
         pytest.skip("the SDKs are not installed: make .venv/sdks/ready")
     environment = {**os.environ, "MPT_GRPC_TARGET": server.target, "PYTHONPATH": str(ROOT / "clients/python")}
     ended = subprocess.run(
-        [PYTHON, "-m", "pytest", HERE / suite, "-q", "--benchmark-disable", *APART],
+        [PYTHON, "-m", "pytest", HERE / suite, "-q", "--benchmark-disable", *FLAGS],
         env=environment,
         cwd=HERE,
         capture_output=True,

@@ -610,7 +610,7 @@ Global___StoppingCriteria: _TypeAlias = StoppingCriteria  # noqa: Y015
 
 @_typing.final
 class RepetitionGuard(_message.Message):
-    """Ends an output whose last tokens repeat the same sequence of tokens."""
+    """Ends an output whose last tokens repeat a sequence of tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -1,7 +1,7 @@
-"""Whatever is asked, and whoever else asks at the same time: each result equals the same request run alone.
+"""Concurrent requests: each gives the same result as when it runs alone, whatever the other requests are.
 
-Every round draws 16 requests with random combinations of all features, random arrivals, a cache too small for them
-(so that some are preempted) and a random budget a step. Computed in float32 on the demo model.
+Every round has 16 requests with random combinations of all features, random arrivals, a cache too small for all of them
+(so that some are preempted) and a random token budget per step. Computed in float32 on the demo model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from conftest import submit
 from mpt_grpc.engine import load
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream, collect
-from mpt_grpc.model.runner import Runner, StepScores
+from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.request import (
     CacheOptions,
     Choice,
@@ -59,53 +59,53 @@ CONSTRAINTS = (
 )
 
 
-def drawn_request(name: str, draw: Random) -> GenerationRequest:
-    """A request in which each feature is on about one time in three."""
+def random_request(name: str, rng: Random) -> GenerationRequest:
+    """Returns a request in which each feature is enabled about one time in three."""
 
     def sometimes(value: Any, default: Any) -> Any:
-        return value if draw.random() < 0.35 else default
+        return value if rng.random() < 0.35 else default
 
-    constraint = sometimes(draw.choice(CONSTRAINTS), None)
-    max_new_tokens = draw.randint(1, 28)
-    is_scored = draw.random() < 0.3
+    constraint = sometimes(rng.choice(CONSTRAINTS), None)
+    max_new_tokens = rng.randint(1, 28)
+    is_scored = rng.random() < 0.3
     return GenerationRequest(
         name,
-        draw.choice(PROMPTS),
+        rng.choice(PROMPTS),
         SamplingParameters(
-            temperature=draw.choice([0.0, 0.7, 1.0, 1.4]),
-            top_k=sometimes(draw.randint(1, 100), 0),
-            top_p=sometimes(draw.uniform(0.3, 1), 1.0),
-            min_p=sometimes(draw.uniform(0, 0.1), 0.0),
-            typical_p=sometimes(draw.uniform(0.3, 1), 1.0),
-            seed=draw.getrandbits(64),
-            num_sequences=sometimes(draw.randint(2, 4), 1),
+            temperature=rng.choice([0.0, 0.7, 1.0, 1.4]),
+            top_k=sometimes(rng.randint(1, 100), 0),
+            top_p=sometimes(rng.uniform(0.3, 1), 1.0),
+            min_p=sometimes(rng.uniform(0, 0.1), 0.0),
+            typical_p=sometimes(rng.uniform(0.3, 1), 1.0),
+            seed=rng.getrandbits(64),
+            num_sequences=sometimes(rng.randint(2, 4), 1),
         ),
         decoding=DecodingOptions(
-            repetition_penalty=sometimes(draw.uniform(0.8, 2), 1.0),
-            frequency_penalty=sometimes(draw.uniform(-1, 1), 0.0),
-            presence_penalty=sometimes(draw.uniform(-1, 1), 0.0),
-            logit_bias=sometimes({draw.randrange(4096): draw.uniform(-20, 8) for _ in range(9)}, {}),
-            allowed_token_ids=() if constraint else sometimes(tuple(draw.sample(range(4096), 400)), ()),
+            repetition_penalty=sometimes(rng.uniform(0.8, 2), 1.0),
+            frequency_penalty=sometimes(rng.uniform(-1, 1), 0.0),
+            presence_penalty=sometimes(rng.uniform(-1, 1), 0.0),
+            logit_bias=sometimes({rng.randrange(4096): rng.uniform(-20, 8) for _ in range(9)}, {}),
+            allowed_token_ids=() if constraint else sometimes(tuple(rng.sample(range(4096), 400)), ()),
             constraint=constraint,
         ),
         stopping=StoppingCriteria(
             max_new_tokens=max_new_tokens,
-            min_new_tokens=sometimes(draw.randint(0, max_new_tokens), 0),
+            min_new_tokens=sometimes(rng.randint(0, max_new_tokens), 0),
             stop_strings=sometimes(("ing", ". "), ()),
-            stop_token_ids=sometimes(tuple(draw.sample(range(300), 20)), ()),
-            include_stop_string=draw.random() < 0.5,
-            ignore_eos=constraint is None and draw.random() < 0.3,
-            repetition_guard=sometimes(RepetitionGuard(draw.randint(2, 4), draw.randint(1, 8)), None),
+            stop_token_ids=sometimes(tuple(rng.sample(range(300), 20)), ()),
+            include_stop_string=rng.random() < 0.5,
+            ignore_eos=constraint is None and rng.random() < 0.3,
+            repetition_guard=sometimes(RepetitionGuard(rng.randint(2, 4), rng.randint(1, 8)), None),
         ),
-        logprobs=LogprobOptions(prompt=is_scored, output=draw.random() < 0.3 or is_scored, num_top=2 * is_scored),
-        cache=CacheOptions(bypass=draw.random() < 0.2),
-        priority=draw.randint(-1, 1),
+        logprobs=LogprobOptions(prompt=is_scored, output=rng.random() < 0.3 or is_scored, num_top=2 * is_scored),
+        cache=CacheOptions(bypass=rng.random() < 0.2),
+        priority=rng.randint(-1, 1),
         truncate_prompt_tokens=None,
     )
 
 
 class ArrivingRunner(Runner):
-    """Lets requests arrive in front of steps that were chosen beforehand."""
+    """Submits requests just before predetermined steps."""
 
     arrivals: Iterator[tuple[int, Callable[[], None]]] = iter(())
     due: tuple[int, Callable[[], None]] | None = None
@@ -116,7 +116,7 @@ class ArrivingRunner(Runner):
         self.due = next(self.arrivals, None)
         self.num_steps = 0
 
-    def run(self, plan: StepPlan) -> StepScores:
+    def run(self, plan: StepPlan) -> StepOutput:
         while self.due is not None and self.due[0] <= self.num_steps:
             self.due[1]()
             self.due = next(self.arrivals, None)
@@ -136,14 +136,14 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> list[ArrivingRunner]:
     return made
 
 
-def cut(deltas: list[OutputDelta], num_tokens: int) -> tuple[tuple[int, ...], Generation]:
-    """Splits an output that came token by token: the tokens to resume with, and what is then to come."""
-    told = 0
+def split_for_resuming(deltas: list[OutputDelta], num_tokens: int) -> tuple[tuple[int, ...], Generation]:
+    """Splits a streamed output into the tokens to resume with and the expected result of the resumed request."""
+    num_received = 0
     for position, delta in enumerate(deltas):
-        if told >= num_tokens:
+        if num_received >= num_tokens:
             rest = replace(collect(deltas[position:]), prompt_logprobs=deltas[0].prompt_logprobs)
             return tuple(t for d in deltas[:position] for t in d.token_ids), rest
-        told += len(delta.token_ids)
+        num_received += len(delta.token_ids)
     return (), collect(deltas)
 
 
@@ -153,39 +153,39 @@ def assert_same(name: str, actual: Generation, expected: Generation) -> None:
         assert one.token_ids == other.token_ids, name
         assert (one.text, one.finish) == (other.text, other.finish), name
         assert_same_logprobs(one.logprobs, other.logprobs)
-    if actual.prompt_logprobs:  # those who resume an output that was over get none
+    if actual.prompt_logprobs:  # absent if the resumed output had already ended
         assert_same_logprobs(actual.prompt_logprobs, expected.prompt_logprobs)
 
 
-def assert_same_logprobs(some: Sequence[TokenLogprob], others: Sequence[TokenLogprob]) -> None:
-    assert [p.token_id for p in some] == [p.token_id for p in others]
-    assert [p.logprob for p in some] == pytest.approx([p.logprob for p in others], abs=1e-3)
+def assert_same_logprobs(actual: Sequence[TokenLogprob], expected: Sequence[TokenLogprob]) -> None:
+    assert [p.token_id for p in actual] == [p.token_id for p in expected]
+    assert [p.logprob for p in actual] == pytest.approx([p.logprob for p in expected], abs=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(NUM_ROUNDS))
-def test_16_requests_at_once_yield_what_each_yields_alone(
+def test_16_concurrent_requests_yield_the_same_results_as_alone(
     seed: int, shared_engine: Engine, make_engine: Callable[..., Engine], runners: list[ArrivingRunner]
 ) -> None:
-    draw = Random(seed)
+    rng = Random(seed)
     requests: list[GenerationRequest] = []
     expected: dict[str, Generation] = {}
     for number in range(NUM_REQUESTS):
-        request = drawn_request(f"r{number}", draw)
+        request = random_request(f"r{number}", rng)
         if number == 0:  # runs until all others have arrived
             stopping = StoppingCriteria(max_new_tokens=3 * NUM_REQUESTS, ignore_eos=True)
             request = GenerationRequest("r0", PROMPTS[0], SamplingParameters(seed=seed), stopping=stopping, priority=2)
         deltas = list(shared_engine.stream(request))
         expected[request.request_id] = collect(deltas)
-        if number and request.sampling.num_sequences == 1 and draw.random() < 0.4:
-            resumed, expected[request.request_id] = cut(deltas, draw.randint(1, 20))
+        if number and request.sampling.num_sequences == 1 and rng.random() < 0.4:
+            resumed, expected[request.request_id] = split_for_resuming(deltas, rng.randint(1, 20))
             request = replace(request, resume_token_ids=resumed)
         requests.append(request)
 
     engine = make_engine(
-        num_blocks=draw.randint(12, 15), max_running_requests=draw.randint(6, 16), max_step_tokens=draw.randint(16, 48)
+        num_blocks=rng.randint(12, 15), max_running_requests=rng.randint(6, 16), max_step_tokens=rng.randint(16, 48)
     )
     streams: list[ThreadStream] = []
-    arrivals = sorted(draw.randint(0, 2 * NUM_REQUESTS) for _ in requests[1:])
+    arrivals = sorted(rng.randint(0, 2 * NUM_REQUESTS) for _ in requests[1:])
     runners[0].expect(
         [(step, lambda r=r: streams.append(submit(engine, r))) for step, r in zip(arrivals, requests[1:], strict=True)]
     )

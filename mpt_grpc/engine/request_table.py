@@ -1,0 +1,193 @@
+"""Tracks the requests in flight: their token events, their time limits, and their final statistics."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from opentelemetry.context import Context
+from opentelemetry.trace import Tracer
+
+from mpt_grpc.engine.prepare import PreparedRequest
+from mpt_grpc.engine.state import RequestState, SequenceState
+from mpt_grpc.errors import DuplicateRequestError, OverloadedError
+from mpt_grpc.request import FinishReason, GenerationRequest, RequestStats, TokenEvent
+from mpt_grpc.schedule.scheduler import Progress
+from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
+from mpt_grpc.telemetry.tracing import record_phases
+
+_RETRY_AFTER_S = 1.0
+_NUM_ENDED = 64
+
+
+@dataclass
+class RequestRecord:
+    """One request in flight. Times are seconds since the epoch. Only the scheduler thread modifies it."""
+
+    prepared: PreparedRequest
+    receive: Callable[[TokenEvent], None]
+    context: Context | None
+    """The parent context of the request's spans."""
+    arrival_time_s: float
+    sequences: Sequence[ScheduledSequence] = ()
+    """Empty until the request is added to the scheduler."""
+    finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
+    """The finish reasons of the sequences that have ended, by index."""
+    scheduled_time_s: float | None = None
+    first_token_time_s: float | None = None
+    num_output_tokens: int = 0
+
+    @property
+    def request(self) -> GenerationRequest:
+        return self.prepared.request
+
+    def stats(self, end_time_s: float) -> RequestStats:
+        """Returns the request's statistics, as of `end_time_s`."""
+        return RequestStats(
+            num_prompt_tokens=len(self.prepared.prompt_token_ids),
+            num_cached_tokens=(self.sequences[0].num_cached_tokens or 0) if self.sequences else 0,
+            num_preemptions=sum(sequence.num_preemptions for sequence in self.sequences),
+            seed=self.request.sampling.seed or 0,
+            arrival_time_s=self.arrival_time_s,
+            scheduled_time_s=self.scheduled_time_s,
+            first_token_time_s=self.first_token_time_s,
+            end_time_s=end_time_s,
+        )
+
+    def state(self, stats: RequestStats) -> RequestState:
+        sequences = tuple(
+            SequenceState(
+                sequence.index,
+                sequence.num_computed,
+                sequence.num_output_tokens,
+                sequence.block_table,
+                self.finish_reasons.get(sequence.index),
+            )
+            for sequence in self.sequences
+        )
+        return RequestState(self.request.request_id, stats, self.num_output_tokens, sequences)
+
+
+class RequestTable:
+    """All requests in flight.
+
+    Any thread may call `add`, `get` and `len`; everything else belongs to the scheduler thread.
+    """
+
+    def __init__(self, max_sequences: int, tracer: Tracer | None) -> None:
+        """`max_sequences` limits the sequences in flight, counted over all requests."""
+        self._max_sequences, self._tracer = max_sequences, tracer
+        self._lock = threading.Lock()
+        self._by_request_id: dict[str, RequestRecord] = {}
+        self._num_sequences = 0
+        self._by_sequence_id: dict[int, RequestRecord] = {}
+        """Contains only sequences that have not ended."""
+        self._time_limited: dict[str, RequestRecord] = {}
+        self._undelivered: list[tuple[RequestRecord, TokenEvent]] = []
+        self._ended: deque[RequestState] = deque(maxlen=_NUM_ENDED)
+
+    def __len__(self) -> int:
+        return len(self._by_request_id)
+
+    def add(self, record: RequestRecord) -> None:
+        """Adds a request. Raises DuplicateRequestError or OverloadedError."""
+        request = record.request
+        with self._lock:
+            if request.request_id in self._by_request_id:
+                raise DuplicateRequestError(f"request_id {request.request_id!r} is already in flight")
+            if self._num_sequences + request.sampling.num_sequences > self._max_sequences:
+                why = f"the waiting queue is full, {self._num_sequences} outputs are in flight: try again later"
+                raise OverloadedError(why, _RETRY_AFTER_S)
+            self._by_request_id[request.request_id] = record
+            self._num_sequences += request.sampling.num_sequences
+
+    def get(self, request_id: str) -> RequestRecord | None:
+        with self._lock:
+            return self._by_request_id.get(request_id)
+
+    def start(self, record: RequestRecord, sequences: Sequence[ScheduledSequence]) -> None:
+        """Records that the request was added to the scheduler, as these sequences."""
+        record.sequences = sequences
+        self._by_sequence_id.update((sequence.sequence_id, record) for sequence in sequences)
+        if record.request.stopping.time_limit_s is not None:
+            self._time_limited[record.request.request_id] = record
+
+    def by_sequence(self, sequence_id: int) -> RequestRecord | None:
+        """Returns the request that a sequence belongs to, or None once the sequence has ended."""
+        return self._by_sequence_id.get(sequence_id)
+
+    def overdue(self, now_s: float) -> list[RequestRecord]:
+        """Returns the requests that have exceeded their time limit."""
+        return [
+            record
+            for record in self._time_limited.values()
+            if now_s - record.arrival_time_s >= (record.request.stopping.time_limit_s or 0)
+        ]
+
+    def report(self, step: Progress, now_s: float) -> None:
+        """Queues an event for what a step did for a sequence; ignored once the sequence has ended."""
+        sequence = step.sequence
+        if (record := self.by_sequence(sequence.sequence_id)) is None:
+            return
+        if step.token_id is not None:
+            record.num_output_tokens += 1
+            record.first_token_time_s = record.first_token_time_s or now_s
+        event = TokenEvent(
+            record.request.request_id,
+            sequence.index,
+            token_ids=() if step.token_id is None else (step.token_id,),
+            logprobs=() if step.logprob is None else (step.logprob,),
+            prompt_logprobs=step.prompt_logprobs,
+            finish=step.finish,
+        )
+        if step.finish is not None:
+            del self._by_sequence_id[sequence.sequence_id]
+            record.finish_reasons[sequence.index] = step.finish.reason
+            if len(record.finish_reasons) == len(record.sequences):
+                event = replace(event, stats=self._remove(record, now_s))
+        self._undelivered.append((record, event))
+
+    def fail(self, record: RequestRecord, error: Exception, now_s: float) -> None:
+        """Ends a request with an error, whatever the state of its sequences."""
+        for sequence in record.sequences:
+            self._by_sequence_id.pop(sequence.sequence_id, None)
+        stats = self._remove(record, now_s)
+        self._undelivered.append((record, TokenEvent(record.request.request_id, error=error, stats=stats)))
+
+    def fail_all(self, make_error: Callable[[], Exception]) -> None:
+        """Ends all requests with an error and without statistics, including those not yet in the scheduler."""
+        with self._lock:
+            for request_id, record in self._by_request_id.items():
+                self._undelivered.append((record, TokenEvent(request_id, error=make_error())))
+            self._by_request_id.clear()
+            self._time_limited.clear()
+
+    @property
+    def ended(self) -> tuple[RequestState, ...]:
+        """The most recently ended requests, in the order in which they ended."""
+        return tuple(self._ended)
+
+    def in_flight(self, now_s: float) -> tuple[RequestState, ...]:
+        """Returns the states of all requests in flight, in order of arrival."""
+        with self._lock:
+            records = list(self._by_request_id.values())
+        return tuple(record.state(record.stats(now_s)) for record in records)
+
+    def take_undelivered(self) -> list[tuple[RequestRecord, TokenEvent]]:
+        """Removes and returns the events that are yet to be delivered."""
+        batch, self._undelivered = self._undelivered, []
+        return batch
+
+    def _remove(self, record: RequestRecord, now_s: float) -> RequestStats:
+        """Removes an ended request and returns its statistics."""
+        stats = record.stats(now_s)
+        self._ended.append(record.state(stats))
+        if self._tracer is not None and record.context is not None:
+            record_phases(self._tracer, record.context, stats, record.num_output_tokens)
+        self._time_limited.pop(record.request.request_id, None)
+        with self._lock:
+            del self._by_request_id[record.request.request_id]
+            self._num_sequences -= len(record.sequences)
+        return stats

@@ -1,0 +1,138 @@
+"""Every field of `config.json` that is known, and which of its values are supported.
+
+A field is judged by what its value does, not by its name: fields that cannot change the logits at inference are
+ignored, and of the others each value is either implemented or refused with what it would need. `config.py` reads the
+implemented ones; the page docs/checkpoints.md is generated from this table. The fields are those of llm-foundry's
+`MPTConfig` and of transformers' `MptConfig`; transformers also writes its own fields into every file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LimitedField:
+    """A field of which only some values are implemented."""
+
+    name: str
+    """Its path, with a dot between the object and the field."""
+    supported: str
+    """The implemented values, in words."""
+    needs: str
+    """What other values would need."""
+    is_supported: Callable[[Any], bool]
+
+
+def _one_of(name: str, values: tuple[Any, ...], needs: str) -> LimitedField:
+    def is_supported(value: Any) -> bool:
+        folded = value.lower() if isinstance(value, str) else value
+        return any(folded is other or (type(folded) is type(other) and folded == other) for other in values)
+
+    words = {None: "null", True: "true", False: "false"}
+    return LimitedField(name, " or ".join(f"{words.get(value, value)}" for value in values), needs, is_supported)
+
+
+def _has_no_overrides(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping) and not value.get("overrides"))
+
+
+def _has_no_attention_scale(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping) and not value.get("attn_scale"))
+
+
+def _is_plain_linear(value: Any) -> bool:
+    name = value.get("name") if isinstance(value, Mapping) else value
+    return name in (None, "torch", "te")
+
+
+def _is_exact_gelu(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return value is None
+    return value.get("name", "gelu") == "gelu" and value.get("approximate", "none") == "none"
+
+
+READ: Mapping[str, str] = {
+    "d_model": "width of the hidden states",
+    "n_heads": "number of attention heads",
+    "n_layers": "number of layers",
+    "vocab_size": "rows of the embedding",
+    "max_seq_len": "context length that the model was trained with",
+    "expansion_ratio": "width of the feed-forward layers divided by d_model",
+    "ffn_config.ffn_hidden_size": "width of the feed-forward layers, instead of expansion_ratio",
+    "head_dim": "width of an attention head; d_model / n_heads",
+    "learned_pos_emb": "whether positions have learned embeddings; without effect with ALiBi",
+    "no_bias": "whether linear and normalization layers have no biases",
+    "attention_bias": "whether the attention's input projection has a bias; the opposite of no_bias",
+    "logit_scale": "factor of the logits: a number or inv_sqrt_d_model",
+    "norm_eps": "epsilon of the normalization layers; transformers calls it layer_norm_epsilon",
+    "layer_norm_epsilon": "the same as norm_eps",
+    "attn_config.attn_type": "multihead_attention, multiquery_attention or grouped_query_attention",
+    "attn_config.kv_n_heads": "number of key and value heads",
+    "attn_config.alibi": "whether attention has linear biases (ALiBi)",
+    "attn_config.alibi_bias_max": "largest exponent of ALiBi's slopes",
+    "attn_config.clip_qkv": "bound of queries, keys and values",
+    "attn_config.qk_ln": "whether queries and keys are normalized",
+    "attn_config.softmax_scale": "factor of the attention scores",
+}
+"""The implemented fields, with what they mean."""
+
+LIMITED = (
+    _one_of("norm_type", ("low_precision_layernorm", "layernorm"), "RMSNorm"),
+    _one_of("tie_word_embeddings", (True,), "an output layer of its own"),
+    _one_of("final_logit_softcapping", (None,), "soft capping of the logits"),
+    LimitedField("block_overrides", "null or without overrides", "layers that differ", _has_no_overrides),
+    LimitedField("fc_type", "torch or te", "another linear layer", _is_plain_linear),
+    _one_of("attn_config.prefix_lm", (False, None), "bidirectional attention over a prefix"),
+    _one_of("attn_config.qk_gn", (False, None), "group normalization of queries and keys"),
+    _one_of("attn_config.rope", (False, None), "rotary position embeddings"),
+    _one_of("attn_config.nope", (False, None), "attention without positions"),
+    _one_of("attn_config.sliding_window_size", (-1, None), "sliding window attention"),
+    _one_of("attn_config.attn_logit_softcapping", (None,), "soft capping of the attention scores"),
+    _one_of("attn_config.kv_dim", (None,), "keys and values of another width"),
+    _one_of("attn_config.reuse_kv_layer_idx", (None,), "layers that share keys and values"),
+    _one_of("attn_config.fused_qkv", (True, None), "separate weights of queries, keys and values"),
+    LimitedField(
+        "attn_config.attn_temperature_tuning",
+        "null or with attn_scale 0",
+        "attention scores that depend on the position",
+        _has_no_attention_scale,
+    ),
+    _one_of("ffn_config.ffn_type", ("mptmlp",), "another feed-forward layer"),
+    LimitedField("ffn_config.fc_type", "torch or te", "another linear layer", _is_plain_linear),
+    LimitedField("ffn_config.ffn_act_fn", "null or gelu without approximation", "another activation", _is_exact_gelu),
+)
+"""The fields of which only some values are implemented."""
+
+IGNORED = frozenset(
+    # llm-foundry: training, initialization, and choices of kernels that compute the same.
+    "attn_config.attn_impl attn_config.attn_pdrop attn_config.attn_uses_sequence_id attn_config.fc_type"
+    " attn_config.rope_dail_config attn_config.rope_hf_config attn_config.rope_impl attn_config.rope_theta"
+    " attn_config.seq_parallel_world_size emb_pdrop embedding_fraction init_config init_device loss_fn name resid_pdrop"
+    " use_cache use_pad_tok_in_ffn verbose"
+    # transformers: metadata, and sampling options that it used to write into every configuration.
+    " _attn_implementation_autoset _name_or_path add_cross_attention architectures attn_pdrop auto_map bad_words_ids"
+    " begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id"
+    " diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id"
+    " exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label"
+    " initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type"
+    " no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states"
+    " output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict"
+    " return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss"
+    " tie_encoder_decoder tokenizer_class tokenizer_name top_k top_p torch_dtype torchscript transformers_version"
+    " typical_p use_bfloat16".split()
+)
+"""The fields that do not affect the logits at inference, whatever their value. transformers also writes its own into
+the objects `attn_config` and `ffn_config`."""
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a field, named by its path, does not affect the logits."""
+    return name in IGNORED or (name.startswith("attn_config.") and name.rpartition(".")[2] in IGNORED)
+
+
+def changes_nothing(value: Any) -> bool:
+    """Whether the value of an unknown field switches it off: null, false, or an empty text, list or object."""
+    return value is None or value is False or value in ("", [], {})

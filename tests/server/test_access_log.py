@@ -1,0 +1,65 @@
+"""The log has one line for each call, whatever the caller sends."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import grpc
+import pytest
+
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1alpha1 import debug_pb2
+from mpt_grpc_client.proto.v1alpha1.debug_pb2_grpc import DebugServiceStub
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "mpt_grpc.access")
+    return caplog
+
+
+def generate_request(**fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(text="Once", stopping=pb.StoppingCriteria(max_new_tokens=3, ignore_eos=True), **fields)
+
+
+async def test_a_call_is_logged_with_its_status_request_and_tokens(service: Any, log: Any) -> None:
+    await service.stub.Generate(generate_request(request_id="order-17"))
+    assert [chunk async for chunk in service.stub.StreamGenerate(generate_request(request_id="order-18"))]
+    unary, stream = [record.getMessage() for record in log.records]
+    for line, method, request_id in ((unary, "Generate", "order-17"), (stream, "StreamGenerate", "order-18")):
+        assert line.startswith(f"{method} OK ")
+        assert f"request_id='{request_id}'" in line
+        assert line.endswith("prompt_tokens=1 cached_tokens=0 output_tokens=3 finish=max_new_tokens")
+
+
+async def test_a_failed_call_is_logged_with_its_error_in_one_bounded_line(service: Any, log: Any) -> None:
+    forged = "x\nGenerate OK" + "y" * 1000
+    with pytest.raises(grpc.aio.AioRpcError):
+        await service.stub.Generate(generate_request(model=forged))
+    (record,) = log.records
+    line = record.getMessage()
+    assert line.startswith("Generate NOT_FOUND ")
+    assert "\n" not in line
+    assert len(line) < 500
+
+
+async def test_a_cancelled_call_is_logged(make_service: Any, log: Any) -> None:
+    service = await make_service()
+    stopping = pb.StoppingCriteria(max_new_tokens=1500, ignore_eos=True)
+    call = service.stub.StreamGenerate(pb.GenerateRequest(text="Once", stopping=stopping))
+    await anext(aiter(call))
+    call.cancel()
+    await service.server.drain()  # waits until no call is in progress
+    (line,) = [record.getMessage() for record in log.records]
+    assert line.startswith("StreamGenerate CANCELLED ")
+    assert "peer=ipv4:127.0.0.1:" in line
+
+
+async def test_periodic_calls_are_logged_only_at_debug_level(service: Any, log: Any) -> None:
+    debug = DebugServiceStub(service.channel)
+    await debug.GetEngineState(debug_pb2.GetEngineStateRequest())
+    assert not log.records
+    log.set_level(logging.DEBUG, "mpt_grpc.access")
+    await debug.GetEngineState(debug_pb2.GetEngineStateRequest())
+    assert [record.getMessage().split()[:2] for record in log.records] == [["GetEngineState", "OK"]]

@@ -1,0 +1,49 @@
+"""Defaults of sampling options from a checkpoint's generation_config.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpt_grpc.errors import ModelError
+from mpt_grpc.generation_config import generation_defaults
+from mpt_grpc.request import GenerationDefaults
+
+
+def defaults(folder: Path, **config: Any) -> GenerationDefaults:
+    (folder / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return generation_defaults(folder)
+
+
+def test_values_of_the_file_replace_the_servers(tmp_path: Path) -> None:
+    given = {
+        "temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "typical_p": 0.95, "repetition_penalty": 1.1,
+        "max_new_tokens": 64,
+    }  # fmt: skip
+    assert defaults(tmp_path, **given, do_sample=True) == GenerationDefaults(**given)
+
+
+def test_values_that_the_file_does_not_set_stay_the_servers(tmp_path: Path) -> None:
+    config = {"_from_model_config": True, "eos_token_id": 0, "top_p": None, "transformers_version": "4.28.1"}
+    assert defaults(tmp_path, **config) == GenerationDefaults()
+
+
+def test_do_sample_false_is_greedy(tmp_path: Path) -> None:
+    assert defaults(tmp_path, do_sample=False, temperature=0.7).temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", -1), ("top_k", 1.5), ("top_p", 0), ("min_p", "0.1"), ("max_new_tokens", True)]
+)
+def test_a_value_out_of_range_is_refused_with_its_field(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=f"generation_config.json: {name}: "):
+        defaults(tmp_path, **{name: value})
+
+
+def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no generation_config\.json"):
+        generation_defaults(tmp_path)
+    (tmp_path / "generation_config.json").write_text("[1]", encoding="utf-8")
+    with pytest.raises(ModelError, match="not a JSON object"):
+        generation_defaults(tmp_path)
