@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The newest interpreter on this machine, for the tests of the client; pyenv's versions need not be on PATH.
 NEWEST_PYTHON = $(firstword $(foreach minor,14 13 12,$(shell \
 	for python in python3.$(minor) $(HOME)/.pyenv/versions/3.$(minor).*/bin/python; do \
-		"$$python" -c 'import sys; print(sys.executable)' 2>/dev/null; done)) $(PYTHON))
+		"$$python" -c 'import ensurepip, sys; print(sys.executable)' 2>/dev/null; done)) $(PYTHON))
 BIN := .venv/bin
 INSTALL := -m pip install --disable-pip-version-check
 STUBS := clients/python/mpt_grpc_client/proto
@@ -87,7 +87,7 @@ check: protos ## Check format, lint, types, layers, protos, prose and links
 
 .PHONY: test
 test: .venv/dev .venv/sdks/ready .venv/litellm/ready .venv/client-oldest/ready .venv/client-newest/ready ## Run every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 .PHONY: dist
 dist: .venv/dev ## Build wheels and source distributions of the server and the client into dist/

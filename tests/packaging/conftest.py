@@ -1,7 +1,4 @@
-"""Distributions built from the repository, and environments outside of it to install them in.
-
-With `pytest -n`, the tests of this folder run in one worker (`xdist_group`), so that they share both.
-"""
+"""Distributions built from the repository, and environments outside of it to install them in."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,10 +43,12 @@ class Environment:
         )
 
 
-@pytest.fixture(scope="session")
-def make_environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Environment]:
-    """Creates empty environments."""
-    return lambda: Environment(tmp_path_factory.mktemp("environment") / "venv")
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[Environment]:
+    """An empty environment, which is removed after the test since PyTorch is large."""
+    environment = Environment(tmp_path / "venv")
+    yield environment
+    shutil.rmtree(environment.folder)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ unwanted = ("torch", "numpy", "transformers", "mpt_grpc")
 print(mpt_grpc_client.Client.__name__, [name for name in unwanted if find_spec(name)])
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.slow
 
 
-def test_the_wheel_installs_and_imports_alone(make_environment: Callable[[], Any], client_wheel: Path) -> None:
-    environment = make_environment()
+def test_the_wheel_installs_and_imports_alone(environment: Any, client_wheel: Path) -> None:
     environment.install(str(client_wheel))
     assert environment.run("python", "-c", LOOK).stdout == "Client []\n"
 

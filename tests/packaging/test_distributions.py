@@ -18,7 +18,7 @@ from mpt_grpc_client.version import __version__
 ROOT = Path(__file__).parents[2]
 NAMES = {"mpt-grpc": "mpt_grpc", "mpt-grpc-client": "mpt_grpc_client"}
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.slow
 
 
 def wheel_files(distributions: Path, name: str) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,58 +10,45 @@ from server_process import ServerProcess, running
 
 from mpt_grpc_client.version import __version__
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
-
-PROMPT = ("generate", "Once upon a time", "--max-new-tokens", "4", "--temperature", "0", "--target")
+pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def without_torch(make_environment: Callable[[], Any], server_wheel: Path) -> Any:
-    environment = make_environment()
-    environment.install(str(server_wheel))
-    return environment
-
-
-@pytest.fixture(scope="module")
-def with_torch(make_environment: Callable[[], Any], server_wheel: Path) -> Any:
-    environment = make_environment()
-    environment.install(f"{server_wheel}[torch]")
-    return environment
-
-
-def assert_serves_and_generates(environment: Any) -> None:
-    with running(cli=environment.command("mpt-grpc")) as server:
-        generated = environment.run("mpt-grpc", *PROMPT, server.target)
+def assert_generates(environment: Any, target: str) -> None:
+    arguments = ("generate", "Once upon a time", "--max-new-tokens", "4", "--temperature", "0", "--target", target)
+    generated = environment.run("mpt-grpc", *arguments)
     assert (generated.returncode, generated.stderr) == (0, "")
     assert generated.stdout.strip()
 
 
-def test_without_torch_serve_fails_with_one_line_that_names_the_extra(without_torch: Any) -> None:
-    served = without_torch.run("mpt-grpc", "serve", "--grpc-port", "0", "--http-port", "0")
+def assert_serves_and_generates(environment: Any) -> None:
+    with running(cli=environment.command("mpt-grpc")) as server:
+        assert_generates(environment, server.target)
+
+
+def assert_reports_one_version(environment: Any) -> None:
+    assert environment.run("mpt-grpc", "--version").stdout == f"mpt-grpc {__version__}\n"
+    assert environment.run("python", "-m", "mpt_grpc", "--version").stdout == f"mpt-grpc {__version__}\n"
+    versions = "import mpt_grpc, mpt_grpc_client as client; print(mpt_grpc.__version__, client.__version__)"
+    assert environment.run("python", "-c", versions).stdout == f"{__version__} {__version__}\n"
+
+
+def test_without_torch_serve_names_the_extra_and_generate_works(
+    environment: Any, server_wheel: Path, server: ServerProcess
+) -> None:
+    environment.install(str(server_wheel))
+    assert_reports_one_version(environment)
+    assert_generates(environment, server.target)
+    served = environment.run("mpt-grpc", "serve", "--grpc-port", "0", "--http-port", "0")
     assert (served.returncode, served.stdout) == (1, "")
     (line,) = served.stderr.splitlines()
     assert "the extra 'torch'" in line
 
 
-def test_without_torch_generate_calls_a_running_server(without_torch: Any, server: ServerProcess) -> None:
-    generated = without_torch.run("mpt-grpc", *PROMPT, server.target)
-    assert (generated.returncode, generated.stderr) == (0, "")
-    assert generated.stdout.strip()
+def test_with_torch_the_wheel_and_the_folder_serve(environment: Any, server_wheel: Path, source: Path) -> None:
+    environment.install(f"{server_wheel}[torch]")
+    assert_reports_one_version(environment)
+    assert_serves_and_generates(environment)
 
-
-def test_the_command_and_the_packages_report_one_version(without_torch: Any) -> None:
-    expected = f"mpt-grpc {__version__}\n"
-    assert without_torch.run("mpt-grpc", "--version").stdout == expected
-    assert without_torch.run("python", "-m", "mpt_grpc", "--version").stdout == expected
-    versions = "import mpt_grpc, mpt_grpc_client as client; print(mpt_grpc.__version__, client.__version__)"
-    assert without_torch.run("python", "-c", versions).stdout == f"{__version__} {__version__}\n"
-
-
-def test_the_wheel_serves_and_generates(with_torch: Any) -> None:
-    assert_serves_and_generates(with_torch)
-
-
-def test_the_folder_installs_from_elsewhere_and_serves_and_generates(with_torch: Any, source: Path) -> None:
-    with_torch.pip("uninstall", "--yes", "mpt-grpc")
-    with_torch.install(f"{source}[torch]")
-    assert_serves_and_generates(with_torch)
+    environment.pip("uninstall", "--yes", "mpt-grpc")
+    environment.install(f"{source}[torch]")
+    assert_serves_and_generates(environment)
