@@ -13,7 +13,13 @@ from mpt_grpc.errors import ModelError
 DEMO = Path(__file__).parent / "demo"
 
 # No *.py files: a checkpoint's code is never run, so it is not downloaded.
-_PATTERNS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+_PATTERNS = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
 _WEIGHTS = [
     ["model*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model*.bin", "pytorch_model.bin.index.json"],

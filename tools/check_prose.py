@@ -25,7 +25,9 @@ from proselint.tools import LintFile
 ROOT = Path(__file__).resolve().parents[1]
 PROSE = tomllib.loads(ROOT.joinpath("tools/prose.toml").read_text(encoding="utf-8"))
 # Generated code, the list of phrases itself, its tests, and sample texts.
-EXCLUDED = re.compile(r"clients/python/mpt_grpc_client/proto/v|tools/prose\.toml$|tests/arch/test_prose\.py$|.*\.(jsonl|json)$")
+EXCLUDED = re.compile(
+    r"clients/python/mpt_grpc_client/proto/v|tools/prose\.toml$|tests/arch/test_prose\.py$|.*\.(jsonl|json)$"
+)
 CHECKED = ("*.py", "*.md", "*.proto", "*.toml", "*.html", "*.js", "*.css", "*.jinja", "Makefile", ".ci/run")
 
 

@@ -38,6 +38,7 @@ _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class Call:
     """The call being served."""
 
+    peer: str
     span: Span | None
     """None unless the server traces."""
     logged: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +92,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _serving(self, method: str, context: _CallContext) -> AsyncIterator[None]:
-        call = Call(self._start_span(method, context))
+        # Read now: grpc crashes if the peer of a cancelled call is read at its end.
+        call = Call(context.peer(), self._start_span(method, context))
         # Each call runs in a task of its own, so the variable need not be reset.
         _call.set(call)
         start_s = time.monotonic()
@@ -109,7 +111,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             code = grpc.StatusCode.INTERNAL
             await self._fail(context, call, InternalError("internal error; the server's log has the details"))
         finally:
-            _log_call(method.rpartition("/")[2], context, call, code, time.monotonic() - start_s)
+            _log_call(method.rpartition("/")[2], call, code, time.monotonic() - start_s)
             if call.span is not None:
                 call.span.set_attribute(names.RPC_STATUS_CODE, code.name)
                 call.span.end()
@@ -134,11 +136,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         await status.abort(context, error)
 
 
-def _log_call(method: str, context: _CallContext, call: Call, code: grpc.StatusCode, duration_s: float) -> None:
+def _log_call(method: str, call: Call, code: grpc.StatusCode, duration_s: float) -> None:
     level = logging.DEBUG if method in _POLLED and code is grpc.StatusCode.OK else logging.INFO
     if _log.isEnabledFor(level):
         details = "".join(f" {name}={_shortened(value)}" for name, value in call.logged.items())
-        _log.log(level, "%s %s %.3f s peer=%s%s", method, code.name, duration_s, context.peer(), details)
+        _log.log(level, "%s %s %.3f s peer=%s%s", method, code.name, duration_s, call.peer, details)
 
 
 def _shortened(value: Any) -> str:

@@ -219,7 +219,8 @@ _WORD_BOUNDARIES = {
     r"\m": r"(?:(?<!\w)(?=\w))",
     r"\M": r"(?:(?<=\w)(?!\w))",
 }
-"""Word boundaries as lookarounds: in a partial match, `regex` evaluates the short forms as if no more text could follow."""
+"""Word boundaries as lookarounds: in a partial match, `regex` evaluates the short forms as if no more text could
+follow."""
 _UNSUPPORTED = (r"\K", r"\G")
 _ELEMENT = regex.compile(r"\\.|\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]|.", regex.DOTALL)
 """A pattern's syntax elements: escapes, character classes and single characters."""

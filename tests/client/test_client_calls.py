@@ -119,3 +119,19 @@ def test_a_keyboard_interrupt_cancels_a_unary_call(endless, client):
     with pytest.raises(KeyboardInterrupt):
         client.generate("Once")
     assert endless.left.wait(10)
+
+
+@pytest.mark.parametrize("variable", ["grpc_proxy", "https_proxy", "http_proxy"])
+def test_calls_to_this_machine_bypass_the_proxy(scripted, target, monkeypatch, variable):
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    with Client(target, timeout=30) as client:
+        assert client.generate("Once").text == scripted.response.outputs[0].text
+    with Client(target.replace("127.0.0.1", "localhost"), timeout=30) as client:
+        assert client.generate("Once").text == scripted.response.outputs[0].text
+
+
+def test_the_error_of_another_machine_names_the_variable_of_the_proxy(monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with Client("models.example:50051", timeout=10, retries=False) as client:
+        with pytest.raises(UnavailableError, match=r"models\.example:50051 through the proxy in \$https_proxy"):
+            client.get_model_info()

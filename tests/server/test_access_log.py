@@ -44,6 +44,18 @@ async def test_a_failed_call_is_logged_with_its_error_in_one_bounded_line(servic
     assert len(line) < 500
 
 
+async def test_a_cancelled_call_is_logged(make_service: Any, log: Any) -> None:
+    service = await make_service()
+    stopping = pb.StoppingCriteria(max_new_tokens=1500, ignore_eos=True)
+    call = service.stub.StreamGenerate(pb.GenerateRequest(text="Once", stopping=stopping))
+    await anext(aiter(call))
+    call.cancel()
+    await service.server.drain()  # waits until no call is in progress
+    (line,) = [record.getMessage() for record in log.records]
+    assert line.startswith("StreamGenerate CANCELLED ")
+    assert "peer=ipv4:127.0.0.1:" in line
+
+
 async def test_periodic_calls_are_logged_only_at_debug_level(service: Any, log: Any) -> None:
     debug = DebugServiceStub(service.channel)
     await debug.GetEngineState(debug_pb2.GetEngineStateRequest())

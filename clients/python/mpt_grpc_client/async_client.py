@@ -10,7 +10,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from mpt_grpc_client import debug, responses
-from mpt_grpc_client.channel import channel_options, resolve_target, trace_metadata
+from mpt_grpc_client.channel import channel_options, proxy_variable, resolve_target, trace_metadata
 from mpt_grpc_client.errors import closed_error, from_rpc_error
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -132,7 +132,7 @@ class AsyncClient:
         try:
             return await method(request, timeout=timeout, metadata=trace_metadata())
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self._target, timeout) from error
+            raise from_rpc_error(error, self._target, timeout, proxy_variable(self._target)) from error
         except asyncio.CancelledError as error:
             if _is_cancelled():
                 raise
@@ -144,7 +144,7 @@ class _Connection:
 
     def __init__(self, target: str, retries: bool) -> None:
         self.loop = asyncio.get_running_loop()
-        self.channel = grpc.aio.insecure_channel(target, channel_options(retries))
+        self.channel = grpc.aio.insecure_channel(target, channel_options(target, retries))
         self.service = TextGenerationServiceStub(self.channel)
         self.debug_service = DebugServiceStub(self.channel)
 
@@ -201,7 +201,7 @@ class AsyncTextStream(responses.PartialGeneration):
         try:
             chunk = await anext(aiter(self._call), None)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self._target, self._timeout) from error
+            raise from_rpc_error(error, self._target, self._timeout, proxy_variable(self._target)) from error
         except asyncio.CancelledError as error:
             if _is_cancelled():
                 raise

@@ -14,6 +14,9 @@ from mpt_grpc_client.version import __version__
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """The maximum size of one message, in either direction."""
 
+_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+"""The variables that gRPC reads, in its order of precedence."""
+
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -46,9 +49,21 @@ def resolve_target(target: str | None) -> str:
     return resolved
 
 
-def channel_options(retries: bool) -> tuple[tuple[str, str | int], ...]:
-    """Returns the options of grpc.insecure_channel and grpc.aio.insecure_channel."""
+def proxy_variable(target: str) -> str | None:
+    """Returns the environment variable whose proxy gRPC uses for this target; None if it connects directly."""
+    excluded = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""  # noqa: SIM112  (their usual case)
+    if _is_local(target) or any(
+        _host(target).endswith(suffix.strip()) for suffix in excluded.split(",") if suffix.strip()
+    ):
+        return None
+    return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
+
+
+def channel_options(target: str, retries: bool) -> tuple[tuple[str, str | int], ...]:
+    """Returns the options of grpc.insecure_channel and grpc.aio.insecure_channel for this target."""
     return (
+        # gRPC would send calls to this machine through a proxy too, unless no_proxy lists them.
+        ("grpc.enable_http_proxy", int(not _is_local(target))),
         ("grpc.primary_user_agent", f"mpt-grpc-client/{__version__}"),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -63,6 +78,22 @@ def channel_options(retries: bool) -> tuple[tuple[str, str | int], ...]:
         # Without this, pings stop during a long unary call, and a server that has vanished goes unnoticed.
         ("grpc.http2.max_pings_without_data", 0),
     )
+
+
+def _is_local(target: str) -> bool:
+    """Whether a target is on this machine: a loopback address or a Unix socket."""
+    host = _host(target)
+    return (
+        target.startswith(("unix:", "unix-abstract:"))
+        or host in ("localhost", "::1")
+        or host.endswith(".localhost")
+        or bool(re.fullmatch(r"127(\.\d+){3}", host))
+    )
+
+
+def _host(target: str) -> str:
+    host = re.sub(r"^(dns|ipv4|ipv6):", "", target).rpartition("/")[2]
+    return host.rpartition(":")[0].strip("[]").lower()
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:

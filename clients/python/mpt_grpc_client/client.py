@@ -8,7 +8,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from mpt_grpc_client import debug, responses
-from mpt_grpc_client.channel import channel_options, resolve_target, trace_metadata
+from mpt_grpc_client.channel import channel_options, proxy_variable, resolve_target, trace_metadata
 from mpt_grpc_client.errors import closed_error, from_rpc_error
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -33,7 +33,7 @@ class Client:
         retries: whether to retry calls up to three times while the server is unavailable or overloaded.
         """
         self._target, self._timeout = resolve_target(target), timeout
-        self._channel = grpc.insecure_channel(self._target, channel_options(retries))
+        self._channel = grpc.insecure_channel(self._target, channel_options(self._target, retries))
         self._service = TextGenerationServiceStub(self._channel)
         self._debug_service = DebugServiceStub(self._channel)
         self._closed = False
@@ -113,7 +113,7 @@ class Client:
         try:
             return method(request, timeout=timeout, metadata=trace_metadata())
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self._target, timeout) from error
+            raise from_rpc_error(error, self._target, timeout, proxy_variable(self._target)) from error
 
     def _check_open(self) -> None:
         if self._closed:
@@ -174,5 +174,5 @@ class TextStream(responses.PartialGeneration):
         except grpc.RpcError as error:
             if self._cancelled:
                 return None
-            raise from_rpc_error(error, self._target, self._timeout) from error
+            raise from_rpc_error(error, self._target, self._timeout, proxy_variable(self._target)) from error
         return None if chunk is None else self._add(chunk)

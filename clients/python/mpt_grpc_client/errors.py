@@ -99,10 +99,11 @@ class InvalidTargetError(MptGrpcError, ValueError):
     """The target is not HOST:PORT."""
 
 
-def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None) -> MptGrpcError:
+def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None, proxy: str | None = None) -> MptGrpcError:
     """Returns the client's exception for one raised by grpc or grpc.aio. Raise it `from error`.
 
     timeout: of the call, in seconds.
+    proxy: the environment variable with the proxy in front of the target, if there is one.
     """
     # What grpc and grpc.aio raise has the methods of a call, although it is not declared that way.
     call = cast(grpc.Call, error)
@@ -124,7 +125,8 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None) -> 
             retry_after = retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
             return OverloadedError(message, code=code, reason=reason, retry_after=retry_after)
         case grpc.StatusCode.UNAVAILABLE if not reason:
-            message = f"no server responds at {target}; start one with `mpt-grpc serve`, or check the target: {message}"
+            where = f"{target} through the proxy in ${proxy}" if proxy else target
+            message = f"no server responds at {where}; start one with `mpt-grpc serve`, or check the target: {message}"
         case grpc.StatusCode.DEADLINE_EXCEEDED if timeout is not None:
             message = f"the call did not finish within its timeout of {timeout:g} s"
     return _CLASSES.get(code, MptGrpcError)(message, code=code, reason=reason)
