@@ -38,7 +38,7 @@ async def main() -> None:
                 await page.locator("#stop-all:disabled").wait_for()
                 await page.get_by_role("button", name="Clear").click()
         await page.locator(".output:last-child .token").nth(120).wait_for()
-        await page.locator(".output:nth-child(2) .likely-2:nth-child(n+60)").first.hover()
+        await page.locator(".output:nth-child(2) .unlikely-2:nth-child(n+60)").first.hover()
         await page.screenshot(path=PICTURE)
         await browser.close()
 

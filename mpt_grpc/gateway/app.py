@@ -293,7 +293,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     if status == 405:
         allowed = _allowed_methods(request)
         headers["allow"] = ", ".join(allowed)
-        # HEAD is allowed wherever GET is.
+        # GET implies HEAD.
         methods = " or ".join(method for method in allowed if method != "HEAD")
         why = f"{request.method} is not allowed for {request.url.path}; use {methods}"
     response = error_response(BadRequestError(why, status=status))

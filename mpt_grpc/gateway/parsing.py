@@ -41,7 +41,7 @@ _EXPECTED = {
     "messages.role": "must be system, developer, user or assistant; messages of tools are not supported",
     "messages.content": "must be text, or a list of parts of type text; images, audio and calls are not supported",
 }
-"""What fields of several types must be. Pydantic would report an error for each of the types."""
+"""The valid values of fields with several types, for each of which Pydantic would report its own error."""
 
 
 async def parse(request: Request, kind: type[_Parsed]) -> _Parsed:

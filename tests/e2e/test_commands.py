@@ -103,11 +103,7 @@ def test_several_outputs_are_printed_with_their_index(server: Any) -> None:
             "no server responds at 127.0.0.1:1; start one with",
         ),
         (("generate", "x", "--target", "localhost"), 1, "target 'localhost' has no port: write 'localhost:50051'"),
-        (
-            ("generate", "x", "--target", "http://localhost:50051"),
-            1,
-            "use the server's gRPC address, such as 'localhost:50051'",
-        ),
+        (("generate", "x", "--target", "http://localhost:50051"), 1, "target 'http://localhost:50051' is a URL: use"),
         (("generate", "x", "--seed", "-1"), 1, "mpt-grpc: --seed: "),
         (("generate", "x", "--json-schema", "absent.json"), 2, "--json-schema: absent.json: No such file"),
         (("generate", "x", "--lark-grammar", "absent.lark"), 2, "--lark-grammar: absent.lark: No such file"),

@@ -1,4 +1,4 @@
-"""What the READMEs and the pages in docs/ tell a reader to type works as it stands there."""
+"""The examples and commands in the READMEs and in docs/ work as written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DOCUMENTS = sorted(
 ADDRESS = "localhost:50051"
 HTTP = "http://localhost:8451"
 SDKS = ROOT / ".venv/sdks/bin/python"
-# A block may await at its top level, as in `python -m asyncio`.
+# Runs a block that may use await at its top level, as in `python -m asyncio`.
 RUN_BLOCK = """
 import ast, asyncio, sys
 block = eval(compile(sys.stdin.read(), "block", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), {"__name__": "__main__"})
@@ -43,7 +43,7 @@ if block is not None:
 
 
 def blocks(language: str) -> list[Any]:
-    """Every code block of the READMEs in a language, as parameters."""
+    """Returns every code block in a language as a parameter."""
     found = []
     for name in READMES:
         text = (ROOT / name).read_text(encoding="utf-8")
@@ -54,13 +54,13 @@ def blocks(language: str) -> list[Any]:
 
 
 def commands() -> list[Any]:
-    """Every command of the shell blocks, as parameters; a command may go on over lines that end with a backslash."""
+    """Returns every command in the shell blocks as a parameter. A backslash joins a line with the next."""
     lines = "".join(block.values[0] for block in blocks("sh")).replace("\\\n", " ").splitlines()
     return [pytest.param(line, id=" ".join(shlex.split(line, comments=True)[:6])) for line in lines if line.strip()]
 
 
 def run(command: list[str], server: Any, stdin: str = "") -> str:
-    """Runs a command, with the binaries of the environment at hand, and returns what it prints."""
+    """Runs a command with the environment's binaries on its path, and returns what it prints."""
     environment = {
         **os.environ,
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -74,19 +74,19 @@ def run(command: list[str], server: Any, stdin: str = "") -> str:
     return ended.stdout
 
 
-def at_the_server(text: str, server: Any) -> str:
-    """The text with the addresses of the tests' server."""
+def with_addresses(text: str, server: Any) -> str:
+    """Replaces the default addresses with those of the server."""
     return text.replace(ADDRESS, server.target).replace(HTTP, server.openai_url.removesuffix("/v1"))
 
 
 @pytest.mark.parametrize("block", blocks("python"))
-def test_a_python_block_runs_and_prints(block: str, server: Any) -> None:
+def test_a_python_block_runs_and_prints_something(block: str, server: Any) -> None:
     python = Path(sys.executable)
     if "langchain" in block or "openai" in block:
         python = SDKS
         if not python.exists():
-            pytest.skip("LangChain is not installed: make .venv/sdks/ready")
-    block = at_the_server(block, server)
+            pytest.skip("the SDKs are not installed: run make .venv/sdks/ready")
+    block = with_addresses(block, server)
     assert run([str(python), "-c", RUN_BLOCK], server, block).strip()
 
 
@@ -102,7 +102,7 @@ def test_a_shell_command_works(command: str, server: Any) -> None:
         case "make":
             assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         case "grpcurl" | "buf":
-            printed = run(["sh", "-c", at_the_server(command, server)], server)
+            printed = run(["sh", "-c", with_addresses(command, server)], server)
             assert any(word in printed for word in ("TextGenerationService", "SERVING", '"text"', "num_blocks"))
         case ".venv/bin/pip" | "pip":
             folder, _, extra = arguments[-1].removesuffix("]").partition("[")
@@ -114,25 +114,25 @@ def test_a_shell_command_works(command: str, server: Any) -> None:
             help_text = run([sys.executable, "-m", "mpt_grpc.cli", arguments[0], "--help"], server)
             assert flags <= set(re.findall(r"--[a-z][a-z-]+", help_text))
         case ".venv/bin/mpt-grpc" | "curl" | "echo":
-            command = at_the_server(command.replace(".venv/bin/mpt-grpc", f"{sys.executable} -m mpt_grpc.cli"), server)
-            assert run(["sh", "-c", command], server, stdin="Who are you?\n")  # the model may say little
+            command = with_addresses(command.replace(".venv/bin/mpt-grpc", f"{sys.executable} -m mpt_grpc.cli"), server)
+            assert run(["sh", "-c", command], server, stdin="Who are you?\n")  # an output may be short but not empty
         case _:
-            pytest.fail(f"nobody knows how to try {command!r}")
+            pytest.fail(f"this test does not know how to run {command!r}")
 
 
-def test_the_page_about_generation_has_an_example_of_every_option() -> None:
+def test_the_generation_page_has_an_example_of_every_option() -> None:
     page = (ROOT / "docs/generation.md").read_text(encoding="utf-8")
     options = dict(re.findall(r"^\| `(\w+)=(.+?)` ", page, re.MULTILINE))
     for name, value in options.items():
         messages = [Message(Role.USER, "Hello")] if name == "drop_oldest_turns" else "Hello"
-        if name != "timeout":  # of the call, not of the request
+        if name != "timeout":  # an option of the call, not of the request
             build_request(messages, **{name: eval(value, {"RepetitionGuard": RepetitionGuard})})
     documented = options.keys() | set(re.findall(r"^`(\w+)` (?:is one of|are)", page, re.MULTILINE))
     assert documented == GenerateOptions.__optional_keys__ | {"timeout"}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_link_to_a_file_leads_to_one(name: str) -> None:
+def test_every_link_to_a_file_has_a_target(name: str) -> None:
     document = ROOT / name
     links = re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
@@ -140,7 +140,7 @@ def test_every_link_to_a_file_leads_to_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_every_flag_that_a_readme_names_exists(name: str, server: Any) -> None:
+def test_every_flag_in_the_prose_exists(name: str, server: Any) -> None:
     prose = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
     if name == "docs/names.md":
         prose = HISTORICAL.sub(lambda row: row[0].removesuffix(f"{row[1]}|"), prose)

@@ -10,7 +10,7 @@ export function drawCache({ load, active_requests, cached_blocks }) {
   const owners = ownersOfBlocks(active_requests);
   const shared = [...owners.values()].filter((owner) => owner.sequences > 1).length;
   summary.textContent =
-    `${owners.size} of ${load.num_blocks.toLocaleString()} blocks in use` +
+    `${owners.size} of ${load.num_blocks.toLocaleString()} blocks used` +
     `${shared ? `, ${shared} shared` : ""}, ${cached_blocks.length} cached`;
   paint(load.num_blocks, owners, new Set(cached_blocks));
 }
