@@ -18,6 +18,8 @@ _PATTERNS = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
 ]
 _WEIGHTS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from mpt_grpc.text.guards import load_guards
 from mpt_grpc.text.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16
 """The number of tokens in a KV cache block."""
@@ -76,6 +78,8 @@ def load_engine(
     if tokenizer.vocab_size > config.vocab_size:
         why = f"tokenizer.json has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
         raise ModelError(f"{folder}: {why}")
+    if not tokenizer.eos_token_ids:
+        _log.warning("%s specifies no EOS token: outputs end only at max_new_tokens or a stop string", folder)
     chat_template = find_chat_template(wanted.chat_template, folder, checkpoint.name)
     guards = load_guards(settings.guards)
     defaults = generation_defaults(folder) if wanted.generation_config == "model" else GenerationDefaults()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,8 +17,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, ModelError, SettingsError
 from mpt_grpc.request import Conversation, Message
+from mpt_grpc.text.tokenizer_config import read_text, read_tokenizer_config
 
 MAX_MESSAGES = 1024
+_log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).with_name("templates")
 _BUILT_IN = {"base": ("\nUser:",), "instruct": ("\n### Instruction:",), "chatml": ("<|im_end|>",)}
 """The built-in templates, each with the strings that end the assistant's message."""
@@ -39,7 +42,7 @@ class ChatTemplate:
     stop_strings: tuple[str, ...]
     """The strings that end the assistant's message, in addition to the EOS token."""
     template: Template
-    tokens: dict[str, str]
+    tokens: Mapping[str, str]
     """The special tokens that the template may refer to, such as `eos_token`."""
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -64,8 +67,8 @@ def find_chat_template(wanted: str, folder: Path, model_name: str) -> ChatTempla
     'auto' uses the template in the model's folder; else the one for the suffix of the model's name; else 'base'.
     Raises ModelError or SettingsError if the template cannot be read.
     """
-    config = _tokenizer_config(folder)
-    tokens = _special_tokens(config)
+    config = read_tokenizer_config(folder)
+    tokens = config.special_tokens
     if wanted in _BUILT_IN:
         return _built_in(wanted, tokens)
     if wanted != "auto":
@@ -78,7 +81,7 @@ def find_chat_template(wanted: str, folder: Path, model_name: str) -> ChatTempla
             raise SettingsError(f"--chat-template: {why}") from error
         except TemplateSyntaxError as error:
             raise SettingsError(f"--chat-template: {wanted}, line {error.lineno}: {error}") from error
-    if (own := _own_source(folder, config)) is not None:
+    if (own := _own_source(folder, config.chat_template)) is not None:
         try:
             return _from_source("model", own, tokens)
         except TemplateSyntaxError as error:
@@ -154,12 +157,12 @@ def _shortened(messages: tuple[Message, ...]) -> list[tuple[Message, ...]]:
     return [messages, *(system + messages[start:] for start in starts)]
 
 
-def _built_in(name: str, tokens: dict[str, str]) -> ChatTemplate:
+def _built_in(name: str, tokens: Mapping[str, str]) -> ChatTemplate:
     source = (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     return ChatTemplate(name, _BUILT_IN[name], _compiled(source), tokens)
 
 
-def _from_source(name: str, source: str, tokens: dict[str, str]) -> ChatTemplate:
+def _from_source(name: str, source: str, tokens: Mapping[str, str]) -> ChatTemplate:
     stop_strings = ("<|im_end|>",) if "<|im_end|>" in source else ()
     return ChatTemplate(name, stop_strings, _compiled(source), tokens)
 
@@ -193,40 +196,18 @@ def _raise_exception(message: str) -> NoReturn:
     raise _RefusedByTemplateError(message)
 
 
-def _own_source(folder: Path, config: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{file}: cannot be read: {error}") from error
-    own = config.get("chat_template")
+def _own_source(folder: Path, own: object) -> str | None:
+    """Returns the checkpoint's template: its own file, or `own`, the chat_template of tokenizer_config.json."""
+    if (source := read_text(folder / "chat_template.jinja")) is not None:
+        return source
     if isinstance(own, list):
-        entries = [entry for entry in own if isinstance(entry, dict)]
-        own = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
+        named = {entry.get("name"): entry.get("template") for entry in own if isinstance(entry, dict)}
+        if named and "default" not in named:
+            names = ", ".join(map(str, named))
+            _log.warning("tokenizer_config.json has no default chat template, so its others are not used: %s", names)
+        own = named.get("default")
     if own is not None and not isinstance(own, str):
         raise ModelError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list of named templates"
         )
     return own
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    return config if isinstance(config, dict) else {}
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Returns the text of `bos_token`, `eos_token` and so on."""
-    tokens = {}
-    for key, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(text, str):
-            tokens[key] = text
-    return tokens

@@ -16,6 +16,7 @@ from tokenizers import decoders
 
 from mpt_grpc.errors import ModelError
 from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer
+from mpt_grpc.text.tokenizer_config import TokenizerConfig, read_json, read_text, read_tokenizer_config
 
 PROMPT_TAIL_TOKENS = 8
 """How many of a prompt's last tokens are checked for an incomplete character; it has at most 3 bytes, so 3 would do."""
@@ -44,17 +45,31 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Loads tokenizer.json, and the EOS tokens from the first of generation_config.json, config.json and
-        tokenizer_config.json that specifies them. Raises ModelError, which names the file."""
+        """Loads tokenizer.json with the tokens that the files beside it add, and the EOS tokens.
+
+        The EOS tokens come from the first of generation_config.json, config.json and the tokenizer's files that
+        specifies them. Raises ModelError, which names the file.
+        """
         path = folder / "tokenizer.json"
-        text = _read(path)
+        text = read_text(path)
         if text is None:
             raise ModelError(f"{path}: not found; a model's folder must contain tokenizer.json")
+        config = read_tokenizer_config(folder)
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
+            backend = tokenizers.Tokenizer.from_str(_with_prefix_space(text, config.add_prefix_space))
         except Exception as error:  # tokenizers raises no narrower class
             raise ModelError(f"{path}: not a valid tokenizer: {error}") from error
-        return cls(backend, _eos_token_ids(folder, backend.token_to_id))
+        eos_token = config.special_tokens.get("eos_token")
+        is_eos_known = eos_token is None or backend.token_to_id(eos_token) is not None
+        _add_tokens(backend, config, folder)
+        eos_token_ids = _eos_token_ids(folder, backend)
+        if eos_token_ids is None and eos_token is not None:
+            # transformers would add it, but the model cannot generate a token that it was not trained with.
+            if not is_eos_known and config.added_tokens[eos_token][0] is None:
+                why = f"eos_token {eos_token!r} is not in tokenizer.json"
+                raise ModelError(f"{folder / 'tokenizer_config.json'}: {why}")
+            eos_token_ids = frozenset(i for i in (backend.token_to_id(eos_token),) if i is not None)
+        return cls(backend, eos_token_ids or frozenset())
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Returns the ids of `text`; no tokens are added. The text of a special token, such as `<|endoftext|>`, is
@@ -129,45 +144,41 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
-def _eos_token_ids(folder: Path, token_to_id: Callable[[str], int | None]) -> frozenset[int]:
+def _with_prefix_space(text: str, add_prefix_space: bool | None) -> str:
+    """Returns tokenizer.json with the prefix space of its byte-level pre-tokenizers set."""
+    if add_prefix_space is None:
+        return text
+    content = json.loads(text)
+    pre_tokenizer: dict[str, Any] = content.get("pre_tokenizer") or {}
+    for part in (pre_tokenizer, *pre_tokenizer.get("pretokenizers", ())):
+        if part.get("type") == "ByteLevel":
+            part["add_prefix_space"] = add_prefix_space
+    return json.dumps(content)
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig, folder: Path) -> None:
+    """Adds the tokens that tokenizer.json lacks, in the order of their IDs."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing = [(token_id, token) for text, (token_id, token) in config.added_tokens.items() if text not in known]
+    missing.sort(key=lambda entry: (entry[0] is None, entry[0] or 0))
+    backend.add_tokens([token for _, token in missing])
+    for token_id, token in missing:
+        actual = backend.token_to_id(token.content)
+        if token_id is not None and actual != token_id:
+            why = f"token {token.content!r} has the ID {token_id}, but tokenizer.json has room for it at {actual}"
+            raise ModelError(f"{folder}: {why}")
+
+
+def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer) -> frozenset[int] | None:
+    """Returns the EOS tokens that the model's configuration specifies, or None."""
+    vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     for name in ("generation_config.json", "config.json"):
-        ids = _read_json(folder / name).get("eos_token_id")
+        ids = read_json(folder / name).get("eos_token_id")
         if ids is None:
             continue
         ids = ids if isinstance(ids, list) else [ids]
-        if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
-            raise ModelError(f"{folder / name}: eos_token_id must be a token id or a list of them, not {ids!r}")
+        if not all(type(token_id) is int and 0 <= token_id < vocab_size for token_id in ids):
+            why = f"eos_token_id must be a token ID below {vocab_size} or a list of them, not {ids!r}"
+            raise ModelError(f"{folder / name}: {why}")
         return frozenset(ids)
-
-    path = folder / "tokenizer_config.json"
-    token = _read_json(path).get("eos_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    if token is None:
-        return frozenset()
-    token_id = token_to_id(token) if isinstance(token, str) else None
-    if token_id is None:
-        raise ModelError(f"{path}: eos_token {token!r} is not in tokenizer.json")
-    return frozenset({token_id})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in the file, or an empty one if the file does not exist."""
-    text = _read(path)
-    try:
-        value = {} if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path}: invalid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return value
-
-
-def _read(path: Path) -> str | None:
-    """Returns the file's text, or None if the file does not exist."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
+    return None

@@ -1,0 +1,119 @@
+"""The files beside tokenizer.json, with the precedence that transformers gives them.
+
+`tokenizer_config.json` names the special tokens and, if it was written by a recent transformers, lists all added tokens
+in `added_tokens_decoder`. Otherwise `special_tokens_map.json` overrides its names, and `added_tokens.json` lists tokens
+that tokenizer.json may lack.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from mpt_grpc.errors import ModelError
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What the files beside tokenizer.json specify."""
+
+    special_tokens: Mapping[str, str]
+    """The text of each named token: `bos_token`, `eos_token` and so on."""
+    added_tokens: Mapping[str, tuple[int | None, AddedToken]]
+    """The tokens that the tokenizer must have, by their text, with their IDs where the files specify them."""
+    add_prefix_space: bool | None
+    """Whether byte-level tokenization puts a space before the text; None leaves it to tokenizer.json."""
+    chat_template: object
+    """The value of `chat_template` in tokenizer_config.json."""
+
+
+def read_tokenizer_config(folder: Path) -> TokenizerConfig:
+    """Reads the files in a model's folder, all of which are optional. Raises ModelError, which names the file."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    has_decoder = config.get("added_tokens_decoder") is not None
+    if not has_decoder:
+        config |= read_json(folder / "special_tokens_map.json")
+    for key in _NAMED:
+        if config.get(key) is not None and _text(config[key]) is None:
+            raise ModelError(f"{path}: {key}: expected a token, not {config[key]!r}")
+    named = _texts({key: value for key, value in config.items() if key.endswith("_token")})
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or {}
+    extra = extra if isinstance(extra, dict) else dict(enumerate(extra))
+    special = dict.fromkeys((*named.values(), *_texts(extra).values()))
+    added = _from_decoder(path, config["added_tokens_decoder"], special) if has_decoder else _legacy(folder, special)
+    for text in special:
+        added.setdefault(text, (None, AddedToken(text, special=True)))
+    add_prefix_space = config.get("add_prefix_space")
+    return TokenizerConfig(
+        special_tokens=named,
+        added_tokens=added,
+        add_prefix_space=add_prefix_space if isinstance(add_prefix_space, bool) else None,
+        chat_template=config.get("chat_template"),
+    )
+
+
+def _from_decoder(path: Path, decoder: Any, special: Collection[str]) -> dict[str, tuple[int | None, AddedToken]]:
+    """Returns the tokens of `added_tokens_decoder`. A token that has a name is special, whatever its flags."""
+    added: dict[str, tuple[int | None, AddedToken]] = {}
+    try:
+        for token_id, entry in decoder.items():
+            flags = {flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}
+            text = entry["content"]
+            added[text] = (
+                int(token_id),
+                AddedToken(text, **{**flags, "special": flags.get("special") or text in special}),
+            )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: added_tokens_decoder: not a map of IDs to tokens: {error!r}") from error
+    return added
+
+
+def _legacy(folder: Path, special: Collection[str]) -> dict[str, tuple[int | None, AddedToken]]:
+    """Returns the tokens of added_tokens.json."""
+    path = folder / "added_tokens.json"
+    added: dict[str, tuple[int | None, AddedToken]] = {}
+    for text, token_id in read_json(path).items():
+        if type(token_id) is not int:
+            raise ModelError(f"{path}: {text!r}: expected a token ID, not {token_id!r}")
+        added[text] = token_id, AddedToken(text, normalized=text not in special, special=text in special)
+    return added
+
+
+def _texts(tokens: Mapping[Any, object]) -> dict[Any, str]:
+    return {key: text for key, value in tokens.items() if (text := _text(value)) is not None}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in the file, or an empty one if the file does not exist. Raises ModelError."""
+    text = read_text(path)
+    try:
+        value = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: invalid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return value
+
+
+def read_text(path: Path) -> str | None:
+    """Returns the text of the file, or None if it does not exist. Raises ModelError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+
+
+def _text(value: object) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None

@@ -1,0 +1,122 @@
+"""The files beside tokenizer.json mean what they mean in transformers, which is the oracle."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from mpt_grpc.errors import ModelError
+from mpt_grpc.text.chat import find_chat_template
+from mpt_grpc.text.tokenizer import Tokenizer
+
+TEXTS = (
+    "Hello <|im_start|>user",
+    "a<|im_end|> b",
+    " the fox",
+    "<extra> and <|endoftext|>",
+    "x <|im_start|> <pad>",
+    "日本語",
+)
+END = "<|endoftext|>"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["the fox and the hello of a user, the fox"], trainer)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "config.json", {"model_type": "mpt"})
+    return tmp_path
+
+
+def write(folder: Path, name: str, content: Any) -> None:
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def next_id(folder: Path) -> int:
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size(with_added_tokens=True)
+
+
+def assert_as_in_transformers(folder: Path) -> Tokenizer:
+    expected, tokenizer = AutoTokenizer.from_pretrained(folder), Tokenizer.from_folder(folder)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert list(ids) == expected.encode(text, add_special_tokens=False), text
+        assert tokenizer.decode(ids) == expected.decode(ids, skip_special_tokens=True)
+    assert tokenizer.eos_token_ids == ({expected.eos_token_id} if expected.eos_token_id is not None else set())
+    return tokenizer
+
+
+def test_tokenizer_json_alone(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    assert_as_in_transformers(folder)
+
+
+def test_added_tokens_json_adds_tokens(folder: Path) -> None:
+    first = next_id(folder)
+    write(folder, "added_tokens.json", {"<|im_end|>": first + 1, "<|im_start|>": first})
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END})
+    tokenizer = assert_as_in_transformers(folder)
+    assert tokenizer.encode("<|im_start|><|im_end|>") == (first, first + 1)
+
+
+def test_added_tokens_decoder_adds_tokens_with_their_flags(folder: Path) -> None:
+    first, flags = next_id(folder), {"lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
+    decoder = {
+        "0": {"content": END, **flags, "lstrip": False, "special": True},
+        str(first): {"content": "<|im_start|>", **flags, "special": True},
+        str(first + 1): {"content": "<|im_end|>", **flags, "special": False},
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "added_tokens_decoder": decoder}
+    write(folder, "tokenizer_config.json", config)
+    write(folder, "special_tokens_map.json", {"eos_token": END})  # ignored if the decoder lists the tokens
+    tokenizer = assert_as_in_transformers(folder)
+    assert tokenizer.eos_token_ids == {first + 1}
+
+
+def test_special_tokens_map_names_the_eos_token_and_fills_templates(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"})
+    write(folder, "special_tokens_map.json", {"eos_token": {"content": END}, "additional_special_tokens": ["<extra>"]})
+    assert_as_in_transformers(folder)
+    assert find_chat_template("auto", folder, "x").tokens["eos_token"] == END
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_add_prefix_space_is_obeyed(folder: Path, adds: bool) -> None:
+    config = {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": adds, "eos_token": END}
+    write(folder, "tokenizer_config.json", config)
+    tokenizer = assert_as_in_transformers(folder)
+    assert tokenizer.decode(tokenizer.encode("fox")) == (" fox" if adds else "fox")
+
+
+def test_a_token_with_an_id_that_is_not_free_is_refused(folder: Path) -> None:
+    write(folder, "added_tokens.json", {"<|im_start|>": next_id(folder) + 7})
+    with pytest.raises(
+        ModelError, match=r"token '<\|im_start\|>' has the ID \d+, but tokenizer.json has room for it at"
+    ):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_an_eos_token_outside_the_vocabulary_is_refused(folder: Path, name: str) -> None:
+    write(folder, name, {"model_type": "mpt", "eos_token_id": 50_000})
+    with pytest.raises(ModelError, match=rf"{name}: eos_token_id must be a token ID below \d+"):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_list_of_templates_without_a_default_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(folder, "tokenizer_config.json", {"chat_template": [{"name": "tool_use", "template": "{{ 1 }}"}]})
+    with caplog.at_level(logging.WARNING):
+        assert find_chat_template("auto", folder, "mpt-7b-chat").name == "chatml"
+    assert "no default chat template, so its others are not used: tool_use" in caplog.text
