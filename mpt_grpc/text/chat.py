@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -108,7 +109,7 @@ def conversation_token_ids(
     def tokens_without(turns: int) -> tuple[int, ...]:
         return encode(template.render(candidates[turns]))
 
-    candidates = _shortened(conversation.messages)
+    candidates = _shortened(_with_one_leading_system_message(conversation.messages))
     token_ids = tokens_without(0)
     if len(token_ids) <= max_prompt_tokens:
         return token_ids
@@ -138,13 +139,20 @@ def _check(messages: Sequence[Message]) -> None:
         field = f"{_FIELD}[{index}].role"
         if message.role not in _ROLES:
             violations.append(FieldViolation(field, f"unknown role: use one of {', '.join(_ROLES)}"))
-        elif message.role == "system" and index > 0:
-            violations.append(FieldViolation(field, "only the first message may have the role 'system'"))
     if messages[-1].role in ("system", "assistant"):
         why = "the last message must have the role 'user': the assistant replies to it"
         violations.append(FieldViolation(f"{_FIELD}[{len(messages) - 1}].role", why))
     if violations:
         raise InvalidRequestError(*violations)
+
+
+def _with_one_leading_system_message(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Merges the leading system messages, of which most templates expect one; later ones are left to the template."""
+    rest = list(dropwhile(lambda message: message.role == "system", messages))
+    leading = messages[: len(messages) - len(rest)]
+    if len(leading) < 2:
+        return messages
+    return (Message("system", "\n\n".join(message.content for message in leading)), *rest)
 
 
 def _shortened(messages: tuple[Message, ...]) -> list[tuple[Message, ...]]:

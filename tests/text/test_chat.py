@@ -261,7 +261,6 @@ def prompt_text(*messages: Message, context: int = 1000, new: int | None = None,
     [
         ((), ["conversation.messages"]),
         ((HI,) * (MAX_MESSAGES + 1), ["conversation.messages"]),
-        ((HI, SYSTEM, HI), ["conversation.messages[1].role"]),
         ((HI, HELLO), ["conversation.messages[1].role"]),
         ((SYSTEM,), ["conversation.messages[0].role"]),
         (
@@ -345,3 +344,20 @@ def test_no_more_turns_are_dropped_than_necessary(messages: tuple[Message, ...],
     else:
         assert conversation_token_ids(conversation, template, counting, context, new) == encode(expected)
         assert len(encoded) <= 2 + log2(len(kept)) + 1
+
+
+@pytest.mark.parametrize("name", ["base", "instruct", "chatml"])
+def test_leading_system_messages_are_merged_and_later_ones_stay_in_place(tmp_path: Path, name: str) -> None:
+    template = find_chat_template(name, tmp_path, "demo")
+    prompts: list[str] = []
+
+    def encode(text: str) -> tuple[int, ...]:
+        prompts.append(text)
+        return (1,)
+
+    messages = (SYSTEM, Message("system", "Be kind."), HI, HELLO, Message("system", "Now rhyme."), WHO)
+    conversation_token_ids(Conversation(messages), template, encode, 100, 10)
+    merged = (Message("system", "Be short.\n\nBe kind."), *messages[2:])
+    assert prompts == [template.render(merged)]
+    places = [prompts[0].index(text) for text in ("Be short.", "Be kind.", HI.content, "Now rhyme.", WHO.content)]
+    assert places == sorted(places)

@@ -250,7 +250,9 @@ class Message(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
-    """Required. The role of the author. Only the first message may have ROLE_SYSTEM."""
+    """Required. The role of the author. Leading messages with ROLE_SYSTEM are merged into one; the chat template decides
+    about later ones.
+    """
     content: _builtins.str
     """The text of the message."""
     def __init__(
