@@ -9,6 +9,7 @@ from llguidance import LLMatcher
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, Regex
+from mpt_grpc.text.json_schema import UnsupportedSchemaError, rewrite
 
 MAX_SOURCE_BYTES = 65_536
 TOO_COSTLY = "it exceeds the server's limits for the cost of a constraint: simplify it"
@@ -98,10 +99,15 @@ def _escaped(text: str) -> str:
 def _json_grammar(schema: str) -> str:
     try:
         # llguidance parses it first, because it rejects JSON that is nested too deeply for Python.
-        grammar = LLMatcher.grammar_from_json_schema(
-            schema, overrides={"lenient": False, "whitespace_pattern": _WHITE_SPACE}
-        )
-        has_options = "x-guidance" in json.loads(schema)
+        _compile(schema)
+        content = json.loads(schema)
+        if "x-guidance" in content:
+            raise UnsupportedSchemaError('"x-guidance" not supported: remove it')
+        if (rewritten := rewrite(content)) is False:
+            raise UnsupportedSchemaError("no output can satisfy it: change it")
+        return _compile(json.dumps(rewritten))
+    except UnsupportedSchemaError as error:
+        raise InvalidRequestError(FieldViolation("decoding.json_schema", str(error))) from error
     except ValueError as error:
         if "recursion limit" in str(error):
             why = "nested too deeply: at most 127 levels"
@@ -110,9 +116,10 @@ def _json_grammar(schema: str) -> str:
         else:
             why = f"invalid JSON: {_short(str(error))}"
         raise InvalidRequestError(FieldViolation("decoding.json_schema", why)) from error
-    if has_options:
-        raise InvalidRequestError(FieldViolation("decoding.json_schema", '"x-guidance" not supported: remove it'))
-    return grammar
+
+
+def _compile(schema: str) -> str:
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"lenient": False, "whitespace_pattern": _WHITE_SPACE})
 
 
 def _short(text: str, max_length: int = 160) -> str:

@@ -242,7 +242,7 @@ REFUSED: list[tuple[Constraint, str, str]] = [
     (JsonSchema("true"), "json_schema", "must be a JSON object"),
     (JsonSchema('{"type": "strin"}'), "json_schema", "Invalid type: strin"),
     (JsonSchema('{"uniqueItems": true}'), "json_schema", '"uniqueItems" not supported'),
-    (JsonSchema('{"not": {}}'), "json_schema", '"not" not supported'),
+    (JsonSchema('{"not": {}}'), "json_schema", "no output can satisfy it"),
     (JsonSchema('{"oneOf": [{"minimum": 1}, {"minimum": 2}]}'), "json_schema", '"oneOf" not supported'),
     (JsonSchema('{"x-guidance": {"lenient": true}, "not": {}}'), "json_schema", '"x-guidance" not supported'),
     (JsonSchema('{"$ref": "http://127.0.0.1:9/s.json"}'), "json_schema", "http://127.0.0.1:9/s.json is not fetched"),
