@@ -1,4 +1,4 @@
-"""Locates a checkpoint: the embedded demo model, a local folder, or a Hugging Face Hub id."""
+"""Locates a checkpoint: the built-in model, a local folder, or a Hugging Face Hub ID."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Checkpoint:
 
 
 def find_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
-    """Finds `model`: 'demo', a folder, or a Hub id, which is downloaded unless it is in the Hub's cache.
+    """Finds `model`: 'demo', a folder, or a Hub ID, which is downloaded unless it is in the Hub's cache.
 
     With `weights=False` the weights are not downloaded. Raises ModelError if there is no such model.
     """
@@ -51,7 +51,7 @@ def find_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
             )
         return Checkpoint(folder.resolve().name, folder)
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ModelError(f"--model {model}: no such folder, and not a Hub id of the form OWNER/NAME")
+        raise ModelError(f"--model {model}: no such folder, and not a Hub ID of the form OWNER/NAME")
     try:
         found = Path(snapshot_download(model, allow_patterns=_PATTERNS))
         for patterns in _WEIGHTS if weights else ():

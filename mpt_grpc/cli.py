@@ -80,10 +80,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends each default except None, which the help describes in words."""
+    """Appends each default, except None, which the help describes in words, and that of switches."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def _unknown_arguments(parser: _Parser, unknown: Sequence[str]) -> str:
@@ -123,8 +124,8 @@ def _parser() -> _Parser:
 
     gateway = add(
         "gateway",
-        "serve the OpenAI-compatible API for a gRPC server elsewhere",
-        "Serve the OpenAI-compatible API and the web page for a gRPC server elsewhere, until SIGTERM.",
+        "serve the OpenAI-compatible API for a gRPC server running elsewhere",
+        "Serve the OpenAI-compatible API and the web page for a gRPC server running elsewhere, until SIGTERM.",
         formatter_class=_HelpFormatter,
     )
     gateway.add_argument(

@@ -11,7 +11,7 @@ MptServerError
 │   ├── PromptRefusedError     a guard refused the prompt
 │   ├── DuplicateRequestError  a request with this ID is in progress
 │   └── UnknownModelError      the requested model is not loaded
-├── OverloadedError        the queue is full; the caller can retry later
+├── OverloadedError        the queue is full or the machine too busy; the caller can retry later
 ├── UnavailableError       the engine accepts no requests
 │   ├── DrainingError        the server is shutting down
 │   └── EngineStoppedError   the engine has failed and the server must be restarted
@@ -81,7 +81,7 @@ class UnknownModelError(RequestError):
 
 
 class OverloadedError(MptServerError):
-    """The queue is full."""
+    """The queue is full, or the machine is too busy to check a new constraint."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)

@@ -130,7 +130,7 @@ class StoppingCriteria:
     max_new_tokens: int | None = None
     """None takes the server's default, reduced to the room in the context. 0 only computes the prompt."""
     min_new_tokens: int = 0
-    """Until it is reached, EOS and stop tokens are not sampled and stop strings are ignored."""
+    """Until it is reached, end-of-sequence and stop tokens are not sampled and stop strings are ignored."""
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop_string: bool = False
@@ -175,7 +175,7 @@ class GenerationRequest:
     priority: int = 0
     """Requests with higher values run first; equal priorities are served in order of arrival."""
     skip_special_tokens: bool = True
-    """Whether to omit special tokens, such as the EOS token, from the text."""
+    """Whether to omit special tokens, such as the end-of-sequence token, from the text."""
     truncate_prompt_tokens: int | None = None
     """Keep only this many tokens from the end of the prompt."""
     resume_token_ids: tuple[int, ...] = ()

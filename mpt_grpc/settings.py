@@ -14,7 +14,7 @@ class ModelSettings:
     """The model and how it is computed."""
 
     model: str = "demo"
-    """'demo', a folder in Hugging Face's layout, or a Hugging Face hub ID."""
+    """'demo', a folder in Hugging Face's layout, or a Hugging Face Hub ID."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     load_format: Literal["auto", "random"] = "auto"

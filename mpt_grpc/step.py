@@ -38,7 +38,7 @@ class SamplingInputs:
     output_token_ids: tuple[int, ...] = ()
     """The output's tokens if there is a penalty of any kind, else empty."""
     forbidden_token_ids: tuple[int, ...] = ()
-    """EOS and stop tokens until `min_new_tokens` is reached, else empty."""
+    """End-of-sequence and stop tokens until `min_new_tokens` is reached, else empty."""
     matcher: Matcher | None = None
     num_top_logprobs: int | None = None
     """The number of most likely tokens to report; None if no TokenLogprob was requested."""
@@ -87,7 +87,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The results of a step, by sequence id."""
+    """The results of a step, by sequence ID."""
 
     token_ids: Mapping[int, int]
     """The chosen tokens."""

@@ -27,7 +27,7 @@ def test_finds_the_demo_model_and_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c"])
 def test_rejects_names_that_are_neither_folders_nor_hub_ids(model: str) -> None:
-    with pytest.raises(ModelError, match=rf"--model {model}: no such folder, and not a Hub id"):
+    with pytest.raises(ModelError, match=rf"--model {model}: no such folder, and not a Hub ID"):
         find_checkpoint(model)
 
 

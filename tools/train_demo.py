@@ -167,7 +167,7 @@ def _initialise(model: MPT) -> None:
 
 @torch.no_grad()
 def _bits_per_byte(model: MPT, tokenizer: Tokenizer, documents: list[str]) -> float:
-    """Returns the cross-entropy in bits per UTF-8 byte, over windows that each start with the EOS token."""
+    """Returns the cross-entropy in bits per UTF-8 byte, over windows that each start with `<|endoftext|>`."""
     bits, num_bytes = 0.0, 0
     end = tokenizer.token_to_id(END)
     device = next(model.parameters()).device

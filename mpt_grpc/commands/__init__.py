@@ -1,1 +1,1 @@
-"""Commands that are clients of a server: they know its API and nothing of what is behind it."""
+"""The commands. All except `serve` are clients of a server and use only its API."""

@@ -21,7 +21,7 @@ Ctrl-C          stop the reply\
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Raises MptGrpcError if a call fails and input does not come from a terminal."""
+    """Runs the conversation. Raises MptGrpcError if a call fails and input does not come from a terminal."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):

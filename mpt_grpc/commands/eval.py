@@ -44,7 +44,7 @@ def _evaluate(parsed: argparse.Namespace, model: dict[str, Any], tasks: list[Any
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
-        raise EvaluationError("eval needs lm-eval, which the extra 'eval' installs; see docs/install.md") from error
+        raise EvaluationError("eval requires lm-eval; install the extra 'eval' (see docs/install.md)") from error
     try:
         return simple_evaluate(
             model="local-completions",

@@ -14,7 +14,7 @@ from mpt_grpc_client import Client, GenerateOptions, Generation
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Raises MptGrpcError if the call fails."""
+    """Sends the request and prints the result. Raises MptGrpcError if the call fails."""
     prompt = sys.stdin.read() if parsed.prompt in (None, "-") else parsed.prompt
     options = generate_options(parsed)
     with Client(parsed.target, timeout=parsed.timeout) as client:

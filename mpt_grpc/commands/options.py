@@ -31,13 +31,15 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--target", metavar="HOST:PORT", help="gRPC address (default: MPT_GRPC_TARGET, or localhost:50051)"
     )
-    server.add_argument("--timeout", type=seconds, metavar="TIME", help="of a call, such as 60s (default: none)")
+    server.add_argument(
+        "--timeout", type=seconds, metavar="TIME", help="timeout of a call, such as 60s (default: none)"
+    )
     server.add_argument("--model", metavar="NAME", help="name of the model (default: the loaded one)")
     server.add_argument("--priority", type=int, metavar="N", help="higher runs first; -100 to 100 (default: 0)")
     server.add_argument(
         "--cache-bypass", action="store_const", const=True, help="neither read nor write the prefix cache"
     )
-    server.add_argument("--cache-salt", metavar="TEXT", help="share the prefix cache only with requests of this salt")
+    server.add_argument("--cache-salt", metavar="TEXT", help="share the prefix cache only with requests with this salt")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -50,13 +52,21 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         ("--min-p", float, "remove tokens below this fraction of the most likely one (default: 0)"),
         ("--typical-p", float, "keep the most typical tokens with this total probability (default: 1, all)"),
         ("--seed", int, "seed for reproducible outputs (default: random)"),
-        ("--repetition-penalty", float, "above 0, up to 10 (default: 1, none)"),
-        ("--frequency-penalty", float, "-2 to 2 (default: 0)"),
-        ("--presence-penalty", float, "-2 to 2 (default: 0)"),
+        (
+            "--repetition-penalty",
+            float,
+            "penalize tokens in the prompt or the output; above 0, up to 10 (default: 1, none)",
+        ),
+        ("--frequency-penalty", float, "penalize tokens for each occurrence in the output; -2 to 2 (default: 0)"),
+        ("--presence-penalty", float, "penalize tokens that occur in the output; -2 to 2 (default: 0)"),
     ):
         sampling.add_argument(name, type=kind, metavar="N" if kind is int else "X", help=what)
     sampling.add_argument(
-        "--logit-bias", type=_bias, action="append", metavar="ID=X", help="add to the logit of a token; may be repeated"
+        "--logit-bias",
+        type=_bias,
+        action="append",
+        metavar="ID=X",
+        help="add X to the logit of token ID; may be repeated",
     )
     sampling.add_argument(
         "--allowed-token-ids", type=_ids, metavar="ID,ID,...", help="restrict the output to these tokens"
@@ -66,14 +76,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def add_stopping(parser: argparse.ArgumentParser) -> None:
     """Adds when the output ends."""
     stopping = parser.add_argument_group("stopping")
-    stopping.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: 256, or what fits)")
-    stopping.add_argument("--min-new-tokens", type=int, metavar="N", help="(default: 0)")
+    stopping.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="maximum number of new tokens (default: 256, or what fits)"
+    )
+    stopping.add_argument("--min-new-tokens", type=int, metavar="N", help="minimum number of new tokens (default: 0)")
     stopping.add_argument(
         "--stop-strings",
         type=_unescaped,
         action="append",
         metavar="TEXT",
-        help=r"end before this text; \n is a line break; may be repeated",
+        help=r"end before this text, in which \n is a line break and \t a tab; may be repeated",
     )
     stopping.add_argument("--stop-token-ids", type=_ids, metavar="ID,ID,...", help="end at any of these tokens")
     stopping.add_argument(
@@ -98,7 +110,9 @@ def add_stopping(parser: argparse.ArgumentParser) -> None:
 def add_constraint(parser: argparse.ArgumentParser) -> None:
     """Adds constraints on the output."""
     constraint = parser.add_argument_group("constraint on the output").add_mutually_exclusive_group()
-    constraint.add_argument("--json-schema", type=_schema, metavar="JSON|FILE", help="JSON of this schema")
+    constraint.add_argument(
+        "--json-schema", type=_schema, metavar="JSON|FILE", help="JSON that conforms to this schema"
+    )
     constraint.add_argument("--json-object", action="store_true", help="any JSON object")
     constraint.add_argument("--regex", metavar="PATTERN", help="text that matches this pattern")
     constraint.add_argument("--choice", action="append", metavar="TEXT", help="one of these texts; may be repeated")
@@ -111,7 +125,9 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     request.add_argument("--num-sequences", type=int, metavar="N", help="number of outputs; 1 to 16 (default: 1)")
     request.add_argument("--truncate-prompt-tokens", type=int, metavar="N", help="keep only the last N prompt tokens")
     request.add_argument("--resume-token-ids", type=_ids, metavar="ID,ID,...", help="resume a partial output")
-    request.add_argument("--request-id", metavar="NAME", help="identifies the request in logs (default: generated)")
+    request.add_argument(
+        "--request-id", metavar="NAME", help="identifies the request in traces and logs (default: generated)"
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print the complete result as one JSON object")
@@ -127,9 +143,12 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         ("--return-logprobs", "log probabilities of the output tokens"),
         ("--return-prompt-logprobs", "log probabilities of the prompt tokens"),
     ):
-        output.add_argument(flag, action="store_const", const=True, help=f"include the {what}; needs --json")
+        output.add_argument(flag, action="store_const", const=True, help=f"include the {what}; requires --json")
     output.add_argument(
-        "--top-logprobs", type=int, metavar="N", help="include the N most likely tokens; 0 to 20; needs --json"
+        "--top-logprobs",
+        type=int,
+        metavar="N",
+        help="include the N most likely tokens at each position; 0 to 20; requires --json",
     )
 
 
@@ -137,7 +156,7 @@ def usage_error(parsed: argparse.Namespace) -> str | None:
     """Returns what is wrong with a combination of flags, if anything is."""
     without_effect = [name for name in _JSON_ONLY if getattr(parsed, name, None) is not None]
     if without_effect and not parsed.json:
-        return f"argument --{without_effect[0].replace('_', '-')}: needs --json"
+        return f"argument --{without_effect[0].replace('_', '-')}: requires --json"
     return None
 
 

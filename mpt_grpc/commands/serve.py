@@ -21,7 +21,7 @@ def run(parsed: argparse.Namespace) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     settings = server_options.settings(parsed)
     if importlib.util.find_spec("torch") is None:
-        raise SettingsError("serve needs PyTorch, which the extra 'torch' installs; see docs/install.md")
+        raise SettingsError("serve requires PyTorch; install the extra 'torch' (see docs/install.md)")
     # Imported here, since it imports torch, which takes seconds.
     from mpt_grpc.server.server import serve
     from mpt_grpc.server.welcome import welcome

@@ -18,7 +18,7 @@ def add_model(serve: argparse.ArgumentParser) -> None:
         "--model",
         default=defaults.model,
         metavar="demo|FOLDER|HUB_ID",
-        help="'demo' for the built-in model, a folder in Hugging Face's layout, or a Hugging Face hub ID",
+        help="'demo' for the built-in model, a folder in Hugging Face's layout, or a Hugging Face Hub ID",
     )
     model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto prefers a GPU")
     model.add_argument(
@@ -100,7 +100,11 @@ def add_server(serve: argparse.ArgumentParser) -> None:
     """Adds where the server listens and how it is observed."""
     server = serve.add_argument_group("server")
     server.add_argument(
-        "--grpc-port", type=int, default=ServerSettings().grpc_port, metavar="N", help="0 selects a free port"
+        "--grpc-port",
+        type=int,
+        default=ServerSettings().grpc_port,
+        metavar="N",
+        help="port of the gRPC server; 0 selects a free port",
     )
     add_http(server)
     server.add_argument("--no-http", action="store_true", help="serve gRPC only")
@@ -117,7 +121,7 @@ def add_server(serve: argparse.ArgumentParser) -> None:
         "--trace-file",
         type=Path,
         metavar="FILE",
-        help="append spans to this file as JSON lines; OTEL_EXPORTER_OTLP_ENDPOINT exports them with OTLP (default: no"
+        help="append spans to this file as JSON lines; OTEL_EXPORTER_OTLP_ENDPOINT exports them over OTLP (default: no"
         " tracing)",
     )
     server.add_argument(

@@ -32,13 +32,13 @@ class RequestLimits:
     """The limits that a request is checked against."""
 
     vocab_size: int
-    """The number of token ids in the tokenizer's vocabulary."""
+    """The number of token IDs in the tokenizer's vocabulary."""
     max_context_tokens: int
     """The maximum length of prompt and output together; never more than fits in the KV cache."""
     default_max_new_tokens: int
     """The value for requests that do not set `max_new_tokens`, reduced to the room in the context."""
     max_num_sequences: int
-    """The maximum number of outputs per request; never more than may be in flight."""
+    """The maximum number of outputs per request; never more than may be in progress at once."""
 
 
 def request_violations(request: GenerationRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
@@ -65,7 +65,7 @@ def request_violations(request: GenerationRequest, limits: RequestLimits) -> Ite
 def prompt_violations(
     request: GenerationRequest, prompt_token_ids: tuple[int, ...], limits: RequestLimits
 ) -> Iterator[FieldViolation]:
-    """Yields the violations that depend on the prompt's tokens: invalid ids, and requests that exceed the context."""
+    """Yields the violations that depend on the prompt's tokens: invalid IDs, and requests that exceed the context."""
     field = "text" if isinstance(request.prompt, str) else "token_ids.ids"
     num_tokens, num_resumed, context = len(prompt_token_ids), len(request.resume_token_ids), limits.max_context_tokens
     max_new_tokens = request.stopping.max_new_tokens
@@ -123,7 +123,7 @@ def _decoding(decoding: DecodingOptions, limits: RequestLimits) -> Iterator[Fiel
     for token, bias in decoding.logit_bias.items():
         field = f"decoding.logit_bias[{token}]"
         if not 0 <= token < limits.vocab_size:
-            yield FieldViolation(field, f"{token} is not a token id: ids are below {limits.vocab_size}")
+            yield FieldViolation(field, f"{token} is not a token ID: IDs are below {limits.vocab_size}")
         if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
             yield FieldViolation(field, f"{bias} is not in [-{MAX_LOGIT_BIAS}, {MAX_LOGIT_BIAS}]")
     yield from _token_ids("decoding.allowed_token_ids", decoding.allowed_token_ids, limits)
@@ -139,7 +139,7 @@ def _stopping(stopping: StoppingCriteria, limits: RequestLimits) -> Iterator[Fie
         if not 1 <= len(stop.encode()) <= MAX_STOP_STRING_BYTES:
             yield FieldViolation(
                 f"stopping.stop_strings[{index}]",
-                f"its length of {len(stop.encode())} bytes is not in [1, {MAX_STOP_STRING_BYTES}]",
+                f"its length, {len(stop.encode())} bytes, is not in [1, {MAX_STOP_STRING_BYTES}]",
             )
     if len(stopping.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         why = f"{len(stopping.stop_token_ids)} tokens; at most {MAX_STOP_TOKEN_IDS} are allowed"
@@ -165,7 +165,7 @@ def _logprobs(logprobs: LogprobOptions) -> Iterator[FieldViolation]:
 
 
 def _combinations(request: GenerationRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
-    """Yields the violations by fields that cannot be combined."""
+    """Yields the violations of fields that cannot be combined."""
     sampling, decoding, stopping = request.sampling, request.decoding, request.stopping
     max_new_tokens = limits.default_max_new_tokens if stopping.max_new_tokens is None else stopping.max_new_tokens
     if not 0 <= stopping.min_new_tokens <= max_new_tokens:
@@ -193,8 +193,8 @@ def _combinations(request: GenerationRequest, limits: RequestLimits) -> Iterator
 
 
 def _token_ids(field: str, token_ids: Iterable[int], limits: RequestLimits) -> Iterator[FieldViolation]:
-    """Yields a violation for the first invalid token id."""
+    """Yields a violation for the first invalid token ID."""
     for index, token in enumerate(token_ids):
         if not 0 <= token < limits.vocab_size:
-            yield FieldViolation(f"{field}[{index}]", f"{token} is not a token id: ids are below {limits.vocab_size}")
+            yield FieldViolation(f"{field}[{index}]", f"{token} is not a token ID: IDs are below {limits.vocab_size}")
             return

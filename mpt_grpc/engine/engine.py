@@ -1,6 +1,6 @@
 """The scheduler thread, which alone accesses the model, the cache and the state of requests.
 
-Other threads send it commands (submit, abort, close) through a queue. It sends back token events, and delivers all
+Other threads send it commands (submit, cancel, close) through a queue. It sends back token events, and delivers all
 events of a step in a single call to the readers' event loop.
 """
 

@@ -16,7 +16,7 @@ _MAX_WAIT_S = 0.002
 
 @dataclass(frozen=True)
 class Masks:
-    """The finished masks, and the errors of failed ones, by sequence id."""
+    """The finished masks, and the errors of failed ones, by sequence ID."""
 
     bits: Mapping[int, bytes]
     """The tokens that may come next, in the format of `Matcher.mask`."""

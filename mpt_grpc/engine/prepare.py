@@ -28,7 +28,7 @@ class PreparedRequest:
     """A validated request, ready to be submitted."""
 
     request: GenerationRequest
-    """The request with its seed, `max_new_tokens` and the chat template's stop strings filled in."""
+    """The request with its seed and `max_new_tokens` filled in and the chat template's stop strings added."""
     prompt_token_ids: tuple[int, ...]
     matchers: tuple[Matcher, ...]
     """One matcher per sequence if the request has a constraint, else empty."""
@@ -84,13 +84,13 @@ class Preparation:
         return prompt[-request.truncate_prompt_tokens :] if request.truncate_prompt_tokens else prompt
 
     def _check_length(self, text: str, is_truncated: bool) -> None:
-        """Rejects a text that is certainly too long, before spending time on tokenizing it."""
+        """Refuses a text that is certainly too long, before spending time on tokenizing it."""
         context = self.limits.max_context_tokens
         longest = _MAX_TRUNCATED_CHARACTERS if is_truncated else context * self.tokenizer.max_token_bytes
         if len(text) > longest:
-            limit = "can be truncated" if is_truncated else f"fit in the context of {context} tokens"
+            limit = "be truncated" if is_truncated else f"fit in the context of {context} tokens"
             raise InvalidRequestError(
-                FieldViolation("text", f"{len(text)} characters are more than {limit}: shorten the prompt")
+                FieldViolation("text", f"{len(text)} characters are too many to {limit}: shorten the prompt")
             )
 
     def _resume_violations(self, request: GenerationRequest) -> list[FieldViolation]:

@@ -96,9 +96,9 @@ class RequestTable:
         request = record.request
         with self._lock:
             if request.request_id in self._by_request_id:
-                raise DuplicateRequestError(f"request_id {request.request_id!r} is already in flight")
+                raise DuplicateRequestError(f"request_id {request.request_id!r} is already in progress: use another ID")
             if self._num_sequences + request.sampling.num_sequences > self._max_sequences:
-                why = f"the waiting queue is full, {self._num_sequences} outputs are in flight: try again later"
+                why = f"the queue is full, with {self._num_sequences} outputs in progress: retry later"
                 raise OverloadedError(why, _RETRY_AFTER_S)
             self._by_request_id[request.request_id] = record
             self._num_sequences += request.sampling.num_sequences

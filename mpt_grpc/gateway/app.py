@@ -135,7 +135,7 @@ class _Gateway:
             return JSONResponse(await _unless_disconnected(request, complete(self._client, body, response, request_id)))
 
     async def embeddings(self) -> Response:
-        """Not supported: the model has no embeddings."""
+        """Not supported: the model only generates text."""
         raise BadRequestError("embeddings are not supported: the model only generates text", status=404)
 
     async def models(self) -> Response:

@@ -57,7 +57,7 @@ def error_body(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> tupl
             return status, _body(str(error), type_, None, code or _reason_code(error))
     if isinstance(error, MptGrpcError):
         return 500, _body(str(error), "server_error", None, "engine_fault")
-    return 500, _body("internal error; the gateway's log has the details", "server_error", None, "gateway_fault")
+    return 500, _body("internal error; see the gateway's log for details", "server_error", None, "gateway_fault")
 
 
 def error_response(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> JSONResponse:

@@ -38,8 +38,8 @@ _EXPECTED = {
     "structured_outputs.json": "must be a JSON schema",
     "tool_choice": "must be none, auto, required, or a function in tools",
     "messages": "must be a list of at least one message, each with a role and content",
-    "messages.role": "must be system, developer, user or assistant; messages of tools are not supported",
-    "messages.content": "must be text, or a list of parts of type text; images, audio and calls are not supported",
+    "messages.role": "must be system, developer, user or assistant; tool messages are not supported",
+    "messages.content": "must be text, or a list of parts of type text; images, audio and tool calls are not supported",
 }
 """The valid values of fields with several types, for each of which Pydantic would report its own error."""
 

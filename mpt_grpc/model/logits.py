@@ -16,7 +16,7 @@ from mpt_grpc.request import SamplingParameters
 from mpt_grpc.step import SamplingInputs
 
 _Tokens = Mapping[int, Collection[int]]
-"""Token ids by row; rows without any are left out."""
+"""Token IDs by row; rows without any are left out."""
 
 _NUCLEUS_WIDTH = 1024
 """How many of a row's top tokens are searched for a probability sum before the whole row is sorted."""
@@ -73,7 +73,7 @@ def apply_filters(logits: Tensor, parameters: Sequence[SamplingParameters]) -> N
 
 
 def top_tokens(logits: Tensor, count: int) -> Tensor:
-    """Returns the ids [n, count] of the highest float32 `logits` [n, vocab_size], ties ordered by id."""
+    """Returns the IDs [n, count] of the highest float32 `logits` [n, vocab_size], ties ordered by ID."""
     return torch.cat([_top_tokens(part, count) for part in logits.split(rows_per_chunk(logits))])
 
 

@@ -14,7 +14,7 @@ from mpt_grpc.request import TokenLogprob
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprob]:
     """Returns the log probability of each row's token and of its `num_top` most likely tokens.
 
-    `logits` is [n, vocab_size], float32. A rank is 1 plus the number of higher logits; ties in `top` are ordered by id.
+    `logits` is [n, vocab_size], float32. A rank is 1 plus the number of higher logits; ties in `top` are ordered by ID.
     """
     if not token_ids:
         return []

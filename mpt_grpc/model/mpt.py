@@ -136,7 +136,7 @@ def alibi_slopes(n_heads: int, bias_max: float) -> Tensor:
 
 
 def _embedding(rows: int, size: int) -> nn.Embedding:
-    # Passing a weight keeps torch from initialising one, for which it would import sympy: 1.7 s at every start.
+    # Passing a weight keeps torch from initializing one, for which it would import sympy: 1.7 s at every start.
     return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
 
 

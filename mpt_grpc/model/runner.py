@@ -29,7 +29,7 @@ class StepOutput:
     logits: Tensor
     """Float32 [n, at least vocab_size], one row per sequence with sampling inputs, in the plan's order."""
     prompt_logprobs: Mapping[int, tuple[TokenLogprob, ...]]
-    """Prompt log probabilities by sequence id, for the sequences with `scoring`."""
+    """Prompt log probabilities by sequence ID, for the sequences with `scoring`."""
 
 
 class Runner:

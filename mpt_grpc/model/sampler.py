@@ -1,16 +1,16 @@
-"""Samples a token id from each row of logits, vectorized over the batch.
+"""Samples a token ID from each row of logits, vectorized over the batch.
 
 The logits are processed in this order:
 
 1. repetition penalty over prompt and output; frequency penalty, then presence penalty, over the output
 2. logit bias
 3. removal of all tokens but the allowed ones, and of those that the constraint's mask excludes
-4. removal of the forbidden tokens (EOS and stop tokens before `min_new_tokens`), unless no other token is left
-5. at temperature 0 the highest logit wins, the lowest id among equals; otherwise, division by the temperature
+4. removal of the forbidden tokens (end-of-sequence and stop tokens before `min_new_tokens`), unless no other is left
+5. at temperature 0 the highest logit wins, the lowest ID among equals; otherwise, division by the temperature
 6. top-k, top-p, min-p and typical-p filtering
 7. random sampling
 
-Sampling uses the Gumbel-max trick with noise from a counter-based hash of (seed, output position, token id), so that
+Sampling uses the Gumbel-max trick with noise from a counter-based hash of (seed, output position, token ID), so that
 it depends only on the request itself (https://arxiv.org/abs/1611.01144; the mixing constants are those of splitmix64).
 Steps 1 to 4 and 6 are implemented in `logits.py`.
 """
@@ -36,7 +36,7 @@ class Sampler:
     """Chooses the next token of each sequence of a step that is to get one. Keeps no state between steps."""
 
     def __init__(self, vocab_size: int) -> None:
-        """`vocab_size` is that of the tokenizer: token ids beyond it are padding of the embedding and never chosen."""
+        """`vocab_size` is that of the tokenizer: token IDs beyond it are padding of the embedding and never chosen."""
         self._vocab_size = vocab_size
 
     @torch.inference_mode()
@@ -45,7 +45,7 @@ class Sampler:
     ) -> StepResult:
         """Samples one token per row of `logits` [n, at least vocab_size], float32; `logits` is not modified.
 
-        Row i belongs to `sequences[i]`; all of these must have sampling inputs. `masks` maps sequence ids to constraint
+        Row i belongs to `sequences[i]`; all of these must have sampling inputs. `masks` maps sequence IDs to constraint
         masks: token i is allowed if bit i % 8 of byte i // 8 is set. If a row is not finite or its mask allows no
         token, an InternalError is returned for that sequence only.
         """
@@ -75,7 +75,7 @@ class Sampler:
 def _logprobs(
     logits: Tensor, sequences: Sequence[SequenceStep], token_ids: Mapping[int, int]
 ) -> dict[int, TokenLogprob]:
-    """Returns the log probabilities of the chosen tokens, by sequence id, for the sequences that requested them."""
+    """Returns the log probabilities of the chosen tokens, by sequence ID, for the sequences that requested them."""
     requested = [
         (row, sequence.sequence_id, sequence.sampling.num_top_logprobs)
         for row, sequence in enumerate(sequences)
@@ -114,7 +114,7 @@ def _sample(logits: Tensor, inputs: Sequence[SamplingInputs]) -> Tensor:
 
 
 def _gumbel(inputs: Sequence[SamplingInputs], vocab_size: int, device: torch.device) -> Tensor:
-    """Returns standard Gumbel noise [n, vocab_size]: a pure function of seed, output position and token id."""
+    """Returns standard Gumbel noise [n, vocab_size]: a pure function of seed, output position and token ID."""
     seeds = torch.tensor([_signed(one.parameters.seed or 0) for one in inputs], device=device)
     positions = torch.tensor([one.output_position for one in inputs], device=device)
     stream = _mix(seeds + _mix(positions + 1))

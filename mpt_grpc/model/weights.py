@@ -93,7 +93,7 @@ def _fill(config: MPTConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch
                 continue
             if name not in expected:
                 is_bias = name.endswith(".bias") and name.removesuffix("bias") + "weight" in expected
-                hint = "; config.json says no_bias: true, which is also the default" if is_bias else ""
+                hint = "; config.json sets no_bias to true, which is also the default" if is_bias else ""
                 raise WeightsError(f"tensor {name!r} is not part of this model{hint}")
             if tensor.shape != expected[name]:
                 raise WeightsError(f"tensor {name!r} has shape {list(tensor.shape)}, not {list(expected[name])}")
@@ -104,7 +104,7 @@ def _fill(config: MPTConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch
     if missing:
         raise WeightsError(f"tensor {min(missing)!r} is missing; {len(missing)} missing in total")
     if head is not None and not torch.equal(model.transformer.wte.weight, head.to(device, dtype)):
-        raise WeightsError(f"tensor {_TIED_HEAD!r} differs from {_EMBEDDING!r}: untied heads are not implemented")
+        raise WeightsError(f"tensor {_TIED_HEAD!r} differs from {_EMBEDDING!r}: untied heads are not supported")
     return model.eval()
 
 

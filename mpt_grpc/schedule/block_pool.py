@@ -1,4 +1,4 @@
-"""Ownership of KV blocks, and the prefix cache: an index of full blocks by content.
+"""Ownership of KV cache blocks, and the prefix cache: an index of full blocks by content.
 
 Blocks are just numbers here; the tensors are in `model/kv_cache.py`. All operations are O(1) per block.
 """

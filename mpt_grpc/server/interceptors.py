@@ -1,4 +1,4 @@
-"""What every call passes through: a server span in the caller's trace, a line in the log, and errors as statuses."""
+"""The interceptor of all calls: adds a server span to the caller's trace, logs a line, and maps errors to statuses."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except Exception:
             _log.exception("%s failed", method)
             code = grpc.StatusCode.INTERNAL
-            await self._fail(context, call, InternalError("internal error; the server's log has the details"))
+            await self._fail(context, call, InternalError("internal error; see the server's log for details"))
         finally:
             _log_call(method.rpartition("/")[2], call, code, time.monotonic() - start_s)
             if call.span is not None:
@@ -157,7 +157,7 @@ def _parser(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
         try:
             return parse(data)
         except DecodeError:
-            return InvalidRequestError(FieldViolation("request", "not a valid message of this method"))
+            return InvalidRequestError(FieldViolation("request", "not a valid request message of this method"))
 
     return parse_or_error
 

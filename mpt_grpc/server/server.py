@@ -56,7 +56,8 @@ async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -
         on_ready(server)
         await drain.wait()
         _log.info(
-            "draining: waiting up to %g s for requests in progress; signal again to stop now", settings.server.grace_s
+            "draining: waiting up to %g s for requests in progress; send the signal again to stop immediately",
+            settings.server.grace_s,
         )
         await server.drain(stop)
     _log.info("stopped")
@@ -82,7 +83,7 @@ class RunningServer:
         """Refuses new requests and waits for those in progress, up to the grace period or until `stop` is set."""
         self._draining = True
         await self._health.enter_graceful_shutdown()
-        self.engine.refuse(DrainingError("the server is shutting down; use another one"))
+        self.engine.refuse(DrainingError("the server is shutting down; use another server"))
         waits = [asyncio.create_task(event.wait()) for event in (self._servicer.idle, stop) if event is not None]
         await asyncio.wait(waits, timeout=self.settings.server.grace_s, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:

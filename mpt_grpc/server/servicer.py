@@ -94,7 +94,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             raise InvalidRequestError(FieldViolation("token_ids", why))
         for index, token in enumerate(request.token_ids):
             if token >= tokenizer.vocab_size:
-                why = f"{token} is not a token ID: they are below {tokenizer.vocab_size}"
+                why = f"{token} is not a token ID: IDs are below {tokenizer.vocab_size}"
                 raise InvalidRequestError(FieldViolation(f"token_ids[{index}]", why))
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         return pb.DetokenizeResponse(text=await asyncio.to_thread(tokenizer.decode, request.token_ids, skip))

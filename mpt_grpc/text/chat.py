@@ -41,7 +41,7 @@ class ChatTemplate:
     name: str
     """'base', 'instruct' or 'chatml'; 'model' if it is from the model's files, 'file' if it is from a given file."""
     stop_strings: tuple[str, ...]
-    """The strings that end the assistant's message, in addition to the EOS token."""
+    """The strings that end the assistant's message, in addition to the end-of-sequence token."""
     template: Template
     tokens: Mapping[str, str]
     """The special tokens that the template may refer to, such as `eos_token`."""
@@ -55,10 +55,10 @@ class ChatTemplate:
             return self.template.render(messages=turns, add_generation_prompt=True, **absent, **self.tokens)
         except _RefusedByTemplateError as error:
             raise InvalidRequestError(
-                FieldViolation(_FIELD, f"rejected by the model's chat template: {error}")
+                FieldViolation(_FIELD, f"refused by the model's chat template: {error}")
             ) from error
         except Exception as error:  # a template is a program and may fail in any way
-            why = f"the model's chat template fails on them ({type(error).__name__}): use other messages"
+            why = f"the model's chat template fails on these messages ({type(error).__name__}): use others"
             raise InvalidRequestError(FieldViolation(_FIELD, why)) from error
 
 
@@ -134,7 +134,7 @@ def conversation_token_ids(
 def _check(messages: Sequence[Message]) -> None:
     violations = []
     if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise InvalidRequestError(FieldViolation(_FIELD, f"{len(messages)} messages are not in [1, {MAX_MESSAGES}]"))
+        raise InvalidRequestError(FieldViolation(_FIELD, f"{len(messages)} messages; 1 to {MAX_MESSAGES} are allowed"))
     for index, message in enumerate(messages):
         field = f"{_FIELD}[{index}].role"
         if message.role not in _ROLES:

@@ -3,7 +3,7 @@
 This is a separate program because a grammar may never terminate or may overflow the stack, which no exception handler
 can catch; that then takes down only this process.
 
-Standard input: {"grammar": ..., "limits": ...}. Standard output: the reason why the grammar is rejected, or nothing.
+Standard input: {"grammar": ..., "limits": ...}. Standard output: why the grammar is refused, or nothing.
 It imports nothing from this package and little else, because every new constraint has to wait for it.
 """
 

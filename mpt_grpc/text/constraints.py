@@ -100,10 +100,11 @@ class ConstraintMatcher:
         self._matcher, self._tokens, self._field = matcher, tokens, field
 
     def advance(self, token_id: int) -> bool:
-        """Consumes a token; returns whether the output is complete: it was an EOS token, or only one could follow.
+        """Consumes a token; returns whether the output is complete.
 
-        Raises InvalidRequestError for the constraint if it has become too costly, or for `resume_token_ids` if the
-        token cannot follow: tokens that `mask` allows are never rejected, so it can only be a resumed one.
+        It is complete after an end-of-sequence token, and where only such a token could follow. Raises
+        InvalidRequestError for the constraint if it has become too costly, or for `resume_token_ids` if the token
+        cannot follow: tokens that `mask` allows are never refused, so it can only be a resumed one.
         """
         if token_id in self._tokens.ends and self._matcher.is_accepting():
             return True
@@ -116,25 +117,25 @@ class ConstraintMatcher:
         self._check()
         if self._matcher.is_stopped():
             return True
-        # For a model without EOS tokens, the output is complete where it may end and no token can follow.
+        # For a model without end-of-sequence tokens, the output is complete where it may end and no token can follow.
         return not self._tokens.ends and self._matcher.is_accepting() and self._allowed() == 0
 
     def mask(self) -> bytes:
         """Returns the tokens that may come next, in the format of `Matcher.mask`: (vocab_size + 7) // 8 bytes.
 
-        EOS tokens are included only where the output may end, other special tokens never. Raises InvalidRequestError
-        if no token is allowed or the computation is too costly.
+        End-of-sequence tokens are included only where the output may end, other special tokens never. Raises
+        InvalidRequestError if no token is allowed or the computation is too costly.
         """
         allowed = self._allowed()
         if allowed == 0:
-            why = "it leads to a point where none of the model's tokens is allowed: change it"
+            why = "leads to a point where none of the model's tokens is allowed: change it"
             raise InvalidRequestError(FieldViolation(self._field, why))
         return allowed.to_bytes((self._tokens.size + 7) // 8, "little")
 
     def _allowed(self) -> int:
         allowed = int.from_bytes(self._matcher.compute_bitmask(), "little")
         self._check()  # after an error, the mask would only allow the output to end
-        # A Lark grammar may refer to special tokens, including EOS tokens where the output may not end.
+        # A Lark grammar may refer to special tokens, even to those that end the output where it may not end.
         ends = self._tokens.end_bits if self._matcher.is_accepting() else 0
         return allowed & (self._tokens.text_bits | ends)
 
@@ -144,7 +145,7 @@ class ConstraintMatcher:
 
 
 class _Tokens:
-    """Bit sets of a vocabulary's text tokens and EOS tokens; bit i represents token i."""
+    """Bit sets of a vocabulary's text tokens and end-of-sequence tokens; bit i represents token i."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.size = tokenizer.vocab_size
@@ -174,7 +175,7 @@ def _vocabulary(tokenizer: Tokenizer, ends: list[int]) -> LLTokenizer:
 
 
 def _probe(grammar: str, field: str) -> None:
-    """Builds the grammar in another process first, because that may crash, and rejects the grammar if it does."""
+    """Builds the grammar in another process first, because that may crash, and refuses the grammar if it does."""
     task = json.dumps({"grammar": grammar, "limits": LIMITS})
     try:
         done = subprocess.run(

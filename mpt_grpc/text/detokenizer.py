@@ -1,6 +1,6 @@
 """Incrementally converts an output's tokens to text, handling incomplete characters and stop strings.
 
-Streams use `TextAssembler`, which combines a `Detokenizer` (ids to text) and `StopStrings` (where the text ends).
+Streams use `TextAssembler`, which combines a `Detokenizer` (IDs to text) and `StopStrings` (where the text ends).
 However the tokens are grouped, the pieces add up to the same text. docs/decisions/0001-detokenizer.md explains why
 byte-level tokens do not go through `tokenizers.decoders.DecodeStream`.
 """
@@ -21,7 +21,7 @@ MAX_HELD_TOKENS = 8
 class TextAssembler:
     """Assembles the text of one output.
 
-    Tokens without text in the output, such as the EOS token that ended it, must not be fed.
+    Tokens without text in the output, such as the end-of-sequence token that ended it, must not be fed.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TextAssembler:
 
 
 class Detokenizer(Protocol):
-    """Converts ids to text, token by token. Created by `Tokenizer.detokenizer`."""
+    """Converts token IDs to text, one by one. Created by `Tokenizer.detokenizer`."""
 
     def feed(self, token_id: int) -> str:
         """Returns the text that this token completes; an incomplete character is held back."""
@@ -132,7 +132,7 @@ class StopStrings:
     """The stop string that was found; no text is returned after it."""
 
     def __init__(self, stop_strings: Sequence[str], include_stop_string: bool = False) -> None:
-        assert all(stop_strings), "requests with an empty stop string are rejected"
+        assert all(stop_strings), "requests with an empty stop string are refused"
         self.found = None
         self._stop_strings = tuple(stop_strings)
         self._include = include_stop_string

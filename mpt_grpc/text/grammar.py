@@ -12,8 +12,8 @@ from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, Regex
 from mpt_grpc.text.json_schema import UnsupportedSchemaError, rewrite
 
 MAX_SOURCE_BYTES = 65_536
-TOO_COSTLY = "it exceeds the server's limits for the cost of a constraint: simplify it"
-# A weak model may generate white space forever if it is unbounded; this allows a line break and an indent.
+TOO_COSTLY = "exceeds the server's limits on the cost of a constraint: simplify it"
+# A weak model may generate whitespace forever if it is unbounded; this allows a line break and an indent.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,8}"
 _COSTLY = re.compile(
     r"fuel|limit (for|exceeded)|too (big|large|complex)|too many (expressions|states|items)"
@@ -54,13 +54,13 @@ def constraint_field(constraint: Constraint) -> str:
 def refusal_reason(error: str) -> str:
     """Returns an llguidance error in one line, with a remedy."""
     if resource := re.search(r"Resource '(.*?)' is not present", error):
-        return f"{_short(resource[1])} is not fetched: copy it to $defs and refer to that"
+        return f"{_short(resource[1])} is not fetched: copy it into $defs and refer to that"
     if keys := re.search(r"Unimplemented keys: \[(.*?)\]", error):
-        return f"{_short(keys[1])} not supported: remove it"
+        return f"{_short(keys[1])} is not supported: remove it"
     if "oneOf constraints" in error:
-        return '"oneOf" not supported where several options may match: use anyOf'
+        return '"oneOf" is not supported where several options may match: use anyOf'
     if "special token" in error:
-        return "special tokens are not supported: remove them; the EOS token is added automatically"
+        return "special tokens are not supported: remove them; the end-of-sequence token is added automatically"
     if "NoExtension" in error or "Regex is empty" in error:
         return "no output can satisfy it: change it"
     if _COSTLY.search(error):
@@ -102,7 +102,7 @@ def _json_grammar(schema: str) -> str:
         _compile(schema)
         content = json.loads(schema)
         if "x-guidance" in content:
-            raise UnsupportedSchemaError('"x-guidance" not supported: remove it')
+            raise UnsupportedSchemaError('"x-guidance" is not supported: remove it')
         if (rewritten := rewrite(content)) is False:
             raise UnsupportedSchemaError("no output can satisfy it: change it")
         return _compile(json.dumps(rewritten))

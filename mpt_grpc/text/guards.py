@@ -1,6 +1,6 @@
 """Guards, which check prompts and outputs on behalf of the server, and the built-in guard, a word list.
 
-A guard may reject a prompt or end an output. Text that it blocks is never sent, however the text is split into pieces.
+A guard may refuse a prompt or end an output. Text that it blocks is never sent, however the text is split into pieces.
 Guards are selected in the settings and found through entry points. They run outside the engine, in any thread.
 """
 
@@ -44,7 +44,7 @@ class Guard(Protocol):
     """Checks prompts and outputs. It is shared by threads."""
 
     def refusal(self, prompt: str) -> str | None:
-        """Returns the reason for rejecting a prompt, which is shown to the caller, or None to accept it."""
+        """Returns the reason for refusing a prompt, which is shown to the caller, or None to accept it."""
         ...
 
     def watch(self) -> OutputWatch:
@@ -90,7 +90,7 @@ class _WordList:
 
     def refusal(self, prompt: str) -> str | None:
         watch = self.watch()
-        # In pieces, because the time limit applies to each search and a prompt must not be rejected for its length.
+        # In pieces, because the time limit applies to each search and a prompt must not be refused for its length.
         for start in range(0, len(prompt), _PIECE_CHARACTERS):
             watch.feed(prompt[start : start + _PIECE_CHARACTERS])
         watch.finish()

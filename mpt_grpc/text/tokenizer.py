@@ -1,4 +1,4 @@
-"""The model's tokenizer, loaded from its folder: converts text to ids and back, and knows the EOS tokens.
+"""The model's tokenizer, loaded from its folder: converts text to IDs and back, and knows which tokens end an output.
 
 `detokenizer.py` converts an output to text while it grows. Spaces are never cleaned up.
 """
@@ -26,7 +26,7 @@ class Tokenizer:
     """A tokenizer loaded from a Hugging Face `tokenizer.json`. Immutable, so threads may share it."""
 
     vocab_size: int
-    """The upper bound of all token ids, including those of added tokens."""
+    """The upper bound of all token IDs, including those of added tokens."""
     max_token_bytes: int
     """The number of bytes in the longest vocabulary entry; in byte-level BPE no token has more bytes of text."""
     eos_token_ids: frozenset[int]
@@ -72,18 +72,18 @@ class Tokenizer:
         return cls(backend, eos_token_ids or frozenset())
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Returns the ids of `text`; no tokens are added. The text of a special token, such as `<|endoftext|>`, is
+        """Returns the IDs of `text`; no tokens are added. The text of a special token, such as `<|endoftext|>`, is
         encoded as that token."""
         # Unlike the method for a single text, the batch method releases the GIL.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
         return tuple(encoding.ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Returns the text of `ids`. Bytes that are not valid UTF-8 become U+FFFD; unknown ids are ignored."""
+        """Returns the text of `ids`. Bytes that are not valid UTF-8 become U+FFFD; unknown IDs are ignored."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Returns the bytes of one token, which may end inside a character; b"" for an unknown id.
+        """Returns the bytes of one token, which may end inside a character; b"" for an unknown ID.
 
         In byte-level BPE, these are exactly the bytes that `decode` joins. Other tokenizers have no such bytes: the
         result is then the UTF-8 encoding of the token decoded alone.
@@ -98,7 +98,7 @@ class Tokenizer:
 
     @property
     def special_token_ids(self) -> frozenset[int]:
-        """The tokens that do not represent text, such as EOS tokens."""
+        """The tokens that do not represent text, such as end-of-sequence tokens."""
         return self._special_ids
 
     def plain_text_encoder(self) -> Callable[[str], Sequence[int]]:
@@ -111,7 +111,7 @@ class Tokenizer:
         return lambda text: backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def special_token_id(self, text: str) -> int | None:
-        """Returns the id of the special token with this text, or None."""
+        """Returns the ID of the special token with this text, or None."""
         token_id = self._backend.token_to_id(text)
         return token_id if token_id in self._special_ids else None
 

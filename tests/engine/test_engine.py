@@ -53,7 +53,7 @@ PROMPTS = [
 
 
 def run_concurrently(engine: Engine, requests: list[GenerationRequest]) -> dict[str, Generation]:
-    """Runs the requests at the same time and returns their outputs by request id."""
+    """Runs the requests at the same time and returns their outputs by request ID."""
     streams = [submit(engine, request) for request in requests]
     return {stream.prepared.request.request_id: collect(stream) for stream in streams}
 

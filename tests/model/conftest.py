@@ -110,7 +110,7 @@ def as_arrays(weights: Mapping[str, Tensor]) -> dict[str, Array]:
 
 
 def random_tokens(count: int, vocab_size: int = 96, seed: int = 0) -> list[int]:
-    """Returns `count` token ids, the same for every call with the same seed."""
+    """Returns `count` token IDs, the same for every call with the same seed."""
     return random.Random(seed).choices(range(vocab_size), k=count)
 
 

@@ -68,7 +68,7 @@ def mask_of(allowed: Collection[int], num_bytes: int = VOCAB // 8 + 4) -> bytes:
 
 
 def sample(logits: Tensor, *inputs: SamplingInputs, masks: Mapping[int, bytes] | None = None) -> StepResult:
-    """Samples one row for each of `inputs`; the sequence ids are 10, 11 and so on."""
+    """Samples one row for each of `inputs`; the sequence IDs are 10, 11 and so on."""
     steps = [SequenceStep(10 + row, "r", (1,), 8, (3,), one) for row, one in enumerate(inputs)]
     return Sampler(logits.shape[1]).sample(logits, steps, masks or {})
 

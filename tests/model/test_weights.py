@@ -90,8 +90,8 @@ def test_a_checkpoint_saved_by_transformers_is_loaded(tmp_path: Path, max_shard_
         ),
         pytest.param(
             edited(transformer__norm_f__bias=torch.zeros(64)),
-            "tensor 'transformer.norm_f.bias' is not part of this model; config.json says no_bias: true, which is also"
-            " the default",
+            "tensor 'transformer.norm_f.bias' is not part of this model; config.json sets no_bias to true, which is"
+            " also the default",
             id="bias",
         ),
         pytest.param(
@@ -209,7 +209,7 @@ def test_a_stale_index_beside_a_complete_file_is_ignored(tmp_path: Path) -> None
 def test_biases_that_the_config_does_not_announce_are_refused_with_the_field(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, tiny_config(no_bias=False))
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "no_bias"}))
-    with pytest.raises(WeightsError, match=r"\.bias' is not part of this model; config\.json says no_bias: true"):
+    with pytest.raises(WeightsError, match=r"\.bias' is not part of this model; config\.json sets no_bias to true"):
         load(tmp_path)
 
 

@@ -166,7 +166,7 @@ def test_special_tokens_are_not_allowed_before_the_end() -> None:
     assert not matcher.advance(*TOKENIZER.encode("x"))
     assert END in allowed(matcher)
 
-    # A grammar with an EOS token in the middle can never be completed.
+    # A grammar with an end-of-sequence token in the middle can never be completed.
     field, _ = refusal(lambda: COMPILER.compile(LarkGrammar(f'start: "a" <[{END}]> "b"')))
     assert field == "decoding.lark_grammar"
 
@@ -204,7 +204,7 @@ def test_matcher_that_becomes_too_costly_does_not_affect_the_next_one() -> None:
     for _ in range(2):
         field, why = refusal(advance_until_refused)
         assert field == "decoding.regex"
-        assert why == "it exceeds the server's limits for the cost of a constraint: simplify it"
+        assert why == "exceeds the server's limits on the cost of a constraint: simplify it"
 
 
 # The cache.
@@ -241,10 +241,10 @@ REFUSED: list[tuple[Constraint, str, str]] = [
     (JsonSchema("[]"), "json_schema", "must be a JSON object"),
     (JsonSchema("true"), "json_schema", "must be a JSON object"),
     (JsonSchema('{"type": "strin"}'), "json_schema", "Invalid type: strin"),
-    (JsonSchema('{"uniqueItems": true}'), "json_schema", '"uniqueItems" not supported'),
+    (JsonSchema('{"uniqueItems": true}'), "json_schema", '"uniqueItems" is not supported'),
     (JsonSchema('{"not": {}}'), "json_schema", "no output can satisfy it"),
-    (JsonSchema('{"oneOf": [{"minimum": 1}, {"minimum": 2}]}'), "json_schema", '"oneOf" not supported'),
-    (JsonSchema('{"x-guidance": {"lenient": true}, "not": {}}'), "json_schema", '"x-guidance" not supported'),
+    (JsonSchema('{"oneOf": [{"minimum": 1}, {"minimum": 2}]}'), "json_schema", '"oneOf" is not supported'),
+    (JsonSchema('{"x-guidance": {"lenient": true}, "not": {}}'), "json_schema", '"x-guidance" is not supported'),
     (JsonSchema('{"$ref": "http://127.0.0.1:9/s.json"}'), "json_schema", "http://127.0.0.1:9/s.json is not fetched"),
     (JsonSchema('{"$ref": "file:///etc/passwd"}'), "json_schema", "file:///etc/passwd is not fetched"),
     (JsonSchema('{"$ref": "#"}'), "json_schema", "no output can satisfy it"),
@@ -313,4 +313,4 @@ def test_too_costly_constraint_is_rejected_without_crashing_the_process(constrai
     assert field == {JsonSchema: "decoding.json_schema", Regex: "decoding.regex"}.get(
         type(constraint), "decoding.lark_grammar"
     )
-    assert why == "it exceeds the server's limits for the cost of a constraint: simplify it"
+    assert why == "exceeds the server's limits on the cost of a constraint: simplify it"

@@ -1,4 +1,4 @@
-"""Tokenizers loaded from a folder: ids, bytes, EOS tokens, and errors that name the file."""
+"""Tokenizers loaded from a folder: IDs, bytes, end-of-sequence tokens, and errors that name the file."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ class AsyncClient:
     ) -> Generation:
         """Generates a continuation of the prompt and returns it when it is complete.
 
-        timeout: of the call in seconds; None uses the client's. `time_limit` returns a partial output instead of
-        failing.
+        timeout: the timeout of the call in seconds; None uses the client's. After `time_limit`, by contrast, the call
+        returns its partial output.
         options: see `GenerateOptions`.
         """
         request = build_request(prompt, **options)
@@ -69,7 +69,7 @@ class AsyncClient:
     ) -> AsyncTextStream:
         """Generates a continuation of the prompt and streams it. The request is sent immediately.
 
-        timeout: of the whole stream in seconds; None uses the client's.
+        timeout: the timeout of the whole stream in seconds; None uses the client's.
         options: see `GenerateOptions`.
         """
         request = build_request(prompt, **options)
@@ -118,7 +118,9 @@ class AsyncClient:
         if self._closed:
             raise closed_error()
         if self._connection.loop is not asyncio.get_running_loop():
-            raise RuntimeError("this AsyncClient is in use by another event loop: create one for each")
+            raise RuntimeError(
+                "this AsyncClient is in use by another event loop; create one client for each event loop"
+            )
         return self._connection
 
     @cached_property
@@ -181,7 +183,7 @@ class AsyncTextStream(responses.PartialGeneration):
         Raises TypeError if several outputs were requested, and otherwise the same as `deltas`.
         """
         if self._num_sequences > 1:
-            raise TypeError("the outputs are interleaved: iterate over deltas() instead")
+            raise TypeError("the outputs are interleaved; iterate over deltas() instead")
         while (delta := await self._next_delta()) is not None:
             if delta.text:
                 return delta.text

@@ -54,8 +54,8 @@ class Client:
     ) -> Generation:
         """Generates a continuation of the prompt and returns it when it is complete.
 
-        timeout: of the call in seconds; None uses the client's. `time_limit` returns a partial output instead of
-        failing.
+        timeout: the timeout of the call in seconds; None uses the client's. After `time_limit`, by contrast, the call
+        returns its partial output.
         options: see `GenerateOptions`.
         """
         request = build_request(prompt, **options)
@@ -64,7 +64,7 @@ class Client:
     def stream(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> TextStream:
         """Generates a continuation of the prompt and streams it. The request is sent immediately.
 
-        timeout: of the whole stream in seconds; None uses the client's.
+        timeout: the timeout of the whole stream in seconds; None uses the client's.
         options: see `GenerateOptions`.
         """
         request = build_request(prompt, **options)
@@ -152,7 +152,7 @@ class TextStream(responses.PartialGeneration):
         Raises TypeError if several outputs were requested, and otherwise the same as `deltas`.
         """
         if self._num_sequences > 1:
-            raise TypeError("the outputs are interleaved: iterate over deltas() instead")
+            raise TypeError("the outputs are interleaved; iterate over deltas() instead")
         while (delta := self._next_delta()) is not None:
             if delta.text:
                 return delta.text

@@ -52,8 +52,8 @@ Constraint = JsonSchema | JsonObject | Regex | Choice | LarkGrammar
 
 
 def closed_schema(schema: Any) -> Any:
-    """Returns the schema with `additionalProperties: false` added to every object that lists properties and does not
-    say.
+    """Returns the schema with `additionalProperties: false` added to every object that lists properties but does not
+    set it.
 
     A class has no other fields and a function no other parameters, but the schemas generated from them allow more, and
     a weak model keeps adding them. Objects composed with `allOf` are left open.

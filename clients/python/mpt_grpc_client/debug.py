@@ -20,7 +20,8 @@ class SequenceState:
     blocks: tuple[int, ...]
     """The KV cache blocks of the sequence; empty while it is waiting and after it has ended."""
     finish_reason: FinishReason | None
-    """None while the output is in progress, and after an error."""
+    """Why the engine ended the output: CANCELLED also for stop strings and guards, which are found outside the engine.
+    None while the output is in progress, and after an error."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class RequestState:
 
     request_id: str
     arrival_time: float
-    """In seconds since the epoch, as is the next."""
+    """In seconds since the epoch."""
     end_time: float | None
-    """None while the request is in progress."""
+    """In seconds since the epoch; None while the request is in progress."""
     timings: Timings
     usage: Usage
     sequences: tuple[SequenceState, ...]

@@ -4,7 +4,7 @@ MptGrpcError              a call that failed; statuses not listed below raise th
 ├── InvalidRequestError     INVALID_ARGUMENT: one or more options are invalid
 ├── NotFoundError           NOT_FOUND: the requested model is not loaded
 ├── AlreadyExistsError      ALREADY_EXISTS: a request with this ID is in progress
-├── OverloadedError         RESOURCE_EXHAUSTED: the server's queue is full
+├── OverloadedError         RESOURCE_EXHAUSTED: the server's queue is full, or it is too busy to check a constraint
 ├── UnavailableError        UNAVAILABLE: the server cannot be reached or is shutting down
 ├── DeadlineExceededError   DEADLINE_EXCEEDED: the timeout has expired
 ├── InternalError           INTERNAL: the server failed while processing this request
@@ -68,7 +68,7 @@ class AlreadyExistsError(MptGrpcError):
 
 
 class OverloadedError(MptGrpcError):
-    """The server's queue is full, and remained full during the retries."""
+    """The server's queue is full, or it is too busy to check a new constraint. Retries did not help."""
 
     def __init__(
         self,
@@ -102,8 +102,8 @@ class InvalidTargetError(MptGrpcError, ValueError):
 def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None, proxy: str | None = None) -> MptGrpcError:
     """Returns the client's exception for one raised by grpc or grpc.aio. Raise it `from error`.
 
-    timeout: of the call, in seconds.
-    proxy: the environment variable with the proxy in front of the target, if there is one.
+    timeout: the timeout of the call in seconds.
+    proxy: the environment variable that names the proxy for the target, if there is one.
     """
     # What grpc and grpc.aio raise has the methods of a call, although it is not declared that way.
     call = cast(grpc.Call, error)

@@ -59,7 +59,7 @@ class _Model(BaseLanguageModel[Any]):
         if unknown:
             raise ValueError("; ".join(map(unknown_option, sorted(unknown))))
         if twice := options.keys() & cls.model_fields:
-            raise ValueError(f"pass as fields of the model, not in options: {', '.join(sorted(twice))}")
+            raise ValueError(f"set these as fields of the model, not in options: {', '.join(sorted(twice))}")
         return options
 
     @classmethod

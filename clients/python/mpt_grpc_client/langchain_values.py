@@ -97,8 +97,10 @@ def json_schema(schema: dict[str, Any] | type) -> dict[str, Any]:
 
 
 def json_parser(schema: dict[str, Any] | type) -> JsonOutputParser:
-    """Returns a parser into a pydantic class, or into plain JSON values. It also parses the partial JSON of a
-    stream."""
+    """Returns a parser that produces instances of a pydantic class, or else plain JSON values.
+
+    It also parses the partial JSON of a stream.
+    """
     if isinstance(schema, type) and is_basemodel_subclass(schema):
         return _WholePydanticParser(pydantic_object=schema)
     return _WholeJsonParser()

@@ -35,7 +35,8 @@ class GenerateOptions(TypedDict, total=False):
     max_new_tokens: int | None
     """Maximum number of new tokens; 0 only computes the prompt. Default: 256, or less if the context has less room."""
     min_new_tokens: int | None
-    """Minimum number of new tokens, before which the output does not end. Default: 0."""
+    """Minimum number of new tokens. Until it is reached, end-of-sequence and stop tokens are not sampled and stop
+    strings are ignored. Default: 0."""
     temperature: float | None
     """Sampling temperature; 0 selects greedy decoding. Range: 0 to 100. Default: 1."""
     top_k: int | None
@@ -51,7 +52,8 @@ class GenerateOptions(TypedDict, total=False):
     num_sequences: int | None
     """Number of outputs, each with its own seed. Range: 1 to 16. Default: 1."""
     repetition_penalty: float | None
-    """Divides the logits of tokens in the prompt or the output. Range: above 0, up to 10. Default: 1."""
+    """Divides positive logits, and multiplies negative logits, of tokens in the prompt or the output. Range: above 0,
+    up to 10. Default: 1, which has no effect."""
     frequency_penalty: float | None
     """Subtracted from a token's logit for each occurrence in the output. Range: -2 to 2. Default: 0."""
     presence_penalty: float | None
@@ -83,7 +85,8 @@ class GenerateOptions(TypedDict, total=False):
     return_logprobs: bool | None
     """Whether the result has the `logprobs` of the output tokens. Default: False."""
     return_prompt_logprobs: bool | None
-    """Whether the result has the `prompt_logprobs`; the prompt then bypasses the prefix cache. Default: False."""
+    """Whether the result has the `prompt_logprobs`. The prompt is then computed without reading the prefix cache.
+    Default: False."""
     top_logprobs: int | None
     """Number of most likely tokens to return with each log probability. Range: 0 to 20. Default: 0."""
     truncate_prompt_tokens: int | None

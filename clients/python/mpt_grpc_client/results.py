@@ -67,7 +67,7 @@ class Timings:
     prefill_time: float | None
     """From the first step to the first generated token."""
     decode_time: float | None
-    """From the first generated token to the last."""
+    """From the first generated token to the end of the request."""
     time_to_first_token: float | None
     """From arrival to the first generated token."""
 
@@ -85,7 +85,8 @@ class TopLogprob:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The log probability of a token under the model's own distribution, before penalties, biases and temperature."""
+    """The log probability of a token under the model's own distribution, before penalties, biases, constraints and
+    temperature."""
 
     token_id: int
     token_bytes: bytes

@@ -3,7 +3,7 @@ import { ownerColour } from "./owners.js";
 
 const ROWS = 14;
 const WINDOW_S = 30;
-const REASONS = { MAX_NEW_TOKENS: "token limit", EOS_TOKEN: "EOS token" };
+const REASONS = { MAX_NEW_TOKENS: "token limit", EOS_TOKEN: "end of sequence" };
 const list = document.getElementById("waterfall");
 
 export function drawWaterfall({ time: now, active_requests, completed_requests }) {
@@ -61,7 +61,7 @@ function phases({ arrival_time, end_time, timings }, now) {
 function summary({ end_time, usage, sequences }) {
   const tokens = `${usage.num_prompt_tokens} + ${usage.num_output_tokens}`;
   const [reason] = sequences.map((sequence) => sequence.finish_reason).filter(Boolean);
-  const named = REASONS[reason] ?? (reason ?? "cancelled").toLowerCase().replaceAll("_", " ");
+  const named = REASONS[reason] ?? (reason ?? "failed").toLowerCase().replaceAll("_", " ");
   const ended = end_time === null ? "" : named;
   return [tokens, ended].filter(Boolean).join(" · ");
 }

@@ -619,7 +619,7 @@ class RepetitionGuard(_message.Message):
     MIN_REPEATS_FIELD_NUMBER: _builtins.int
     MAX_CYCLE_TOKENS_FIELD_NUMBER: _builtins.int
     min_repeats: _builtins.int
-    """The number of consecutive repetitions that end the output. Range: 2 to 1000. Default: 4."""
+    """The number of consecutive occurrences of the sequence that end the output. Range: 2 to 1000. Default: 4."""
     max_cycle_tokens: _builtins.int
     """The maximum length of the repeated sequence, in tokens. Range: 1 to 256. Default: 32."""
     def __init__(
@@ -1109,7 +1109,7 @@ class Timings(_message.Message):
 
     @_builtins.property
     def decode_time(self) -> _duration_pb2.Duration:
-        """From the first generated token to the last."""
+        """From the first generated token to the end of the request."""
 
     @_builtins.property
     def time_to_first_token(self) -> _duration_pb2.Duration:
@@ -1342,7 +1342,7 @@ class GetModelInfoResponse(_message.Message):
     name: _builtins.str
     """The name of the model, as accepted by GenerateRequest.model."""
     num_parameters: _builtins.int
-    """The number of weights."""
+    """The number of parameters."""
     dtype: _builtins.str
     """The data type used for computation: float32, float16 or bfloat16."""
     device: _builtins.str

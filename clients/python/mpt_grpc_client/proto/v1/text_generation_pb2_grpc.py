@@ -34,8 +34,8 @@ class TextGenerationServiceStub(object):
     PROMPT_REFUSED: a guard configured on the server refused the prompt
     NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
     ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
-    RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer
-    specify when to retry
+    RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
+    google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
     UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
     ENGINE_STOPPED: the engine has failed and the server must be restarted
     INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
@@ -93,8 +93,8 @@ class TextGenerationServiceServicer(object):
     PROMPT_REFUSED: a guard configured on the server refused the prompt
     NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
     ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
-    RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer
-    specify when to retry
+    RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
+    google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
     UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
     ENGINE_STOPPED: the engine has failed and the server must be restarted
     INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
@@ -205,8 +205,8 @@ class TextGenerationService(object):
     PROMPT_REFUSED: a guard configured on the server refused the prompt
     NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
     ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
-    RESOURCE_EXHAUSTED  OVERLOADED: the queue is full; google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer
-    specify when to retry
+    RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
+    google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
     UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
     ENGINE_STOPPED: the engine has failed and the server must be restarted
     INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
