@@ -28,7 +28,7 @@ def generation_defaults(folder: Path) -> GenerationDefaults:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(f"--generation-config model: {folder} has no generation_config.json") from error
+        raise ModelError(f"--generation-config model: {folder} has no generation_config.json; use server") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: {error}") from error
     if not isinstance(config, dict):

@@ -60,8 +60,8 @@ class SchedulerSettings:
         _at_least(0, max_waiting_requests=self.max_waiting_requests)
         if self.max_step_tokens < self.max_running_requests:
             raise SettingsError(
-                f"--max-step-tokens: {self.max_step_tokens} is below --max-running-requests"
-                f" {self.max_running_requests}: each running request needs a token in every step"
+                f"--max-step-tokens: {self.max_step_tokens} is below --max-running-requests, which is"
+                f" {self.max_running_requests}; raise it, because each running request needs a token in every step"
             )
 
 

@@ -39,7 +39,9 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--cache-bypass", action="store_const", const=True, help="neither read nor write the prefix cache"
     )
-    server.add_argument("--cache-salt", metavar="TEXT", help="share the prefix cache only with requests with this salt")
+    server.add_argument(
+        "--cache-salt", metavar="TEXT", help="share the prefix cache only with requests that have this salt"
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +105,7 @@ def add_stopping(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=(),
         metavar="REPEATS[,CYCLE]",
-        help="end an output that repeats itself (default: off; 4 repeats of up to 32 tokens)",
+        help="end an output that repeats itself (default: off; without a value, 4 repeats of up to 32 tokens)",
     )
 
 

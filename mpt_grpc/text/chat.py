@@ -78,7 +78,8 @@ def find_chat_template(wanted: str, folder: Path, model_name: str) -> ChatTempla
             return _from_source("file", source, tokens)
         except (OSError, UnicodeDecodeError) as error:
             known = ", ".join(_BUILT_IN)
-            why = f"expected auto, {known} or a readable file, got {wanted!r}: {error}"
+            cause = error.strerror if isinstance(error, OSError) else error
+            why = f"expected auto, {known} or a readable file, got {wanted!r}: {cause}"
             raise SettingsError(f"--chat-template: {why}") from error
         except TemplateSyntaxError as error:
             raise SettingsError(f"--chat-template: {wanted}, line {error.lineno}: {error}") from error

@@ -114,7 +114,7 @@ def test_several_outputs_are_printed_with_their_index(server: Any) -> None:
         (("generate", "x", "--repetition-guard", "1,2,3"), 2, "has more than two numbers"),
         (("generate", "x", "--timeout", "5"), 2, "argument --timeout: '5' is not a number with a unit, such as 30s"),
         (("generate", "x", "--top-logprobs", "2"), 2, "argument --top-logprobs: requires --json"),
-        (("generate", "x", "--num-sequence", "2"), 2, "unknown argument --num-sequence, did you mean --num-sequences"),
+        (("generate", "x", "--num-sequence", "2"), 2, "unknown argument --num-sequence (did you mean --num-sequences"),
         (("chat", "--temperature", "-1"), 1, "mpt-grpc: --temperature: "),
     ],
 )

@@ -152,4 +152,4 @@ def test_without_lm_eval_the_error_names_the_extra_to_install(server: Any) -> No
     command = (sys.executable, "-c", script, "eval", "--url", server.openai_url)
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1
-    assert ended.stderr == "mpt-grpc: eval needs lm-eval, which the extra 'eval' installs; see docs/install.md\n"
+    assert ended.stderr == "mpt-grpc: eval requires lm-eval; install the extra 'eval' (see docs/install.md)\n"

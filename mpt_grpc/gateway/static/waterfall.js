@@ -3,7 +3,7 @@ import { ownerColour } from "./owners.js";
 
 const ROWS = 14;
 const WINDOW_S = 30;
-const REASONS = { MAX_NEW_TOKENS: "token limit", EOS_TOKEN: "end of sequence" };
+const REASONS = { MAX_NEW_TOKENS: "token limit", EOS_TOKEN: "EOS token" };
 const list = document.getElementById("waterfall");
 
 export function drawWaterfall({ time: now, active_requests, completed_requests }) {
