@@ -20,6 +20,7 @@ setup: .venv/server ## Create .venv with the server and the client, as pinned in
 
 # Without its dependencies, which the next step installs from pip's index in the pinned versions.
 .venv/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: set PYTHON to it")'
 	$(PYTHON) -m venv .venv
 	@echo 'Installing PyTorch. On Linux x86-64, the CUDA build downloads about 3 GB and the CPU build about 200 MB;' \
 		'set TORCH_INDEX to the URL of an index to select another build.'

@@ -91,7 +91,10 @@ def _unknown_arguments(parser: _Parser, unknown: Sequence[str]) -> str:
     """Returns the error for arguments that the parser does not have, with the closest flags."""
     flag = unknown[0].partition("=")[0]
     closest = get_close_matches(flag, parser.option_strings(), n=2)
-    return f"unknown argument {unknown[0]}" + (f" (did you mean {' or '.join(closest)}?)" if closest else "")
+    hint = f" (did you mean {' or '.join(closest)}?)" if closest else ""
+    if not flag.startswith("-"):
+        hint = " (put quotes around text of several words)"
+    return f"unknown argument {unknown[0]}{hint}"
 
 
 def _parser() -> _Parser:

@@ -28,7 +28,8 @@ async def _serve(target: str, server: ServerSettings, http: HttpSettings) -> Non
     async with running_gateway(target, server.host, http, server.grace_s) as port:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        url = f"http://{server.bracketed_host}:{port}"
+        host = "localhost" if server.host in ("0.0.0.0", "::") else server.bracketed_host
+        url = f"http://{host}:{port}"
         welcome = (
             f"mpt-grpc gateway for {target}",
             f"  OpenAI    {url}/v1",

@@ -79,7 +79,9 @@ def load_engine(
         why = f"tokenizer.json has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
         raise ModelError(f"{folder}: {why}")
     if not tokenizer.eos_token_ids:
-        _log.warning("%s specifies no EOS token: outputs end only at max_new_tokens or a stop string", folder)
+        _log.warning(
+            "%s specifies no end-of-sequence token: outputs end only at max_new_tokens or a stop string", folder
+        )
     chat_template = find_chat_template(wanted.chat_template, folder, checkpoint.name)
     guards = load_guards(settings.guards)
     defaults = generation_defaults(folder) if wanted.generation_config == "model" else GenerationDefaults()

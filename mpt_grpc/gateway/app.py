@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import grpc
 from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from opentelemetry import context as trace_context
 from opentelemetry import propagate
 from pydantic import BaseModel
@@ -31,6 +35,8 @@ from mpt_grpc.gateway.responses import ChatResponse, Json, TextResponse
 from mpt_grpc_client import AsyncClient, GenerateOptions, Message, MptGrpcError
 
 _Result = TypeVar("_Result")
+_log = logging.getLogger("mpt_grpc.access")
+_MAX_LOGGED_CHARACTERS = 300
 _MODEL_NAME_LIFETIME_S = 5
 _KEEPALIVE_S = 15
 _EVENTS = "text/event-stream"
@@ -48,7 +54,7 @@ class _Route:
     """The schema of a successful response for each media type, where there is one."""
 
 
-def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAPI:
+def make_app(client: AsyncClient, health: HealthStub, *, strict_model_names: bool = False) -> FastAPI:
     """Returns the application. The loaded model serves requests for any model unless `strict_model_names`."""
     app: FastAPI = FastAPIOffline(
         title="mpt-grpc",
@@ -57,7 +63,7 @@ def make_app(client: AsyncClient, *, strict_model_names: bool = False) -> FastAP
         redoc_url=None,
         responses={"default": openapi.response("An error, in OpenAI's format", {_JSON: schemas.ErrorResponse})},
     )
-    gateway = _Gateway(client, strict_model_names)
+    gateway = _Gateway(client, health, strict_model_names)
     models: dict[str, type[BaseModel]] = {_JSON: schemas.ModelList}
     chat: dict[str, type[BaseModel]] = {_JSON: schemas.ChatCompletion, _EVENTS: schemas.ChatCompletionChunk}
     text = {_JSON: schemas.Completion, _EVENTS: schemas.Completion}
@@ -102,8 +108,9 @@ def _add_routes(app: FastAPI, routes: Sequence[_Route]) -> None:
 
 
 class _Gateway:
-    def __init__(self, client: AsyncClient, strict_model_names: bool) -> None:
+    def __init__(self, client: AsyncClient, health: HealthStub, strict_model_names: bool) -> None:
         self._client, self._strict = client, strict_model_names
+        self._grpc_health: Any = health  # its stubs lack the methods
         self._name, self._name_expires_s = "", 0.0
 
     async def chat_completions(self, request: Request) -> Response:
@@ -169,11 +176,14 @@ class _Gateway:
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
-        """Returns 200 if the gRPC server responds, otherwise 503."""
+        """Returns 200 if the gRPC server reports SERVING, otherwise 503."""
         try:
-            await self._client.get_server_info(timeout=2)
-        except MptGrpcError as error:
-            return JSONResponse({"status": "unavailable", "message": str(error)}, 503)
+            response = await self._grpc_health.Check(health_pb2.HealthCheckRequest(), timeout=2)
+        except grpc.RpcError:
+            return JSONResponse({"status": "unavailable", "message": "the gRPC server does not respond"}, 503)
+        if response.status != health_pb2.HealthCheckResponse.SERVING:
+            why = "the gRPC server is shutting down or its engine is stuck"
+            return JSONResponse({"status": "unavailable", "message": why}, 503)
         return JSONResponse({"status": "ready"})
 
     async def _stream_chat(
@@ -282,6 +292,9 @@ def _event(chunk: Json) -> ServerSentEvent:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, BadRequestError):  # the gRPC server logs what it refuses itself
+        why = repr(str(error))[:_MAX_LOGGED_CHARACTERS]
+        _log.info("%s %s %d error=%s", request.method, request.url.path, error.status, why)
     return error_response(error, _field_names(request))
 
 

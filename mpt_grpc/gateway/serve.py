@@ -10,13 +10,16 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
+import grpc
 import uvicorn
 from fastapi import FastAPI
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.gateway.app import make_app
 from mpt_grpc.settings import HttpSettings
 from mpt_grpc_client import AsyncClient
+from mpt_grpc_client.channel import channel_options, resolve_target
 
 
 @asynccontextmanager
@@ -29,8 +32,12 @@ async def running_gateway(
     Raises SettingsError if it cannot listen on the port.
     """
     # The HTTP caller decides whether to retry.
-    async with AsyncClient(target, retries=False) as client:
-        app = make_app(client, strict_model_names=settings.strict_model_names)
+    target = resolve_target(target)
+    async with (
+        AsyncClient(target, retries=False) as client,
+        grpc.aio.insecure_channel(target, channel_options(target, retries=False)) as channel,
+    ):
+        app = make_app(client, HealthStub(channel), strict_model_names=settings.strict_model_names)
         async with _serving(app, host, settings.port or 0, grace_s) as port:
             yield port
 
@@ -75,8 +82,10 @@ def _listen(host: str, port: int) -> list[socket.socket]:
         for listener in listeners:
             listener.close()
         flag = "host" if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL else "http-port"
-        remedy = "; --http-port 0 selects a free port" if error.errno == errno.EADDRINUSE else ""
-        raise SettingsError(f"--{flag}: cannot listen on {host}:{port}: {error.strerror}{remedy}") from error
+        why = error.strerror
+        if error.errno == errno.EADDRINUSE:
+            why = "the port is in use; is another mpt-grpc running? --http-port 0 selects a free port"
+        raise SettingsError(f"--{flag}: cannot listen on {host}:{port}: {why}") from error
     return listeners
 
 

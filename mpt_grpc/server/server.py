@@ -194,7 +194,7 @@ def _why_not_bound(settings: ServerSettings) -> tuple[str, str]:
             probe.bind((settings.host, settings.grpc_port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                return "grpc-port", "the port is in use; --grpc-port 0 selects a free one"
+                return "grpc-port", "the port is in use; is another mpt-grpc running? --grpc-port 0 selects a free one"
             if error.errno == errno.EADDRNOTAVAIL:
                 return "host", "not an address of this machine"
             return "grpc-port", os.strerror(error.errno or 0)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from mpt_grpc import __version__
 from mpt_grpc.engine.load import BLOCK_SIZE
-from mpt_grpc.server.interceptors import SERVICE
 from mpt_grpc.server.server import RunningServer
 
 
 def welcome(server: RunningServer) -> str:
     """Returns the model, its memory, the addresses and a command to try."""
     model = server.model
-    host = server.settings.server.bracketed_host
+    # What listens on every address is reached on this machine as localhost.
+    host = "localhost" if server.settings.server.host in ("0.0.0.0", "::") else server.settings.server.bracketed_host
     address = f"{host}:{server.port}"
     lines = [
         f"mpt-grpc {__version__} serving {model.name}: {model.num_parameters / 1e6:,.1f} M parameters, {model.dtype},"
@@ -28,9 +28,7 @@ def welcome(server: RunningServer) -> str:
             f"  OpenAI    http://{host}:{server.http_port}/v1",
             f"  web page  http://{host}:{server.http_port}/",
         ]
-    lines.append(
-        f'  try       grpcurl -plaintext -d \'{{"text": "Once upon a time"}}\' {address} {SERVICE}/StreamGenerate'
-    )
+    lines.append(f'  try       mpt-grpc generate "Once upon a time" --target {address}')
     return "\n".join(lines)
 
 

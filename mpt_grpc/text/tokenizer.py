@@ -45,10 +45,10 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Loads tokenizer.json with the tokens that the files beside it add, and the EOS tokens.
+        """Loads tokenizer.json with the tokens that the files beside it add, and the end-of-sequence tokens.
 
-        The EOS tokens come from the first of generation_config.json, config.json and the tokenizer's files that
-        specifies them. Raises ModelError, which names the file.
+        The end-of-sequence tokens come from the first of generation_config.json, config.json and the tokenizer's files
+        that specifies them. Raises ModelError, which names the file.
         """
         path = folder / "tokenizer.json"
         text = read_text(path)
@@ -170,7 +170,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig, folder: 
 
 
 def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer) -> frozenset[int] | None:
-    """Returns the EOS tokens that the model's configuration specifies, or None."""
+    """Returns the end-of-sequence tokens that the model's configuration specifies, or None."""
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     for name in ("generation_config.json", "config.json"):
         ids = read_json(folder / name).get("eos_token_id")

@@ -175,3 +175,20 @@ def test_calls_of_a_closed_client_fail_with_an_error_of_the_client(target):
 def test_an_invalid_target_is_refused_with_the_correct_form(target, remedy):
     with pytest.raises(InvalidTargetError, match=re.escape(remedy)):
         Client(target)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda _: Client(50051), "target: must be a string such as 'localhost:50051', not int"),
+        (lambda target: Client(target, timeout="5"), "timeout: must be a number of seconds, not str"),
+        (lambda target: Client(target).generate("Once", timeout="5s"), "timeout: must be a number of seconds, not str"),
+        (
+            lambda target: Client(target).generate("Once", time_limit="5s"),
+            "time_limit: must be a number of seconds, not str",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_type_errors_that_name_them(target, call, error):
+    with pytest.raises(TypeError, match=re.escape(error)):
+        call(target)

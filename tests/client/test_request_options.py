@@ -231,6 +231,10 @@ def test_a_single_stop_string_may_be_given_without_a_list(scripted, client):
 def test_an_unknown_option_is_a_type_error_that_suggests_the_closest_one(scripted, client):
     with pytest.raises(TypeError, match=r"unknown option 'max_token'; did you mean 'max_new_tokens'?"):
         client.generate("Once", max_token=3)
+    with pytest.raises(TypeError, match=r"unknown option 'stop'; did you mean 'stop_strings'\?"):
+        client.generate("Once", stop="a")
+    with pytest.raises(TypeError, match=r"unknown option 'regex'; did you mean 'constraint=Regex\(\.\.\.\)'\?"):
+        client.generate("Once", regex="a")
     with pytest.raises(TypeError, match=r"unknown option 'zzz'$"):
         client.generate("Once", zzz=3)
     assert not scripted.requests

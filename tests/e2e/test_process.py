@@ -44,8 +44,7 @@ def test_the_welcome_lists_the_model_and_the_addresses(server: Any) -> None:
         f"  gRPC      {server.target}",
         f"  OpenAI    {server.openai_url}",
         f"  web page  {server.openai_url.removesuffix('v1')}",
-        f'  try       grpcurl -plaintext -d \'{{"text": "Once upon a time"}}\' {server.target}'
-        " mpt.v1.TextGenerationService/StreamGenerate",
+        f'  try       mpt-grpc generate "Once upon a time" --target {server.target}',
     ]
 
 

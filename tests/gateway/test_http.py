@@ -140,6 +140,8 @@ async def test_a_draining_server_returns_503(gateway: RunningServer) -> None:
     await gateway.drain()
     status, body = await fetch(gateway, "POST", "/v1/completions", {"prompt": "x"})
     assert (status, body["error"]["code"]) == (503, "unavailable")
+    status, body = await fetch(gateway, "GET", "/ready")
+    assert (status, body["message"]) == (503, "the gRPC server is shutting down or its engine is stuck")
 
 
 async def test_other_model_names_are_refused_with_strict_model_names(gateway: RunningServer) -> None:

@@ -10,7 +10,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from mpt_grpc_client import debug, responses
-from mpt_grpc_client.channel import channel_options, proxy_variable, resolve_target, trace_metadata
+from mpt_grpc_client.channel import channel_options, check_timeout, proxy_variable, resolve_target, trace_metadata
 from mpt_grpc_client.errors import closed_error, from_rpc_error
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -37,7 +37,7 @@ class AsyncClient:
         timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
         retries: whether to retry calls up to three times while the server is unavailable or overloaded.
         """
-        self._target, self._timeout, self._retries = resolve_target(target), timeout, retries
+        self._target, self._timeout, self._retries = resolve_target(target), check_timeout(timeout), retries
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -73,7 +73,7 @@ class AsyncClient:
         options: see `GenerateOptions`.
         """
         request = build_request(prompt, **options)
-        timeout = self._timeout if timeout is None else timeout
+        timeout = self._timeout if timeout is None else check_timeout(timeout)
         call = self._connected.service.StreamGenerate(request, timeout=timeout, metadata=trace_metadata())
         return AsyncTextStream(call, request.sampling.num_sequences, self._target, timeout)
 
@@ -130,7 +130,7 @@ class AsyncClient:
     async def _call(
         self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout: float | None
     ) -> _Response:
-        timeout = self._timeout if timeout is None else timeout
+        timeout = self._timeout if timeout is None else check_timeout(timeout)
         try:
             return await method(request, timeout=timeout, metadata=trace_metadata())
         except grpc.RpcError as error:

@@ -40,6 +40,8 @@ def resolve_target(target: str | None) -> str:
 
     Raises InvalidTargetError for a URL and for a host without a port, for which gRPC would assume port 443.
     """
+    if target is not None and not isinstance(target, str):
+        raise TypeError(f"target: must be a string such as 'localhost:50051', not {type(target).__name__}")
     resolved = target or os.environ.get("MPT_GRPC_TARGET") or "localhost:50051"
     if url := re.match(r"https?:/*([^/]*)", resolved):
         host = re.sub(r":\d+$", "", url[1]) or "localhost"
@@ -47,6 +49,13 @@ def resolve_target(target: str | None) -> str:
     if not re.search("[:/]", resolved):
         raise InvalidTargetError(f"target {resolved!r} has no port: write '{resolved}:50051'")
     return resolved
+
+
+def check_timeout(timeout: float | None) -> float | None:
+    """Returns the timeout. Raises TypeError if it is not a number."""
+    if timeout is not None and not isinstance(timeout, int | float):
+        raise TypeError(f"timeout: must be a number of seconds, not {type(timeout).__name__}")
+    return timeout
 
 
 def proxy_variable(target: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from mpt_grpc_client import debug, responses
-from mpt_grpc_client.channel import channel_options, proxy_variable, resolve_target, trace_metadata
+from mpt_grpc_client.channel import channel_options, check_timeout, proxy_variable, resolve_target, trace_metadata
 from mpt_grpc_client.errors import closed_error, from_rpc_error
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -32,7 +32,7 @@ class Client:
         timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
         retries: whether to retry calls up to three times while the server is unavailable or overloaded.
         """
-        self._target, self._timeout = resolve_target(target), timeout
+        self._target, self._timeout = resolve_target(target), check_timeout(timeout)
         self._channel = grpc.insecure_channel(self._target, channel_options(self._target, retries))
         self._service = TextGenerationServiceStub(self._channel)
         self._debug_service = DebugServiceStub(self._channel)
@@ -68,7 +68,7 @@ class Client:
         options: see `GenerateOptions`.
         """
         request = build_request(prompt, **options)
-        timeout = self._timeout if timeout is None else timeout
+        timeout = self._timeout if timeout is None else check_timeout(timeout)
         self._check_open()
         call = self._service.StreamGenerate(request, timeout=timeout, metadata=trace_metadata())
         return TextStream(call, request.sampling.num_sequences, self._target, timeout)
@@ -108,7 +108,7 @@ class Client:
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout: float | None
     ) -> _Response:
-        timeout = self._timeout if timeout is None else timeout
+        timeout = self._timeout if timeout is None else check_timeout(timeout)
         self._check_open()
         try:
             return method(request, timeout=timeout, metadata=trace_metadata())

@@ -107,6 +107,21 @@ class GenerateOptions(TypedDict, total=False):
     """Restricts sharing of the prefix cache to requests with the same salt. At most 128 bytes. Default: empty."""
 
 
+_OTHER_NAMES = {
+    **dict.fromkeys(("max_tokens", "max_length", "max_completion_tokens"), "max_new_tokens"),
+    **dict.fromkeys(("n", "num_return_sequences"), "num_sequences"),
+    **dict.fromkeys(("json_schema", "schema", "response_format"), "constraint=JsonSchema(...)"),
+    "choice": "constraint=Choice(...)",
+    "json_object": "constraint=JsonObject()",
+    "lark_grammar": "constraint=LarkGrammar(...)",
+    "logprobs": "return_logprobs",
+    "min_tokens": "min_new_tokens",
+    "regex": "constraint=Regex(...)",
+    "stop": "stop_strings",
+}
+"""The options that other interfaces and libraries call by these names."""
+
+
 def build_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
     """Returns the request for a prompt. The server checks the ranges.
 
@@ -127,8 +142,8 @@ def build_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.Gene
 
 def unknown_option(name: str) -> str:
     """Returns the error text for an option that does not exist, with the closest one that does."""
-    closest = get_close_matches(name, GenerateOptions.__optional_keys__, n=1)
-    return f"unknown option '{name}'" + (f"; did you mean '{closest[0]}'?" if closest else "")
+    meant = _OTHER_NAMES.get(name) or next(iter(get_close_matches(name, GenerateOptions.__optional_keys__, n=1)), None)
+    return f"unknown option '{name}'" + (f"; did you mean '{meant}'?" if meant else "")
 
 
 def _invalid_argument(prompt: Prompt, options: GenerateOptions) -> str:
@@ -242,6 +257,8 @@ def _stopping(options: GenerateOptions) -> pb.StoppingCriteria:
         ignore_eos=options.get("ignore_eos"),
     )
     if time_limit is not None:
+        if not isinstance(time_limit, int | float):
+            raise TypeError(f"must be a number of seconds, not {type(time_limit).__name__}")
         duration = Duration()
         duration.FromNanoseconds(round(time_limit * 1e9))
         stopping.time_limit.CopyFrom(duration)
