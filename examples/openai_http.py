@@ -5,7 +5,12 @@ import os
 import urllib.request
 
 URL = os.environ.get("OPENAI_BASE_URL", "http://localhost:8451/v1")
-BODY = {"messages": [{"role": "user", "content": "Where does the fox live?"}], "max_tokens": 40, "stream": True}
+BODY = {
+    "messages": [{"role": "user", "content": "Where does the fox live?"}],
+    "max_tokens": 40,
+    "stream": True,
+    "seed": 7,
+}
 
 request = urllib.request.Request(
     f"{URL}/chat/completions", json.dumps(BODY).encode(), {"Content-Type": "application/json"}

@@ -19,9 +19,6 @@ from mpt_grpc_client import (
 )
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
-# grpc.aio supports one event loop per process.
-pytestmark = pytest.mark.asyncio(loop_scope="session")
-
 
 def _interface(kind: type) -> dict[str, object]:
     """Returns the public names of a class with their parameters; their return types differ by design."""

@@ -91,7 +91,8 @@ def test_a_port_in_use_is_one_line_with_a_remedy(server: Any) -> None:
     assert status == 1
     (line,) = lines
     assert line.startswith(
-        f"mpt-grpc: --grpc-port: cannot listen on {server.target}: the port is in use; --grpc-port 0 selects a free one"
+        f"mpt-grpc: --grpc-port: cannot listen on {server.target}: the port is in use; is another mpt-grpc running?"
+        " --grpc-port 0 selects a free one"
     )
 
 
