@@ -26,7 +26,7 @@ from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.settings import ServerSettings, Settings
 from mpt_grpc.telemetry import names
-from mpt_grpc.telemetry.tracing import make_tracer_provider
+from mpt_grpc.telemetry.tracing import make_tracer_provider, shut_down
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
 
@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 1.0
 # After a drain only idle calls, such as Health.Watch, remain.
 _STOP_GRACE_S = 0.5
+_EXPORT_TIMEOUT_S = 2.0
 
 
 async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -> None:
@@ -112,7 +113,7 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
             yield server
     finally:
         if provider is not None:
-            await asyncio.to_thread(provider.shutdown)
+            await asyncio.to_thread(shut_down, provider, _EXPORT_TIMEOUT_S)
 
 
 @asynccontextmanager

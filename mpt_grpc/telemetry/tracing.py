@@ -6,14 +6,16 @@ Contexts are passed as arguments because the scheduler thread has no current spa
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.trace import Tracer
 from opentelemetry.util.types import AttributeValue
 
@@ -24,26 +26,56 @@ from mpt_grpc.telemetry import names
 
 
 def make_tracer_provider(trace_file: Path | None) -> TracerProvider | None:
-    """Returns a provider that exports by OTLP if OTEL_EXPORTER_OTLP_ENDPOINT is set, and to `trace_file` if given.
+    """Returns a provider that exports to the OTLP endpoint in the environment, and to `trace_file` if given.
 
-    Returns None, which disables tracing, if neither is. Raises SettingsError if the file cannot be written.
+    Returns None, which disables tracing, if there is neither or OTEL_SDK_DISABLED is true. OpenTelemetry itself reads
+    the other standard variables. Raises SettingsError for an unsupported variable or a file that cannot be written.
     """
-    exporters = []
-    if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
-        exporters.append(BatchSpanProcessor(OTLPSpanExporter()))
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    exporters: list[SpanExporter] = []
+    if (otlp := _otlp_exporter()) is not None:
+        exporters.append(otlp)
     if trace_file is not None:
         try:
             out = trace_file.open("a", encoding="utf-8")
         except OSError as error:
-            raise SettingsError(f"--trace-file: cannot write {trace_file}: {error}") from error
-        lines = ConsoleSpanExporter(out=out, formatter=lambda span: span.to_json(indent=None) + "\n")
-        exporters.append(BatchSpanProcessor(lines))
+            raise SettingsError(f"--trace-file: cannot write {trace_file}: {error.strerror}") from error
+        exporters.append(ConsoleSpanExporter(out=out, formatter=lambda span: span.to_json(indent=None) + "\n"))
     if not exporters:
         return None
-    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: "mpt-grpc", SERVICE_VERSION: __version__}))
+    # The environment's OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES take precedence.
+    resource = Resource({SERVICE_NAME: "mpt-grpc", SERVICE_VERSION: __version__}).merge(OTELResourceDetector().detect())
+    provider = TracerProvider(resource=Resource.create().merge(resource), shutdown_on_exit=False)
     for exporter in exporters:
-        provider.add_span_processor(exporter)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider
+
+
+def shut_down(provider: TracerProvider, timeout_s: float) -> None:
+    """Exports the remaining spans, and gives up after `timeout_s`: a collector that is down must not delay the exit."""
+    thread = threading.Thread(target=provider.shutdown, name="export-spans", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+
+
+def _otlp_exporter() -> SpanExporter | None:
+    if not any(os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}ENDPOINT") for signal in ("", "TRACES_")):
+        return None
+    kind = os.environ.get("OTEL_TRACES_EXPORTER", "otlp")
+    if kind == "none":
+        return None
+    if kind != "otlp":
+        raise SettingsError(f"OTEL_TRACES_EXPORTER: {kind!r} is not supported; use otlp or none")
+    variables = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    name = next((name for name in variables if os.environ.get(name)), variables[1])
+    match os.environ.get(name, "grpc"):
+        case "grpc":
+            return GrpcSpanExporter()
+        case "http/protobuf":
+            return HttpSpanExporter()
+        case protocol:
+            raise SettingsError(f"{name}: {protocol!r} is not supported; use grpc or http/protobuf")
 
 
 def record_phases(tracer: Tracer, context: Context, stats: RequestStats, num_output_tokens: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,11 @@ import pytest
 from conftest import demo_settings
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
+from mpt_grpc.errors import SettingsError
 from mpt_grpc.server.server import running_server
+from mpt_grpc.telemetry.tracing import make_tracer_provider, shut_down
 from mpt_grpc_client import AsyncClient
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
@@ -175,6 +181,86 @@ async def test_spans_are_exported_to_the_collector_in_the_environment(collector:
     assert response.summary.trace_id == TRACE_ID
     assert collector.trace_ids == {TRACE_ID}
     assert sorted(collector.names) == ["decode", f"{RPC}Generate", "prefill", "queue"]
+
+
+@pytest.fixture
+def http_collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the spans received by a collector for OTLP over HTTP, whose address is in the environment."""
+    received: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            body = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
+            request = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
+            received.extend(s.name for r in request.resource_spans for scope in r.scope_spans for s in scope.spans)
+            received.extend(a.value.string_value for r in request.resource_spans for a in r.resource.attributes)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield received
+        server.shutdown()
+        thread.join()
+
+
+async def test_the_protocol_and_the_service_name_of_the_environment_are_used(
+    http_collector: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "stories")
+    async with stub_of_server(None) as (stub, _):
+        await stub.Generate(generate_request(), metadata=FROM_CALLER)
+    assert {f"{RPC}Generate", "queue", "prefill", "decode", "stories"} <= set(http_collector)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+        ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json"),
+        ("OTEL_TRACES_EXPORTER", "zipkin"),
+    ],
+)
+def test_an_unsupported_variable_is_refused_at_startup(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=f"^{variable}: '{value}' is not supported; use"):
+        make_tracer_provider(None)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "none")])
+def test_tracing_can_be_disabled_by_the_environment(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv(variable, value)
+    assert make_tracer_provider(None) is None
+
+
+def test_a_collector_that_does_not_respond_does_not_delay_the_exit() -> None:
+    exporting, responded = threading.Event(), threading.Event()
+
+    class Stuck(SpanExporter):
+        def export(self, spans: Any) -> SpanExportResult:  # noqa: ARG002
+            exporting.set()
+            responded.wait(30)
+            return SpanExportResult.SUCCESS
+
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(Stuck()))
+    provider.get_tracer("test").start_span("left over").end()
+    shut_down(provider, 0.1)
+    assert exporting.wait(10)
+    assert not responded.is_set()
+    responded.set()
 
 
 async def test_the_span_of_a_conversation_has_its_operation_and_number_of_outputs(tmp_path: Path) -> None:
