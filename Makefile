@@ -8,8 +8,9 @@ BIN := .venv/bin
 INSTALL := -m pip install --disable-pip-version-check
 STUBS := clients/python/mpt_grpc_client/proto
 BASELINE := protos/released.txtpb
-# The package index to install PyTorch from; empty for pip's own.
+# The package index to install PyTorch from; empty for pip's own. TORCH_CUDA=1 installs the CUDA build without a GPU.
 export TORCH_INDEX ?=
+export TORCH_CUDA ?=
 
 .PHONY: help
 help: ## List the targets
@@ -22,8 +23,8 @@ setup: .venv/server ## Create .venv with the server and the client, as pinned in
 .venv/torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: set PYTHON to it")'
 	$(PYTHON) -m venv .venv
-	@echo 'Installing PyTorch. On Linux x86-64, the CUDA build downloads about 3 GB and the CPU build about 200 MB;' \
-		'set TORCH_INDEX to the URL of an index to select another build.'
+	@$(BIN)/python tools/check_torch_build.py
+	@echo 'Installing PyTorch: the CUDA build downloads about 3 GB, the CPU build about 200 MB.'
 	$(BIN)/python $(INSTALL) --no-deps --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@touch $@
 
