@@ -130,7 +130,7 @@ the objects `attn_config` and `ffn_config`."""
 
 def is_ignored(name: str) -> bool:
     """Whether a field, named by its path, does not affect the logits."""
-    return name in IGNORED or (name.startswith("attn_config.") and name.rpartition(".")[2] in IGNORED)
+    return name in IGNORED or (name.startswith(("attn_config.", "ffn_config.")) and name.rpartition(".")[2] in IGNORED)
 
 
 def changes_nothing(value: Any) -> bool:

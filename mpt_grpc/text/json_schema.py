@@ -52,6 +52,7 @@ class _Rewriter:
         """Returns the schema at a place rewritten, and anything else unchanged for llguidance to refuse."""
         if not isinstance(schema, dict):
             return schema
+        _check_types(schema, path)
         _check_numbers(schema, path)
         result = {name: self._keyword(name, value, f"{path}/{_escaped(name)}") for name, value in schema.items()}
         for step in (_annotations, _bounds, self._discriminated_union, _conditions, _contains, _unevaluated):
@@ -175,6 +176,18 @@ def _constants(branch: Any, name: Any) -> frozenset[str]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         return frozenset()
     return frozenset(values)
+
+
+def _check_types(schema: dict[str, Any], path: str) -> None:
+    """Refuses values that the rewriting could not compute with."""
+    for name in ("minItems", "maxItems", "minContains", "maxContains"):
+        if not isinstance(schema.get(name, 0), int | float):
+            raise UnsupportedSchemaError(f"{path}/{name}: must be a number")
+    if not isinstance(schema.get("allOf", []), list):
+        raise UnsupportedSchemaError(f"{path}/allOf: must be a list of schemas")
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise UnsupportedSchemaError(f"{path}/required: must be a list of property names")
 
 
 def _check_numbers(schema: dict[str, Any], path: str) -> None:

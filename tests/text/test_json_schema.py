@@ -92,6 +92,22 @@ def test_what_cannot_be_enforced_exactly_is_refused_with_its_place(schema: dict[
     assert f"decoding.json_schema: {error}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        {"contains": True, "minContains": "2"},
+        {"contains": True, "minItems": None},
+        {"contains": {}, "maxItems": 3, "maxContains": []},
+        {"if": True, "then": {"type": "string"}, "allOf": 1},
+        {"type": "object", "required": 1},
+        {"type": "object", "required": [{}]},
+    ],
+)
+def test_keywords_of_the_wrong_type_are_refused_with_their_place(malformed: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=r"decoding\.json_schema: /properties/a/\w+: must be a"):
+        make_grammar(JsonSchema(json.dumps({"type": "object", "properties": {"a": malformed}})))
+
+
 def test_data_is_not_taken_for_schemas() -> None:
     schema = {
         "const": {"format": "password", "not": {}},
