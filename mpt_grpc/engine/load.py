@@ -87,7 +87,7 @@ def load_engine(
     defaults = generation_defaults(folder) if wanted.generation_config == "model" else GenerationDefaults()
     device, dtype = _device(wanted), _dtype(wanted)
     max_context_tokens = wanted.max_context_tokens or config.max_seq_len
-    if not config.alibi and max_context_tokens > config.max_seq_len:
+    if config.learned_positions and max_context_tokens > config.max_seq_len:
         why = f"{max_context_tokens} exceeds the model's {config.max_seq_len} positions"
         raise SettingsError(f"--max-context-tokens: {why}")
 

@@ -14,11 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from mpt_grpc.errors import ConfigError
-from mpt_grpc.model.config_fields import LIMITED, READ, changes_nothing, is_ignored
+from mpt_grpc.model.config_fields import LIMITED, READ, activation, changes_nothing, is_ignored
 
 _MAX_SIZE = 1 << 24
 """The largest width, number of layers or vocabulary; far beyond any model, and small enough to multiply."""
 _MAX_CONTEXT_TOKENS = 1 << 31
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings."""
+
+    theta: float
+    """The base of the wavelengths."""
+    factor: float
+    """The number by which positions are divided."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +42,28 @@ class MPTConfig:
     d_ffn: int
     vocab_size: int
     max_seq_len: int
+    learned_positions: bool
     alibi: bool
     alibi_bias_max: float
+    rope: Rope | None
+    sliding_window: int | None
+    """How many earlier tokens a token attends to; None for all."""
     softmax_scale: float
     clip_qkv: float | None
-    logit_scale: float | None
     qk_ln: bool
-    bias: bool
+    rms_norm: bool
+    """Whether the normalization is RMSNorm instead of layer norm."""
     norm_eps: float
+    bias: bool
+    """Whether linear layers have biases, except for `qkv_bias`; and whether layer norms have."""
+    qkv_bias: bool
+    gated_ffn: bool
+    activation: str
+    """The feed-forward layers' activation, one of `config_fields.ACTIVATIONS`."""
+    tied_head: bool
+    """Whether the embedding is also the output layer."""
+    logit_scale: float | None
+    logit_softcap: float | None
 
     @property
     def head_dim(self) -> int:
@@ -72,11 +96,9 @@ class MPTConfig:
                 "head_dim", fields.get("head_dim"), f"only d_model / n_heads, which is {head_dim}, is supported"
             )
         no_bias = fields.boolean("no_bias", True)
-        if fields.get("attention_bias") not in (None, not no_bias):
-            fields.refuse("attention_bias", fields.get("attention_bias"), "only the opposite of no_bias is supported")
-        alibi = fields.boolean("attn_config.alibi", True)
-        if not fields.boolean("learned_pos_emb", True) and not alibi and not fields.get("attn_config.rope"):
-            fields.refuse("attn_config.alibi", False, "requires learned_pos_emb: true")
+        rope = _rope(fields, head_dim)
+        alibi = fields.boolean("attn_config.alibi", rope is None)
+        learned_positions = fields.boolean("learned_pos_emb", True)
         bias_max = fields.number("attn_config.alibi_bias_max")
         softmax_scale = fields.number("attn_config.softmax_scale")
         config = cls(
@@ -87,14 +109,23 @@ class MPTConfig:
             d_ffn=_d_ffn(fields, d_model),
             vocab_size=fields.size("vocab_size", 50368),
             max_seq_len=fields.size("max_seq_len", 2048, _MAX_CONTEXT_TOKENS),
+            learned_positions=learned_positions and not alibi and rope is None,
             alibi=alibi,
             alibi_bias_max=8.0 if bias_max is None else bias_max,
+            rope=rope,
+            sliding_window=_sliding_window(fields),
             softmax_scale=1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale,
             clip_qkv=fields.number("attn_config.clip_qkv") or None,
-            logit_scale=_logit_scale(fields, d_model),
             qk_ln=fields.boolean("attn_config.qk_ln", False),
-            bias=not no_bias,
+            rms_norm=str(fields.get("norm_type")).lower().endswith("rmsnorm"),
             norm_eps=_norm_eps(fields),
+            bias=not no_bias,
+            qkv_bias=not no_bias if fields.get("attention_bias") is None else fields.boolean("attention_bias", False),
+            gated_ffn=str(fields.get("ffn_config.ffn_type")).lower() == "mptglu",
+            activation=activation(fields.get("ffn_config.ffn_act_fn")) or "gelu",
+            tied_head=fields.boolean("tie_word_embeddings", True),
+            logit_scale=_logit_scale(fields, d_model),
+            logit_softcap=fields.number("final_logit_softcapping") or None,
         )
         fields.check_unknown()
         if fields.obstacles:
@@ -170,6 +201,41 @@ def _n_kv_heads(fields: _Fields, n_heads: int) -> int:
     if stated is not None and stated != n_kv_heads:
         fields.refuse("attn_config.kv_n_heads", stated, f"attn_type {kind!r} requires {n_kv_heads}")
     return n_kv_heads
+
+
+def _rope(fields: _Fields, head_dim: int) -> Rope | None:
+    """Returns the rotary position embeddings, whose two implementations in llm-foundry compute the same."""
+    if fields.get("attn_config.rope") is None or not fields.boolean("attn_config.rope", False):
+        return None
+    theta = fields.number("attn_config.rope_theta")
+    theta = 10_000.0 if theta is None else theta
+    if theta < 1:
+        fields.refuse("attn_config.rope_theta", theta, "expected a number from 1")
+    if head_dim % 2:
+        fields.refuse("attn_config.rope", True, f"needs an even width of an attention head, not {head_dim}")
+    implementation = fields.get("attn_config.rope_impl", "dail")
+    if implementation not in ("dail", "hf"):
+        fields.refuse("attn_config.rope_impl", implementation, "supported: dail or hf")
+        return None
+    name = f"attn_config.rope_{implementation}_config"
+    plain = "original" if implementation == "dail" else "no_scaling"
+    options = fields.get(name) or {"type": plain}
+    if isinstance(options, Mapping):
+        kind, factor = options.get("type", plain), options.get("factor", 1.0)
+        if kind == plain:
+            return Rope(theta, factor=1.0)
+        if implementation == "hf" and kind == "linear" and isinstance(factor, int | float) and 1 <= factor < math.inf:
+            return Rope(theta, float(factor))
+    supported = "type original" if implementation == "dail" else "type no_scaling, or linear with a factor from 1"
+    fields.refuse(name, options, f"would need other rotary position embeddings; supported: {supported}")
+    return None
+
+
+def _sliding_window(fields: _Fields) -> int | None:
+    size = fields.get("attn_config.sliding_window_size")
+    if size is None or size == -1:
+        return None
+    return fields.size("attn_config.sliding_window_size", 1, _MAX_CONTEXT_TOKENS)
 
 
 def _d_ffn(fields: _Fields, d_model: int) -> int:

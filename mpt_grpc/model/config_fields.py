@@ -8,7 +8,7 @@ implemented ones; the page docs/checkpoints.md is generated from this table. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,18 @@ class LimitedField:
     is_supported: Callable[[Any], bool]
 
 
+def _alternatives(words: Iterable[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 def _one_of(name: str, values: tuple[Any, ...], needs: str) -> LimitedField:
     def is_supported(value: Any) -> bool:
         folded = value.lower() if isinstance(value, str) else value
         return any(folded is other or (type(folded) is type(other) and folded == other) for other in values)
 
     words = {None: "null", True: "true", False: "false"}
-    return LimitedField(name, " or ".join(f"{words.get(value, value)}" for value in values), needs, is_supported)
+    return LimitedField(name, _alternatives(f"{words.get(value, value)}" for value in values), needs, is_supported)
 
 
 def _has_no_overrides(value: Any) -> bool:
@@ -48,11 +53,26 @@ def _is_plain_linear(value: Any) -> bool:
     return name in (None, "torch", "te")
 
 
-def _is_exact_gelu(value: Any) -> bool:
+def activation(value: Any) -> str | None:
+    """Returns the activation that `ffn_act_fn` selects, one of `ACTIVATIONS`, or None if it is not implemented."""
+    if value is None:
+        return "gelu"
     if not isinstance(value, Mapping):
-        return value is None
-    return value.get("name", "gelu") == "gelu" and value.get("approximate", "none") == "none"
+        return None
+    arguments = {name: argument for name, argument in value.items() if not changes_nothing(argument)}
+    if arguments == {"name": "gelu", "approximate": "tanh"}:
+        return "gelu_tanh"
+    if arguments == {"name": "gelu", "approximate": "none"}:
+        return "gelu"
+    name = arguments.pop("name", None)
+    return name if name in ACTIVATIONS and not arguments else None
 
+
+NORM_TYPES = ("low_precision_layernorm", "layernorm", "low_precision_rmsnorm", "rmsnorm", "triton_rmsnorm")
+"""The implemented normalizations, in two groups that compute the same."""
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+"""The implemented activations of the feed-forward layers."""
 
 READ: Mapping[str, str] = {
     "d_model": "width of the hidden states",
@@ -63,16 +83,24 @@ READ: Mapping[str, str] = {
     "expansion_ratio": "width of the feed-forward layers divided by d_model",
     "ffn_config.ffn_hidden_size": "width of the feed-forward layers, instead of expansion_ratio",
     "head_dim": "width of an attention head; d_model / n_heads",
-    "learned_pos_emb": "whether positions have learned embeddings; without effect with ALiBi",
+    "learned_pos_emb": "whether positions have learned embeddings; without effect with ALiBi or rope",
     "no_bias": "whether linear and normalization layers have no biases",
-    "attention_bias": "whether the attention's input projection has a bias; the opposite of no_bias",
+    "attention_bias": "whether the attention's input projection has a bias; by default the opposite of no_bias",
+    "tie_word_embeddings": "whether the embedding is also the output layer",
     "logit_scale": "factor of the logits: a number or inv_sqrt_d_model",
+    "final_logit_softcapping": "bound of the logits, which tanh approaches",
     "norm_eps": "epsilon of the normalization layers; transformers calls it layer_norm_epsilon",
     "layer_norm_epsilon": "the same as norm_eps",
     "attn_config.attn_type": "multihead_attention, multiquery_attention or grouped_query_attention",
     "attn_config.kv_n_heads": "number of key and value heads",
     "attn_config.alibi": "whether attention has linear biases (ALiBi)",
     "attn_config.alibi_bias_max": "largest exponent of ALiBi's slopes",
+    "attn_config.rope": "whether attention has rotary position embeddings",
+    "attn_config.rope_theta": "base of the rotary embeddings' wavelengths",
+    "attn_config.rope_impl": "dail or hf, which compute the same",
+    "attn_config.rope_dail_config": "options of dail; implemented: type original",
+    "attn_config.rope_hf_config": "options of hf; implemented: type no_scaling, and linear with a factor from 1",
+    "attn_config.sliding_window_size": "how many earlier tokens a token attends to; -1 for all",
     "attn_config.clip_qkv": "bound of queries, keys and values",
     "attn_config.qk_ln": "whether queries and keys are normalized",
     "attn_config.softmax_scale": "factor of the attention scores",
@@ -80,16 +108,12 @@ READ: Mapping[str, str] = {
 """The implemented fields, with what they mean."""
 
 LIMITED = (
-    _one_of("norm_type", ("low_precision_layernorm", "layernorm"), "RMSNorm"),
-    _one_of("tie_word_embeddings", (True,), "an output layer of its own"),
-    _one_of("final_logit_softcapping", (None,), "soft capping of the logits"),
+    _one_of("norm_type", NORM_TYPES, "another normalization"),
     LimitedField("block_overrides", "null or without overrides", "layers that differ", _has_no_overrides),
     LimitedField("fc_type", "torch or te", "another linear layer", _is_plain_linear),
     _one_of("attn_config.prefix_lm", (False, None), "bidirectional attention over a prefix"),
     _one_of("attn_config.qk_gn", (False, None), "group normalization of queries and keys"),
-    _one_of("attn_config.rope", (False, None), "rotary position embeddings"),
     _one_of("attn_config.nope", (False, None), "attention without positions"),
-    _one_of("attn_config.sliding_window_size", (-1, None), "sliding window attention"),
     _one_of("attn_config.attn_logit_softcapping", (None,), "soft capping of the attention scores"),
     _one_of("attn_config.kv_dim", (None,), "keys and values of another width"),
     _one_of("attn_config.reuse_kv_layer_idx", (None,), "layers that share keys and values"),
@@ -100,16 +124,20 @@ LIMITED = (
         "attention scores that depend on the position",
         _has_no_attention_scale,
     ),
-    _one_of("ffn_config.ffn_type", ("mptmlp",), "another feed-forward layer"),
+    _one_of("ffn_config.ffn_type", ("mptmlp", "mptglu"), "another feed-forward layer"),
     LimitedField("ffn_config.fc_type", "torch or te", "another linear layer", _is_plain_linear),
-    LimitedField("ffn_config.ffn_act_fn", "null or gelu without approximation", "another activation", _is_exact_gelu),
+    LimitedField(
+        "ffn_config.ffn_act_fn",
+        "null, or gelu (exact or tanh), quick_gelu, relu or silu, by name",
+        "another activation",
+        lambda value: activation(value) is not None,
+    ),
 )
 """The fields of which only some values are implemented."""
 
 IGNORED = frozenset(
     # llm-foundry: training, initialization, and choices of kernels that compute the same.
     "attn_config.attn_impl attn_config.attn_pdrop attn_config.attn_uses_sequence_id attn_config.fc_type"
-    " attn_config.rope_dail_config attn_config.rope_hf_config attn_config.rope_impl attn_config.rope_theta"
     " attn_config.seq_parallel_world_size emb_pdrop embedding_fraction init_config init_device loss_fn name resid_pdrop"
     " use_cache use_pad_tok_in_ffn verbose"
     # transformers: metadata, and sampling options that it used to write into every configuration.

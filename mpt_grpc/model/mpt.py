@@ -2,18 +2,21 @@
 
 The caller passes `attend`, which determines what each token attends to and where keys and values are stored.
 Parameters are named as in the published checkpoints. Architecture: https://www.databricks.com/blog/mpt-7b and
-llm-foundry's `modeling_mpt.py`; exact GELU, pre-norm, tied embedding and head, no dropout at inference.
+llm-foundry's `modeling_mpt.py`, with pre-norm and without dropout. MPT-7B has ALiBi, layer norm, exact GELU, no biases
+and a tied head; the variants that `MPTConfig` has are llm-foundry's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.config import MPTConfig, Rope
 from mpt_grpc.model.linear import Linear
 
 
@@ -35,7 +38,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         d_kv = config.n_kv_heads * config.head_dim
-        self.Wqkv = Linear(config.d_model, config.d_model + 2 * d_kv, config.bias)
+        self.Wqkv = Linear(config.d_model, config.d_model + 2 * d_kv, config.qkv_bias)
         self.out_proj = Linear(config.d_model, config.d_model, config.bias)
         if config.qk_ln:
             self.q_ln = _norm(config, config.d_model)
@@ -59,16 +62,29 @@ class Attention(nn.Module):
         return self.out_proj(context.flatten(-2))
 
 
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
 class FeedForward(nn.Module):
-    """The feed-forward network: up projection, GELU, down projection."""
+    """The feed-forward network: up projection, activation, down projection. The gated one multiplies by a gate."""
 
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
         self.up_proj = Linear(config.d_model, config.d_ffn, config.bias)
+        self.gate_proj = Linear(config.d_model, config.d_ffn, config.bias) if config.gated_ffn else None
         self.down_proj = Linear(config.d_ffn, config.d_model, config.bias)
+        self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x)))
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -91,16 +107,18 @@ class Transformer(nn.Module):
 
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
+        self.config = config
         self.wte = _embedding(config.vocab_size, config.d_model)
-        if not config.alibi:
-            self.wpe = _embedding(config.max_seq_len, config.d_model)
+        self.wpe = _embedding(config.max_seq_len, config.d_model) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm_f = _norm(config, config.d_model)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.wte(token_ids)
-        if hasattr(self, "wpe"):
+        if self.wpe is not None:
             x = x + self.wpe(positions)
+        if self.config.rope is not None:
+            attend = rotating(attend, positions, self.config.rope, self.config.head_dim)
         for block in self.blocks:
             x = block(x, attend)
         return x
@@ -113,6 +131,7 @@ class MPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
+        self.lm_head = None if config.tied_head else Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Returns hidden states [num_tokens, d_model] for `token_ids` and `positions`, both [num_tokens] of int64."""
@@ -121,8 +140,12 @@ class MPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns float32 logits [n, vocab_size] for `hidden` [n, d_model]."""
-        logits = F.linear(self.transformer.norm_f(hidden), self.transformer.wte.weight).to(torch.float32)
-        return logits if self.config.logit_scale is None else logits * self.config.logit_scale
+        normed, scale, cap = self.transformer.norm_f(hidden), self.config.logit_scale, self.config.logit_softcap
+        head = self.lm_head(normed) if self.lm_head is not None else F.linear(normed, self.transformer.wte.weight)
+        logits = head.to(torch.float32)
+        if scale is not None:
+            logits = logits * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def alibi_slopes(n_heads: int, bias_max: float) -> Tensor:
@@ -135,10 +158,30 @@ def alibi_slopes(n_heads: int, bias_max: float) -> Tensor:
     return slopes if power == n_heads else torch.cat([slopes[1::2], slopes[::2]])[:n_heads]
 
 
+def rotating(attend: Attend, positions: Tensor, rope: Rope, head_dim: int) -> Attend:
+    """Returns `attend` with rotary position embeddings (https://arxiv.org/abs/2104.09864) of queries and keys.
+
+    Dimension i of a head is rotated together with dimension i + head_dim / 2, as in llm-foundry and Llama.
+    `positions` is [num_tokens].
+    """
+    size = head_dim // 2
+    frequencies = rope.theta ** -(torch.arange(size, dtype=torch.float32, device=positions.device) / size)
+    angles = (positions / rope.factor)[:, None, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.to(torch.float32).chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    return lambda layer, query, key, value: attend(layer, rotate(query), rotate(key), value)
+
+
 def _embedding(rows: int, size: int) -> nn.Embedding:
     # Passing a weight keeps torch from initializing one, for which it would import sympy: 1.7 s at every start.
     return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
 
 
-def _norm(config: MPTConfig, size: int) -> nn.LayerNorm:
+def _norm(config: MPTConfig, size: int) -> nn.Module:
+    if config.rms_norm:
+        return nn.RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)

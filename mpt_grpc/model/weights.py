@@ -27,7 +27,9 @@ _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_TIED_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+_COMPUTED = "transformer.rotary_embedding."
+"""The prefix of the constants of rotary position embeddings, which old versions of transformers store."""
 
 
 def load_model(folder: Path, config: MPTConfig, dtype: torch.dtype, device: torch.device) -> MPT:
@@ -88,7 +90,9 @@ def _fill(config: MPTConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch
     missing, head = set(expected), None
     with _progress(total_bytes) as advance:
         for name, tensor in tensors:
-            if name == _TIED_HEAD:
+            if name.startswith(_COMPUTED):
+                continue
+            if name == _HEAD and config.tied_head:
                 head = tensor  # compared with the embedding at the end, whichever shards they are in
                 continue
             if name not in expected:
@@ -104,7 +108,8 @@ def _fill(config: MPTConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch
     if missing:
         raise WeightsError(f"tensor {min(missing)!r} is missing; {len(missing)} missing in total")
     if head is not None and not torch.equal(model.transformer.wte.weight, head.to(device, dtype)):
-        raise WeightsError(f"tensor {_TIED_HEAD!r} differs from {_EMBEDDING!r}: untied heads are not supported")
+        why = "config.json sets tie_word_embeddings to true, which is also the default"
+        raise WeightsError(f"tensor {_HEAD!r} differs from {_EMBEDDING!r}, but {why}")
     return model.eval()
 
 

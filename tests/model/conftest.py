@@ -46,26 +46,34 @@ def random_weights(config: Mapping[str, Any], *, qkv_std: float = 0.2) -> dict[s
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
 
-    def add(name: str, *shape: int, std: float = 0.1) -> None:
+    has_biases, is_rms_norm = not config.get("no_bias", True), "rmsnorm" in config.get("norm_type", "").lower()
+    qkv_bias = config.get("attention_bias")
+
+    def add(name: str, *shape: int, std: float = 0.1, bias: bool = has_biases) -> None:
         tensors[f"{name}.weight"] = torch.randn(shape, generator=generator) * std + (1.0 if len(shape) == 1 else 0.0)
-        if not config.get("no_bias", True) and "wte" not in name and "wpe" not in name:
+        if bias and not (is_rms_norm and len(shape) == 1):
             tensors[f"{name}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
 
-    add("transformer.wte", config["vocab_size"], d_model)
-    if not attention.get("alibi", True):
-        add("transformer.wpe", config["max_seq_len"], d_model)
+    add("transformer.wte", config["vocab_size"], d_model, bias=False)
+    if config.get("learned_pos_emb", True) and not (attention.get("rope") or attention.get("alibi", True)):
+        add("transformer.wpe", config["max_seq_len"], d_model, bias=False)
     for layer in range(config["n_layers"]):
         block = f"transformer.blocks.{layer}"
         add(f"{block}.norm_1", d_model)
-        add(f"{block}.attn.Wqkv", d_model + 2 * d_kv, d_model, std=qkv_std)
+        bias = has_biases if qkv_bias is None else qkv_bias
+        add(f"{block}.attn.Wqkv", d_model + 2 * d_kv, d_model, std=qkv_std, bias=bias)
         if attention.get("qk_ln"):
             add(f"{block}.attn.q_ln", d_model)
             add(f"{block}.attn.k_ln", d_kv)
         add(f"{block}.attn.out_proj", d_model, d_model)
         add(f"{block}.norm_2", d_model)
         add(f"{block}.ffn.up_proj", d_ffn, d_model)
+        if config.get("ffn_config", {}).get("ffn_type") == "mptglu":
+            add(f"{block}.ffn.gate_proj", d_ffn, d_model)
         add(f"{block}.ffn.down_proj", d_model, d_ffn)
     add("transformer.norm_f", d_model)
+    if not config.get("tie_word_embeddings", True):
+        add("lm_head", config["vocab_size"], d_model, bias=False)
     return tensors
 
 

@@ -7,7 +7,7 @@ whole sequence. It reads the raw `config.json` itself. It follows llm-foundry's 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,31 +24,61 @@ def reference_logits(weights: Mapping[str, Array], config: Mapping[str, Any], to
     attention = config.get("attn_config", {})
     embedding = weights["transformer.wte.weight"]
     x = embedding[list(token_ids)]
-    if not attention.get("alibi", True):
+    if _has_learned_positions(config):
         x = x + weights["transformer.wpe.weight"][: len(token_ids)]
     for layer in range(config["n_layers"]):
-        part = _Part(weights, f"transformer.blocks.{layer}.", config.get("layer_norm_epsilon", 1e-5))
+        part = _Part(weights, f"transformer.blocks.{layer}.", config)
         x = x + _attention(part, config, attention, part.norm("norm_1", x))
-        hidden = part.linear("ffn.up_proj", part.norm("norm_2", x))
-        x = x + part.linear("ffn.down_proj", hidden * 0.5 * (1 + _erf(hidden / math.sqrt(2))))
-    norm_f = _Part(weights, "transformer.", config.get("layer_norm_epsilon", 1e-5))
+        x = x + _feed_forward(part, config.get("ffn_config", {}), part.norm("norm_2", x))
+    norm_f = _Part(weights, "transformer.", config)
     scale = config.get("logit_scale")
     if scale == "inv_sqrt_d_model":
         scale = 1 / math.sqrt(config["d_model"])
-    return norm_f.norm("norm_f", x) @ embedding.T * (1.0 if scale is None else scale)
+    head = embedding if config.get("tie_word_embeddings", True) else weights["lm_head.weight"]
+    logits = norm_f.norm("norm_f", x) @ head.T * (1.0 if scale is None else scale)
+    cap = config.get("final_logit_softcapping")
+    return logits if cap is None else cap * np.tanh(logits / cap)
+
+
+def _has_learned_positions(config: Mapping[str, Any]) -> bool:
+    attention = config.get("attn_config", {})
+    rope = attention.get("rope", False)
+    return config.get("learned_pos_emb", True) and not attention.get("alibi", not rope) and not rope
+
+
+def _feed_forward(part: _Part, config: Mapping[str, Any], x: Array) -> Array:
+    up = part.linear("ffn.up_proj", x)
+    if config.get("ffn_type") == "mptglu":
+        return part.linear("ffn.down_proj", _activate(config, part.linear("ffn.gate_proj", x)) * up)
+    return part.linear("ffn.down_proj", _activate(config, up))
+
+
+def _activate(config: Mapping[str, Any], x: Array) -> Array:
+    options = config.get("ffn_act_fn") or {"name": "gelu"}
+    if options.get("approximate") == "tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    functions: dict[str, Callable[[Array], Array]] = {
+        "gelu": lambda x: x * 0.5 * (1 + _erf(x / math.sqrt(2))),
+        "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+        "relu": lambda x: np.maximum(x, 0),
+        "silu": lambda x: x / (1 + np.exp(-x)),
+    }
+    return functions[options["name"]](x)
 
 
 class _Part:
     """The weights whose names start with `prefix`."""
 
-    def __init__(self, weights: Mapping[str, Array], prefix: str, epsilon: float) -> None:
-        self._weights, self._prefix, self._epsilon = weights, prefix, epsilon
+    def __init__(self, weights: Mapping[str, Array], prefix: str, config: Mapping[str, Any]) -> None:
+        self._weights, self._prefix = weights, prefix
+        self._epsilon = config.get("norm_eps", config.get("layer_norm_epsilon", 1e-5))
+        self._is_rms_norm = "rmsnorm" in config.get("norm_type", "layernorm").lower()
 
     def linear(self, name: str, x: Array) -> Array:
         return x @ self._weights[f"{self._prefix}{name}.weight"].T + self._bias(name)
 
     def norm(self, name: str, x: Array) -> Array:
-        centered = x - x.mean(-1, keepdims=True)
+        centered = x if self._is_rms_norm else x - x.mean(-1, keepdims=True)
         deviation = np.sqrt((centered**2).mean(-1, keepdims=True) + self._epsilon)
         return centered / deviation * self._weights[f"{self._prefix}{name}.weight"] + self._bias(name)
 
@@ -73,9 +103,13 @@ def _attention(part: _Part, config: Mapping[str, Any], attention: Mapping[str, A
     v = qkv[:, d_model + n_kv_heads * head_dim :]
     if attention.get("qk_ln"):
         q, k = part.norm("attn.q_ln", q), part.norm("attn.k_ln", k)
+    if attention.get("rope"):
+        q, k = _rotated(attention, q, head_dim), _rotated(attention, k, head_dim)
     scale = attention.get("softmax_scale")
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    slopes = _slopes(n_heads, attention.get("alibi_bias_max", 8)) if attention.get("alibi", True) else [0.0] * n_heads
+    has_alibi = attention.get("alibi", not attention.get("rope"))
+    slopes = _slopes(n_heads, attention.get("alibi_bias_max", 8)) if has_alibi else [0.0] * n_heads
+    window = attention.get("sliding_window_size", -1)
 
     context = np.empty((num_tokens, d_model))
     positions = np.arange(num_tokens)
@@ -88,9 +122,23 @@ def _attention(part: _Part, config: Mapping[str, Any], attention: Mapping[str, A
             distance = positions[first:end, None] - positions[None, :end]
             scores = q[first:end, own] @ k[:end, shared].T * scale - slopes[head] * distance
             scores[distance < 0] = -np.inf
+            if window != -1:
+                scores[distance > window] = -np.inf
             powers = np.exp(scores - scores.max(-1, keepdims=True))
             context[first:end, own] = powers @ v[:end, shared] / powers.sum(-1, keepdims=True)
     return part.linear("attn.out_proj", context)
+
+
+def _rotated(attention: Mapping[str, Any], x: Array, head_dim: int) -> Array:
+    """Returns `x` [tokens, heads x head_dim], as complex numbers turned by angles proportional to their positions."""
+    scaling = attention.get("rope_hf_config", {}) if attention.get("rope_impl") == "hf" else {}
+    factor = scaling.get("factor", 1.0) if scaling.get("type") == "linear" else 1.0
+    half = head_dim // 2
+    heads = x.reshape(len(x), -1, 2, half)
+    turns = attention.get("rope_theta", 10_000) ** (-2 * np.arange(half) / head_dim)
+    angles = (np.arange(len(x)) / factor)[:, None, None] * turns
+    turned = (heads[:, :, 0] + 1j * heads[:, :, 1]) * np.exp(1j * angles)
+    return np.stack([turned.real, turned.imag], axis=2).reshape(x.shape)
 
 
 def _slopes(n_heads: int, bias_max: float) -> list[float]:

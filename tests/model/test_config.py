@@ -13,7 +13,7 @@ from model.conftest import tiny_config
 from transformers import MptConfig
 
 from mpt_grpc.errors import ConfigError
-from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.config import MPTConfig, Rope
 
 PUBLISHED = next(
     (folder for parent in Path(__file__).parents if (folder := parent / "shared/data/mpt_configs").is_dir()), None
@@ -28,14 +28,23 @@ SEVEN_B = MPTConfig(
     d_ffn=16384,
     vocab_size=50432,
     max_seq_len=2048,
+    learned_positions=False,
     alibi=True,
     alibi_bias_max=8.0,
+    rope=None,
+    sliding_window=None,
     softmax_scale=1 / math.sqrt(128),
     clip_qkv=None,
-    logit_scale=None,
     qk_ln=False,
-    bias=False,
+    rms_norm=False,
     norm_eps=1e-5,
+    bias=False,
+    qkv_bias=False,
+    gated_ffn=False,
+    activation="gelu",
+    tied_head=True,
+    logit_scale=None,
+    logit_softcap=None,
 )
 
 
@@ -89,6 +98,26 @@ def test_absent_fields_have_the_defaults_of_llm_foundry() -> None:
         (tiny_config(norm_eps=1e-6, layer_norm_epsilon=1e-6), "norm_eps", 1e-6),
         (tiny_config(max_seq_len=256.0), "max_seq_len", 256),
         (tiny_config(ffn_config={"ffn_hidden_size": 100}), "d_ffn", 100),
+        (tiny_config({"rope": True}), "rope", Rope(10_000.0, 1.0)),
+        (tiny_config({"rope": True}), "alibi", False),
+        (tiny_config({"rope": True}), "learned_positions", False),
+        (tiny_config({"alibi": False}), "learned_positions", True),
+        (tiny_config({"alibi": False}, learned_pos_emb=False), "learned_positions", False),
+        (tiny_config({"rope": True, "rope_theta": 500_000}), "rope", Rope(500_000.0, 1.0)),
+        (
+            tiny_config({"rope": True, "rope_impl": "hf", "rope_hf_config": {"type": "linear", "factor": 2}}),
+            "rope",
+            Rope(10_000.0, 2.0),
+        ),
+        (tiny_config({"sliding_window_size": 256.0}), "sliding_window", 256),
+        (tiny_config(norm_type="Low_Precision_RMSNorm"), "rms_norm", True),
+        (tiny_config(attention_bias=True), "qkv_bias", True),
+        (tiny_config(attention_bias=True), "bias", False),
+        (tiny_config(no_bias=False), "qkv_bias", True),
+        (tiny_config(ffn_config={"ffn_type": "mptglu"}), "gated_ffn", True),
+        (tiny_config(ffn_config={"ffn_act_fn": {"name": "silu", "inplace": False}}), "activation", "silu"),
+        (tiny_config(tie_word_embeddings=False), "tied_head", False),
+        (tiny_config(final_logit_softcapping=30), "logit_softcap", 30.0),
     ],
 )
 def test_fields_that_affect_the_computation_are_read(raw: dict[str, Any], field: str, expected: object) -> None:
@@ -102,8 +131,9 @@ def test_fields_that_affect_the_computation_are_read(raw: dict[str, Any], field:
     [
         ("prefix_lm", True),
         ("qk_gn", True),
-        ("rope", True),
-        ("sliding_window_size", 1024),
+        ("rope", "yes"),
+        ("sliding_window_size", 0),
+        ("sliding_window_size", "all"),
         ("attn_logit_softcapping", 30.0),
         ("kv_dim", 32),
         ("reuse_kv_layer_idx", 0),
@@ -134,12 +164,13 @@ def test_unimplemented_attention_fields_are_named_in_the_error(field: str, value
     ("field", "value"),
     [
         ("model_type", "llama"),
-        ("norm_type", "rmsnorm"),
-        ("tie_word_embeddings", False),
-        ("final_logit_softcapping", 30.0),
+        ("norm_type", "batchnorm"),
+        ("norm_type", None),
+        ("tie_word_embeddings", None),
+        ("final_logit_softcapping", -30.0),
         ("block_overrides", {"order": [{"name": "wide"}], "overrides": {"wide": {"d_model": 128}}}),
         ("head_dim", 32),
-        ("attention_bias", True),
+        ("attention_bias", "all"),
         ("d_model", 10**12),
         ("expansion_ratio", 1e300),
         ("max_seq_len", 256.5),
@@ -168,9 +199,25 @@ def test_unimplemented_model_fields_are_named_in_the_error(field: str, value: ob
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (tiny_config({"alibi": False}, learned_pos_emb=False), "attn_config.alibi: False"),
-        (tiny_config(ffn_config={"ffn_type": "mptglu"}), "ffn_config.ffn_type: 'mptglu'"),
-        (tiny_config(ffn_config={"ffn_act_fn": {"name": "silu"}}), "ffn_config.ffn_act_fn: {'name': 'silu'}"),
+        (tiny_config(ffn_config={"ffn_type": "mb_moe"}), "ffn_config.ffn_type: 'mb_moe'"),
+        (tiny_config(ffn_config={"ffn_act_fn": {"name": "mish"}}), "ffn_config.ffn_act_fn: {'name': 'mish'}"),
+        (tiny_config(ffn_config={"ffn_act_fn": "silu"}), "ffn_config.ffn_act_fn: 'silu'"),
+        (
+            tiny_config(ffn_config={"ffn_act_fn": {"name": "gelu", "approximate": "exp"}}),
+            "ffn_config.ffn_act_fn: {'name': 'gelu', 'approximate': 'exp'}",
+        ),
+        (tiny_config({"rope": True, "rope_theta": 0}), "attn_config.rope_theta: 0"),
+        (tiny_config({"rope": True, "rope_impl": "xformers"}), "attn_config.rope_impl: 'xformers'"),
+        (
+            tiny_config({"rope": True, "rope_impl": "dail", "rope_dail_config": {"type": "xpos"}}),
+            "attn_config.rope_dail_config: {'type': 'xpos'}: would need",
+        ),
+        (
+            tiny_config({"rope": True, "rope_impl": "hf", "rope_hf_config": {"type": "dynamic", "factor": 2}}),
+            "attn_config.rope_hf_config: {'type': 'dynamic', 'factor': 2}: would need",
+        ),
+        (tiny_config({"rope": True, "rope_impl": "hf", "rope_hf_config": "linear"}), "attn_config.rope_hf_config"),
+        (tiny_config({"rope": True}, d_model=60), "attn_config.rope: True: needs an even width"),
         ({**tiny_config(), "attn_config": []}, "attn_config: expected a JSON object, not []"),
         (tiny_config({"attn_type": GQA}), "attn_config.kv_n_heads: None"),
         (tiny_config({"attn_type": GQA, "kv_n_heads": 3}), "attn_config.kv_n_heads: 3"),
@@ -231,10 +278,17 @@ def test_configs_written_by_llm_foundry_are_read_unmodified(version: str) -> Non
     )  # fmt: skip
 
 
+@pytest.mark.skipif(PUBLISHED is None, reason="the configs of llm-foundry are not on this machine (shared/data)")
+def test_a_config_with_rope_written_by_llm_foundry_is_read_unmodified() -> None:
+    assert PUBLISHED is not None
+    config = MPTConfig.from_file(PUBLISHED / "llm-foundry" / "v0.8.0-rope.json")
+    assert (config.rope, config.alibi, config.learned_positions) == (Rope(10_000.0, 1.0), False, False)
+
+
 def test_all_obstacles_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        MPTConfig.from_dict(tiny_config({"rope": True, "qk_gn": True}, norm_type="rmsnorm", num_experts=8, n_layers=0))
-    for name in ("attn_config.rope", "attn_config.qk_gn", "norm_type", "num_experts", "n_layers"):
+        MPTConfig.from_dict(tiny_config({"nope": True, "qk_gn": True}, norm_type="none", num_experts=8, n_layers=0))
+    for name in ("attn_config.nope", "attn_config.qk_gn", "norm_type", "num_experts", "n_layers"):
         assert f"{name}: " in str(error.value)
 
 

@@ -91,6 +91,38 @@ def test_64_greedy_tokens_match_transformers(tmp_path: Path, n_heads: int) -> No
         pytest.param(tiny_config({"alibi": False}), 0.2, id="learned-positions"),
         pytest.param(tiny_config(REPLIT, d_model=96, n_heads=24), 0.2, id="replit-1.5"),
         pytest.param(tiny_config({"alibi_bias_max": 16}, d_model=60, n_heads=5), 0.2, id="5-heads"),
+        pytest.param(tiny_config({"alibi": False}, learned_pos_emb=False), 0.2, id="no-positions"),
+        pytest.param(tiny_config({"rope": True}), 0.2, id="rope"),
+        pytest.param(tiny_config({"rope": True, "rope_theta": 100, **GQA, "kv_n_heads": 2}), 0.2, id="rope-gqa"),
+        pytest.param(tiny_config({"rope": True, "alibi": True, "qk_ln": True}), 0.2, id="rope-alibi-qk_ln"),
+        pytest.param(
+            tiny_config({"rope": True, "rope_impl": "hf", "rope_hf_config": {"type": "linear", "factor": 4.0}}),
+            0.2,
+            id="rope-linear",
+        ),
+        pytest.param(tiny_config({"sliding_window_size": 7}), 0.2, id="sliding-window"),
+        pytest.param(tiny_config({"rope": True, "sliding_window_size": 16}), 0.2, id="rope-sliding-window"),
+        pytest.param(tiny_config(norm_type="rmsnorm"), 0.2, id="rmsnorm"),
+        pytest.param(
+            tiny_config({"qk_ln": True}, norm_type="LOW_PRECISION_RMSNORM", no_bias=False, norm_eps=0.1),
+            0.2,
+            id="rmsnorm-biases",
+        ),
+        pytest.param(tiny_config(tie_word_embeddings=False, logit_scale=0.5), 0.2, id="untied"),
+        pytest.param(tiny_config(final_logit_softcapping=5.0, logit_scale=2.0), 0.2, id="softcapping"),
+        pytest.param(tiny_config(attention_bias=True), 0.2, id="attention-bias"),
+        pytest.param(tiny_config(attention_bias=False, no_bias=False), 0.2, id="no-attention-bias"),
+        pytest.param(tiny_config(ffn_config={"ffn_type": "mptglu"}, no_bias=False), 0.2, id="glu"),
+        *(
+            pytest.param(
+                tiny_config(ffn_config={"ffn_type": ffn_type, "ffn_act_fn": act_fn}), 0.2, id=f"{ffn_type}-{act_fn}"
+            )
+            for ffn_type in ("mptmlp", "mptglu")
+            for act_fn in (
+                *({"name": name} for name in ("gelu", "quick_gelu", "relu", "silu")),
+                {"name": "gelu", "approximate": "tanh"},
+            )
+        ),
     ],
 )
 def test_logits_match_the_numpy_reference(tmp_path: Path, config: dict[str, Any], qkv_std: float) -> None:
@@ -114,6 +146,29 @@ def test_ignoring_a_field_would_change_the_reference_logits(field: str, without:
     weights = as_arrays(random_weights(config, qkv_std=0.6))
     tokens = random_tokens(48)
     assert np.abs(reference_logits(weights, config, tokens) - reference_logits(weights, without, tokens)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        tiny_config({"alibi": False}, learned_pos_emb=False),
+        tiny_config({"rope": True}),
+        tiny_config({"rope": True, "rope_theta": 100}),
+        tiny_config({"rope": True, "rope_impl": "hf", "rope_hf_config": {"type": "linear", "factor": 4.0}}),
+        tiny_config({"sliding_window_size": 16}),
+        tiny_config(norm_type="rmsnorm"),
+        tiny_config(final_logit_softcapping=5.0),
+        tiny_config(ffn_config={"ffn_act_fn": {"name": "silu"}}),
+        tiny_config(ffn_config={"ffn_act_fn": {"name": "quick_gelu"}}),
+    ],
+)
+def test_every_variant_has_logits_of_its_own(variant: dict[str, Any]) -> None:
+    """The weights are the same, so that a variant that is read but not computed would be found above."""
+    weights, tokens = as_arrays(random_weights(tiny_config())), random_tokens(48)
+    plain = [tiny_config(), tiny_config({"rope": True})]
+    others = [reference_logits(weights, config, tokens) for config in plain if config != variant]
+    logits = reference_logits(weights, variant, tokens)
+    assert min(np.abs(logits - other).max() for other in others) > 0.01
 
 
 def test_prefill_and_decode_agree_at_every_position(tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ def edited(**changes: Tensor | None) -> dict[str, Tensor]:
 @FORMATS
 @pytest.mark.parametrize("shards", [1, 3])
 def test_every_layout_loads_the_same_tensors(tmp_path: Path, format: Format, shards: int) -> None:  # noqa: A002
-    config = tiny_config({"qk_ln": True, "alibi": False}, no_bias=False)
+    config = tiny_config(
+        {"qk_ln": True, "alibi": False}, no_bias=False, tie_word_embeddings=False, ffn_config={"ffn_type": "mptglu"}
+    )
     written = make_checkpoint(tmp_path, config, shards=shards, format=format)
     assert len(weight_files(tmp_path)) == shards
     loaded = load(tmp_path).state_dict()
@@ -65,8 +67,10 @@ def test_tensors_are_converted_from_their_stored_dtype(
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "100KB"])
-def test_a_checkpoint_saved_by_transformers_is_loaded(tmp_path: Path, max_shard_size: str) -> None:
-    saved = MptForCausalLM(MptConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=96)).eval()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint_saved_by_transformers_is_loaded(tmp_path: Path, max_shard_size: str, tied: bool) -> None:
+    config = MptConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=96, tie_word_embeddings=tied)
+    saved = MptForCausalLM(config).eval()
     saved.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     tokens = random_tokens(20)
     with torch.inference_mode():
@@ -128,8 +132,18 @@ def test_a_stored_head_is_accepted_only_if_it_equals_the_embedding(
     assert HEAD not in load(tmp_path).state_dict()
     head[HEAD][95, 63] += 0.5
     make_checkpoint(tmp_path, CONFIG, head | weights if head_first else weights | head, shards=shards, format=format)
-    with pytest.raises(WeightsError, match=r"'lm_head.weight' differs from 'transformer.wte.weight'"):
+    with pytest.raises(WeightsError, match=r"'lm_head.weight' differs .* sets tie_word_embeddings to true"):
         load(tmp_path)
+
+
+def test_constants_of_rotary_embeddings_are_computed_and_not_read(tmp_path: Path) -> None:
+    config = tiny_config({"rope": True})
+    stored = {"transformer.rotary_embedding.inv_freq": torch.zeros(8)}
+    make_checkpoint(tmp_path / "with", config, random_weights(config) | stored)
+    make_checkpoint(tmp_path / "without", config)
+    tokens = random_tokens(20)
+    expected = run_prompt(load(tmp_path / "without"), tokens, [20])
+    assert torch.equal(run_prompt(load(tmp_path / "with"), tokens, [20]), expected)
 
 
 class Touch:

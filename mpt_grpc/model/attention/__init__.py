@@ -61,7 +61,7 @@ class AttentionMetadata:
 
 
 class AttentionBackend(Protocol):
-    """Causal attention with ALiBi over a paged cache, softmax in float32."""
+    """Causal attention with ALiBi and a sliding window, as configured, over a paged cache; softmax in float32."""
 
     def bind(self, cache: KVCache, metadata: AttentionMetadata) -> Attend:
         """Returns the attention of one step: it writes the new keys and values to `cache`, then attends."""

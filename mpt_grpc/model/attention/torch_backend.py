@@ -103,11 +103,15 @@ class TorchAttention:
                 yield _Group(token_indices, tables, metadata.positions[token_indices])
 
     def _bias(self, group: _Group, block_size: int) -> Tensor:
-        """Returns ALiBi plus the causal mask, float32 [n, n_kv_heads, query heads per key head x queries, keys]."""
+        """Returns ALiBi plus the causal mask and the sliding window, float32 [n, n_kv_heads, query heads per key head x
+        queries, keys]."""
         keys = torch.arange(group.tables.shape[1] * block_size, device=group.positions.device)
         distance = keys - group.positions[:, None, None, :, None]
         bias = self._slopes[None, :, :, None, None] * distance
-        return bias.masked_fill_(distance > 0, -torch.inf).flatten(2, 3)
+        masked = distance > 0
+        if self._config.sliding_window is not None:
+            masked |= distance < -self._config.sliding_window
+        return bias.masked_fill_(masked, -torch.inf).flatten(2, 3)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """Returns the context [n, queries, n_heads, head_dim]. Heads sharing a key head are folded into the queries."""
