@@ -7,9 +7,11 @@ from the grammars that `grammar.py` makes. The engine decides when masks are com
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +24,9 @@ from mpt_grpc.request import Constraint
 from mpt_grpc.text.grammar import TOO_COSTLY, constraint_field, make_grammar, refusal_reason
 from mpt_grpc.text.tokenizer import Tokenizer
 
-NUM_CACHED = 64
-"""The number of constraints whose verdict is cached; a grammar takes at most half a megabyte."""
+CACHE_BYTES = 32 << 20
+"""The total size of the constraints whose verdicts are cached, with their grammars."""
+_ENTRY_BYTES = 512  # the objects around the texts
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 100_000,
     "step_lexer_fuel": 50_000,
@@ -36,8 +39,11 @@ LIMITS: dict[str, Any] = {
 }
 """Limits for llguidance. Ordinary schemas need a tenth: an object with 200 optional fields has 807 items in a row."""
 
+_MAX_ENTRY_BYTES = CACHE_BYTES // 16
 _PROBE = Path(__file__).with_name("constraint_probe.py")
-_PROBE_WALL_S = 5.0
+_PROBE_WALL_S = 4.5
+# Nearly all constraints pass the first attempt; the others must not take time from the model's threads.
+_ATTEMPTS = ({"cpu_s": 0.05, "niceness": 0}, {"cpu_s": 1.0, "niceness": 19})
 
 
 class ConstraintCompiler:
@@ -48,11 +54,13 @@ class ConstraintCompiler:
         self._tokenizer = tokenizer
         self._tokens = _Tokens(tokenizer)
         self._vocabulary: LLTokenizer | None = None
+        self._probe = _Probe()
         self._verdicts: OrderedDict[Constraint, str | FieldViolation] = OrderedDict()
+        self._cached_bytes = 0
         self._lock = threading.Lock()
 
     def compile(self, constraint: Constraint) -> ConstraintMatcher:
-        """Returns a new matcher. A constraint not in the cache takes about 0.1 s, and at worst about 1 s.
+        """Returns a new matcher. A constraint not in the cache takes a few milliseconds, and at worst a few seconds.
 
         Raises InvalidRequestError, which names the field, if the constraint is malformed, unsupported, impossible to
         satisfy, or too costly; OverloadedError, if the machine is too busy to find out.
@@ -66,7 +74,7 @@ class ConstraintCompiler:
         if verdict is None:
             try:
                 verdict = make_grammar(constraint)
-                _probe(verdict, constraint_field(constraint))
+                self._probe.check(verdict, constraint_field(constraint))
                 _try_two_steps(self._matcher(verdict, constraint_field(constraint)))
             except InvalidRequestError as error:
                 verdict = error.violations[0]
@@ -86,11 +94,16 @@ class ConstraintCompiler:
             return self._vocabulary
 
     def _remember(self, constraint: Constraint, verdict: str | FieldViolation) -> None:
+        size = _num_bytes(constraint, verdict)
+        if size > _MAX_ENTRY_BYTES:
+            return
         with self._lock:
+            if constraint not in self._verdicts:
+                self._cached_bytes += size
             self._verdicts[constraint] = verdict
             self._verdicts.move_to_end(constraint)
-            if len(self._verdicts) > NUM_CACHED:
-                self._verdicts.popitem(last=False)
+            while self._cached_bytes > CACHE_BYTES:
+                self._cached_bytes -= _num_bytes(*self._verdicts.popitem(last=False))
 
 
 class ConstraintMatcher:
@@ -174,21 +187,85 @@ def _vocabulary(tokenizer: Tokenizer, ends: list[int]) -> LLTokenizer:
     return LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size, eos_token=ends or None)
 
 
-def _probe(grammar: str, field: str) -> None:
-    """Builds the grammar in another process first, because that may crash, and refuses the grammar if it does."""
-    task = json.dumps({"grammar": grammar, "limits": LIMITS})
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", str(_PROBE)], input=task.encode(), capture_output=True, timeout=_PROBE_WALL_S
-        )
-    except subprocess.TimeoutExpired as error:  # it did not get its share of CPU time: the machine is too busy
-        raise OverloadedError("the server is too busy to check a new constraint", retry_after_s=1.0) from error
-    if done.returncode < 0:  # it overflowed its stack, or exceeded its CPU time or memory
+class _Probe:
+    """Builds grammars in other processes first, because that may crash, and refuses those that do.
+
+    May be used by several threads. The processes end with the server.
+    """
+
+    def __init__(self) -> None:
+        self._control: socket.socket | None = None
+        self._lock = threading.Lock()
+
+    def check(self, grammar: str, field: str) -> None:
+        """Raises InvalidRequestError if the grammar is refused, OverloadedError if the machine is too busy."""
+        for limits in _ATTEMPTS:
+            try:
+                answer = self._ask({"grammar": grammar, "limits": LIMITS, **limits})
+            except TimeoutError as error:  # it did not get its share of CPU time
+                raise OverloadedError("the server is too busy to check a new constraint", retry_after_s=1.0) from error
+            if answer == "ok":
+                return
+            if answer:
+                raise InvalidRequestError(FieldViolation(field, refusal_reason(answer)))
+        # It overflowed its stack, or exceeded its CPU time or memory.
         raise InvalidRequestError(FieldViolation(field, TOO_COSTLY))
-    if done.returncode > 0:
-        raise InternalError(f"the constraint probe failed: {done.stderr.decode(errors='replace').strip()[-200:]}")
-    if refusal := done.stdout.decode().strip():
-        raise InvalidRequestError(FieldViolation(field, refusal_reason(refusal)))
+
+    def _ask(self, task: dict[str, Any]) -> str:
+        connection, end = socket.socketpair()
+        with connection, end:
+            self._hand_over(end)
+            end.close()
+            connection.settimeout(_PROBE_WALL_S)
+            with connection.makefile("rw", encoding="utf-8") as stream:
+                try:
+                    stream.write(f"{json.dumps(task)}\n")
+                    stream.flush()
+                    return stream.read()
+                except ConnectionError:  # the process was stopped before it had read everything
+                    return ""
+
+    def _hand_over(self, end: socket.socket) -> None:
+        with self._lock:
+            for _ in range(2):
+                if self._control is None:
+                    self._control, process = _start_probe()
+                    weakref.finalize(self, _stop_probe, self._control, process)
+                try:
+                    socket.send_fds(self._control, [b"\0"], [end.fileno()])
+                    return
+                except OSError:  # it has ended; the kernel may choose it when memory is short
+                    self._control = None
+        raise InternalError("the process that checks constraints ends as soon as it is started")
+
+
+def _start_probe() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Returns a new process and the socket that controls it; it ends when the socket is closed."""
+    control, end = socket.socketpair()
+    with end:
+        # A session of its own, so that Ctrl-C in the server's terminal does not reach it.
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(_PROBE), str(end.fileno())],
+            pass_fds=[end.fileno()],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    return control, process
+
+
+def _stop_probe(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    control.close()
+    process.wait()
+
+
+def _num_bytes(constraint: Constraint, verdict: str | FieldViolation) -> int:
+    """Returns the size of an entry of the cache."""
+    texts = [verdict if isinstance(verdict, str) else verdict.description]
+    for value in vars(constraint).values():
+        texts += [value] if isinstance(value, str) else value
+    return sum(map(sys.getsizeof, texts)) + _ENTRY_BYTES
 
 
 def _try_two_steps(matcher: ConstraintMatcher) -> None:

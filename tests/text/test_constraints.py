@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import mpt_grpc
 from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
 from mpt_grpc.step import Matcher
-from mpt_grpc.text.constraints import NUM_CACHED, ConstraintCompiler
+from mpt_grpc.text.constraints import CACHE_BYTES, ConstraintCompiler
 from mpt_grpc.text.grammar import MAX_SOURCE_BYTES
 from mpt_grpc.text.tokenizer import Tokenizer
 
@@ -228,9 +230,29 @@ def test_recompiled_constraint_starts_over_and_behaves_identically() -> None:
 def test_constraint_is_still_rejected_after_its_verdict_was_evicted() -> None:
     compiler = ConstraintCompiler(TOKENIZER)
     refusals = {refusal(lambda: compiler.compile(JsonSchema("{"))) for _ in range(2)}
-    for index in range(NUM_CACHED + 1):
-        refusal(lambda index=index: compiler.compile(JsonSchema("[" * (index + 1))))
+    length = MAX_SOURCE_BYTES - 8
+    for index in range(CACHE_BYTES // length + 1):
+        refusal(lambda index=index: compiler.compile(JsonSchema(f"{index:08}{'[' * length}")))
     assert refusals == {refusal(lambda: compiler.compile(JsonSchema("{")))}
+
+
+def test_the_process_that_checks_constraints_is_replaced_when_it_is_killed() -> None:
+    compiler = ConstraintCompiler(TOKENIZER)
+    before = set(children())
+    compiler.compile(Regex("a"))
+    (probe,) = set(children()) - before
+    os.kill(probe, signal.SIGKILL)
+    while "(zombie)" not in Path(f"/proc/{probe}/status").read_text():
+        os.sched_yield()
+    assert walk(compiler.compile(Regex("b")), 1) == b"b"
+    (replacement,) = set(children()) - before - {probe}
+    del compiler
+    assert replacement not in children()
+
+
+def children() -> list[int]:
+    """Returns the processes that this one has started and not waited for."""
+    return [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
 
 
 # Rejected constraints: the field and the reason are reported.
