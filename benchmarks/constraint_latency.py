@@ -64,6 +64,7 @@ async def in_rotation(client: AsyncClient, schemas: Sequence[JsonSchema]) -> lis
 async def beside_streams(client: AsyncClient, schemas: Sequence[JsonSchema | None]) -> tuple[list[float], list[float]]:
     """Returns the schemas' times to the first token, one after the other, and the gaps of plain streams meanwhile."""
     gaps: list[float] = []
+    is_warm = asyncio.Event()
 
     async def plain() -> None:
         while True:
@@ -74,10 +75,11 @@ async def beside_streams(client: AsyncClient, schemas: Sequence[JsonSchema | Non
                     if last_s is not None:
                         gaps.append((now_s - last_s) * 1e3)
                     last_s = now_s
+                    if len(gaps) > 20 * NUM_STREAMS:
+                        is_warm.set()
 
     streams = [asyncio.create_task(plain()) for _ in range(NUM_STREAMS)]
-    while len(gaps) < 20 * NUM_STREAMS:
-        await asyncio.sleep(0.01)
+    await is_warm.wait()
     gaps.clear()
     times = [await first_token_ms(client, schema) for schema in schemas]
     for stream in streams:

@@ -19,7 +19,7 @@ from typing import NoReturn
 from mpt_grpc import __version__
 from mpt_grpc.commands import options, server_options
 from mpt_grpc.commands.logs import add_log_level
-from mpt_grpc.errors import EvaluationError, ModelError, SettingsError
+from mpt_grpc.errors import EvaluationError, ModelError, SettingsError, VerificationError
 from mpt_grpc.settings import HttpSettings
 
 
@@ -51,7 +51,7 @@ def _run(parsed: argparse.Namespace) -> int:
     except InvalidRequestError as error:
         violations = [f"{options.flag(v.field, parsed)}: {v.description}" for v in error.violations]
         return _fail("; ".join(violations) or str(error))
-    except (MptGrpcError, EvaluationError, ModelError, SettingsError) as error:
+    except (MptGrpcError, EvaluationError, ModelError, SettingsError, VerificationError) as error:
         return _fail(str(error))
     except UnicodeDecodeError as error:
         return _fail(f"standard input is not UTF-8: {error}")
@@ -121,7 +121,7 @@ def _parser() -> _Parser:
         "Serve a model until SIGTERM, then let requests in progress finish.",
         formatter_class=_HelpFormatter,
     )
-    server_options.add_model(serve)
+    server_options.add_model(serve, for_serving=True)
     server_options.add_scheduling(serve)
     server_options.add_server(serve)
 
@@ -148,6 +148,15 @@ def _parser() -> _Parser:
         options.add_target(command)
     options.add_constraint(generate)
     options.add_request(generate)
+
+    verify = add(
+        "verify",
+        "check that a checkpoint is served right",
+        "Check a checkpoint's files, and compare its tokens, chat template and log probabilities with transformers and"
+        " a float64 reference. The exit status is 1 if something differs.",
+        formatter_class=_HelpFormatter,
+    )
+    server_options.add_model(verify)
 
     evaluation = add(
         "eval",

@@ -6,6 +6,7 @@ MptServerError
 │   └── WeightsError         a tensor is missing, unexpected, misshapen or unreadable
 ├── SettingsError          a flag or a setting is invalid: the server does not start
 ├── EvaluationError        `mpt-grpc eval` cannot run
+├── VerificationError      `mpt-grpc verify` finds a difference, or cannot run
 ├── RequestError           the caller can correct the request
 │   ├── InvalidRequestError    lists every invalid field
 │   ├── PromptRefusedError     a guard refused the prompt
@@ -46,6 +47,10 @@ class SettingsError(MptServerError):
 
 class EvaluationError(MptServerError):
     """An evaluation cannot run."""
+
+
+class VerificationError(MptServerError):
+    """A checkpoint is not served as a reference computes it, or cannot be verified."""
 
 
 class RequestError(MptServerError):

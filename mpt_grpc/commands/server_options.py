@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from mpt_grpc.commands.logs import add_log_level
@@ -10,10 +11,10 @@ from mpt_grpc.commands.units import num_bytes, seconds
 from mpt_grpc.settings import CacheSettings, HttpSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 
 
-def add_model(serve: argparse.ArgumentParser) -> None:
-    """Adds which model is served, and how it is computed."""
+def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> None:
+    """Adds which model is loaded, and how it is computed."""
     defaults = ModelSettings()
-    model = serve.add_argument_group("model")
+    model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
         default=defaults.model,
@@ -28,6 +29,14 @@ def add_model(serve: argparse.ArgumentParser) -> None:
         help="auto is float16 on a GPU, bfloat16 on CPUs with native support, float32 on others",
     )
     model.add_argument(
+        "--chat-template",
+        default=defaults.chat_template,
+        metavar="NAME|FILE",
+        help="base, instruct, chatml or a Jinja file; auto is the checkpoint's own, or one chosen by the model's name",
+    )
+    if not for_serving:
+        return
+    model.add_argument(
         "--load-format",
         choices=("auto", "random"),
         default="auto",
@@ -39,12 +48,6 @@ def add_model(serve: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maximum tokens of one request, prompt and output; ALiBi models can exceed their own limit (default: the"
         " model's)",
-    )
-    model.add_argument(
-        "--chat-template",
-        default=defaults.chat_template,
-        metavar="NAME|FILE",
-        help="base, instruct, chatml or a Jinja file; auto is the checkpoint's own, or one chosen by the model's name",
     )
     model.add_argument(
         "--generation-config",
@@ -165,16 +168,20 @@ def add_grace(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def model_settings(parsed: argparse.Namespace) -> ModelSettings:
+    """Returns the settings given by the flags that `serve` and `verify` share. Raises SettingsError."""
+    return ModelSettings(
+        model=parsed.model, device=parsed.device, dtype=parsed.dtype, chat_template=parsed.chat_template
+    )
+
+
 def settings(parsed: argparse.Namespace) -> Settings:
     """Returns the settings given by the flags of `serve`. Raises SettingsError."""
     return Settings(
-        model=ModelSettings(
-            model=parsed.model,
-            device=parsed.device,
-            dtype=parsed.dtype,
+        model=replace(
+            model_settings(parsed),
             load_format=parsed.load_format,
             max_context_tokens=parsed.max_context_tokens,
-            chat_template=parsed.chat_template,
             generation_config=parsed.generation_config,
         ),
         cache=CacheSettings(kv_cache_bytes=parsed.kv_cache, memory_fraction=parsed.memory_fraction),

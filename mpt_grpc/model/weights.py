@@ -61,6 +61,11 @@ def num_parameters(config: MPTConfig) -> int:
         return sum(parameter.numel() for parameter in MPT(config).parameters())
 
 
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Returns the checkpoint's tensors by name, mapped from the files into memory. Raises WeightsError."""
+    return dict(_tensors(weight_files(folder)))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Returns the weight files in order. Raises WeightsError naming the missing file if there is one."""
     for single, index in _LAYOUTS:

@@ -19,7 +19,18 @@ from mpt_grpc_client.request import build_request
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-PAGES = ("install", "serving", "clients", "generation", "openai", "evaluation", "limitations", "compatibility", "names")
+PAGES = (
+    "install",
+    "serving",
+    "checkpoints",
+    "clients",
+    "generation",
+    "openai",
+    "evaluation",
+    "limitations",
+    "compatibility",
+    "names",
+)
 READMES = ("README.md", "clients/python/README.md", *(f"docs/{name}.md" for name in PAGES))
 EXTERNAL_FLAGS = {"--torch-backend"}
 """The flags of other programs that the documents name."""

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from model.numpy_reference import Array
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.model.weights import load_model
 from mpt_grpc.request import SamplingParameters, TokenLogprob
 from mpt_grpc.step import PromptScoring, SamplingInputs, SequenceStep, StepPlan
+from mpt_grpc.verification.reference import Array
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParameters(temperature=0, seed=0)

@@ -22,8 +22,9 @@ from model.conftest import (
     run_prompt,
     tiny_config,
 )
-from model.numpy_reference import reference_logits
 from transformers import MptForCausalLM
+
+from mpt_grpc.verification.reference import reference_logits
 
 GQA = {"attn_type": "grouped_query_attention"}
 STORYWRITER = {"alibi_bias_max": 16, "clip_qkv": 6}

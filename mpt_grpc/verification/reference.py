@@ -1,6 +1,6 @@
-"""A second implementation of MPT, in NumPy and float64: the oracle for config fields that transformers ignores.
+"""A second implementation of MPT, in NumPy and float64, which also knows the fields that transformers ignores.
 
-It shares no code with mpt_grpc and has no cache, batches or blocks: it computes the logits at all positions of one
+It shares no code with the server and has no cache, batches or blocks: it computes the logits at all positions of one
 whole sequence. It reads the raw `config.json` itself. It follows llm-foundry's `modeling_mpt.py`.
 """
 
@@ -35,7 +35,7 @@ def reference_logits(weights: Mapping[str, Array], config: Mapping[str, Any], to
     if scale == "inv_sqrt_d_model":
         scale = 1 / math.sqrt(config["d_model"])
     head = embedding if config.get("tie_word_embeddings", True) else weights["lm_head.weight"]
-    logits = norm_f.norm("norm_f", x) @ head.T * (1.0 if scale is None else scale)
+    logits: Array = norm_f.norm("norm_f", x) @ head.T * (1.0 if scale is None else scale)
     cap = config.get("final_logit_softcapping")
     return logits if cap is None else cap * np.tanh(logits / cap)
 
@@ -56,7 +56,8 @@ def _feed_forward(part: _Part, config: Mapping[str, Any], x: Array) -> Array:
 def _activate(config: Mapping[str, Any], x: Array) -> Array:
     options = config.get("ffn_act_fn") or {"name": "gelu"}
     if options.get("approximate") == "tanh":
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        inner: Array = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+        return 0.5 * x * (1 + inner)
     functions: dict[str, Callable[[Array], Array]] = {
         "gelu": lambda x: x * 0.5 * (1 + _erf(x / math.sqrt(2))),
         "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
@@ -79,7 +80,7 @@ class _Part:
 
     def norm(self, name: str, x: Array) -> Array:
         centered = x if self._is_rms_norm else x - x.mean(-1, keepdims=True)
-        deviation = np.sqrt((centered**2).mean(-1, keepdims=True) + self._epsilon)
+        deviation: Array = np.sqrt((centered**2).mean(-1, keepdims=True) + self._epsilon)
         return centered / deviation * self._weights[f"{self._prefix}{name}.weight"] + self._bias(name)
 
     def _bias(self, name: str) -> Array | float:

@@ -1,0 +1,35 @@
+"""`mpt-grpc verify`: checks that a checkpoint is served right."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+from mpt_grpc.commands import logs, server_options
+from mpt_grpc.errors import VerificationError
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Prints a line for each check.
+
+    Raises VerificationError if a check fails or a library is missing, ModelError if there is no such checkpoint, and
+    SettingsError for an invalid flag.
+    """
+    logs.configure("error")
+    for library, extra in (("torch", "torch"), ("transformers", "verify")):
+        if importlib.util.find_spec(library) is None:
+            raise VerificationError(f"verify requires {library}; install the extra {extra!r} (see docs/install.md)")
+    # Imported here, since they import torch, which takes seconds.
+    from transformers.utils import logging
+
+    from mpt_grpc.verification.checks import checks
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    failed = []
+    for check in checks(server_options.model_settings(parsed)):
+        print(f"{check.name:<17}  {check.verdict:<7}  {check.detail}", flush=True)
+        if not check.passed:
+            failed.append(check.name)
+    if failed:
+        raise VerificationError(f"the checkpoint fails: {', '.join(failed)}")
