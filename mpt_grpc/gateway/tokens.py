@@ -10,8 +10,8 @@ from mpt_grpc.gateway.requests import Uint
 from mpt_grpc_client import AsyncClient
 
 Json = dict[str, Any]
-DETOKENIZE_FIELD_NAMES = {"token_ids": "tokens", "prompt": "tokens"}
-"""The field of a detokenization request, by the names that the client's errors may use for it."""
+DETOKENIZE_FIELD_NAMES = {"token_ids": "tokens"}
+"""The field of a detokenization request, by its name in the API."""
 
 
 class TokenizeRequest(BaseModel):

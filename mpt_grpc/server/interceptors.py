@@ -145,8 +145,7 @@ def _log_call(method: str, call: Call, code: grpc.StatusCode, duration_s: float)
 
 def _shortened(value: Any) -> str:
     """Returns the value on one line; text of callers is quoted, so that it cannot forge a line of the log."""
-    text = repr(value[:_MAX_LOGGED_CHARACTERS]) if isinstance(value, str) else str(value)
-    return text.strip("'") if text.strip("'").isidentifier() else text
+    return repr(value[:_MAX_LOGGED_CHARACTERS]) if isinstance(value, str) else str(value)
 
 
 def _parser(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:

@@ -60,7 +60,7 @@ def test_each_status_raises_its_error_with_code_reason_and_cause(service, client
         ("cache.bypass", "cache_bypass"),
         ("text", "prompt"),
         ("token_ids.ids[3]", "prompt[3]"),
-        ("token_ids[3]", "prompt[3]"),
+        ("token_ids[3]", "token_ids[3]"),
         ("conversation.messages[0].role", "prompt[0].role"),
         ("conversation.drop_oldest_turns", "drop_oldest_turns"),
         ("request_id", "request_id"),

@@ -156,7 +156,7 @@ _OPTION_NAMES = {
     "decoding.lark_grammar": "constraint",
     "decoding.regex": "constraint",
     "text": "prompt",
-    "token_ids": "prompt",
+    "token_ids.ids": "prompt",
 }
 """The options whose names are not the last part of their path in the API. Longer paths begin with these."""
 _GROUPS = re.compile(r"(sampling|decoding|stopping|output_options)\.")
@@ -166,7 +166,7 @@ def _option_name(field: str) -> str:
     """Returns the keyword argument that sets a field of the API, followed by the rest of its path."""
     for path in sorted(_OPTION_NAMES, key=len, reverse=True):
         if re.match(rf"{re.escape(path)}(?![\w])", field):
-            rest = field.removeprefix(path).removeprefix(".ids").removeprefix(".messages").removeprefix(".options")
+            rest = field.removeprefix(path).removeprefix(".messages").removeprefix(".options")
             return _OPTION_NAMES[path] + rest
     return _GROUPS.sub("", field, count=1)
 

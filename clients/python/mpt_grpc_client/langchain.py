@@ -77,6 +77,13 @@ class _Model(BaseLanguageModel[Any]):
         asked = {**self.options, **made, **{_STANDARD_NAMES.get(name, name): value for name, value in call.items()}}
         return asked if stop is None else {**asked, "stop_strings": stop}
 
+    def _asked_to_stream(self, stop: list[str] | None, call: dict[str, Any]) -> dict[str, Any]:
+        """Returns the keyword arguments of a streaming call. Raises ValueError for several outputs."""
+        asked = self._asked(stop, call)
+        if asked.get("num_sequences") not in (None, 1):
+            raise ValueError("num_sequences: streaming supports only one output")
+        return asked
+
     def _connect(self) -> tuple[Client, str]:
         """Returns the client and the name of the server's model."""
         client, names = self._connections.client(self.target), self._connections.model_names
@@ -173,7 +180,7 @@ class ChatMpt(_Model, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         client, model_name = self._connect()
-        with client.stream(values.conversation(messages), **self._asked(stop, kwargs)) as stream:
+        with client.stream(values.conversation(messages), **self._asked_to_stream(stop, kwargs)) as stream:
             for delta in stream.deltas():
                 if chunk := values.chat_chunk(delta, stream, model_name):
                     yield chunk
@@ -186,7 +193,7 @@ class ChatMpt(_Model, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         client, model_name = await self._connect_async()
-        async with client.stream(values.conversation(messages), **self._asked(stop, kwargs)) as stream:
+        async with client.stream(values.conversation(messages), **self._asked_to_stream(stop, kwargs)) as stream:
             async for delta in stream.deltas():
                 if chunk := values.chat_chunk(delta, stream, model_name):
                     yield chunk
@@ -249,7 +256,7 @@ class MptLLM(_Model, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         client, model_name = self._connect()
-        with client.stream(prompt, **self._asked(stop, kwargs)) as stream:
+        with client.stream(prompt, **self._asked_to_stream(stop, kwargs)) as stream:
             for delta in stream.deltas():
                 if chunk := values.llm_chunk(delta, stream, model_name):
                     if run_manager:
@@ -264,7 +271,7 @@ class MptLLM(_Model, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         client, model_name = await self._connect_async()
-        async with client.stream(prompt, **self._asked(stop, kwargs)) as stream:
+        async with client.stream(prompt, **self._asked_to_stream(stop, kwargs)) as stream:
             async for delta in stream.deltas():
                 if chunk := values.llm_chunk(delta, stream, model_name):
                     if run_manager:

@@ -67,7 +67,6 @@ def llm_result(generations: Sequence[Generation], model_name: str) -> LLMResult:
 
 def chat_chunk(delta: Delta, stream: PartialGeneration, model_name: str) -> ChatGenerationChunk | None:
     """Returns the chunk of a delta, if it is not empty. The last one carries the usage and the finish reason."""
-    _check_single(delta)
     info, usage = _part(delta), None
     if delta.finish:
         generation = stream.result
@@ -80,7 +79,6 @@ def chat_chunk(delta: Delta, stream: PartialGeneration, model_name: str) -> Chat
 
 def llm_chunk(delta: Delta, stream: PartialGeneration, model_name: str) -> GenerationChunk | None:
     """Returns the chunk of a delta, if it is not empty. The last one carries the usage and the finish reason."""
-    _check_single(delta)
     info = _part(delta)
     if delta.finish:
         info |= _llm_end(stream.result, stream.result.outputs[0], model_name)
@@ -148,11 +146,6 @@ def _part_text(part: str | dict[str, Any]) -> str:
         raise ValueError(f"content of type {part.get('type')!r} is not supported; use text")
     text: str = part["text"]
     return text
-
-
-def _check_single(delta: Delta) -> None:
-    if delta.index:
-        raise ValueError("num_sequences: streaming supports only one output")
 
 
 def _part(part: Delta | Output) -> dict[str, Any]:

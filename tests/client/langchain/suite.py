@@ -114,9 +114,12 @@ class TestResponses:
         ):
             assert len({generation.text for generation in result.generations[0]}) == 3
 
-    def test_a_stream_has_one_output(self, chat: ChatMpt) -> None:
-        with pytest.raises(ValueError, match="num_sequences"):
-            list(chat.stream("Hi", num_sequences=2))
+    async def test_a_stream_has_one_output(self, chat: ChatMpt, llm: MptLLM) -> None:
+        for model in (chat, llm):
+            with pytest.raises(ValueError, match="num_sequences: streaming supports only one output"):
+                next(model.stream("Hi", num_sequences=2))
+            with pytest.raises(ValueError, match="num_sequences: streaming supports only one output"):
+                await anext(model.astream("Hi", num_sequences=2))
 
     def test_tokens_are_counted_by_the_server(self, chat: ChatMpt, client: Client) -> None:
         assert chat.get_token_ids("An old fox") == [token.token_id for token in client.tokenize("An old fox")]
@@ -226,7 +229,7 @@ class TestOptions:
         assert stopping.invoke(STORY, stop=[]) == whole
 
     def test_langchains_names_of_options_are_accepted(self) -> None:
-        model = ChatMpt(target=TARGET, max_tokens=5, timeout=60)
+        model = ChatMpt(target=TARGET, max_tokens=5, timeout=60, options={"ignore_eos": True})
         assert (model.max_new_tokens, model.timeout) == (5, 60)
         assert model.invoke("Hi", max_tokens=2).usage_metadata["output_tokens"] == 2
 
