@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -85,6 +85,8 @@ def load_engine(
     chat_template = find_chat_template(wanted.chat_template, folder, checkpoint.name)
     guards = load_guards(settings.guards)
     defaults = generation_defaults(folder) if wanted.generation_config == "model" else GenerationDefaults()
+    # As in transformers, a larger value keeps all tokens.
+    defaults = replace(defaults, top_k=min(defaults.top_k, tokenizer.vocab_size))
     device, dtype = _device(wanted), _dtype(wanted)
     max_context_tokens = wanted.max_context_tokens or config.max_seq_len
     if config.learned_positions and max_context_tokens > config.max_seq_len:

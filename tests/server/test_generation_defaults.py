@@ -38,6 +38,17 @@ async def test_unset_options_take_the_checkpoints_values_and_set_ones_do_not(mak
     assert sampled.text != greedy.text
 
 
+async def test_a_top_k_above_the_vocabulary_keeps_all_tokens(make_service: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(DEMO, tmp_path / "demo")
+    (folder / "generation_config.json").write_text(json.dumps({"top_k": 1_000_000}))
+    settings = demo_settings()
+    model = replace(settings.model, model=str(folder), generation_config="model")
+    service = await make_service(replace(settings, model=model))
+    info = await service.stub.GetModelInfo(pb.GetModelInfoRequest())
+    assert info.defaults.top_k == info.vocab_size
+    await service.stub.Generate(generate_request())
+
+
 async def test_the_documented_defaults_apply_without_the_option(service: Any) -> None:
     defaults = (await service.stub.GetModelInfo(pb.GetModelInfoRequest())).defaults
     assert defaults == pb.GenerationDefaults(
