@@ -132,7 +132,9 @@ def _parser() -> _Parser:
         formatter_class=_HelpFormatter,
     )
     gateway.add_argument(
-        "--target", metavar="HOST:PORT", help="gRPC address (default: MPT_GRPC_TARGET, or localhost:50051)"
+        "--target",
+        metavar="HOST:PORT|unix:PATH",
+        help="gRPC address (default: MPT_GRPC_TARGET, or localhost:50051)",
     )
     server_options.add_http(gateway)
     server_options.add_grace(gateway)

@@ -8,6 +8,9 @@ from typing import Literal
 
 from mpt_grpc.errors import SettingsError
 
+ALL_ADDRESSES = ("0.0.0.0", "::")
+"""The hosts that stand for every address of a machine."""
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -72,6 +75,8 @@ class ServerSettings:
     host: str = "127.0.0.1"
     grpc_port: int = 50051
     """0 selects a free port."""
+    grpc_socket: Path | None = None
+    """The Unix socket on which gRPC listens instead of the port."""
     grace_s: float = 30.0
     """How long running requests may take to finish after SIGTERM."""
     stall_timeout_s: float = 120.0
@@ -84,14 +89,15 @@ class ServerSettings:
         if self.host.startswith("["):
             raise SettingsError(f"--host: write the IPv6 address without brackets: {self.host.strip('[]')}")
         if self.host.startswith("unix:") or "/" in self.host:
-            raise SettingsError(f"--host: {self.host!r} is not a host name or an IP address")
+            why = "not a host name or an IP address; serve --grpc-socket PATH listens on a Unix socket"
+            raise SettingsError(f"--host: {self.host!r}: {why}")
         if not self.stall_timeout_s > 0:
             raise SettingsError("--stall-timeout: must be above 0")
 
     @property
-    def bracketed_host(self) -> str:
-        """The host as written in front of a port: IPv6 addresses are put in brackets."""
-        return f"[{self.host}]" if ":" in self.host else self.host
+    def reachable_host(self) -> str:
+        """The host by which clients on this machine reach the server."""
+        return "localhost" if self.host in ALL_ADDRESSES else self.host
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 CLI = (sys.executable, "-m", "mpt_grpc.cli")
-SERVE = ("serve", "--grpc-port", "0", "--http-port", "0", "--dtype", "float32", "--kv-cache", "256MiB")
+SERVE = ("serve", "--http-port", "0", "--dtype", "float32", "--kv-cache", "256MiB")
 
 
 class ServerProcess:
@@ -68,7 +68,8 @@ class ServerProcess:
 @contextmanager
 def running(*flags: str, cli: Sequence[str] = CLI) -> Iterator[ServerProcess]:
     """Runs a server with additional flags, from this environment or with the command `cli`."""
-    with _killed_at_exit(ServerProcess(*SERVE, *flags, cli=cli)) as server:
+    port = () if "--grpc-socket" in flags else ("--grpc-port", "0")
+    with _killed_at_exit(ServerProcess(*SERVE, *port, *flags, cli=cli)) as server:
         yield server
 
 

@@ -8,6 +8,7 @@ import signal
 
 from mpt_grpc.commands import logs
 from mpt_grpc.gateway.serve import running_gateway
+from mpt_grpc.listening import address
 from mpt_grpc.settings import HttpSettings, ServerSettings
 from mpt_grpc_client.channel import resolve_target
 
@@ -28,8 +29,7 @@ async def _serve(target: str, server: ServerSettings, http: HttpSettings) -> Non
     async with running_gateway(target, server.host, http, server.grace_s) as port:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        host = "localhost" if server.host in ("0.0.0.0", "::") else server.bracketed_host
-        url = f"http://{host}:{port}"
+        url = f"http://{address(server.reachable_host, port)}"
         welcome = (
             f"mpt-grpc gateway for {target}",
             f"  OpenAI    {url}/v1",

@@ -29,7 +29,9 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     """Adds the address of the server and the options of a call."""
     server = parser.add_argument_group("server")
     server.add_argument(
-        "--target", metavar="HOST:PORT", help="gRPC address (default: MPT_GRPC_TARGET, or localhost:50051)"
+        "--target",
+        metavar="HOST:PORT|unix:PATH",
+        help="gRPC address (default: MPT_GRPC_TARGET, or localhost:50051)",
     )
     server.add_argument(
         "--timeout", type=seconds, metavar="TIME", help="timeout of a call, such as 60s (default: none)"

@@ -102,12 +102,19 @@ def add_scheduling(serve: argparse.ArgumentParser) -> None:
 def add_server(serve: argparse.ArgumentParser) -> None:
     """Adds where the server listens and how it is observed."""
     server = serve.add_argument_group("server")
-    server.add_argument(
+    grpc = server.add_mutually_exclusive_group()
+    grpc.add_argument(
         "--grpc-port",
         type=int,
         default=ServerSettings().grpc_port,
         metavar="N",
         help="port of the gRPC server; 0 selects a free port",
+    )
+    grpc.add_argument(
+        "--grpc-socket",
+        type=Path,
+        metavar="PATH",
+        help="Unix socket on which the gRPC server listens instead of the port (default: none)",
     )
     add_http(server)
     server.add_argument("--no-http", action="store_true", help="serve gRPC only")
@@ -193,6 +200,7 @@ def settings(parsed: argparse.Namespace) -> Settings:
         server=ServerSettings(
             host=parsed.host,
             grpc_port=parsed.grpc_port,
+            grpc_socket=parsed.grpc_socket,
             grace_s=parsed.grace,
             stall_timeout_s=parsed.stall_timeout,
         ),

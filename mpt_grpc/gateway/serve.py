@@ -15,9 +15,9 @@ import uvicorn
 from fastapi import FastAPI
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from mpt_grpc.errors import SettingsError
 from mpt_grpc.gateway.app import make_app
-from mpt_grpc.settings import HttpSettings
+from mpt_grpc.listening import port_error
+from mpt_grpc.settings import ALL_ADDRESSES, HttpSettings
 from mpt_grpc_client import AsyncClient
 from mpt_grpc_client.channel import channel_options, resolve_target
 
@@ -81,16 +81,12 @@ def _listen(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         for listener in listeners:
             listener.close()
-        flag = "host" if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL else "http-port"
-        why = error.strerror
-        if error.errno == errno.EADDRINUSE:
-            why = "the port is in use; is another mpt-grpc running? --http-port 0 selects a free port"
-        raise SettingsError(f"--{flag}: cannot listen on {host}:{port}: {why}") from error
+        raise port_error(error, host, port, "--http-port") from error
     return listeners
 
 
 def _addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
-    if host in ("0.0.0.0", "::"):
+    if host in ALL_ADDRESSES:
         return [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")]
     if host == "localhost":
         return [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]

@@ -1,4 +1,4 @@
-"""The process around the engine: the port, the warm-up, health and shutdown."""
+"""The process around the engine: the port or the socket, the warm-up, health and shutdown."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from urllib.parse import quote
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,7 +21,8 @@ from opentelemetry.trace import Tracer
 
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel, load_engine
-from mpt_grpc.errors import DrainingError, ModelError, MptServerError, SettingsError
+from mpt_grpc.errors import DrainingError, ModelError, MptServerError
+from mpt_grpc.listening import address, claim_socket, port_error
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
@@ -68,9 +70,9 @@ class RunningServer:
     """A server that accepts calls."""
 
     def __init__(
-        self, settings: Settings, port: int, engine: Engine, model: LoadedModel, servicer: TextGenerationServicer
+        self, settings: Settings, target: str, engine: Engine, model: LoadedModel, servicer: TextGenerationServicer
     ) -> None:
-        self.settings, self.port, self.engine, self.model = settings, port, engine, model
+        self.settings, self.target, self.engine, self.model = settings, target, engine, model
         self.http_port: int | None = None
         self._servicer = servicer
         self._health = health.aio.HealthServicer()
@@ -106,7 +108,7 @@ class RunningServer:
 
 @asynccontextmanager
 async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
-    """Binds the port, loads the model, warms it up and serves inside the block; then cancels the remaining requests."""
+    """Listens, loads the model, warms it up and serves inside the block; then cancels the remaining requests."""
     provider = make_tracer_provider(settings.trace_file)
     try:
         async with _serving(settings, None if provider is None else provider.get_tracer(names.SCOPE)) as server:
@@ -119,46 +121,47 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
 @asynccontextmanager
 async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[RunningServer]:
     server = grpc.aio.server(interceptors=[CallInterceptor(tracer)], options=_channel_options(settings.server))
-    port = _bind(server, settings.server)
-    loop = asyncio.get_running_loop()
-    engine, model = await asyncio.to_thread(load_engine, settings, tracer=tracer, loop=loop)
-    servicer = TextGenerationServicer(engine, model, settings.scheduler, settings.server.max_message_bytes)
-    running = RunningServer(settings, port, engine, model, servicer)
-    pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, server)
-    debug_pb2_grpc.add_DebugServiceServicer_to_server(DebugServicer(engine, model), server)
-    health_pb2_grpc.add_HealthServicer_to_server(running.health, server)
-    reflection.enable_server_reflection((SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    with engine:
-        try:
-            await asyncio.to_thread(engine.generate, _warm_up(engine.preparation.limits.max_context_tokens))
-        except MptServerError as error:
-            raise ModelError(f"the model failed to generate its first tokens: {error.__cause__ or error}") from error
-        await server.start()
-        watch = asyncio.create_task(running.watch())
-        try:
-            async with _http(settings, port) as running.http_port:
-                yield running
-        finally:
-            watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watch
-            # The engine stops first, so that the remaining calls end with its error, which gives the reason.
-            await asyncio.to_thread(engine.close)
-            await server.stop(_STOP_GRACE_S)
+    with _listening(server, settings.server) as target:
+        loop = asyncio.get_running_loop()
+        engine, model = await asyncio.to_thread(load_engine, settings, tracer=tracer, loop=loop)
+        servicer = TextGenerationServicer(engine, model, settings.scheduler, settings.server.max_message_bytes)
+        running = RunningServer(settings, target, engine, model, servicer)
+        pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, server)
+        debug_pb2_grpc.add_DebugServiceServicer_to_server(DebugServicer(engine, model), server)
+        health_pb2_grpc.add_HealthServicer_to_server(running.health, server)
+        reflection.enable_server_reflection(
+            (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        with engine:
+            try:
+                await asyncio.to_thread(engine.generate, _warm_up(engine.preparation.limits.max_context_tokens))
+            except MptServerError as error:
+                why = f"the model failed to generate its first tokens: {error.__cause__ or error}"
+                raise ModelError(why) from error
+            await server.start()
+            watch = asyncio.create_task(running.watch())
+            try:
+                async with _http(settings, target) as running.http_port:
+                    yield running
+            finally:
+                watch.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watch
+                # The engine stops first, so that the remaining calls end with its error, which gives the reason.
+                await asyncio.to_thread(engine.close)
+                await server.stop(_STOP_GRACE_S)
 
 
 @asynccontextmanager
-async def _http(settings: Settings, grpc_port: int) -> AsyncIterator[int | None]:
-    """Serves the OpenAI-compatible API as a client of the gRPC port; yields its port, or None if it is disabled."""
+async def _http(settings: Settings, target: str) -> AsyncIterator[int | None]:
+    """Serves the OpenAI-compatible API as a client of the gRPC server; yields its port, or None if it is disabled."""
     if settings.http.port is None:
         yield None
         return
     # Imported here, so that a server without HTTP does not wait for it.
     from mpt_grpc.gateway.serve import running_gateway
 
-    host = settings.server.host
-    target = f"{'localhost' if host in ('0.0.0.0', '::') else settings.server.bracketed_host}:{grpc_port}"
-    async with running_gateway(target, host, settings.http) as port:
+    async with running_gateway(target, settings.server.host, settings.http) as port:
         yield port
 
 
@@ -173,33 +176,36 @@ def _warm_up(max_context_tokens: int) -> GenerationRequest:
     )
 
 
-def _bind(server: grpc.aio.Server, settings: ServerSettings) -> int:
-    address = f"{settings.bracketed_host}:{settings.grpc_port}"
+@contextlib.contextmanager
+def _listening(server: grpc.aio.Server, settings: ServerSettings) -> Iterator[str]:
+    """Binds the port or the socket, and yields the target for clients on this machine. Raises SettingsError."""
+    if settings.grpc_socket is None:
+        yield address(settings.reachable_host, _bind(server, settings.host, settings.grpc_port))
+        return
+    path = settings.grpc_socket.absolute()
+    claim_socket(path, "--grpc-socket")
+    target = f"unix:{quote(os.fsencode(path))}"  # gRPC decodes it
+    server.add_insecure_port(target)
+    try:
+        yield target
+    except BaseException:
+        # gRPC removes only the file of a server that has started.
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
     try:
         # gRPC reports a bad host and a port in use with the same error.
-        socket.getaddrinfo(settings.host, settings.grpc_port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise SettingsError(f"--host: cannot resolve {settings.host!r}: {error.strerror}") from error
-    try:
-        return server.add_insecure_port(address)
-    except RuntimeError as error:
-        why = _why_not_bound(settings)
-        raise SettingsError(f"--{why[0]}: cannot listen on {address}: {why[1]}") from error
-
-
-def _why_not_bound(settings: ServerSettings) -> tuple[str, str]:
-    """Returns the flag at fault and the reason, which gRPC does not report."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         try:
-            probe.bind((settings.host, settings.grpc_port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return "grpc-port", "the port is in use; is another mpt-grpc running? --grpc-port 0 selects a free one"
-            if error.errno == errno.EADDRNOTAVAIL:
-                return "host", "not an address of this machine"
-            return "grpc-port", os.strerror(error.errno or 0)
-    return "grpc-port", "the port is in use"
+            return server.add_insecure_port(address(host, port))
+        except RuntimeError:
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+                probe.bind((host, port))
+            raise OSError(errno.EADDRINUSE, "") from None  # freed in the meantime
+    except OSError as error:
+        raise port_error(error, host, port, "--grpc-port") from error
 
 
 def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:

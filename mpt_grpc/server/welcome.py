@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from mpt_grpc import __version__
 from mpt_grpc.engine.load import BLOCK_SIZE
+from mpt_grpc.listening import address
 from mpt_grpc.server.server import RunningServer
 
 
 def welcome(server: RunningServer) -> str:
     """Returns the model, its memory, the addresses and a command to try."""
     model = server.model
-    # What listens on every address is reached on this machine as localhost.
-    host = "localhost" if server.settings.server.host in ("0.0.0.0", "::") else server.settings.server.bracketed_host
-    address = f"{host}:{server.port}"
     lines = [
         f"mpt-grpc {__version__} serving {model.name}: {model.num_parameters / 1e6:,.1f} M parameters, {model.dtype},"
         f" {model.device}",
@@ -21,14 +19,12 @@ def welcome(server: RunningServer) -> str:
         f" = {model.cache_tokens:,} tokens",
         f"  context   {server.engine.preparation.limits.max_context_tokens:,} tokens per request",
         f"  chat      template {server.engine.preparation.chat_template.name}",
-        f"  gRPC      {address}",
+        f"  gRPC      {server.target}",
     ]
     if server.http_port is not None:
-        lines += [
-            f"  OpenAI    http://{host}:{server.http_port}/v1",
-            f"  web page  http://{host}:{server.http_port}/",
-        ]
-    lines.append(f'  try       mpt-grpc generate "Once upon a time" --target {address}')
+        url = f"http://{address(server.settings.server.reachable_host, server.http_port)}"
+        lines += [f"  OpenAI    {url}/v1", f"  web page  {url}/"]
+    lines.append(f'  try       mpt-grpc generate "Once upon a time" --target {server.target}')
     return "\n".join(lines)
 
 

@@ -77,7 +77,7 @@ async def wait_for_status(page: Page, status: str, count: int) -> None:
 async def test_each_stream_shows_the_text_that_the_server_generates(page: Page, served: RunningServer) -> None:
     await generate(page, prompt="The fox said:", streams=3, max_tokens=40, temperature=0, ignore_eos=True)
     await wait_for_status(page, "token limit · 40 tokens", 3)
-    async with AsyncClient(f"localhost:{served.port}") as client:
+    async with AsyncClient(served.target) as client:
         generation = await client.generate("The fox said:", max_new_tokens=40, temperature=0, ignore_eos=True)
     texts = [await text.text_content() for text in await page.locator(".output .text").all()]
     assert texts == [f"The fox said:{generation.text}"] * 3
@@ -86,7 +86,7 @@ async def test_each_stream_shows_the_text_that_the_server_generates(page: Page, 
 async def test_an_ignored_end_of_sequence_token_is_shown(page: Page, served: RunningServer) -> None:
     seed = 223  # one of the few with which this model ends early
     options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True, "skip_special_tokens": False}
-    async with AsyncClient(f"localhost:{served.port}") as client:
+    async with AsyncClient(served.target) as client:
         text = (await client.generate("The end.", seed=seed, **options)).text
     assert "<|endoftext|>" in text[:-20]
     await generate(page, prompt="The end.", streams=1, max_tokens=30, temperature=1, seed=seed, ignore_eos=True)
@@ -162,7 +162,7 @@ async def test_stopping_a_stream_cancels_it_on_the_server_and_leaves_others_runn
     await expect(page.locator(".output").nth(0).locator(".token").nth(3)).to_be_visible()
     await page.locator(".output").nth(0).get_by_role("button", name="Stop").click()
     await wait_for_status(page, "stopped · ", 1)
-    async with AsyncClient(f"localhost:{served.port}") as client:
+    async with AsyncClient(served.target) as client:
         while len((await client.get_engine_state()).active_requests) != 1:
             pass
         await page.keyboard.press("Escape")

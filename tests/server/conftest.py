@@ -43,7 +43,7 @@ async def make_service() -> AsyncIterator[MakeService]:
         async def make(settings: Settings | None = None, options: Any = (), **changes: Any) -> Service:
             server = await stack.enter_async_context(running_server(settings or demo_settings(**changes)))
             channel = await stack.enter_async_context(
-                grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=[("grpc.enable_retries", 0), *options])
+                grpc.aio.insecure_channel(server.target, options=[("grpc.enable_retries", 0), *options])
             )
             return Service(server, channel, TextGenerationServiceStub(channel))
 
@@ -54,5 +54,5 @@ async def make_service() -> AsyncIterator[MakeService]:
 async def service() -> AsyncIterator[Service]:
     """A shared server, for tests that leave no state behind."""
     async with running_server(demo_settings()) as server:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        async with grpc.aio.insecure_channel(server.target) as channel:
             yield Service(server, channel, TextGenerationServiceStub(channel))

@@ -31,7 +31,7 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 @pytest.fixture
 def client(service: Any) -> Iterator[Client]:
-    with Client(f"127.0.0.1:{service.server.port}", timeout=60) as client:
+    with Client(service.server.target, timeout=60) as client:
         yield client
 
 
@@ -60,7 +60,7 @@ async def test_generate_and_stream_return_the_same_in_threads(client: Client) ->
 
 async def test_the_async_client_returns_the_same_text(service: Any, client: Client) -> None:
     expected = await asyncio.to_thread(client.generate, "Once upon a time", max_new_tokens=40, temperature=0)
-    async with AsyncClient(f"127.0.0.1:{service.server.port}") as async_client:
+    async with AsyncClient(service.server.target) as async_client:
         assert (await async_client.generate("Once upon a time", max_new_tokens=40, temperature=0)).text == expected.text
         async with async_client.stream("Once upon a time", max_new_tokens=40, temperature=0) as stream:
             chunks = [chunk async for chunk in stream]
@@ -79,7 +79,7 @@ async def test_deltas_of_several_outputs_add_up_to_the_outputs_of_generate(servi
     assert len({output.seed for output in whole.outputs}) == 3
     assert whole.usage.num_output_tokens == 60
     assert len(whole.prompt_logprobs) == whole.usage.num_prompt_tokens - 1
-    async with AsyncClient(f"127.0.0.1:{service.server.port}", timeout=60) as async_client:
+    async with AsyncClient(service.server.target, timeout=60) as async_client:
         async with async_client.stream("The fox said", **options) as stream:
             deltas = [delta async for delta in stream.deltas()]
     assert stream.result.outputs == whole.outputs
@@ -185,7 +185,7 @@ async def test_an_error_lists_all_invalid_options(client: Client) -> None:
 
 async def test_leaving_a_stream_cancels_its_request(make_service: Any, stepped: list[SteppedRunner]) -> None:
     service = await make_service()
-    async with AsyncClient(f"127.0.0.1:{service.server.port}") as client:
+    async with AsyncClient(service.server.target) as client:
         stepped[0].run_free()
         async with client.stream("Once upon a time", max_new_tokens=2000, ignore_eos=True) as stream:
             await anext(stream)
@@ -210,7 +210,7 @@ async def test_a_call_to_a_full_server_is_retried_after_the_requested_time(
             raise
 
     monkeypatch.setattr(engine, "submit", submit_and_signal)
-    with Client(f"127.0.0.1:{service.server.port}", timeout=60) as client:
+    with Client(service.server.target, timeout=60) as client:
         first = asyncio.create_task(asyncio.to_thread(client.generate, "first", max_new_tokens=2, ignore_eos=True))
         await asyncio.to_thread(stepped[0].wait_for_step)
         second = asyncio.create_task(asyncio.to_thread(client.generate, "second", max_new_tokens=2, ignore_eos=True))
@@ -245,7 +245,7 @@ async def test_a_slow_reader_receives_larger_chunks_and_delays_no_other_stream(m
     slow = aiter(service.stub.StreamGenerate(request))
     first = await anext(slow)
 
-    async with AsyncClient(f"127.0.0.1:{service.server.port}") as other:
+    async with AsyncClient(service.server.target) as other:
         async with other.stream("The fox", max_new_tokens=num_tokens, ignore_eos=True) as quick:
             num_quick_chunks = len([chunk async for chunk in quick])
     assert quick.result.num_tokens == num_tokens

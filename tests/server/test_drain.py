@@ -90,7 +90,7 @@ async def test_a_drain_refuses_new_requests_and_lets_a_running_stream_finish(
 async def test_an_open_health_watch_does_not_delay_the_shutdown() -> None:
     # If the drain waited for the watch, the test would time out.
     settings = server_settings(grace_s=3600)
-    async with running_server(settings) as server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+    async with running_server(settings) as server, grpc.aio.insecure_channel(server.target) as channel:
         watch = HealthWatch(channel)
         await watch.until(SERVING)
         await server.drain()
@@ -102,7 +102,7 @@ async def test_remaining_requests_are_cancelled_after(ended_by: str) -> None:
     settings = server_settings(grace_s=0 if ended_by == "the grace period" else 3600)
     stop = asyncio.Event()
     async with running_server(settings) as server:
-        channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
+        channel = grpc.aio.insecure_channel(server.target)
         chunks = aiter(TextGenerationServiceStub(channel).StreamGenerate(generate_request(2000)))
         await anext(chunks)
         if ended_by == "a second signal":

@@ -197,7 +197,7 @@ async def test_health_is_serving_after_the_warm_up_and_reflection_lists_the_api(
         response = await health.Check(health_pb2.HealthCheckRequest(service=name))
         assert response.status == health_pb2.HealthCheckResponse.SERVING
     assert service.server.engine.load.num_steps >= 2
-    assert await asyncio.to_thread(_reflected_services, service.server.port) == {
+    assert await asyncio.to_thread(_reflected_services, service.server.target) == {
         "mpt.v1.TextGenerationService",
         "mpt.v1alpha1.DebugService",
         "grpc.health.v1.Health",
@@ -205,8 +205,8 @@ async def test_health_is_serving_after_the_warm_up_and_reflection_lists_the_api(
     }
 
 
-def _reflected_services(port: int) -> set[str]:
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+def _reflected_services(target: str) -> set[str]:
+    with grpc.insecure_channel(target) as channel:
         return set(ProtoReflectionDescriptorDatabase(channel).get_services())
 
 

@@ -38,11 +38,11 @@ def generate_request(max_new_tokens: int = 5, **fields: Any) -> pb.GenerateReque
 
 
 @asynccontextmanager
-async def stub_of_server(trace_file: Path | None) -> AsyncIterator[tuple[Any, int]]:
-    """Yields a stub and the port of a server. Its spans are in the file after the block."""
+async def stub_of_server(trace_file: Path | None) -> AsyncIterator[tuple[Any, str]]:
+    """Yields a stub and the target of a server. Its spans are in the file after the block."""
     async with running_server(replace(demo_settings(), trace_file=trace_file)) as server:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            yield TextGenerationServiceStub(channel), server.port
+        async with grpc.aio.insecure_channel(server.target) as channel:
+            yield TextGenerationServiceStub(channel), server.target
 
 
 def spans_in(trace_file: Path, trace_id: str) -> dict[str, dict[str, Any]]:
@@ -122,7 +122,7 @@ async def test_spans_of_failed_and_cancelled_calls_have_the_status(tmp_path: Pat
 async def test_the_client_library_propagates_its_span(tmp_path: Path) -> None:
     trace_file = tmp_path / "spans.jsonl"
     tracer = TracerProvider().get_tracer("caller")
-    async with stub_of_server(trace_file) as (_, port), AsyncClient(f"127.0.0.1:{port}") as client:
+    async with stub_of_server(trace_file) as (_, target), AsyncClient(target) as client:
         with tracer.start_as_current_span("work") as work:
             generation = await client.generate("Once upon a time", max_new_tokens=2)
     caller = work.get_span_context()

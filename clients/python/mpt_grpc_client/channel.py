@@ -38,7 +38,8 @@ _SERVICE_CONFIG = {
 def resolve_target(target: str | None) -> str:
     """Returns the given target, or that of the environment variable MPT_GRPC_TARGET, or `localhost:50051`.
 
-    Raises InvalidTargetError for a URL and for a host without a port, for which gRPC would assume port 443.
+    Raises InvalidTargetError for a URL, for a path without `unix:`, and for a host without a port, for which gRPC would
+    assume port 443.
     """
     if target is not None and not isinstance(target, str):
         raise TypeError(f"target: must be a string such as 'localhost:50051', not {type(target).__name__}")
@@ -46,6 +47,8 @@ def resolve_target(target: str | None) -> str:
     if url := re.match(r"https?:/*([^/]*)", resolved):
         host = re.sub(r":\d+$", "", url[1]) or "localhost"
         raise InvalidTargetError(f"target {resolved!r} is a URL: use the server's gRPC address, such as '{host}:50051'")
+    if resolved.startswith(("/", "./", "../")):
+        raise InvalidTargetError(f"target {resolved!r} is a path: write 'unix:{resolved}' for a Unix socket")
     if not re.search("[:/]", resolved):
         raise InvalidTargetError(f"target {resolved!r} has no port: write '{resolved}:50051'")
     return resolved

@@ -28,7 +28,8 @@ class Client:
     def __init__(self, target: str | None = None, *, timeout: float | None = None, retries: bool = True) -> None:
         """Creates a client, which connects at its first call, without TLS.
 
-        target: `host:port`; defaults to the environment variable MPT_GRPC_TARGET, then to `localhost:50051`.
+        target: `host:port` or `unix:path`; defaults to the environment variable MPT_GRPC_TARGET, then to
+            `localhost:50051`.
         timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
         retries: whether to retry calls up to three times while the server is unavailable or overloaded.
         """

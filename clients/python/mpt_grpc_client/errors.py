@@ -8,7 +8,7 @@ MptGrpcError              a call that failed; statuses not listed below raise th
 ├── UnavailableError        UNAVAILABLE: the server cannot be reached or is shutting down
 ├── DeadlineExceededError   DEADLINE_EXCEEDED: the timeout has expired
 ├── InternalError           INTERNAL: the server failed while processing this request
-└── InvalidTargetError      the target is not HOST:PORT; no call was made
+└── InvalidTargetError      the target is neither HOST:PORT nor unix:PATH; no call was made
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class InternalError(MptGrpcError):
 
 
 class InvalidTargetError(MptGrpcError, ValueError):
-    """The target is not HOST:PORT."""
+    """The target is neither HOST:PORT nor unix:PATH."""
 
 
 def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None, proxy: str | None = None) -> MptGrpcError:

@@ -36,7 +36,7 @@ class _Model(BaseLanguageModel[Any]):
     """
 
     target: str = Field(default_factory=lambda: resolve_target(None))
-    """`host:port`; defaults to the environment variable MPT_GRPC_TARGET, then to `localhost:50051`."""
+    """`host:port` or `unix:path`; defaults to the environment variable MPT_GRPC_TARGET, then to `localhost:50051`."""
     timeout: float | None = None
     """The timeout of each call in seconds; None waits indefinitely."""
     model: str | None = None
