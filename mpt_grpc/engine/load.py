@@ -16,6 +16,7 @@ from opentelemetry.trace import Tracer
 from mpt_grpc.checkpoint import find_checkpoint
 from mpt_grpc.engine.admission import MAX_NUM_SEQUENCES, RequestLimits
 from mpt_grpc.engine.engine import Engine
+from mpt_grpc.engine.memory import STEP_BYTES, MemoryNeeds, dtype_name, free_memory, why_too_large
 from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.generation_config import generation_defaults
@@ -40,6 +41,7 @@ _log = logging.getLogger(__name__)
 BLOCK_SIZE = 16
 """The number of tokens in a KV cache block."""
 _DEFAULT_CPU_CACHE_BYTES = 1 << 30
+_MIN_SUGGESTED_BLOCKS = 32
 _SMALL_MODEL_BYTES = 32 << 20
 
 
@@ -96,13 +98,13 @@ def load_engine(
     def load_weights() -> MPT:
         return random_model(config, dtype, device) if random else load_model(folder, config, dtype, device)
 
-    weight_bytes = num_parameters(config) * dtype.itemsize
-    if device.type == "cpu" and weight_bytes <= _SMALL_MODEL_BYTES and "OMP_NUM_THREADS" not in os.environ:
+    block_bytes = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
+    needs = _memory_needs(settings.cache, num_parameters(config), block_bytes, dtype, device)
+    num_blocks = needs.cache_bytes // block_bytes
+    if device.type == "cpu" and needs.weight_bytes <= _SMALL_MODEL_BYTES and "OMP_NUM_THREADS" not in os.environ:
         # Two threads wait for each other so often that a single other busy process costs three quarters of the speed.
         torch.set_num_threads(1)
     model = _in_own_thread(load_weights)
-    block_bytes = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
-    num_blocks = _num_blocks(settings.cache, device, block_bytes)
     # A single request may fill the whole cache; a longer one could never complete.
     max_context_tokens = min(max_context_tokens, num_blocks * BLOCK_SIZE)
 
@@ -136,10 +138,10 @@ def load_engine(
         name=checkpoint.name,
         config=config,
         defaults=defaults,
-        num_parameters=num_parameters(config),
-        dtype=str(dtype).removeprefix("torch."),
+        num_parameters=needs.num_parameters,
+        dtype=dtype_name(dtype),
         device=device.type,
-        weight_bytes=weight_bytes,
+        weight_bytes=needs.weight_bytes,
         num_blocks=num_blocks,
         cache_bytes=num_blocks * block_bytes,
     )
@@ -171,16 +173,26 @@ def _dtype(wanted: ModelSettings) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def _num_blocks(wanted: CacheSettings, device: torch.device, block_bytes: int) -> int:
-    if wanted.kv_cache_bytes is not None:
-        free_bytes = wanted.kv_cache_bytes
-    elif device.type == "cpu":
-        free_bytes = _DEFAULT_CPU_CACHE_BYTES
-    else:
-        free, total = torch.cuda.mem_get_info(device)
-        free_bytes = free - int(total * (1 - wanted.memory_fraction))
-    if free_bytes < block_bytes:
-        raise SettingsError(
-            f"--kv-cache: {free_bytes:,} bytes are available for the KV cache, but one block takes {block_bytes:,}"
-        )
-    return free_bytes // block_bytes
+def _memory_needs(
+    wanted: CacheSettings, num_parameters: int, block_bytes: int, dtype: torch.dtype, device: torch.device
+) -> MemoryNeeds:
+    """Returns what will be allocated, with at least one block of KV cache.
+
+    Raises ModelError if memory cannot hold it, and SettingsError if --kv-cache cannot hold a block.
+    """
+    free_bytes, cache_bytes, reserved_bytes = free_memory(device), wanted.kv_cache_bytes, STEP_BYTES
+    if cache_bytes is not None and cache_bytes < block_bytes:
+        raise SettingsError(f"--kv-cache: {cache_bytes:,} bytes cannot hold a block, which takes {block_bytes:,}")
+    if cache_bytes is None and device.type == "cpu":
+        cache_bytes = max(_DEFAULT_CPU_CACHE_BYTES, block_bytes)
+    elif cache_bytes is None:
+        _, total_bytes = torch.cuda.mem_get_info(device)
+        reserved_bytes = int(total_bytes * (1 - wanted.memory_fraction))
+        cache_bytes = max(free_bytes - reserved_bytes - num_parameters * dtype.itemsize, block_bytes)
+    needs = MemoryNeeds(num_parameters, dtype, cache_bytes, reserved_bytes)
+    small_dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
+    min_cache_bytes = _MIN_SUGGESTED_BLOCKS * block_bytes
+    too_large = why_too_large(needs, free_bytes, small_dtype=small_dtype, min_cache_bytes=min_cache_bytes)
+    if too_large is not None:
+        raise ModelError(too_large)
+    return needs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mpt_grpc import __version__
 from mpt_grpc.engine.load import BLOCK_SIZE
+from mpt_grpc.engine.memory import size
 from mpt_grpc.listening import address
 from mpt_grpc.server.server import RunningServer
 
@@ -14,8 +15,8 @@ def welcome(server: RunningServer) -> str:
     lines = [
         f"mpt-grpc {__version__} serving {model.name}: {model.num_parameters / 1e6:,.1f} M parameters, {model.dtype},"
         f" {model.device}",
-        f"  weights   {_size(model.weight_bytes)}",
-        f"  KV cache  {_size(model.cache_bytes)}: {model.num_blocks:,} blocks of {BLOCK_SIZE}"
+        f"  weights   {size(model.weight_bytes)}",
+        f"  KV cache  {size(model.cache_bytes)}: {model.num_blocks:,} blocks of {BLOCK_SIZE}"
         f" = {model.cache_tokens:,} tokens",
         f"  context   {server.engine.preparation.limits.max_context_tokens:,} tokens per request",
         f"  chat      template {server.engine.preparation.chat_template.name}",
@@ -26,8 +27,3 @@ def welcome(server: RunningServer) -> str:
         lines += [f"  OpenAI    {url}/v1", f"  web page  {url}/"]
     lines.append(f'  try       mpt-grpc generate "Once upon a time" --target {server.target}')
     return "\n".join(lines)
-
-
-def _size(num_bytes: int) -> str:
-    unit, size = ("GiB", 1 << 30) if num_bytes >= 1 << 30 else ("MiB", 1 << 20)
-    return f"{num_bytes / size:,.1f} {unit}"
