@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from mpt_grpc.errors import ModelError
+from mpt_grpc.model_files import read_json
 from mpt_grpc.request import GenerationDefaults
 
 _RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
@@ -25,14 +25,9 @@ def generation_defaults(folder: Path) -> GenerationDefaults:
     `do_sample: false` selects greedy decoding. Raises ModelError if the file is missing or a value is out of range.
     """
     path = folder / "generation_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"--generation-config model: {folder} has no generation_config.json; use server") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a JSON object")
+    config = read_json(path)
+    if config is None:
+        raise ModelError(f"--generation-config model: {folder} has no generation_config.json; use server")
     given = {name: config[name] for name in _RANGES if config.get(name) is not None}
     if config.get("do_sample") is False:
         given["temperature"] = 0

@@ -29,6 +29,11 @@ def test_values_that_the_file_does_not_set_stay_the_servers(tmp_path: Path) -> N
     assert defaults(tmp_path, **config) == GenerationDefaults()
 
 
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"top_k": 5}', encoding="utf-8-sig")
+    assert generation_defaults(tmp_path).top_k == 5
+
+
 def test_do_sample_false_is_greedy(tmp_path: Path) -> None:
     assert defaults(tmp_path, do_sample=False, temperature=0.7).temperature == 0
 
@@ -44,6 +49,7 @@ def test_a_value_out_of_range_is_refused_with_its_field(tmp_path: Path, name: st
 def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no generation_config\.json"):
         generation_defaults(tmp_path)
-    (tmp_path / "generation_config.json").write_text("[1]", encoding="utf-8")
-    with pytest.raises(ModelError, match="not a JSON object"):
-        generation_defaults(tmp_path)
+    for text, reason in (("[1]", "not a JSON object"), ("[" * 100_000, "invalid JSON")):
+        (tmp_path / "generation_config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ModelError, match=rf"generation_config\.json: {reason}"):
+            generation_defaults(tmp_path)

@@ -6,15 +6,15 @@ the fields; those that change the computation are implemented or refused, all at
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpt_grpc.errors import ConfigError
+from mpt_grpc.errors import ConfigError, ModelError
 from mpt_grpc.model.config_fields import LIMITED, READ, activation, changes_nothing, is_ignored
+from mpt_grpc.model_files import read_json
 
 _MAX_SIZE = 1 << 24
 """The largest width, number of layers or vocabulary; far beyond any model, and small enough to multiply."""
@@ -71,13 +71,10 @@ class MPTConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> MPTConfig:
-        """Reads a published `config.json`. Raises ConfigError if it cannot be read or is not supported."""
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from error
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: expected a JSON object")
+        """Reads a published `config.json`. Raises ModelError, or ConfigError if it is not supported."""
+        raw = read_json(path)
+        if raw is None:
+            raise ModelError(f"{path}: not found")
         return cls.from_dict(raw)
 
     @classmethod

@@ -6,7 +6,6 @@ read with `weights_only=True`, so torch rejects any other content of a pickle an
 
 from __future__ import annotations
 
-import json
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -22,11 +21,8 @@ from mpt_grpc.errors import WeightsError
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.linear import Linear
 from mpt_grpc.model.mpt import MPT
+from mpt_grpc.model_files import WEIGHT_LAYOUTS, shard_names
 
-_LAYOUTS = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 _COMPUTED = "transformer.rotary_embedding."
 """The prefix of the constants of rotary position embeddings, which old versions of transformers store."""
@@ -68,22 +64,18 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
 
 def weight_files(folder: Path) -> list[Path]:
     """Returns the weight files in order. Raises WeightsError naming the missing file if there is one."""
-    for single, index in _LAYOUTS:
+    for single, index in WEIGHT_LAYOUTS:
         # As transformers does: an index beside a complete file is a leftover.
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
-            try:
-                weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-                names = sorted({str(name) for name in weight_map.values()})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise WeightsError(f"{folder / index}: not a valid shard index: {error!r}") from error
+            names = shard_names(folder / index)
             for name in names:
-                if Path(name).name != name or not (folder / name).is_file():
+                if not (folder / name).is_file():
                     raise WeightsError(f"{folder / index}: shard {name!r} is not in the folder")
             return [folder / name for name in names]
     raise WeightsError(
-        f"{folder}: no weights found; expected one of {', '.join(name for pair in _LAYOUTS for name in pair)}"
+        f"{folder}: no weights found; expected one of {', '.join(name for pair in WEIGHT_LAYOUTS for name in pair)}"
     )
 
 

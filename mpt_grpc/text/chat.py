@@ -17,8 +17,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, ModelError, SettingsError
+from mpt_grpc.model_files import read_text
 from mpt_grpc.request import Conversation, Message
-from mpt_grpc.text.tokenizer_config import read_text, read_tokenizer_config
+from mpt_grpc.text.tokenizer_config import read_tokenizer_config
 
 MAX_MESSAGES = 1024
 _log = logging.getLogger(__name__)

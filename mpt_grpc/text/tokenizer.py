@@ -15,8 +15,9 @@ import tokenizers
 from tokenizers import decoders
 
 from mpt_grpc.errors import ModelError
+from mpt_grpc.model_files import read_json, read_text
 from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer
-from mpt_grpc.text.tokenizer_config import TokenizerConfig, read_json, read_text, read_tokenizer_config
+from mpt_grpc.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
 
 PROMPT_TAIL_TOKENS = 8
 """How many of a prompt's last tokens are checked for an incomplete character; it has at most 3 bytes, so 3 would do."""
@@ -173,7 +174,7 @@ def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer) -> frozenset[int
     """Returns the end-of-sequence tokens that the model's configuration specifies, or None."""
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     for name in ("generation_config.json", "config.json"):
-        ids = read_json(folder / name).get("eos_token_id")
+        ids = (read_json(folder / name) or {}).get("eos_token_id")
         if ids is None:
             continue
         ids = ids if isinstance(ids, list) else [ids]

@@ -7,7 +7,6 @@ that tokenizer.json may lack.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from mpt_grpc.errors import ModelError
+from mpt_grpc.model_files import read_json
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -38,10 +38,10 @@ class TokenizerConfig:
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     """Reads the files in a model's folder, all of which are optional. Raises ModelError, which names the file."""
     path = folder / "tokenizer_config.json"
-    config = read_json(path)
+    config = read_json(path) or {}
     has_decoder = config.get("added_tokens_decoder") is not None
     if not has_decoder:
-        config |= read_json(folder / "special_tokens_map.json")
+        config |= read_json(folder / "special_tokens_map.json") or {}
     for key in _NAMED:
         if config.get(key) is not None and _text(config[key]) is None:
             raise ModelError(f"{path}: {key}: expected a token, not {config[key]!r}")
@@ -81,7 +81,7 @@ def _legacy(folder: Path, special: Collection[str]) -> dict[str, tuple[int | Non
     """Returns the tokens of added_tokens.json."""
     path = folder / "added_tokens.json"
     added: dict[str, tuple[int | None, AddedToken]] = {}
-    for text, token_id in read_json(path).items():
+    for text, token_id in (read_json(path) or {}).items():
         if type(token_id) is not int:
             raise ModelError(f"{path}: {text!r}: expected a token ID, not {token_id!r}")
         added[text] = token_id, AddedToken(text, normalized=text not in special, special=text in special)
@@ -90,28 +90,6 @@ def _legacy(folder: Path, special: Collection[str]) -> dict[str, tuple[int | Non
 
 def _texts(tokens: Mapping[Any, object]) -> dict[Any, str]:
     return {key: text for key, value in tokens.items() if (text := _text(value)) is not None}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in the file, or an empty one if the file does not exist. Raises ModelError."""
-    text = read_text(path)
-    try:
-        value = {} if text is None else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: invalid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return value
-
-
-def read_text(path: Path) -> str | None:
-    """Returns the text of the file, or None if it does not exist. Raises ModelError."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
 
 
 def _text(value: object) -> str | None:

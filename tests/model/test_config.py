@@ -12,7 +12,7 @@ import pytest
 from model.conftest import tiny_config
 from transformers import MptConfig
 
-from mpt_grpc.errors import ConfigError
+from mpt_grpc.errors import ConfigError, ModelError
 from mpt_grpc.model.config import MPTConfig, Rope
 
 PUBLISHED = next(
@@ -302,7 +302,7 @@ def test_a_file_that_is_not_a_json_object_is_rejected_with_its_path(tmp_path: Pa
     path = tmp_path / "config.json"
     if text is not None:
         path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"config\.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         MPTConfig.from_file(path)
 
 

@@ -21,7 +21,7 @@ from model.conftest import (
 from torch import Tensor
 from transformers import MptConfig, MptForCausalLM
 
-from mpt_grpc.errors import WeightsError
+from mpt_grpc.errors import ModelError, WeightsError
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.weights import num_parameters, random_model, weight_files
 
@@ -210,7 +210,7 @@ def test_a_missing_shard_is_named_in_the_error(tmp_path: Path, format: Format) -
 def test_an_invalid_index_is_rejected_by_name(tmp_path: Path, index: str) -> None:
     make_checkpoint(tmp_path, CONFIG, shards=2)
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json"):
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json"):
         load(tmp_path)
 
 

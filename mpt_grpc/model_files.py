@@ -1,0 +1,53 @@
+"""The files in a model's folder: their names, where several modules need them, and how they are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mpt_grpc.errors import ModelError, WeightsError
+
+SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model")
+"""The names of a SentencePiece model, which matters only where there is no tokenizer.json."""
+WEIGHT_LAYOUTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+"""The weights as a single file, and the index of weights in shards; the first layout in the folder is loaded."""
+
+
+def read_text(path: Path) -> str | None:
+    """Returns the text of the file, or None if it does not exist. Raises ModelError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Returns the JSON object in the file, or None if it does not exist. Raises ModelError."""
+    text = read_text(path)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: invalid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return value
+
+
+def shard_names(index: Path) -> list[str]:
+    """Returns the names of the shards in an index of weights, in order. Raises ModelError."""
+    weight_map = (read_json(index) or {}).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise WeightsError(f"{index}: not a shard index: weight_map must be a JSON object")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise WeightsError(f"{index}: shard {name!r} is not in the folder")
+    return names
