@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from mpt_grpc.errors import ModelError
+from mpt_grpc.model_files import SENTENCEPIECE_FILES, WEIGHT_LAYOUTS, shard_names
 
 DEMO = Path(__file__).parent / "demo"
 
 # No *.py files: a checkpoint's code is never run, so it is not downloaded.
-_PATTERNS = [
+_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -21,11 +31,7 @@ _PATTERNS = [
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-]
-_WEIGHTS = [
-    ["model*.safetensors", "model.safetensors.index.json"],
-    ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
-]
+)
 
 
 @dataclass(frozen=True)
@@ -36,29 +42,69 @@ class Checkpoint:
     folder: Path
 
 
-def find_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
-    """Finds `model`: 'demo', a folder, or a Hub ID, which is downloaded unless it is in the Hub's cache.
+def find_checkpoint(model: str, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
+    """Finds `model`: 'demo', a folder, or a Hub ID, whose files are downloaded unless they are in the Hub's cache.
 
-    With `weights=False` the weights are not downloaded. Raises ModelError if there is no such model.
+    `revision` is a branch, tag or commit of the Hub's repository. With `weights=False` the weights are not downloaded.
+    Raises ModelError if there is no such model.
     """
+    path = Path(model).expanduser()
+    is_folder = path.is_dir()
+    if revision is not None and (model == "demo" or is_folder):
+        kind = "the built-in model" if model == "demo" else "a folder"
+        raise ModelError(f"--revision {revision}: --model {model} is {kind}; only models of the Hub have revisions")
     if model == "demo":
         return Checkpoint("demo", DEMO)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise ModelError(
-                f"--model {model}: no config.json; the folder must have it, tokenizer.json and the weights"
-            )
-        return Checkpoint(folder.resolve().name, folder)
-    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if not is_folder and (path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise ModelError(f"--model {model}: no such folder, and not a Hub ID of the form OWNER/NAME")
+    folder = path if is_folder else _download(model, revision, weights)
+    if not (folder / "config.json").exists():
+        raise ModelError(f"--model {model}: no config.json; a model needs it, its tokenizer's files and the weights")
+    return Checkpoint(path.resolve().name if is_folder else model, folder)
+
+
+def _download(model: str, revision: str | None, weights: bool) -> Path:
+    """Returns the folder in the Hub's cache, after downloading what the loader reads and nothing else."""
+
+    def fetch(revision: str | None, *names: str) -> Path:
+        # The Hub's library warns if nothing matches, so config.json, which is cached by then, is always among them.
+        return Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", *names]))
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # one of them would appear in the log
     try:
-        found = Path(snapshot_download(model, allow_patterns=_PATTERNS))
-        for patterns in _WEIGHTS if weights else ():
-            # Called even if some files exist, to resume an interrupted download.
-            snapshot_download(model, allow_patterns=patterns)
-            if any(found.glob(patterns[0])):
+        folder = fetch(revision, *_FILES)
+        commit = folder.name  # the branch may move between two downloads
+        if not (folder / "tokenizer.json").is_file():
+            fetch(commit, *SENTENCEPIECE_FILES)
+        for single, index in WEIGHT_LAYOUTS if weights else ():
+            fetch(commit, single, index)
+            if (folder / single).is_file():
                 break
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"--model {model}: no such folder, and not available from the Hub: {error}") from error
-    return Checkpoint(model, found)
+            if (folder / index).is_file():
+                fetch(commit, *shard_names(folder / index))
+                break
+    except ModelError:
+        raise
+    except Exception as error:  # those of the Hub's HTTP library, which depends on the version, are among them
+        raise _unavailable(model, revision, error) from error
+    return folder
+
+
+def _unavailable(model: str, revision: str | None, error: Exception) -> ModelError:
+    """Returns the error to report, which names the flag to change."""
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+    if isinstance(cause, RevisionNotFoundError):
+        return ModelError(f"--revision {revision}: {model} has no such branch, tag or commit")
+    at = "" if revision is None else f" --revision {revision}"
+    if isinstance(cause, GatedRepoError):
+        why = "its owner restricts access; request it on the model's page, and set HF_TOKEN"
+    elif isinstance(cause, RepositoryNotFoundError):
+        why = "no such folder, and no such model on the Hub; if it is private, set HF_TOKEN"
+    elif isinstance(cause, OfflineModeIsEnabled):
+        why = "not completely in the Hub's cache, and HF_HUB_OFFLINE is set; download it once without"
+    elif isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
+        why = "the Hub refuses access; check HF_TOKEN"
+    else:
+        why = f"not available from the Hub: {' '.join(str(cause).split()) or repr(cause)}"
+    return ModelError(f"--model {model}{at}: {why}")

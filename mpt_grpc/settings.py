@@ -18,6 +18,8 @@ class ModelSettings:
 
     model: str = "demo"
     """'demo', a folder in Hugging Face's layout, or a Hugging Face Hub ID."""
+    revision: str | None = None
+    """A branch, tag or commit of the Hub's repository; None takes its default branch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     load_format: Literal["auto", "random"] = "auto"
@@ -31,6 +33,8 @@ class ModelSettings:
     """
 
     def __post_init__(self) -> None:
+        if self.revision == "":
+            raise SettingsError("--revision: empty; name a branch, tag or commit, or omit it")
         _at_least(2, max_context_tokens=self.max_context_tokens)
 
 

@@ -21,6 +21,11 @@ def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> 
         metavar="demo|FOLDER|HUB_ID",
         help="'demo' for the built-in model, a folder in Hugging Face's layout, or a Hugging Face Hub ID",
     )
+    model.add_argument(
+        "--revision",
+        metavar="BRANCH|TAG|COMMIT",
+        help="version of a model of the Hub (default: the latest of its default branch)",
+    )
     model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto prefers a GPU")
     model.add_argument(
         "--dtype",
@@ -178,7 +183,11 @@ def add_grace(parser: argparse._ActionsContainer) -> None:
 def model_settings(parsed: argparse.Namespace) -> ModelSettings:
     """Returns the settings given by the flags that `serve` and `verify` share. Raises SettingsError."""
     return ModelSettings(
-        model=parsed.model, device=parsed.device, dtype=parsed.dtype, chat_template=parsed.chat_template
+        model=parsed.model,
+        revision=parsed.revision,
+        device=parsed.device,
+        dtype=parsed.dtype,
+        chat_template=parsed.chat_template,
     )
 
 

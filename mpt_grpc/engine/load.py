@@ -73,7 +73,7 @@ def load_engine(
     """
     wanted = settings.model
     random = wanted.load_format == "random"
-    checkpoint = find_checkpoint(wanted.model, weights=not random)
+    checkpoint = find_checkpoint(wanted.model, wanted.revision, weights=not random)
     folder = checkpoint.folder
     config = MPTConfig.from_file(folder / "config.json")
     tokenizer = Tokenizer.from_folder(folder)
