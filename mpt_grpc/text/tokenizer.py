@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,12 +16,16 @@ import tokenizers
 from tokenizers import decoders
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.model_files import read_json, read_text
+from mpt_grpc.model_files import SENTENCEPIECE_FILES, read_json, read_text
 from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer
+from mpt_grpc.text.sentencepiece_model import tokenizer_json
 from mpt_grpc.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
 
 PROMPT_TAIL_TOKENS = 8
 """How many of a prompt's last tokens are checked for an incomplete character; it has at most 3 bytes, so 3 would do."""
+
+_SPACE = "▁"
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
@@ -42,11 +47,13 @@ class Tokenizer:
         self._backend = backend
         self._special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        self._has_marked_spaces = _SPACE in repr(backend.decoder)
         self._byte_of_character = _byte_level_alphabet()
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Loads tokenizer.json with the tokens that the files beside it add, and the end-of-sequence tokens.
+        """Loads tokenizer.json, or a SentencePiece model, with the tokens that the files beside it add, and the
+        end-of-sequence tokens.
 
         The end-of-sequence tokens come from the first of generation_config.json, config.json and the tokenizer's files
         that specifies them. Raises ModelError, which names the file.
@@ -54,7 +61,12 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         text = read_text(path)
         if text is None:
-            raise ModelError(f"{path}: not found; a model's folder must contain tokenizer.json")
+            found = [folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()]
+            if not found:
+                why = f"a model's folder must contain it, or one of {', '.join(SENTENCEPIECE_FILES)}"
+                raise ModelError(f"{path}: not found; {why}")
+            path = found[0]
+            text = tokenizer_json(path)
         config = read_tokenizer_config(folder)
         try:
             backend = tokenizers.Tokenizer.from_str(_with_prefix_space(text, config.add_prefix_space))
@@ -86,12 +98,16 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Returns the bytes of one token, which may end inside a character; b"" for an unknown ID.
 
-        In byte-level BPE, these are exactly the bytes that `decode` joins. Other tokenizers have no such bytes: the
-        result is then the UTF-8 encoding of the token decoded alone.
+        In byte-level BPE, these are exactly the bytes that `decode` joins, and in SentencePiece's models those that it
+        joins after the first word. Other tokenizers have no such bytes: the result is then the UTF-8 encoding of the
+        token decoded alone.
         """
+        token = self._backend.id_to_token(token_id) or ""
+        if self._has_marked_spaces and token_id not in self._special_ids:
+            byte = _BYTE_TOKEN.fullmatch(token)
+            return bytes.fromhex(byte[1]) if byte else token.replace(_SPACE, " ").encode()
         if not self._is_byte_level:
             return self.decode((token_id,), skip_special_tokens=False).encode()
-        token = self._backend.id_to_token(token_id) or ""
         try:
             return bytes(self._byte_of_character[character] for character in token)
         except KeyError:  # an added token is plain text; the decoder, too, detects it by any character not in the map
