@@ -10,6 +10,7 @@ from llguidance import LLMatcher
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, Regex
 from mpt_grpc.text.json_schema import UnsupportedSchemaError, rewrite
+from mpt_grpc.text.regex_syntax import unsupported_syntax
 
 MAX_SOURCE_BYTES = 65_536
 TOO_COSTLY = "exceeds the server's limits on the cost of a constraint: simplify it"
@@ -34,6 +35,8 @@ def make_grammar(constraint: Constraint) -> str:
         return _json_grammar(constraint.schema)
     if isinstance(constraint, Regex):
         _check_source(constraint.pattern, field)
+        if (reason := unsupported_syntax(constraint.pattern)) is not None:
+            raise InvalidRequestError(FieldViolation(field, reason))
         return LLMatcher.grammar_from_regex(constraint.pattern)
     _check_source(constraint.grammar, field)
     # Wrapped in JSON, because llguidance reads text that begins with a brace as a different kind of grammar.
@@ -63,11 +66,22 @@ def refusal_reason(error: str) -> str:
         return "special tokens are not supported: remove them; the end-of-sequence token is added automatically"
     if "NoExtension" in error or "Regex is empty" in error:
         return "no output can satisfy it: change it"
+    if impossible := re.search(r"^Unsatisfiable schema: (.*)", error):
+        return f"no output can satisfy it: {_short(impossible[1])}: change it"
+    if anchor := re.search(r"lookarounds not supported yet; (Start|End)", error):
+        sign, place = {"Start": ("^", "beginning"), "End": ("$", "end")}[anchor[1]]
+        return f'"{sign}" is only supported at the {place} of a pattern: remove it'
+    if "lookarounds not supported yet" in error:
+        return "word boundaries are not supported: write out the characters around them"
     if _COSTLY.search(error):
         return TOO_COSTLY
     # The reason follows a picture of the regular expression, or a position in the text derived from it.
     detail = re.search(r"^error: (.*)$", error, re.M) or re.search(r"\(in regex\): (.*?)(;|$)", error, re.M)
-    return f"{_short(detail[1] if detail else re.split(r': min=', error)[0])}: change it"
+    reason = _short(detail[1] if detail else re.split(r": min=", error)[0])
+    if marked := re.search(r"^    (.*)\n    ( *)(\^+)$", error, re.M):
+        place = marked[1][len(marked[2]) :][: len(marked[3])]
+        return f'{reason} ("{_short(place, 20)}"): change it'
+    return f"{reason}: change it"
 
 
 def _check_source(source: str, field: str) -> None:

@@ -9,23 +9,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from itertools import combinations
 from typing import Any
+from urllib.parse import unquote
+
+from mpt_grpc.text.regex_syntax import unsupported_syntax
+from mpt_grpc.text.schema_unions import Narrowing, narrowings
 
 Schema = dict[str, Any] | bool
 
 MAX_EXACT = (1 << 53) - 1
 """The largest integer up to which a double represents every integer."""
-_FORMATS = frozenset("date date-time duration email hostname ipv4 ipv6 time unknown uri uuid".split())
+_FORMATS = frozenset("duration email ipv4 ipv6 unknown uri uuid".split())
 """The values of `format` that llguidance enforces."""
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_DATE = (
+    "([0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+    "|([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)-02-29)"
+)
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?([zZ]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+_LABEL = (
+    "[a-zA-Z0-9]([a-zA-Z0-9-]{0,2}[a-zA-Z0-9]"
+    "|[a-zA-Z0-9-]([a-zA-Z0-9][a-zA-Z0-9-]|-[a-zA-Z0-9])[a-zA-Z0-9-]{0,58}[a-zA-Z0-9])?"
+)
+_PATTERNS = {
+    "date": f"^{_DATE}$",
+    "date-time": f"^{_DATE}[tT]{_TIME}$",
+    "hostname": rf"^{_LABEL}(\.{_LABEL})*$",
+    "time": f"^{_TIME}$",
+}
+"""Formats for which llguidance allows invalid values: days, leap seconds, and host names that need IDNA's tables."""
+_SIZES = (
+    "minItems",
+    "maxItems",
+    "minLength",
+    "maxLength",
+    "minProperties",
+    "maxProperties",
+    "minContains",
+    "maxContains",
+)
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 """The keywords whose values map names to schemas."""
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLE = (
     "additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then",
     "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
-_COMBINING = ("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties")
+_UNSUPPORTED = (
+    "$dynamicRef", "contains", "if", "not", "propertyNames", "unevaluatedItems", "unevaluatedProperties", "uniqueItems",
+)  # fmt: skip
+_COMBINING = ("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "contains", "patternProperties")
 
 
 class UnsupportedSchemaError(ValueError):
@@ -36,6 +68,9 @@ def rewrite(schema: dict[str, Any]) -> Schema:
     """Returns an equivalent schema. Raises UnsupportedSchemaError."""
     rewriter = _Rewriter(schema)
     result: Schema = rewriter.schema(schema, "")
+    for path in _reachable(schema):
+        if path in rewriter.obstacles:
+            raise UnsupportedSchemaError(rewriter.obstacles[path])
     for reference, name in rewriter.required:
         definition = _resolve(result, reference)
         definition["required"] = list(dict.fromkeys((*definition.get("required", ()), name)))
@@ -47,6 +82,8 @@ class _Rewriter:
         self._root = root
         self.required: list[tuple[str, str]] = []
         """References to definitions with a property that they have to require."""
+        self.obstacles: dict[str, str] = {}
+        """Why schemas cannot be enforced, by their JSON Pointers; they may stay in definitions that are not used."""
 
     def schema(self, schema: Any, path: str) -> Any:
         """Returns the schema at a place rewritten, and anything else unchanged for llguidance to refuse."""
@@ -55,14 +92,36 @@ class _Rewriter:
         _check_types(schema, path)
         _check_numbers(schema, path)
         result = {name: self._keyword(name, value, f"{path}/{_escaped(name)}") for name, value in schema.items()}
-        for step in (_annotations, _bounds, self._discriminated_union, _conditions, _contains, _unevaluated):
+        for step in _STEPS:
             step(result)
+        self._one_of(result)
         negated = result.get("not")
         if negated in ({}, True):
             return False
         if negated is False:
             del result["not"]
+        if (obstacle := self._obstacle(result)) is not None:
+            self.obstacles[path] = f"{path}/{obstacle}"
         return result
+
+    def _obstacle(self, schema: dict[str, Any]) -> str | None:
+        """Returns the first keyword that cannot be enforced, with the reason."""
+        # In older drafts, newer keywords have no effect.
+        is_current = "draft-0" not in str(self._root.get("$schema"))
+        for name in _UNSUPPORTED if is_current else ():
+            if name in schema:
+                return f'{name}: "{name}" is not supported: remove it'
+        patterns = schema.get("patternProperties")
+        named = {f"patternProperties/{_escaped(name)}": name for name in patterns} if isinstance(patterns, dict) else {}
+        for name, pattern in {"pattern": schema.get("pattern"), **named}.items():
+            if isinstance(pattern, str) and (reason := unsupported_syntax(pattern)) is not None:
+                return f"{name}: {reason}"
+        if schema.get("minProperties", 0) > len(schema.get("required", ())) + 1:
+            why = (
+                "more than one property beyond the required ones is not supported, because properties might be repeated"
+            )
+            return f"minProperties: {why}: require them by name"
+        return None
 
     def _keyword(self, name: str, value: Any, path: str) -> Any:
         if name in _MAPS and isinstance(value, dict):
@@ -73,27 +132,58 @@ class _Rewriter:
             return [self.schema(part, f"{path}/{index}") for index, part in enumerate(value)]
         return self.schema(value, path) if name in _SINGLE else value
 
-    def _discriminated_union(self, schema: dict[str, Any]) -> None:
-        """Turns OpenAPI's discriminated unions into `anyOf`: their branches differ in a property that is required."""
-        discriminator, branches = schema.get("discriminator"), schema.get("oneOf")
-        if not isinstance(discriminator, dict) or not isinstance(branches, list) or "anyOf" in schema:
+    def _one_of(self, schema: dict[str, Any]) -> None:
+        """Turns `oneOf` into `anyOf` where its branches exclude each other, or can be narrowed so that they do."""
+        branches = schema.get("oneOf")
+        if not isinstance(branches, list):
             return
-        name = discriminator.get("propertyName")
-        references = [branch.get("$ref") if isinstance(branch, dict) else None for branch in branches]
-        resolved = [
-            branch if reference is None else _resolve(self._root, reference)
-            for branch, reference in zip(branches, references, strict=True)
-        ]
-        values = [_constants(branch, name) for branch in resolved]
-        if not all(values) or any(one & other for one, other in combinations(values, 2)):
+        resolved = [self._resolved(branch) for branch in branches]
+        if (narrowed := narrowings(resolved, schema.get("type"))) is None:
             return
-        del schema["discriminator"]
-        schema["anyOf"] = schema.pop("oneOf")
-        for branch, reference in zip(schema["anyOf"], references, strict=True):
-            if not isinstance(reference, str):
-                branch["required"] = list(dict.fromkeys((*branch.get("required", ()), name)))
-            elif isinstance(name, str):
-                self.required.append((reference, name))
+        options = {"anyOf": [self._narrowed(*parts) for parts in zip(branches, resolved, narrowed, strict=True)]}
+        del schema["oneOf"]
+        if "anyOf" in schema:
+            schema["allOf"] = [*schema.get("allOf", ()), options]
+        else:
+            schema.update(options)
+
+    def _resolved(self, branch: Any) -> dict[str, Any]:
+        """Returns the definition that a branch refers to, or else itself; an empty schema if that is unknown."""
+        if not isinstance(branch, dict):
+            return {}
+        return _resolve(self._root, branch["$ref"]) if "$ref" in branch else branch
+
+    def _narrowed(self, branch: Any, resolved: dict[str, Any], narrowing: Narrowing) -> Any:
+        if not narrowing.required and not narrowing.excluded:
+            return branch
+        result = dict(branch)
+        if "type" not in resolved:
+            result["type"] = "object"
+        if narrowing.excluded:
+            result["properties"] = {**branch.get("properties", {}), **dict.fromkeys(narrowing.excluded, False)}
+        if "$ref" in branch:  # llguidance does not support other keywords beside recursive references
+            self.required.extend((branch["$ref"], name) for name in narrowing.required)
+        elif narrowing.required:
+            result["required"] = list(dict.fromkeys((*branch.get("required", ()), *narrowing.required)))
+        return result
+
+
+def _reachable(root: dict[str, Any]) -> Iterator[str]:
+    """Yields the JSON Pointers of everything in a schema but definitions that it does not refer to."""
+    places: list[tuple[str, Any]] = [("", root)]
+    seen = set()
+    while places:
+        path, place = places.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        yield path
+        if isinstance(place, list):
+            places += [(f"{path}/{index}", item) for index, item in enumerate(place)]
+        elif isinstance(place, dict):
+            places += [(f"{path}/{_escaped(k)}", v) for k, v in place.items() if k not in ("$defs", "definitions")]
+            if isinstance(reference := place.get("$ref"), str):
+                places.append((unquote(reference).removeprefix("#"), _resolve(root, reference)))
 
 
 def _resolve(root: Any, reference: Any) -> dict[str, Any]:
@@ -101,7 +191,7 @@ def _resolve(root: Any, reference: Any) -> dict[str, Any]:
     if not isinstance(reference, str) or not reference.startswith("#/"):
         return {}
     place = root
-    for part in reference.removeprefix("#/").split("/"):
+    for part in unquote(reference).removeprefix("#/").split("/"):
         place = place.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(place, dict) else None
     return place if isinstance(place, dict) else {}
 
@@ -109,12 +199,10 @@ def _resolve(root: Any, reference: Any) -> dict[str, Any]:
 def _annotations(schema: dict[str, Any]) -> None:
     """Drops keywords and values that allow everything."""
     inert: Mapping[str, Callable[[Any], bool]] = {
-        "format": lambda value: isinstance(value, str) and value not in _FORMATS,
+        "$schema": lambda value: "json-schema.org/draft" not in str(value),
+        "additionalItems": lambda _: not isinstance(schema.get("items"), list),
+        "format": lambda value: isinstance(value, str) and value not in _FORMATS | _PATTERNS.keys(),
         "uniqueItems": lambda value: value is False,
-        "dependentRequired": lambda value: isinstance(value, dict) and not any(value.values()),
-        "dependentSchemas": lambda value: (
-            isinstance(value, dict) and all(part in ({}, True) for part in value.values())
-        ),
         "propertyNames": lambda value: value in ({}, True),
         "unevaluatedProperties": lambda value: value in ({}, True),
         "unevaluatedItems": lambda value: value in ({}, True),
@@ -122,6 +210,62 @@ def _annotations(schema: dict[str, Any]) -> None:
     for name, is_inert in inert.items():
         if name in schema and is_inert(schema[name]):
             del schema[name]
+    patterns = schema.get("patternProperties")
+    if isinstance(patterns, dict) and schema.keys().isdisjoint(("additionalProperties", "unevaluatedProperties")):
+        schema["patternProperties"] = {name: part for name, part in patterns.items() if part not in ({}, True)}
+    if schema.get("patternProperties") == {}:
+        del schema["patternProperties"]
+
+
+def _sizes(schema: dict[str, Any]) -> None:
+    """Writes 2.0 as 2, which llguidance requires of sizes."""
+    schema.update({name: int(schema[name]) for name in _SIZES if name in schema})
+
+
+def _formats(schema: dict[str, Any]) -> None:
+    """Expresses formats by patterns."""
+    name = schema.get("format")
+    if not isinstance(name, str) or name not in _PATTERNS:
+        return
+    del schema["format"]
+    if name == "hostname":
+        schema["maxLength"] = min(schema.get("maxLength", 253), 253)
+    if "pattern" in schema:
+        schema["allOf"] = [*schema.get("allOf", ()), {"pattern": _PATTERNS[name]}]
+    else:
+        schema["pattern"] = _PATTERNS[name]
+
+
+def _property_names(schema: dict[str, Any]) -> None:
+    """Expresses a pattern of property names, or a list of them, by properties."""
+    names = schema.get("propertyNames")
+    beside = ("properties", "patternProperties", "unevaluatedProperties")
+    if not isinstance(names, dict) or not schema.keys().isdisjoint(beside):
+        return
+    rules = {name: rule for name, rule in names.items() if (name, rule) != ("type", "string")}
+    options = [rules["const"]] if "const" in rules else rules.get("enum")
+    value = schema.get("additionalProperties", True)
+    if rules.keys() == {"pattern"} and isinstance(rules["pattern"], str):
+        schema["patternProperties"] = {rules["pattern"]: value}
+    elif len(rules) == 1 and isinstance(options, list):
+        schema["properties"] = {name: value for name in options if isinstance(name, str)}
+    else:
+        return
+    del schema["propertyNames"]
+    schema["additionalProperties"] = False
+
+
+def _dependencies(schema: dict[str, Any]) -> None:
+    """Expresses that a property needs others, or a schema, as a choice: without that property or with what it needs."""
+    choices = []
+    for keyword in ("dependencies", "dependentRequired", "dependentSchemas"):
+        for name, needs in schema.get(keyword, {}).items():
+            if needs not in ([], {}, True):
+                needs = {"required": needs} if isinstance(needs, list) else needs
+                choices.append({"anyOf": [{"properties": {name: False}}, needs]})
+        schema.pop(keyword, None)
+    if choices:
+        schema["allOf"] = [*schema.get("allOf", ()), *choices]
 
 
 def _bounds(schema: dict[str, Any]) -> None:
@@ -161,28 +305,28 @@ def _contains(schema: dict[str, Any]) -> None:
 
 
 def _unevaluated(schema: dict[str, Any]) -> None:
-    """Without keywords that combine schemas, properties are unevaluated if they are additional."""
-    if "unevaluatedProperties" in schema and schema.keys().isdisjoint((*_COMBINING, "additionalProperties")):
-        schema["additionalProperties"] = schema.pop("unevaluatedProperties")
+    """Without keywords that combine schemas, what is unevaluated is additional; beside such a keyword, nothing is."""
+    for name, additional in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
+        if name in schema and additional in schema:
+            del schema[name]
+        elif name in schema and schema.keys().isdisjoint(_COMBINING):
+            schema[additional] = schema.pop(name)
 
 
-def _constants(branch: Any, name: Any) -> frozenset[str]:
-    """Returns the texts that a property of a branch may have; empty if it may have others."""
-    properties = branch.get("properties") if isinstance(branch, dict) else None
-    form = properties.get(name) if isinstance(properties, dict) and isinstance(name, str) else None
-    if not isinstance(form, dict):
-        return frozenset()
-    values = [form["const"]] if "const" in form else form.get("enum")
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        return frozenset()
-    return frozenset(values)
+_STEPS = (
+    _annotations, _sizes, _bounds, _formats, _property_names, _dependencies, _conditions, _contains, _unevaluated,
+)  # fmt: skip
 
 
 def _check_types(schema: dict[str, Any], path: str) -> None:
     """Refuses values that the rewriting could not compute with."""
-    for name in ("minItems", "maxItems", "minContains", "maxContains"):
-        if not isinstance(schema.get(name, 0), int | float):
-            raise UnsupportedSchemaError(f"{path}/{name}: must be a number")
+    for name in _SIZES:
+        size = schema.get(name, 0)
+        if not isinstance(size, int | float) or isinstance(size, bool) or not 0 <= size <= MAX_EXACT or size % 1:
+            raise UnsupportedSchemaError(f"{path}/{name}: must be a whole number from 0 to {MAX_EXACT}")
+    for name in ("properties", "dependencies", "dependentRequired", "dependentSchemas"):
+        if not isinstance(schema.get(name, {}), dict):
+            raise UnsupportedSchemaError(f"{path}/{name}: must be an object")
     if not isinstance(schema.get("allOf", []), list):
         raise UnsupportedSchemaError(f"{path}/allOf: must be a list of schemas")
     required = schema.get("required", [])

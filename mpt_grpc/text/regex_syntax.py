@@ -1,0 +1,27 @@
+"""Finds the syntax of regular expressions that llguidance lacks, for errors that name it."""
+
+from __future__ import annotations
+
+import re
+
+# An escape, a character class, or the beginning of a group.
+_SYNTAX = re.compile(
+    r"\\(?P<escape>.?)|\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]|\(\?(?P<group>P[=>]|<?[=!]|[#>|&(0-9])", re.S
+)
+
+
+def unsupported_syntax(pattern: str) -> str | None:
+    """Returns why a regular expression is not supported and what to do, or None if nothing is found."""
+    for found in _SYNTAX.finditer(pattern):
+        escape, group = found["escape"], found["group"]
+        if escape == "":
+            return "ends in a single backslash: write two to match one"
+        if escape is not None and escape in "bB":
+            return f'word boundaries ("\\{escape}") are not supported: write out the characters around them'
+        if (escape is not None and escape in "123456789k") or group == "P=":
+            return "backreferences are not supported: write the text out again"
+        if group in ("=", "!", "<=", "<!"):
+            return f'look-around ("(?{group}") is not supported: remove it'
+        if group is not None:
+            return f'groups that begin with "(?{group}" are not supported: remove them'
+    return None
