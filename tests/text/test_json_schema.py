@@ -33,6 +33,11 @@ def conforms(schema: Any, value: Any) -> bool:
         {"format": "password"},
         {"format": "my-own-format"},
         {"uniqueItems": False},
+        {"$schema": "https://example.com/a-schema-of-schemas"},
+        {"additionalItems": False},
+        {"dependencies": {"a": []}},
+        {"patternProperties": {}},
+        {"patternProperties": {"^.{1,255}$": {}}},
         {"dependentRequired": {}},
         {"dependentRequired": {"a": []}},
         {"dependentSchemas": {"a": True}},
@@ -63,6 +68,22 @@ def test_keywords_without_effect_are_dropped(keywords: dict[str, Any]) -> None:
             {"b": 1},
         ),
         ({"type": "object", "properties": {"a": {"not": {}}, "b": {}}}, {"b": 1}, {"a": 1}),
+        ({"type": "object", "patternProperties": {"^.{1,9}$": {}}, "additionalProperties": False}, {"a": 1}, {"": 1}),
+        ({"type": "object", "propertyNames": {"pattern": "^a"}}, {"ab": 1}, {"b": 1}),
+        ({"type": "object", "propertyNames": {"enum": ["a", "b"]}, "minProperties": 1}, {"b": 1}, {"c": 1}),
+        ({"type": "object", "dependentRequired": {"a": ["b"]}}, {"b": 1}, {"a": 1}),
+        ({"type": "object", "dependencies": {"a": ["b"], "c": {"required": ["d"]}}}, {"d": 1}, {"c": 1}),
+        ({"type": "object", "dependentSchemas": {"a": {"maxProperties": 1}}}, {"a": 1}, {"a": 1, "b": 1}),
+        ({"type": "array", "prefixItems": [{"type": "null"}], "additionalItems": True}, [None, 1], [1]),
+        ({"type": "array", "prefixItems": [{}], "unevaluatedItems": False}, [1], [1, 2]),
+        ({"type": "array", "minItems": 2.0}, [1, 2], [1]),
+        ({"type": ["string", "null"], "format": "date", "pattern": "^2"}, "2024-02-29", "2023-02-29"),
+        ({"format": "date"}, None, "2100-02-29"),
+        ({"type": "string", "format": "date-time"}, "2000-02-29T23:59:59.5Z", "2000-02-29T22:58:60Z"),
+        ({"type": "string", "format": "time"}, "00:00:00+01:00", "24:00:00Z"),
+        ({"type": "string", "format": "hostname"}, "a.b-c.example", "xn--a"),
+        ({"type": "string", "format": "hostname"}, "a" * 63 + ".b", "a" * 64),
+        ({"type": "string", "deprecated": True, "$comment": "c", "x-own": {"not": {}}, "required": []}, "a", 1),
         (INT64, -MAX_EXACT, 2**63),
         (INT64, 0, 1.5),
         ({**INT64, "exclusiveMaximum": 2**64, "maximum": 10}, 10, 11),
@@ -72,6 +93,57 @@ def test_keywords_without_effect_are_dropped(keywords: dict[str, Any]) -> None:
 def test_other_keywords_are_expressed_exactly(schema: dict[str, Any], good: Any, bad: Any) -> None:
     assert conforms(schema, good)
     assert not conforms(schema, bad)
+
+
+POINT = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"], "additionalProperties": False}
+NODE = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("branches", "good", "bad"),
+    [
+        ([{"type": "string"}, {"type": ["integer", "null"]}], ["a", 1, None], [1.5, {}]),
+        ([{"enum": [1, 2]}, {"const": "a"}, {"const": True}], [1, "a", True], [3, False]),
+        ([{"type": "string", "maxLength": 2}, {"enum": [1.0, 5]}], ["a", 5], ["abc", 2]),
+        ([{"properties": {"k": {"const": k}}} for k in (1, "1", None)], [{"k": 1}, {"k": "1"}, {"k": None}], [{}, 5]),
+        (
+            [{"type": "object", "properties": {"v": {"type": t}}, "required": ["v"]} for t in ("string", "integer")],
+            [{"v": "a"}, {"v": 1}],
+            [{"v": None}, {}],
+        ),
+        ([{"required": ["a"]}, {"required": ["b"]}], [{"a": 1}, {"b": 1, "c": 2}], [{"a": 1, "b": 1}, {}, "text"]),
+        ([{"$ref": "#/$defs/point"}, {"$ref": "#/$defs/node"}], [{"x": 1}, {"next": {"x": 1}}], [{"x": 1, "next": 1}]),
+        ([POINT, {"type": "object", "required": ["y"]}], [{"x": 1}, {"y": 1}], [{"x": 1, "y": 1}]),
+    ],
+)
+def test_one_of_is_enforced_if_its_branches_exclude_each_other(
+    branches: list[Any], good: list[Any], bad: list[Any]
+) -> None:
+    schema = {"oneOf": branches, "$defs": {"point": POINT, "node": NODE}}
+    assert [value for value in good if not conforms(schema, value)] == []
+    assert [value for value in bad if conforms(schema, value)] == []
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        [{"type": "integer"}, {"type": "number"}],
+        [{"const": 1}, {"const": 1.0}],
+        [{"required": ["a"]}, {"required": ["a", "b"]}],
+        [{"type": "object"}, {}],
+        [{"type": ["object", "string"], "required": ["a"]}, {"required": ["b"]}],
+    ],
+)
+def test_one_of_is_not_enforced_if_a_value_may_match_two_branches(branches: list[Any]) -> None:
+    matcher = LLMatcher(BYTES, make_grammar(JsonSchema(json.dumps({"oneOf": branches}))), log_level=0)
+    assert "oneOf" in matcher.get_error()
+
+
+def test_unsupported_keywords_only_matter_where_they_are_used() -> None:
+    definitions = {"$defs": {"set": {"type": "array", "uniqueItems": True}}}
+    assert conforms({"type": "string", **definitions}, "a")
+    with pytest.raises(InvalidRequestError, match=r"/\$defs/set/uniqueItems: \"uniqueItems\" is not supported"):
+        make_grammar(JsonSchema(json.dumps({"properties": {"a": {"$ref": "#/$defs/set"}}, **definitions})))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +156,14 @@ def test_other_keywords_are_expressed_exactly(schema: dict[str, Any], good: Any,
         ),
         ({"type": "integer", "minimum": 2**53}, "/minimum: 9007199254740992: integers beyond"),
         ({"not": {}}, "no output can satisfy it"),
+        ({"properties": {"a": {"not": {"type": "null"}}}}, '/properties/a/not: "not" is not supported: remove it'),
+        ({"items": {"pattern": r"\bword\b"}}, r'/items/pattern: word boundaries ("\b") are not supported'),
+        ({"pattern": "[(?=](?!a)"}, '/pattern: look-around ("(?!") is not supported'),
+        ({"patternProperties": {"(?<=a)": False}}, '/patternProperties/(?<=a): look-around ("(?<=") is not supported'),
+        ({"pattern": "(?P<a>b)(?P=a)"}, "/pattern: backreferences are not supported"),
+        ({"minProperties": 3, "required": ["a"]}, "/minProperties: more than one property beyond the required ones"),
+        ({"maxLength": 0.5}, "/maxLength: must be a whole number"),
+        ({"minItems": -1}, "/minItems: must be a whole number"),
     ],
 )
 def test_what_cannot_be_enforced_exactly_is_refused_with_its_place(schema: dict[str, Any], error: str) -> None:
