@@ -71,6 +71,11 @@ def rewrite(schema: dict[str, Any]) -> Schema:
     for path in _reachable(schema):
         if path in rewriter.obstacles:
             raise UnsupportedSchemaError(rewriter.obstacles[path])
+        # llguidance would compare branches that have been narrowed.
+        if rewriter.is_narrowed and path in rewriter.undecided:
+            raise UnsupportedSchemaError(
+                f'{path}/oneOf: "oneOf" is not supported where several options may match: use anyOf'
+            )
     for reference, name in rewriter.required:
         definition = _resolve(result, reference)
         definition["required"] = list(dict.fromkeys((*definition.get("required", ()), name)))
@@ -84,6 +89,9 @@ class _Rewriter:
         """References to definitions with a property that they have to require."""
         self.obstacles: dict[str, str] = {}
         """Why schemas cannot be enforced, by their JSON Pointers; they may stay in definitions that are not used."""
+        self.undecided: set[str] = set()
+        """The JSON Pointers of schemas whose `oneOf` is left to llguidance."""
+        self.is_narrowed = False
 
     def schema(self, schema: Any, path: str) -> Any:
         """Returns the schema at a place rewritten, and anything else unchanged for llguidance to refuse."""
@@ -95,6 +103,8 @@ class _Rewriter:
         for step in _STEPS:
             step(result)
         self._one_of(result)
+        if "oneOf" in result:
+            self.undecided.add(path)
         negated = result.get("not")
         if negated in ({}, True):
             return False
@@ -156,6 +166,7 @@ class _Rewriter:
     def _narrowed(self, branch: Any, resolved: dict[str, Any], narrowing: Narrowing) -> Any:
         if not narrowing.required and not narrowing.excluded:
             return branch
+        self.is_narrowed = True
         result = dict(branch)
         if "type" not in resolved:
             result["type"] = "object"

@@ -139,6 +139,13 @@ def test_one_of_is_not_enforced_if_a_value_may_match_two_branches(branches: list
     assert "oneOf" in matcher.get_error()
 
 
+def test_narrowed_branches_do_not_make_an_outer_one_of_appear_exclusive() -> None:
+    inner = {"type": "object", "oneOf": [{"required": ["a", "x"]}, {"required": ["p", "q"]}]}
+    schema = {"oneOf": [inner, {"type": "object", "required": ["p", "a", "x"]}]}
+    with pytest.raises(InvalidRequestError, match='/oneOf: "oneOf" is not supported where several options may match'):
+        make_grammar(JsonSchema(json.dumps(schema)))
+
+
 def test_unsupported_keywords_only_matter_where_they_are_used() -> None:
     definitions = {"$defs": {"set": {"type": "array", "uniqueItems": True}}}
     assert conforms({"type": "string", **definitions}, "a")
