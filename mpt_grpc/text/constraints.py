@@ -207,7 +207,7 @@ class _Probe:
             if answer == "ok":
                 return
             if answer:
-                raise InvalidRequestError(FieldViolation(field, refusal_reason(answer)))
+                raise InvalidRequestError(FieldViolation(field, refusal_reason(answer.removeprefix("refused: "))))
         # It overflowed its stack, or exceeded its CPU time or memory.
         raise InvalidRequestError(FieldViolation(field, TOO_COSTLY))
 
