@@ -20,6 +20,8 @@ class ModelSettings:
     """'demo', a folder in Hugging Face's layout, or a Hugging Face Hub ID."""
     revision: str | None = None
     """A branch, tag or commit of the Hub's repository; None takes its default branch."""
+    adapters: tuple[Path, ...] = ()
+    """Folders of LoRA adapters, which are merged into the model in turn."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     load_format: Literal["auto", "random"] = "auto"
@@ -35,6 +37,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.revision == "":
             raise SettingsError("--revision: empty; name a branch, tag or commit, or omit it")
+        if self.adapters and self.load_format == "random":
+            raise SettingsError("--adapter: cannot be merged into random weights; omit --load-format random")
         _at_least(2, max_context_tokens=self.max_context_tokens)
 
 

@@ -26,6 +26,13 @@ def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> 
         metavar="BRANCH|TAG|COMMIT",
         help="version of a model of the Hub (default: the latest of its default branch)",
     )
+    model.add_argument(
+        "--adapter",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="LoRA adapter, as PEFT saves it, to merge into the model; may be repeated (default: none)",
+    )
     model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto prefers a GPU")
     model.add_argument(
         "--dtype",
@@ -185,6 +192,7 @@ def model_settings(parsed: argparse.Namespace) -> ModelSettings:
     return ModelSettings(
         model=parsed.model,
         revision=parsed.revision,
+        adapters=tuple(folder.expanduser() for folder in parsed.adapter or ()),
         device=parsed.device,
         dtype=parsed.dtype,
         chat_template=parsed.chat_template,

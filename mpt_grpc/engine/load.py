@@ -20,13 +20,14 @@ from mpt_grpc.engine.memory import STEP_BYTES, MemoryNeeds, dtype_name, free_mem
 from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.generation_config import generation_defaults
+from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
-from mpt_grpc.model.weights import load_model, num_parameters, random_model
+from mpt_grpc.model.weights import load_model, num_parameters, parameter_shapes, random_model
 from mpt_grpc.request import GenerationDefaults
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
@@ -76,6 +77,8 @@ def load_engine(
     checkpoint = find_checkpoint(wanted.model, wanted.revision, weights=not random)
     folder = checkpoint.folder
     config = MPTConfig.from_file(folder / "config.json")
+    shapes = parameter_shapes(config)
+    adapters = [Adapter.from_folder(adapter, shapes) for adapter in wanted.adapters]
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
         why = f"tokenizer.json has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
@@ -96,7 +99,7 @@ def load_engine(
         raise SettingsError(f"--max-context-tokens: {why}")
 
     def load_weights() -> MPT:
-        return random_model(config, dtype, device) if random else load_model(folder, config, dtype, device)
+        return random_model(config, dtype, device) if random else load_model(folder, config, dtype, device, adapters)
 
     block_bytes = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
     needs = _memory_needs(settings.cache, num_parameters(config), block_bytes, dtype, device)

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mpt_grpc.errors import ConfigError, ModelError
-from mpt_grpc.model.config_fields import LIMITED, READ, activation, changes_nothing, is_ignored
+from mpt_grpc.model.config_fields import LIMITED, READ, activation, is_ignored
+from mpt_grpc.model.fields import MAX_SIZE, Fields
 from mpt_grpc.model_files import read_json
 
-_MAX_SIZE = 1 << 24
-"""The largest width, number of layers or vocabulary; far beyond any model, and small enough to multiply."""
 _MAX_CONTEXT_TOKENS = 1 << 31
 
 
@@ -82,8 +81,8 @@ class MPTConfig:
         """Parses the content of `config.json`. Raises ConfigError with every field that is not supported."""
         if raw.get("model_type") != "mpt":
             raise ConfigError(f"config.json: model_type: {raw.get('model_type')!r} is not supported; only 'mpt' is")
-        fields = _Fields(raw)
-        fields.check_limited()
+        fields = _fields(raw)
+        fields.check_limited(LIMITED)
         d_model, n_heads = fields.size("d_model", 2048), fields.size("n_heads", 16)
         if d_model % n_heads:
             fields.refuse("n_heads", n_heads, f"does not divide d_model, which is {d_model}")
@@ -124,68 +123,26 @@ class MPTConfig:
             logit_scale=_logit_scale(fields, d_model),
             logit_softcap=fields.number("final_logit_softcapping") or None,
         )
-        fields.check_unknown()
+        fields.check_unknown(READ.keys(), LIMITED, is_ignored)
         if fields.obstacles:
             raise ConfigError(f"config.json: {'; '.join(fields.obstacles)}")
         return config
 
 
-class _Fields:
-    """The fields of `config.json` by their paths, and the obstacles found in them so far."""
-
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        self.obstacles: list[str] = []
-        self._values = {name: value for name, value in raw.items() if name not in ("attn_config", "ffn_config")}
-        for group in ("attn_config", "ffn_config"):
-            content = {} if raw.get(group) is None else raw[group]
-            if isinstance(content, Mapping):
-                self._values |= {f"{group}.{name}": value for name, value in content.items()}
-            else:
-                self.obstacles.append(f"{group}: expected a JSON object, not {content!r}")
-
-    def refuse(self, name: str, value: object, why: str) -> None:
-        self.obstacles.append(f"{name}: {value!r}: {why}")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self._values.get(name, default)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            self.refuse(name, value, "expected true or false")
-            return default
-        return value
-
-    def size(self, name: str, default: int, largest: int = _MAX_SIZE) -> int:
-        value = self.get(name, default)
-        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not is_whole or not 1 <= value <= largest:
-            self.refuse(name, value, f"expected an integer from 1 to {largest}")
-            return default
-        return int(value)
-
-    def number(self, name: str) -> float | None:
-        value = self.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-            self.refuse(name, value, "expected a non-negative number or null")
-            return None
-        return float(value)
-
-    def check_limited(self) -> None:
-        for field in LIMITED:
-            if field.name in self._values and not field.is_supported(value := self._values[field.name]):
-                self.refuse(field.name, value, f"would need {field.needs}; supported: {field.supported}")
-
-    def check_unknown(self) -> None:
-        known = READ.keys() | {field.name for field in LIMITED}
-        for name, value in self._values.items():
-            if name not in known and not is_ignored(name) and not changes_nothing(value):
-                self.refuse(name, value, "unknown field, which may change the computation")
+def _fields(raw: Mapping[str, Any]) -> Fields:
+    """Returns the fields by their paths, with a dot between an object and its fields."""
+    groups = ("attn_config", "ffn_config")
+    fields = Fields({name: value for name, value in raw.items() if name not in groups})
+    for group in groups:
+        content = {} if raw.get(group) is None else raw[group]
+        if isinstance(content, Mapping):
+            fields.values |= {f"{group}.{name}": value for name, value in content.items()}
+        else:
+            fields.obstacles.append(f"{group}: expected a JSON object, not {content!r}")
+    return fields
 
 
-def _n_kv_heads(fields: _Fields, n_heads: int) -> int:
+def _n_kv_heads(fields: Fields, n_heads: int) -> int:
     kind, stated = fields.get("attn_config.attn_type", "multihead_attention"), fields.get("attn_config.kv_n_heads")
     implied = {"multihead_attention": n_heads, "multiquery_attention": 1, "grouped_query_attention": stated}
     if not isinstance(kind, str) or kind not in implied:
@@ -200,7 +157,7 @@ def _n_kv_heads(fields: _Fields, n_heads: int) -> int:
     return n_kv_heads
 
 
-def _rope(fields: _Fields, head_dim: int) -> Rope | None:
+def _rope(fields: Fields, head_dim: int) -> Rope | None:
     """Returns the rotary position embeddings, whose two implementations in llm-foundry compute the same."""
     if fields.get("attn_config.rope") is None or not fields.boolean("attn_config.rope", False):
         return None
@@ -228,26 +185,26 @@ def _rope(fields: _Fields, head_dim: int) -> Rope | None:
     return None
 
 
-def _sliding_window(fields: _Fields) -> int | None:
+def _sliding_window(fields: Fields) -> int | None:
     size = fields.get("attn_config.sliding_window_size")
     if size is None or size == -1:
         return None
     return fields.size("attn_config.sliding_window_size", 1, _MAX_CONTEXT_TOKENS)
 
 
-def _d_ffn(fields: _Fields, d_model: int) -> int:
+def _d_ffn(fields: Fields, d_model: int) -> int:
     if fields.get("ffn_config.ffn_hidden_size") is not None:
         return fields.size("ffn_config.ffn_hidden_size", 1)
     ratio = fields.number("expansion_ratio")
     d_ffn = d_model * (4.0 if ratio is None else ratio)
-    if not 1 <= d_ffn <= _MAX_SIZE or d_ffn != int(d_ffn):
-        why = f"multiplied by d_model, which is {d_model}, must be an integer from 1 to {_MAX_SIZE}"
+    if not 1 <= d_ffn <= MAX_SIZE or d_ffn != int(d_ffn):
+        why = f"multiplied by d_model, which is {d_model}, must be an integer from 1 to {MAX_SIZE}"
         fields.refuse("expansion_ratio", ratio, why)
         return d_model
     return int(d_ffn)
 
 
-def _norm_eps(fields: _Fields) -> float:
+def _norm_eps(fields: Fields) -> float:
     """Returns the epsilon of layer norm, which llm-foundry calls `norm_eps` and transformers `layer_norm_epsilon`."""
     names = ("norm_eps", "layer_norm_epsilon")
     stated = [value for value in map(fields.number, names) if value is not None]
@@ -256,7 +213,7 @@ def _norm_eps(fields: _Fields) -> float:
     return stated[0] if stated else 1e-5
 
 
-def _logit_scale(fields: _Fields, d_model: int) -> float | None:
+def _logit_scale(fields: Fields, d_model: int) -> float | None:
     value = fields.get("logit_scale")
     if value is None:
         return None

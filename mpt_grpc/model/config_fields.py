@@ -8,36 +8,10 @@ implemented ones; the page docs/checkpoints.md is generated from this table. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-
-@dataclass(frozen=True)
-class LimitedField:
-    """A field of which only some values are implemented."""
-
-    name: str
-    """Its path, with a dot between the object and the field."""
-    supported: str
-    """The implemented values, in words."""
-    needs: str
-    """What other values would need."""
-    is_supported: Callable[[Any], bool]
-
-
-def _alternatives(words: Iterable[str]) -> str:
-    *others, last = words
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def _one_of(name: str, values: tuple[Any, ...], needs: str) -> LimitedField:
-    def is_supported(value: Any) -> bool:
-        folded = value.lower() if isinstance(value, str) else value
-        return any(folded is other or (type(folded) is type(other) and folded == other) for other in values)
-
-    words = {None: "null", True: "true", False: "false"}
-    return LimitedField(name, _alternatives(f"{words.get(value, value)}" for value in values), needs, is_supported)
+from mpt_grpc.model.fields import LimitedField, changes_nothing, one_of
 
 
 def _has_no_overrides(value: Any) -> bool:
@@ -108,23 +82,23 @@ READ: Mapping[str, str] = {
 """The implemented fields, with what they mean."""
 
 LIMITED = (
-    _one_of("norm_type", NORM_TYPES, "another normalization"),
+    one_of("norm_type", NORM_TYPES, "another normalization"),
     LimitedField("block_overrides", "null or without overrides", "layers that differ", _has_no_overrides),
     LimitedField("fc_type", "torch or te", "another linear layer", _is_plain_linear),
-    _one_of("attn_config.prefix_lm", (False, None), "bidirectional attention over a prefix"),
-    _one_of("attn_config.qk_gn", (False, None), "group normalization of queries and keys"),
-    _one_of("attn_config.nope", (False, None), "attention without positions"),
-    _one_of("attn_config.attn_logit_softcapping", (None,), "soft capping of the attention scores"),
-    _one_of("attn_config.kv_dim", (None,), "keys and values of another width"),
-    _one_of("attn_config.reuse_kv_layer_idx", (None,), "layers that share keys and values"),
-    _one_of("attn_config.fused_qkv", (True, None), "separate weights of queries, keys and values"),
+    one_of("attn_config.prefix_lm", (False, None), "bidirectional attention over a prefix"),
+    one_of("attn_config.qk_gn", (False, None), "group normalization of queries and keys"),
+    one_of("attn_config.nope", (False, None), "attention without positions"),
+    one_of("attn_config.attn_logit_softcapping", (None,), "soft capping of the attention scores"),
+    one_of("attn_config.kv_dim", (None,), "keys and values of another width"),
+    one_of("attn_config.reuse_kv_layer_idx", (None,), "layers that share keys and values"),
+    one_of("attn_config.fused_qkv", (True, None), "separate weights of queries, keys and values"),
     LimitedField(
         "attn_config.attn_temperature_tuning",
         "null or with attn_scale 0",
         "attention scores that depend on the position",
         _has_no_attention_scale,
     ),
-    _one_of("ffn_config.ffn_type", ("mptmlp", "mptglu"), "another feed-forward layer"),
+    one_of("ffn_config.ffn_type", ("mptmlp", "mptglu"), "another feed-forward layer"),
     LimitedField("ffn_config.fc_type", "torch or te", "another linear layer", _is_plain_linear),
     LimitedField(
         "ffn_config.ffn_act_fn",
@@ -159,8 +133,3 @@ the objects `attn_config` and `ffn_config`."""
 def is_ignored(name: str) -> bool:
     """Whether a field, named by its path, does not affect the logits."""
     return name in IGNORED or (name.startswith(("attn_config.", "ffn_config.")) and name.rpartition(".")[2] in IGNORED)
-
-
-def changes_nothing(value: Any) -> bool:
-    """Whether the value of an unknown field switches it off: null, false, or an empty text, list or object."""
-    return value is None or value is False or value in ("", [], {})

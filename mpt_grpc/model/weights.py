@@ -1,26 +1,25 @@
 """Loads a checkpoint's tensors into the model one at a time, so that peak memory is the model plus one tensor.
 
-Reads memory-mapped safetensors and PyTorch zip files, either a single file or shards with an index. PyTorch files are
-read with `weights_only=True`, so torch rejects any other content of a pickle and never executes it.
+The weights are in a single file, or in shards with an index. Adapters are merged into each tensor as it is loaded.
 """
 
 from __future__ import annotations
 
-import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mpt_grpc.errors import WeightsError
+from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.linear import Linear
 from mpt_grpc.model.mpt import MPT
+from mpt_grpc.model.tensor_files import read_tensors
 from mpt_grpc.model_files import WEIGHT_LAYOUTS, shard_names
 
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
@@ -28,18 +27,18 @@ _COMPUTED = "transformer.rotary_embedding."
 """The prefix of the constants of rotary position embeddings, which old versions of transformers store."""
 
 
-def load_model(folder: Path, config: MPTConfig, dtype: torch.dtype, device: torch.device) -> MPT:
-    """Loads the checkpoint in `folder`.
+def load_model(
+    folder: Path, config: MPTConfig, dtype: torch.dtype, device: torch.device, adapters: Sequence[Adapter] = ()
+) -> MPT:
+    """Loads the checkpoint in `folder`, with the adapters merged in turn.
 
     Raises WeightsError naming the tensor if one is missing, unexpected or has the wrong shape.
     """
-    return _fill(config, _tensors(weight_files(folder)), dtype, device)
+    return _fill(config, read_tensors(weight_files(folder)), dtype, device, adapters)
 
 
 def random_model(config: MPTConfig, dtype: torch.dtype, device: torch.device) -> MPT:
     """Returns a model with random weights that keep activations finite, for benchmarks without a checkpoint."""
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in MPT(config).named_parameters()}
     generator = torch.Generator(device).manual_seed(0)
 
     def tensor(name: str, shape: torch.Size) -> Tensor:
@@ -48,18 +47,25 @@ def random_model(config: MPTConfig, dtype: torch.dtype, device: torch.device) ->
         std = 0.02 if name == _EMBEDDING else shape[1] ** -0.5
         return torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
 
-    return _fill(config, ((name, tensor(name, shape)) for name, shape in shapes.items()), dtype, device)
+    return _fill(
+        config, ((name, tensor(name, shape)) for name, shape in parameter_shapes(config).items()), dtype, device
+    )
+
+
+def parameter_shapes(config: MPTConfig) -> dict[str, torch.Size]:
+    """Returns the shapes of a model's parameters, by their names in a checkpoint."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in MPT(config).named_parameters()}
 
 
 def num_parameters(config: MPTConfig) -> int:
     """Returns the number of parameters of a model."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in MPT(config).parameters())
+    return sum(shape.numel() for shape in parameter_shapes(config).values())
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
     """Returns the checkpoint's tensors by name, mapped from the files into memory. Raises WeightsError."""
-    return dict(_tensors(weight_files(folder)))
+    return dict(read_tensors(weight_files(folder)))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -79,7 +85,13 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _fill(config: MPTConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device) -> MPT:
+def _fill(
+    config: MPTConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+    adapters: Sequence[Adapter] = (),
+) -> MPT:
     with torch.device("meta"):
         model = MPT(config)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -98,6 +110,8 @@ def _fill(config: MPTConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch
                 raise WeightsError(f"tensor {name!r} is not part of this model{hint}")
             if tensor.shape != expected[name]:
                 raise WeightsError(f"tensor {name!r} has shape {list(tensor.shape)}, not {list(expected[name])}")
+            for adapter in adapters:
+                tensor = adapter.merged(name, tensor)
             # Copied, so that the file can be unmapped.
             _set(model, name, torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor))
             missing.discard(name)
@@ -116,25 +130,6 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
     if isinstance(module, Linear) and leaf == "weight":
         module.prepack()
-
-
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.offset_keys():
-                        yield name, opened.get_tensor(name)
-            else:
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                if not isinstance(state, dict) or not all(
-                    isinstance(value, Tensor) and value.layout is torch.strided for value in state.values()
-                ):
-                    raise WeightsError(f"{file}: expected a mapping of names to dense tensors")
-                for name in state:
-                    yield name, state[name]
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-            raise WeightsError(f"cannot read {file}: {error}") from error
 
 
 def _progress(total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:

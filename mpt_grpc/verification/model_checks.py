@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from mpt_grpc.checkpoint import Checkpoint
 from mpt_grpc.engine.load import load_engine
+from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
-from mpt_grpc.model.weights import stored_tensors
+from mpt_grpc.model.weights import parameter_shapes, stored_tensors
 from mpt_grpc.request import GenerationRequest, LogprobOptions, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
 from mpt_grpc.verification.check import Check
@@ -65,10 +67,10 @@ def model_checks(wanted: ModelSettings, checkpoint: Checkpoint) -> Iterator[Chec
     """Yields the results in turn. Raises ModelError or SettingsError if the model cannot be loaded."""
     served = _served(wanted)
     yield Check("weights", "ok", f"{served.num_parameters:,} parameters, served in {served.dtype}")
-    scores = _reference_scores(checkpoint.folder, served)
+    scores = _reference_scores(checkpoint.folder, wanted.adapters, served)
     yield _plausibility_check(served, scores)
     yield _comparison("float64 reference", served, scores)
-    yield _transformers_check(checkpoint.folder, served)
+    yield _transformers_check(checkpoint.folder, wanted.adapters, served)
 
 
 def _served(wanted: ModelSettings) -> _Served:
@@ -95,19 +97,25 @@ def _served(wanted: ModelSettings) -> _Served:
     )
 
 
-def _reference_scores(folder: Path, served: _Served) -> _Scores:
+def _reference_scores(folder: Path, adapters: Sequence[Path], served: _Served) -> _Scores:
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-    return _Scores.from_logits(reference_logits(_Float64(stored_tensors(folder)), raw, served.token_ids), served)
+    shapes = parameter_shapes(MPTConfig.from_file(folder / "config.json"))
+    weights = _Float64(stored_tensors(folder), [Adapter.from_folder(adapter, shapes) for adapter in adapters])
+    return _Scores.from_logits(reference_logits(weights, raw, served.token_ids), served)
 
 
 class _Float64(Mapping[str, Array]):
-    """The checkpoint's tensors, each converted when it is read, so that few are in memory at a time."""
+    """The checkpoint's tensors, each converted and merged when it is read, so that few are in memory at a time."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], adapters: Sequence[Adapter]) -> None:
         self._tensors = tensors
+        self._adapters = adapters
 
     def __getitem__(self, name: str) -> Array:
-        array: Array = self._tensors[name].to(torch.float64).numpy()
+        tensor = self._tensors[name].to(torch.float64)
+        for adapter in self._adapters:
+            tensor = adapter.merged(name, tensor)
+        array: Array = tensor.numpy()
         return array
 
     def __iter__(self) -> Iterator[str]:
@@ -125,12 +133,18 @@ def _plausibility_check(served: _Served, scores: _Scores) -> Check:
     return Check("plausibility", "FAILED", f"{detail}: the weights do not fit config.json or the tokenizer")
 
 
-def _transformers_check(folder: Path, served: _Served) -> Check:
+def _transformers_check(folder: Path, adapters: Sequence[Path], served: _Served) -> Check:
     if ignored := _ignored_by_transformers(MPTConfig.from_file(folder / "config.json")):
         return Check("transformers", "skipped", f"it ignores {', '.join(ignored)}")
+    if adapters and importlib.util.find_spec("peft") is None:
+        return Check("transformers", "skipped", "merging adapters requires peft, which the extra 'verify' installs")
     from transformers import MptForCausalLM
 
     model = MptForCausalLM.from_pretrained(folder, dtype=getattr(torch, served.dtype))
+    for adapter in adapters:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     with torch.inference_mode():
         logits = model(torch.tensor([served.token_ids])).logits[0].to(torch.float64).numpy()
     return _comparison("transformers", served, _Scores.from_logits(logits, served))

@@ -1,0 +1,102 @@
+"""The fields of a JSON object, each judged by what its value does; whatever is not supported is collected.
+
+A `LimitedField` describes a field of which only some values are implemented. A value that switches a field off is
+accepted whether or not the field is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+MAX_SIZE = 1 << 24
+"""The largest width, number of layers or vocabulary; far beyond any model, and small enough to multiply."""
+
+
+@dataclass(frozen=True)
+class LimitedField:
+    """A field of which only some values are implemented."""
+
+    name: str
+    """Its path, with a dot between the object and the field."""
+    supported: str
+    """The implemented values, in words."""
+    needs: str
+    """What other values would need."""
+    is_supported: Callable[[Any], bool]
+
+
+def _alternatives(words: Iterable[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def one_of(name: str, values: tuple[Any, ...], needs: str) -> LimitedField:
+    """Returns a field with a few implemented values; texts are compared without regard to case."""
+
+    def is_supported(value: Any) -> bool:
+        folded = value.lower() if isinstance(value, str) else value
+        return any(folded is other or (type(folded) is type(other) and folded == other) for other in values)
+
+    words = {None: "null", True: "true", False: "false"}
+    return LimitedField(name, _alternatives(f"{words.get(value, value)}" for value in values), needs, is_supported)
+
+
+def changes_nothing(value: Any) -> bool:
+    """Whether the value of an unknown field switches it off: null, false, or an empty text, list or object."""
+    return value is None or value is False or value in ("", [], {})
+
+
+class Fields:
+    """The fields of an object by their names, and the obstacles found in them so far."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.obstacles: list[str] = []
+
+    def refuse(self, name: str, value: object, why: str) -> None:
+        self.obstacles.append(f"{name}: {value!r}: {why}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.values.get(name, default)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, value, "expected true or false")
+            return default
+        return value
+
+    def size(self, name: str, default: int, largest: int = MAX_SIZE) -> int:
+        value = self.get(name, default)
+        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not is_whole or not 1 <= value <= largest:
+            self.refuse(name, value, f"expected an integer from 1 to {largest}")
+            return default
+        return int(value)
+
+    def number(self, name: str) -> float | None:
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+            self.refuse(name, value, "expected a non-negative number or null")
+            return None
+        return float(value)
+
+    def check_limited(self, limited: Iterable[LimitedField]) -> None:
+        """Refuses the values that are not implemented."""
+        for field in limited:
+            if field.name in self.values and not field.is_supported(value := self.values[field.name]):
+                self.refuse(field.name, value, f"would need {field.needs}; supported: {field.supported}")
+
+    def check_unknown(
+        self, read: Collection[str], limited: Iterable[LimitedField], is_ignored: Callable[[str], bool]
+    ) -> None:
+        """Refuses the fields that are neither known nor switched off."""
+        known = {*read, *(field.name for field in limited)}
+        for name, value in self.values.items():
+            if name not in known and not is_ignored(name) and not changes_nothing(value):
+                self.refuse(name, value, "unknown field, which may change the computation")
