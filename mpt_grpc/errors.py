@@ -2,7 +2,7 @@
 
 MptServerError
 ├── ModelError             the model cannot be loaded: the server does not start
-│   ├── ConfigError          config.json has a value that is not supported
+│   ├── ConfigError          config.json or adapter_config.json has a value that is not supported
 │   └── WeightsError         a tensor is missing, unexpected, misshapen or unreadable
 ├── SettingsError          a flag or a setting is invalid: the server does not start
 ├── EvaluationError        `mpt-grpc eval` cannot run
@@ -34,11 +34,11 @@ class ModelError(MptServerError):
 
 
 class ConfigError(ModelError):
-    """config.json has a value that is not supported."""
+    """config.json or adapter_config.json has a value that is not supported."""
 
 
 class WeightsError(ModelError):
-    """The tensors of a checkpoint do not match the model."""
+    """The tensors of a checkpoint or an adapter do not match the model."""
 
 
 class SettingsError(MptServerError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import warnings
 
 from mpt_grpc.commands import logs, server_options
 from mpt_grpc.errors import VerificationError
@@ -26,6 +27,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", module=r"(transformers|peft)\.")
     failed = []
     for check in checks(server_options.model_settings(parsed)):
         print(f"{check.name:<17}  {check.verdict:<7}  {check.detail}", flush=True)

@@ -64,11 +64,11 @@ class AdapterConfig:
     rank_pattern: Mapping[str, float]
     """The ranks of the modules that a regular expression matches, instead of `rank`."""
     alpha_pattern: Mapping[str, float]
-    target_modules: tuple[str, ...] | str | None
-    """Modules by the ends of their names, or a regular expression that matches whole names; None for all."""
-    exclude_modules: tuple[str, ...] | str | None
-    layers: tuple[int, ...] | None
-    """The layers that are adapted; None for all."""
+    target_modules: tuple[str, ...] | str
+    """Modules by the ends of their names, or a regular expression that matches whole names."""
+    exclude_modules: tuple[str, ...] | str
+    layers: tuple[int, ...]
+    """The layers in which `target_modules`, if they are names, are adapted; empty for all."""
     modules_to_save: tuple[str, ...]
     """The modules whose parameters are replaced, by the ends of their names."""
 
@@ -77,7 +77,7 @@ class AdapterConfig:
         """Reads `adapter_config.json`. Raises ModelError, or ConfigError with every field that is not supported."""
         raw = read_json(path)
         if raw is None:
-            raise ConfigError(f"{path}: not found; expected a folder as PEFT saves it")
+            raise ConfigError(f"--adapter {path.parent}: no {path.name}; expected a folder as PEFT saves it")
         if raw.get("peft_type") != "LORA":
             raise ConfigError(f"{path}: peft_type: {raw.get('peft_type')!r} is not supported; only 'LORA' is")
         fields = Fields(raw)
@@ -89,7 +89,7 @@ class AdapterConfig:
             use_rslora=fields.get("use_rslora") is not None and fields.boolean("use_rslora", False),
             rank_pattern=_pattern(fields, "rank_pattern", least=1),
             alpha_pattern=_pattern(fields, "alpha_pattern", least=0),
-            target_modules=_modules(fields, "target_modules"),
+            target_modules=_modules(fields, "target_modules", ("Wqkv",)),
             exclude_modules=_modules(fields, "exclude_modules"),
             layers=_layers(fields),
             modules_to_save=_names(fields, "modules_to_save"),
@@ -109,17 +109,18 @@ class AdapterConfig:
 
     def adapts(self, module: str) -> bool:
         """Whether PEFT adds an update to the weight of a module, named as in the model."""
-        is_linear = module.rpartition(".")[2] in LINEAR_LAYERS
-        if not is_linear or (self.exclude_modules is not None and _selects(self.exclude_modules, module)):
+        if module.rpartition(".")[2] not in LINEAR_LAYERS or self.replaces(module):
             return False
-        if isinstance(self.target_modules, str) or self.layers is None:
-            return self.target_modules is None or _selects(self.target_modules, module)
+        if _selects(self.exclude_modules, module) or not _selects(self.target_modules, module):
+            return False
+        if isinstance(self.target_modules, str) or not self.layers:
+            return True
         layer = re.search(r"\.blocks\.(\d+)\.", module)
-        return _selects(self.target_modules or (), module) and layer is not None and int(layer[1]) in self.layers
+        return layer is not None and int(layer[1]) in self.layers
 
-    def replaces(self, parameter: str) -> bool:
-        """Whether PEFT saves a parameter of the model as a whole."""
-        return any(f".{module}." in f".{parameter}" for module in self.modules_to_save)
+    def replaces(self, name: str) -> bool:
+        """Whether PEFT saves a module or a parameter of the model as a whole."""
+        return any(f".{module}." in f".{name}." for module in self.modules_to_save)
 
 
 def _matching(pattern: Mapping[str, float], module: str, default: float) -> float:
@@ -146,33 +147,29 @@ def _pattern(fields: Fields, name: str, *, least: int) -> Mapping[str, float]:
     return values
 
 
-def _modules(fields: Fields, name: str) -> tuple[str, ...] | str | None:
+def _modules(fields: Fields, name: str, default: tuple[str, ...] = ()) -> tuple[str, ...] | str:
     value = fields.get(name)
-    if value is None:
-        return None
     if not isinstance(value, str):
-        return _names(fields, name)
+        return default if value is None else _names(fields, name)
     if not _is_regex(value):
-        fields.refuse(name, value, "not a regular expression")
+        fields.refuse(name, value, "expected a list of names or a regular expression")
     return value
 
 
 def _names(fields: Fields, name: str) -> tuple[str, ...]:
-    values = fields.get(name) or ()
-    if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+    values = fields.get(name) or []
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         fields.refuse(name, values, "expected a list of names of modules")
         return ()
     return tuple(values)
 
 
-def _layers(fields: Fields) -> tuple[int, ...] | None:
+def _layers(fields: Fields) -> tuple[int, ...]:
     value = fields.get("layers_to_transform")
-    layers = [value] if isinstance(value, int) else value
-    if layers is None:
-        return None
+    layers = [] if value is None else [value] if isinstance(value, int) else value
     if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
-        fields.refuse("layers_to_transform", value, "expected a list of numbers of layers")
-        return None
+        fields.refuse("layers_to_transform", value, "expected a number or a list of numbers of layers")
+        return ()
     return tuple(layers)
 
 

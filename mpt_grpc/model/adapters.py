@@ -48,7 +48,7 @@ class Adapter:
         config = AdapterConfig.from_file(folder / "adapter_config.json")
         file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
         if file is None:
-            raise WeightsError(f"{folder}: no weights found; expected {' or '.join(_FILES)}")
+            raise WeightsError(f"--adapter {folder}: no weights; expected {' or '.join(_FILES)}")
         # PEFT wraps the layers that it adapts, and calls the original layer base_layer.
         tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in read_tensors([file])}
         obstacles = list(_obstacles(config, tensors, shapes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_adapters import save_adapter, transformers_model
 from model.conftest import make_checkpoint, random_weights, tiny_config
 from safetensors.torch import load_file, save_file
 
@@ -127,3 +129,36 @@ def test_the_checkpoints_own_chat_template_is_compared(tmp_path: Path, is_same: 
     text = turns if is_same else f"{turns}{{{{ strftime_now('%f') }}}}"  # the microsecond of rendering
     (model / "chat_template.jinja").write_text(text)
     assert by_name(model)["chat template"].verdict == ("same" if is_same else "DIFFERS")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """Returns an adapter that changes the built-in model a little."""
+    return save_adapter(tmp_path / "adapter", transformers_model(DEMO), std=0.02, target_modules="all-linear")
+
+
+def test_a_merged_adapter_is_compared_with_the_reference_and_with_peft(adapter: Path) -> None:
+    ended, without = verify(FLOAT32, "--adapter", str(adapter)), verify(FLOAT32)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert not ended.stderr
+    for name in ("float64 reference", "transformers"):
+        assert re.search(rf"^{name} +same ", ended.stdout, re.MULTILINE)
+    nats = [re.findall(r"[\d.]+ nats", process.stdout) for process in (ended, without)]
+    assert nats[0] != nats[1], "the adapter changes the model"
+
+
+def test_without_peft_the_comparison_with_it_is_skipped(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    found = {check.name: check for check in checks(ModelSettings(adapters=(adapter,), dtype="float32"))}
+    assert found["float64 reference"].verdict == "same"
+    assert (found["transformers"].verdict, "requires peft" in found["transformers"].detail) == ("skipped", True)
+
+
+def test_an_adapter_that_cannot_be_merged_fails(adapter: Path) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
+    ended = verify(FLOAT32, "--adapter", str(adapter))
+    assert ended.returncode == 1
+    assert (
+        f"checkpoint         FAILED   {file}: use_dora: True: would need DoRA; supported: false or null" in ended.stdout
+    )
