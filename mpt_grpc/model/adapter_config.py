@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpt_grpc.errors import ConfigError
-from mpt_grpc.model.fields import Fields, LimitedField, one_of
+from mpt_grpc.model.fields import Fields, LimitedField, is_number, one_of
 from mpt_grpc.model_files import read_json
 
 LINEAR_LAYERS = ("Wqkv", "out_proj", "up_proj", "gate_proj", "down_proj", "lm_head")
@@ -140,10 +140,9 @@ def _pattern(fields: Fields, name: str, *, least: int) -> Mapping[str, float]:
     if not isinstance(values, Mapping) or not all(_is_regex(key) for key in values):
         fields.refuse(name, values, "expected an object whose keys are regular expressions")
         return {}
-    for value in values.values():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < math.inf:
-            fields.refuse(name, values, f"expected numbers from {least}")
-            return {}
+    if not all(is_number(value, least) for value in values.values()):
+        fields.refuse(name, values, f"expected numbers from {least}")
+        return {}
     return values
 
 

@@ -6,7 +6,7 @@ accepted whether or not the field is known.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +49,11 @@ def changes_nothing(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
+def is_number(value: Any, least: float) -> bool:
+    """Whether a value is a finite number from `least` that fits a float; JSON allows integers of any size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= sys.float_info.max
+
+
 class Fields:
     """The fields of an object by their names, and the obstacles found in them so far."""
 
@@ -81,7 +86,7 @@ class Fields:
         value = self.get(name)
         if value is None:
             return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        if not is_number(value, 0):
             self.refuse(name, value, "expected a non-negative number or null")
             return None
         return float(value)

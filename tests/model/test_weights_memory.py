@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_adapters import save_adapter, transformers_model
 from model.conftest import Format, make_checkpoint, tiny_config
 
 MEASURE = """
 import json, sys, threading
 from pathlib import Path
 import torch
+from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
-from mpt_grpc.model.weights import load_model, num_parameters
+from mpt_grpc.model.weights import load_model, parameter_shapes
 
 def anonymous_bytes():
     status = Path("/proc/self/status").read_text()
@@ -28,7 +30,8 @@ def anonymous_bytes():
 
 folder, dtype, cpu = Path(sys.argv[1]), getattr(torch, sys.argv[2]), torch.device("cpu")
 config = MPTConfig.from_file(folder / "config.json")
-num_parameters(config)  # excludes the 70 MB that torch imports to build a module on the meta device
+shapes = parameter_shapes(config)  # excludes the 70 MB that torch imports to build a module on the meta device
+adapters = [Adapter.from_folder(Path(adapter), shapes) for adapter in sys.argv[3:]]
 before, measured, done = anonymous_bytes(), [], threading.Event()
 
 def measure():
@@ -37,7 +40,7 @@ def measure():
 
 thread = threading.Thread(target=measure)
 thread.start()
-model = load_model(folder, config, dtype, cpu)
+model = load_model(folder, config, dtype, cpu, adapters)
 done.set()
 thread.join()
 print(json.dumps({"peak": max(measured) - before, "end": anonymous_bytes() - before}))
@@ -45,8 +48,16 @@ print(json.dumps({"peak": max(measured) - before, "end": anonymous_bytes() - bef
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status")
-@pytest.mark.parametrize(("format", "dtype"), [("safetensors", "float32"), ("bin", "bfloat16")])
-def test_peak_memory_while_loading_is_about_the_size_of_the_model(tmp_path: Path, format: Format, dtype: str) -> None:  # noqa: A002
+@pytest.mark.parametrize(
+    ("format", "dtype", "adapted"),
+    [("safetensors", "float32", False), ("bin", "bfloat16", False), ("safetensors", "float32", True)],
+)
+def test_peak_memory_while_loading_is_about_the_size_of_the_model(
+    tmp_path: Path,
+    format: Format,  # noqa: A002
+    dtype: str,
+    adapted: bool,
+) -> None:
     """The model has 100 MB in 50 tensors of at most 4 MB.
 
     A loader that reads a whole shard would need 1.5 times the model and one that reads the whole checkpoint 2 times.
@@ -58,6 +69,9 @@ def test_peak_memory_while_loading_is_about_the_size_of_the_model(tmp_path: Path
     weights = make_checkpoint(tmp_path, config, shards=2, format=format)
     model_bytes = sum(tensor.numel() for tensor in weights.values()) * getattr(torch, dtype).itemsize
     command = [sys.executable, "-c", MEASURE, str(tmp_path), dtype]
+    if adapted:
+        model = transformers_model(tmp_path)
+        command.append(str(save_adapter(tmp_path / "adapter", model, r=1, target_modules="all-linear")))
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     run = subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
     measured = json.loads(run.stdout)
