@@ -14,7 +14,7 @@ from typing import Any
 
 from mpt_grpc.errors import ConfigError, ModelError
 from mpt_grpc.model.config_fields import LIMITED, READ, activation, is_ignored
-from mpt_grpc.model.fields import MAX_SIZE, Fields
+from mpt_grpc.model.fields import MAX_SIZE, Fields, is_number
 from mpt_grpc.model_files import read_json
 
 _MAX_CONTEXT_TOKENS = 1 << 31
@@ -178,7 +178,7 @@ def _rope(fields: Fields, head_dim: int) -> Rope | None:
         kind, factor = options.get("type", plain), options.get("factor", 1.0)
         if kind == plain:
             return Rope(theta, factor=1.0)
-        if implementation == "hf" and kind == "linear" and isinstance(factor, int | float) and 1 <= factor < math.inf:
+        if implementation == "hf" and kind == "linear" and is_number(factor, 1):
             return Rope(theta, float(factor))
     supported = "type original" if implementation == "dail" else "type no_scaling, or linear with a factor from 1"
     fields.refuse(name, options, f"would need other rotary position embeddings; supported: {supported}")
@@ -219,7 +219,7 @@ def _logit_scale(fields: Fields, d_model: int) -> float | None:
         return None
     if value == "inv_sqrt_d_model":
         return 1 / math.sqrt(d_model)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if is_number(value):
         return float(value)
     fields.refuse("logit_scale", value, "expected a number, 'inv_sqrt_d_model' or null")
     return None

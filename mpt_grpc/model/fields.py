@@ -49,8 +49,8 @@ def changes_nothing(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def is_number(value: Any, least: float) -> bool:
-    """Whether a value is a finite number from `least` that fits a float; JSON allows integers of any size."""
+def is_number(value: Any, least: float = -sys.float_info.max) -> bool:
+    """Whether a value is a finite number from `least` on that fits a float; JSON allows integers of any size."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= sys.float_info.max
 
 

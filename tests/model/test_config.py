@@ -149,6 +149,7 @@ def test_fields_that_affect_the_computation_are_read(raw: dict[str, Any], field:
         ("clip_qkv", -6),
         ("clip_qkv", True),
         ("softmax_scale", math.inf),
+        ("softmax_scale", 10**400),
         ("attn_type", "linear_attention"),
         ("attn_type", ["multihead_attention"]),
         ("kv_n_heads", 2),
@@ -187,6 +188,7 @@ def test_unimplemented_attention_fields_are_named_in_the_error(field: str, value
         ("learned_pos_emb", "no"),
         ("logit_scale", "sqrt"),
         ("logit_scale", math.nan),
+        ("logit_scale", 10**400),
         ("layer_norm_epsilon", -1e-5),
     ],
 )
