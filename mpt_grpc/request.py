@@ -6,6 +6,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that the model's chat template turns into a prompt; the last one is the user's."""
+    """Messages that the model's chat template turns into a prompt."""
 
     messages: tuple[Message, ...]
     drop_oldest_turns: bool = False
     """Whether to drop the oldest turns if the conversation does not fit in the context; the system message is kept."""
+    add_generation_prompt: bool = True
+    """Whether the prompt ends with the beginning of the assistant's message."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template."""
 
 
 @dataclass(frozen=True)

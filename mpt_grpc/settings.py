@@ -29,7 +29,8 @@ class ModelSettings:
     max_context_tokens: int | None = None
     """The maximum number of tokens of one request; None takes the model's `max_seq_len`."""
     chat_template: str = "auto"
-    """'base', 'instruct', 'chatml' or a Jinja file; 'auto' takes the checkpoint's own, or one chosen by its name."""
+    """'base', 'instruct', 'chatml', the name of one of the checkpoint's own, a Jinja file, or a template's text; 'auto'
+    takes the checkpoint's default, or one chosen by its name."""
     generation_config: Literal["server", "model"] = "server"
     """The source of the defaults of sampling options: the documented ones, or the checkpoint's generation_config.json.
     """

@@ -25,7 +25,7 @@ TEXTS = {
     name: f'{{"of": "{name}"}}'.encode()
     for name in (
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "added_tokens.json", "chat_template.jinja",
+        "added_tokens.json", "chat_template.jinja", "additional_chat_templates/rag.jinja",
     )
 }  # fmt: skip
 OTHERS = dict.fromkeys(
@@ -138,7 +138,9 @@ def test_downloads_what_the_loader_reads_and_nothing_else(
     commit = hub.add("owner/name", files)
     folder = found("owner/name", tmp_path, HF_ENDPOINT=hub.url)
     assert folder.name == commit
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {n: files[n] for n in (*TEXTS, *read)}
+    assert {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == {
+        n: files[n] for n in (*TEXTS, *read)
+    }
     assert sorted(hub.downloads) == sorted((*TEXTS, *read))
     assert found("owner/name", tmp_path, HF_ENDPOINT=hub.url) == folder
     assert found("owner/name", tmp_path, HF_HUB_OFFLINE="1") == folder

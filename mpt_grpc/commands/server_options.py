@@ -43,8 +43,9 @@ def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> 
     model.add_argument(
         "--chat-template",
         default=defaults.chat_template,
-        metavar="NAME|FILE",
-        help="base, instruct, chatml or a Jinja file; auto is the checkpoint's own, or one chosen by the model's name",
+        metavar="NAME|FILE|TEXT",
+        help="base, instruct, chatml, the name of one of the checkpoint's own, a Jinja file, or a text with {{ or {%%;"
+        " auto is the checkpoint's default, or one chosen by the model's name",
     )
     if not for_serving:
         return

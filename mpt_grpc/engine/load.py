@@ -32,8 +32,8 @@ from mpt_grpc.request import GenerationDefaults
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
-from mpt_grpc.text.chat import find_chat_template
 from mpt_grpc.text.guards import load_guards
+from mpt_grpc.text.template_sources import find_chat_template
 from mpt_grpc.text.tokenizer import Tokenizer
 
 Result = TypeVar("Result")

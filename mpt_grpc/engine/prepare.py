@@ -13,7 +13,8 @@ from mpt_grpc.engine.admission import RequestLimits, prompt_violations, request_
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, PromptRefusedError
 from mpt_grpc.request import Conversation, GenerationRequest, StoppingCriteria
 from mpt_grpc.step import Matcher
-from mpt_grpc.text.chat import ChatTemplate, conversation_token_ids
+from mpt_grpc.text.chat import conversation_token_ids
+from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.constraints import ConstraintCompiler
 from mpt_grpc.text.guards import Guard
 from mpt_grpc.text.tokenizer import Tokenizer

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mpt_grpc.checkpoint import Checkpoint
 from mpt_grpc.request import Message
 from mpt_grpc.settings import ModelSettings
-from mpt_grpc.text.chat import ChatTemplate, find_chat_template
+from mpt_grpc.text.chat_template import ChatTemplate
+from mpt_grpc.text.template_sources import find_chat_template
 from mpt_grpc.text.tokenizer import Tokenizer
 from mpt_grpc.verification.check import Check
 from mpt_grpc.verification.texts import CONVERSATIONS, TEXTS
@@ -32,7 +33,8 @@ def text_checks(wanted: ModelSettings, checkpoint: Checkpoint) -> Iterator[Check
     yield _ids_check(tokenizer, peer)
     yield _decoding_check(tokenizer, peer)
     if template.name == "model":
-        yield _template_check(template, peer)
+        name = None if wanted.chat_template in ("auto", "default") else wanted.chat_template
+        yield _template_check(template, peer, name)
     else:
         yield Check("chat template", "skipped", f"served with {template.name!r} instead of one from the checkpoint")
 
@@ -66,12 +68,14 @@ def _decoding_check(tokenizer: Tokenizer, peer: PreTrainedTokenizerBase) -> Chec
     return _agreement("text of tokens", differing, f"{num_kept} of {len(TEXTS)} texts come back unchanged")
 
 
-def _template_check(template: ChatTemplate, peer: PreTrainedTokenizerBase) -> Check:
+def _template_check(template: ChatTemplate, peer: PreTrainedTokenizerBase, name: str | None) -> Check:
+    """Compares the prompts; `name` is that of one of several templates, None for the default."""
+
     def ours(messages: list[dict[str, str]]) -> str:
         return template.render([Message(message["role"], message["content"]) for message in messages])
 
     def theirs(messages: list[dict[str, str]]) -> str:
-        return str(peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(peer.apply_chat_template(messages, chat_template=name, tokenize=False, add_generation_prompt=True))
 
     differing = [str(messages) for messages in CONVERSATIONS if _prompt(ours, messages) != _prompt(theirs, messages)]
     return _agreement("chat template", differing, f"for {len(CONVERSATIONS)} conversations")

@@ -18,9 +18,11 @@ from model.conftest import make_checkpoint, random_weights, tiny_config
 from safetensors.torch import load_file, save_file
 
 import mpt_grpc
+from mpt_grpc.checkpoint import find_checkpoint
 from mpt_grpc.settings import ModelSettings
 from mpt_grpc.verification.check import Check
 from mpt_grpc.verification.checks import checks
+from mpt_grpc.verification.text_checks import text_checks
 
 DEMO = Path(mpt_grpc.__file__).parent / "demo"
 FLOAT32 = "--dtype=float32"
@@ -123,12 +125,17 @@ def test_variants_that_transformers_ignores_are_compared_with_the_reference(
 
 
 @pytest.mark.parametrize("is_same", [True, False])
-def test_the_checkpoints_own_chat_template_is_compared(tmp_path: Path, is_same: bool) -> None:
+@pytest.mark.parametrize("selected", ["auto", "default", "rag"])
+def test_the_checkpoints_own_chat_template_is_compared(tmp_path: Path, is_same: bool, selected: str) -> None:
     model = copy_of_demo(tmp_path / "chat", lambda _: None)
     turns = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     text = turns if is_same else f"{turns}{{{{ strftime_now('%f') }}}}"  # the microsecond of rendering
-    (model / "chat_template.jinja").write_text(text)
-    assert by_name(model)["chat template"].verdict == ("same" if is_same else "DIFFERS")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "rag.jinja").write_text(text if selected == "rag" else "other")
+    (model / "chat_template.jinja").write_text("other" if selected == "rag" else text)
+    wanted, checkpoint = ModelSettings(model=str(model), chat_template=selected), find_checkpoint(str(model))
+    verdicts = {check.name: check.verdict for check in text_checks(wanted, checkpoint)}
+    assert verdicts["chat template"] == ("same" if is_same else "DIFFERS")
 
 
 @pytest.fixture

@@ -1,247 +1,24 @@
-"""Chat templates: rendering, where they are loaded from, and fitting conversations into the context."""
+"""Conversations: their checks, and fitting them into the context."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from math import log2
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from mpt_grpc.errors import InvalidRequestError, ModelError, SettingsError
+from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.request import Conversation, Message
-from mpt_grpc.text.chat import MAX_MESSAGES, ChatTemplate, conversation_token_ids, find_chat_template
-
-DOLLY = Path(__file__).parents[2].parent / "shared" / "data" / "traces" / "dolly_hhrlhf_train_small.jsonl"
+from mpt_grpc.text.chat import MAX_MESSAGES, conversation_token_ids
+from mpt_grpc.text.chat_template import ChatTemplate
+from mpt_grpc.text.template_sources import find_chat_template
 
 SYSTEM = Message("system", "Be short.")
 HI = Message("user", "Hi")
 HELLO = Message("assistant", "Hello!")
 WHO = Message("user", "Who are you?")
-
-LLAMA_LIKE = """{%- if messages[0]['role'] == 'system' -%}
-    {%- set system_message = messages[0]['content'] | trim -%}{%- set messages = messages[1:] -%}
-{%- else -%}
-    {%- set system_message = '' -%}
-{%- endif -%}
-{{ bos_token }}
-{%- for message in messages -%}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-        {{ raise_exception('roles must alternate user/assistant/user/assistant/...') }}
-    {%- endif -%}
-    {%- if message['role'] == 'user' -%}
-        {%- if loop.first and system_message -%}
-[INST] <<SYS>>
-{{ system_message }}
-<</SYS>>
-
-{{ message['content'] | trim }} [/INST]
-        {%- else -%}
-[INST] {{ message['content'] | trim }} [/INST]
-        {%- endif -%}
-    {%- else -%}
- {{ message['content'] | trim }} {{ eos_token }}
-    {%- endif -%}
-{%- endfor -%}
-"""
-JSON_LIKE = """{% if tools is not none or documents %}TOOLS{% endif %}
-{% for message in messages %}
-    {% if message.role == 'system' %}{% continue %}{% endif %}
-    {% if loop.index0 > 3 %}
-        {% break %}
-    {% endif %}
-{{ {'who': message.role, 'said': message.content} | tojson }}
-{{ [message.content] | tojson(indent=2) }}{{ eos_token }}
-    {% generation %}
-{{ message.content }}
-    {% endgeneration %}
-{% endfor %}
-{% if add_generation_prompt %}
-<|im_start|>assistant
-{% endif %}
-"""
-
-
-def rendered(name: str, *messages: Message) -> str:
-    return find_chat_template(name, Path("no such folder"), "demo").render(messages)
-
-
-@pytest.fixture
-def save(tmp_path: Path) -> Callable[..., Path]:
-    """Returns a function that writes a tokenizer_config.json with the given fields and returns its folder."""
-
-    def write(**config: Any) -> Path:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        return tmp_path
-
-    return write
-
-
-def test_base_template_renders_a_transcript() -> None:
-    assert rendered("base", HI) == (
-        "A conversation between a user and an assistant.\n"
-        "The assistant gives short, true answers, and says so when it does not know.\n"
-        "---\nUser: Hi\nAssistant:"
-    )
-    assert rendered("base", SYSTEM, HI, HELLO, WHO) == (
-        "Be short.\n---\nUser: Hi\nAssistant: Hello!\nUser: Who are you?\nAssistant:"
-    )
-
-
-def test_instruct_template_renders_the_format_that_mpt_instruct_was_trained_on() -> None:
-    intro = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    )
-    assert rendered("instruct", HI) == intro + "### Instruction:\nHi\n\n### Response:\n"
-    assert rendered("instruct", SYSTEM, HI, HELLO, WHO) == (
-        intro + "Be short.\n\n### Instruction:\nHi\n\n### Response:\nHello!\n\n"
-        "### Instruction:\nWho are you?\n\n### Response:\n"
-    )
-
-
-def test_chatml_template_delimits_each_message() -> None:
-    assert rendered("chatml", HI) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert rendered("chatml", SYSTEM, HI, HELLO, WHO) == (
-        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-        "<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-def test_instruct_template_reproduces_prompts_from_the_training_data() -> None:
-    if not DOLLY.is_file():
-        pytest.skip(f"the training data is not available: {DOLLY} does not exist")
-    prompts = [json.loads(line)["prompt"] for line in DOLLY.read_text().splitlines()[:200]]
-    instructions = [prompt.partition("### Instruction:\n")[2].removesuffix("\n\n### Response:\n") for prompt in prompts]
-    template = find_chat_template("instruct", Path("none"), "demo")
-    assert prompts
-    assert [template.render([Message("user", text)]) for text in instructions] == prompts
-
-
-@pytest.mark.parametrize("name", ["base", "instruct", "chatml"])
-@pytest.mark.parametrize("text", ["{{ 7 * 7 }}", "{% raw %}", "{# note #}", "a\n\n", "  a", "<b>&amp;</b>", ""])
-def test_message_content_is_not_interpreted_as_a_template(name: str, text: str) -> None:
-    plain = rendered(name, Message("user", "QUESTION"))
-    assert rendered(name, Message("user", text)) == plain.replace("QUESTION", text)
-
-
-@pytest.mark.parametrize(
-    ("name", "stop_strings"),
-    [("base", ("\nUser:",)), ("instruct", ("\n### Instruction:",)), ("chatml", ("<|im_end|>",))],
-)
-def test_built_in_templates_stop_where_the_next_turn_would_begin(name: str, stop_strings: tuple[str, ...]) -> None:
-    assert find_chat_template(name, Path("none"), "demo").stop_strings == stop_strings
-
-
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        ("mpt-7b-instruct", "instruct"),
-        ("MPT-30B-Instruct", "instruct"),
-        ("mpt-7b-chat", "chatml"),
-        ("mpt-7b", "base"),
-        ("chat-7b", "base"),
-    ],
-)
-def test_model_without_a_template_gets_one_by_its_name(tmp_path: Path, model: str, name: str) -> None:
-    assert find_chat_template("auto", tmp_path, model).name == name
-
-
-@pytest.mark.parametrize("source", [LLAMA_LIKE, JSON_LIKE])
-@pytest.mark.parametrize(
-    "messages", [(HI,), (SYSTEM, HI), (HI, HELLO, WHO), (SYSTEM, HI, HELLO, Message("user", "é <b>\n"))]
-)
-@pytest.mark.parametrize("place", ["string", "list", "file"])
-def test_models_own_template_is_rendered_as_by_transformers(
-    save: Callable[..., Path], source: str, messages: tuple[Message, ...], place: str
-) -> None:
-    tokens = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
-    match place:
-        case "string":
-            folder = save(chat_template=source, **tokens)
-        case "list":
-            entries = [{"name": "tool_use", "template": "wrong"}, {"name": "default", "template": source}]
-            folder = save(chat_template=entries, **tokens)
-        case _:
-            folder = save(chat_template="the file takes precedence", **tokens)
-            (folder / "chat_template.jinja").write_text(source)
-    template = find_chat_template("auto", folder, "mpt-7b-chat")
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    (expected,), _ = render_jinja_template(
-        [turns], chat_template=source, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
-    )
-    assert template.name == "model"
-    assert template.render(messages) == expected
-
-
-def test_template_containing_im_end_uses_it_as_a_stop_string(save: Callable[..., Path]) -> None:
-    folder = save(chat_template="{{ messages[0].content }}<|im_end|>")
-    assert find_chat_template("auto", folder, "demo").stop_strings == ("<|im_end|>",)
-
-
-def test_given_template_file_takes_precedence_over_the_models_own(save: Callable[..., Path], tmp_path: Path) -> None:
-    folder = save(chat_template="own", eos_token="</s>")
-    file = tmp_path / "mine.jinja"
-    file.write_text("{{ messages[0].content }}{{ eos_token }}")
-    template = find_chat_template(str(file), folder, "demo")
-    assert (template.name, template.stop_strings, template.render([HI])) == ("file", (), "Hi</s>")
-    assert find_chat_template("base", folder, "demo").name == "base"
-
-
-def test_unknown_template_raises_an_error_that_lists_the_built_in_ones(tmp_path: Path) -> None:
-    expected = "--chat-template: expected auto, base, instruct, chatml or a readable file, got 'alpaca'"
-    with pytest.raises(SettingsError, match=expected):
-        find_chat_template("alpaca", tmp_path, "demo")
-
-
-def test_syntax_error_in_a_template_file_is_reported_with_its_line(tmp_path: Path) -> None:
-    file = tmp_path / "mine.jinja"
-    file.write_text("{% for m in messages %}\n{{ m.content }}\n{% endif %}")
-    with pytest.raises(SettingsError, match=r"mine\.jinja, line 3: "):
-        find_chat_template(str(file), tmp_path, "demo")
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["a\n{% if %}", 7, [{"name": "default", "template": 7}], {"default": "a"}],
-)
-def test_invalid_template_of_a_model_raises_model_error(save: Callable[..., Path], template: Any) -> None:
-    folder = save(chat_template=template)
-    with pytest.raises(ModelError, match=str(folder)):
-        find_chat_template("auto", folder, "demo")
-    assert find_chat_template("base", folder, "demo").name == "base"
-
-
-def test_tokenizer_config_that_is_not_json_raises_model_error(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"tokenizer_config\.json"):
-        find_chat_template("auto", tmp_path, "demo")
-
-
-@pytest.mark.parametrize(
-    ("source", "why"),
-    [
-        ("{{ raise_exception('only one turn, please') }}", "only one turn, please"),
-        ("{{ messages[7].content.strip() }}", "UndefinedError"),
-        ("{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("{{ messages.append(1) }}", "SecurityError"),
-        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
-        ("{{ messages.__class__.__base__.__subclasses__() }}", "SecurityError"),
-        ("{{ raise_exception.__globals__['json'] }}", "SecurityError"),
-        ("{{ self.__init__.__globals__ }}", "SecurityError"),
-    ],
-)
-def test_messages_that_a_template_rejects_or_fails_on_are_reported_as_invalid(
-    save: Callable[..., Path], source: str, why: str
-) -> None:
-    template = find_chat_template("auto", save(chat_template=source), "demo")
-    with pytest.raises(InvalidRequestError, match=why) as caught:
-        template.render([HI])
-    assert [violation.field for violation in caught.value.violations] == ["conversation.messages"]
 
 
 def encode(text: str) -> tuple[int, ...]:
@@ -275,6 +52,32 @@ def test_messages_with_wrong_roles_are_all_reported(messages: tuple[Message, ...
     with pytest.raises(InvalidRequestError) as caught:
         prompt_text(*messages)
     assert [violation.field for violation in caught.value.violations] == fields
+
+
+@pytest.mark.parametrize("messages", [(HI, HELLO), (HI, SYSTEM), (HELLO,), (SYSTEM,), (HI,)])
+def test_without_the_beginning_of_a_reply_the_last_message_may_have_any_role(messages: tuple[Message, ...]) -> None:
+    template = find_chat_template("base", Path("none"), "demo")
+    conversation = Conversation(messages, add_generation_prompt=False)
+    assert conversation_token_ids(conversation, template, encode, 1000, 1) == encode(template.render(messages, False))
+
+
+def test_names_that_the_server_sets_are_refused_as_template_kwargs(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "image_token": "<i>"}')
+    template = find_chat_template("base", tmp_path, "demo")
+    names = ("add_generation_prompt", "eos_token", "image_token", "messages", "raise_exception", "strftime_now")
+    kwargs = dict.fromkeys((*names, "bos_token", "tools", "documents", "mine"))
+    with pytest.raises(InvalidRequestError) as caught:
+        conversation_token_ids(Conversation((HI,), chat_template_kwargs=kwargs), template, encode, 1000, 1)
+    fields = [violation.field for violation in caught.value.violations]
+    assert fields == [f"conversation.chat_template_kwargs[{name}]" for name in names]
+
+
+def test_template_kwargs_apply_however_many_turns_are_dropped() -> None:
+    template = find_chat_template("{{ style }}{% for m in messages %}{{ m.content }}{% endfor %}", Path("none"), "demo")
+    for context in (30, 20):
+        conversation = Conversation((HI, HELLO, WHO), drop_oldest_turns=True, chat_template_kwargs={"style": "dry:"})
+        ids = conversation_token_ids(conversation, template, encode, context, 1)
+        assert "".join(map(chr, ids)) == ("dry:HiHello!Who are you?" if context == 30 else "dry:Who are you?")
 
 
 def test_maximum_number_of_messages_is_accepted() -> None:

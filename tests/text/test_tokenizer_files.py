@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.text.chat import find_chat_template
+from mpt_grpc.text.template_sources import find_chat_template
 from mpt_grpc.text.tokenizer import Tokenizer
 
 TEXTS = (
@@ -113,10 +112,3 @@ def test_an_eos_token_outside_the_vocabulary_is_refused(folder: Path, name: str)
     write(folder, name, {"model_type": "mpt", "eos_token_id": 50_000})
     with pytest.raises(ModelError, match=rf"{name}: eos_token_id must be a token ID below \d+"):
         Tokenizer.from_folder(folder)
-
-
-def test_a_list_of_templates_without_a_default_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write(folder, "tokenizer_config.json", {"chat_template": [{"name": "tool_use", "template": "{{ 1 }}"}]})
-    with caplog.at_level(logging.WARNING):
-        assert find_chat_template("auto", folder, "mpt-7b-chat").name == "chatml"
-    assert "no default chat template, so its others are not used: tool_use" in caplog.text

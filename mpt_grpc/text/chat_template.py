@@ -1,0 +1,103 @@
+"""A chat template: a Jinja program, compiled in a sandbox, that renders a conversation as a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import Template, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mpt_grpc.errors import FieldViolation, InvalidRequestError
+from mpt_grpc.request import Message
+
+
+class _RefusedByTemplateError(Exception):
+    """Raised by the template itself, through `raise_exception`."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Renders conversations as prompts."""
+
+    name: str
+    """'base', 'instruct' or 'chatml'; 'model' if it is from the model's files; 'file' or 'text' if it is from a given
+    file or text."""
+    stop_strings: tuple[str, ...]
+    """The strings that end the assistant's message, in addition to the end-of-sequence token."""
+    template: Template
+    tokens: Mapping[str, str]
+    """The special tokens that the template may refer to, such as `eos_token`."""
+
+    @property
+    def reserved_names(self) -> frozenset[str]:
+        """The variables that `render` and the sandbox set, which `kwargs` cannot replace."""
+        return frozenset(("messages", "add_generation_prompt", *_FUNCTIONS, *self.tokens))
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, kwargs: Mapping[str, Any] | None = None
+    ) -> str:
+        """Returns the prompt for the assistant's next message, whose beginning `add_generation_prompt` adds.
+
+        `kwargs` are further variables of the template. Raises InvalidRequestError if the template fails.
+        """
+        variables = {
+            # Templates check for tools and documents, and many distinguish None from undefined.
+            **dict.fromkeys(("tools", "documents")),
+            **(kwargs or {}),
+            **self.tokens,
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return self.template.render(variables)
+        except _RefusedByTemplateError as error:
+            why = f"refused by the model's chat template: {error}"
+            raise InvalidRequestError(FieldViolation("conversation.messages", why)) from error
+        except Exception as error:  # a template is a program and may fail in any way
+            given = "these messages and chat_template_kwargs" if kwargs else "these messages"
+            why = f"the model's chat template fails on {given} ({type(error).__name__}): use others"
+            raise InvalidRequestError(FieldViolation("conversation.messages", why)) from error
+
+
+def compiled(source: str) -> Template:
+    """Compiles a template as transformers does, in a sandbox because templates come from untrusted sources.
+
+    Raises jinja2.TemplateSyntaxError.
+    """
+    extensions = [loopcontrols, _GenerationTag]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(_FUNCTIONS)
+    return environment.from_string(source)
+
+
+class _GenerationTag(Extension):
+    """Renders the content of `{% generation %}`, with which templates mark the text to train on."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    # Jinja's own filter would escape for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _RefusedByTemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().astimezone().strftime(form)
+
+
+_FUNCTIONS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
