@@ -27,8 +27,9 @@ REFUSED = {
     "audio": "audio: not supported",
     "prediction": "prediction: not supported",
     "web_search_options": "web_search_options: not supported",
+    "chat_template": "chat_template: not supported per request; set it on the server, with --chat-template",
 }
-"""Fields of OpenAI's API that would change the response and are not supported."""
+"""Fields of OpenAI's API, and one of vLLM's, that would change the response and are not supported."""
 _EXPECTED = {
     "prompt": "must be text, a list of token IDs, or a list of either, and not empty",
     "stop": "must be a string or a list of strings",

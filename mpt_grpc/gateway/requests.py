@@ -196,6 +196,9 @@ class ChatCompletionRequest(GenerationFields):
     logprobs: bool | None = None
     top_logprobs: Uint | None = None
     drop_oldest_turns: bool = False
+    # Extensions of vLLM.
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
 
@@ -221,6 +224,8 @@ class ChatCompletionRequest(GenerationFields):
         if self.top_logprobs and not self.logprobs:
             raise BadRequestError("top_logprobs: requires logprobs; set it to true", "top_logprobs")
         options["drop_oldest_turns"] = self.drop_oldest_turns
+        options["add_generation_prompt"] = self.add_generation_prompt
+        options["chat_template_kwargs"] = self.chat_template_kwargs
         options["return_logprobs"] = bool(self.logprobs)
         options["top_logprobs"] = self.top_logprobs
         return options

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.engine.state import EngineLoad, EngineState, RequestState
+from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.request import (
     CacheOptions,
     Choice,
@@ -37,6 +40,7 @@ from mpt_grpc.text.tokenizer import Tokenizer
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 
+_MAX_KWARGS_BYTES = 16 << 10
 _FINISH_REASONS = {
     FinishReason.MAX_NEW_TOKENS: pb.FINISH_REASON_MAX_NEW_TOKENS,
     FinishReason.EOS_TOKEN: pb.FINISH_REASON_EOS_TOKEN,
@@ -56,7 +60,10 @@ _ROLES: dict[int, str] = {
 
 
 def generation_request(message: pb.GenerateRequest, defaults: GenerationDefaults) -> GenerationRequest:
-    """Returns the request with `defaults` for options that are not set. The engine checks ranges and the prompt."""
+    """Returns the request with `defaults` for options that are not set. The engine checks ranges and the prompt.
+
+    Raises InvalidRequestError for `chat_template_kwargs` that are too large to be translated.
+    """
     output = message.output_options
     return GenerationRequest(
         request_id=message.request_id or str(uuid.uuid4()),
@@ -171,11 +178,42 @@ def _prompt(message: pb.GenerateRequest) -> str | tuple[int, ...] | Conversation
         case "text":
             return message.text
         case "conversation":
-            turns = message.conversation.messages
-            messages = tuple(Message(_ROLES.get(turn.role, ""), turn.content) for turn in turns)
-            return Conversation(messages, message.conversation.drop_oldest_turns)
+            return _conversation(message.conversation)
         case _:
             return tuple(message.token_ids.ids)
+
+
+def _conversation(message: pb.Conversation) -> Conversation:
+    if (size := message.chat_template_kwargs.ByteSize()) > _MAX_KWARGS_BYTES:
+        why = f"{size} bytes when serialized; at most {_MAX_KWARGS_BYTES} are allowed"
+        raise InvalidRequestError(FieldViolation("conversation.chat_template_kwargs", why))
+    return Conversation(
+        messages=tuple(Message(_ROLES.get(turn.role, ""), turn.content) for turn in message.messages),
+        drop_oldest_turns=message.drop_oldest_turns,
+        add_generation_prompt=message.add_generation_prompt if message.HasField("add_generation_prompt") else True,
+        chat_template_kwargs=_mapping(message.chat_template_kwargs),
+    )
+
+
+def _mapping(message: Struct) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in message.fields.items()}
+
+
+def _plain(message: Value) -> Any:
+    match message.WhichOneof("kind"):
+        case "number_value":
+            number = message.number_value
+            return int(number) if number.is_integer() else number
+        case "string_value":
+            return message.string_value
+        case "bool_value":
+            return message.bool_value
+        case "struct_value":
+            return _mapping(message.struct_value)
+        case "list_value":
+            return [_plain(value) for value in message.list_value.values]
+        case _:
+            return None
 
 
 def _sampling(message: pb.SamplingParameters, defaults: GenerationDefaults) -> SamplingParameters:

@@ -17,7 +17,7 @@ def checks(wanted: ModelSettings) -> Iterator[Check]:
 
     Requires transformers. Raises ModelError if there is no such checkpoint, SettingsError for an invalid setting.
     """
-    checkpoint = find_checkpoint(wanted.model)
+    checkpoint = find_checkpoint(wanted.model, revision=wanted.revision)
     try:
         yield from text_checks(wanted, checkpoint)
         yield from model_checks(wanted, checkpoint)

@@ -63,6 +63,7 @@ def test_each_status_raises_its_error_with_code_reason_and_cause(service, client
         ("token_ids[3]", "token_ids[3]"),
         ("conversation.messages[0].role", "prompt[0].role"),
         ("conversation.drop_oldest_turns", "drop_oldest_turns"),
+        ("conversation.chat_template_kwargs[eos_token]", "chat_template_kwargs[eos_token]"),
         ("request_id", "request_id"),
         ("resume_token_ids[7]", "resume_token_ids[7]"),
     ],

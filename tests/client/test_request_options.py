@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as ProtoMessage
 
@@ -55,6 +56,8 @@ OPTIONS = {
     "top_logprobs": (20, "output_options.top_logprobs", 20),
     "truncate_prompt_tokens": (100, "truncate_prompt_tokens", 100),
     "drop_oldest_turns": (True, "conversation.drop_oldest_turns", True),
+    "add_generation_prompt": (False, "conversation.add_generation_prompt", False),
+    "chat_template_kwargs": ({"n": 2}, "conversation.chat_template_kwargs", {"n": 2}),
     "resume_token_ids": ((8, 9), "resume_token_ids", [8, 9]),
     "request_id": ("mine", "request_id", "mine"),
     "model": ("demo", "model", "demo"),
@@ -63,6 +66,9 @@ OPTIONS = {
     "cache_salt": ("tenant", "cache.salt", "tenant"),
 }  # fmt: skip
 """Each option with a value, the field that it sets and the value expected there."""
+NESTED: list[Any] = []
+for _ in range(1000):
+    NESTED = [NESTED]
 GROUPS = (
     pb.SamplingParameters,
     pb.DecodingOptions,
@@ -91,7 +97,7 @@ def test_every_option_is_covered_here():
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_sets_its_field_and_no_other(scripted, client, option):
     value, path, expected = OPTIONS[option]
-    prompt = MESSAGES if option == "drop_oldest_turns" else "Once"
+    prompt = MESSAGES if path.startswith("conversation.") else "Once"
     client.generate(prompt)
     client.generate(prompt, **{option: value})
     without, fields = map(_fields, scripted.requests)
@@ -192,6 +198,44 @@ def test_an_unknown_role_is_refused_with_the_known_ones(scripted, client):
 def test_turns_can_be_dropped_only_from_messages(scripted, client, prompt):
     with pytest.raises(InvalidRequestError, match=r"drop_oldest_turns: .*truncate_prompt_tokens"):
         client.generate(prompt, drop_oldest_turns=True)
+    assert not scripted.requests
+
+
+@pytest.mark.parametrize("option", [{"add_generation_prompt": False}, {"chat_template_kwargs": {"a": 1}}])
+def test_options_of_the_chat_template_require_messages(scripted, client, option):
+    with pytest.raises(InvalidRequestError, match=f"^{next(iter(option))}: requires a prompt of messages"):
+        client.generate("Once", **option)
+    assert not scripted.requests
+
+
+def test_chat_template_kwargs_are_sent_as_they_are(scripted, client):
+    values = {
+        "text": "ä",
+        "no": None,
+        "yes": True,
+        "n": -3,
+        "most": 2**53,
+        "x": 0.5,
+        "list": [[], {"a": [1]}],
+        "map": {},
+    }
+    client.generate(MESSAGES, chat_template_kwargs=MappingProxyType({**values, "tuple": (1, 2)}))
+    sent = json_format.MessageToDict(scripted.requests[0].conversation.chat_template_kwargs)
+    assert sent == {**values, "tuple": [1, 2]}
+
+
+@pytest.mark.parametrize("value", [2**53 + 1, -(10**400), float("nan"), {"a": [2**63 - 1]}, NESTED])
+def test_a_chat_template_value_that_would_not_arrive_as_it_is_gets_refused(scripted, client, value):
+    with pytest.raises(InvalidRequestError, match=r"^chat_template_kwargs: ") as refused:
+        client.generate(MESSAGES, chat_template_kwargs={"a": value})
+    assert [violation.field for violation in refused.value.violations] == ["chat_template_kwargs"]
+    assert not scripted.requests
+
+
+@pytest.mark.parametrize("kwargs", [[("a", 1)], {1: 2}, {"a": {1, 2}}, {"a": b"1"}, {"a": [object()]}])
+def test_chat_template_kwargs_that_are_not_json_are_a_type_error(scripted, client, kwargs):
+    with pytest.raises(TypeError, match=r"^chat_template_kwargs: "):
+        client.generate(MESSAGES, chat_template_kwargs=kwargs)
     assert not scripted.requests
 
 

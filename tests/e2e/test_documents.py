@@ -135,9 +135,9 @@ def test_the_generation_page_has_an_example_of_every_option() -> None:
     page = (ROOT / "docs/generation.md").read_text(encoding="utf-8")
     options = dict(re.findall(r"^\| `(\w+)=(.+?)` ", page, re.MULTILINE))
     for name, value in options.items():
-        messages = [Message(Role.USER, "Hello")] if name == "drop_oldest_turns" else "Hello"
+        prompt = "Hello" if name == "truncate_prompt_tokens" else [Message(Role.USER, "Hello")]
         if name != "timeout":  # an option of the call, not of the request
-            build_request(messages, **{name: eval(value, {"RepetitionGuard": RepetitionGuard})})
+            build_request(prompt, **{name: eval(value, {"RepetitionGuard": RepetitionGuard})})
     documented = options.keys() | set(re.findall(r"^`(\w+)` (?:is one of|are)", page, re.MULTILINE))
     assert documented == GenerateOptions.__optional_keys__ | {"timeout"}
 

@@ -70,6 +70,16 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"tools": [{**FUNCTION, "function": {"nam": "f"}}]}, "tools[0].function.name: Field required"),
         ({"seed": -1}, "seed: must be an integer from 0 to 2^64 - 1"),
         ({"seed": 1 << 64}, "seed: must be an integer from 0 to 2^64 - 1"),
+        (
+            {"chat_template": "{{ 1 }}"},
+            "chat_template: not supported per request; set it on the server, with --chat-te",
+        ),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs: "),
+        ({"chat_template_kwargs": {"a": 2**53 + 1}}, "chat_template_kwargs: 9007199254740993 cannot be sent exactly"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs: 'messages' is set by the server"),
+        ({"chat_template_kwargs": {"a": "b" * (16 << 10)}}, "chat_template_kwargs: 16"),
+        ({"add_generation_prompt": "soon"}, "add_generation_prompt: "),
+        ({"messages": [USER, {**USER, "role": "assistant"}]}, "messages: the last message must have the role"),
     ],
 )
 def test_errors_name_the_fields_as_they_were_sent(fields: dict[str, Any], message: str, server: Any) -> None:
@@ -86,6 +96,17 @@ def test_an_unknown_field_without_a_similar_one_gets_no_suggestion(server: Any) 
 
 def test_the_largest_seed_is_accepted(server: Any) -> None:
     assert call(server, "/v1/completions", {"prompt": "a", "max_tokens": 1, "seed": (1 << 64) - 1})["choices"]
+
+
+def test_the_chat_template_gets_its_fields(server: Any) -> None:
+    fields = {"max_tokens": 1, "chat_template_kwargs": {"unused": {"a": [1, None]}}}
+    whole, bare = (
+        call(server, "/v1/chat/completions", {"messages": [USER], "add_generation_prompt": begins, **fields})
+        for begins in (True, False)
+    )
+    assert whole["usage"]["prompt_tokens"] > bare["usage"]["prompt_tokens"]
+    reply = {"role": "assistant", "content": "Yes."}
+    assert call(server, "/v1/chat/completions", {"messages": [reply], "add_generation_prompt": False, **fields})
 
 
 def test_oldest_turns_are_dropped_on_request(server: Any) -> None:

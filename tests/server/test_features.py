@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 from conftest import SteppedRunner, demo_settings
+from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
@@ -323,6 +324,39 @@ async def test_a_conversation_that_is_too_long_is_refused_or_loses_its_oldest_tu
     conversation.drop_oldest_turns = True
     response = await service.stub.Generate(generate_request(text=None, conversation=conversation))
     assert 1000 < response.prompt.num_tokens <= 2048 - 16
+
+
+async def test_a_given_template_gets_its_kwargs_as_they_were_before_protobuf(make_service: Any) -> None:
+    settings = demo_settings()
+    template = "{{ messages[0].content }} {{ a | tojson }} {{ add_generation_prompt }}"
+    service = await make_service(replace(settings, model=replace(settings.model, chat_template=template)))
+    assert (await service.stub.GetModelInfo(pb.GetModelInfoRequest())).chat_template == "text"
+    value = {"whole": 3, "half": 0.5, "big": 2**53, "text": "ä", "no": None, "yes": True, "list": [[], {"n": [-1]}]}
+    conversation = pb.Conversation(messages=[pb.Message(role=pb.ROLE_USER, content="Hi")])
+    json_format.ParseDict({"a": value}, conversation.chat_template_kwargs)
+    for begins in (None, True, False):
+        conversation.ClearField("add_generation_prompt")
+        if begins is not None:
+            conversation.add_generation_prompt = begins
+        output_options = pb.OutputOptions(return_prompt_token_ids=True)
+        request = generate_request(1, text=None, conversation=conversation, output_options=output_options)
+        response = await service.stub.Generate(request)
+        prompt = (await service.stub.Detokenize(pb.DetokenizeRequest(token_ids=response.prompt.token_ids))).text
+        content, _, rest = prompt.partition(" ")
+        kwargs, _, ending = rest.rpartition(" ")
+        assert (content, json.loads(kwargs), ending) == ("Hi", value, str(begins is not False))
+        assert '"whole": 3,' in kwargs
+
+
+async def test_template_kwargs_are_bounded_by_their_size(service: Any) -> None:
+    conversation = pb.Conversation(messages=[pb.Message(role=pb.ROLE_USER, content="Hi")])
+    kwargs = conversation.chat_template_kwargs
+    kwargs["a"] = "b" * 16000
+    kwargs["a"] += "b" * (16384 - kwargs.ByteSize())
+    await service.stub.Generate(generate_request(1, text=None, conversation=conversation))
+    kwargs["a"] += "b"
+    bad = await violations(service, generate_request(1, text=None, conversation=conversation))
+    assert bad == {"conversation.chat_template_kwargs": "16385 bytes when serialized; at most 16384 are allowed"}
 
 
 async def test_a_prompt_is_truncated_to_its_last_tokens(service: Any) -> None:

@@ -148,8 +148,7 @@ _CLASSES: dict[grpc.StatusCode, type[MptGrpcError]] = {
 _OPTION_NAMES = {
     "cache.bypass": "cache_bypass",
     "cache.salt": "cache_salt",
-    "conversation": "prompt",
-    "conversation.drop_oldest_turns": "drop_oldest_turns",
+    "conversation.messages": "prompt",
     "decoding.choice": "constraint",
     "decoding.json_object": "constraint",
     "decoding.json_schema": "constraint",
@@ -159,14 +158,14 @@ _OPTION_NAMES = {
     "token_ids.ids": "prompt",
 }
 """The options whose names are not the last part of their path in the API. Longer paths begin with these."""
-_GROUPS = re.compile(r"(sampling|decoding|stopping|output_options)\.")
+_GROUPS = re.compile(r"(conversation|sampling|decoding|stopping|output_options)\.")
 
 
 def _option_name(field: str) -> str:
     """Returns the keyword argument that sets a field of the API, followed by the rest of its path."""
     for path in sorted(_OPTION_NAMES, key=len, reverse=True):
         if re.match(rf"{re.escape(path)}(?![\w])", field):
-            rest = field.removeprefix(path).removeprefix(".messages").removeprefix(".options")
+            rest = field.removeprefix(path).removeprefix(".options")
             return _OPTION_NAMES[path] + rest
     return _GROUPS.sub("", field, count=1)
 

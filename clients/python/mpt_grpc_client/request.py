@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack, cast
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -13,6 +13,7 @@ from mpt_grpc_client.constraints import Choice, Constraint, JsonObject, JsonSche
 from mpt_grpc_client.errors import FieldViolation, InvalidRequestError
 from mpt_grpc_client.prompts import Message, Prompt, Role
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.structs import struct
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ class GenerateOptions(TypedDict, total=False):
     """Keep only the last N prompt tokens, at least 1. Default: all. Not supported for messages."""
     drop_oldest_turns: bool | None
     """Whether to drop the oldest messages if the conversation does not fit. Default: False, which refuses it."""
+    add_generation_prompt: bool | None
+    """Whether the prompt ends with the beginning of the assistant's message. Default: True. If False, it ends with the
+    last message, which may have any role."""
+    chat_template_kwargs: Mapping[str, Any] | None
+    """Variables of the chat template, as JSON values of at most 16 KiB. Default: none. Names that the server sets, such
+    as `messages` and `eos_token`, are refused."""
     resume_token_ids: Sequence[int] | None
     """The tokens of a partial output to resume, with the same request and seed. The result has only what follows."""
     request_id: str | None
@@ -184,27 +191,34 @@ def _request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
         truncate_prompt_tokens=options.get("truncate_prompt_tokens"),
         resume_token_ids=options.get("resume_token_ids") or (),
     )
-    _set_prompt(request, prompt, options.get("drop_oldest_turns"))
+    _set_prompt(request, prompt, options)
     return request
 
 
-def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, drop_oldest_turns: bool | None) -> None:
+def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, options: GenerateOptions) -> None:
     if isinstance(prompt, str):
         request.text = prompt
     elif isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
         raise TypeError(f"must be a string, token IDs or messages, not {type(prompt).__name__}")
     elif any(isinstance(part, Message | Mapping) for part in prompt):
-        messages = cast(Sequence[Message | Mapping[str, str]], prompt)
+        kwargs = options.get("chat_template_kwargs")
         request.conversation.CopyFrom(
-            pb.Conversation(messages=map(_message, messages), drop_oldest_turns=drop_oldest_turns)
+            pb.Conversation(
+                messages=map(_message, cast(Sequence[Message | Mapping[str, str]], prompt)),
+                drop_oldest_turns=options.get("drop_oldest_turns"),
+                add_generation_prompt=options.get("add_generation_prompt"),
+                chat_template_kwargs=None if kwargs is None else struct(kwargs),
+            )
         )
         return
     elif any(isinstance(part, str) for part in prompt):
         raise TypeError("must be one string, token IDs, or messages such as Message(Role.USER, 'Hello')")
     else:
         request.token_ids.CopyFrom(pb.TokenIds(ids=cast(Sequence[int], prompt)))
-    if drop_oldest_turns:
+    if options.get("drop_oldest_turns"):
         raise ValueError("requires a prompt of messages; use truncate_prompt_tokens for other prompts")
+    if options.get("add_generation_prompt") is not None or options.get("chat_template_kwargs"):
+        raise ValueError("requires a prompt of messages, to which the chat template applies")
 
 
 def _message(message: Message | Mapping[str, str]) -> pb.Message:

@@ -218,7 +218,7 @@ class ModelInfo:
     num_heads: int
     num_kv_heads: int
     chat_template: str
-    """The chat template applied to messages: base, instruct, chatml, model (the checkpoint's own) or file."""
+    """The chat template applied to messages: base, instruct, chatml, model (one of the checkpoint's), file or text."""
     defaults: GenerationDefaults
 
 

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -215,14 +216,28 @@ class Conversation(_message.Message):
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     DROP_OLDEST_TURNS_FIELD_NUMBER: _builtins.int
+    ADD_GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
     drop_oldest_turns: _builtins.bool
     """Whether to drop the oldest turns if the conversation and `max_new_tokens` do not fit in the context together. The
     system message and the last message are always kept. Default: false, and a conversation that is too long is refused.
     """
+    add_generation_prompt: _builtins.bool
+    """Whether the prompt ends with the beginning of the assistant's message. If false, it ends with the last message, which
+    may have any role. Default: true.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """The messages in order, at most 1024. The last one must have ROLE_USER. Some chat templates impose further rules, such
-        as alternating roles.
+        """The messages in order, at most 1024. The last one must have ROLE_USER, unless `add_generation_prompt` is false. Some
+        chat templates impose further rules, such as alternating roles.
+        """
+
+    @_builtins.property
+    def chat_template_kwargs(self) -> _struct_pb2.Struct:
+        """Variables of the chat template, such as `enable_thinking` or `documents`, in addition to those that the server sets:
+        `messages`, `add_generation_prompt`, the model's special tokens, and functions. A template ignores variables that it
+        does not use. Whole numbers reach it as integers. At most 16 KiB when serialized, nested at most 32 levels deep.
+        Default: none; `tools` and `documents` are then None, as in transformers.
         """
 
     def __init__(
@@ -230,13 +245,20 @@ class Conversation(_message.Message):
         *,
         messages: _abc.Iterable[Global___Message] | None = ...,
         drop_oldest_turns: _builtins.bool | None = ...,
+        add_generation_prompt: _builtins.bool | None = ...,
+        chat_template_kwargs: _struct_pb2.Struct | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_drop_oldest_turns", b"_drop_oldest_turns", "drop_oldest_turns", b"drop_oldest_turns"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_drop_oldest_turns", b"_drop_oldest_turns", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "drop_oldest_turns", b"drop_oldest_turns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drop_oldest_turns", b"_drop_oldest_turns", "drop_oldest_turns", b"drop_oldest_turns", "messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_drop_oldest_turns", b"_drop_oldest_turns", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "drop_oldest_turns", b"drop_oldest_turns", "messages", b"messages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__add_generation_prompt: _TypeAlias = _typing.Literal["add_generation_prompt"]  # noqa: Y015
+    _WhichOneofArgType__add_generation_prompt: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]  # noqa: Y015
     _WhichOneofReturnType__drop_oldest_turns: _TypeAlias = _typing.Literal["drop_oldest_turns"]  # noqa: Y015
     _WhichOneofArgType__drop_oldest_turns: _TypeAlias = _typing.Literal["_drop_oldest_turns", b"_drop_oldest_turns"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_generation_prompt) -> _WhichOneofReturnType__add_generation_prompt | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__drop_oldest_turns) -> _WhichOneofReturnType__drop_oldest_turns | None: ...
 
 Global___Conversation: _TypeAlias = Conversation  # noqa: Y015
@@ -1360,8 +1382,8 @@ class GetModelInfoResponse(_message.Message):
     num_kv_heads: _builtins.int
     """The number of key and value heads; lower than num_heads with grouped-query attention."""
     chat_template: _builtins.str
-    """The chat template applied to conversations: base, instruct or chatml for a built-in template, model for the
-    checkpoint's own template, or file for a template given to the server.
+    """The chat template applied to conversations: base, instruct or chatml for a built-in template, model for one of the
+    checkpoint's own, file or text for one given to the server.
     """
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
