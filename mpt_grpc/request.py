@@ -6,7 +6,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -224,21 +224,20 @@ class Finish:
     stop_string: str | None = None
 
 
-@dataclass(frozen=True)
-class TokenEvent:
-    """The result of one step for one sequence of a request.
+class TokenEvent(NamedTuple):
+    """What a step did for one sequence of a request.
 
     Every sequence ends with one `finish`, the last of which has `stats`, or the request ends with one `error`.
     """
 
-    request_id: str
-    index: int = 0
+    index: int  # type: ignore[assignment]  # hides tuple.index
     """The index of the sequence."""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    """The log probabilities of `token_ids`, if requested."""
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    """The log probability of the token, if requested."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """The log probabilities of the prompt from its second token, if requested; in the first event only."""
+    """The log probabilities of the prompt from its second token, if requested; with the first token, or the finish if
+    there is none."""
     finish: Finish | None = None
     error: Exception | None = None
     stats: RequestStats | None = None
@@ -260,13 +259,16 @@ class RequestStats:
     first_token_time_s: float | None
     end_time_s: float
     """The present time while the request is in progress."""
+    num_output_tokens: int
+    """The number of tokens of all outputs together, without resumed ones; in a result, those that the reader got."""
+    finishes: tuple[Finish, ...] = ()
+    """Why the outputs ended, in the order of their indices; in a result only."""
 
 
-@dataclass(frozen=True)
-class OutputDelta:
+class OutputDelta(NamedTuple):
     """A chunk of one output; the first has `prompt_logprobs` and the last of all outputs has `stats`."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()

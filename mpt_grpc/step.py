@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mpt_grpc.request import DecodingOptions, SamplingParameters, TokenLogprob
 
@@ -26,12 +26,10 @@ class Matcher(Protocol):
 
 @dataclass(frozen=True)
 class SamplingInputs:
-    """Everything the sampler needs to choose a sequence's next token, so that it keeps no state of its own."""
+    """How a sequence's next token is chosen. Unless it has penalties, the same object serves from step to step."""
 
     parameters: SamplingParameters
     """The sampling parameters; the seed is always set, and is the sequence's own."""
-    output_position: int
-    """The number of output tokens chosen so far; it is the counter of the sampler's hash."""
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     prompt_token_ids: tuple[int, ...] = ()
     """The prompt's tokens if there is a repetition penalty, else empty."""
@@ -53,8 +51,7 @@ class PromptScoring:
     num_top_logprobs: int
 
 
-@dataclass(frozen=True)
-class SequenceStep:
+class SequenceStep(NamedTuple):
     """One sequence's part of a step: compute the tokens at positions [start, start + len(token_ids))."""
 
     sequence_id: int
@@ -63,9 +60,11 @@ class SequenceStep:
     token_ids: tuple[int, ...]
     start: int
     block_table: tuple[int, ...]
-    """The blocks that store positions [0, start + len(token_ids)), in order."""
+    """The blocks that store positions [0, start + len(token_ids)), in order; the same object until a block is added."""
     sampling: SamplingInputs | None
     """Set if these are the last known tokens and a new token is to be chosen after them."""
+    output_position: int = 0
+    """The number of output tokens chosen so far; it is the counter of the sampler's hash."""
     scoring: PromptScoring | None = None
 
     @property
@@ -79,6 +78,8 @@ class StepPlan:
     """What the model computes in one step; each sequence appears at most once."""
 
     sequences: tuple[SequenceStep, ...]
+    started: tuple[int, ...] = ()
+    """The IDs of the sequences that run for the first time."""
 
     @property
     def num_tokens(self) -> int:

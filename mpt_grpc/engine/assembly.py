@@ -1,16 +1,38 @@
-"""Turns a request's token events into output deltas: assembles text, finds its end, and applies guards."""
+"""Turns a request's token events into deltas for its reader: assembles text, finds its end, and applies guards.
+
+Owns what a reader has been sent. The scheduler thread owns the sequences; it is only told, through `end`, that an
+output has ended by its text. Runs on the reader's side: on the event loop, or in a thread.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from mpt_grpc.request import Finish, FinishReason, OutputDelta, TokenEvent, TokenLogprob
 from mpt_grpc.text.detokenizer import TextAssembler
 from mpt_grpc.text.guards import OutputWatch
 
 _TEXTLESS = (FinishReason.EOS_TOKEN, FinishReason.STOP_TOKEN)
+End = Callable[[Finish], None]
+"""Tells the engine that an output has ended, so that it generates no more tokens for it."""
+
+
+class OutputAssembly(Protocol):
+    """Assembles one output of a request."""
+
+    finish: Finish | None
+    """Why the output ended; set when all of it has been fed."""
+
+    def feed(self, event: TokenEvent) -> None:
+        """Adds the next event of the output; those after its end are ignored, except the last."""
+        ...
+
+    def take(self) -> OutputDelta | None:
+        """Removes and returns what may be sent now, or None if that is nothing."""
+        ...
 
 
 class RequestAssembly:
@@ -19,30 +41,97 @@ class RequestAssembly:
     error: Exception | None = None
     """The error that ended the request, to be raised after all earlier deltas are delivered."""
 
-    def __init__(self, outputs: Sequence[OutputAssembly], end_request: Callable[[], None]) -> None:
-        self._outputs, self._end_request = outputs, end_request
-        self.is_guarded = any(output.is_guarded for output in outputs)
+    def __init__(self, outputs: Sequence[OutputAssembly], cancel: Callable[[], None], *, is_guarded: bool) -> None:
+        self.is_guarded = is_guarded
         """Whether `advance` runs guard code, which may be slow."""
         self.ended = False
+        self._outputs, self._cancel = outputs, cancel
+        self._num_tokens = 0
 
     def advance(self, events: Iterable[TokenEvent]) -> list[OutputDelta]:
-        """Processes events and returns the resulting deltas, at most one per output."""
-        by_index: dict[int, list[TokenEvent]] = {}
+        """Processes events and returns the resulting deltas, at most one per output; the last of all has `stats`."""
+        touched: dict[int, None] = {}
+        stats = None
         for event in events:
             if event.error is not None:
                 self.error, self.ended = event.error, True
             else:
-                by_index.setdefault(event.index, []).append(event)
-        deltas = [delta for index, group in by_index.items() if (delta := self._outputs[index].advance(group))]
-        # The request's statistics arrive with the event that ends the last output, so its delta goes last.
-        deltas.sort(key=lambda delta: delta.stats is not None)
-        self.ended = self.ended or any(delta.stats is not None for delta in deltas)
+                self._outputs[event.index].feed(event)
+                touched[event.index] = None
+                stats = event.stats
+        deltas = [delta for index in touched if (delta := self._outputs[index].take()) is not None]
+        for delta in deltas:
+            self._num_tokens += len(delta.token_ids)
+        if stats is not None:
+            self.ended = True
+            finishes = tuple(output.finish for output in self._outputs if output.finish is not None)
+            stats = replace(stats, num_output_tokens=self._num_tokens, finishes=finishes)
+            deltas[-1] = deltas[-1]._replace(stats=stats)
         return deltas
 
     def cancel(self) -> None:
         """Cancels the request; has no effect once it has ended. May be called from any thread."""
         if not self.ended:
-            self._end_request()
+            self._cancel()
+
+
+class PlainOutput:
+    """Assembles an output without a guard: sends each token at once, and its text unless a stop string may begin in it.
+
+    Fed `resume_token_ids` first, whose text the reader already has as far as it was not held back.
+    """
+
+    def __init__(self, index: int, text: TextAssembler, end: End, resume_token_ids: Sequence[int] = ()) -> None:
+        self.finish: Finish | None = None
+        self._index, self._assembler, self._end = index, text, end
+        self._resume_token_ids = resume_token_ids
+        self._stop: Finish | None = None
+        """The finish by a stop string, whose event is yet to come."""
+        self._text = ""
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+    def feed(self, event: TokenEvent) -> None:
+        if self._resume_token_ids:
+            for resumed in self._resume_token_ids:
+                self._assembler.feed(resumed)
+            self._resume_token_ids = ()
+            self._find_stop()
+        if event.prompt_logprobs:
+            self._prompt_logprobs = event.prompt_logprobs
+        token_id, finish = event.token_id, event.finish
+        if token_id is not None and self._stop is None:
+            self._token_ids.append(token_id)
+            if event.logprob is not None:
+                self._logprobs.append(event.logprob)
+            if finish is None or not _is_textless(token_id, finish):
+                self._text += self._assembler.feed(token_id)
+                self._find_stop()
+        if finish is not None:
+            self._text += self._assembler.finish()  # empty after a stop string, but it may also complete one
+            self._find_stop()
+            self.finish = self._stop or finish
+
+    def take(self) -> OutputDelta | None:
+        if not (self._text or self._token_ids or self._prompt_logprobs or self.finish is not None):
+            return None
+        delta = OutputDelta(
+            self._index,
+            self._text,
+            tuple(self._token_ids),
+            tuple(self._logprobs),
+            self._prompt_logprobs,
+            self.finish,
+        )
+        self._text, self._token_ids, self._logprobs, self._prompt_logprobs = "", [], [], ()
+        return delta
+
+    def _find_stop(self) -> None:
+        stop_string = self._assembler.stop_string
+        if stop_string is not None and self._stop is None:
+            self._stop = Finish(FinishReason.STOP_STRING, stop_string=stop_string)
+            self._end(self._stop)
 
 
 @dataclass(frozen=True)
@@ -55,112 +144,94 @@ class _HeldToken:
     """The offset in the output's text where the token's text ends; None if only a later token completes it."""
 
 
-class OutputAssembly:
-    """Assembles one output. Once a stop string or a guard has ended it, only the engine's final event is awaited.
-
-    With a guard, tokens are sent together with their text: each one when the guard has released all of its text.
-    """
+class GuardedOutput:
+    """Assembles an output under a guard: sends tokens with their text, each when the guard has released all of it."""
 
     def __init__(
-        self,
-        index: int,
-        text: TextAssembler,
-        watch: OutputWatch | None,
-        end_sequence: Callable[[], None],
-        resume_token_ids: tuple[int, ...] = (),
+        self, index: int, text: TextAssembler, watch: OutputWatch, end: End, resume_token_ids: Sequence[int] = ()
     ) -> None:
-        """`end_sequence` asks the engine to generate no more tokens; `resume_token_ids` are not sent again."""
-        self._index, self._text, self._watch, self._end_sequence = index, text, watch, end_sequence
+        self.finish: Finish | None = None
+        self._index, self._assembler, self._watch, self._end = index, text, watch, end
         self._resume_token_ids = resume_token_ids
+        self._event_finish: Finish | None = None
+        self._has_told_end = False
+        self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._held: deque[_HeldToken] = deque()
         self._num_assembled = 0
         """The number of characters that the text assembler has returned."""
+        self._unchecked = ""
+        """Text that the guard has not seen."""
         self._released, self._released_start = "", 0
         """The text that may be sent, and its offset in the output's text."""
         self._num_sent = 0
-        """The number of characters that the caller has; a resumed request starts with some."""
+        """The number of characters that the reader has; of a resumed output, it has some from the beginning."""
 
-    @property
-    def is_guarded(self) -> bool:
-        return self._watch is not None
-
-    def advance(self, events: Iterable[TokenEvent]) -> OutputDelta | None:
-        """Processes events and returns the resulting delta, or None if there is nothing to send."""
-        was_over = self._is_over
-        self._feed_resumed_tokens()
-        text, finish, stats = "", None, None
-        prompt_logprobs: tuple[TokenLogprob, ...] = ()
-        for event in events:
-            prompt_logprobs += event.prompt_logprobs
-            text += self._feed(event)
-            finish, stats = event.finish, event.stats
+    def feed(self, event: TokenEvent) -> None:
+        if self._resume_token_ids:
+            for resumed in self._resume_token_ids:
+                self._feed_token(resumed)
+            self._resume_token_ids = ()
+            self._held.clear()
+            self._num_sent = self._num_assembled + self._assembler.num_held  # the guard had released all of it
+        self._prompt_logprobs = self._prompt_logprobs or event.prompt_logprobs
+        token_id, finish = event.token_id, event.finish
+        if token_id is not None and not self._is_over:
+            text_end = None
+            if finish is None or not _is_textless(token_id, finish):
+                text_end = self._feed_token(token_id)
+            self._held.append(_HeldToken(token_id, event.logprob, text_end))
         if finish is not None:
-            text += self._text.finish()  # empty after a stop string, but it may also complete one
-        self._release(text, is_last=finish is not None)
-        if self._is_over and not was_over:
-            self._end_sequence()
-        tokens, text = self._take_sendable(is_last=finish is not None)
-        if not (text or tokens or prompt_logprobs or finish is not None):
+            self._unchecked += self._assembler.finish()
+            self._event_finish = finish
+
+    def take(self) -> OutputDelta | None:
+        is_last = self._event_finish is not None
+        self._check(is_last)
+        if self._is_over and not self._has_told_end:
+            self._has_told_end = True
+            self._end(self._own_finish())
+        tokens, text = self._take_sendable(is_last)
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, ()
+        if is_last:
+            self.finish = self._own_finish() if self._is_over else self._event_finish
+        if not (text or tokens or prompt_logprobs or is_last):
             return None
-        return OutputDelta(
-            index=self._index,
-            text=text,
-            token_ids=tuple(token.token_id for token in tokens),
-            logprobs=tuple(token.logprob for token in tokens if token.logprob is not None),
-            prompt_logprobs=prompt_logprobs,
-            finish=None if finish is None else self._finish(finish),
-            stats=stats,
-        )
+        token_ids = tuple(token.token_id for token in tokens)
+        logprobs = tuple(token.logprob for token in tokens if token.logprob is not None)
+        return OutputDelta(self._index, text, token_ids, logprobs, prompt_logprobs, self.finish)
 
     @property
     def _is_over(self) -> bool:
-        return self._text.stop_string is not None or self._is_blocked
+        return self._assembler.stop_string is not None or self._watch.blocked
 
-    @property
-    def _is_blocked(self) -> bool:
-        return self._watch is not None and self._watch.blocked
+    def _own_finish(self) -> Finish:
+        if self._watch.blocked:
+            return Finish(FinishReason.CONTENT_FILTER)
+        return Finish(FinishReason.STOP_STRING, stop_string=self._assembler.stop_string)
 
-    def _feed_resumed_tokens(self) -> None:
-        token_ids, self._resume_token_ids = self._resume_token_ids, ()
-        if token_ids:
-            text = self._feed(TokenEvent("", self._index, token_ids))
-            self._held.clear()
-            self._release(text, is_last=False)
-            # A guard had released these tokens' whole text. Without one, text held for a stop string was not sent yet.
-            self._num_sent = self._num_assembled + (self._text.num_held if self.is_guarded else 0)
+    def _feed_token(self, token_id: int) -> int | None:
+        """Adds a token's text; returns where the text ends, or None if only a later token completes it."""
+        before = self._num_assembled + self._assembler.num_held
+        piece = self._assembler.feed(token_id)
+        self._num_assembled += len(piece)
+        self._unchecked += piece
+        after = self._num_assembled + self._assembler.num_held
+        return after if after > before else None
 
-    def _feed(self, event: TokenEvent) -> str:
-        """Returns the text of an event's tokens, leaving out tokens after the end of the output."""
-        text = ""
-        for position, token_id in enumerate(event.token_ids):
-            if self._is_over:
-                break
-            text_end = None
-            if not _is_textless(token_id, event.finish):
-                before = self._num_assembled + self._text.num_held
-                piece = self._text.feed(token_id)
-                self._num_assembled += len(piece)
-                text += piece
-                after = self._num_assembled + self._text.num_held
-                text_end = after if after > before else None
-            logprob = event.logprobs[position] if event.logprobs else None
-            self._held.append(_HeldToken(token_id, logprob, text_end))
-        return text
-
-    def _release(self, text: str, is_last: bool) -> None:
-        """Adds text to `_released`, as far as the guard, if there is one, allows it."""
-        if self._watch is not None and not self._watch.blocked:
-            text = self._watch.feed(text) if text else ""
-            if is_last and not self._watch.blocked:
-                text += self._watch.finish()
-        elif self._watch is not None:
-            text = ""
-        self._released += text
+    def _check(self, is_last: bool) -> None:
+        """Passes the unchecked text to the guard, and adds what it releases to `_released`."""
+        text, self._unchecked = self._unchecked, ""
+        if self._watch.blocked:
+            return
+        released = self._watch.feed(text) if text else ""
+        if is_last and not self._watch.blocked:
+            released += self._watch.finish()
+        self._released += released
 
     def _take_sendable(self, is_last: bool) -> tuple[list[_HeldToken], str]:
         """Removes and returns the tokens and the text that may be sent now."""
         released_end = self._released_start + len(self._released)
-        if self._watch is None or (is_last and not self._is_blocked):
+        if is_last and not self._watch.blocked:
             tokens, end = list(self._held), released_end
             self._held.clear()
         else:
@@ -185,14 +256,7 @@ class OutputAssembly:
                 count = number
         return [self._held.popleft() for _ in range(count)]
 
-    def _finish(self, finish: Finish) -> Finish:
-        if self._is_blocked:
-            return Finish(FinishReason.CONTENT_FILTER)
-        if self._text.stop_string is not None:
-            return Finish(FinishReason.STOP_STRING, stop_string=self._text.stop_string)
-        return finish
 
-
-def _is_textless(token_id: int, finish: Finish | None) -> bool:
+def _is_textless(token_id: int, finish: Finish) -> bool:
     """Whether a token's text is omitted because the token ended the output."""
-    return finish is not None and finish.reason in _TEXTLESS and token_id == finish.stop_token_id
+    return finish.reason in _TEXTLESS and token_id == finish.stop_token_id

@@ -20,10 +20,10 @@ from typing import TypeVar
 from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
 
-from mpt_grpc.engine.assembly import OutputAssembly, RequestAssembly
+from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
 from mpt_grpc.engine.masks import MaskWorkers
 from mpt_grpc.engine.prepare import Preparation, PreparedRequest
-from mpt_grpc.engine.request_table import RequestRecord, RequestTable
+from mpt_grpc.engine.request_table import Delivery, RequestRecord, RequestTable
 from mpt_grpc.engine.state import EngineLoad, EngineState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream, collect
 from mpt_grpc.errors import DeviceLostError, DrainingError, EngineStoppedError, InternalError, UnavailableError
@@ -37,7 +37,7 @@ from mpt_grpc.request import (
     OutputDelta,
     TokenEvent,
 )
-from mpt_grpc.schedule.scheduler import Progress, Scheduler
+from mpt_grpc.schedule.scheduler import Scheduler
 from mpt_grpc.schedule.sequence import Sequence
 from mpt_grpc.step import StepPlan, StepResult, merged
 from mpt_grpc.text.detokenizer import TextAssembler
@@ -45,6 +45,7 @@ from mpt_grpc.text.guards import watch_all
 
 _log = logging.getLogger(__name__)
 
+_CANCELLED = Finish(FinishReason.CANCELLED)
 Stream = TypeVar("Stream", AsyncStream, ThreadStream)
 
 
@@ -110,12 +111,10 @@ class Engine:
         stream.
         """
 
-        def canceller(index: int) -> Callable[[], None]:
-            return lambda: self._cancel(record, index)
+        def end(finish: Finish, index: int | None = None) -> None:
+            self._commands.put(lambda: self._end(record, finish, index))
 
-        num_sequences = prepared.request.sampling.num_sequences
-        outputs = [self._assembly(prepared, index, canceller(index)) for index in range(num_sequences)]
-        stream = kind(prepared, RequestAssembly(outputs, lambda: self._cancel(record)))
+        stream = kind(prepared, self._assembly(prepared, end))
         record: RequestRecord = RequestRecord(prepared, stream.receive, context, self._now_s())
         with self._admission:
             if self._closed is not None:
@@ -131,7 +130,8 @@ class Engine:
         """Cancels a request and frees its blocks before the next step; returns False if it is not in flight."""
         record = self._requests.get(request_id)
         if record is not None:
-            self._cancel(record)
+            cancelled = record
+            self._commands.put(lambda: self._end(cancelled, _CANCELLED))
         return record is not None
 
     def state(self) -> Future[EngineState]:
@@ -201,28 +201,21 @@ class Engine:
     def _add(self, record: RequestRecord) -> None:
         prepared = record.prepared
         added = self._scheduler.add(prepared.request, prepared.prompt_token_ids, prepared.matchers)
-        self._requests.start(record, [progress.sequence for progress in added])
-        for progress in added:
-            if progress.finish is not None:
-                self._requests.report(progress, self._now_s())
+        self._requests.start(record, [sequence for sequence, _ in added])
+        for sequence, finish in added:
+            if finish is not None:
+                self._requests.report(sequence, TokenEvent(sequence.index, finish=finish), self._now_s())
 
     def _end_overdue(self) -> None:
         for record in self._requests.overdue(self._now_s()):
-            self._end(record.sequences, FinishReason.TIME_LIMIT)
+            self._end(record, Finish(FinishReason.TIME_LIMIT))
 
-    def _cancel(self, record: RequestRecord, index: int | None = None) -> None:
-        """Cancels a request, or one of its sequences, unless it has ended. May be called from any thread."""
-
-        def end() -> None:
-            self._end(record.sequences if index is None else [record.sequences[index]], FinishReason.CANCELLED)
-
-        self._commands.put(end)
-
-    def _end(self, sequences: Iterable[Sequence], reason: FinishReason) -> None:
-        for sequence in sequences:
-            if self._scheduler.end(sequence):
+    def _end(self, record: RequestRecord, finish: Finish, index: int | None = None) -> None:
+        """Ends those of a request's sequences that have not ended, or only the one with the given index."""
+        for sequence in record.sequences:
+            if index in (None, sequence.index) and self._scheduler.end(sequence):
                 self._masks.forget(sequence.sequence_id)
-                self._requests.report(Progress(sequence, finish=Finish(reason)), self._now_s())
+                self._requests.report(sequence, TokenEvent(sequence.index, finish=finish), self._now_s())
 
     def _compute(self, plan: StepPlan) -> StepResult:
         try:
@@ -247,22 +240,21 @@ class Engine:
             return merged([self._compute(StepPlan((sequence,))) for sequence in plan.sequences])
 
     def _mark_scheduled(self, plan: StepPlan) -> None:
-        for sequence in plan.sequences:
-            record = self._requests.by_sequence(sequence.sequence_id)
+        for sequence_id in plan.started:
+            record = self._requests.by_sequence(sequence_id)
             if record is not None and record.scheduled_time_s is None:
                 record.scheduled_time_s = self._now_s()
 
-    def _record_step(self, plan: StepPlan, result: StepResult, progress: Iterable[Progress]) -> None:
+    def _record_step(self, plan: StepPlan, result: StepResult, events: Iterable[tuple[Sequence, TokenEvent]]) -> None:
         now_s = self._now_s()
-        for step in progress:
-            record = self._requests.by_sequence(step.sequence.sequence_id)
-            if step.error is None:
-                self._requests.report(step, now_s)
-            elif record is not None:
-                for sequence in record.sequences:
-                    self._scheduler.end(sequence)
-                    self._masks.forget(sequence.sequence_id)
-                self._requests.fail(record, step.error, now_s)
+        for sequence, event in events:
+            if event.error is None:
+                self._requests.report(sequence, event, now_s)
+            elif (record := self._requests.by_sequence(sequence.sequence_id)) is not None:
+                for one in record.sequences:
+                    self._scheduler.end(one)
+                    self._masks.forget(one.sequence_id)
+                self._requests.fail(record, event.error, now_s)
         if result.token_ids or not result.errors:
             self._progress_time_s = time.monotonic()
         self.load = replace(
@@ -287,17 +279,28 @@ class Engine:
         elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_receive, batch)
 
-    def _assembly(self, prepared: PreparedRequest, index: int, end_sequence: Callable[[], None]) -> OutputAssembly:
+    def _assembly(self, prepared: PreparedRequest, end: Callable[[Finish, int | None], None]) -> RequestAssembly:
+        """`end` ends the output with the given index, or all of them."""
         request, preparation = prepared.request, self.preparation
-        stopping = request.stopping
-        text = TextAssembler(
-            preparation.tokenizer.detokenizer(prepared.prompt_token_ids, request.skip_special_tokens),
-            stopping.stop_strings,
-            stopping.include_stop_string,
-            stopping.min_new_tokens,
-        )
-        watch = watch_all(preparation.guards) if preparation.guards else None
-        return OutputAssembly(index, text, watch, end_sequence, request.resume_token_ids)
+        stopping, guards = request.stopping, preparation.guards
+
+        def output(index: int) -> OutputAssembly:
+            text = TextAssembler(
+                preparation.tokenizer.detokenizer(prepared.prompt_token_ids, request.skip_special_tokens),
+                stopping.stop_strings,
+                stopping.include_stop_string,
+                stopping.min_new_tokens,
+            )
+
+            def end_output(finish: Finish) -> None:
+                end(finish, index)
+
+            if guards:
+                return GuardedOutput(index, text, watch_all(guards), end_output, request.resume_token_ids)
+            return PlainOutput(index, text, end_output, request.resume_token_ids)
+
+        outputs = [output(index) for index in range(request.sampling.num_sequences)]
+        return RequestAssembly(outputs, lambda: end(_CANCELLED, None), is_guarded=bool(guards))
 
     def _report_state(self) -> None:
         if not self._state_futures:
@@ -330,6 +333,6 @@ def _wake_up() -> None:
     """A command that does nothing but wake up the scheduler thread."""
 
 
-def _receive(batch: list[tuple[RequestRecord, TokenEvent]]) -> None:
-    for record, event in batch:
-        record.receive(event)
+def _receive(batch: list[Delivery]) -> None:
+    for receive, event in batch:
+        receive(event)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
@@ -14,10 +14,11 @@ from mpt_grpc.engine.prepare import PreparedRequest
 from mpt_grpc.engine.state import RequestState, SequenceState
 from mpt_grpc.errors import DuplicateRequestError, OverloadedError
 from mpt_grpc.request import FinishReason, GenerationRequest, RequestStats, TokenEvent
-from mpt_grpc.schedule.scheduler import Progress
 from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
 from mpt_grpc.telemetry.tracing import record_phases
 
+Delivery = tuple[Callable[[TokenEvent], None], TokenEvent]
+"""An event, and the method of the reader's stream that receives it."""
 _RETRY_AFTER_S = 1.0
 _NUM_ENDED = 64
 
@@ -37,7 +38,6 @@ class RequestRecord:
     """The finish reasons of the sequences that have ended, by index."""
     scheduled_time_s: float | None = None
     first_token_time_s: float | None = None
-    num_output_tokens: int = 0
 
     @property
     def request(self) -> GenerationRequest:
@@ -54,6 +54,9 @@ class RequestRecord:
             scheduled_time_s=self.scheduled_time_s,
             first_token_time_s=self.first_token_time_s,
             end_time_s=end_time_s,
+            num_output_tokens=sum(
+                sequence.num_output_tokens - len(self.request.resume_token_ids) for sequence in self.sequences
+            ),
         )
 
     def state(self, stats: RequestStats) -> RequestState:
@@ -67,7 +70,7 @@ class RequestRecord:
             )
             for sequence in self.sequences
         )
-        return RequestState(self.request.request_id, stats, self.num_output_tokens, sequences)
+        return RequestState(self.request.request_id, stats, sequences)
 
 
 class RequestTable:
@@ -85,7 +88,7 @@ class RequestTable:
         self._by_sequence_id: dict[int, RequestRecord] = {}
         """Contains only sequences that have not ended."""
         self._time_limited: dict[str, RequestRecord] = {}
-        self._undelivered: list[tuple[RequestRecord, TokenEvent]] = []
+        self._undelivered: list[Delivery] = []
         self._ended: deque[RequestState] = deque(maxlen=_NUM_ENDED)
 
     def __len__(self) -> int:
@@ -126,41 +129,32 @@ class RequestTable:
             if now_s - record.arrival_time_s >= (record.request.stopping.time_limit_s or 0)
         ]
 
-    def report(self, step: Progress, now_s: float) -> None:
-        """Queues an event for what a step did for a sequence; ignored once the sequence has ended."""
-        sequence = step.sequence
-        if (record := self.by_sequence(sequence.sequence_id)) is None:
+    def report(self, sequence: ScheduledSequence, event: TokenEvent, now_s: float) -> None:
+        """Queues what a step did for a sequence; ignored once the sequence has ended."""
+        record = self._by_sequence_id.get(sequence.sequence_id)
+        if record is None:
             return
-        if step.token_id is not None:
-            record.num_output_tokens += 1
-            record.first_token_time_s = record.first_token_time_s or now_s
-        event = TokenEvent(
-            record.request.request_id,
-            sequence.index,
-            token_ids=() if step.token_id is None else (step.token_id,),
-            logprobs=() if step.logprob is None else (step.logprob,),
-            prompt_logprobs=step.prompt_logprobs,
-            finish=step.finish,
-        )
-        if step.finish is not None:
+        if record.first_token_time_s is None and event.token_id is not None:
+            record.first_token_time_s = now_s
+        if event.finish is not None:
             del self._by_sequence_id[sequence.sequence_id]
-            record.finish_reasons[sequence.index] = step.finish.reason
+            record.finish_reasons[sequence.index] = event.finish.reason
             if len(record.finish_reasons) == len(record.sequences):
-                event = replace(event, stats=self._remove(record, now_s))
-        self._undelivered.append((record, event))
+                event = event._replace(stats=self._remove(record, now_s))
+        self._undelivered.append((record.receive, event))
 
     def fail(self, record: RequestRecord, error: Exception, now_s: float) -> None:
         """Ends a request with an error, whatever the state of its sequences."""
         for sequence in record.sequences:
             self._by_sequence_id.pop(sequence.sequence_id, None)
         stats = self._remove(record, now_s)
-        self._undelivered.append((record, TokenEvent(record.request.request_id, error=error, stats=stats)))
+        self._undelivered.append((record.receive, TokenEvent(0, error=error, stats=stats)))
 
     def fail_all(self, make_error: Callable[[], Exception]) -> None:
         """Ends all requests with an error and without statistics, including those not yet in the scheduler."""
         with self._lock:
-            for request_id, record in self._by_request_id.items():
-                self._undelivered.append((record, TokenEvent(request_id, error=make_error())))
+            for record in self._by_request_id.values():
+                self._undelivered.append((record.receive, TokenEvent(0, error=make_error())))
             self._by_request_id.clear()
             self._time_limited.clear()
 
@@ -175,7 +169,7 @@ class RequestTable:
             records = list(self._by_request_id.values())
         return tuple(record.state(record.stats(now_s)) for record in records)
 
-    def take_undelivered(self) -> list[tuple[RequestRecord, TokenEvent]]:
+    def take_undelivered(self) -> list[Delivery]:
         """Removes and returns the events that are yet to be delivered."""
         batch, self._undelivered = self._undelivered, []
         return batch
@@ -185,7 +179,7 @@ class RequestTable:
         stats = record.stats(now_s)
         self._ended.append(record.state(stats))
         if self._tracer is not None and record.context is not None:
-            record_phases(self._tracer, record.context, stats, record.num_output_tokens)
+            record_phases(self._tracer, record.context, stats)
         self._time_limited.pop(record.request.request_id, None)
         with self._lock:
             del self._by_request_id[record.request.request_id]

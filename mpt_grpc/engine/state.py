@@ -25,8 +25,6 @@ class RequestState:
 
     request_id: str
     stats: RequestStats
-    num_output_tokens: int
-    """The number of tokens generated for all sequences together; resumed tokens are not counted."""
     sequences: tuple[SequenceState, ...]
     """Empty until the request is added to the scheduler."""
 

@@ -22,10 +22,17 @@ _NUCLEUS_WIDTH = 1024
 """How many of a row's top tokens are searched for a probability sum before the whole row is sorted."""
 
 
+def is_adjusted(inputs: SamplingInputs) -> bool:
+    """Whether `adjust` changes a row with these inputs, apart from its mask."""
+    decoding = inputs.decoding
+    penalties = (decoding.repetition_penalty - 1, decoding.frequency_penalty, decoding.presence_penalty)
+    return any(penalties) or bool(decoding.logit_bias or decoding.allowed_token_ids or inputs.forbidden_token_ids)
+
+
 def adjust(logits: Tensor, inputs: Sequence[SamplingInputs], masks: Mapping[int, bytes]) -> Tensor:
     """Applies penalties, biases and masks to float32 `logits` [n, vocab_size], as `inputs[i]` specifies for row i.
 
-    `masks` maps rows to constraint masks. Returns a modified copy, or `logits` itself if there is nothing to do.
+    `masks` maps rows to constraint masks. Returns a modified copy.
     """
     repeated = _tokens(
         inputs, lambda c: c.prompt_token_ids + c.output_token_ids if c.decoding.repetition_penalty != 1 else ()
@@ -35,8 +42,6 @@ def adjust(logits: Tensor, inputs: Sequence[SamplingInputs], masks: Mapping[int,
     biased = _tokens(inputs, lambda c: c.decoding.logit_bias)
     allowed = _tokens(inputs, lambda c: c.decoding.allowed_token_ids)
     forbidden = _tokens(inputs, lambda c: c.forbidden_token_ids)
-    if not (repeated or counted or present or biased or allowed or masks or forbidden):
-        return logits
     logits = logits.clone(memory_format=torch.contiguous_format)
     if repeated:
         _penalize_repetition(logits, repeated, [c.decoding.repetition_penalty for c in inputs])

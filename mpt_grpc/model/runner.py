@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpt_grpc.errors import DeviceLostError
-from mpt_grpc.model.attention import AttentionBackend, AttentionMetadata
+from mpt_grpc.model.attention import AttentionBackend, AttentionMetadata, MetadataBuilder
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.mpt import MPT
@@ -41,6 +41,7 @@ class Runner:
         """`vocab_size` is that of the tokenizer: log probabilities are normalized over these tokens only."""
         self._model, self._cache, self._attention, self._device = model, cache, attention, device
         self._vocab_size = vocab_size
+        self._metadata = MetadataBuilder(cache.block_size, device)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
@@ -55,9 +56,8 @@ class Runner:
             raise DeviceLostError(f"the accelerator has failed: {error}") from error
 
     def _run(self, plan: StepPlan) -> StepOutput:
-        token_ids = torch.tensor([token for s in plan.sequences for token in s.token_ids], device=self._device)
-        metadata = AttentionMetadata.from_plan(plan, self._cache.block_size, self._device)
-        hidden = self._model(token_ids, metadata.positions, self._attention.bind(self._cache, metadata))
+        metadata = self._metadata.build(plan)
+        hidden = self._model(metadata.token_ids, metadata.positions, self._attention.bind(self._cache, metadata))
         if not hidden.isfinite().all():
             raise FloatingPointError("the model's activations are not finite")
         ends = [

@@ -8,11 +8,11 @@ first sequence of a request is its primary; its siblings start once the prompt i
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.request import Finish, FinishReason, GenerationRequest, TokenLogprob
+from mpt_grpc.request import Finish, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.sequence import Sequence
 from mpt_grpc.step import Matcher, SequenceStep, StepPlan, StepResult
@@ -30,17 +30,7 @@ class SchedulerLimits:
     max_context_tokens: int
 
 
-@dataclass(frozen=True)
-class Progress:
-    """The outcome of a step for one sequence that got a token, ended or failed."""
-
-    sequence: Sequence
-    token_id: int | None = None
-    logprob: TokenLogprob | None = None
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """The whole prompt's log probabilities, if requested; with the first token, or the finish if there is none."""
-    finish: Finish | None = None
-    error: Exception | None = None
+_rank = attrgetter("rank")
 
 
 class Scheduler:
@@ -56,6 +46,8 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._sequences: dict[int, Sequence] = {}
         self._num_arrivals = 0
+        self._started: list[int] = []
+        """The sequences that run for the first time in the step that is being planned."""
 
     @property
     def num_running(self) -> int:
@@ -79,14 +71,14 @@ class Scheduler:
 
     def add(
         self, request: GenerationRequest, prompt_token_ids: tuple[int, ...], matchers: tuple[Matcher, ...] = ()
-    ) -> list[Progress]:
+    ) -> list[tuple[Sequence, Finish | None]]:
         """Adds an admitted request: its seed and `max_new_tokens` are set, and its prompt fits in the context.
 
-        With a constraint, `matchers` has one matcher per sequence. Returns one Progress per sequence; it has a finish
+        With a constraint, `matchers` has one matcher per sequence. Returns the request's sequences, each with a finish
         if the resumed output had already ended, in which case the sequence is not scheduled.
         """
         primary: Sequence | None = None
-        added = []
+        added: list[tuple[Sequence, Finish | None]] = []
         for index in range(request.sampling.num_sequences):
             sequence = Sequence(
                 self._num_arrivals,
@@ -109,7 +101,7 @@ class Scheduler:
                 else:
                     primary.siblings.append(sequence)
             primary = primary or sequence
-            added.append(Progress(sequence, finish=finish))
+            added.append((sequence, finish))
         return added
 
     def end(self, sequence: Sequence) -> bool:
@@ -126,43 +118,55 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """Returns what to compute next; the plan is empty only if there is no work."""
         self._admit()
-        return StepPlan(tuple(self._share_budget()))
+        sequences = tuple(self._steps())
+        started, self._started = tuple(self._started), []
+        return StepPlan(sequences, started)
 
-    def commit(self, plan: StepPlan, result: StepResult) -> list[Progress]:
-        """Applies the result of `plan`, in its order. Sequences that have ended in the meantime are skipped."""
-        progress = []
+    def commit(self, plan: StepPlan, result: StepResult) -> list[tuple[Sequence, TokenEvent]]:
+        """Applies the result of `plan`, in its order; returns an event for each sequence that got a token or ended.
+
+        Sequences that have ended in the meantime are skipped.
+        """
+        events = []
+        block_size = self._pool.block_size
         for step in plan.sequences:
-            sequence = self._sequences.get(step.sequence_id)
+            sequence_id = step.sequence_id
+            sequence = self._sequences.get(sequence_id)
             if sequence is None:
                 continue
-            if (error := result.errors.get(step.sequence_id)) is not None:
+            if result.errors and (error := result.errors.get(sequence_id)) is not None:
                 self.end(sequence)
-                progress.append(Progress(sequence, error=error))
+                events.append((sequence, TokenEvent(sequence.index, error=error)))
                 continue
-            token_id = result.token_ids.get(step.sequence_id)
-            sequence.num_computed = step.length - result.is_deferred(step)
-            sequence.prompt_logprobs += result.prompt_logprobs.get(step.sequence_id, ())
-            self._insert_full_blocks(sequence)
+            token_id = result.token_ids.get(sequence_id)
+            is_deferred = token_id is None and step.sampling is not None
+            sequence.num_computed = step.start + len(step.token_ids) - is_deferred
+            if scored := result.prompt_logprobs.get(sequence_id):
+                sequence.prompt_logprobs += scored
+            if sequence.num_computed // block_size > sequence.num_inserted_blocks:
+                self._insert_full_blocks(sequence)
             if token_id is not None:
-                progress.append(self._advance(sequence, token_id, result.logprobs.get(step.sequence_id)))
+                events.append((sequence, self._advance(sequence, token_id, result.logprobs.get(sequence_id))))
             elif not sequence.num_uncomputed and not sequence.wants_token:
                 self.end(sequence)
                 finish = Finish(FinishReason.MAX_NEW_TOKENS)
-                progress.append(Progress(sequence, prompt_logprobs=tuple(sequence.prompt_logprobs), finish=finish))
-        return progress
+                event = TokenEvent(sequence.index, prompt_logprobs=tuple(sequence.prompt_logprobs), finish=finish)
+                events.append((sequence, event))
+        return events
 
-    def _advance(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> Progress:
-        self._release_siblings(sequence)
+    def _advance(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> TokenEvent:
+        if sequence.siblings:
+            self._release_siblings(sequence)
         try:
             finish = self._append(sequence, token_id)
         except InvalidRequestError as error:  # the constraint is too expensive
             self.end(sequence)
-            return Progress(sequence, error=error)
+            return TokenEvent(sequence.index, error=error)
         if finish is not None:
             self.end(sequence)
         is_first = sequence.num_output_tokens == len(sequence.request.resume_token_ids) + 1
         prompt_logprobs = tuple(sequence.prompt_logprobs) if is_first else ()
-        return Progress(sequence, token_id, logprob, prompt_logprobs, finish)
+        return TokenEvent(sequence.index, token_id, logprob, prompt_logprobs, finish)
 
     def _release_siblings(self, primary: Sequence) -> None:
         while primary.siblings:
@@ -184,6 +188,8 @@ class Scheduler:
                     self._preempt(self._running[-1])
             self._waiting.remove(head)
             self._pool.share(hits)
+            if head.num_cached_tokens is None:
+                self._started.append(head.sequence_id)
             head.start(hits, len(hits) * self._pool.block_size)
             insort(self._running, head, key=_rank)
 
@@ -222,25 +228,37 @@ class Scheduler:
         missing = sum(self._num_blocks_missing(s, s.num_required) for s in (*staying, head)) - len(hits)
         return len(staying) < self._limits.max_running_requests and owned + missing <= self._pool.num_blocks
 
-    def _share_budget(self) -> Iterator[SequenceStep]:
-        """Gives each running sequence one token, and the rest of the budget to those with more to compute, by rank."""
-        budget, index = self._limits.max_step_tokens, 0
-        while index < len(self._running):
-            sequence = self._running[index]
-            reserved = len(self._running) - index - 1
+    def _steps(self) -> list[SequenceStep]:
+        """Gives each running sequence one token, and the rest of the budget to those with more to compute, by rank.
+
+        A sequence for which no block is left is preempted, after all that rank lower.
+        """
+        steps: list[SequenceStep] = []
+        running, block_size, budget = self._running, self._pool.block_size, self._limits.max_step_tokens
+        while len(steps) < len(running):
+            sequence = running[len(steps)]
+            reserved = len(running) - len(steps) - 1
             num_tokens = min(sequence.num_uncomputed, budget - reserved)
-            # A preempted sequence ranks no higher than this one, so it is not in the plan yet.
-            while (
-                missing := self._num_blocks_missing(sequence, sequence.num_computed + num_tokens)
-            ) > self._pool.num_free:
-                last = self._running[-1]
-                self._preempt(last)
-                if last is sequence:
-                    return
-            sequence.block_table += tuple(self._pool.allocate(missing))
-            yield sequence.step(num_tokens)
+            end = sequence.num_computed + num_tokens
+            if end > len(sequence.block_table) * block_size and not self._extend(sequence, end):
+                break
+            steps.append(sequence.step(num_tokens))
             budget -= num_tokens
-            index += 1
+        return steps
+
+    def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Allocates blocks for the first `num_tokens` tokens, for which others of no higher rank are preempted.
+
+        Returns False if the sequence itself had to be preempted.
+        """
+        missing = self._num_blocks_missing(sequence, num_tokens)
+        while missing > self._pool.num_free:
+            last = self._running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return False
+        sequence.block_table += tuple(self._pool.allocate(missing))
+        return True
 
     def _num_blocks_missing(self, sequence: Sequence, num_tokens: int) -> int:
         return max(0, -(-num_tokens // self._pool.block_size) - len(sequence.block_table))
@@ -276,7 +294,3 @@ class Scheduler:
         if is_looping:
             return Finish(FinishReason.REPETITION)
         return None
-
-
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    return sequence.rank

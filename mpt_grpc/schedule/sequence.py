@@ -29,6 +29,8 @@ class Sequence:
     ) -> None:
         """`primary` is the sequence of the same request that computes the prompt for this one; None on the primary."""
         self.sequence_id, self.request, self.index = sequence_id, request, index
+        self.rank = (-request.priority, sequence_id)
+        """The sort key for scheduling: lower runs first, by priority and then by arrival."""
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.eos_token_ids = frozenset() if request.stopping.ignore_eos else eos_token_ids
@@ -45,19 +47,18 @@ class Sequence:
         self.siblings: list[Sequence] = []
         """The request's other sequences, while they wait for this one to compute the prompt."""
         self._matcher = matcher
-        self._parameters = replace(request.sampling, seed=sequence_seed(request.sampling.seed or 0, index))
+        decoding = request.decoding
+        self._penalizes_prompt = decoding.repetition_penalty != 1
+        self._penalizes = self._penalizes_prompt or decoding.frequency_penalty != 0 or decoding.presence_penalty != 0
+        self._sampling = SamplingInputs(
+            replace(request.sampling, seed=sequence_seed(request.sampling.seed or 0, index)),
+            decoding,
+            matcher=matcher,
+            num_top_logprobs=request.logprobs.num_top if request.logprobs.output else None,
+        )
         guard = request.stopping.repetition_guard
         self._repetition = None if guard is None else RepetitionDetector(guard)
         self._digests: list[Digest] = []
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """The sort key for scheduling: lower runs first, by priority and then by arrival."""
-        return (-self.request.priority, self.sequence_id)
 
     @property
     def num_uncomputed(self) -> int:
@@ -116,31 +117,30 @@ class Sequence:
 
     def step(self, num_tokens: int) -> SequenceStep:
         """Returns the step that computes the next `num_tokens` tokens."""
-        end = self.num_computed + num_tokens
+        start = self.num_computed
+        end = start + num_tokens
+        is_last = end == len(self.token_ids)
         return SequenceStep(
-            sequence_id=self.sequence_id,
-            request_id=self.request_id,
-            token_ids=tuple(self.token_ids[self.num_computed : end]),
-            start=self.num_computed,
-            block_table=self.block_table,
-            sampling=self._sampling_inputs() if end == len(self.token_ids) and self.wants_token else None,
-            scoring=self._scoring(end) if self._is_scoring else None,
+            self.sequence_id,
+            self.request.request_id,
+            tuple(self.token_ids[start:end]),
+            start,
+            self.block_table,
+            self._sampling_inputs() if is_last and self.wants_token else None,
+            self.num_output_tokens,
+            self._scoring(end) if self._is_scoring else None,
         )
 
     def _sampling_inputs(self) -> SamplingInputs:
-        request, decoding = self.request, self.request.decoding
-        penalizes_prompt = decoding.repetition_penalty != 1
-        penalizes_output = penalizes_prompt or decoding.frequency_penalty != 0 or decoding.presence_penalty != 0
-        is_short = self.num_output_tokens < request.stopping.min_new_tokens
-        return SamplingInputs(
-            parameters=self._parameters,
-            output_position=self.num_output_tokens,
-            decoding=decoding,
-            prompt_token_ids=tuple(self.token_ids[: self.num_prompt_tokens]) if penalizes_prompt else (),
-            output_token_ids=tuple(self.token_ids[self.num_prompt_tokens :]) if penalizes_output else (),
-            forbidden_token_ids=(*self.eos_token_ids, *request.stopping.stop_token_ids) if is_short else (),
-            matcher=self._matcher,
-            num_top_logprobs=request.logprobs.num_top if request.logprobs.output else None,
+        stopping = self.request.stopping
+        is_short = self.num_output_tokens < stopping.min_new_tokens
+        if not (self._penalizes or is_short):
+            return self._sampling
+        return replace(
+            self._sampling,
+            prompt_token_ids=tuple(self.token_ids[: self.num_prompt_tokens]) if self._penalizes_prompt else (),
+            output_token_ids=tuple(self.token_ids[self.num_prompt_tokens :]) if self._penalizes else (),
+            forbidden_token_ids=(*self.eos_token_ids, *stopping.stop_token_ids) if is_short else (),
         )
 
     def _scoring(self, end: int) -> PromptScoring | None:

@@ -105,10 +105,8 @@ def finish(value: Finish) -> pb.Finish:
     return message
 
 
-def summary(stats: RequestStats, num_output_tokens: int, trace_id: str) -> pb.Summary:
-    return pb.Summary(
-        usage=_usage(stats, num_output_tokens), timings=_timings(stats), seed=stats.seed, trace_id=trace_id
-    )
+def summary(stats: RequestStats, trace_id: str) -> pb.Summary:
+    return pb.Summary(usage=_usage(stats), timings=_timings(stats), seed=stats.seed, trace_id=trace_id)
 
 
 def tokens(tokenizer: Tokenizer, text: str) -> pb.TokenizeResponse:
@@ -287,7 +285,7 @@ def _request_state(state: RequestState, has_ended: bool) -> debug_pb2.RequestSta
         arrival_time=_timestamp(stats.arrival_time_s),
         end_time=_timestamp(stats.end_time_s) if has_ended else None,
         timings=_timings(stats),
-        usage=_usage(stats, state.num_output_tokens),
+        usage=_usage(stats),
         sequences=[
             debug_pb2.SequenceState(
                 index=sequence.index,
@@ -301,11 +299,11 @@ def _request_state(state: RequestState, has_ended: bool) -> debug_pb2.RequestSta
     )
 
 
-def _usage(stats: RequestStats, num_output_tokens: int) -> pb.Usage:
+def _usage(stats: RequestStats) -> pb.Usage:
     return pb.Usage(
         num_prompt_tokens=stats.num_prompt_tokens,
         num_cached_tokens=stats.num_cached_tokens,
-        num_output_tokens=num_output_tokens,
+        num_output_tokens=stats.num_output_tokens,
         num_preemptions=stats.num_preemptions,
     )
 

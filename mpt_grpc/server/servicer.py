@@ -20,7 +20,7 @@ from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.stream import AsyncStream, collect
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, UnknownModelError
-from mpt_grpc.request import Finish, Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
+from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
 from mpt_grpc.server import convert
 from mpt_grpc.server.interceptors import current_call
 from mpt_grpc.settings import SchedulerSettings
@@ -57,7 +57,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: _CallContext) -> pb.GenerateResponse:
         async with self._answer(request) as answer:
-            generation = collect([delta async for delta in answer.deltas()])
+            generation = collect([delta async for delta in answer.deltas])
             return pb.GenerateResponse(
                 request_id=answer.request_id,
                 prompt=answer.prompt(generation.prompt_logprobs),
@@ -72,7 +72,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         async with self._answer(request) as answer:
             is_first = True
-            async for delta in answer.deltas():
+            async for delta in answer.deltas:
                 yield pb.StreamGenerateResponse(
                     request_id=answer.request_id,
                     prompt=answer.prompt(delta.prompt_logprobs) if is_first else None,
@@ -173,19 +173,12 @@ class _Answer:
 
     def __init__(self, stream: AsyncStream, options: pb.OutputOptions, tokenizer: Tokenizer) -> None:
         self.request_id = stream.prepared.request.request_id
-        self._stream, self._options, self._tokenizer = stream, options, tokenizer
-        self._num_tokens = 0
-        self._finishes: dict[int, Finish] = {}
-
-    async def deltas(self) -> AsyncIterator[OutputDelta]:
-        async for delta in self._stream:
-            self._num_tokens += len(delta.token_ids)
-            if delta.finish is not None:
-                self._finishes[delta.index] = delta.finish
-            yield delta
+        self.deltas = aiter(stream)
+        self._request, self._prompt_token_ids = stream.prepared.request, stream.prepared.prompt_token_ids
+        self._options, self._tokenizer = options, tokenizer
 
     def prompt(self, logprobs: Sequence[TokenLogprob]) -> pb.PromptInfo:
-        token_ids = self._stream.prepared.prompt_token_ids
+        token_ids = self._prompt_token_ids
         return pb.PromptInfo(
             num_tokens=len(token_ids),
             token_ids=token_ids if self._options.return_prompt_token_ids else (),
@@ -193,7 +186,7 @@ class _Answer:
         )
 
     def output(self, index: int, output: OutputDelta | Output) -> pb.Output:
-        seed = self._stream.prepared.request.sampling.seed or 0
+        seed = self._request.sampling.seed or 0
         return pb.Output(
             index=index,
             text=output.text,
@@ -206,21 +199,21 @@ class _Answer:
 
     def summary(self, stats: RequestStats) -> pb.Summary:
         call = current_call()
-        reasons = [self._finishes[index].reason.name.lower() for index in sorted(self._finishes)]
+        reasons = [finish.reason.name.lower() for finish in stats.finishes]
         call.logged |= {
             "prompt_tokens": stats.num_prompt_tokens,
             "cached_tokens": stats.num_cached_tokens,
-            "output_tokens": self._num_tokens,
+            "output_tokens": stats.num_output_tokens,
             "finish": ",".join(reasons),
         }
         span = call.span
         if span is None:
-            return convert.summary(stats, self._num_tokens, trace_id="")
+            return convert.summary(stats, trace_id="")
         span.set_attributes(
             {
                 names.RESPONSE_FINISH_REASONS: reasons,
                 names.USAGE_INPUT_TOKENS: stats.num_prompt_tokens,
-                names.USAGE_OUTPUT_TOKENS: self._num_tokens,
+                names.USAGE_OUTPUT_TOKENS: stats.num_output_tokens,
             }
         )
-        return convert.summary(stats, self._num_tokens, format_trace_id(span.get_span_context().trace_id))
+        return convert.summary(stats, format_trace_id(span.get_span_context().trace_id))

@@ -78,7 +78,7 @@ def _otlp_exporter() -> SpanExporter | None:
             raise SettingsError(f"{name}: {protocol!r} is not supported; use grpc or http/protobuf")
 
 
-def record_phases(tracer: Tracer, context: Context, stats: RequestStats, num_output_tokens: int) -> None:
+def record_phases(tracer: Tracer, context: Context, stats: RequestStats) -> None:
     """Records the spans `queue`, `prefill` and `decode` of an ended request as children of the span in `context`."""
     queue_end = stats.scheduled_time_s or stats.end_time_s
     _span(tracer, context, names.SPAN_QUEUE, stats.arrival_time_s, queue_end, {})
@@ -88,7 +88,7 @@ def record_phases(tracer: Tracer, context: Context, stats: RequestStats, num_out
     prefill = {names.USAGE_INPUT_TOKENS: stats.num_prompt_tokens, names.CACHED_TOKENS: stats.num_cached_tokens}
     _span(tracer, context, names.SPAN_PREFILL, stats.scheduled_time_s, prefill_end, prefill)
     if stats.first_token_time_s is not None:
-        decode = {names.USAGE_OUTPUT_TOKENS: num_output_tokens, names.PREEMPTIONS: stats.num_preemptions}
+        decode = {names.USAGE_OUTPUT_TOKENS: stats.num_output_tokens, names.PREEMPTIONS: stats.num_preemptions}
         _span(tracer, context, names.SPAN_DECODE, stats.first_token_time_s, stats.end_time_s, decode)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpt_grpc.engine.assembly import OutputAssembly
+from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.request import Finish, FinishReason, OutputDelta, TokenEvent, TokenLogprob
 from mpt_grpc.text.detokenizer import TextAssembler
@@ -58,17 +58,22 @@ class Reader:
     ) -> None:
         self.num_end_calls = 0
         text = TextAssembler(tokenizer.detokenizer(), stops)
-        watch = None if guard is None else guard.watch()
-        self.assembly = OutputAssembly(0, text, watch, self._end, resumed)
+        self.output: OutputAssembly = (
+            PlainOutput(0, text, self._end, resumed)
+            if guard is None
+            else GuardedOutput(0, text, guard.watch(), self._end, resumed)
+        )
         self.deltas: list[OutputDelta] = []
 
     def read(self, groups: Sequence[Sequence[int]]) -> None:
-        """Feeds each group of tokens as one event; the last event also ends the output."""
+        """Feeds each group of tokens before it takes a delta; the last token also ends the output."""
         for number, group in enumerate(groups, start=1):
-            finish = END if number == len(groups) else None
-            logprobs = tuple(TokenLogprob(token_id, -1.0, rank=1) for token_id in group)
-            event = TokenEvent("r", token_ids=tuple(group), logprobs=logprobs, finish=finish)
-            if delta := self.assembly.advance([event]):
+            events = [TokenEvent(0, token_id, TokenLogprob(token_id, -1.0, rank=1)) for token_id in group]
+            if number == len(groups):
+                events = [*events[:-1], events[-1]._replace(finish=END)] if events else [TokenEvent(0, finish=END)]
+            for event in events:
+                self.output.feed(event)
+            if events and (delta := self.output.take()):
                 self.deltas.append(delta)
 
     @property
@@ -79,7 +84,7 @@ class Reader:
     def token_ids(self) -> tuple[int, ...]:
         return tuple(token_id for delta in self.deltas for token_id in delta.token_ids)
 
-    def _end(self) -> None:
+    def _end(self, _: Finish) -> None:
         self.num_end_calls += 1
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import SteppedRunner, generation, submit
 
 from mpt_grpc.engine import load
-from mpt_grpc.engine.assembly import OutputAssembly
+from mpt_grpc.engine.assembly import PlainOutput
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import (
@@ -146,9 +146,11 @@ def test_text_ends_before_a_stop_string(shared_engine: Engine) -> None:
 def test_stop_string_completed_only_by_the_final_flush_is_reported(shared_engine: Engine) -> None:
     """The only token is the first byte of a longer character, which becomes U+FFFD at the end of the output."""
     lead_byte = next(i for i in range(4096) if shared_engine.preparation.tokenizer.token_bytes(i) == b"\xe2")
-    events = [TokenEvent("r", token_ids=(lead_byte,), finish=Finish(FinishReason.MAX_NEW_TOKENS))]
+    event = TokenEvent(0, lead_byte, finish=Finish(FinishReason.MAX_NEW_TOKENS))
     text = TextAssembler(shared_engine.preparation.tokenizer.detokenizer(), ["\ufffd"])
-    delta = OutputAssembly(0, text, None, lambda: None).advance(events)
+    output = PlainOutput(0, text, lambda _: None)
+    output.feed(event)
+    delta = output.take()
     assert delta is not None
     assert delta.text == ""
     assert delta.finish == Finish(FinishReason.STOP_STRING, stop_string="\ufffd")

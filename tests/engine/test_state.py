@@ -32,7 +32,7 @@ def test_state_lists_running_and_waiting_requests_with_their_blocks(
     first, second, third = state.in_flight
     assert [request.request_id for request in state.in_flight] == ["first", "second", "third"]
     assert (state.load.num_running, state.load.num_waiting) == (2, 1)
-    assert (first.num_output_tokens, second.num_output_tokens, third.num_output_tokens) == (2, 1, 0)
+    assert (first.stats.num_output_tokens, second.stats.num_output_tokens, third.stats.num_output_tokens) == (2, 1, 0)
     assert first.sequences[0].num_computed_tokens == 41
     assert len(first.sequences[0].blocks) == 3
     assert second.sequences[0].blocks[:2] == first.sequences[0].blocks[:2], "the prompt's full blocks are shared"
@@ -56,7 +56,7 @@ def test_state_lists_recently_ended_requests_and_cached_blocks(make_engine: Call
     assert [request.request_id for request in state.ended] == [f"r{number}" for number in range(6, 70)]
     last = state.ended[-1]
     assert [sequence.finish_reason for sequence in last.sequences] == [FinishReason.MAX_NEW_TOKENS] * 2
-    assert last.num_output_tokens == 4
+    assert last.stats.num_output_tokens == 4
     assert last.stats.arrival_time_s <= (last.stats.first_token_time_s or 0) <= last.stats.end_time_s <= state.time_s
     assert state.in_flight == ()
     assert len(state.cached_blocks) == 2

@@ -27,14 +27,14 @@ from transformers import (
 )
 
 from mpt_grpc.errors import InternalError
-from mpt_grpc.model.logits import adjust, apply_filters, top_tokens
+from mpt_grpc.model.logits import adjust, apply_filters, is_adjusted, top_tokens
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.request import DecodingOptions, SamplingParameters
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepResult
 
 VOCAB = 200
 PROMPT, OUTPUT = (3, 7, 7, 50, 199), (7, 8, 8, 8, 0, 3)
-PLAIN = SamplingInputs(SamplingParameters(seed=0), 0)
+PLAIN = SamplingInputs(SamplingParameters(seed=0))
 
 
 def random_logits(rows: int, vocab_size: int = VOCAB, seed: int = 0, std: float = 2.0) -> Tensor:
@@ -51,7 +51,7 @@ def greedy_inputs(
 ) -> SamplingInputs:
     """Returns sampling inputs that are greedy unless `sampling` sets a temperature."""
     parameters = SamplingParameters(**{"temperature": 0, "seed": 0, **(sampling or {})})
-    return SamplingInputs(parameters, 0, DecodingOptions(**decoding), prompt, output, forbidden)
+    return SamplingInputs(parameters, DecodingOptions(**decoding), prompt, output, forbidden)
 
 
 def adjusted(logits: Tensor, one: SamplingInputs, mask: bytes | None = None) -> Tensor:
@@ -68,8 +68,9 @@ def mask_of(allowed: Collection[int], num_bytes: int = VOCAB // 8 + 4) -> bytes:
 
 
 def sample(logits: Tensor, *inputs: SamplingInputs, masks: Mapping[int, bytes] | None = None) -> StepResult:
-    """Samples one row for each of `inputs`; the sequence IDs are 10, 11 and so on."""
-    steps = [SequenceStep(10 + row, "r", (1,), 8, (3,), one) for row, one in enumerate(inputs)]
+    """Samples one row for each of `inputs`; the sequence IDs are 10, 11 and so on, the output positions 0, 1 and so
+    on."""
+    steps = [SequenceStep(10 + row, "r", (1,), 8, (3,), one, row) for row, one in enumerate(inputs)]
     return Sampler(logits.shape[1]).sample(logits, steps, masks or {})
 
 
@@ -177,7 +178,8 @@ def test_processing_steps_are_applied_in_the_documented_order() -> None:
 
 def test_default_options_return_the_logits_unchanged() -> None:
     logits = random_logits(2)
-    assert adjust(logits, [PLAIN, PLAIN], {}) is logits
+    assert torch.equal(adjust(logits, [PLAIN, PLAIN], {}), logits)
+    assert not is_adjusted(PLAIN)
 
 
 @pytest.mark.parametrize("std", [0.3, 2.0, 6.0])
@@ -250,8 +252,8 @@ def test_excluded_tokens_are_never_chosen(temperature: float) -> None:
     allowed = {3, 90, 150, 199}
     parameters = {"temperature": temperature}
     narrow = greedy_inputs(sampling=parameters, allowed_token_ids=tuple(allowed))
-    inputs = [replace(narrow, output_position=position) for position in range(400)]
-    masked = [replace(one, decoding=DecodingOptions(), forbidden_token_ids=(90,)) for one in inputs]
+    inputs = [narrow] * 400
+    masked = [replace(narrow, decoding=DecodingOptions(), forbidden_token_ids=(90,))] * 400
     logits = random_logits(1).expand(400, -1)
     assert set(sample(logits, *inputs).token_ids.values()) == allowed
     masks = {10 + row: mask_of(allowed) for row in range(400)}
@@ -304,7 +306,6 @@ def random_inputs(rng: random.Random, vocab_size: int) -> SamplingInputs:
     )
     return SamplingInputs(
         sampling,
-        rng.randrange(1000),
         decoding,
         tokens(50),
         tokens(30),
@@ -318,7 +319,7 @@ def test_tokens_and_log_probabilities_do_not_depend_on_other_rows() -> None:
     rng, vocab_size = random.Random(0), 50_277
     logits = random_logits(16, vocab_size, std=3.0)
     inputs = [random_inputs(rng, vocab_size) for _ in range(16)]
-    steps = [SequenceStep(row, "r", (1,), 8, (3,), one) for row, one in enumerate(inputs)]
+    steps = [SequenceStep(row, "r", (1,), 8, (3,), one, rng.randrange(1000)) for row, one in enumerate(inputs)]
     masks = {row: rng.randbytes(vocab_size // 8 + 1) for row in range(0, 16, 3)}
     sampler = Sampler(vocab_size)
     alone = [sampler.sample(logits[row : row + 1], [step], masks) for row, step in enumerate(steps)]

@@ -48,8 +48,8 @@ def test_log_probabilities_of_chosen_tokens_use_the_models_raw_logits() -> None:
     before = logits.clone()
     decoding = DecodingOptions(frequency_penalty=2.0, logit_bias={4: 50.0}, allowed_token_ids=(4, 5, 6))
     sampling = SamplingParameters(temperature=3.0, top_k=1, seed=0)
-    with_logprobs = SamplingInputs(sampling, 0, decoding, output_token_ids=(5, 6), num_top_logprobs=2)
-    without = SamplingInputs(sampling, 0, decoding)
+    with_logprobs = SamplingInputs(sampling, decoding, output_token_ids=(5, 6), num_top_logprobs=2)
+    without = SamplingInputs(sampling, decoding)
     inputs = (with_logprobs, without, with_logprobs)
     steps = [SequenceStep(9 - row, "r", (1,), 0, (0,), one) for row, one in enumerate(inputs)]
     result = Sampler(50).sample(logits, steps)

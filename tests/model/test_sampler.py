@@ -19,8 +19,8 @@ from mpt_grpc.step import SamplingInputs, SequenceStep
 
 
 def sequence(sequence_id: int = 0, position: int = 0, **sampling: Any) -> SequenceStep:
-    inputs = SamplingInputs(SamplingParameters(**{"seed": 0, **sampling}), position)
-    return SequenceStep(sequence_id, "r", (1,), 8, (3,), inputs)
+    inputs = SamplingInputs(SamplingParameters(**{"seed": 0, **sampling}))
+    return SequenceStep(sequence_id, "r", (1,), 8, (3,), inputs, position)
 
 
 def random_logits(rows: int, vocab_size: int, seed: int = 0, std: float = 1.0) -> Tensor:

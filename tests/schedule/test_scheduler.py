@@ -21,11 +21,12 @@ from mpt_grpc.request import (
     LogprobOptions,
     SamplingParameters,
     StoppingCriteria,
+    TokenEvent,
     TokenLogprob,
     sequence_seed,
 )
 from mpt_grpc.schedule.block_pool import BlockPool
-from mpt_grpc.schedule.scheduler import Progress, Scheduler, SchedulerLimits
+from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
 from mpt_grpc.schedule.sequence import Sequence as SchedulerSequence
 from mpt_grpc.step import SequenceStep, StepPlan, StepResult
 
@@ -79,7 +80,7 @@ class Machine:
     """The group of sequences that may read each other's cache entries: one per salt, or one per request if it bypasses
     the prefix cache."""
     outputs: dict[str, list[int]] = field(default_factory=dict)
-    ended: dict[str, Progress] = field(default_factory=dict)
+    ended: dict[str, TokenEvent] = field(default_factory=dict)
     prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = field(default_factory=dict)
     num_computed: dict[str, int] = field(default_factory=dict)
 
@@ -91,14 +92,13 @@ class Machine:
 
     def add(self, added: GenerationRequest, prompt: tuple[int, ...]) -> None:
         cache = added.cache
-        for progress in self.scheduler.add(added, prompt):
-            sequence = progress.sequence
+        for sequence, finish in self.scheduler.add(added, prompt):
             name = f"{added.request_id}{sequence.index or ''}"
             self.names[sequence.sequence_id], self.sequences[name] = name, sequence
             self.prompts[name], self.outputs[name] = prompt, list(added.resume_token_ids)
             self.sharers[name] = f"only {added.request_id}" if cache.bypass else f"salt {cache.salt}"
-            if progress.finish is not None:
-                self.ended[name] = progress
+            if finish is not None:
+                self.ended[name] = TokenEvent(sequence.index, finish=finish)
 
     def end(self, name: str) -> bool:
         return self.scheduler.end(self.sequences[name])
@@ -119,7 +119,7 @@ class Machine:
 
     def run(
         self, plan: StepPlan, failing: frozenset[str] = frozenset(), deferred: frozenset[str] = frozenset()
-    ) -> list[Progress]:
+    ) -> dict[str, TokenEvent]:
         chosen, scored = {}, {}
         for s in plan.sequences:
             name = self.names[s.sequence_id]
@@ -135,7 +135,7 @@ class Machine:
                 self.cache[entry] = (sharers, known[: position + 1])
             self.num_computed[name] = self.num_computed.get(name, 0) + len(s.token_ids)
             if s.sampling is not None:
-                assert s.sampling.output_position == len(self.outputs[name])
+                assert s.output_position == len(self.outputs[name])
                 if name not in deferred:
                     chosen[s.sequence_id] = next_token(known, s.sampling.parameters.seed or 0)
             if s.scoring is not None:
@@ -147,18 +147,19 @@ class Machine:
                 )
                 scored[s.sequence_id] = tuple(logprob_of(known[:end]) for end in ends)
         errors = {s.sequence_id: InternalError("fault") for s in plan.sequences if self.names[s.sequence_id] in failing}
-        progress = self.scheduler.commit(plan, StepResult(chosen, prompt_logprobs=scored, errors=errors))
-        for p in progress:
-            name = self.names[p.sequence.sequence_id]
+        committed = self.scheduler.commit(plan, StepResult(chosen, prompt_logprobs=scored, errors=errors))
+        events = {self.names[sequence.sequence_id]: event for sequence, event in committed}
+        assert len(events) == len(committed)
+        for name, event in events.items():
             assert name not in self.ended
-            if p.prompt_logprobs:
+            if event.prompt_logprobs:
                 assert name not in self.prompt_logprobs, "returned twice"
-                self.prompt_logprobs[name] = p.prompt_logprobs
-            if p.token_id is not None:
-                self.outputs[name].append(p.token_id)
-            if p.finish is not None or p.error is not None:
-                self.ended[name] = p
-        return progress
+                self.prompt_logprobs[name] = event.prompt_logprobs
+            if event.token_id is not None:
+                self.outputs[name].append(event.token_id)
+            if event.finish is not None or event.error is not None:
+                self.ended[name] = event
+        return events
 
     def step(self) -> StepPlan:
         plan = self.plan()
@@ -312,7 +313,7 @@ def test_the_newest_request_of_the_lowest_priority_is_preempted() -> None:
             GenerationRequest(name, "", SamplingParameters(seed=1), stopping=stopping, priority=priority), (7, 8, index)
         )
     m.finish()
-    preemptions = {name: progress.sequence.num_preemptions for name, progress in m.ended.items()}
+    preemptions = {name: m.sequences[name].num_preemptions for name in m.ended}
     assert list(preemptions) == ["high", "old", "new", "low"]
     assert preemptions["high"] == preemptions["old"] == 0
     assert preemptions["new"] > 0
@@ -329,7 +330,7 @@ def test_a_request_of_higher_priority_takes_the_batch_slot_of_a_lower_one() -> N
     m.add(request("high", 1, priority=1), (7, 8, 9))
     assert [s.request_id for s in m.step().sequences] == ["high"]
     m.finish()
-    assert m.ended["low"].sequence.num_preemptions == 1
+    assert m.sequences["low"].num_preemptions == 1
     assert m.outputs["low"] == expected_output((1, 2, 3), 20, 100)
 
 
@@ -364,7 +365,7 @@ def test_a_prompt_starts_once_there_is_budget_and_reuses_what_an_earlier_request
         assert [s.request_id for s in m.step().sequences] == ["first"]
     assert [s.request_id for s in m.step().sequences] == ["first", "second"]
     m.finish()
-    assert m.ended["second"].sequence.num_cached_tokens == 20
+    assert m.sequences["second"].num_cached_tokens == 20
 
 
 def test_free_cached_blocks_are_counted_only_once() -> None:
@@ -378,8 +379,8 @@ def test_free_cached_blocks_are_counted_only_once() -> None:
     m.add(request("second", 1), prompt)
     assert [s.request_id for s in m.step().sequences] == ["holder"]
     m.finish()
-    assert m.ended["second"].sequence.num_preemptions == 0
-    assert m.ended["second"].sequence.num_cached_tokens == 12
+    assert m.sequences["second"].num_preemptions == 0
+    assert m.sequences["second"].num_cached_tokens == 12
 
 
 def test_a_preempted_request_reuses_its_cached_blocks_but_does_not_report_them_as_cached() -> None:
@@ -390,8 +391,8 @@ def test_a_preempted_request_reuses_its_cached_blocks_but_does_not_report_them_a
     m.step()
     assert [(s.request_id, s.start) for s in m.step().sequences] == [("low", 20)]
     m.finish()
-    assert m.ended["low"].sequence.num_preemptions == 1
-    assert m.ended["low"].sequence.num_cached_tokens == 0
+    assert m.sequences["low"].num_preemptions == 1
+    assert m.sequences["low"].num_cached_tokens == 0
 
 
 def test_a_cancelled_prefill_frees_its_blocks_immediately() -> None:
@@ -411,7 +412,7 @@ def test_a_request_that_ends_between_plan_and_commit_is_skipped() -> None:
     m.add(request("stays"), (4, 5, 6))
     plan = m.plan()
     m.end("gone")
-    assert [p.sequence.request_id for p in m.run(plan)] == ["stays"]
+    assert list(m.run(plan)) == ["stays"]
     m.finish()
 
 
@@ -428,7 +429,7 @@ def test_full_blocks_of_a_known_prompt_are_shared(second: dict[str, object], cac
     plan = m.step()
     assert plan.sequences[0].start == cached
     m.finish()
-    assert m.ended["second"].sequence.num_cached_tokens == cached
+    assert m.sequences["second"].num_cached_tokens == cached
     assert m.outputs["second"] == m.outputs["first"]
 
 
@@ -534,7 +535,7 @@ def test_a_scored_prompt_is_computed_in_full_even_if_it_is_cached() -> None:
     m.finish()
     m.add(replace(request("scored"), logprobs=LogprobOptions(prompt=True)), prompt)
     m.finish()
-    assert m.ended["scored"].sequence.num_cached_tokens == 0
+    assert m.sequences["scored"].num_cached_tokens == 0
     assert m.prompt_logprobs["scored"] == tuple(logprob_of(prompt[:end]) for end in range(2, 25))
 
 

@@ -13,7 +13,9 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mpt_grpc.engine import load
-from mpt_grpc.schedule.scheduler import Progress, Scheduler
+from mpt_grpc.request import TokenEvent
+from mpt_grpc.schedule.scheduler import Scheduler
+from mpt_grpc.schedule.sequence import Sequence
 from mpt_grpc.server.server import running_server
 from mpt_grpc.settings import ServerSettings, Settings
 from mpt_grpc.step import StepPlan, StepResult
@@ -156,7 +158,7 @@ class FailingScheduler(Scheduler):
 
     fault: type[BaseException] = RuntimeError
 
-    def commit(self, plan: StepPlan, result: StepResult) -> list[Progress]:
+    def commit(self, plan: StepPlan, result: StepResult) -> list[tuple[Sequence, TokenEvent]]:
         if len(plan.sequences) == 2 and any(sequence.request_id == "fatal" for sequence in plan.sequences):
             raise self.fault("inconsistent state")
         return super().commit(plan, result)

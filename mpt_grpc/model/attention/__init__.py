@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.mpt import Attend
 from mpt_grpc.step import StepPlan
+
+Array = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -20,44 +24,66 @@ class AttentionMetadata:
     query_starts: tuple[int, ...]
     starts: tuple[int, ...]
     """The number of each sequence's tokens that were in the cache before the step."""
-    block_tables: Tensor
-    """[num_sequences, blocks of the longest sequence], int64; padded with 0."""
+    token_ids: Tensor
+    """[num_tokens], int64."""
     positions: Tensor
     """[num_tokens], int64: each token's position in its sequence."""
     blocks: Tensor
     """[num_tokens], int64: the block in which each token's key and value are stored."""
     offsets: Tensor
     """[num_tokens], int64: each token's position within its block."""
+    block_tables: Tensor
+    """[num_sequences, blocks of the longest sequence], int64; padded with any blocks."""
 
-    @classmethod
-    def from_plan(cls, plan: StepPlan, block_size: int, device: torch.device) -> AttentionMetadata:
+
+class MetadataBuilder:
+    """Makes the metadata of each step. Keeps the block tables as one array, written only where they change."""
+
+    def __init__(self, block_size: int, device: torch.device) -> None:
+        self._block_size, self._device = block_size, device
+        self._tables: list[tuple[int, ...]] = []
+        """The tables in the rows of `_array`."""
+        self._array = np.zeros((0, 0), dtype=np.int64)
+
+    def build(self, plan: StepPlan) -> AttentionMetadata:
         """Concatenates the plan's sequences, in the plan's order."""
-        counts = [len(sequence.token_ids) for sequence in plan.sequences]
-        starts = tuple(sequence.start for sequence in plan.sequences)
-        query_starts = [0]
-        for count in counts:
-            query_starts.append(query_starts[-1] + count)
-        width = max(len(sequence.block_table) for sequence in plan.sequences)
-        tables = torch.tensor(
-            [sequence.block_table + (0,) * (width - len(sequence.block_table)) for sequence in plan.sequences],
-            device=device,
-        )
-        repeats = torch.tensor(counts, device=device)
-        owners = torch.repeat_interleave(
-            torch.arange(len(counts), device=device), repeats, output_size=query_starts[-1]
-        )
-        shifts = torch.tensor(
-            [start - first for start, first in zip(starts, query_starts, strict=False)], device=device
-        )
-        positions = torch.arange(query_starts[-1], device=device) + shifts[owners]
-        return cls(
-            query_starts=tuple(query_starts),
-            starts=starts,
-            block_tables=tables,
+        steps = plan.sequences
+        tables = self._block_tables([step.block_table for step in steps])
+        starts = [step.start for step in steps]
+        counts = np.array([len(step.token_ids) for step in steps])
+        query_ends = counts.cumsum()
+        owners = np.arange(len(steps)).repeat(counts)
+        positions = np.arange(query_ends[-1]) + (starts - query_ends + counts).repeat(counts)
+        # One transfer for all.
+        rows = np.empty((4, len(positions)), dtype=np.int64)
+        rows[0] = [token_id for step in steps for token_id in step.token_ids]
+        rows[1] = positions
+        rows[2] = tables[owners, positions // self._block_size]
+        rows[3] = positions % self._block_size
+        token_ids, positions, blocks, offsets = torch.from_numpy(rows).to(self._device)
+        return AttentionMetadata(
+            query_starts=(0, *query_ends.tolist()),
+            starts=tuple(starts),
+            token_ids=token_ids,
             positions=positions,
-            blocks=tables[owners, positions // block_size],
-            offsets=positions % block_size,
+            blocks=blocks,
+            offsets=offsets,
+            block_tables=torch.from_numpy(tables).to(self._device),
         )
+
+    def _block_tables(self, tables: list[tuple[int, ...]]) -> Array:
+        """Returns the tables as an array, valid until the next call."""
+        width = max(map(len, tables))
+        if len(tables) > self._array.shape[0] or width > self._array.shape[1]:
+            self._array = np.zeros((2 * len(tables), 2 * width), dtype=np.int64)
+            self._tables = []
+        for row, table in enumerate(tables):
+            if row >= len(self._tables):
+                self._tables.append(())
+            if self._tables[row] is not table:
+                self._array[row, : len(table)] = table
+                self._tables[row] = table
+        return self._array[: len(tables), :width]
 
 
 class AttentionBackend(Protocol):

@@ -1,0 +1,186 @@
+"""Measures what requests and tokens cost on the host, with a model that costs next to nothing.
+
+python benchmarks/host_path.py
+
+The model has the built-in tokenizer, one layer of 32 dimensions and random weights. Beside each other: the engine in
+its own process, the same served over gRPC, and a grpc.aio server that only sends messages of the same size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+import mpt_grpc
+from mpt_grpc.engine.load import load_engine
+from mpt_grpc.engine.stream import AsyncStream
+from mpt_grpc.request import GenerationRequest, SamplingParameters, StoppingCriteria
+from mpt_grpc.settings import ModelSettings, SchedulerSettings, Settings
+from mpt_grpc_client import AsyncClient
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+
+PROMPT, NUM_TOKENS, NUM_REQUESTS = "Once upon a time there was a king", 400, 200
+_DEMO = Path(mpt_grpc.__file__).parent / "demo"
+_MAX_RUNNING = 128
+
+
+def make_model(folder: Path) -> None:
+    """Writes the configuration and the tokenizer of the model; its weights are random."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(_DEMO / name, folder)
+    config = json.loads((_DEMO / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "d_model": 32, "n_heads": 2, "n_layers": 1}))
+
+
+async def in_process(folder: Path, num_streams: int) -> tuple[float, float]:
+    """Returns tokens/s and milliseconds a step of the engine, read on the event loop of the same process."""
+    model = ModelSettings(model=str(folder), load_format="random", dtype="float32")
+    settings = Settings(model=model, scheduler=SchedulerSettings(max_running_requests=_MAX_RUNNING))
+    engine, _ = load_engine(settings, loop=asyncio.get_running_loop())
+
+    async def read(number: int, num_tokens: int) -> None:
+        stopping = StoppingCriteria(max_new_tokens=num_tokens, ignore_eos=True)
+        name = f"{num_tokens} tokens, {number}"
+        request = GenerationRequest(name, PROMPT, SamplingParameters(temperature=0), stopping=stopping)
+        async for _ in engine.submit(engine.preparation.prepare(request), AsyncStream):
+            pass
+
+    with engine:
+        await asyncio.gather(*(read(number, 20) for number in range(num_streams)))
+        num_steps, start_s = engine.load.num_steps, time.perf_counter()
+        await asyncio.gather(*(read(number, NUM_TOKENS) for number in range(num_streams)))
+        elapsed_s = time.perf_counter() - start_s
+        return num_streams * NUM_TOKENS / elapsed_s, 1e3 * elapsed_s / (engine.load.num_steps - num_steps)
+
+
+async def served(target: str, num_streams: int) -> tuple[float, float, float]:
+    """Returns tokens/s, messages/s and the median latency of a token in ms, of streams served over gRPC."""
+    gaps: list[float] = []
+
+    async def read(client: AsyncClient, num_tokens: int) -> None:
+        last_s = time.perf_counter()
+        async with client.stream(PROMPT, temperature=0, max_new_tokens=num_tokens, ignore_eos=True) as stream:
+            async for _ in stream.deltas():
+                now_s = time.perf_counter()
+                gaps.append(now_s - last_s)
+                last_s = now_s
+
+    async with AsyncClient(target) as client:
+        await asyncio.gather(*(read(client, 20) for _ in range(num_streams)))
+        gaps.clear()
+        start_s = time.perf_counter()
+        await asyncio.gather(*(read(client, NUM_TOKENS) for _ in range(num_streams)))
+        elapsed_s = time.perf_counter() - start_s
+    return num_streams * NUM_TOKENS / elapsed_s, len(gaps) / elapsed_s, 1e3 * statistics.median(gaps)
+
+
+async def unary_ms(target: str) -> float:
+    """Returns the median time of a call with a prompt of about 100 tokens that generates one token, one at a time."""
+    times = []
+    async with AsyncClient(target) as client:
+        for number in range(NUM_REQUESTS):
+            start_s = time.perf_counter()
+            await client.generate(f"{number} {PROMPT * 12}", temperature=0, max_new_tokens=1)
+            times.append(time.perf_counter() - start_s)
+    return 1e3 * statistics.median(times[NUM_REQUESTS // 10 :])
+
+
+async def bare(target: str, num_streams: int) -> float:
+    """Returns the messages/s of the bare server."""
+    async with grpc.aio.insecure_channel(target) as channel:
+        call: grpc.aio.UnaryStreamMultiCallable[bytes, pb.StreamGenerateResponse] = channel.unary_stream(
+            "/bare/Stream", response_deserializer=pb.StreamGenerateResponse.FromString
+        )
+
+        async def read(num_messages: int) -> None:
+            async for _ in call(str(num_messages).encode()):
+                pass
+
+        await asyncio.gather(*(read(20) for _ in range(num_streams)))
+        start_s = time.perf_counter()
+        await asyncio.gather(*(read(NUM_TOKENS) for _ in range(num_streams)))
+        return num_streams * NUM_TOKENS / (time.perf_counter() - start_s)
+
+
+async def serve_bare() -> None:
+    """Serves streams of a constant message, and prints the address."""
+    message = pb.StreamGenerateResponse(
+        request_id="6f9619ff-8b86-d011-b42d-00c04fc964ff", output=pb.Output(text=" king", num_tokens=1)
+    )
+
+    async def stream(request: bytes, _: Any) -> AsyncIterator[pb.StreamGenerateResponse]:
+        for _ in range(int(request)):
+            yield message
+
+    server = grpc.aio.server()
+    handler: grpc.RpcMethodHandler[bytes, pb.StreamGenerateResponse] = grpc.unary_stream_rpc_method_handler(
+        stream, response_serializer=pb.StreamGenerateResponse.SerializeToString
+    )
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("bare", {"Stream": handler})])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"gRPC 127.0.0.1:{port}", flush=True)
+    await server.wait_for_termination()
+
+
+@contextmanager
+def process(*command: str) -> Iterator[str]:
+    """Runs a server in another process; yields the address that it prints."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        try:
+            yield next(word for line in server.stdout for word in line.split() if word.startswith("127.0.0.1:"))
+        finally:
+            server.terminate()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--serve-bare", action="store_true", help=argparse.SUPPRESS)
+    parsed = parser.parse_args()
+    if parsed.serve_bare:
+        asyncio.run(serve_bare())
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    print(
+        "| streams | engine, tokens/s | ms a step | served, tokens/s | messages/s | ms between messages, median"
+        " | bare, messages/s |\n|---|---|---|---|---|---|---|"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder)
+        flags = ("--model", name, "--load-format", "random", "--dtype", "float32", "--grpc-port", "0", "--no-http")
+        running = ("--max-running-requests", str(_MAX_RUNNING), "--log-level", "error")
+        with process("-m", "mpt_grpc", "serve", *flags, *running) as ours, process(__file__, "--serve-bare") as peer:
+            for num_streams in parsed.streams:
+                rate, step_ms = asyncio.run(in_process(folder, num_streams))
+                tokens, messages, gap_ms = asyncio.run(served(ours, num_streams))
+                bare_messages = asyncio.run(bare(peer, num_streams))
+                print(
+                    f"| {num_streams} | {rate:,.0f} | {step_ms:.2f} | {tokens:,.0f} | {messages:,.0f} | {gap_ms:.1f}"
+                    f" | {bare_messages:,.0f} |",
+                    flush=True,
+                )
+            print(
+                f"\nA unary call with about 100 prompt tokens and one new token takes {asyncio.run(unary_ms(ours)):.1f} ms."
+            )
+
+
+if __name__ == "__main__":
+    main()
