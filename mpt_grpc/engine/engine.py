@@ -22,8 +22,9 @@ from opentelemetry.trace import Tracer
 
 from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
 from mpt_grpc.engine.masks import MaskWorkers
+from mpt_grpc.engine.outbox import Outbox
 from mpt_grpc.engine.prepare import Preparation, PreparedRequest
-from mpt_grpc.engine.request_table import Delivery, RequestRecord, RequestTable
+from mpt_grpc.engine.request_table import RequestRecord, RequestTable
 from mpt_grpc.engine.state import EngineLoad, EngineState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream, collect
 from mpt_grpc.errors import DeviceLostError, DrainingError, EngineStoppedError, InternalError, UnavailableError
@@ -67,7 +68,7 @@ class Engine:
         self.preparation = preparation
         self.load = EngineLoad(num_free_blocks=scheduler.num_free_blocks)
         self._scheduler, self._runner, self._sampler = scheduler, runner, sampler
-        self._loop = loop
+        self._outbox = Outbox(loop)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._masks = MaskWorkers(on_ready=lambda: self._commands.put(_wake_up))
         self._waits_for_masks = False
@@ -271,13 +272,8 @@ class Engine:
             num_waiting=self._scheduler.num_waiting,
             num_free_blocks=self._scheduler.num_free_blocks,
         )
-        batch = self._requests.take_undelivered()
-        if not batch:
-            return
-        if self._loop is None:
-            _receive(batch)
-        elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_receive, batch)
+        if events := self._requests.take_undelivered():
+            self._outbox.put(events)
 
     def _assembly(self, prepared: PreparedRequest, end: Callable[[Finish, int | None], None]) -> RequestAssembly:
         """`end` ends the output with the given index, or all of them."""
@@ -331,8 +327,3 @@ class Engine:
 
 def _wake_up() -> None:
     """A command that does nothing but wake up the scheduler thread."""
-
-
-def _receive(batch: list[Delivery]) -> None:
-    for receive, event in batch:
-        receive(event)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
 
+from mpt_grpc.engine.outbox import Delivery
 from mpt_grpc.engine.prepare import PreparedRequest
 from mpt_grpc.engine.state import RequestState, SequenceState
 from mpt_grpc.errors import DuplicateRequestError, OverloadedError
@@ -17,8 +18,6 @@ from mpt_grpc.request import FinishReason, GenerationRequest, RequestStats, Toke
 from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
 from mpt_grpc.telemetry.tracing import record_phases
 
-Delivery = tuple[Callable[[TokenEvent], None], TokenEvent]
-"""An event, and the method of the reader's stream that receives it."""
 _RETRY_AFTER_S = 1.0
 _NUM_ENDED = 64
 

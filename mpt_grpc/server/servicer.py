@@ -73,13 +73,15 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         async with self._answer(request) as answer:
             is_first = True
             async for delta in answer.deltas:
-                yield pb.StreamGenerateResponse(
-                    request_id=answer.request_id,
-                    prompt=answer.prompt(delta.prompt_logprobs) if is_first else None,
-                    output=answer.output(delta.index, delta),
-                    summary=None if delta.stats is None else answer.summary(delta.stats),
+                response = pb.StreamGenerateResponse(
+                    request_id=answer.request_id, output=answer.output(delta.index, delta)
                 )
-                is_first = False
+                if is_first:
+                    response.prompt.CopyFrom(answer.prompt(delta.prompt_logprobs))
+                    is_first = False
+                if delta.stats is not None:
+                    response.summary.CopyFrom(answer.summary(delta.stats))
+                yield response
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _CallContext) -> pb.TokenizeResponse:
         if len(request.text) > _MAX_TOKENIZE_CHARACTERS:
@@ -176,6 +178,7 @@ class _Answer:
         self.deltas = aiter(stream)
         self._request, self._prompt_token_ids = stream.prepared.request, stream.prepared.prompt_token_ids
         self._options, self._tokenizer = options, tokenizer
+        self._returns_token_ids = options.return_token_ids
 
     def prompt(self, logprobs: Sequence[TokenLogprob]) -> pb.PromptInfo:
         token_ids = self._prompt_token_ids
@@ -186,16 +189,15 @@ class _Answer:
         )
 
     def output(self, index: int, output: OutputDelta | Output) -> pb.Output:
-        seed = self._request.sampling.seed or 0
-        return pb.Output(
-            index=index,
-            text=output.text,
-            num_tokens=len(output.token_ids),
-            token_ids=output.token_ids if self._options.return_token_ids else (),
-            logprobs=convert.logprobs(output.logprobs, self._tokenizer),
-            finish=None if output.finish is None else convert.finish(output.finish),
-            seed=0 if output.finish is None else sequence_seed(seed, index),
-        )
+        message = pb.Output(index=index, text=output.text, num_tokens=len(output.token_ids))
+        if self._returns_token_ids:
+            message.token_ids.extend(output.token_ids)
+        if output.logprobs:
+            message.logprobs.extend(convert.logprobs(output.logprobs, self._tokenizer))
+        if output.finish is not None:
+            message.finish.CopyFrom(convert.finish(output.finish))
+            message.seed = sequence_seed(self._request.sampling.seed or 0, index)
+        return message
 
     def summary(self, stats: RequestStats) -> pb.Summary:
         call = current_call()

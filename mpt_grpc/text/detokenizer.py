@@ -48,9 +48,11 @@ class TextAssembler:
 
     def feed(self, token_id: int) -> str:
         """Adds the output's next token; returns the text that may be sent now, which is empty after a stop string."""
-        ignores_stops = self._num_tokens_before_stops > 0
-        self._num_tokens_before_stops = max(0, self._num_tokens_before_stops - 1)
-        return self._stop_strings.feed(self._detokenizer.feed(token_id), ignores_stops)
+        text = self._detokenizer.feed(token_id)
+        if not self._num_tokens_before_stops:
+            return self._stop_strings.feed(text)
+        self._num_tokens_before_stops -= 1
+        return self._stop_strings.feed(text, ignores_stops=True)
 
     def finish(self) -> str:
         """Returns the text that was held back, after the last token; empty after a stop string."""
@@ -80,9 +82,17 @@ class ByteDetokenizer:
         self._token_bytes = token_bytes
         self._skipped = skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_inside_character = False
 
     def feed(self, token_id: int) -> str:
-        return "" if token_id in self._skipped else self._utf8.decode(self._token_bytes(token_id))
+        if token_id in self._skipped:
+            return ""
+        piece = self._token_bytes(token_id)
+        if not self._is_inside_character and piece.isascii():
+            return piece.decode("ascii")  # ten times as fast, and most tokens are
+        text = self._utf8.decode(piece)
+        self._is_inside_character = self._utf8.getstate()[0] != b""
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -150,6 +160,8 @@ class StopStrings:
         """
         if self.found is not None:
             return ""
+        if not self._stop_strings:
+            return text
         num_old = len(self._held)
         text = self._held + text
         matches = [] if ignores_stops else self._find(text, num_old)

@@ -49,6 +49,8 @@ class Tokenizer:
         self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._has_marked_spaces = _SPACE in repr(backend.decoder)
         self._byte_of_character = _byte_level_alphabet()
+        self._bytes_of: dict[int, bytes] = {}
+        """The bytes of the tokens that have been asked for."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -102,6 +104,12 @@ class Tokenizer:
         joins after the first word. Other tokenizers have no such bytes: the result is then the UTF-8 encoding of the
         token decoded alone.
         """
+        piece = self._bytes_of.get(token_id)
+        if piece is None:
+            piece = self._bytes_of[token_id] = self._compute_bytes(token_id)
+        return piece
+
+    def _compute_bytes(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id) or ""
         if self._has_marked_spaces and token_id not in self._special_ids:
             byte = _BYTE_TOKEN.fullmatch(token)

@@ -1,0 +1,68 @@
+"""Hands the events of the steps to their readers, all of a step at once, on the readers' event loop.
+
+While the loop is busy, events of several steps are handed over together, so that readers get several tokens at a time
+instead of falling behind, and the scheduler thread gets its share of the interpreter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable
+
+from mpt_grpc.request import TokenEvent
+
+Delivery = tuple[Callable[[TokenEvent], None], TokenEvent]
+"""An event, and the method of the reader's stream that receives it."""
+
+MAX_DELAY_S = 0.020
+"""How long an event waits at most while the loop could take it."""
+_BUSY_S = 0.001
+"""Readers that take less time than this for a hand-over do not delay the next one."""
+
+
+class Outbox:
+    """The events that are yet to be handed over. `put` is called by one thread; the readers run on `loop`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        """Without a loop, `put` calls the receivers itself."""
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._waiting: list[Delivery] = []
+        self._is_scheduled = False
+        """Whether a hand-over will happen without being asked for."""
+
+    def put(self, events: Iterable[Delivery]) -> None:
+        """Delivers the events in order."""
+        if self._loop is None:
+            _receive(events)
+            return
+        with self._lock:
+            self._waiting += events
+            if self._is_scheduled or not self._waiting or self._loop.is_closed():
+                return
+            self._is_scheduled = True
+        self._loop.call_soon_threadsafe(self._hand_over, self._loop)
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            events, self._waiting = self._waiting, []
+            if not events:
+                self._is_scheduled = False
+                return
+        start_s = loop.time()
+        _receive(events)
+        loop.call_soon(self._after_readers, loop, start_s)
+
+    def _after_readers(self, loop: asyncio.AbstractEventLoop, start_s: float) -> None:
+        """Runs when the readers have processed a hand-over: leaves as much time as they took until the next one."""
+        busy_s = loop.time() - start_s
+        if busy_s < _BUSY_S:
+            self._hand_over(loop)
+        else:
+            loop.call_later(min(busy_s, MAX_DELAY_S), self._hand_over, loop)
+
+
+def _receive(events: Iterable[Delivery]) -> None:
+    for receive, event in events:
+        receive(event)
