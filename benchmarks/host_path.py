@@ -56,7 +56,7 @@ async def in_process(folder: Path, num_streams: int) -> tuple[float, float]:
         stopping = StoppingCriteria(max_new_tokens=num_tokens, ignore_eos=True)
         name = f"{num_tokens} tokens, {number}"
         request = GenerationRequest(name, PROMPT, SamplingParameters(temperature=0), stopping=stopping)
-        async for _ in engine.submit(engine.preparation.prepare(request), AsyncStream):
+        async for _ in engine.submit(request, AsyncStream):
             pass
 
     with engine:
@@ -177,9 +177,8 @@ def main() -> None:
                     f" | {bare_messages:,.0f} |",
                     flush=True,
                 )
-            print(
-                f"\nA unary call with about 100 prompt tokens and one new token takes {asyncio.run(unary_ms(ours)):.1f} ms."
-            )
+            elapsed_ms = asyncio.run(unary_ms(ours))
+            print(f"\nA unary call with about 100 prompt tokens and one new token takes {elapsed_ms:.1f} ms.")
 
 
 if __name__ == "__main__":

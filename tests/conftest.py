@@ -77,7 +77,7 @@ def generation(
 
 def submit(engine: Engine, request: GenerationRequest) -> ThreadStream:
     """Submits a request; its stream is to be read by this thread."""
-    return engine.submit(engine.preparation.prepare(request), ThreadStream)
+    return engine.submit(request, ThreadStream)
 
 
 class SteppedRunner(Runner):

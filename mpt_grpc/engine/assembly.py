@@ -41,11 +41,11 @@ class RequestAssembly:
     error: Exception | None = None
     """The error that ended the request, to be raised after all earlier deltas are delivered."""
 
-    def __init__(self, outputs: Sequence[OutputAssembly], cancel: Callable[[], None], *, is_guarded: bool) -> None:
+    def __init__(self, outputs: Sequence[OutputAssembly], *, is_guarded: bool) -> None:
         self.is_guarded = is_guarded
         """Whether `advance` runs guard code, which may be slow."""
         self.ended = False
-        self._outputs, self._cancel = outputs, cancel
+        self._outputs = outputs
         self._num_tokens = 0
 
     def advance(self, events: Iterable[TokenEvent]) -> list[OutputDelta]:
@@ -68,11 +68,6 @@ class RequestAssembly:
             stats = replace(stats, num_output_tokens=self._num_tokens, finishes=finishes)
             deltas[-1] = deltas[-1]._replace(stats=stats)
         return deltas
-
-    def cancel(self) -> None:
-        """Cancels the request; has no effect once it has ended. May be called from any thread."""
-        if not self.ended:
-            self._cancel()
 
 
 class PlainOutput:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
@@ -23,11 +24,18 @@ from opentelemetry.trace import Tracer
 from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
 from mpt_grpc.engine.masks import MaskWorkers
 from mpt_grpc.engine.outbox import Outbox
-from mpt_grpc.engine.prepare import Preparation, PreparedRequest
+from mpt_grpc.engine.prepare import Preparation, PreparedRequest, Preparers
 from mpt_grpc.engine.request_table import RequestRecord, RequestTable
 from mpt_grpc.engine.state import EngineLoad, EngineState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream, collect
-from mpt_grpc.errors import DeviceLostError, DrainingError, EngineStoppedError, InternalError, UnavailableError
+from mpt_grpc.errors import (
+    DeviceLostError,
+    DrainingError,
+    EngineStoppedError,
+    InternalError,
+    MptServerError,
+    UnavailableError,
+)
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.request import (
@@ -74,6 +82,7 @@ class Engine:
         self._waits_for_masks = False
         """Whether no token can be chosen until a mask is ready, which a command will signal."""
         self._requests = RequestTable(max_in_flight, tracer)
+        self._preparers = Preparers()
         self._state_futures: list[Future[EngineState]] = []
         self._admission = threading.Lock()
         self._closed: UnavailableError | None = None
@@ -91,49 +100,75 @@ class Engine:
         self.close()
 
     def generate(self, request: GenerationRequest) -> Generation:
-        """Blocks until the request has ended and returns its outputs. Raises the errors of `prepare` and `submit`."""
+        """Blocks until the request has ended and returns its outputs. Raises the errors of `submit` and the stream."""
         return collect(self.stream(request))
 
     def stream(self, request: GenerationRequest) -> Iterator[OutputDelta]:
         """Yields the outputs piece by piece; closing the iterator early cancels the request.
 
-        Raises the errors of `prepare` and `submit`.
+        Raises the errors of `submit` and the stream.
         """
-        stream = self.submit(self.preparation.prepare(request), ThreadStream)
+        stream = self.submit(request, ThreadStream)
         try:
             yield from stream
         finally:
             stream.cancel()
 
-    def submit(self, prepared: PreparedRequest, kind: type[Stream], *, context: Context | None = None) -> Stream:
-        """Starts a request and returns its stream; `context` is the parent of the request's spans.
+    def submit(
+        self, request: GenerationRequest | PreparedRequest, kind: type[Stream], *, context: Context | None = None
+    ) -> Stream:
+        """Takes a place for a request, has it prepared, and returns its stream.
 
-        Raises DuplicateRequestError, OverloadedError or UnavailableError. Errors that occur later are raised by the
-        stream.
+        `context` is the parent of the request's spans. Raises DuplicateRequestError, OverloadedError or
+        UnavailableError. The errors of preparing, and later ones, are raised by the stream.
         """
-
-        def end(finish: Finish, index: int | None = None) -> None:
-            self._commands.put(lambda: self._end(record, finish, index))
-
-        stream = kind(prepared, self._assembly(prepared, end))
-        record: RequestRecord = RequestRecord(prepared, stream.receive, context, self._now_s())
+        wanted = request.request if isinstance(request, PreparedRequest) else request
+        stream = kind(wanted.request_id, lambda: self._commands.put(lambda: self._end(record, _CANCELLED)))
+        record: RequestRecord = RequestRecord(wanted, stream, context, self._now_s())
         with self._admission:
             if self._closed is not None:
                 raise type(self._closed)(str(self._closed))
-            was_idle = not self._requests
             self._requests.add(record)
-            if was_idle:
-                self._progress_time_s = time.monotonic()
-            self._commands.put(lambda: self._add(record))
+        if wanted.stopping.time_limit_s is not None:
+            self._commands.put(_wake_up)  # the thread may wait for a later time
+        if isinstance(request, PreparedRequest):
+            self._start(record, request)
+        elif self.preparation.is_quick(request):
+            self._prepare(record)
+        else:
+            self._preparers.run(request, lambda: self._prepare(record))
         return stream
+
+    def _prepare(self, record: RequestRecord) -> None:
+        """Prepares a request in any thread, unless its caller has gone."""
+        if not self._requests.is_preparing(record):
+            return
+        try:
+            prepared = self.preparation.prepare(record.request)
+        except Exception as error:
+            refusal = error
+            if not isinstance(error, MptServerError):
+                _log.exception("request %s could not be prepared", record.request.request_id)
+                refusal = InternalError(f"the request could not be prepared: {type(error).__name__}")
+            if self._requests.remove_preparing(record):
+                self._outbox.put([(record.stream.receive, TokenEvent(0, error=refusal))])
+        else:
+            self._start(record, prepared)
+
+    def _start(self, record: RequestRecord, prepared: PreparedRequest) -> None:
+        def end(finish: Finish, index: int) -> None:
+            self._commands.put(lambda: self._end(record, finish, index))
+
+        assembly = self._assembly(prepared, end)
+        self._commands.put(lambda: self._add(record, prepared, assembly))
 
     def cancel(self, request_id: str) -> bool:
         """Cancels a request and frees its blocks before the next step; returns False if it is not in flight."""
         record = self._requests.get(request_id)
-        if record is not None:
-            cancelled = record
-            self._commands.put(lambda: self._end(cancelled, _CANCELLED))
-        return record is not None
+        if record is None:
+            return False
+        self._commands.put(lambda: self._end(record, _CANCELLED))
+        return True
 
     def state(self) -> Future[EngineState]:
         """Returns a future for the engine's state after the current step. Raises UnavailableError if it has stopped."""
@@ -159,13 +194,14 @@ class Engine:
         """Stops the thread and ends all requests in flight with UnavailableError. Idempotent."""
         self.refuse(DrainingError("the engine is closed"))
         self._commands.put(self._stop)
+        self._preparers.close()
         if self._thread.ident is not None:
             self._thread.join()
 
     def is_stuck(self, timeout_s: float) -> bool:
         """Whether the thread has died, or requests are pending but no step has completed for `timeout_s`."""
         idle_s = time.monotonic() - self._progress_time_s
-        return not self._thread.is_alive() or (bool(self._requests) and idle_s > timeout_s)
+        return not self._thread.is_alive() or (self._requests.has_started and idle_s > timeout_s)
 
     def _run(self) -> None:
         try:
@@ -191,7 +227,10 @@ class Engine:
 
     def _run_commands(self) -> None:
         if self._waits_for_masks or not self._scheduler.has_work:
-            self._commands.get()()
+            end_time_s = self._requests.next_end_time_s
+            timeout_s = None if end_time_s is None else max(0.0, end_time_s - self._now_s())
+            with suppress(queue.Empty):
+                self._commands.get(timeout=timeout_s)()
         while True:
             try:
                 command = self._commands.get_nowait()
@@ -199,8 +238,13 @@ class Engine:
                 return
             command()
 
-    def _add(self, record: RequestRecord) -> None:
-        prepared = record.prepared
+    def _add(self, record: RequestRecord, prepared: PreparedRequest, assembly: RequestAssembly) -> None:
+        if not self._requests.is_preparing(record):
+            return
+        record.stream.begin(prepared, assembly)
+        if not self._requests.has_started:
+            self._progress_time_s = time.monotonic()
+        record.prepared = prepared
         added = self._scheduler.add(prepared.request, prepared.prompt_token_ids, prepared.matchers)
         self._requests.start(record, [sequence for sequence, _ in added])
         for sequence, finish in added:
@@ -212,7 +256,11 @@ class Engine:
             self._end(record, Finish(FinishReason.TIME_LIMIT))
 
     def _end(self, record: RequestRecord, finish: Finish, index: int | None = None) -> None:
-        """Ends those of a request's sequences that have not ended, or only the one with the given index."""
+        """Ends those of a request's outputs that have not ended, or only the one with the given index."""
+        if not record.sequences and self._requests.remove_preparing(record):
+            unprepared = PreparedRequest(record.request, (), ())
+            record.stream.begin(unprepared, self._assembly(unprepared, lambda *_: None))
+            self._requests.report_unprepared(record, finish, self._now_s())
         for sequence in record.sequences:
             if index in (None, sequence.index) and self._scheduler.end(sequence):
                 self._masks.forget(sequence.sequence_id)
@@ -237,8 +285,14 @@ class Engine:
                 fault = InternalError(f"the engine failed: {type(error).__name__}")
                 fault.__cause__ = error
                 return StepResult({}, errors={plan.sequences[0].sequence_id: fault})
-            # Repeating a step is harmless, so each sequence is retried alone and only the ones that fail again end.
-            return merged([self._compute(StepPlan((sequence,))) for sequence in plan.sequences])
+            # Repeating a step is harmless, so its halves are tried, down to the sequences that fail alone.
+            _log.warning("a step of %d sequences failed: its halves are tried", len(plan.sequences), exc_info=error)
+            if isinstance(error, MemoryError):
+                self._scheduler.shrink_steps()
+            middle = len(plan.sequences) // 2
+            return merged(
+                [self._compute(StepPlan(half)) for half in (plan.sequences[:middle], plan.sequences[middle:])]
+            )
 
     def _mark_scheduled(self, plan: StepPlan) -> None:
         for sequence_id in plan.started:
@@ -265,18 +319,22 @@ class Engine:
             num_batched_sequences=self.load.num_batched_sequences + len(plan.sequences),
         )
 
-    def _deliver(self) -> None:
+    def _measure_load(self) -> None:
         self.load = replace(
             self.load,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
+            num_preparing=self._requests.num_preparing,
             num_free_blocks=self._scheduler.num_free_blocks,
         )
+
+    def _deliver(self) -> None:
+        self._measure_load()
         if events := self._requests.take_undelivered():
             self._outbox.put(events)
 
-    def _assembly(self, prepared: PreparedRequest, end: Callable[[Finish, int | None], None]) -> RequestAssembly:
-        """`end` ends the output with the given index, or all of them."""
+    def _assembly(self, prepared: PreparedRequest, end: Callable[[Finish, int], None]) -> RequestAssembly:
+        """`end` ends the output with the given index."""
         request, preparation = prepared.request, self.preparation
         stopping, guards = request.stopping, preparation.guards
 
@@ -296,17 +354,19 @@ class Engine:
             return PlainOutput(index, text, end_output, request.resume_token_ids)
 
         outputs = [output(index) for index in range(request.sampling.num_sequences)]
-        return RequestAssembly(outputs, lambda: end(_CANCELLED, None), is_guarded=bool(guards))
+        return RequestAssembly(outputs, is_guarded=bool(guards))
 
     def _report_state(self) -> None:
         if not self._state_futures:
             return
         with self._admission:
             futures, self._state_futures = self._state_futures, []
+        self._measure_load()
         now_s, cached_blocks = self._now_s(), self._scheduler.cached_blocks
         state = EngineState(now_s, self.load, cached_blocks, self._requests.in_flight(now_s), self._requests.ended)
         for future in futures:
-            future.set_result(state)
+            if future.set_running_or_notify_cancel():
+                future.set_result(state)
 
     def _stop(self) -> None:
         self._running = False
@@ -315,7 +375,8 @@ class Engine:
         with self._admission:
             self._has_stopped = True
         for future in self._state_futures:
-            future.set_exception(type(why)(str(why)))
+            if future.set_running_or_notify_cancel():
+                future.set_exception(type(why)(str(why)))
         self._requests.fail_all(lambda: type(why)(str(why)))
         self._masks.close()
         self._deliver()

@@ -6,7 +6,9 @@ Nothing here accesses the scheduler, so any number of threads may prepare reques
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from mpt_grpc.engine.admission import RequestLimits, prompt_violations, request_violations
@@ -20,6 +22,7 @@ from mpt_grpc.text.guards import Guard
 from mpt_grpc.text.tokenizer import Tokenizer
 
 _MAX_TRUNCATED_CHARACTERS = 1 << 20
+_NUM_TEXT_THREADS, _NUM_CONSTRAINT_THREADS = 2, 4
 # Preparing a longer text takes a millisecond or more, too long to block an event loop.
 _LONG_TEXT = 4096
 
@@ -33,6 +36,25 @@ class PreparedRequest:
     prompt_token_ids: tuple[int, ...]
     matchers: tuple[Matcher, ...]
     """One matcher per sequence if the request has a constraint, else empty."""
+
+
+class Preparers:
+    """The threads in which requests are prepared: apart for those with constraints, which may take seconds."""
+
+    def __init__(self) -> None:
+        self._texts = ThreadPoolExecutor(_NUM_TEXT_THREADS, thread_name_prefix="prepare-text")
+        self._constraints = ThreadPoolExecutor(_NUM_CONSTRAINT_THREADS, thread_name_prefix="prepare-constraint")
+
+    def run(self, request: GenerationRequest, prepare: Callable[[], None]) -> None:
+        """Runs `prepare`, which handles its own errors, when it is the request's turn; never after `close`."""
+        threads = self._texts if request.decoding.constraint is None else self._constraints
+        with suppress(RuntimeError):  # closed
+            threads.submit(prepare)
+
+    def close(self) -> None:
+        """Drops the requests that wait for their turn."""
+        for threads in (self._texts, self._constraints):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Preparation:

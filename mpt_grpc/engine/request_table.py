@@ -1,8 +1,10 @@
-"""Tracks the requests in flight: their token events, their time limits, and their final statistics."""
+"""Tracks the requests from their arrival to their end: their places, token events, time limits and statistics."""
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,24 +15,30 @@ from opentelemetry.trace import Tracer
 from mpt_grpc.engine.outbox import Delivery
 from mpt_grpc.engine.prepare import PreparedRequest
 from mpt_grpc.engine.state import RequestState, SequenceState
+from mpt_grpc.engine.stream import AsyncStream, ThreadStream
 from mpt_grpc.errors import DuplicateRequestError, OverloadedError
-from mpt_grpc.request import FinishReason, GenerationRequest, RequestStats, TokenEvent
+from mpt_grpc.request import Finish, FinishReason, GenerationRequest, RequestStats, TokenEvent
 from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
 from mpt_grpc.telemetry.tracing import record_phases
 
-_RETRY_AFTER_S = 1.0
 _NUM_ENDED = 64
+_MIN_RETRY_AFTER_S, _MAX_RETRY_AFTER_S = 0.1, 30.0
 
 
 @dataclass
 class RequestRecord:
-    """One request in flight. Times are seconds since the epoch. Only the scheduler thread modifies it."""
+    """One request in flight. Times are seconds since the epoch.
 
-    prepared: PreparedRequest
-    receive: Callable[[TokenEvent], None]
+    It is preparing until it is `prepared`, then in the scheduler as `sequences`, of which only the scheduler thread
+    changes anything.
+    """
+
+    request: GenerationRequest
+    stream: AsyncStream | ThreadStream
     context: Context | None
     """The parent context of the request's spans."""
     arrival_time_s: float
+    prepared: PreparedRequest | None = None
     sequences: Sequence[ScheduledSequence] = ()
     """Empty until the request is added to the scheduler."""
     finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
@@ -38,23 +46,20 @@ class RequestRecord:
     scheduled_time_s: float | None = None
     first_token_time_s: float | None = None
 
-    @property
-    def request(self) -> GenerationRequest:
-        return self.prepared.request
-
     def stats(self, end_time_s: float) -> RequestStats:
         """Returns the request's statistics, as of `end_time_s`."""
+        request = self.request if self.prepared is None else self.prepared.request
         return RequestStats(
-            num_prompt_tokens=len(self.prepared.prompt_token_ids),
+            num_prompt_tokens=0 if self.prepared is None else len(self.prepared.prompt_token_ids),
             num_cached_tokens=(self.sequences[0].num_cached_tokens or 0) if self.sequences else 0,
             num_preemptions=sum(sequence.num_preemptions for sequence in self.sequences),
-            seed=self.request.sampling.seed or 0,
+            seed=request.sampling.seed or 0,
             arrival_time_s=self.arrival_time_s,
             scheduled_time_s=self.scheduled_time_s,
             first_token_time_s=self.first_token_time_s,
             end_time_s=end_time_s,
             num_output_tokens=sum(
-                sequence.num_output_tokens - len(self.request.resume_token_ids) for sequence in self.sequences
+                sequence.num_output_tokens - len(request.resume_token_ids) for sequence in self.sequences
             ),
         )
 
@@ -75,7 +80,7 @@ class RequestRecord:
 class RequestTable:
     """All requests in flight.
 
-    Any thread may call `add`, `get` and `len`; everything else belongs to the scheduler thread.
+    Any thread may call `add`, `remove_preparing`, `get` and `len`; the rest belongs to the scheduler thread.
     """
 
     def __init__(self, max_sequences: int, tracer: Tracer | None) -> None:
@@ -86,9 +91,13 @@ class RequestTable:
         self._num_sequences = 0
         self._by_sequence_id: dict[int, RequestRecord] = {}
         """Contains only sequences that have not ended."""
+        self.num_preparing = 0
+        """The number of requests that are not yet in the scheduler."""
         self._time_limited: dict[str, RequestRecord] = {}
         self._undelivered: list[Delivery] = []
         self._ended: deque[RequestState] = deque(maxlen=_NUM_ENDED)
+        self._end_times_s: deque[float] = deque(maxlen=_NUM_ENDED)
+        """When the last requests ended, by the monotonic clock."""
 
     def __len__(self) -> int:
         return len(self._by_request_id)
@@ -101,20 +110,40 @@ class RequestTable:
                 raise DuplicateRequestError(f"request_id {request.request_id!r} is already in progress: use another ID")
             if self._num_sequences + request.sampling.num_sequences > self._max_sequences:
                 why = f"the queue is full, with {self._num_sequences} outputs in progress: retry later"
-                raise OverloadedError(why, _RETRY_AFTER_S)
+                raise OverloadedError(why, self._retry_after_s())
             self._by_request_id[request.request_id] = record
             self._num_sequences += request.sampling.num_sequences
+            self.num_preparing += 1
+            if (request.stopping.time_limit_s or 0) > 0:
+                self._time_limited[request.request_id] = record
 
     def get(self, request_id: str) -> RequestRecord | None:
         with self._lock:
             return self._by_request_id.get(request_id)
 
+    def remove_preparing(self, record: RequestRecord) -> bool:
+        """Removes a request that has not started; returns False if it has started or ended meanwhile."""
+        with self._lock:
+            if record.sequences or self._by_request_id.get(record.request.request_id) is not record:
+                return False
+            self._forget(record)
+            return True
+
+    def is_preparing(self, record: RequestRecord) -> bool:
+        """Whether the request is in flight, but not yet in the scheduler."""
+        return not record.sequences and self.get(record.request.request_id) is record
+
     def start(self, record: RequestRecord, sequences: Sequence[ScheduledSequence]) -> None:
         """Records that the request was added to the scheduler, as these sequences."""
-        record.sequences = sequences
+        with self._lock:
+            record.sequences = sequences
+            self.num_preparing -= 1
         self._by_sequence_id.update((sequence.sequence_id, record) for sequence in sequences)
-        if record.request.stopping.time_limit_s is not None:
-            self._time_limited[record.request.request_id] = record
+
+    @property
+    def has_started(self) -> bool:
+        """Whether a request is in the scheduler."""
+        return bool(self._by_sequence_id)
 
     def by_sequence(self, sequence_id: int) -> RequestRecord | None:
         """Returns the request that a sequence belongs to, or None once the sequence has ended."""
@@ -122,11 +151,14 @@ class RequestTable:
 
     def overdue(self, now_s: float) -> list[RequestRecord]:
         """Returns the requests that have exceeded their time limit."""
-        return [
-            record
-            for record in self._time_limited.values()
-            if now_s - record.arrival_time_s >= (record.request.stopping.time_limit_s or 0)
-        ]
+        with self._lock:
+            return [record for record in self._time_limited.values() if _end_time_s(record) <= now_s]
+
+    @property
+    def next_end_time_s(self) -> float | None:
+        """When the next request exceeds its time limit, or None if no request has one."""
+        with self._lock:
+            return min(map(_end_time_s, self._time_limited.values()), default=None)
 
     def report(self, sequence: ScheduledSequence, event: TokenEvent, now_s: float) -> None:
         """Queues what a step did for a sequence; ignored once the sequence has ended."""
@@ -140,20 +172,27 @@ class RequestTable:
             record.finish_reasons[sequence.index] = event.finish.reason
             if len(record.finish_reasons) == len(record.sequences):
                 event = event._replace(stats=self._remove(record, now_s))
-        self._undelivered.append((record.receive, event))
+        self._undelivered.append((record.stream.receive, event))
+
+    def report_unprepared(self, record: RequestRecord, finish: Finish, now_s: float) -> None:
+        """Queues the end of a request that was removed while it was preparing: it has no output."""
+        stats, last = record.stats(now_s), record.request.sampling.num_sequences - 1
+        for index in range(last + 1):
+            event = TokenEvent(index, finish=finish, stats=stats if index == last else None)
+            self._undelivered.append((record.stream.receive, event))
 
     def fail(self, record: RequestRecord, error: Exception, now_s: float) -> None:
         """Ends a request with an error, whatever the state of its sequences."""
         for sequence in record.sequences:
             self._by_sequence_id.pop(sequence.sequence_id, None)
         stats = self._remove(record, now_s)
-        self._undelivered.append((record.receive, TokenEvent(0, error=error, stats=stats)))
+        self._undelivered.append((record.stream.receive, TokenEvent(0, error=error, stats=stats)))
 
     def fail_all(self, make_error: Callable[[], Exception]) -> None:
         """Ends all requests with an error and without statistics, including those not yet in the scheduler."""
         with self._lock:
             for record in self._by_request_id.values():
-                self._undelivered.append((record.receive, TokenEvent(0, error=make_error())))
+                self._undelivered.append((record.stream.receive, TokenEvent(0, error=make_error())))
             self._by_request_id.clear()
             self._time_limited.clear()
 
@@ -179,8 +218,28 @@ class RequestTable:
         self._ended.append(record.state(stats))
         if self._tracer is not None and record.context is not None:
             record_phases(self._tracer, record.context, stats)
-        self._time_limited.pop(record.request.request_id, None)
         with self._lock:
-            del self._by_request_id[record.request.request_id]
-            self._num_sequences -= len(record.sequences)
+            self._forget(record)
+            self._end_times_s.append(time.monotonic())
         return stats
+
+    def _forget(self, record: RequestRecord) -> None:
+        """Gives the request's place up. The lock must be held."""
+        del self._by_request_id[record.request.request_id]
+        self._time_limited.pop(record.request.request_id, None)
+        self._num_sequences -= record.request.sampling.num_sequences
+        self.num_preparing -= not record.sequences
+
+    def _retry_after_s(self) -> float:
+        """Returns about how long it takes until a request ends, measured over the last ones, and never twice the same.
+
+        Callers that are refused at the same time then do not return at the same time.
+        """
+        mean_s = 1.0
+        if len(self._end_times_s) > 1:
+            mean_s = (time.monotonic() - self._end_times_s[0]) / len(self._end_times_s)
+        return min(max(mean_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S) * random.uniform(1, 2)
+
+
+def _end_time_s(record: RequestRecord) -> float:
+    return record.arrival_time_s + (record.request.stopping.time_limit_s or 0)

@@ -35,6 +35,7 @@ class EngineLoad:
 
     num_running: int = 0
     num_waiting: int = 0
+    num_preparing: int = 0
     num_free_blocks: int = 0
     num_steps: int = 0
     num_generated_tokens: int = 0

@@ -9,20 +9,48 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from mpt_grpc.engine.assembly import RequestAssembly
 from mpt_grpc.engine.prepare import PreparedRequest
 from mpt_grpc.request import Generation, Output, OutputDelta, TokenEvent, TokenLogprob
 
 
-class AsyncStream:
+class _Stream:
+    """What both kinds of streams have. The scheduler thread calls `begin` before it sends the first event."""
+
+    def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
+        self.request_id = request_id
+        self._cancel = cancel
+        self._begun: tuple[PreparedRequest, RequestAssembly] | None = None
+
+    def begin(self, prepared: PreparedRequest, assembly: RequestAssembly) -> None:
+        """Sets what the events are assembled with."""
+        self._begun = prepared, assembly
+
+    @property
+    def prepared(self) -> PreparedRequest:
+        """The request as it is generated; available from the first delta on."""
+        assert self._begun is not None, "the engine begins a stream before its first event"
+        return self._begun[0]
+
+    def cancel(self) -> None:
+        """Cancels the request; has no effect once it has ended. May be called from any thread."""
+        if self._begun is None or not self._begun[1].ended:
+            self._cancel()
+
+    def _advance(self, events: list[TokenEvent]) -> list[OutputDelta]:
+        if self._begun is None:  # the request was refused before it could begin
+            assert events[0].error is not None
+            raise events[0].error
+        return self._begun[1].advance(events)
+
+
+class AsyncStream(_Stream):
     """A request's outputs as an asynchronous iterator of deltas; `receive` is called on the loop that iterates."""
 
-    def __init__(self, prepared: PreparedRequest, assembly: RequestAssembly) -> None:
-        self.prepared = prepared
-        self.cancel = assembly.cancel
-        self._assembly = assembly
+    def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
+        super().__init__(request_id, cancel)
         self._events: list[TokenEvent] = []
         self._arrived = asyncio.Event()
 
@@ -31,35 +59,38 @@ class AsyncStream:
         self._arrived.set()
 
     async def __aiter__(self) -> AsyncIterator[OutputDelta]:
-        assembly = self._assembly
-        while not assembly.ended:
+        has_ended = False
+        while not has_ended:
             await self._arrived.wait()
             self._arrived.clear()
             events, self._events = self._events, []
-            advance = assembly.advance
-            for delta in await asyncio.to_thread(advance, events) if assembly.is_guarded else advance(events):
+            is_guarded = self._begun is not None and self._begun[1].is_guarded
+            for delta in await asyncio.to_thread(self._advance, events) if is_guarded else self._advance(events):
                 yield delta
-        if assembly.error is not None:
-            raise assembly.error
+            assert self._begun is not None
+            has_ended = self._begun[1].ended
+            if self._begun[1].error is not None:
+                raise self._begun[1].error
 
 
-class ThreadStream:
+class ThreadStream(_Stream):
     """A request's outputs as a blocking iterator of deltas; `receive` may be called by any thread."""
 
-    def __init__(self, prepared: PreparedRequest, assembly: RequestAssembly) -> None:
-        self.prepared = prepared
-        self.cancel = assembly.cancel
-        self._assembly = assembly
+    def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
+        super().__init__(request_id, cancel)
         self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
 
     def receive(self, event: TokenEvent) -> None:
         self._events.put(event)
 
     def __iter__(self) -> Iterator[OutputDelta]:
-        while not self._assembly.ended:
-            yield from self._assembly.advance([self._events.get()])
-        if self._assembly.error is not None:
-            raise self._assembly.error
+        has_ended = False
+        while not has_ended:
+            yield from self._advance([self._events.get()])
+            assert self._begun is not None
+            has_ended = self._begun[1].ended
+            if self._begun[1].error is not None:
+                raise self._begun[1].error
 
 
 def collect(deltas: Iterable[OutputDelta]) -> Generation:

@@ -47,13 +47,19 @@ class Runner:
     def run(self, plan: StepPlan) -> StepOutput:
         """Computes one step. Idempotent: running a plan again writes the same values to the same cache positions.
 
-        Raises DeviceLostError if the accelerator has failed permanently, FloatingPointError if a token's activations or
-        a prompt token's log probability are not finite.
+        Raises DeviceLostError if the accelerator has failed permanently, MemoryError if the step does not fit in
+        memory, FloatingPointError if a token's activations or a prompt token's log probability are not finite.
         """
         try:
             return self._run(plan)
         except torch.AcceleratorError as error:
             raise DeviceLostError(f"the accelerator has failed: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from error
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # torch has no narrower class for it on a CPU
+                raise
+            raise MemoryError(str(error)) from error
 
     def _run(self, plan: StepPlan) -> StepOutput:
         metadata = self._metadata.build(plan)

@@ -31,6 +31,7 @@ class SchedulerLimits:
 
 
 _rank = attrgetter("rank")
+_SMALL_STEPS = 100
 
 
 class Scheduler:
@@ -46,6 +47,9 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._sequences: dict[int, Sequence] = {}
         self._num_arrivals = 0
+        self._max_step_tokens = limits.max_step_tokens
+        """The present limit; lower for a while after a step that did not fit in memory."""
+        self._num_small_steps = 0
         self._started: list[int] = []
         """The sequences that run for the first time in the step that is being planned."""
 
@@ -122,11 +126,21 @@ class Scheduler:
         started, self._started = tuple(self._started), []
         return StepPlan(sequences, started)
 
+    def shrink_steps(self) -> None:
+        """Halves the tokens of a step, because one did not fit in memory; each `_SMALL_STEPS` steps double them
+        again."""
+        self._max_step_tokens = max(self._limits.max_running_requests, self._max_step_tokens // 2)
+        self._num_small_steps = 0
+
     def commit(self, plan: StepPlan, result: StepResult) -> list[tuple[Sequence, TokenEvent]]:
         """Applies the result of `plan`, in its order; returns an event for each sequence that got a token or ended.
 
         Sequences that have ended in the meantime are skipped.
         """
+        if self._max_step_tokens < self._limits.max_step_tokens:
+            self._num_small_steps += 1
+            if self._num_small_steps % _SMALL_STEPS == 0:
+                self._max_step_tokens = min(2 * self._max_step_tokens, self._limits.max_step_tokens)
         events = []
         block_size = self._pool.block_size
         for step in plan.sequences:
@@ -199,7 +213,7 @@ class Scheduler:
         Until they do it owns no blocks, and by then more of its prompt may be in the prefix cache.
         """
         ahead = sum(s.num_uncomputed for s in self._running if _rank(s) < _rank(head))
-        return ahead < self._limits.max_step_tokens
+        return ahead < self._max_step_tokens
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """Returns cached blocks for a prefix of the sequence; at least one token is left to compute."""
@@ -234,7 +248,7 @@ class Scheduler:
         A sequence for which no block is left is preempted, after all that rank lower.
         """
         steps: list[SequenceStep] = []
-        running, block_size, budget = self._running, self._pool.block_size, self._limits.max_step_tokens
+        running, block_size, budget = self._running, self._pool.block_size, self._max_step_tokens
         while len(steps) < len(running):
             sequence = running[len(steps)]
             reserved = len(running) - len(steps) - 1

@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 1.0
 # After a drain only idle calls, such as Health.Watch, remain.
 _STOP_GRACE_S = 0.5
+_MAX_PENDING_CALLS = 100_000
 _EXPORT_TIMEOUT_S = 2.0
 
 
@@ -214,6 +215,12 @@ def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
+        # Calls beyond what the queue holds are refused by this server, with the time to wait, not dropped by gRPC.
+        ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
+        # Ends the calls of a client whose machine has vanished.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
         # Allow clients to ping during long calls.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 5000),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
@@ -34,7 +33,6 @@ from mpt_grpc_client.proto.v1alpha1 import debug_pb2, debug_pb2_grpc
 _MAX_CANCEL_IDS = 1000
 _MAX_TOKENIZE_CHARACTERS = 1 << 20
 _MAX_DETOKENIZE_IDS = 1 << 18
-_NUM_PREPARERS = 4
 
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -49,8 +47,6 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         self._max_message_bytes = max_message_bytes
         self._started_s = time.monotonic()
         self._num_answers = 0
-        self._preparers = ThreadPoolExecutor(_NUM_PREPARERS, thread_name_prefix="prepare")
-        """Separate threads, so that an expensive constraint delays other preparations and nothing else."""
         self.idle = asyncio.Event()
         """Set while no generation is in progress, which a drain waits for."""
         self.idle.set()
@@ -130,7 +126,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         self._num_answers += 1
         self.idle.clear()
         try:
-            stream = await self._submit(message)
+            stream = self._submit(message)
             try:
                 yield _Answer(stream, message.output_options, self._engine.preparation.tokenizer)
             finally:
@@ -140,7 +136,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             if not self._num_answers:
                 self.idle.set()
 
-    async def _submit(self, message: pb.GenerateRequest) -> AsyncStream:
+    def _submit(self, message: pb.GenerateRequest) -> AsyncStream:
         if message.model not in ("", self._model.name):
             raise UnknownModelError(f"model {message.model!r} is not loaded; the loaded model is {self._model.name!r}")
         request = convert.generation_request(message, self._model.defaults)
@@ -150,12 +146,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         if span is not None:
             span.set_attributes(request_attributes(request, self._model.name))
             parent = set_span_in_context(span)
-        preparation = self._engine.preparation
-        if preparation.is_quick(request):
-            prepared = preparation.prepare(request)
-        else:
-            prepared = await asyncio.get_running_loop().run_in_executor(self._preparers, preparation.prepare, request)
-        return self._engine.submit(prepared, AsyncStream, context=parent)
+        return self._engine.submit(request, AsyncStream, context=parent)
 
 
 class DebugServicer(debug_pb2_grpc.DebugServiceServicer):
@@ -174,14 +165,14 @@ class _Answer:
     """The response to one request while it is generated."""
 
     def __init__(self, stream: AsyncStream, options: pb.OutputOptions, tokenizer: Tokenizer) -> None:
-        self.request_id = stream.prepared.request.request_id
+        self.request_id = stream.request_id
         self.deltas = aiter(stream)
-        self._request, self._prompt_token_ids = stream.prepared.request, stream.prepared.prompt_token_ids
+        self._stream = stream
         self._options, self._tokenizer = options, tokenizer
         self._returns_token_ids = options.return_token_ids
 
     def prompt(self, logprobs: Sequence[TokenLogprob]) -> pb.PromptInfo:
-        token_ids = self._prompt_token_ids
+        token_ids = self._stream.prepared.prompt_token_ids
         return pb.PromptInfo(
             num_tokens=len(token_ids),
             token_ids=token_ids if self._options.return_prompt_token_ids else (),
@@ -196,7 +187,7 @@ class _Answer:
             message.logprobs.extend(convert.logprobs(output.logprobs, self._tokenizer))
         if output.finish is not None:
             message.finish.CopyFrom(convert.finish(output.finish))
-            message.seed = sequence_seed(self._request.sampling.seed or 0, index)
+            message.seed = sequence_seed(self._stream.prepared.request.sampling.seed or 0, index)
         return message
 
     def summary(self, stats: RequestStats) -> pb.Summary:

@@ -55,7 +55,7 @@ PROMPTS = [
 def run_concurrently(engine: Engine, requests: list[GenerationRequest]) -> dict[str, Generation]:
     """Runs the requests at the same time and returns their outputs by request ID."""
     streams = [submit(engine, request) for request in requests]
-    return {stream.prepared.request.request_id: collect(stream) for stream in streams}
+    return {stream.request_id: collect(stream) for stream in streams}
 
 
 def mixed_requests(n: int) -> list[GenerationRequest]:
@@ -349,7 +349,7 @@ def test_failing_request_does_not_affect_others(
     streams += [submit(engine, request) for request in requests[8:]]
     with pytest.raises(InternalError):
         collect(bad)
-    assert_same_tokens({stream.prepared.request.request_id: collect(stream) for stream in streams}, alone)
+    assert_same_tokens({stream.request_id: collect(stream) for stream in streams}, alone)
     assert engine.load.num_free_blocks == 512
     assert not engine.is_stuck(60)
 

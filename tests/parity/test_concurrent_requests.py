@@ -190,7 +190,7 @@ def test_16_concurrent_requests_yield_the_same_results_as_alone(
         [(step, lambda r=r: streams.append(submit(engine, r))) for step, r in zip(arrivals, requests[1:], strict=True)]
     )
     first = collect(submit(engine, requests[0]))
-    generations = {"r0": first} | {s.prepared.request.request_id: collect(s) for s in streams}
+    generations = {"r0": first} | {s.request_id: collect(s) for s in streams}
     assert set(generations) == set(expected)
     for name, generation in generations.items():
         assert_same(name, generation, expected[name])

@@ -64,7 +64,7 @@ async def test_a_request_that_ends_early_frees_its_blocks_before_the_next_step(
     )
     engine, runner = service.server.engine, stepped[0]
     # Submitted to the engine directly, so that the server serves no call except the one that ends early.
-    staying = engine.submit(engine.preparation.prepare(generation("staying", (7,), max_new_tokens=500)), AsyncStream)
+    staying = engine.submit(generation("staying", (7,), max_new_tokens=500), AsyncStream)
 
     call = getattr(service.stub, method)(
         generate_request(LONG_PROMPT, request_id="leaving"), timeout=DEADLINE_S if way == "deadline" else None
@@ -109,7 +109,7 @@ async def test_cancelling_a_finished_stream_does_not_cancel_a_new_request_with_i
     await step_until(runner, lambda plan: _position(plan.sequences[0]) == 299)
     runner.allow()
     other = generation("other", max_new_tokens=1)
-    service.server.engine.submit(service.server.engine.preparation.prepare(other), AsyncStream)
+    service.server.engine.submit(other, AsyncStream)
     await step_until(runner, lambda plan: plan.sequences[0].request_id == "other")
     second = asyncio.ensure_future(service.stub.Generate(generate_request([400], max_new_tokens=20, request_id=name)))
     runner.allow()

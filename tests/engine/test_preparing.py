@@ -1,0 +1,126 @@
+"""A request has a place from its arrival, while it is still being prepared: it counts, ends early, and is found."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from conftest import generation, submit
+
+from mpt_grpc.engine.engine import Engine
+from mpt_grpc.engine.stream import collect
+from mpt_grpc.errors import DuplicateRequestError, InvalidRequestError, OverloadedError
+from mpt_grpc.request import DecodingOptions, FinishReason, JsonSchema
+from mpt_grpc.text.guards import OutputWatch
+
+
+class SlowGuard:
+    """A guard that holds up the preparation of slow prompts until the test lets them go; it blocks nothing."""
+
+    def __init__(self) -> None:
+        self.may_go = threading.Event()
+        self.num_prompts = 0
+
+    def refusal(self, prompt: str) -> str | None:
+        self.num_prompts += 1
+        assert "quick" in prompt or self.may_go.wait(30)
+        return None
+
+    def watch(self) -> OutputWatch:
+        return FreeWatch()
+
+
+class FreeWatch:
+    blocked = False
+
+    def feed(self, text: str) -> str:
+        return text
+
+    def finish(self) -> str:
+        return ""
+
+
+@pytest.fixture
+def guard() -> SlowGuard:
+    return SlowGuard()
+
+
+@pytest.fixture
+def engine(make_engine: Callable[..., Engine], guard: SlowGuard) -> Engine:
+    engine = make_engine(max_running_requests=2, max_waiting_requests=2)
+    engine.preparation.guards = (guard,)
+    return engine
+
+
+def test_requests_in_preparation_fill_the_queue(engine: Engine, guard: SlowGuard) -> None:
+    streams = [submit(engine, generation(f"r{number}")) for number in range(4)]
+    with pytest.raises(OverloadedError) as refused:
+        submit(engine, generation("one more"))
+    assert refused.value.retry_after_s > 0
+    with pytest.raises(DuplicateRequestError):
+        submit(engine, generation("r0"))
+    state = engine.state().result(30)
+    assert state.load.num_preparing == 4
+    assert [request.request_id for request in state.in_flight] == ["r0", "r1", "r2", "r3"]
+    guard.may_go.set()
+    assert [len(collect(stream).token_ids) for stream in streams] == [24] * 4
+    assert len(collect(submit(engine, generation("one more"))).token_ids) == 24
+
+
+def test_a_time_limit_includes_the_preparation(engine: Engine, guard: SlowGuard) -> None:
+    request = generation("slow")
+    result = collect(submit(engine, replace(request, stopping=replace(request.stopping, time_limit_s=0.1))))
+    assert (result.finish.reason, result.token_ids, result.stats.num_prompt_tokens) == (FinishReason.TIME_LIMIT, (), 0)
+    guard.may_go.set()
+    assert len(collect(submit(engine, request)).token_ids) == 24
+
+
+def test_cancelling_a_request_in_preparation_ends_it_and_frees_its_place(engine: Engine, guard: SlowGuard) -> None:
+    streams = [submit(engine, generation(f"r{number}")) for number in range(4)]
+    assert engine.cancel("r1")
+    streams[2].cancel()
+    for number in (1, 2):
+        assert collect(streams[number]).finish.reason is FinishReason.CANCELLED
+    more = [submit(engine, generation(f"more {number}")) for number in range(2)]
+    guard.may_go.set()
+    for stream in (streams[0], streams[3], *more):
+        assert len(collect(stream).token_ids) == 24
+
+
+def test_a_cancelled_request_is_not_prepared_any_more(engine: Engine, guard: SlowGuard) -> None:
+    first, second = (submit(engine, generation(name)) for name in ("first", "second"))  # these occupy both threads
+    third = submit(engine, generation("third"))
+    third.cancel()
+    assert collect(third).finish.reason is FinishReason.CANCELLED
+    guard.may_go.set()
+    collect(first)
+    collect(second)
+    assert guard.num_prompts == 2
+
+
+def test_texts_do_not_wait_for_constraints(engine: Engine, guard: SlowGuard) -> None:
+    decoding = DecodingOptions(constraint=JsonSchema('{"type": "integer", "maximum": 9}'))
+    slow = [submit(engine, generation(f"slow {number}", decoding=decoding, ignore_eos=False)) for number in range(3)]
+    assert len(collect(submit(engine, generation("quick", "a quick fox"))).token_ids) == 24
+    assert engine.num_in_flight == 3
+    guard.may_go.set()
+    assert all(collect(stream).finish.reason is FinishReason.EOS_TOKEN for stream in slow)
+
+
+def test_a_refusal_in_preparation_is_raised_by_the_stream_and_frees_the_place(engine: Engine, guard: SlowGuard) -> None:
+    guard.may_go.set()
+    for number in range(6):
+        with pytest.raises(InvalidRequestError):
+            collect(submit(engine, generation(f"r{number}", (1 << 20,))))
+    assert engine.num_in_flight == 0
+
+
+def test_a_caller_that_no_longer_waits_for_the_state_does_not_stop_the_engine(engine: Engine, guard: SlowGuard) -> None:
+    guard.may_go.set()
+    stream = submit(engine, generation("neighbour", max_new_tokens=200))
+    for _ in range(300):
+        engine.state().cancel()
+    assert len(collect(stream).token_ids) == 200
+    assert engine.state().result(30).load.num_running == 0
