@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -118,6 +119,14 @@ class DecodingOptions:
     """Restricts the output to these token IDs; empty allows all."""
     constraint: Constraint | None = None
     """Restricts the output to a formal language."""
+
+    @cached_property
+    def allowed_mask(self) -> bytes:
+        """The allowed tokens as a bit mask, as far as the last one: bit i % 8 of byte i // 8 stands for token i."""
+        mask = bytearray(max(self.allowed_token_ids, default=-1) // 8 + 1)
+        for token_id in self.allowed_token_ids:
+            mask[token_id >> 3] |= 1 << (token_id & 7)
+        return bytes(mask)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mpt_grpc.errors import FieldViolation
+from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, RANGES
 from mpt_grpc.request import (
     Conversation,
     DecodingOptions,
@@ -15,16 +16,6 @@ from mpt_grpc.request import (
     SamplingParameters,
     StoppingCriteria,
 )
-
-MAX_ID_BYTES = 128
-MAX_NUM_SEQUENCES = 16
-MAX_LOGIT_BIAS_TOKENS, MAX_LOGIT_BIAS = 1024, 100
-MAX_REPETITION_PENALTY, MAX_PENALTY = 10, 2
-MAX_STOP_STRINGS, MAX_STOP_STRING_BYTES = 16, 256
-MAX_STOP_TOKEN_IDS = 64
-MAX_REPEATS, MAX_CYCLE_TOKENS = 1000, 256
-MAX_TOP_LOGPROBS = 20
-MAX_PRIORITY = 100
 
 
 @dataclass(frozen=True)
@@ -39,16 +30,20 @@ class RequestLimits:
     """The value for requests that do not set `max_new_tokens`, reduced to the room in the context."""
     max_num_sequences: int
     """The maximum number of outputs per request; never more than may be in progress at once."""
+    max_token_bytes: int
+    """The number of bytes of the longest token."""
+
+    @property
+    def max_prompt_bytes(self) -> int:
+        """The size of the longest text that can fit in the context."""
+        return self.max_context_tokens * self.max_token_bytes
 
 
 def request_violations(request: GenerationRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
     """Yields the violations that do not depend on the prompt's tokens."""
-    if len(request.request_id.encode()) > MAX_ID_BYTES:
-        yield FieldViolation("request_id", f"longer than {MAX_ID_BYTES} bytes")
-    if len(request.cache.salt.encode()) > MAX_ID_BYTES:
-        yield FieldViolation("cache.salt", f"longer than {MAX_ID_BYTES} bytes")
-    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
-        yield FieldViolation("priority", f"{request.priority} is not in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
+    yield from _text("request_id", request.request_id)
+    yield from _text("cache.salt", request.cache.salt)
+    yield from _number("priority", request.priority)
     if request.truncate_prompt_tokens is not None:
         if isinstance(request.prompt, Conversation):
             why = "cannot be combined with a conversation: set its drop_oldest_turns instead"
@@ -90,16 +85,10 @@ def prompt_violations(
 
 
 def _sampling(sampling: SamplingParameters, limits: RequestLimits) -> Iterator[FieldViolation]:
-    # Every comparison with NaN is false, so NaN is outside every range.
-    if not 0 <= sampling.temperature <= 100:
-        yield FieldViolation("sampling.temperature", f"{sampling.temperature} is not in [0, 100]")
+    for name in ("temperature", "top_p", "min_p", "typical_p"):
+        yield from _number(f"sampling.{name}", getattr(sampling, name))
     if not 0 <= sampling.top_k <= limits.vocab_size:
         yield FieldViolation("sampling.top_k", f"{sampling.top_k} is not in [0, {limits.vocab_size}]")
-    for name, value in (("top_p", sampling.top_p), ("typical_p", sampling.typical_p)):
-        if not 0 < value <= 1:
-            yield FieldViolation(f"sampling.{name}", f"{value} is not in (0, 1]; 1 keeps all tokens")
-    if not 0 <= sampling.min_p <= 1:
-        yield FieldViolation("sampling.min_p", f"{sampling.min_p} is not in [0, 1]")
     if sampling.seed is not None and not 0 <= sampling.seed < 1 << 64:
         yield FieldViolation("sampling.seed", f"{sampling.seed} is not in [0, 2^64)")
     if not 1 <= sampling.num_sequences <= limits.max_num_sequences:
@@ -108,58 +97,41 @@ def _sampling(sampling: SamplingParameters, limits: RequestLimits) -> Iterator[F
 
 
 def _decoding(decoding: DecodingOptions, limits: RequestLimits) -> Iterator[FieldViolation]:
-    if not 0 < decoding.repetition_penalty <= MAX_REPETITION_PENALTY:
-        why = f"{decoding.repetition_penalty} is not in (0, {MAX_REPETITION_PENALTY}]; 1 applies no penalty"
-        yield FieldViolation("decoding.repetition_penalty", why)
-    for name, value in (
-        ("frequency_penalty", decoding.frequency_penalty),
-        ("presence_penalty", decoding.presence_penalty),
-    ):
-        if not -MAX_PENALTY <= value <= MAX_PENALTY:
-            yield FieldViolation(f"decoding.{name}", f"{value} is not in [-{MAX_PENALTY}, {MAX_PENALTY}]")
-    if len(decoding.logit_bias) > MAX_LOGIT_BIAS_TOKENS:
-        why = f"{len(decoding.logit_bias)} tokens; at most {MAX_LOGIT_BIAS_TOKENS} are allowed"
-        yield FieldViolation("decoding.logit_bias", why)
+    for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
+        yield from _number(f"decoding.{name}", getattr(decoding, name))
+    yield from _count("decoding.logit_bias", len(decoding.logit_bias))
     for token, bias in decoding.logit_bias.items():
         field = f"decoding.logit_bias[{token}]"
         if not 0 <= token < limits.vocab_size:
             yield FieldViolation(field, f"{token} is not a token ID: IDs are below {limits.vocab_size}")
-        if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
-            yield FieldViolation(field, f"{bias} is not in [-{MAX_LOGIT_BIAS}, {MAX_LOGIT_BIAS}]")
+        yield from _number("decoding.logit_bias", bias, field)
+    if len(decoding.allowed_token_ids) > limits.vocab_size:
+        why = f"{len(decoding.allowed_token_ids)} items; at most {limits.vocab_size} are allowed"
+        yield FieldViolation("decoding.allowed_token_ids", why)
     yield from _token_ids("decoding.allowed_token_ids", decoding.allowed_token_ids, limits)
 
 
 def _stopping(stopping: StoppingCriteria, limits: RequestLimits) -> Iterator[FieldViolation]:
     if stopping.max_new_tokens is not None and stopping.max_new_tokens < 0:
         yield FieldViolation("stopping.max_new_tokens", f"{stopping.max_new_tokens} is below 0")
-    if len(stopping.stop_strings) > MAX_STOP_STRINGS:
-        why = f"{len(stopping.stop_strings)} strings; at most {MAX_STOP_STRINGS} are allowed"
-        yield FieldViolation("stopping.stop_strings", why)
+    yield from _count("stopping.stop_strings", len(stopping.stop_strings))
     for index, stop in enumerate(stopping.stop_strings):
-        if not 1 <= len(stop.encode()) <= MAX_STOP_STRING_BYTES:
-            yield FieldViolation(
-                f"stopping.stop_strings[{index}]",
-                f"its length, {len(stop.encode())} bytes, is not in [1, {MAX_STOP_STRING_BYTES}]",
-            )
-    if len(stopping.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        why = f"{len(stopping.stop_token_ids)} tokens; at most {MAX_STOP_TOKEN_IDS} are allowed"
-        yield FieldViolation("stopping.stop_token_ids", why)
+        size, most = len(stop.encode()), MAX_BYTES["stopping.stop_strings"]
+        if not 1 <= size <= most:
+            why = f"its length, {size} bytes, is not in [1, {most}]"
+            yield FieldViolation(f"stopping.stop_strings[{index}]", why)
+    yield from _count("stopping.stop_token_ids", len(stopping.stop_token_ids))
     yield from _token_ids("stopping.stop_token_ids", stopping.stop_token_ids, limits)
     limit_s = stopping.time_limit_s
     if limit_s is not None and not 0 < limit_s < math.inf:
         yield FieldViolation("stopping.time_limit", f"{limit_s} s is not positive and finite")
     if (guard := stopping.repetition_guard) is not None:
-        field = "stopping.repetition_guard"
-        if not 2 <= guard.min_repeats <= MAX_REPEATS:
-            yield FieldViolation(f"{field}.min_repeats", f"{guard.min_repeats} is not in [2, {MAX_REPEATS}]")
-        if not 1 <= guard.max_cycle_tokens <= MAX_CYCLE_TOKENS:
-            why = f"{guard.max_cycle_tokens} is not in [1, {MAX_CYCLE_TOKENS}]"
-            yield FieldViolation(f"{field}.max_cycle_tokens", why)
+        for name in ("min_repeats", "max_cycle_tokens"):
+            yield from _number(f"stopping.repetition_guard.{name}", getattr(guard, name))
 
 
 def _logprobs(logprobs: LogprobOptions) -> Iterator[FieldViolation]:
-    if not 0 <= logprobs.num_top <= MAX_TOP_LOGPROBS:
-        yield FieldViolation("output_options.top_logprobs", f"{logprobs.num_top} is not in [0, {MAX_TOP_LOGPROBS}]")
+    yield from _number("output_options.top_logprobs", logprobs.num_top)
     if logprobs.num_top and not (logprobs.prompt or logprobs.output):
         yield FieldViolation("output_options.top_logprobs", "requires return_logprobs or return_prompt_logprobs")
 
@@ -198,3 +170,19 @@ def _token_ids(field: str, token_ids: Iterable[int], limits: RequestLimits) -> I
         if not 0 <= token < limits.vocab_size:
             yield FieldViolation(f"{field}[{index}]", f"{token} is not a token ID: IDs are below {limits.vocab_size}")
             return
+
+
+def _number(field: str, value: float, item: str | None = None) -> Iterator[FieldViolation]:
+    """Yields a violation if the value is out of the field's range; `item` names the part of the field that it is."""
+    if value not in RANGES[field]:
+        yield FieldViolation(item or field, f"{value} is not in {RANGES[field]}")
+
+
+def _count(field: str, count: int) -> Iterator[FieldViolation]:
+    if count > MAX_COUNTS[field]:
+        yield FieldViolation(field, f"{count} items; at most {MAX_COUNTS[field]} are allowed")
+
+
+def _text(field: str, text: str) -> Iterator[FieldViolation]:
+    if len(text.encode()) > MAX_BYTES[field]:
+        yield FieldViolation(field, f"longer than {MAX_BYTES[field]} bytes")

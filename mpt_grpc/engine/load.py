@@ -14,12 +14,13 @@ import torch
 from opentelemetry.trace import Tracer
 
 from mpt_grpc.checkpoint import find_checkpoint
-from mpt_grpc.engine.admission import MAX_NUM_SEQUENCES, RequestLimits
+from mpt_grpc.engine.admission import RequestLimits
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.memory import STEP_BYTES, MemoryNeeds, dtype_name, free_memory, why_too_large
 from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.generation_config import generation_defaults
+from mpt_grpc.limits import RANGES
 from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
@@ -122,7 +123,8 @@ def load_engine(
         tokenizer.vocab_size,
         max_context_tokens,
         defaults.max_new_tokens,
-        max_num_sequences=min(MAX_NUM_SEQUENCES, max_in_flight),
+        max_num_sequences=min(int(RANGES["sampling.num_sequences"].high), max_in_flight),
+        max_token_bytes=tokenizer.max_token_bytes,
     )
     engine = Engine(
         Preparation(tokenizer, request_limits, chat_template, guards),

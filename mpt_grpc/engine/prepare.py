@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from mpt_grpc.engine.admission import RequestLimits, prompt_violations, request_violations
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, PromptRefusedError
+from mpt_grpc.limits import MAX_TEXT_BYTES
 from mpt_grpc.request import Conversation, GenerationRequest, StoppingCriteria
 from mpt_grpc.step import Matcher
 from mpt_grpc.text.chat import conversation_token_ids
@@ -21,7 +22,6 @@ from mpt_grpc.text.constraints import ConstraintCompiler
 from mpt_grpc.text.guards import Guard
 from mpt_grpc.text.tokenizer import Tokenizer
 
-_MAX_TRUNCATED_CHARACTERS = 1 << 20
 _NUM_TEXT_THREADS, _NUM_CONSTRAINT_THREADS = 2, 4
 # Preparing a longer text takes a millisecond or more, too long to block an event loop.
 _LONG_TEXT = 4096
@@ -69,6 +69,7 @@ class Preparation:
     def is_quick(self, request: GenerationRequest) -> bool:
         """Whether `prepare` takes less than about a millisecond."""
         is_short = not isinstance(request.prompt, Conversation) and len(request.prompt) <= _LONG_TEXT
+        is_short = is_short and len(request.decoding.allowed_token_ids) + len(request.resume_token_ids) <= _LONG_TEXT
         return is_short and request.decoding.constraint is None and not self.guards
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
@@ -89,6 +90,7 @@ class Preparation:
         if violations:
             raise InvalidRequestError(*violations)
         self._check_with_guards(prompt_token_ids)
+        _ = request.decoding.allowed_mask  # computed here, and not in the scheduler thread
         return PreparedRequest(self._resolved(request), prompt_token_ids, self._matchers(request))
 
     def _prompt_token_ids(self, request: GenerationRequest) -> tuple[int, ...]:
@@ -108,10 +110,9 @@ class Preparation:
 
     def _check_length(self, text: str, is_truncated: bool) -> None:
         """Refuses a text that is certainly too long, before spending time on tokenizing it."""
-        context = self.limits.max_context_tokens
-        longest = _MAX_TRUNCATED_CHARACTERS if is_truncated else context * self.tokenizer.max_token_bytes
+        longest = MAX_TEXT_BYTES if is_truncated else self.limits.max_prompt_bytes
         if len(text) > longest:
-            limit = "be truncated" if is_truncated else f"fit in the context of {context} tokens"
+            limit = "be truncated" if is_truncated else f"fit in the context of {self.limits.max_context_tokens} tokens"
             raise InvalidRequestError(
                 FieldViolation("text", f"{len(text)} characters are too many to {limit}: shorten the prompt")
             )

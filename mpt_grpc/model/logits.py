@@ -40,7 +40,7 @@ def adjust(logits: Tensor, inputs: Sequence[SamplingInputs], masks: Mapping[int,
     counted = _tokens(inputs, lambda c: c.output_token_ids if c.decoding.frequency_penalty else ())
     present = _tokens(inputs, lambda c: c.output_token_ids if c.decoding.presence_penalty else ())
     biased = _tokens(inputs, lambda c: c.decoding.logit_bias)
-    allowed = _tokens(inputs, lambda c: c.decoding.allowed_token_ids)
+    allowed = {row: one.decoding.allowed_mask for row, one in enumerate(inputs) if one.decoding.allowed_token_ids}
     forbidden = _tokens(inputs, lambda c: c.forbidden_token_ids)
     logits = logits.clone(memory_format=torch.contiguous_format)
     if repeated:
@@ -51,10 +51,9 @@ def adjust(logits: Tensor, inputs: Sequence[SamplingInputs], masks: Mapping[int,
         _penalize_presence(logits, present, [c.decoding.presence_penalty for c in inputs])
     if biased:
         _add(logits, biased, [bias for row in biased for bias in inputs[row].decoding.logit_bias.values()])
-    if allowed:
-        _allow(logits, allowed)
-    if masks:
-        _mask(logits, masks)
+    for excluding in (allowed, masks):
+        if excluding:
+            _mask(logits, excluding)
     if forbidden:
         _forbid(logits, forbidden)
     return logits
@@ -126,17 +125,10 @@ def _add(logits: Tensor, tokens: _Tokens, biases: Sequence[float]) -> None:
     logits.view(-1)[cells.to(logits.device)] += torch.tensor(biases, device=logits.device)
 
 
-def _allow(logits: Tensor, tokens: _Tokens) -> None:
-    flat, indices = logits.view(-1), _cells(logits, tokens)[0].to(logits.device)
-    allowed = flat[indices]
-    logits[torch.tensor(list(tokens), device=logits.device)] = -torch.inf
-    flat[indices] = allowed
-
-
 def _mask(logits: Tensor, masks: Mapping[int, bytes]) -> None:
     device, vocab_size = logits.device, logits.shape[1]
     num_bytes = (vocab_size + 7) // 8
-    packed = bytearray().join(mask[:num_bytes] for mask in masks.values())
+    packed = bytearray().join(mask[:num_bytes].ljust(num_bytes, b"\0") for mask in masks.values())
     octets = torch.frombuffer(packed, dtype=torch.uint8).to(device).to(torch.int32)
     # For each value of an octet, what it adds to the logits of its eight tokens.
     bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1

@@ -40,7 +40,7 @@ from mpt_grpc.text.tokenizer import Tokenizer
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 
-_MAX_KWARGS_BYTES = 16 << 10
+_MAX_DURATION_S = 315_576_000_000
 _FINISH_REASONS = {
     FinishReason.MAX_NEW_TOKENS: pb.FINISH_REASON_MAX_NEW_TOKENS,
     FinishReason.EOS_TOKEN: pb.FINISH_REASON_EOS_TOKEN,
@@ -62,7 +62,7 @@ _ROLES: dict[int, str] = {
 def generation_request(message: pb.GenerateRequest, defaults: GenerationDefaults) -> GenerationRequest:
     """Returns the request with `defaults` for options that are not set. The engine checks ranges and the prompt.
 
-    Raises InvalidRequestError for `chat_template_kwargs` that are too large to be translated.
+    The message's sizes must have been checked. Raises InvalidRequestError for an invalid duration.
     """
     output = message.output_options
     return GenerationRequest(
@@ -152,6 +152,7 @@ def load(load: EngineLoad, num_blocks: int) -> pb.Load:
         num_steps=load.num_steps,
         num_output_tokens=load.num_generated_tokens,
         num_batched_sequences=load.num_batched_sequences,
+        num_preparing_requests=load.num_preparing,
     )
 
 
@@ -182,9 +183,6 @@ def _prompt(message: pb.GenerateRequest) -> str | tuple[int, ...] | Conversation
 
 
 def _conversation(message: pb.Conversation) -> Conversation:
-    if (size := message.chat_template_kwargs.ByteSize()) > _MAX_KWARGS_BYTES:
-        why = f"{size} bytes when serialized; at most {_MAX_KWARGS_BYTES} are allowed"
-        raise InvalidRequestError(FieldViolation("conversation.chat_template_kwargs", why))
     return Conversation(
         messages=tuple(Message(_ROLES.get(turn.role, ""), turn.content) for turn in message.messages),
         drop_oldest_turns=message.drop_oldest_turns,
@@ -263,9 +261,18 @@ def _stopping(message: pb.StoppingCriteria) -> StoppingCriteria:
         stop_token_ids=tuple(message.stop_token_ids),
         include_stop_string=message.include_stop_string,
         ignore_eos=message.ignore_eos,
-        time_limit_s=message.time_limit.ToNanoseconds() / 1e9 if message.HasField("time_limit") else None,
+        time_limit_s=_seconds(message.time_limit) if message.HasField("time_limit") else None,
         repetition_guard=_repetition_guard(message.repetition_guard) if message.HasField("repetition_guard") else None,
     )
+
+
+def _seconds(message: Duration) -> float:
+    """Raises InvalidRequestError for a value that protobuf does not define as a duration."""
+    seconds, nanos = message.seconds, message.nanos
+    if abs(seconds) > _MAX_DURATION_S or abs(nanos) >= 1_000_000_000 or seconds * nanos < 0:
+        why = f"{seconds} s and {nanos} ns are not a valid duration"
+        raise InvalidRequestError(FieldViolation("stopping.time_limit", why))
+    return seconds + nanos / 1e9
 
 
 def _repetition_guard(message: pb.RepetitionGuard) -> RepetitionGuard:

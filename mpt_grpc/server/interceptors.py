@@ -56,7 +56,9 @@ def current_call() -> Call:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the methods of this project's services; health and reflection pass through unchanged."""
 
-    def __init__(self, tracer: Tracer | None) -> None:
+    def __init__(self, tracer: Tracer | None, max_message_bytes: int) -> None:
+        """`max_message_bytes` may be lowered until the server starts."""
+        self.max_message_bytes = max_message_bytes
         self._tracer = tracer
         self._propagator = TraceContextTextMapPropagator()
 
@@ -69,11 +71,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method.removeprefix("/")
         if handler is None or method.partition("/")[0] not in (SERVICE, DEBUG_SERVICE):
             return handler
-        codecs = (_parser(handler.request_deserializer), handler.response_serializer)
+        codecs = (self._parser(handler.request_deserializer), handler.response_serializer)
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), *codecs)
         assert handler.unary_unary is not None
         return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), *codecs)
+
+    def _parser(self, parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+        """Returns a parser whose failures are raised where errors become statuses; gRPC itself would report UNKNOWN."""
+        assert parse is not None
+
+        def parse_or_error(data: bytes) -> Any:
+            if len(data) > self.max_message_bytes:
+                why = f"{len(data)} bytes; at most {self.max_message_bytes} are allowed"
+                return InvalidRequestError(FieldViolation("request", why))
+            try:
+                return parse(data)
+            except DecodeError:
+                return InvalidRequestError(FieldViolation("request", "not a valid request message of this method"))
+
+        return parse_or_error
 
     def _unary(self, method: str, serve: Callable[..., Any]) -> Callable[..., Any]:
         async def unary(request: Any, context: _CallContext) -> Any:
@@ -146,19 +163,6 @@ def _log_call(method: str, call: Call, code: grpc.StatusCode, duration_s: float)
 def _shortened(value: Any) -> str:
     """Returns the value on one line; text of callers is quoted, so that it cannot forge a line of the log."""
     return repr(value[:_MAX_LOGGED_CHARACTERS]) if isinstance(value, str) else str(value)
-
-
-def _parser(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """Returns a parser whose failures are raised where errors become statuses; gRPC itself would report UNKNOWN."""
-    assert parse is not None
-
-    def parse_or_error(data: bytes) -> Any:
-        try:
-            return parse(data)
-        except DecodeError:
-            return InvalidRequestError(FieldViolation("request", "not a valid request message of this method"))
-
-    return parse_or_error
 
 
 def _parsed(request: Any) -> Any:

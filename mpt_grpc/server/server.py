@@ -26,6 +26,7 @@ from mpt_grpc.listening import address, claim_socket, port_error
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
+from mpt_grpc.server.sizes import largest_message_bytes
 from mpt_grpc.settings import ServerSettings, Settings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import make_tracer_provider, shut_down
@@ -121,11 +122,14 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
 
 @asynccontextmanager
 async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[RunningServer]:
-    server = grpc.aio.server(interceptors=[CallInterceptor(tracer)], options=_channel_options(settings.server))
+    interceptor = CallInterceptor(tracer, settings.server.max_message_bytes)
+    server = grpc.aio.server(interceptors=[interceptor], options=_channel_options(settings.server))
     with _listening(server, settings.server) as target:
         loop = asyncio.get_running_loop()
         engine, model = await asyncio.to_thread(load_engine, settings, tracer=tracer, loop=loop)
-        servicer = TextGenerationServicer(engine, model, settings.scheduler, settings.server.max_message_bytes)
+        limits = engine.preparation.limits
+        interceptor.max_message_bytes = min(largest_message_bytes(limits), settings.server.max_message_bytes)
+        servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.max_message_bytes)
         running = RunningServer(settings, target, engine, model, servicer)
         pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, server)
         debug_pb2_grpc.add_DebugServiceServicer_to_server(DebugServicer(engine, model), server)
@@ -135,7 +139,7 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
         )
         with engine:
             try:
-                await asyncio.to_thread(engine.generate, _warm_up(engine.preparation.limits.max_context_tokens))
+                await asyncio.to_thread(engine.generate, _warm_up(limits.max_context_tokens))
             except MptServerError as error:
                 why = f"the model failed to generate its first tokens: {error.__cause__ or error}"
                 raise ModelError(why) from error

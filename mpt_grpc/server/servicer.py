@@ -19,9 +19,11 @@ from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.stream import AsyncStream, collect
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, UnknownModelError
+from mpt_grpc.limits import MAX_BYTES, MAX_CANCELLED, MAX_COUNTS, MAX_TEXT_BYTES, MAX_TOKEN_IDS
 from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
 from mpt_grpc.server import convert
 from mpt_grpc.server.interceptors import current_call
+from mpt_grpc.server.sizes import check_sizes
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import request_attributes
@@ -29,10 +31,6 @@ from mpt_grpc.text.tokenizer import Tokenizer
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2, debug_pb2_grpc
-
-_MAX_CANCEL_IDS = 1000
-_MAX_TOKENIZE_CHARACTERS = 1 << 20
-_MAX_DETOKENIZE_IDS = 1 << 18
 
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -80,15 +78,15 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 yield response
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _CallContext) -> pb.TokenizeResponse:
-        if len(request.text) > _MAX_TOKENIZE_CHARACTERS:
-            why = f"{len(request.text)} characters exceed the limit of {_MAX_TOKENIZE_CHARACTERS}"
+        if len(request.text) > MAX_TEXT_BYTES // 4:
+            why = f"{len(request.text)} characters; at most {MAX_TEXT_BYTES // 4} are allowed"
             raise InvalidRequestError(FieldViolation("text", why))
         return await asyncio.to_thread(convert.tokens, self._engine.preparation.tokenizer, request.text)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: _CallContext) -> pb.DetokenizeResponse:
         tokenizer = self._engine.preparation.tokenizer
-        if len(request.token_ids) > _MAX_DETOKENIZE_IDS:
-            why = f"{len(request.token_ids)} token IDs exceed the limit of {_MAX_DETOKENIZE_IDS}"
+        if len(request.token_ids) > MAX_TOKEN_IDS:
+            why = f"{len(request.token_ids)} items; at most {MAX_TOKEN_IDS} are allowed"
             raise InvalidRequestError(FieldViolation("token_ids", why))
         for index, token in enumerate(request.token_ids):
             if token >= tokenizer.vocab_size:
@@ -98,8 +96,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         return pb.DetokenizeResponse(text=await asyncio.to_thread(tokenizer.decode, request.token_ids, skip))
 
     async def Cancel(self, request: pb.CancelRequest, context: _CallContext) -> pb.CancelResponse:
-        if len(request.request_ids) > _MAX_CANCEL_IDS:
-            why = f"{len(request.request_ids)} IDs exceed the limit of {_MAX_CANCEL_IDS}"
+        if len(request.request_ids) > MAX_CANCELLED:
+            why = f"{len(request.request_ids)} items; at most {MAX_CANCELLED} are allowed"
             raise InvalidRequestError(FieldViolation("request_ids", why))
         return pb.CancelResponse(request_ids=[i for i in request.request_ids if self._engine.cancel(i)])
 
@@ -116,6 +114,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 max_step_tokens=self._scheduling.max_step_tokens,
                 max_message_bytes=self._max_message_bytes,
                 max_cache_tokens=self._model.cache_tokens,
+                max_counts=MAX_COUNTS,
+                max_bytes=MAX_BYTES,
             ),
             load=convert.load(self._engine.load, self._model.num_blocks),
         )
@@ -138,7 +138,9 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
 
     def _submit(self, message: pb.GenerateRequest) -> AsyncStream:
         if message.model not in ("", self._model.name):
-            raise UnknownModelError(f"model {message.model!r} is not loaded; the loaded model is {self._model.name!r}")
+            wanted = message.model[: MAX_BYTES["model"]]
+            raise UnknownModelError(f"model {wanted!r} is not loaded; the loaded model is {self._model.name!r}")
+        check_sizes(message, self._engine.preparation.limits)
         request = convert.generation_request(message, self._model.defaults)
         call = current_call()
         call.logged["request_id"] = request.request_id

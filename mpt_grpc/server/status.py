@@ -23,6 +23,8 @@ from mpt_grpc.errors import (
 )
 
 _DOMAIN = "mpt-grpc"
+# gRPC limits all metadata of a response to 8 KiB. It percent-encodes the message, and details contain it once more.
+_MAX_MESSAGE_BYTES, _MAX_VIOLATIONS_BYTES, _MAX_TEXT_BYTES = 800, 2000, 400
 _TABLE: dict[type[MptServerError], tuple[grpc.StatusCode, str]] = {
     InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     PromptRefusedError: (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_REFUSED"),
@@ -43,28 +45,49 @@ def code_and_reason(error: MptServerError) -> tuple[grpc.StatusCode, str]:
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: MptServerError) -> None:
     """Ends the call with the status of the error. Always raises."""
     code, reason = code_and_reason(error)
+    message = _shortened(str(error), _MAX_MESSAGE_BYTES)
     details = [_packed(detail) for detail in _details(error, reason)]
-    status = status_pb2.Status(code=code.value[0], message=str(error), details=details)
+    status = status_pb2.Status(code=code.value[0], message=message, details=details)
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", status.SerializeToString())]
     if isinstance(error, OverloadedError):
         # gRPC's built-in retries read this trailer; hand-written ones read RetryInfo.
         trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
-    await context.abort(code, str(error), tuple(trailers))
+    await context.abort(code, message, tuple(trailers))
 
 
 def _details(error: MptServerError, reason: str) -> Iterator[Message]:
     yield error_details_pb2.ErrorInfo(reason=reason, domain=_DOMAIN)
     if isinstance(error, InvalidRequestError):
-        violations = error_details_pb2.BadRequest.FieldViolation
-        yield error_details_pb2.BadRequest(
-            field_violations=[violations(field=v.field, description=v.description) for v in error.violations]
-        )
+        yield error_details_pb2.BadRequest(field_violations=_violations(error))
     if isinstance(error, OverloadedError):
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         yield error_details_pb2.RetryInfo(retry_delay=delay)
-        quota = error_details_pb2.QuotaFailure.Violation(subject="server:requests", description=str(error))
+        why = _shortened(str(error), _MAX_MESSAGE_BYTES)
+        quota = error_details_pb2.QuotaFailure.Violation(subject="server:requests", description=why)
         yield error_details_pb2.QuotaFailure(violations=[quota])
+
+
+def _violations(error: InvalidRequestError) -> Iterator[error_details_pb2.BadRequest.FieldViolation]:
+    """Yields as many violations as fit, and then one that counts the others."""
+    room = _MAX_VIOLATIONS_BYTES
+    for number, violation in enumerate(error.violations):
+        field = _shortened(violation.field, _MAX_TEXT_BYTES)
+        description = _shortened(violation.description, _MAX_TEXT_BYTES)
+        room -= len(field.encode()) + len(description.encode())
+        if room < 0:
+            more = f"and {len(error.violations) - number} more"
+            yield error_details_pb2.BadRequest.FieldViolation(field=field, description=more)
+            return
+        yield error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+
+
+def _shortened(text: str, max_bytes: int) -> str:
+    """Returns the text, or its beginning and an ellipsis."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= max_bytes:
+        return encoded.decode()
+    return encoded[: max_bytes - 3].decode(errors="ignore") + "…"
 
 
 def _packed(detail: Message) -> any_pb2.Any:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from itertools import dropwhile
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
+from mpt_grpc.limits import MAX_COUNTS
 from mpt_grpc.request import Conversation, Message
 from mpt_grpc.text.chat_template import ChatTemplate
 
-MAX_MESSAGES = 1024
 _ROLES = ("system", "user", "assistant")
 _FIELD = "conversation.messages"
 
@@ -59,8 +59,10 @@ def conversation_token_ids(
 def _check(conversation: Conversation, template: ChatTemplate) -> None:
     messages = conversation.messages
     violations = []
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise InvalidRequestError(FieldViolation(_FIELD, f"{len(messages)} messages; 1 to {MAX_MESSAGES} are allowed"))
+    if not 1 <= len(messages) <= MAX_COUNTS["conversation.messages"]:
+        raise InvalidRequestError(
+            FieldViolation(_FIELD, f"{len(messages)} messages; 1 to {MAX_COUNTS['conversation.messages']} are allowed")
+        )
     for index, message in enumerate(messages):
         field = f"{_FIELD}[{index}].role"
         if message.role not in _ROLES:

@@ -8,11 +8,12 @@ import re
 from llguidance import LLMatcher
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
+from mpt_grpc.limits import MAX_BYTES
 from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, Regex
 from mpt_grpc.text.json_schema import UnsupportedSchemaError, rewrite
 from mpt_grpc.text.regex_syntax import unsupported_syntax
 
-MAX_SOURCE_BYTES = 65_536
+MAX_SOURCE_BYTES = max(MAX_BYTES[f"decoding.{name}"] for name in ("json_schema", "regex", "lark_grammar"))
 TOO_COSTLY = "exceeds the server's limits on the cost of a constraint: simplify it"
 # A weak model may generate whitespace forever if it is unbounded; this allows a line break and an indent.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,8}"

@@ -231,7 +231,8 @@ def test_model_info_has_every_field_of_the_api(service, client):
 
 
 def test_server_info_has_every_field_of_the_api(service, client):
-    limits = {field.name: n for n, field in enumerate(pb.Limits.DESCRIPTOR.fields, 1)}
+    limits: dict[str, object] = {field.name: n for n, field in enumerate(pb.Limits.DESCRIPTOR.fields, 1)}
+    limits |= {"max_counts": {"stopping.stop_strings": 16}, "max_bytes": {"request_id": 128}}
     load = {field.name: n for n, field in enumerate(pb.Load.DESCRIPTOR.fields, 11)}
     service.server = pb.GetServerInfoResponse(
         version="1.2.3",

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpt_grpc.errors import InvalidRequestError
+from mpt_grpc.limits import MAX_COUNTS
 from mpt_grpc.request import Conversation, Message
-from mpt_grpc.text.chat import MAX_MESSAGES, conversation_token_ids
+from mpt_grpc.text.chat import conversation_token_ids
 from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.template_sources import find_chat_template
 
@@ -37,7 +38,7 @@ def prompt_text(*messages: Message, context: int = 1000, new: int | None = None,
     ("messages", "fields"),
     [
         ((), ["conversation.messages"]),
-        ((HI,) * (MAX_MESSAGES + 1), ["conversation.messages"]),
+        ((HI,) * (MAX_COUNTS["conversation.messages"] + 1), ["conversation.messages"]),
         ((HI, HELLO), ["conversation.messages[1].role"]),
         ((SYSTEM,), ["conversation.messages[0].role"]),
         (
@@ -81,7 +82,10 @@ def test_template_kwargs_apply_however_many_turns_are_dropped() -> None:
 
 
 def test_maximum_number_of_messages_is_accepted() -> None:
-    assert prompt_text(*(HI,) * MAX_MESSAGES, context=100_000).count("User: Hi") == MAX_MESSAGES
+    assert (
+        prompt_text(*(HI,) * MAX_COUNTS["conversation.messages"], context=100_000).count("User: Hi")
+        == MAX_COUNTS["conversation.messages"]
+    )
 
 
 def test_conversation_that_is_too_long_is_rejected_with_both_token_counts() -> None:

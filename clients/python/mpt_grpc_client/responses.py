@@ -156,6 +156,8 @@ def server_info(response: pb.GetServerInfoResponse) -> ServerInfo:
             max_step_tokens=limits.max_step_tokens,
             max_message_bytes=limits.max_message_bytes,
             max_cache_tokens=limits.max_cache_tokens,
+            max_counts=dict(limits.max_counts),
+            max_bytes=dict(limits.max_bytes),
         ),
         load=load(response.load),
     )
@@ -170,6 +172,7 @@ def load(message: pb.Load) -> Load:
         num_steps=message.num_steps,
         num_output_tokens=message.num_output_tokens,
         num_batched_sequences=message.num_batched_sequences,
+        num_preparing_requests=message.num_preparing_requests,
     )
 
 

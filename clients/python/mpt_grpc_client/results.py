@@ -232,11 +232,15 @@ class Limits:
     """The maximum number of tokens computed in one step."""
     max_message_bytes: int
     max_cache_tokens: int
+    max_counts: dict[str, int]
+    """The maximum number of items of lists and maps, by the path of the field in the API."""
+    max_bytes: dict[str, int]
+    """The maximum size of strings, by the path of the field in the API."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """The load of a server. The last three counts are totals since it started."""
+    """The load of a server. The numbers of steps, output tokens and batched sequences are totals since it started."""
 
     num_running_requests: int
     num_waiting_requests: int
@@ -247,6 +251,8 @@ class Load:
     num_output_tokens: int
     num_batched_sequences: int
     """The number of sequences computed, summed over all steps. Divided by `num_steps`, this is the mean batch size."""
+    num_preparing_requests: int = 0
+    """Requests that are being prepared for the queue: tokenized, and their constraints compiled."""
 
 
 @dataclass(frozen=True)

@@ -1529,11 +1529,53 @@ class Limits(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MaxCountsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class MaxBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MAX_RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     MAX_WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
     MAX_STEP_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_CACHE_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_COUNTS_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
     max_running_requests: _builtins.int
     """The maximum number of requests that run at the same time. Each output of a request counts as one request, here and in
     max_waiting_requests.
@@ -1546,6 +1588,16 @@ class Limits(_message.Message):
     """The maximum size of a message in bytes, in either direction."""
     max_cache_tokens: _builtins.int
     """The capacity of the KV cache in tokens."""
+    @_builtins.property
+    def max_counts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """The maximum number of items of repeated fields and maps, by the path of the field in a request."""
+
+    @_builtins.property
+    def max_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """The maximum size in bytes of strings, by the path of the field in a request: of choices together, of stop strings each,
+        of chat_template_kwargs when serialized.
+        """
+
     def __init__(
         self,
         *,
@@ -1554,10 +1606,12 @@ class Limits(_message.Message):
         max_step_tokens: _builtins.int = ...,
         max_message_bytes: _builtins.int = ...,
         max_cache_tokens: _builtins.int = ...,
+        max_counts: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        max_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_cache_tokens", b"max_cache_tokens", "max_message_bytes", b"max_message_bytes", "max_running_requests", b"max_running_requests", "max_step_tokens", b"max_step_tokens", "max_waiting_requests", b"max_waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_bytes", b"max_bytes", "max_cache_tokens", b"max_cache_tokens", "max_counts", b"max_counts", "max_message_bytes", b"max_message_bytes", "max_running_requests", b"max_running_requests", "max_step_tokens", b"max_step_tokens", "max_waiting_requests", b"max_waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1576,6 +1630,7 @@ class Load(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_BATCHED_SEQUENCES_FIELD_NUMBER: _builtins.int
+    NUM_PREPARING_REQUESTS_FIELD_NUMBER: _builtins.int
     num_running_requests: _builtins.int
     """The number of running requests."""
     num_waiting_requests: _builtins.int
@@ -1590,6 +1645,8 @@ class Load(_message.Message):
     """The number of tokens generated since the server started."""
     num_batched_sequences: _builtins.int
     """The number of sequences computed, summed over all steps. Divided by num_steps, this is the mean batch size."""
+    num_preparing_requests: _builtins.int
+    """The number of requests that are being prepared for the queue: tokenized, and their constraints compiled."""
     def __init__(
         self,
         *,
@@ -1600,10 +1657,11 @@ class Load(_message.Message):
         num_steps: _builtins.int = ...,
         num_output_tokens: _builtins.int = ...,
         num_batched_sequences: _builtins.int = ...,
+        num_preparing_requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_batched_sequences", b"num_batched_sequences", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_output_tokens", b"num_output_tokens", "num_running_requests", b"num_running_requests", "num_steps", b"num_steps", "num_waiting_requests", b"num_waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_batched_sequences", b"num_batched_sequences", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_output_tokens", b"num_output_tokens", "num_preparing_requests", b"num_preparing_requests", "num_running_requests", b"num_running_requests", "num_steps", b"num_steps", "num_waiting_requests", b"num_waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

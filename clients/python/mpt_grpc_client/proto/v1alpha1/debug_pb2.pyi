@@ -155,8 +155,8 @@ class SequenceState(_message.Message):
     num_output_tokens: _builtins.int
     """The number of generated tokens."""
     finish_reason: _text_generation_pb2.FinishReason.ValueType
-    """Why the engine ended the output: FINISH_REASON_CANCELLED also for stop strings and guards, which are found outside
-    the engine. Not set while the output is in progress, or if it ended with an error.
+    """Why the engine ended the output. A stop string or a guard may end the text earlier than the engine learns of it. Not
+    set while the output is in progress, or if it ended with an error.
     """
     @_builtins.property
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

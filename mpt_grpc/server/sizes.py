@@ -1,0 +1,47 @@
+"""Checks the counts and sizes of a request's fields on the message itself, before any item is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mpt_grpc.engine.admission import RequestLimits
+from mpt_grpc.errors import FieldViolation, InvalidRequestError
+from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, MAX_TEXT_BYTES, MAX_TOKEN_IDS
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+
+_MESSAGE_OVERHEAD_BYTES = 32 << 10
+
+
+def largest_message_bytes(limits: RequestLimits) -> int:
+    """Returns the size of the largest message that a request within the limits needs."""
+    prompt = max(MAX_TEXT_BYTES, limits.max_prompt_bytes)
+    bytes_per_id = 5  # the largest varint of 32 bits
+    ids = bytes_per_id * (MAX_TOKEN_IDS + limits.max_context_tokens + limits.vocab_size)
+    return prompt + ids + sum(MAX_BYTES.values()) + 16 * sum(MAX_COUNTS.values()) + _MESSAGE_OVERHEAD_BYTES
+
+
+def check_sizes(message: pb.GenerateRequest, limits: RequestLimits) -> None:
+    """Raises InvalidRequestError with every field that is too long; takes microseconds, whatever the message holds."""
+    if violations := list(_violations(message, limits)):
+        raise InvalidRequestError(*violations)
+
+
+def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
+    decoding, stopping = message.decoding, message.stopping
+    max_prompt_ids = MAX_TOKEN_IDS if message.HasField("truncate_prompt_tokens") else limits.max_context_tokens
+    for field, count, most in (
+        ("token_ids.ids", len(message.token_ids.ids), max_prompt_ids),
+        ("conversation.messages", len(message.conversation.messages), MAX_COUNTS["conversation.messages"]),
+        ("resume_token_ids", len(message.resume_token_ids), limits.max_context_tokens - 1),
+        ("decoding.allowed_token_ids", len(decoding.allowed_token_ids), limits.vocab_size),
+        ("decoding.choice.options", len(decoding.choice.options), MAX_COUNTS["decoding.choice.options"]),
+        ("decoding.logit_bias", len(decoding.logit_bias), MAX_COUNTS["decoding.logit_bias"]),
+        ("stopping.stop_strings", len(stopping.stop_strings), MAX_COUNTS["stopping.stop_strings"]),
+        ("stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_COUNTS["stopping.stop_token_ids"]),
+    ):
+        if count > most:
+            yield FieldViolation(field, f"{count} items; at most {most} are allowed")
+    if (size := message.conversation.chat_template_kwargs.ByteSize()) > MAX_BYTES["conversation.chat_template_kwargs"]:
+        most = MAX_BYTES["conversation.chat_template_kwargs"]
+        why = f"{size} bytes when serialized; at most {most} are allowed"
+        yield FieldViolation("conversation.chat_template_kwargs", why)

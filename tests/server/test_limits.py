@@ -1,0 +1,220 @@
+"""Every field has a limit, which is checked on the message before anything else, and no error is too long to arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2
+from grpc_status.rpc_status import from_call
+
+from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, RANGES
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+
+VOCAB, CONTEXT = 4096, 2048
+
+
+def request(**fields: Any) -> pb.GenerateRequest:
+    """Returns a request for one token."""
+    message = pb.GenerateRequest(text="Once", stopping=pb.StoppingCriteria(max_new_tokens=1))
+    message.MergeFrom(pb.GenerateRequest(**fields))
+    return message
+
+
+def conversation(count: int) -> pb.GenerateRequest:
+    turns = [pb.Message(role=pb.ROLE_USER, content="x")] * count
+    return request(conversation=pb.Conversation(messages=turns, drop_oldest_turns=True))
+
+
+def resumed(count: int) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[5]),
+        resume_token_ids=[5] * count,
+        sampling=pb.SamplingParameters(temperature=0),
+        stopping=pb.StoppingCriteria(max_new_tokens=CONTEXT - 1, ignore_eos=True),
+    )
+
+
+def decoding(**fields: Any) -> pb.GenerateRequest:
+    return request(decoding=pb.DecodingOptions(**fields))
+
+
+def stopping(**fields: Any) -> pb.GenerateRequest:
+    return request(stopping=pb.StoppingCriteria(max_new_tokens=1, **fields))
+
+
+COUNTED = {
+    "token_ids.ids": (CONTEXT - 1, lambda n: request(token_ids=pb.TokenIds(ids=[5] * n))),
+    "conversation.messages": (MAX_COUNTS["conversation.messages"], conversation),
+    "resume_token_ids": (CONTEXT - 1, lambda n: resumed(n)),
+    "decoding.allowed_token_ids": (VOCAB, lambda n: decoding(allowed_token_ids=[i % VOCAB for i in range(n)])),
+    "decoding.choice.options": (
+        MAX_COUNTS["decoding.choice.options"],
+        lambda n: decoding(choice=pb.Choice(options=["a"] * n)),
+    ),
+    "decoding.logit_bias": (
+        MAX_COUNTS["decoding.logit_bias"],
+        lambda n: decoding(logit_bias=dict.fromkeys(range(n), 1)),
+    ),
+    "stopping.stop_strings": (MAX_COUNTS["stopping.stop_strings"], lambda n: stopping(stop_strings=["zzz"] * n)),
+    "stopping.stop_token_ids": (MAX_COUNTS["stopping.stop_token_ids"], lambda n: stopping(stop_token_ids=[9] * n)),
+}
+"""For each list and map: the largest count, and a request with a given count."""
+SIZED = {
+    "request_id": lambda n: request(request_id="r" * n),
+    "cache.salt": lambda n: request(cache=pb.CacheOptions(salt="s" * n)),
+    "decoding.regex": lambda n: decoding(regex="a" * n),
+    "decoding.lark_grammar": lambda n: decoding(lark_grammar=f'start: "{"a" * (n - 9)}"'),
+    "decoding.json_schema": lambda n: decoding(json_schema=f'{{"const": "{"a" * (n - 13)}"}}'),
+    "decoding.choice.options": lambda n: decoding(choice=pb.Choice(options=["a" * (n // 2), "b" * (n - n // 2)])),
+    "stopping.stop_strings": lambda n: stopping(stop_strings=["z" * n]),
+}
+"""For each text: a request with a given size in bytes."""
+
+
+async def violations(stub: Any, message: pb.GenerateRequest) -> set[str]:
+    """Returns the fields of which an error complains; none if the request succeeds."""
+    try:
+        await stub.Generate(message)
+    except grpc.aio.AioRpcError as error:
+        return {violation.field for violation in bad_request(error).field_violations}
+    return set()
+
+
+def bad_request(error: grpc.aio.AioRpcError) -> error_details_pb2.BadRequest:
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error.details()
+    status = from_call(error)  # type: ignore[arg-type]
+    assert status is not None, error.details()
+    found = error_details_pb2.BadRequest()
+    assert any(detail.Unpack(found) for detail in status.details)
+    return found
+
+
+@pytest.mark.parametrize("field", COUNTED)
+async def test_the_largest_count_is_accepted_and_one_more_refused(make_service: Any, field: str) -> None:
+    most, make = COUNTED[field]
+    service = await make_service()
+    assert field not in await violations(service.stub, make(most))
+    assert await violations(service.stub, make(most + 1)) & {field, "decoding.choice.options"}
+
+
+@pytest.mark.parametrize("field", SIZED)
+async def test_the_largest_size_is_accepted_and_one_more_refused(make_service: Any, field: str) -> None:
+    service, make, most = await make_service(), SIZED[field], MAX_BYTES[field]
+    # A long constraint may cost too much, which is said in other words.
+    for size, is_too_long in ((most, False), (most + 1, True)):
+        try:
+            await service.stub.Generate(make(size))
+        except grpc.aio.AioRpcError as error:
+            described = {v.field.partition("[")[0]: v.description for v in bad_request(error).field_violations}
+            assert described.keys() == {field}
+            assert ("bytes" in described[field]) == is_too_long
+        else:
+            assert not is_too_long
+
+
+@pytest.mark.parametrize("field", RANGES)
+async def test_the_bounds_of_each_range_are_accepted_and_what_is_beyond_refused(make_service: Any, field: str) -> None:
+    service, numbers = await make_service(max_waiting_requests=16), RANGES[field]
+
+    def with_value(value: float) -> pb.GenerateRequest:
+        message = request()
+        part: Any = message
+        *parents, name = field.split(".")
+        for parent in parents:
+            part = getattr(part, parent)
+        if name == "logit_bias":
+            part.logit_bias[5] = value
+            return message
+        if name == "top_logprobs":
+            part.return_logprobs = True
+        is_float = part.DESCRIPTOR.fields_by_name[name].cpp_type == part.DESCRIPTOR.fields_by_name[name].CPPTYPE_FLOAT
+        setattr(part, name, value if is_float else int(value))
+        return message
+
+    step = 1 if isinstance(numbers.high, int) and numbers.high > 10 else 0.001
+    is_unsigned = field in ("sampling.num_sequences", "output_options.top_logprobs") or "repetition_guard" in field
+    low = numbers.low + (0.01 if numbers.excludes_low else 0)
+    accepted, refused = [low, numbers.high], [numbers.high + max(step, 1 if is_unsigned else step)]
+    if numbers.excludes_low or not (is_unsigned and numbers.low == 0):
+        refused.append(numbers.low if numbers.excludes_low else numbers.low - (1 if is_unsigned else step))
+    for value in accepted:
+        assert await violations(service.stub, with_value(value)) == set(), value
+    for value in refused:
+        found = {name.partition("[")[0] for name in await violations(service.stub, with_value(value))}
+        assert found == {field}, value
+
+
+@pytest.mark.parametrize("field", COUNTED)
+async def test_absurd_counts_are_refused_while_a_stream_goes_on(make_service: Any, field: str) -> None:
+    """The message is as large as the server takes at all; parsing it is all that it costs."""
+    service = await make_service()
+    make = COUNTED[field][1]
+    message = make(VOCAB if field == "decoding.logit_bias" else 200_000)
+    gaps: list[float] = []
+
+    async def neighbour() -> None:
+        last_s = time.monotonic()
+        async for _ in service.stub.StreamGenerate(
+            pb.GenerateRequest(text="Once", stopping=pb.StoppingCriteria(max_new_tokens=300, ignore_eos=True))
+        ):
+            gaps.append(time.monotonic() - last_s)
+            last_s = time.monotonic()
+
+    stream = asyncio.create_task(neighbour())
+    for _ in range(3):
+        assert await violations(service.stub, message) == {field}
+    await stream
+    assert len(gaps) > 100
+
+
+async def test_a_message_larger_than_any_legal_request_is_refused_before_it_is_parsed(make_service: Any) -> None:
+    service = await make_service()
+    info = await service.stub.GetServerInfo(pb.GetServerInfoRequest())
+    most = info.limits.max_message_bytes
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await service.stub.Generate(pb.GenerateRequest(text="a" * most))
+    assert "bytes; at most" in bad_request(refused.value).field_violations[0].description
+    assert dict(info.limits.max_counts) == dict(MAX_COUNTS)
+    assert dict(info.limits.max_bytes) == dict(MAX_BYTES)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        request(model="m" * 8000),
+        request(model="日" * 8000),
+        stopping(stop_strings=["", *["日" * 300] * 15]),
+        decoding(logit_bias={VOCAB + i: 1000 for i in range(1000)}),
+        request(conversation=pb.Conversation(messages=[pb.Message(content="x")] * 1000)),
+        decoding(json_schema='{"type": "' + "日" * 20_000 + '"}'),
+    ],
+    ids=["model", "long model", "stop_strings", "logit_bias", "roles", "schema"],
+)
+async def test_errors_of_any_length_arrive(make_service: Any, message: pb.GenerateRequest) -> None:
+    service = await make_service()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await service.stub.Generate(message)
+    assert refused.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+    size = sum(len(key) + len(value) for key, value in refused.value.trailing_metadata() or ())
+    assert size < 6000
+
+
+async def test_violations_that_do_not_fit_are_counted(make_service: Any) -> None:
+    service = await make_service()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await service.stub.Generate(decoding(logit_bias={VOCAB + i: 0 for i in range(1000)}))
+    found = bad_request(refused.value).field_violations
+    assert found[-1].description == f"and {1000 - len(found) + 1} more"
+
+
+@pytest.mark.parametrize(
+    "limit", [Duration(seconds=1, nanos=-5), Duration(seconds=(1 << 63) - 1), Duration(nanos=1_000_000_000)]
+)
+async def test_invalid_durations_are_refused(make_service: Any, limit: Duration) -> None:
+    service = await make_service()
+    assert await violations(service.stub, stopping(time_limit=limit)) == {"stopping.time_limit"}

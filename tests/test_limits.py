@@ -1,0 +1,56 @@
+"""The proto's comments and docs/generation.md state the limits of the table."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, RANGES, Range
+
+ROOT = Path(__file__).parents[1]
+PROTO = (ROOT / "protos/mpt/v1/text_generation.proto").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/generation.md").read_text(encoding="utf-8")
+DESCRIBED_ELSEWHERE = {"decoding.choice.options", "model"}
+"""Fields without a limit in words of their own: of choices together that of constraints, and the names of models."""
+
+
+def comment(field: str) -> str:
+    """Returns the comment of a field in the proto, in one line; of a constraint, that of all of them."""
+    name = {"json_schema": "constraint", "regex": "constraint", "lark_grammar": "constraint"}.get(
+        field.rpartition(".")[2], field.rpartition(".")[2]
+    )
+    declaration = re.search(rf"((?:  //.*\n)+)  (?:oneof {name} \{{|[^/\n]*\b{name} = \d+)", PROTO)
+    assert declaration, name
+    return " ".join(line.strip(" /") for line in declaration[1].splitlines())
+
+
+def option(field: str) -> str:
+    """Returns the row of an option in docs/generation.md."""
+    name = field.rpartition(".")[2]
+    row = re.search(rf"^\| `(?:{name}|RepetitionGuard\([^`]*{name})\b.*$", PAGE, re.MULTILINE)
+    assert row, name
+    return row[0]
+
+
+def words(numbers: Range) -> str:
+    return f"above {numbers.low}, up to {numbers.high}" if numbers.excludes_low else f"{numbers.low} to {numbers.high}"
+
+
+@pytest.mark.parametrize("field", RANGES)
+def test_ranges_are_documented(field: str) -> None:
+    assert words(RANGES[field]) in comment(field)
+    if "repetition_guard" not in field:
+        assert words(RANGES[field]) in option(field)
+
+
+@pytest.mark.parametrize("field", MAX_COUNTS.keys() - DESCRIBED_ELSEWHERE)
+def test_counts_are_documented(field: str) -> None:
+    assert re.search(rf"(at most|up to|1 to) {MAX_COUNTS[field]}\b", comment(field).replace(",", ""), re.IGNORECASE)
+
+
+@pytest.mark.parametrize("field", MAX_BYTES.keys() - DESCRIBED_ELSEWHERE)
+def test_sizes_are_documented(field: str) -> None:
+    size = MAX_BYTES[field]
+    assert re.search(rf"{size:,} bytes|{size >> 10} KiB", comment(field))
