@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -117,10 +118,21 @@ class HttpSettings:
     """0 selects a free port; None serves no HTTP."""
     strict_model_names: bool = False
     """Whether to refuse requests that name another model instead of serving them with the loaded one."""
+    allow_hosts: tuple[str, ...] = ()
+    """The names accepted in `Host` on a loopback address, in addition to those of this machine."""
+    allow_origins: tuple[str, ...] = ()
+    """The websites that may send requests, such as https://example.com; '*' stands for all."""
 
     def __post_init__(self) -> None:
         if self.port is not None and not 0 <= self.port <= 65535:
             raise SettingsError(f"--http-port: {self.port} is not in [0, 65535]")
+        for host in self.allow_hosts:
+            if not host or set(host) & set("/:*"):
+                raise SettingsError(f"--allow-host: {host!r} is not a host name; omit the scheme and the port")
+        for origin in self.allow_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                why = "is not an origin; write the scheme, the host and the port, such as http://localhost:3000"
+                raise SettingsError(f"--allow-origin: {origin!r} {why}")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import signal
 
-from mpt_grpc.commands import logs
+from mpt_grpc.commands import logs, server_options
 from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.listening import address
 from mpt_grpc.settings import HttpSettings, ServerSettings
@@ -20,7 +20,7 @@ def run(parsed: argparse.Namespace) -> None:
     """
     logs.configure(parsed.log_level)
     server = ServerSettings(host=parsed.host, grace_s=parsed.grace)
-    http = HttpSettings(port=parsed.http_port, strict_model_names=parsed.strict_model_names)
+    http = server_options.http_settings(parsed, parsed.http_port)
     asyncio.run(_serve(resolve_target(parsed.target), server, http))
 
 

@@ -175,6 +175,20 @@ def add_http(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="refuse HTTP requests that name another model instead of serving them with the loaded one",
     )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        metavar="NAME",
+        help="accept this name in the Host header on a loopback address; may be repeated (default: only names of this"
+        " machine)",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="accept requests from this website, such as http://localhost:3000; * for all; may be repeated (default:"
+        " none)",
+    )
 
 
 def add_grace(parser: argparse._ActionsContainer) -> None:
@@ -200,6 +214,16 @@ def model_settings(parsed: argparse.Namespace) -> ModelSettings:
     )
 
 
+def http_settings(parsed: argparse.Namespace, port: int | None) -> HttpSettings:
+    """Returns the settings given by the flags that `serve` and `gateway` share. Raises SettingsError."""
+    return HttpSettings(
+        port=port,
+        strict_model_names=parsed.strict_model_names,
+        allow_hosts=tuple(parsed.allow_host or ()),
+        allow_origins=tuple(parsed.allow_origin or ()),
+    )
+
+
 def settings(parsed: argparse.Namespace) -> Settings:
     """Returns the settings given by the flags of `serve`. Raises SettingsError."""
     return Settings(
@@ -222,9 +246,7 @@ def settings(parsed: argparse.Namespace) -> Settings:
             grace_s=parsed.grace,
             stall_timeout_s=parsed.stall_timeout,
         ),
-        http=HttpSettings(
-            port=None if parsed.no_http else parsed.http_port, strict_model_names=parsed.strict_model_names
-        ),
+        http=http_settings(parsed, port=None if parsed.no_http else parsed.http_port),
         guards=tuple(parsed.guard or ()),
         trace_file=parsed.trace_file,
     )

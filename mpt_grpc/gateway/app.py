@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import grpc
 from fastapi import FastAPI, Request
@@ -17,7 +18,7 @@ from fastapi_offline import FastAPIOffline
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from opentelemetry import context as trace_context
-from opentelemetry import propagate
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
@@ -27,7 +28,7 @@ from starlette.routing import Match
 from mpt_grpc import __version__
 from mpt_grpc.gateway import openapi, schemas, tokens
 from mpt_grpc.gateway.completions import complete, stream_completion
-from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, error_response
+from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, error_response, shortened
 from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.parsing import parse
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
@@ -37,8 +38,11 @@ from mpt_grpc_client import AsyncClient, GenerateOptions, Message, MptGrpcError
 _Result = TypeVar("_Result")
 _log = logging.getLogger("mpt_grpc.access")
 _MAX_LOGGED_CHARACTERS = 300
-_MODEL_NAME_LIFETIME_S = 5
+_SERVER_LIFETIME_S = 5
+_MAX_OUTPUTS = 256
 _KEEPALIVE_S = 15
+_PROPAGATOR = TraceContextTextMapPropagator()
+_MAX_TRACE_HEADER = 512
 _EVENTS = "text/event-stream"
 _JSON = "application/json"
 
@@ -107,11 +111,20 @@ def _add_routes(app: FastAPI, routes: Sequence[_Route]) -> None:
     openapi.add_schemas(app, requests, [*sorted(responses, key=lambda model: model.__name__), schemas.ErrorResponse])
 
 
+@dataclass(frozen=True)
+class _Server:
+    """What requests are checked against."""
+
+    model_name: str
+    max_outputs: int
+    """The most outputs of one HTTP request: never more than the server runs and queues."""
+
+
 class _Gateway:
     def __init__(self, client: AsyncClient, health: HealthStub, strict_model_names: bool) -> None:
         self._client, self._strict = client, strict_model_names
         self._grpc_health: Any = health  # its stubs lack the methods
-        self._name, self._name_expires_s = "", 0.0
+        self._known_server, self._server_expires_s = _Server("", 0), 0.0
 
     async def chat_completions(self, request: Request) -> Response:
         """Replies to a conversation, in one response or as server-sent events."""
@@ -120,9 +133,10 @@ class _Gateway:
         with _callers_trace(request):
             messages = [message.message() for message in body.messages]
             function_name = None if body.function is None else body.function.name
-            response = ChatResponse(await self._model_name(body.model), _request_id(request), function_name)
+            request_id = _request_id(request)
+            response = ChatResponse(await self._model_name(body.model), request_id, function_name)
             options = body.options()
-            options["request_id"] = _request_id(request)
+            options["request_id"] = request_id
             if body.stream:
                 chunks = self._stream_chat(body, messages, options, response)
                 return await _events(request, chunks, response.empty_chunk())
@@ -131,8 +145,10 @@ class _Gateway:
 
     async def completions(self, request: Request) -> Response:
         """Continues one or several prompts, in one response or as server-sent events."""
-        body = await parse(request, CompletionRequest)
+        max_outputs = (await self._server()).max_outputs
+        body = await parse(request, CompletionRequest, max_prompts=max_outputs)
         request.state.field_names = body.field_names
+        body.check_num_outputs(max_outputs)
         with _callers_trace(request):
             request_id = _request_id(request)
             response = TextResponse(await self._model_name(body.model), request_id)
@@ -212,28 +228,38 @@ class _Gateway:
 
     async def _model_name(self, requested: str) -> str:
         """Returns the name of the loaded model. Raises BadRequestError if names are strict and it is another one."""
-        # Cached, since it costs a call and changes only if the server is restarted.
-        if (now_s := time.monotonic()) > self._name_expires_s:
-            self._name = (await self._client.get_model_info()).name
-            self._name_expires_s = now_s + _MODEL_NAME_LIFETIME_S
-        if self._strict and requested not in ("", self._name):
-            raise _unknown_model(requested, self._name)
-        return self._name
+        name = (await self._server()).model_name
+        if self._strict and requested not in ("", name):
+            raise _unknown_model(requested, name)
+        return name
+
+    async def _server(self) -> _Server:
+        # Cached, since it costs two calls and changes only if the server is restarted.
+        if (now_s := time.monotonic()) > self._server_expires_s:
+            model, server = await asyncio.gather(self._client.get_model_info(), self._client.get_server_info())
+            max_in_progress = server.limits.max_running_requests + server.limits.max_waiting_requests
+            self._known_server = _Server(model.name, min(max_in_progress, _MAX_OUTPUTS))
+            self._server_expires_s = now_s + _SERVER_LIFETIME_S
+        return self._known_server
 
 
 def _unknown_model(requested: str, name: str) -> BadRequestError:
-    why = f"model {requested!r} is not loaded; the loaded model is {name!r}"
+    why = f"model {shortened(requested)!r} is not loaded; the loaded model is {name!r}"
     return BadRequestError(why, "model", status=404, code="model_not_found")
 
 
-def _request_id(request: Request) -> str | None:
-    return request.headers.get("x-request-id")
+def _request_id(request: Request) -> str:
+    request_id: str = request.state.request_id
+    return request_id
 
 
 @contextlib.contextmanager
 def _callers_trace(request: Request) -> Iterator[None]:
     """Makes calls inside the block part of the HTTP caller's trace."""
-    token = trace_context.attach(propagate.extract(dict(request.headers)))
+    carrier = {name: value for name in _PROPAGATOR.fields if (value := request.headers.get(name))}
+    # OpenTelemetry logs an invalid header whole.
+    carrier = {name: value for name, value in carrier.items() if len(value) <= _MAX_TRACE_HEADER}
+    token = trace_context.attach(_PROPAGATOR.extract(carrier))
     try:
         yield
     finally:
@@ -293,8 +319,8 @@ def _event(chunk: Json) -> ServerSentEvent:
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, BadRequestError):  # the gRPC server logs what it refuses itself
-        why = repr(str(error))[:_MAX_LOGGED_CHARACTERS]
-        _log.info("%s %s %d error=%s", request.method, request.url.path, error.status, why)
+        why, path = repr(str(error))[:_MAX_LOGGED_CHARACTERS], quote(shortened(request.url.path))
+        _log.info("%s %s %d request_id=%r error=%s", request.method, path, error.status, _request_id(request), why)
     return error_response(error, _field_names(request))
 
 
@@ -302,13 +328,13 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     status, why, headers = error.status_code, str(error.detail), dict(error.headers or {})
     if status == 404:
-        why = f"no such endpoint: {request.url.path}; see /docs for the endpoints"
+        why = f"no such endpoint: {shortened(request.url.path)}; see /docs for the endpoints"
     if status == 405:
         allowed = _allowed_methods(request)
         headers["allow"] = ", ".join(allowed)
         # GET implies HEAD.
         methods = " or ".join(method for method in allowed if method != "HEAD")
-        why = f"{request.method} is not allowed for {request.url.path}; use {methods}"
+        why = f"{request.method} is not allowed for {shortened(request.url.path)}; use {methods}"
     response = error_response(BadRequestError(why, status=status))
     response.headers.update(headers)
     return response

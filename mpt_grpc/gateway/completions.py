@@ -17,9 +17,7 @@ from mpt_grpc_client import AsyncClient, GenerateOptions, Generation, TokenLogpr
 Json = dict[str, Any]
 
 
-async def complete(
-    client: AsyncClient, body: CompletionRequest, response: TextResponse, request_id: str | None
-) -> Json:
+async def complete(client: AsyncClient, body: CompletionRequest, response: TextResponse, request_id: str) -> Json:
     """Returns the complete response. If one of several prompts fails, all do. Raises MptGrpcError."""
     prompts, options = body.prompts, body.options()
     calls = [
@@ -42,7 +40,7 @@ async def complete(
 
 
 async def stream_completion(
-    client: AsyncClient, body: CompletionRequest, response: TextResponse, request_id: str | None
+    client: AsyncClient, body: CompletionRequest, response: TextResponse, request_id: str
 ) -> AsyncIterator[Json]:
     """Yields the chunks of a response; those of several prompts are interleaved. Raises MptGrpcError."""
     if body.echo and body.logprobs is not None:
@@ -86,11 +84,8 @@ async def _stream_prompt(
         usages.append(stream.result.usage)
 
 
-def _with_request_id(options: GenerateOptions, request_id: str | None, number: int) -> GenerateOptions:
-    """Returns the options of one prompt: the first has the caller's request ID, the others also a number as a
-    suffix."""
-    if request_id is None:
-        return options
+def _with_request_id(options: GenerateOptions, request_id: str, number: int) -> GenerateOptions:
+    """Returns the options of one prompt: the ID of the first is that of the response, the others add their number."""
     return {**options, "request_id": f"{request_id}-{number}" if number else request_id}
 
 

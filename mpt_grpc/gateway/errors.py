@@ -9,7 +9,6 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from mpt_grpc_client import (
-    AlreadyExistsError,
     DeadlineExceededError,
     InvalidRequestError,
     MptGrpcError,
@@ -21,13 +20,12 @@ from mpt_grpc_client import (
 _TABLE: tuple[tuple[type[MptGrpcError], int, str, str | None], ...] = (
     (InvalidRequestError, 400, "invalid_request_error", None),
     (NotFoundError, 404, "invalid_request_error", "model_not_found"),
-    (AlreadyExistsError, 409, "invalid_request_error", "request_id_in_flight"),
     (OverloadedError, 429, "rate_limit_error", "overloaded"),
     (UnavailableError, 503, "server_error", "unavailable"),
     (DeadlineExceededError, 504, "server_error", "timeout"),
 )
+_MAX_ECHOED = 100
 FIELD_NAMES: Mapping[str, str] = {
-    "request_id": "X-Request-Id",
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
     "stop_strings": "stop",
@@ -64,12 +62,19 @@ def error_response(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> 
     """Returns the response for an error, with the headers from which SDKs read when to retry."""
     status, body = error_body(error, names)
     headers = {}
+    if status == 408:
+        headers = {"connection": "close"}  # the rest of the request may never arrive
     if isinstance(error, OverloadedError) and error.retry_after is not None:
         headers = {
             "retry-after": str(max(1, round(error.retry_after))),
             "retry-after-ms": str(round(error.retry_after * 1000)),
         }
     return JSONResponse(body, status, headers)
+
+
+def shortened(text: str) -> str:
+    """Returns the beginning of a caller's text, for an error or a log line."""
+    return text if len(text) <= _MAX_ECHOED else f"{text[:_MAX_ECHOED]}…"
 
 
 def _body(message: str, type_: str, param: str | None, code: str | None) -> dict[str, Any]:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_args
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc.gateway.errors import BadRequestError, shortened
+from mpt_grpc.gateway.reading import read
 from mpt_grpc.gateway.requests import GenerationFields
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
-_MAX_BYTES = 32 << 20
+MAX_VALUES = 1 << 18
+"""The most values in a body, in all its arrays and objects; token IDs, most of all."""
+MAX_ITEMS = 1024
+"""The most items of a field, except for token IDs."""
+_MAX_DEPTH = 128
+_MAX_BYTES_ON_LOOP = 4 << 10
+"""The largest body that is parsed in less time than it takes to hand it to a thread and back."""
+# One thread, since parsing holds Python's global lock: streams proceed between two bodies.
+_parser = ThreadPoolExecutor(1, thread_name_prefix="parse")
+_STRING_OR_VALUE = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{,]', re.DOTALL)
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 IGNORED = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls"
     " reasoning_effort verbosity modalities".split()
@@ -45,45 +59,94 @@ _EXPECTED = {
 """The valid values of fields with several types, for each of which Pydantic would report its own error."""
 
 
-async def parse(request: Request, kind: type[_Parsed]) -> _Parsed:
+async def parse(request: Request, kind: type[_Parsed], *, max_prompts: int = MAX_ITEMS) -> _Parsed:
     """Returns the body of a request. Raises BadRequestError for the first invalid or unknown field."""
-    fields = _known_fields(await _read(request))
+    body = await read(request)
+    if len(body) <= _MAX_BYTES_ON_LOOP:
+        return _parsed(body, kind, max_prompts)
+    return await asyncio.get_running_loop().run_in_executor(_parser, _parsed, body, kind, max_prompts)
+
+
+def _parsed(body: bytes, kind: type[_Parsed], max_prompts: int) -> _Parsed:
+    _check_num_values(body)
+    fields = _known_fields(body)
+    _check_counts(fields, max_prompts)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise _refusal(error, kind) from error
 
 
-async def _read(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_BYTES:
-            raise BadRequestError(f"the body exceeds {_MAX_BYTES >> 20} MiB; shorten the prompt", status=413)
-    return bytes(body)
+def _check_num_values(body: bytes) -> None:
+    """Refuses a body with too many values before it is parsed, since Python does nothing else during that time."""
+    if sum(map(body.count, b"[{,")) <= MAX_VALUES:
+        return
+    # Some of these characters may be text.
+    num_values = 0
+    for match in _STRING_OR_VALUE.finditer(body):
+        num_values += match[0] in b"[{,"
+        if num_values > MAX_VALUES:
+            raise BadRequestError(f"the body contains more than {MAX_VALUES} values; send fewer")
+
+
+def _check_counts(fields: Mapping[str, Any], max_prompts: int) -> None:
+    """Refuses fields with too many items before the items are validated."""
+    if len(fields) > MAX_ITEMS:
+        raise BadRequestError(f"{len(fields)} fields; at most {MAX_ITEMS} are allowed")
+    for name, value in fields.items():
+        limit = max_prompts if name == "prompt" else MAX_ITEMS
+        is_long = isinstance(value, list | dict) and len(value) > limit
+        # Lists of token IDs may be as long as the body allows.
+        if is_long and not (isinstance(value, list) and isinstance(value[0], int)):
+            why = f"{len(value)} items; at most {limit} are allowed in one request"
+            raise BadRequestError(f"{shortened(name)}: {why}", shortened(name))
 
 
 def _known_fields(body: bytes) -> dict[str, Any]:
     """Returns the fields of a body, except those that are null or ignored. Raises BadRequestError."""
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        fields = json.loads(body.decode())
+    except RecursionError as error:
+        raise _too_deep() from error
+    except ValueError as error:
         raise BadRequestError(f"the body is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise BadRequestError("the body must be a JSON object")
+    if sum(map(body.count, b"[{")) > _MAX_DEPTH:
+        _check_depth(fields)
     fields = {name: value for name, value in fields.items() if value is not None and name not in IGNORED}
+    may_have_surrogates = _ESCAPED_SURROGATE.search(body) is not None
     for name, value in fields.items():
         if name in REFUSED:
             raise BadRequestError(REFUSED[name], name)
-        if b"\\u" in body and not _is_text(value):
-            raise BadRequestError(f"{name}: not valid Unicode; remove lone surrogates", name)
+        if may_have_surrogates and not _is_text(name):
+            raise BadRequestError("the name of a field is not valid Unicode; remove lone surrogates")
+        if may_have_surrogates and not _is_text(value):
+            raise BadRequestError(f"{shortened(name)}: not valid Unicode; remove lone surrogates", shortened(name))
     return fields
+
+
+def _check_depth(fields: dict[str, Any]) -> None:
+    level: list[Any] = [fields]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, list | dict)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+    if any(isinstance(value, list | dict) for value in level):
+        raise _too_deep()
+
+
+def _too_deep() -> BadRequestError:
+    return BadRequestError(f"the body is nested more than {_MAX_DEPTH} levels deep; simplify it")
 
 
 def _refusal(error: ValidationError, kind: type[BaseModel]) -> BadRequestError:
     """Returns the error for the first invalid or unknown field of a body of this kind."""
-    first = error.errors()[0]
-    param = str(first["loc"][0])
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    param = shortened(str(first["loc"][0]))
     if first["type"] == "extra_forbidden":
         return BadRequestError(_unknown_field(first["loc"], kind), param)
     key, path = _described(first["loc"], _EXPECTED if issubclass(kind, GenerationFields) else {})
@@ -113,9 +176,10 @@ def _unknown_field(loc: Sequence[str | int], kind: type[BaseModel]) -> str:
         elif nested := [model for parent in models for model in _models(_fields(parent).get(part))]:
             models, path = nested, f"{path}.{part}".lstrip(".")
     known = [name for model in models for name in _fields(model)] + ([] if path else sorted(IGNORED))
-    closest = get_close_matches(str(loc[-1]), known, n=1)
+    name = shortened(str(loc[-1]))
+    closest = get_close_matches(name, known, n=1)
     suggestion = f"; did you mean {closest[0]!r}?" if closest else ""
-    return (f"{path}: " if path else "") + f"unknown field {loc[-1]!r}{suggestion}"
+    return (f"{path}: " if path else "") + f"unknown field {name!r}{suggestion}"
 
 
 def _fields(model: type[BaseModel]) -> dict[str, Any]:

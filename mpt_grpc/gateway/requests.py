@@ -29,7 +29,9 @@ Uint = Annotated[int, Field(ge=0, lt=1 << 32)]
 """An integer that fits in the gRPC API's uint32 fields."""
 _Item = TypeVar("_Item")
 Text = Annotated[str, Field(min_length=1)]
-Some = Annotated[list[_Item], Field(min_length=1)]
+Many = Annotated[list[_Item], Field(fail_fast=True)]
+"""A list of which only the first invalid item is reported, since errors cost far more than items."""
+Some = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
 
 
@@ -47,7 +49,7 @@ class StructuredOutputs(_Strict):
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Many[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -83,7 +85,7 @@ class GenerationFields(_Strict):
     top_p: float | None = None
     n: Uint | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[Uint, float] | None = None
@@ -97,17 +99,17 @@ class GenerationFields(_Strict):
     typical_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: Uint | None = None
-    stop_token_ids: list[Uint] | None = None
+    stop_token_ids: Many[Uint] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    allowed_token_ids: list[Uint] | None = None
+    allowed_token_ids: Many[Uint] | None = None
     truncate_prompt_tokens: Uint | None = None
     cache_salt: str | None = None
     priority: Annotated[int, Field(gt=-(1 << 31), lt=1 << 31)] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Many[str] | None = None
     guided_grammar: str | None = None
     structured_outputs: StructuredOutputs | None = None
 
@@ -180,7 +182,7 @@ class TextPart(_Strict):
 
 class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Many[TextPart]
     name: str | None = None
     refusal: str | None = None
 
@@ -191,7 +193,7 @@ class ChatMessage(_Strict):
 
 
 class ChatCompletionRequest(GenerationFields):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Some[ChatMessage]
     max_completion_tokens: Uint | None = None
     logprobs: bool | None = None
     top_logprobs: Uint | None = None
@@ -199,7 +201,7 @@ class ChatCompletionRequest(GenerationFields):
     # Extensions of vLLM.
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: ToolChoice | None = None
 
     @property
@@ -244,6 +246,13 @@ class CompletionRequest(GenerationFields):
             return [self.prompt]
         ids = [part for part in self.prompt if isinstance(part, int)]
         return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
+
+    def check_num_outputs(self, limit: int) -> None:
+        """Raises BadRequestError if the prompts have more outputs than `limit` together."""
+        num_prompts, n = len(self.prompts), self.n or 1
+        if num_prompts * n > limit:
+            why = f"{num_prompts} prompts with {n} outputs each exceed the limit of {limit} outputs in one request"
+            raise BadRequestError(f"n: {why}", "n")
 
     @property
     def field_names(self) -> Mapping[str, str]:

@@ -30,7 +30,7 @@ def usage(usages: Iterable[Usage]) -> Json:
 class ChatResponse:
     """Builds the response to a chat completion: messages, or calls of the forced function."""
 
-    def __init__(self, model: str, request_id: str | None, function_name: str | None = None) -> None:
+    def __init__(self, model: str, request_id: str, function_name: str | None = None) -> None:
         self._envelope = _envelope_for("chatcmpl", model, request_id)
         self._function_name = function_name
 
@@ -91,7 +91,7 @@ class ChatResponse:
 class TextResponse:
     """Builds the response to a text completion. The choices of several prompts follow one another."""
 
-    def __init__(self, model: str, request_id: str | None) -> None:
+    def __init__(self, model: str, request_id: str) -> None:
         self._envelope = {**_envelope_for("cmpl", model, request_id), "object": "text_completion"}
 
     def complete(self, choices: list[Json], usages: Iterable[Usage]) -> Json:
@@ -182,6 +182,6 @@ def _token(token: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
-def _envelope_for(prefix: str, model: str, request_id: str | None) -> Json:
+def _envelope_for(prefix: str, model: str, request_id: str) -> Json:
     """Returns the fields that a response and all its chunks share."""
-    return {"id": f"{prefix}-{request_id or uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    return {"id": f"{prefix}-{request_id}", "created": int(time.time()), "model": model}

@@ -9,17 +9,24 @@ import math
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
 
 import grpc
 import uvicorn
-from fastapi import FastAPI
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from mpt_grpc.gateway.app import make_app
+from mpt_grpc.gateway.middleware import GracePeriodMiddleware, HeaderMiddleware
+from mpt_grpc.gateway.protocol import BoundedProtocol
 from mpt_grpc.listening import port_error
 from mpt_grpc.settings import ALL_ADDRESSES, HttpSettings
 from mpt_grpc_client import AsyncClient
 from mpt_grpc_client.channel import channel_options, resolve_target
+
+_ERROR_TIMEOUT_S = 3
+"""The time for the errors of requests that are in progress at the end of the grace period."""
 
 
 @asynccontextmanager
@@ -38,22 +45,49 @@ async def running_gateway(
         grpc.aio.insecure_channel(target, channel_options(target, retries=False)) as channel,
     ):
         app = make_app(client, HealthStub(channel), strict_model_names=settings.strict_model_names)
-        async with _serving(app, host, settings.port or 0, grace_s) as port:
-            yield port
+        if settings.allow_origins:
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=settings.allow_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["retry-after", "retry-after-ms", "x-request-id"],
+            )
+        with _listening(host, settings.port or 0) as listeners:
+            is_local = all(ip_address(listener.getsockname()[0]).is_loopback for listener in listeners)
+            hosts = [host, *settings.allow_hosts] if is_local else None
+            async with _serving(HeaderMiddleware(app, hosts, settings.allow_origins), listeners, grace_s):
+                yield listeners[0].getsockname()[1]
 
 
 @asynccontextmanager
-async def _serving(app: FastAPI, host: str, port: int, grace_s: float) -> AsyncIterator[int]:
-    listeners = _listen(host, port)
-    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=math.ceil(grace_s))
+async def _serving(app: ASGIApp, listeners: list[socket.socket], grace_s: float) -> AsyncIterator[None]:
+    requests = GracePeriodMiddleware(app)
+    config = uvicorn.Config(
+        requests,
+        http=BoundedProtocol,
+        ws="none",
+        log_config=None,
+        timeout_graceful_shutdown=math.ceil(grace_s) + _ERROR_TIMEOUT_S,
+    )
     server = _Server(config)
     running = asyncio.create_task(server.serve(sockets=listeners))
     try:
         await server.ready.wait()
-        yield listeners[0].getsockname()[1]
+        yield
     finally:
         server.should_exit = True
+        await asyncio.wait({running}, timeout=grace_s)
+        requests.end()
         await running
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[list[socket.socket]]:
+    listeners = _listen(host, port)
+    try:
+        yield listeners
+    finally:
         for listener in listeners:
             listener.close()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from mpt_grpc.gateway.requests import Uint
+from mpt_grpc.gateway.requests import Many, Uint
 from mpt_grpc_client import AsyncClient
 
 Json = dict[str, Any]
@@ -29,7 +29,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = ""
-    tokens: list[Uint]
+    tokens: Many[Uint]
 
 
 async def tokenize(client: AsyncClient, body: TokenizeRequest) -> Json:

@@ -205,7 +205,18 @@ async def test_models_with_an_empty_name_are_the_list(gateway: RunningServer) ->
     assert await fetch(gateway, "GET", "/v1/models/") == await fetch(gateway, "GET", "/v1/models")
 
 
-async def test_the_x_request_id_header_becomes_the_request_id(gateway: RunningServer) -> None:
-    sent = {"prompt": "x", "max_tokens": 1}
-    status, body = await fetch(gateway, "POST", "/v1/completions", sent, x_request_id="order-17")
-    assert (status, body["id"]) == (200, "cmpl-order-17")
+@pytest.mark.parametrize("sent", ["order-17", "x" * 128, "x" * 129, "two words", "é", ""])
+async def test_x_request_id_is_returned_and_may_be_sent_twice_at_once(gateway: RunningServer, sent: str) -> None:
+    body = {"prompt": ["x", "y"], "max_tokens": 1}
+    responses = [await send(gateway, "POST", "/v1/completions", body, x_request_id=sent) for _ in range(2)]
+    ids = set()
+    for reader, writer in responses:
+        head, _, content = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        assert head.startswith(b"HTTP/1.1 200 ")
+        returned = dict(line.split(": ", 1) for line in head.decode().splitlines()[1:])["x-request-id"]
+        is_valid = sent in ("order-17", "x" * 128)
+        assert (returned == sent) == is_valid
+        ids.add(json.loads(content)["id"])
+        assert json.loads(content)["id"].startswith(f"cmpl-{returned[:64]}")
+    assert len(ids) == 2

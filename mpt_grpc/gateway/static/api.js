@@ -5,12 +5,12 @@ const MAX_CONNECTIONS = 5;
 let open = 0;
 const waiting = new Set();
 
-// Yields {text, tokens, finish}, where a token is {bytes, logprob, alternatives: [{text, logprob}]}. Throws an Error with
-// the server's message.
-export async function* completion(kind, body, requestId, signal) {
+// Yields {requestId, text, tokens, finish}, where a token is {bytes, logprob, alternatives: [{text, logprob}]}. Throws an
+// Error with the server's message.
+export async function* completion(kind, body, signal) {
   await connection(signal);
   try {
-    yield* pieces(kind, body, requestId, signal);
+    yield* pieces(kind, body, signal);
   } finally {
     open--;
     const [next] = waiting;
@@ -31,7 +31,7 @@ async function connection(signal) {
   open++;
 }
 
-async function* pieces(kind, { prompt, ...settings }, requestId, signal) {
+async function* pieces(kind, { prompt, ...settings }, signal) {
   const path = kind === "chat" ? "v1/chat/completions" : "v1/completions";
   const input =
     kind === "chat"
@@ -39,17 +39,18 @@ async function* pieces(kind, { prompt, ...settings }, requestId, signal) {
       : { prompt, logprobs: NUM_ALTERNATIVES };
   const response = await fetch(path, {
     method: "POST",
-    headers: { "content-type": "application/json", "x-request-id": requestId },
+    headers: { "content-type": "application/json" },
     body: JSON.stringify({ ...settings, ...input, stream: true }),
     signal,
   });
   if (!response.ok) throw new Error(await errorOf(response));
   for await (const event of events(response.body)) {
     if (event === "[DONE]") return;
-    const { error, choices } = JSON.parse(event);
+    const { error, choices, id } = JSON.parse(event);
     if (error) throw new Error(error.message);
     for (const choice of choices) {
       yield {
+        requestId: id.slice(id.indexOf("-") + 1),
         text: (kind === "chat" ? choice.delta.content : choice.text) ?? "",
         tokens: kind === "chat" ? chatTokens(choice.logprobs) : textTokens(choice.logprobs),
         finish: choice.finish_reason,

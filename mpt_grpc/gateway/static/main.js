@@ -20,7 +20,7 @@ form.addEventListener("submit", (event) => {
     const output = new Output(kind === "text" ? fields.get("prompt") : "");
     outputs.add(output);
     list.prepend(output.element);
-    output.run(completion(kind, settings(fields, number), output.requestId, output.signal)).then(refresh);
+    output.run(completion(kind, settings(fields, number), output.signal)).then(refresh);
   }
   refresh();
 });

@@ -6,12 +6,10 @@ const MAX_SHOWN_PROMPT = 200;
 
 export class Output {
   constructor(prompt) {
-    this.requestId = `page-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`;
     this.running = true;
     this._abort = new AbortController();
     this.element = document.createElement("article");
     this.element.className = "output panel";
-    this.element.style.setProperty("--owner", ownerColour(this.requestId));
     this._status = document.createElement("span");
     this._button = document.createElement("button");
     this._button.type = "button";
@@ -43,6 +41,7 @@ export class Output {
     let state = "";
     try {
       for await (const piece of pieces) {
+        this.element.style.setProperty("--owner", ownerColour(piece.requestId));
         if (piece.tokens.length) first ??= performance.now();
         this._tokens += piece.tokens.length;
         this._text.add(piece);

@@ -1,0 +1,94 @@
+"""The HTTP/1.1 protocol of uvicorn, with limits on what a caller may send before it is served: time and size."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from mpt_grpc.gateway.errors import BadRequestError, error_response
+
+HEAD_TIMEOUT_S = 10
+"""The time for the head of a request, and for the rest of a body whose response has already been sent."""
+MAX_HEAD_BYTES = 64 << 10
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """Closes connections whose request does not arrive in time, or sends more than a head without a body's bytes.
+
+    Between requests, uvicorn's keep-alive timeout applies; the time for a body that is read is limited where it is
+    read.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._timer: asyncio.TimerHandle | None = None
+        self._num_unparsed = 0
+        """The bytes since the last complete head or piece of a body: headers, trailers or chunk extensions."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_idle:
+            self._start_timer()
+        self._num_unparsed += len(data)
+        super().data_received(data)
+        if self._num_unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(BadRequestError(f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB; shorten them", status=431))
+
+    def on_headers_complete(self) -> None:
+        self._num_unparsed = 0
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_unparsed = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._num_unparsed = 0
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.more_body:
+            self._start_timer()
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether no request is being served, so that what arrives is a head or belongs to a request of the past."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _start_timer(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._time_out)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_out(self) -> None:
+        if self.cycle is None:
+            why = f"the headers were not received within {HEAD_TIMEOUT_S} seconds"
+            self._refuse(BadRequestError(why, status=408))
+        self.transport.close()
+
+    def _refuse(self, error: BadRequestError) -> None:
+        """Sends an error outside of a response, and closes the connection."""
+        if self._is_idle:
+            self.transport.write(_message(error_response(error), error.status))
+        self.transport.close()
+
+
+def _message(response: Response, status: int) -> bytes:
+    headers = [*response.raw_headers, (b"connection", b"close")]
+    return b"".join([STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in headers), b"\r\n", response.body])
