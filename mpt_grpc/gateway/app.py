@@ -33,7 +33,7 @@ from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.parsing import parse
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 from mpt_grpc.gateway.responses import ChatResponse, Json, TextResponse
-from mpt_grpc_client import AsyncClient, GenerateOptions, Message, MptGrpcError
+from mpt_grpc_client import AsyncClient, Client, GenerateOptions, Message, MptGrpcError
 
 _Result = TypeVar("_Result")
 _log = logging.getLogger("mpt_grpc.access")
@@ -58,8 +58,13 @@ class _Route:
     """The schema of a successful response for each media type, where there is one."""
 
 
-def make_app(client: AsyncClient, health: HealthStub, *, strict_model_names: bool = False) -> FastAPI:
-    """Returns the application. The loaded model serves requests for any model unless `strict_model_names`."""
+def make_app(
+    client: AsyncClient, blocking_client: Client, health: HealthStub, *, strict_model_names: bool = False
+) -> FastAPI:
+    """Returns the application. The loaded model serves requests for any model unless `strict_model_names`.
+
+    blocking_client: makes the calls whose responses are too large to be read on the event loop.
+    """
     app: FastAPI = FastAPIOffline(
         title="mpt-grpc",
         version=__version__,
@@ -67,7 +72,7 @@ def make_app(client: AsyncClient, health: HealthStub, *, strict_model_names: boo
         redoc_url=None,
         responses={"default": openapi.response("An error, in OpenAI's format", {_JSON: schemas.ErrorResponse})},
     )
-    gateway = _Gateway(client, health, strict_model_names)
+    gateway = _Gateway(client, blocking_client, health, strict_model_names)
     models: dict[str, type[BaseModel]] = {_JSON: schemas.ModelList}
     chat: dict[str, type[BaseModel]] = {_JSON: schemas.ChatCompletion, _EVENTS: schemas.ChatCompletionChunk}
     text = {_JSON: schemas.Completion, _EVENTS: schemas.Completion}
@@ -121,8 +126,10 @@ class _Server:
 
 
 class _Gateway:
-    def __init__(self, client: AsyncClient, health: HealthStub, strict_model_names: bool) -> None:
-        self._client, self._strict = client, strict_model_names
+    def __init__(
+        self, client: AsyncClient, blocking_client: Client, health: HealthStub, strict_model_names: bool
+    ) -> None:
+        self._client, self._blocking_client, self._strict = client, blocking_client, strict_model_names
         self._grpc_health: Any = health  # its stubs lack the methods
         self._known_server, self._server_expires_s = _Server("", 0), 0.0
 
@@ -176,7 +183,7 @@ class _Gateway:
 
     async def tokenize(self, request: Request) -> Response:
         """Splits text into tokens."""
-        return JSONResponse(await tokens.tokenize(self._client, await parse(request, tokens.TokenizeRequest)))
+        return await tokens.tokenize(self._blocking_client, await parse(request, tokens.TokenizeRequest))
 
     async def detokenize(self, request: Request) -> Response:
         """Returns the text of token IDs."""

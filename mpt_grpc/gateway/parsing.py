@@ -27,7 +27,7 @@ _MAX_BYTES_ON_LOOP = 4 << 10
 """The largest body that is parsed in less time than it takes to hand it to a thread and back."""
 # One thread, since parsing holds Python's global lock: streams proceed between two bodies.
 _parser = ThreadPoolExecutor(1, thread_name_prefix="parse")
-_STRING_OR_VALUE = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{,]', re.DOTALL)
+_STRING_OR_VALUE = re.compile(rb'"[^"]*"?|[\[{,]')
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 IGNORED = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls"
@@ -83,7 +83,8 @@ def _check_num_values(body: bytes) -> None:
         return
     # Some of these characters may be text.
     num_values = 0
-    for match in _STRING_OR_VALUE.finditer(body):
+    without_escapes = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    for match in _STRING_OR_VALUE.finditer(without_escapes):
         num_values += match[0] in b"[{,"
         if num_values > MAX_VALUES:
             raise BadRequestError(f"the body contains more than {MAX_VALUES} values; send fewer")

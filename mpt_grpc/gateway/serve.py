@@ -22,7 +22,7 @@ from mpt_grpc.gateway.middleware import GracePeriodMiddleware, HeaderMiddleware
 from mpt_grpc.gateway.protocol import BoundedProtocol
 from mpt_grpc.listening import port_error
 from mpt_grpc.settings import ALL_ADDRESSES, HttpSettings
-from mpt_grpc_client import AsyncClient
+from mpt_grpc_client import AsyncClient, Client
 from mpt_grpc_client.channel import channel_options, resolve_target
 
 _ERROR_TIMEOUT_S = 3
@@ -44,8 +44,8 @@ async def running_gateway(
         AsyncClient(target, retries=False) as client,
         grpc.aio.insecure_channel(target, channel_options(target, retries=False)) as channel,
     ):
-        app = make_app(client, HealthStub(channel), strict_model_names=settings.strict_model_names)
-        if settings.allow_origins:
+        with Client(target, retries=False) as blocking_client, _listening(host, settings.port or 0) as listeners:
+            app = make_app(client, blocking_client, HealthStub(channel), strict_model_names=settings.strict_model_names)
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=settings.allow_origins,
@@ -53,7 +53,6 @@ async def running_gateway(
                 allow_headers=["*"],
                 expose_headers=["retry-after", "retry-after-ms", "x-request-id"],
             )
-        with _listening(host, settings.port or 0) as listeners:
             is_local = all(ip_address(listener.getsockname()[0]).is_loopback for listener in listeners)
             hosts = [host, *settings.allow_hosts] if is_local else None
             async with _serving(HeaderMiddleware(app, hosts, settings.allow_origins), listeners, grace_s):

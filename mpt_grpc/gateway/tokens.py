@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from starlette.responses import JSONResponse
 
 from mpt_grpc.gateway.requests import Many, Uint
-from mpt_grpc_client import AsyncClient
+from mpt_grpc_client import AsyncClient, Client
 
 Json = dict[str, Any]
+# Two threads, which bound the memory of texts and tokens.
+_tokenizers = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
 DETOKENIZE_FIELD_NAMES = {"token_ids": "tokens"}
 """The field of a detokenization request, by its name in the API."""
 
@@ -32,17 +39,24 @@ class DetokenizeRequest(BaseModel):
     tokens: Many[Uint]
 
 
-async def tokenize(client: AsyncClient, body: TokenizeRequest) -> Json:
+async def tokenize(client: Client, body: TokenizeRequest) -> JSONResponse:
     """Returns the token IDs of a text and, with `return_token_strs`, the text of each token. Raises MptGrpcError."""
-    tokens = await client.tokenize(body.prompt)
-    return {
-        "count": len(tokens),
-        "max_model_len": (await client.get_model_info()).max_context_tokens,
-        "tokens": [token.token_id for token in tokens],
-        "token_strs": [token.token_bytes.decode(errors="replace") for token in tokens]
-        if body.return_token_strs
-        else None,
-    }
+    # A text has up to a million tokens, so nothing of this runs on the event loop.
+    call = functools.partial(contextvars.copy_context().run, _tokenize, client, body)
+    return await asyncio.get_running_loop().run_in_executor(_tokenizers, call)
+
+
+def _tokenize(client: Client, body: TokenizeRequest) -> JSONResponse:
+    tokens = client.tokenize(body.prompt)
+    strings = [token.token_bytes.decode(errors="replace") for token in tokens] if body.return_token_strs else None
+    return JSONResponse(
+        {
+            "count": len(tokens),
+            "max_model_len": client.get_model_info().max_context_tokens,
+            "tokens": [token.token_id for token in tokens],
+            "token_strs": strings,
+        }
+    )
 
 
 async def detokenize(client: AsyncClient, body: DetokenizeRequest) -> Json:
