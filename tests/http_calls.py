@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import urllib.request
 from typing import Any
@@ -22,3 +23,31 @@ def stream(server: Any, path: str, body: dict[str, Any]) -> list[Any]:
         events = [line.removeprefix(b"data: ") for line in response if line.startswith(b"data: ")]
     assert events.pop() == b"[DONE]\n"
     return [json.loads(event) for event in events]
+
+
+async def send(
+    server: Any, method: str, path: str, body: Any = None, *, length: int | None = None, **headers: str
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Sends a request and returns the connection. `length` is the Content-Length if the body is not complete."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.http_port)
+    content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    fields = {"host": "localhost", "content-length": str(length or len(content)), "connection": "close", **headers}
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name.replace('_', '-')}: {value}" for name, value in fields.items())]
+    writer.write("\r\n".join([*lines, "", ""]).encode() + content)
+    return reader, writer
+
+
+async def read_response(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[int, dict[str, str], Any]:
+    """Returns the status, the headers and the JSON of a response, and closes the connection."""
+    head, _, content = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    status, *fields = head.decode().split("\r\n")
+    headers = dict(field.split(": ", 1) for field in fields)
+    is_json = headers.get("content-type") == "application/json" and content
+    return int(status.split()[1]), headers, json.loads(content) if is_json else content
+
+
+async def fetch(server: Any, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    """Returns the status and the JSON of the response to a request."""
+    status, _, content = await read_response(*await send(server, method, path, body, **headers))
+    return status, content

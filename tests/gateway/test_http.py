@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 from conftest import SteppedRunner, demo_settings
+from http_calls import fetch, read_response, send
 
 from mpt_grpc.gateway import app
+from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings, ServerSettings
 
@@ -25,23 +28,6 @@ async def gateway() -> AsyncIterator[RunningServer]:
     settings = replace(demo_settings(), http=HttpSettings(port=0, strict_model_names=True))
     async with running_server(settings) as server:
         yield server
-
-
-async def send(server: RunningServer, method: str, path: str, body: Any = None, **headers: str) -> Any:
-    """Sends a request and returns the connection's reader and writer."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.http_port)
-    content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-    lines = [f"{method} {path} HTTP/1.1", "host: localhost", f"content-length: {len(content)}", "connection: close"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    writer.write("\r\n".join([*lines, "", ""]).encode() + content)
-    return reader, writer
-
-
-async def fetch(server: RunningServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-    reader, writer = await send(server, method, path, body, **headers)
-    head, _, content = (await reader.read()).partition(b"\r\n\r\n")
-    writer.close()
-    return int(head.split()[1]), json.loads(content)
 
 
 @pytest.fixture
@@ -206,17 +192,64 @@ async def test_models_with_an_empty_name_are_the_list(gateway: RunningServer) ->
 
 
 @pytest.mark.parametrize("sent", ["order-17", "x" * 128, "x" * 129, "two words", "é", ""])
-async def test_x_request_id_is_returned_and_may_be_sent_twice_at_once(gateway: RunningServer, sent: str) -> None:
+async def test_x_request_id_is_returned_if_valid_and_may_be_in_use(gateway: RunningServer, sent: str) -> None:
     body = {"prompt": ["x", "y"], "max_tokens": 1}
-    responses = [await send(gateway, "POST", "/v1/completions", body, x_request_id=sent) for _ in range(2)]
     ids = set()
-    for reader, writer in responses:
-        head, _, content = (await reader.read()).partition(b"\r\n\r\n")
-        writer.close()
-        assert head.startswith(b"HTTP/1.1 200 ")
-        returned = dict(line.split(": ", 1) for line in head.decode().splitlines()[1:])["x-request-id"]
-        is_valid = sent in ("order-17", "x" * 128)
-        assert (returned == sent) == is_valid
-        ids.add(json.loads(content)["id"])
-        assert json.loads(content)["id"].startswith(f"cmpl-{returned[:64]}")
+    for connection in [await send(gateway, "POST", "/v1/completions", body, x_request_id=sent) for _ in range(2)]:
+        status, headers, response = await read_response(*connection)
+        assert status == 200
+        assert (headers["x-request-id"] == sent) is (sent in ("order-17", "x" * 128))
+        assert response["id"].startswith(f"cmpl-{headers['x-request-id'][:64]}")
+        ids.add(response["id"])
     assert len(ids) == 2
+
+
+async def test_the_log_of_the_server_contains_the_callers_id(
+    gateway: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mpt_grpc.access")
+    await fetch(gateway, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 1}, x_request_id="order-17")
+    await fetch(gateway, "POST", "/v1/completions", {"prompt": 1}, x_request_id="order-18")
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split("request_id='")[1][:9] for line in lines if "request_id=" in line] == ["order-17-", "order-18-"]
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"baggage": "a" * 30_000}, {"traceparent": "00-x", "tracestate": "b" * 30_000}]
+)
+async def test_a_caller_who_leaves_during_an_upload_is_one_bounded_line_of_the_log(
+    gateway: RunningServer, caplog: pytest.LogCaptureFixture, headers: dict[str, str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    _, writer = await send(gateway, "POST", "/v1/completions", b"{", length=1000, **headers)
+    await writer.drain()
+    writer.close()
+    while not (lines := [record for record in caplog.records if record.name != "uvicorn.access"]):
+        await asyncio.sleep(0)
+    await fetch(gateway, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 1}, **headers)
+    (line,) = [line for line in lines if "499" in line.getMessage()]
+    assert line.exc_info is None
+    assert all(len(record.getMessage()) < 500 for record in caplog.records)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_end_of_the_grace_period_ends_requests_with_an_error(
+    stepped: list[SteppedRunner], caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    settings = replace(demo_settings(), http=HttpSettings(port=0), server=ServerSettings(grpc_port=0))
+    async with running_server(settings) as server:
+        async with running_gateway(server.target, "127.0.0.1", HttpSettings(port=0), grace_s=0) as port:
+            server.http_port = port
+            body = {**ENDLESS, "stream": stream}
+            reader, writer = await send(server, "POST", "/v1/completions", body)
+            await asyncio.to_thread(stepped[0].wait_for_step)
+            if stream:
+                for _ in range(4):
+                    stepped[0].allow()
+                await reader.readuntil(b"data: ")
+        content = (await reader.read()).rstrip(b"\r\n0")
+        writer.close()
+        stepped[0].run_free()
+    error = json.loads(content[content.rindex(b'{"error"') :])["error"]
+    assert (error["code"], error["message"]) == ("unavailable", "the server is shutting down")
+    assert not [record for record in caplog.records if record.exc_info]

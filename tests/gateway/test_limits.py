@@ -1,0 +1,225 @@
+"""What a request may send is bounded: in time, in size and in number, before any of it is served."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import demo_settings
+from http_calls import fetch, read_response, send
+
+from mpt_grpc.gateway import protocol, reading
+from mpt_grpc.gateway.parsing import MAX_ITEMS, MAX_VALUES
+from mpt_grpc.gateway.reading import MAX_BODY_BYTES
+from mpt_grpc.server.server import RunningServer, running_server
+from mpt_grpc.settings import HttpSettings
+
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = {"role": "user", "content": "Hi"}
+
+
+@pytest.fixture(scope="module")
+async def gateway() -> AsyncIterator[RunningServer]:
+    settings = demo_settings(max_running_requests=8, max_waiting_requests=24)
+    async with running_server(replace(settings, http=HttpSettings(port=0))) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ["a"] * 33}, "prompt"),
+        ({"prompt": [[1]] * 33}, "prompt"),
+        ({"prompt": [{}] * 33}, "prompt"),
+        ({"prompt": ["a"] * 11, "n": 3}, "n"),
+        ({"prompt": "a", "n": 33, "echo": True, "stream": True}, "n"),
+        ({"prompt": "a", "n": (1 << 32) - 1, "echo": True, "stream": True}, "n"),
+    ],
+)
+async def test_more_outputs_than_the_queue_holds_are_refused(
+    gateway: RunningServer, fields: dict[str, Any], param: str
+) -> None:
+    status, response = await fetch(gateway, "POST", TEXT, fields)
+    assert (status, response["error"]["param"]) == (400, param)
+    assert "32" in response["error"]["message"]
+
+
+async def test_as_many_outputs_as_the_queue_holds_are_generated(gateway: RunningServer) -> None:
+    body = {"prompt": ["a"] * 16, "n": 2, "max_tokens": 1, "ignore_eos": True}
+    status, response = await fetch(gateway, "POST", TEXT, body)
+    assert (status, len(response["choices"])) == (200, 32)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        (CHAT, "messages", [USER] * (MAX_ITEMS + 1)),
+        (CHAT, "messages", [{}] * (MAX_ITEMS + 1)),
+        (CHAT, "tools", [{}] * (MAX_ITEMS + 1)),
+        (TEXT, "stop", ["a"] * (MAX_ITEMS + 1)),
+        (TEXT, "guided_choice", [None] * (MAX_ITEMS + 1)),
+        (TEXT, "logit_bias", dict.fromkeys(range(MAX_ITEMS + 1), "x")),
+        (TEXT, "no_such_field", [{}] * (MAX_ITEMS + 1)),
+    ],
+)
+async def test_items_are_counted_before_they_are_validated(
+    gateway: RunningServer, path: str, name: str, value: Any
+) -> None:
+    status, response = await fetch(gateway, "POST", path, {name: value})
+    why = f"{name}: {MAX_ITEMS + 1} items; at most {MAX_ITEMS} are allowed in one request"
+    assert (status, response["error"]["message"], response["error"]["param"]) == (400, why, name)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"prompt": ' + b"[" * 200 + b"]" * 200 + b"}",
+        json.dumps(dict.fromkeys(map(str, range(MAX_ITEMS + 1)), 1)).encode(),
+        b'{"prompt": [' + b"1," * MAX_VALUES + b"1]}",
+        b'{"stop": [' + b'"\\",",' * MAX_VALUES + b'""]}',
+        b'{"messages": [' + b"{}," * MAX_VALUES + b"{}]}",
+        b'{"prompt": "' + b"," * (MAX_VALUES + 1),
+        b'{"prompt": "' + b'\\",' * (MAX_VALUES + 1),
+        b'{"\\ud83d": 1}',
+        b'{"messages": [{"role": "user", "content": "a", "\\udc00": 1}]}',
+        b'{"prompt": "\xed\xa0\x80"}',
+        '{"prompt": "a"}'.encode("utf-16"),
+        b'{"prompt": "a", "' + b"x" * 1_000_000 + b'": 1}',
+        b'{"prompt": "a", "n": 1' + b"0" * 5000 + b"}",
+    ],
+    ids=lambda body: body[:24].decode(errors="replace"),
+)
+async def test_a_body_that_is_no_request_is_refused_with_a_short_error(gateway: RunningServer, body: bytes) -> None:
+    status, response = await fetch(gateway, "POST", CHAT if b"messages" in body else TEXT, body)
+    assert status == 400
+    assert len(response["error"]["message"]) < 500
+
+
+async def test_text_may_consist_of_characters_that_separate_values(gateway: RunningServer) -> None:
+    text = ',[{"\\' * (MAX_VALUES // 2)
+    body = {"prompt": text, "truncate_prompt_tokens": 5, "max_tokens": 1}
+    status, response = await fetch(gateway, "POST", TEXT, body)
+    assert (status, response["usage"]["prompt_tokens"]) == (200, 5)
+
+
+async def test_the_longest_text_may_be_escaped(gateway: RunningServer) -> None:
+    body = {"prompt": "é" * reading.MAX_TEXT_CHARACTERS, "truncate_prompt_tokens": 5, "max_tokens": 1}
+    status, response = await fetch(gateway, "POST", TEXT, body)
+    assert (status, response["usage"]["prompt_tokens"]) == (200, 5)
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT, "/tokenize", "/detokenize"])
+async def test_a_body_that_is_too_long_is_refused_by_its_length(gateway: RunningServer, path: str) -> None:
+    status, _, response = await read_response(*await send(gateway, "POST", path, length=MAX_BODY_BYTES + 1))
+    assert (status, response["error"]["message"]) == (413, "the body exceeds 8 MiB; shorten the prompt")
+
+
+async def test_a_body_without_a_length_is_refused_when_it_gets_too_long(gateway: RunningServer) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n")
+    piece = b"%x\r\n%b\r\n" % (1 << 16, b" " * (1 << 16))
+    for _ in range(MAX_BODY_BYTES // (1 << 16) + 1):
+        writer.write(piece)
+        await writer.drain()
+    assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
+    writer.close()
+
+
+@pytest.mark.parametrize("sent", [b"{", b""])
+async def test_a_body_that_stalls_is_ended(
+    gateway: RunningServer, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(reading, "STALL_TIMEOUT_S", 0.05)
+    status, headers, response = await read_response(*await send(gateway, "POST", TEXT, sent, length=1000))
+    assert (status, headers["connection"]) == (408, "close")
+    assert response["error"]["message"].startswith("the body was not received within ")
+
+
+async def test_a_body_that_trickles_is_ended(gateway: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "BODY_TIMEOUT_S", 0.3)
+    reader, writer = await send(gateway, "POST", TEXT, b" ", length=1000)
+    response = asyncio.ensure_future(read_response(reader, writer))
+    while not response.done():
+        writer.write(b" ")
+        await asyncio.wait({response}, timeout=0.02)
+    assert response.result()[0] == 408
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"G",
+        b"\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /health HTTP/1.1\r\n",
+        b"POST /nothing HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{",
+    ],
+)
+async def test_connections_that_send_no_complete_request_are_closed(
+    gateway: RunningServer, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
+    connections = [await asyncio.open_connection("127.0.0.1", gateway.http_port) for _ in range(50)]
+    for _, writer in connections:
+        writer.write(sent)
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(reader.read() for reader, _ in connections))
+    for _, writer in connections:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * (1 << 17),
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * (65 << 10) + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"x: a\r\n" * 200 + b"\r\n",
+        b"GET /" + b"a" * (1 << 17),
+    ],
+)
+async def test_headers_that_are_too_many_or_too_long_are_refused(gateway: RunningServer, sent: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
+    writer.write(sent)
+    head = await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+    assert head.startswith(b"HTTP/1.1 431 ")
+    assert b"content-type: application/json" in head
+
+
+@pytest.mark.parametrize("sent", [b"1;" + b"a" * (1 << 17), b"1\r\na\r\n0\r\n" + b"x: a\r\n" * (1 << 15)])
+async def test_chunk_extensions_and_trailers_are_bounded(gateway: RunningServer, sent: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + sent)
+    async with asyncio.timeout(5):
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (TEXT, b'{"prompt": [' + b",".join([b"[" + b"1," * 7000 + b"1]"] * 32) + b'], "max_tokens": 1}'),
+        (CHAT, json.dumps({"messages": [{**USER, "content": [{"type": "text", "text": "a"}] * 60_000}]}).encode()),
+        (TEXT, json.dumps({"prompt": "é" * reading.MAX_TEXT_CHARACTERS}).encode()),
+        (TEXT, b'{"prompt": "' + b'\\",' * (2 << 20) + b'"}'),
+    ],
+    ids=["token IDs", "parts", "escapes", "quotes"],
+)
+async def test_the_largest_bodies_leave_the_event_loop_free(gateway: RunningServer, path: str, body: bytes) -> None:
+    longest_s, last_s = 0.0, time.perf_counter()
+    response = asyncio.ensure_future(fetch(gateway, "POST", path, body))
+    while not response.done():
+        await asyncio.wait({response}, timeout=0.001)
+        longest_s, last_s = max(longest_s, time.perf_counter() - last_s), time.perf_counter()
+    assert response.result()[0] == 400
+    assert longest_s < 0.25
