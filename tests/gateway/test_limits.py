@@ -195,13 +195,13 @@ async def test_headers_that_are_too_many_or_too_long_are_refused(gateway: Runnin
     assert b"content-type: application/json" in head
 
 
-@pytest.mark.parametrize("sent", [b"1;" + b"a" * (1 << 17), b"1\r\na\r\n0\r\n" + b"x: a\r\n" * (1 << 15)])
+@pytest.mark.parametrize("sent", [b"1;" + b"a" * (1 << 20), b"1\r\na\r\n0\r\n" + b"x: a\r\n" * (1 << 18)])
 async def test_chunk_extensions_and_trailers_are_bounded(gateway: RunningServer, sent: bytes) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
     writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + sent)
     async with asyncio.timeout(5):
         with contextlib.suppress(ConnectionResetError):
-            assert await reader.read() == b""
+            assert (await reader.read())[:10] in (b"", b"HTTP/1.1 4")
     writer.close()
 
 
