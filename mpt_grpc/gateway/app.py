@@ -32,7 +32,7 @@ from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, er
 from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.parsing import parse
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
-from mpt_grpc.gateway.responses import ChatResponse, Json, TextResponse
+from mpt_grpc.gateway.responses import ChatResponse, Json, TextResponse, rendered
 from mpt_grpc_client import AsyncClient, Client, GenerateOptions, Message, MptGrpcError
 
 _Result = TypeVar("_Result")
@@ -148,7 +148,8 @@ class _Gateway:
                 chunks = self._stream_chat(body, messages, options, response)
                 return await _events(request, chunks, response.empty_chunk())
             generation = await _unless_disconnected(request, self._client.generate(messages, **options))
-            return JSONResponse(response.complete(generation, bool(body.logprobs)))
+            has_logprobs = bool(body.logprobs)
+            return await rendered(lambda: response.complete(generation, has_logprobs), has_logprobs=has_logprobs)
 
     async def completions(self, request: Request) -> Response:
         """Continues one or several prompts, in one response or as server-sent events."""
@@ -162,7 +163,7 @@ class _Gateway:
             if body.stream:
                 chunks = stream_completion(self._client, body, response, request_id)
                 return await _events(request, chunks, response.empty_chunk())
-            return JSONResponse(await _unless_disconnected(request, complete(self._client, body, response, request_id)))
+            return await _unless_disconnected(request, complete(self._client, body, response, request_id))
 
     async def embeddings(self) -> Response:
         """Not supported: the model only generates text."""

@@ -8,16 +8,18 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
+from starlette.responses import Response
+
 from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.gateway.interleave import interleave
 from mpt_grpc.gateway.requests import CompletionRequest
-from mpt_grpc.gateway.responses import TextResponse, text_choice, text_logprobs
+from mpt_grpc.gateway.responses import TextResponse, rendered, text_choice, text_logprobs
 from mpt_grpc_client import AsyncClient, GenerateOptions, Generation, TokenLogprob, Usage
 
 Json = dict[str, Any]
 
 
-async def complete(client: AsyncClient, body: CompletionRequest, response: TextResponse, request_id: str) -> Json:
+async def complete(client: AsyncClient, body: CompletionRequest, response: TextResponse, request_id: str) -> Response:
     """Returns the complete response. If one of several prompts fails, all do. Raises MptGrpcError."""
     prompts, options = body.prompts, body.options()
     calls = [
@@ -29,14 +31,26 @@ async def complete(client: AsyncClient, body: CompletionRequest, response: TextR
     finally:
         for call in calls:
             call.cancel()
-    choices: list[Json] = []
-    for prompt, generation in zip(prompts, generations, strict=True):
-        echo = await _text(client, prompt) if body.echo else ""
-        first_token = await client.detokenize(generation.prompt_token_ids[:1]) if body.echo else ""
-        for output in generation.outputs:
-            logprobs = _logprobs(body, generation, output.logprobs, echo, first_token)
-            choices.append(text_choice(len(choices), echo + output.text, logprobs, output.finish))
-    return response.complete(choices, [generation.usage for generation in generations])
+    echoes = [await _echo(client, body, *pair) for pair in zip(prompts, generations, strict=True)]
+
+    def build() -> Json:
+        choices: list[Json] = []
+        for generation, (echo, first_token) in zip(generations, echoes, strict=True):
+            for output in generation.outputs:
+                logprobs = _logprobs(body, generation, output.logprobs, echo, first_token)
+                choices.append(text_choice(len(choices), echo + output.text, logprobs, output.finish))
+        return response.complete(choices, [generation.usage for generation in generations])
+
+    return await rendered(build, has_logprobs=body.logprobs is not None)
+
+
+async def _echo(
+    client: AsyncClient, body: CompletionRequest, prompt: str | Sequence[int], generation: Generation
+) -> tuple[str, str]:
+    """Returns the text of a prompt and of its first token, which are empty unless the request asks for them."""
+    if not body.echo:
+        return "", ""
+    return await _text(client, prompt), await client.detokenize(generation.prompt_token_ids[:1])
 
 
 async def stream_completion(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from starlette.responses import JSONResponse, Response
 
 from mpt_grpc_client import Delta, Finish, FinishReason, Generation, TokenLogprob, Usage
 
@@ -25,6 +28,22 @@ def usage(usages: Iterable[Usage]) -> Json:
         "total_tokens": num_prompt + num_output,
         "prompt_tokens_details": {"cached_tokens": sum(usage.num_cached_tokens for usage in usages)},
     }
+
+
+async def rendered(build: Callable[[], Json], *, has_logprobs: bool) -> Response:
+    """Returns the HTTP response with the completion that `build` returns.
+
+    Log probabilities make it large: then it is built and encoded in a thread, choice by choice, because the encoder
+    holds Python's global lock.
+    """
+    return await asyncio.to_thread(lambda: _Completion(build())) if has_logprobs else _Completion(build())
+
+
+class _Completion(JSONResponse):
+    def render(self, content: Json) -> bytes:
+        encode = super().render
+        rest = encode({name: value for name, value in content.items() if name != "choices"})
+        return b'%b,"choices":[%b]}' % (rest[:-1], b",".join(map(encode, content["choices"])))
 
 
 class ChatResponse:
