@@ -39,7 +39,8 @@ _Result = TypeVar("_Result")
 _log = logging.getLogger("mpt_grpc.access")
 _MAX_LOGGED_CHARACTERS = 300
 _SERVER_LIFETIME_S = 5
-_MAX_OUTPUTS = 256
+MAX_OUTPUTS = 256
+"""The maximum number of outputs of one text completion, prompts times n: they all start at once."""
 _KEEPALIVE_S = 15
 _PROPAGATOR = TraceContextTextMapPropagator()
 _MAX_TRACE_HEADER = 512
@@ -122,7 +123,7 @@ class _Server:
 
     model_name: str
     max_outputs: int
-    """The most outputs of one HTTP request: never more than the server runs and queues."""
+    """The maximum number of outputs of one text completion; never more than the server runs and queues."""
 
 
 class _Gateway:
@@ -246,7 +247,7 @@ class _Gateway:
         if (now_s := time.monotonic()) > self._server_expires_s:
             model, server = await asyncio.gather(self._client.get_model_info(), self._client.get_server_info())
             max_in_progress = server.limits.max_running_requests + server.limits.max_waiting_requests
-            self._known_server = _Server(model.name, min(max_in_progress, _MAX_OUTPUTS))
+            self._known_server = _Server(model.name, min(max_in_progress, MAX_OUTPUTS))
             self._server_expires_s = now_s + _SERVER_LIFETIME_S
         return self._known_server
 

@@ -11,7 +11,7 @@ import re
 import socket
 import uuid
 from collections.abc import Collection
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,8 +20,8 @@ from mpt_grpc.gateway.errors import BadRequestError, error_body, error_response,
 from mpt_grpc.gateway.protocol import MAX_HEAD_BYTES
 from mpt_grpc_client import UnavailableError
 
+MAX_HEADERS = 100
 _log = logging.getLogger("mpt_grpc.access")
-_MAX_HEADERS = 100
 _CORRELATION_ID = re.compile(r"[!-~]{1,128}")
 _MAX_PREFIX = 64
 _HEADERS = {
@@ -72,13 +72,14 @@ class HeaderMiddleware:
         if error is None:
             await self._app(scope, receive, send_with_headers)
             return
-        _log.info("%s %r %d error=%r", scope["method"], shortened(scope["path"]), error.status, str(error))
+        path = quote(shortened(scope["path"]))
+        _log.info("%s %s %d request_id=%r error=%r", scope["method"], path, error.status, request_id, str(error))
         await error_response(error)(scope, receive, send_with_headers)
 
     def _refusal(self, headers: Headers) -> BadRequestError | None:
         size = sum(len(name) + len(value) for name, value in headers.raw)
-        if size > MAX_HEAD_BYTES or len(headers.raw) > _MAX_HEADERS:
-            why = f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB or number more than {_MAX_HEADERS}; send fewer"
+        if size > MAX_HEAD_BYTES or len(headers.raw) > MAX_HEADERS:
+            why = f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB or number more than {MAX_HEADERS}; send fewer"
             return BadRequestError(why, status=431)
         for host in headers.getlist("host"):
             if not self._is_host_allowed(host):
@@ -110,9 +111,11 @@ class GracePeriodMiddleware:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._requests: set[asyncio.Timeout] = set()
+        self._has_ended = False
 
     def end(self) -> None:
-        """Ends all requests in progress."""
+        """Ends all requests in progress, and those that still arrive."""
+        self._has_ended = True
         for request in self._requests:
             request.reschedule(0)
 
@@ -121,7 +124,7 @@ class GracePeriodMiddleware:
             await self._app(scope, receive, send)
             return
         response = _Response(send)
-        request = asyncio.timeout(None)
+        request = asyncio.timeout(0 if self._has_ended else None)
         try:
             async with request:
                 self._requests.add(request)

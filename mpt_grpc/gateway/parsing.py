@@ -19,10 +19,10 @@ from mpt_grpc.gateway.requests import GenerationFields
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
 MAX_VALUES = 1 << 18
-"""The most values in a body, in all its arrays and objects; token IDs, most of all."""
+"""The maximum number of values in a body, in all its arrays and objects together."""
 MAX_ITEMS = 1024
-"""The most items of a field, except for token IDs."""
-_MAX_DEPTH = 128
+"""The maximum number of items of a field, except for token IDs."""
+MAX_DEPTH = 128
 _MAX_BYTES_ON_LOOP = 4 << 10
 """The largest body that is parsed in less time than it takes to hand it to a thread and back."""
 # One thread, since parsing holds Python's global lock: streams proceed between two bodies.
@@ -113,7 +113,7 @@ def _known_fields(body: bytes) -> dict[str, Any]:
         raise BadRequestError(f"the body is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise BadRequestError("the body must be a JSON object")
-    if sum(map(body.count, b"[{")) > _MAX_DEPTH:
+    if sum(map(body.count, b"[{")) > MAX_DEPTH:
         _check_depth(fields)
     fields = {name: value for name, value in fields.items() if value is not None and name not in IGNORED}
     may_have_surrogates = _ESCAPED_SURROGATE.search(body) is not None
@@ -129,7 +129,7 @@ def _known_fields(body: bytes) -> dict[str, Any]:
 
 def _check_depth(fields: dict[str, Any]) -> None:
     level: list[Any] = [fields]
-    for _ in range(_MAX_DEPTH):
+    for _ in range(MAX_DEPTH):
         level = [
             child
             for parent in level
@@ -141,7 +141,7 @@ def _check_depth(fields: dict[str, Any]) -> None:
 
 
 def _too_deep() -> BadRequestError:
-    return BadRequestError(f"the body is nested more than {_MAX_DEPTH} levels deep; simplify it")
+    return BadRequestError(f"the body is nested more than {MAX_DEPTH} levels deep; simplify it")
 
 
 def _refusal(error: ValidationError, kind: type[BaseModel]) -> BadRequestError:

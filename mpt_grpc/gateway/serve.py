@@ -25,6 +25,7 @@ from mpt_grpc.settings import ALL_ADDRESSES, HttpSettings
 from mpt_grpc_client import AsyncClient, Client
 from mpt_grpc_client.channel import channel_options, resolve_target
 
+KEEP_ALIVE_TIMEOUT_S = 5
 _ERROR_TIMEOUT_S = 3
 """The time for the errors of requests that are in progress at the end of the grace period."""
 
@@ -67,6 +68,7 @@ async def _serving(app: ASGIApp, listeners: list[socket.socket], grace_s: float)
         http=BoundedProtocol,
         ws="none",
         log_config=None,
+        timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
         timeout_graceful_shutdown=math.ceil(grace_s) + _ERROR_TIMEOUT_S,
     )
     server = _Server(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mpt_grpc.gateway import app, middleware, parsing, protocol, reading, serve
 from mpt_grpc.gateway.parsing import IGNORED, REFUSED
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 
@@ -28,3 +29,18 @@ def test_supported_fields_are_those_of_the_two_endpoints() -> None:
 def test_ignored_and_refused_fields_are_those_of_the_parser() -> None:
     assert fields(support="ignored") == set(IGNORED)
     assert fields(support="refused") == set(REFUSED)
+
+
+def test_the_documented_limits_are_those_of_the_code() -> None:
+    limits = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \| (?:4\d\d)? ?\|$", PAGE, re.MULTILINE))
+    assert limits == {
+        "outputs of a text completion, prompts times `n`": f"{app.MAX_OUTPUTS}, or fewer if the server's queue and batch hold fewer",
+        "items of a field, other than token IDs": f"{parsing.MAX_ITEMS:,}",
+        "values in a body, token IDs included": f"{parsing.MAX_VALUES:,}",
+        "nesting of a body": f"{parsing.MAX_DEPTH} levels",
+        "size of a body": f"{reading.MAX_BODY_BYTES >> 20} MiB",
+        "time for a body": f"{reading.BODY_TIMEOUT_S} seconds, and {reading.STALL_TIMEOUT_S} seconds between its parts",
+        "headers": f"{middleware.MAX_HEADERS}, and {protocol.MAX_HEAD_BYTES >> 10} KiB together",
+        "time for headers": f"{protocol.HEAD_TIMEOUT_S} seconds, then the connection is closed",
+        "idle connection": f"{serve.KEEP_ALIVE_TIMEOUT_S} seconds, then the connection is closed",
+    }
