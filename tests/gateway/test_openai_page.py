@@ -34,7 +34,9 @@ def test_ignored_and_refused_fields_are_those_of_the_parser() -> None:
 def test_the_documented_limits_are_those_of_the_code() -> None:
     limits = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \| (?:4\d\d)? ?\|$", PAGE, re.MULTILINE))
     assert limits == {
-        "outputs of a text completion, prompts times `n`": f"{app.MAX_OUTPUTS}, or fewer if the server's queue and batch hold fewer",
+        "outputs of a text completion, prompts times `n`": (
+            f"{app.MAX_OUTPUTS}, or fewer if the server's queue and batch hold fewer"
+        ),
         "items of a field, other than token IDs": f"{parsing.MAX_ITEMS:,}",
         "values in a body, token IDs included": f"{parsing.MAX_VALUES:,}",
         "nesting of a body": f"{parsing.MAX_DEPTH} levels",
