@@ -215,11 +215,14 @@ async def test_chunk_extensions_and_trailers_are_bounded(gateway: RunningServer,
     ],
     ids=["token IDs", "parts", "escapes", "quotes"],
 )
-async def test_the_largest_bodies_leave_the_event_loop_free(gateway: RunningServer, path: str, body: bytes) -> None:
-    longest_s, last_s = 0.0, time.perf_counter()
+async def test_the_largest_bodies_are_not_parsed_on_the_event_loop(
+    gateway: RunningServer, path: str, body: bytes
+) -> None:
+    """The time is that of the loop's own thread, which does not depend on the machine's load."""
+    longest_s, last_s = 0.0, time.thread_time()
     response = asyncio.ensure_future(fetch(gateway, "POST", path, body))
     while not response.done():
         await asyncio.wait({response}, timeout=0.001)
-        longest_s, last_s = max(longest_s, time.perf_counter() - last_s), time.perf_counter()
+        longest_s, last_s = max(longest_s, time.thread_time() - last_s), time.thread_time()
     assert response.result()[0] == 400
-    assert longest_s < 0.25
+    assert longest_s < 0.1
