@@ -245,7 +245,9 @@ class Engine:
         if not self._requests.has_started:
             self._progress_time_s = time.monotonic()
         record.prepared = prepared
-        added = self._scheduler.add(prepared.request, prepared.prompt_token_ids, prepared.matchers)
+        added = self._scheduler.add(
+            prepared.request, prepared.prompt_token_ids, prepared.matchers, is_complete=prepared.is_complete
+        )
         self._requests.start(record, [sequence for sequence, _ in added])
         for sequence, finish in added:
             if finish is not None:

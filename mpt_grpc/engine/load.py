@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from opentelemetry.trace import Tracer
 
-from mpt_grpc.checkpoint import find_checkpoint
+from mpt_grpc.checkpoint import Checkpoint, find_checkpoint
 from mpt_grpc.engine.admission import RequestLimits
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.memory import STEP_BYTES, MemoryNeeds, dtype_name, free_memory, why_too_large
@@ -32,8 +32,9 @@ from mpt_grpc.model.weights import load_model, num_parameters, parameter_shapes,
 from mpt_grpc.request import GenerationDefaults
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
-from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
-from mpt_grpc.text.guards import load_guards
+from mpt_grpc.settings import CacheSettings, ModelSettings, SchedulerSettings, Settings
+from mpt_grpc.text.chat_template import ChatTemplate
+from mpt_grpc.text.guards import Guard, load_guards
 from mpt_grpc.text.template_sources import find_chat_template
 from mpt_grpc.text.tokenizer import Tokenizer
 
@@ -73,13 +74,48 @@ def load_engine(
 
     For a small model on a CPU, torch is limited to one thread unless OMP_NUM_THREADS is set.
     """
+    parts = _resolve(settings)
+    block_bytes = KVCache.bytes_per_block(parts.config, BLOCK_SIZE, parts.dtype)
+    needs = _memory_needs(settings.cache, num_parameters(parts.config), block_bytes, parts.dtype, parts.device)
+    num_blocks = needs.cache_bytes // block_bytes
+    model, cache = _allocate(parts, needs, num_blocks, random=settings.model.load_format == "random")
+    loaded = LoadedModel(
+        name=parts.checkpoint.name,
+        config=parts.config,
+        defaults=parts.defaults,
+        num_parameters=needs.num_parameters,
+        dtype=dtype_name(parts.dtype),
+        device=parts.device.type,
+        weight_bytes=needs.weight_bytes,
+        num_blocks=num_blocks,
+        cache_bytes=num_blocks * block_bytes,
+    )
+    return _assemble(settings.scheduler, parts, model, cache, tracer, loop), loaded
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the settings and the checkpoint's small files determine, before any tensor is made."""
+
+    checkpoint: Checkpoint
+    config: MPTConfig
+    adapters: Sequence[Adapter]
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    guards: Sequence[Guard]
+    defaults: GenerationDefaults
+    device: torch.device
+    dtype: torch.dtype
+    max_context_tokens: int
+
+
+def _resolve(settings: Settings) -> _Parts:
+    """Finds the checkpoint, reads its small files and resolves 'auto' values."""
     wanted = settings.model
-    random = wanted.load_format == "random"
-    checkpoint = find_checkpoint(wanted.model, wanted.revision, weights=not random)
+    checkpoint = find_checkpoint(wanted.model, wanted.revision, weights=wanted.load_format != "random")
     folder = checkpoint.folder
     config = MPTConfig.from_file(folder / "config.json")
     shapes = parameter_shapes(config)
-    adapters = [Adapter.from_folder(adapter, shapes) for adapter in wanted.adapters]
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
         why = f"tokenizer.json has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
@@ -88,69 +124,77 @@ def load_engine(
         _log.warning(
             "%s specifies no end-of-sequence token: outputs end only at max_new_tokens or a stop string", folder
         )
-    chat_template = find_chat_template(wanted.chat_template, folder, checkpoint.name)
-    guards = load_guards(settings.guards)
     defaults = generation_defaults(folder) if wanted.generation_config == "model" else GenerationDefaults()
-    # As in transformers, a larger value keeps all tokens.
-    defaults = replace(defaults, top_k=min(defaults.top_k, tokenizer.vocab_size))
-    device, dtype = _device(wanted), _dtype(wanted)
     max_context_tokens = wanted.max_context_tokens or config.max_seq_len
     if config.learned_positions and max_context_tokens > config.max_seq_len:
         why = f"{max_context_tokens} exceeds the model's {config.max_seq_len} positions"
         raise SettingsError(f"--max-context-tokens: {why}")
+    return _Parts(
+        checkpoint=checkpoint,
+        config=config,
+        adapters=[Adapter.from_folder(adapter, shapes) for adapter in wanted.adapters],
+        tokenizer=tokenizer,
+        chat_template=find_chat_template(wanted.chat_template, folder, checkpoint.name),
+        guards=load_guards(settings.guards),
+        # As in transformers, a larger value keeps all tokens.
+        defaults=replace(defaults, top_k=min(defaults.top_k, tokenizer.vocab_size)),
+        device=_device(wanted),
+        dtype=_dtype(wanted),
+        max_context_tokens=max_context_tokens,
+    )
+
+
+def _allocate(parts: _Parts, needs: MemoryNeeds, num_blocks: int, *, random: bool) -> tuple[MPT, KVCache]:
+    """Loads the weights and makes the cache."""
+    config, device, dtype = parts.config, parts.device, parts.dtype
 
     def load_weights() -> MPT:
-        return random_model(config, dtype, device) if random else load_model(folder, config, dtype, device, adapters)
+        if random:
+            return random_model(config, dtype, device)
+        return load_model(parts.checkpoint.folder, config, dtype, device, parts.adapters)
 
-    block_bytes = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
-    needs = _memory_needs(settings.cache, num_parameters(config), block_bytes, dtype, device)
-    num_blocks = needs.cache_bytes // block_bytes
     if device.type == "cpu" and needs.weight_bytes <= _SMALL_MODEL_BYTES and "OMP_NUM_THREADS" not in os.environ:
         # Two threads wait for each other so often that a single other busy process costs three quarters of the speed.
         torch.set_num_threads(1)
     model = _in_own_thread(load_weights)
-    # A single request may fill the whole cache; a longer one could never complete.
-    max_context_tokens = min(max_context_tokens, num_blocks * BLOCK_SIZE)
-
     try:
-        cache = _in_own_thread(lambda: KVCache(config, num_blocks, BLOCK_SIZE, dtype, device))
+        return model, _in_own_thread(lambda: KVCache(config, num_blocks, BLOCK_SIZE, dtype, device))
     except RuntimeError as error:
-        raise SettingsError(f"--kv-cache: cannot allocate {num_blocks * block_bytes:,} bytes: {error}") from error
+        raise SettingsError(f"--kv-cache: cannot allocate {needs.cache_bytes:,} bytes: {error}") from error
 
-    limits = settings.scheduler
+
+def _assemble(
+    limits: SchedulerSettings,
+    parts: _Parts,
+    model: MPT,
+    cache: KVCache,
+    tracer: Tracer | None,
+    loop: asyncio.AbstractEventLoop | None,
+) -> Engine:
+    tokenizer = parts.tokenizer
+    # A single request may fill the whole cache; a longer one could never complete.
+    max_context_tokens = min(parts.max_context_tokens, cache.num_blocks * BLOCK_SIZE)
     max_in_flight = limits.max_running_requests + limits.max_waiting_requests
     request_limits = RequestLimits(
         tokenizer.vocab_size,
         max_context_tokens,
-        defaults.max_new_tokens,
+        parts.defaults.max_new_tokens,
         max_num_sequences=min(int(RANGES["sampling.num_sequences"].high), max_in_flight),
         max_token_bytes=tokenizer.max_token_bytes,
     )
-    engine = Engine(
-        Preparation(tokenizer, request_limits, chat_template, guards),
+    return Engine(
+        Preparation(tokenizer, request_limits, parts.chat_template, parts.guards),
         Scheduler(
             SchedulerLimits(limits.max_running_requests, limits.max_step_tokens, max_context_tokens),
-            BlockPool(num_blocks, BLOCK_SIZE),
+            BlockPool(cache.num_blocks, BLOCK_SIZE),
             tokenizer.eos_token_ids,
         ),
-        Runner(model, cache, TorchAttention(config, device), device, tokenizer.vocab_size),
+        Runner(model, cache, TorchAttention(parts.config, parts.device), parts.device, tokenizer.vocab_size),
         Sampler(tokenizer.vocab_size),
         max_in_flight=max_in_flight,
         tracer=tracer,
         loop=loop,
     )
-    loaded = LoadedModel(
-        name=checkpoint.name,
-        config=config,
-        defaults=defaults,
-        num_parameters=needs.num_parameters,
-        dtype=dtype_name(dtype),
-        device=device.type,
-        weight_bytes=needs.weight_bytes,
-        num_blocks=num_blocks,
-        cache_bytes=num_blocks * block_bytes,
-    )
-    return engine, loaded
 
 
 def _in_own_thread(make: Callable[[], Result]) -> Result:

@@ -35,7 +35,9 @@ class PreparedRequest:
     """The request with its seed and `max_new_tokens` filled in and the chat template's stop strings added."""
     prompt_token_ids: tuple[int, ...]
     matchers: tuple[Matcher, ...]
-    """One matcher per sequence if the request has a constraint, else empty."""
+    """One matcher per sequence if the request has a constraint, else empty; they know the resumed tokens."""
+    is_complete: bool = False
+    """Whether the resumed tokens complete the output under its constraint."""
 
 
 class Preparers:
@@ -91,7 +93,8 @@ class Preparation:
             raise InvalidRequestError(*violations)
         self._check_with_guards(prompt_token_ids)
         _ = request.decoding.allowed_mask  # computed here, and not in the scheduler thread
-        return PreparedRequest(self._resolved(request), prompt_token_ids, self._matchers(request))
+        matchers, is_complete = self._matchers(request)
+        return PreparedRequest(self._resolved(request), prompt_token_ids, matchers, is_complete)
 
     def _prompt_token_ids(self, request: GenerationRequest) -> tuple[int, ...]:
         prompt, stopping = request.prompt, request.stopping
@@ -133,14 +136,16 @@ class Preparation:
                 if (refusal := guard.refusal(prompt)) is not None:
                     raise PromptRefusedError(refusal)
 
-    def _matchers(self, request: GenerationRequest) -> tuple[Matcher, ...]:
+    def _matchers(self, request: GenerationRequest) -> tuple[tuple[Matcher, ...], bool]:
+        """Returns one matcher per sequence, and whether the resumed tokens complete the only output."""
         constraint = request.decoding.constraint
         if constraint is None:
-            return ()
-        resumed = self._constraints.compile(constraint)
+            return (), False
+        matchers = tuple(self._constraints.compile(constraint) for _ in range(request.sampling.num_sequences))
+        is_complete = False
         for token_id in request.resume_token_ids:
-            resumed.advance(token_id)
-        return tuple(self._constraints.compile(constraint) for _ in range(request.sampling.num_sequences))
+            is_complete = matchers[0].advance(token_id)
+        return matchers, is_complete
 
     def _resolved(self, request: GenerationRequest) -> GenerationRequest:
         sampling, stopping = request.sampling, request.stopping

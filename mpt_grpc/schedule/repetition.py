@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from mpt_grpc.request import RepetitionGuard
 
 
 class RepetitionDetector:
-    """Looks for a cycle at the end of a growing list of tokens, in O(max_cycle_tokens) per token."""
+    """Looks for a cycle at the end of a growing list of tokens, for all lengths of a cycle at once."""
 
     def __init__(self, guard: RepetitionGuard) -> None:
-        self._min_repeats = guard.min_repeats
-        self._token_ids: list[int] = []
-        self._runs = [0] * guard.max_cycle_tokens
+        distances = np.arange(1, guard.max_cycle_tokens + 1)
+        self.num_relevant = guard.max_cycle_tokens * guard.min_repeats
+        """The number of last tokens that decide whether the tokens end with a repeated cycle."""
+        self._recent = np.full(guard.max_cycle_tokens, -1)
+        """The last tokens, the newest first."""
+        self._runs = np.zeros(guard.max_cycle_tokens, dtype=np.int64)
         """For each distance, how many of the last tokens in a row equal the token that far before them."""
+        self._needed = distances * (guard.min_repeats - 1)
 
     def feed(self, token_id: int) -> bool:
         """Adds a token; returns whether the tokens now end with one cycle repeated `min_repeats` times."""
-        self._token_ids.append(token_id)
-        max_distance = min(len(self._runs), len(self._token_ids) - 1)
-        for distance in range(1, max_distance + 1):
-            is_same = self._token_ids[-1 - distance] == token_id
-            self._runs[distance - 1] = self._runs[distance - 1] + 1 if is_same else 0
-        return any(run >= distance * (self._min_repeats - 1) for distance, run in enumerate(self._runs, start=1) if run)
+        self._runs += 1
+        self._runs *= self._recent == token_id
+        self._recent[1:] = self._recent[:-1]
+        self._recent[0] = token_id
+        return bool((self._runs >= self._needed).any())

@@ -74,11 +74,17 @@ class Scheduler:
         return bool(self._sequences)
 
     def add(
-        self, request: GenerationRequest, prompt_token_ids: tuple[int, ...], matchers: tuple[Matcher, ...] = ()
+        self,
+        request: GenerationRequest,
+        prompt_token_ids: tuple[int, ...],
+        matchers: tuple[Matcher, ...] = (),
+        *,
+        is_complete: bool = False,
     ) -> list[tuple[Sequence, Finish | None]]:
         """Adds an admitted request: its seed and `max_new_tokens` are set, and its prompt fits in the context.
 
-        With a constraint, `matchers` has one matcher per sequence. Returns the request's sequences, each with a finish
+        With a constraint, `matchers` has one matcher per sequence, which knows the resumed tokens, and `is_complete` is
+        whether they complete the output. Returns the request's sequences, each with a finish
         if the resumed output had already ended, in which case the sequence is not scheduled.
         """
         primary: Sequence | None = None
@@ -95,8 +101,8 @@ class Scheduler:
             )
             self._num_arrivals += 1
             finish = None
-            for token_id in request.resume_token_ids:
-                finish = self._append(sequence, token_id)
+            if resumed := request.resume_token_ids:
+                finish = self._finish(sequence, resumed[-1], is_complete, sequence.resume(resumed))
             assert 0 < len(sequence.token_ids) <= self._limits.max_context_tokens
             if finish is None:
                 self._sequences[sequence.sequence_id] = sequence
@@ -172,7 +178,7 @@ class Scheduler:
         if sequence.siblings:
             self._release_siblings(sequence)
         try:
-            finish = self._append(sequence, token_id)
+            finish = self._finish(sequence, token_id, *sequence.append(token_id))
         except InvalidRequestError as error:  # the constraint is too expensive
             self.end(sequence)
             return TokenEvent(sequence.index, error=error)
@@ -292,9 +298,9 @@ class Scheduler:
             self._pool.insert(sequence.block_table[index], digests[index])
         sequence.num_inserted_blocks = num_full
 
-    def _append(self, sequence: Sequence, token_id: int) -> Finish | None:
+    def _finish(self, sequence: Sequence, token_id: int, is_complete: bool, is_looping: bool) -> Finish | None:
+        """Returns why the output ends with this token, its last one, or None if it goes on."""
         stopping = sequence.request.stopping
-        is_complete, is_looping = sequence.append(token_id)
         if token_id in sequence.eos_token_ids:
             return Finish(FinishReason.EOS_TOKEN, stop_token_id=token_id)
         if token_id in stopping.stop_token_ids:

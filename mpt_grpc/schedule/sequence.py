@@ -89,6 +89,14 @@ class Sequence:
         wanted = self.request.logprobs.prompt and self.primary is None
         return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
+    def resume(self, token_ids: tuple[int, ...]) -> bool:
+        """Adds the tokens of a partial output; returns whether it is repeating itself. The matcher knows them
+        already."""
+        self.token_ids += token_ids
+        if self._repetition is None:
+            return False
+        return [self._repetition.feed(token_id) for token_id in token_ids[-self._repetition.num_relevant :]][-1]
+
     def append(self, token_id: int) -> tuple[bool, bool]:
         """Adds a token to the output; returns whether its constraint is complete and whether it is repeating itself."""
         self.token_ids.append(token_id)
