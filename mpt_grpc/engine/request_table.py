@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
@@ -217,7 +218,9 @@ class RequestTable:
         stats = record.stats(now_s)
         self._ended.append(record.state(stats))
         if self._tracer is not None and record.context is not None:
-            record_phases(self._tracer, record.context, stats)
+            # Spans are recorded where events are received, before the span of the call ends.
+            record_spans = partial(record_phases, self._tracer, record.context, stats)
+            self._undelivered.append((lambda _: record_spans(), TokenEvent(0)))
         with self._lock:
             self._forget(record)
             self._end_times_s.append(time.monotonic())

@@ -60,9 +60,9 @@ class TorchAttention:
                 keys, values = cache.gather(layer, indices)
                 bias = self._bias(group, cache.block_size) if precomputed is None else precomputed
                 context[group.token_indices] = self._attend(query[group.token_indices], keys, values, bias)
-            # The cache stores non-finite values as 0; the token's own context must still carry them (0 x inf is NaN).
+            # The cache stores non-finite values as 0; the token's own context must still show that there were any.
             sums = key.sum((1, 2), dtype=torch.float32) + value.sum((1, 2), dtype=torch.float32)
-            return context + (sums * 0)[:, None, None].to(context.dtype)
+            return context.masked_fill_(~sums.isfinite()[:, None, None], torch.nan)
 
         return attend
 
