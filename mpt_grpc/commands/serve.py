@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import importlib.util
 import signal
 
@@ -23,7 +24,14 @@ def run(parsed: argparse.Namespace) -> None:
     if importlib.util.find_spec("torch") is None:
         raise SettingsError("serve requires PyTorch; install the extra 'torch' (see docs/install.md)")
     # Imported here, since it imports torch, which takes seconds.
-    from mpt_grpc.server.server import serve
+    from mpt_grpc.server.server import RunningServer, serve
     from mpt_grpc.server.welcome import welcome
 
-    asyncio.run(serve(settings, lambda server: print(welcome(server), flush=True)))
+    def on_ready(server: RunningServer) -> None:
+        # What has been loaded stays. Otherwise garbage collections, which large requests cause, visit all of it, and
+        # streams wait for that.
+        gc.collect()
+        gc.freeze()
+        print(welcome(server), flush=True)
+
+    asyncio.run(serve(settings, on_ready))

@@ -15,13 +15,11 @@ from pydantic import BaseModel, ValidationError
 
 from mpt_grpc.gateway.errors import BadRequestError, shortened
 from mpt_grpc.gateway.reading import read
-from mpt_grpc.gateway.requests import GenerationFields
+from mpt_grpc.gateway.requests import MAX_ITEMS, TOO_MANY_ITEMS, GenerationFields
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
 MAX_VALUES = 1 << 18
 """The maximum number of values in a body, in all its arrays and objects together."""
-MAX_ITEMS = 1024
-"""The maximum number of items of a field, except for token IDs."""
 MAX_DEPTH = 128
 _MAX_BYTES_ON_LOOP = 4 << 10
 """The largest body that is parsed in less time than it takes to hand it to a thread and back."""
@@ -151,7 +149,8 @@ def _refusal(error: ValidationError, kind: type[BaseModel]) -> BadRequestError:
     if first["type"] == "extra_forbidden":
         return BadRequestError(_unknown_field(first["loc"], kind), param)
     key, path = _described(first["loc"], _EXPECTED if issubclass(kind, GenerationFields) else {})
-    return BadRequestError(f"{path}: {_EXPECTED.get(key, first['msg'])}", param)
+    why = first["msg"] if first["type"] == TOO_MANY_ITEMS else _EXPECTED.get(key, first["msg"])
+    return BadRequestError(f"{path}: {why}", param)
 
 
 def _described(loc: Sequence[str | int], expected: Mapping[str, str]) -> tuple[str, str]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError
 from mpt_grpc.gateway.tools import Function, Tool, ToolChoice, forced_function
@@ -25,6 +26,9 @@ from mpt_grpc_client import (
     Role,
 )
 
+MAX_ITEMS = 1024
+"""The maximum number of items of a field, except for token IDs."""
+TOO_MANY_ITEMS = "too_many_items"
 Uint = Annotated[int, Field(ge=0, lt=1 << 32)]
 """An integer that fits in the gRPC API's uint32 fields."""
 _Item = TypeVar("_Item")
@@ -186,6 +190,15 @@ class ChatMessage(_Strict):
     name: str | None = None
     refusal: str | None = None
 
+    # Between two messages, this Python code also lets other threads run, which Pydantic's own does not.
+    @field_validator("content", mode="before")
+    @classmethod
+    def _check_num_parts(cls, content: Any) -> Any:
+        if isinstance(content, list) and len(content) > MAX_ITEMS:
+            why = f"{len(content)} items; at most {MAX_ITEMS} are allowed in one request"
+            raise PydanticCustomError(TOO_MANY_ITEMS, "{why}", {"why": why})
+        return content
+
     def message(self) -> Message:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         role = {"user": Role.USER, "assistant": Role.ASSISTANT}.get(self.role, Role.SYSTEM)
@@ -244,8 +257,9 @@ class CompletionRequest(GenerationFields):
         """The prompts, each a text or token IDs."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        ids = [part for part in self.prompt if isinstance(part, int)]
-        return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
+        if isinstance(self.prompt[0], int):
+            return [cast("list[int]", self.prompt)]
+        return cast("list[str | list[int]]", self.prompt)
 
     def check_num_outputs(self, limit: int) -> None:
         """Raises BadRequestError if the prompts have more outputs than `limit` together."""

@@ -15,8 +15,9 @@ from conftest import demo_settings
 from http_calls import fetch, read_response, send
 
 from mpt_grpc.gateway import protocol, reading
-from mpt_grpc.gateway.parsing import MAX_ITEMS, MAX_VALUES
+from mpt_grpc.gateway.parsing import MAX_VALUES
 from mpt_grpc.gateway.reading import MAX_BODY_BYTES
+from mpt_grpc.gateway.requests import MAX_ITEMS
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings
 
@@ -74,6 +75,13 @@ async def test_items_are_counted_before_they_are_validated(
     status, response = await fetch(gateway, "POST", path, {name: value})
     why = f"{name}: {MAX_ITEMS + 1} items; at most {MAX_ITEMS} are allowed in one request"
     assert (status, response["error"]["message"], response["error"]["param"]) == (400, why, name)
+
+
+async def test_the_parts_of_a_message_are_counted(gateway: RunningServer) -> None:
+    content = [{"type": "text", "text": "a"}] * (MAX_ITEMS + 1)
+    status, response = await fetch(gateway, "POST", CHAT, {"messages": [USER, {**USER, "content": content}]})
+    assert status == 400
+    assert response["error"]["message"].startswith(f"messages[1].content: {MAX_ITEMS + 1} items; at most ")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +217,7 @@ async def test_chunk_extensions_and_trailers_are_bounded(gateway: RunningServer,
     ("path", "body"),
     [
         (TEXT, b'{"prompt": [' + b",".join([b"[" + b"1," * 7000 + b"1]"] * 32) + b'], "max_tokens": 1}'),
-        (CHAT, json.dumps({"messages": [{**USER, "content": [{"type": "text", "text": "a"}] * 60_000}]}).encode()),
+        (CHAT, json.dumps({"messages": [{**USER, "content": [{"type": "text", "text": "a"}] * 80}] * 1000}).encode()),
         (TEXT, json.dumps({"prompt": "é" * reading.MAX_TEXT_CHARACTERS}).encode()),
         (TEXT, b'{"prompt": "' + b'\\",' * (2 << 20) + b'"}'),
     ],
