@@ -258,7 +258,7 @@ class CompletionRequest(GenerationFields):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [cast("list[int]", self.prompt)]
+            return [self.prompt]
         return cast("list[str | list[int]]", self.prompt)
 
     def check_num_outputs(self, limit: int) -> None:
