@@ -16,16 +16,17 @@ from mpt_grpc.errors import ConfigError
 from mpt_grpc.model.fields import Fields, LimitedField, is_number, one_of
 from mpt_grpc.model_files import read_json
 
-LINEAR_LAYERS = ("Wqkv", "out_proj", "up_proj", "gate_proj", "down_proj", "lm_head")
+EMBEDDINGS = ("wte", "wpe")
+ADAPTABLE = ("Wqkv", "out_proj", "up_proj", "gate_proj", "down_proj", "lm_head", *EMBEDDINGS)
 """The last components of the names of the modules that can be adapted."""
 
 _READ = frozenset(
-    "exclude_modules layers_to_transform lora_alpha modules_to_save peft_type r rank_pattern alpha_pattern"
+    "bias exclude_modules layers_to_transform lora_alpha modules_to_save peft_type r rank_pattern alpha_pattern"
     " target_modules use_rslora".split()
 )
 _INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _LIMITED = (
-    one_of("bias", ("none", None), "changed biases"),
+    one_of("bias", ("none", "all", "lora_only", None), "another choice of biases"),
     one_of("init_lora_weights", _INITIALIZATIONS, "an initialization that also changes the model's own weights"),
     one_of("use_dora", (False, None), "DoRA"),
     one_of("lora_bias", (False, None), "updates with a bias"),
@@ -34,7 +35,7 @@ _LIMITED = (
         LimitedField(name, "null or empty", needs, lambda value: not value)
         for name, needs in {
             "layer_replication": "repeated layers",
-            "target_parameters": "adapters of other parameters than the weights of linear layers",
+            "target_parameters": "adapters of other parameters than the weights of layers",
             "trainable_token_indices": "replaced rows of the embedding",
             "alora_invocation_tokens": "weights that depend on the prompt",
             "use_qalora": "QA-LoRA",
@@ -46,7 +47,7 @@ _LIMITED = (
     ),
 )
 _IGNORED = frozenset(
-    # Metadata, training, initialization, and layouts that linear layers do not have.
+    # Metadata, training, initialization, and layouts that MPT's layers do not have.
     "auto_mapping base_model_name_or_path corda_config eva_config fan_in_fan_out inference_mode layers_pattern"
     " loftq_config lora_dropout lora_ga_config megatron_config megatron_core peft_version qalora_group_size revision"
     " runtime_config task_type velora_config".split()
@@ -69,6 +70,8 @@ class AdapterConfig:
     exclude_modules: tuple[str, ...] | str
     layers: tuple[int, ...]
     """The layers in which `target_modules`, if they are names, are adapted; empty for all."""
+    bias: str
+    """The biases that are replaced: 'none', 'all', or with 'lora_only' those of the adapted modules."""
     modules_to_save: tuple[str, ...]
     """The modules whose parameters are replaced, by the ends of their names."""
 
@@ -92,6 +95,7 @@ class AdapterConfig:
             target_modules=_modules(fields, "target_modules", ("Wqkv",)),
             exclude_modules=_modules(fields, "exclude_modules"),
             layers=_layers(fields),
+            bias=str(fields.get("bias")).lower(),
             modules_to_save=_names(fields, "modules_to_save"),
         )
         fields.check_unknown(_READ, _LIMITED, _IGNORED.__contains__)
@@ -109,7 +113,7 @@ class AdapterConfig:
 
     def adapts(self, module: str) -> bool:
         """Whether PEFT adds an update to the weight of a module, named as in the model."""
-        if module.rpartition(".")[2] not in LINEAR_LAYERS or self.replaces(module):
+        if module.rpartition(".")[2] not in ADAPTABLE or self.replaces(module):
             return False
         if _selects(self.exclude_modules, module) or not _selects(self.target_modules, module):
             return False
@@ -120,6 +124,9 @@ class AdapterConfig:
 
     def replaces(self, name: str) -> bool:
         """Whether PEFT saves a module or a parameter of the model as a whole."""
+        module, _, leaf = name.rpartition(".")
+        if leaf == "bias" and (self.bias == "all" or (self.bias == "lora_only" and self.adapts(module))):
+            return True
         return any(f".{module}." in f".{name}." for module in self.modules_to_save)
 
 
@@ -129,7 +136,7 @@ def _matching(pattern: Mapping[str, float], module: str, default: float) -> floa
 
 def _selects(modules: tuple[str, ...] | str, module: str) -> bool:
     if modules == "all-linear":
-        return module != "lm_head"
+        return module.rpartition(".")[2] not in ("lm_head", *EMBEDDINGS)
     if isinstance(modules, str):
         return re.fullmatch(modules, module) is not None
     return any(f".{module}".endswith(f".{name}") for name in modules)

@@ -1,6 +1,6 @@
 """LoRA adapters as PEFT saves them, merged into a model's weights as these are loaded.
 
-An adapter adds scale · B A to the weight of a linear layer, or replaces parameters. The result is that of PEFT's
+An adapter adds scale · B A to the weight of a layer, or replaces parameters. The result is that of PEFT's
 `merge_and_unload`, except that it is rounded only once, to the type in which the model is computed.
 """
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from mpt_grpc.errors import WeightsError
-from mpt_grpc.model.adapter_config import LINEAR_LAYERS, AdapterConfig
+from mpt_grpc.model.adapter_config import ADAPTABLE, EMBEDDINGS, AdapterConfig
 from mpt_grpc.model.tensor_files import read_tensors
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
-_LINEAR_LAYERS = ", ".join(LINEAR_LAYERS)
+_ADAPTABLE = ", ".join(ADAPTABLE)
 _MAX_LISTED = 4
 
 
@@ -58,8 +58,10 @@ class Adapter:
             raise WeightsError(f"{file}: {listed}")
         updates = {}
         for module in _adapted(config, shapes):
-            a, b = _factors(module)
-            updates[f"{module}.weight"] = _Update(tensors[a], tensors[b], config.scale_of(module))
+            a, b = (tensors[name] for name in _factors(module))
+            if _is_embedding(module):
+                a, b = a.T, b.T
+            updates[f"{module}.weight"] = _Update(a, b, config.scale_of(module))
         return cls(updates, {name: tensors[_PREFIX + name] for name in shapes if _PREFIX + name in tensors})
 
     def merged(self, name: str, tensor: Tensor) -> Tensor:
@@ -80,8 +82,15 @@ def _adapted(config: AdapterConfig, shapes: Mapping[str, torch.Size]) -> list[st
 
 
 def _factors(module: str) -> tuple[str, str]:
-    """Returns the names of the tensors A and B."""
-    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+    """Returns the names of A and B. PEFT stores those of an embedding transposed, each under the other's name."""
+    prefix = f"{_PREFIX}{module}.lora_"
+    if _is_embedding(module):
+        return f"{prefix}embedding_B", f"{prefix}embedding_A"
+    return f"{prefix}A.weight", f"{prefix}B.weight"
+
+
+def _is_embedding(module: str) -> bool:
+    return module.rpartition(".")[2] in EMBEDDINGS
 
 
 def _obstacles(config: AdapterConfig, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Iterator[str]:
@@ -89,10 +98,12 @@ def _obstacles(config: AdapterConfig, tensors: Mapping[str, Tensor], shapes: Map
     required = [_PREFIX + name for name in shapes if config.replaces(name)]
     for module in (adapted := _adapted(config, shapes)):
         (d_out, d_in), rank, (a, b) = shapes[f"{module}.weight"], config.rank_of(module), _factors(module)
-        expected |= {a: (rank, d_in), b: (d_out, rank)}
+        expected |= (
+            {a: (d_in, rank), b: (rank, d_out)} if _is_embedding(module) else {a: (rank, d_in), b: (d_out, rank)}
+        )
         required += [a, b]
     if not adapted:
-        yield f"target_modules of adapter_config.json match none of the model's {_LINEAR_LAYERS}"
+        yield f"target_modules of adapter_config.json match none of the model's {_ADAPTABLE}"
     for name in required:
         if name not in tensors:
             yield f"tensor {name!r} is missing"
@@ -102,7 +113,7 @@ def _obstacles(config: AdapterConfig, tensors: Mapping[str, Tensor], shapes: Map
             why = "the embedding is also the output layer; supported if config.json sets tie_word_embeddings to false"
             yield f"tensor {name!r}: {why}"
         elif name not in expected:
-            why = f"supported: parameters of the model, and updates of {_LINEAR_LAYERS} that target_modules selects"
+            why = f"supported: parameters of the model, and updates of {_ADAPTABLE} that target_modules selects"
             yield f"tensor {name!r} is unexpected; {why}"
         elif tuple(tensor.shape) != expected[name]:
             yield f"tensor {name!r} has shape {list(tensor.shape)}, not {list(expected[name])}"

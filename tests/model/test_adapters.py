@@ -58,6 +58,8 @@ def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], ba
         {"use_rslora": True, "rank_pattern": {"Wqkv": 2}, "alpha_pattern": {"Wqkv": 5}},
         {"modules_to_save": ["norm_f", "norm_1"]},
         {"modules_to_save": ["ffn"], "target_modules": EVERY_LAYER},
+        {"bias": "all"},  # without effect on a model without biases
+        {"bias": "lora_only"},
     ],
     ids=str,
 )
@@ -73,10 +75,13 @@ def test_an_adapter_is_merged_as_peft_merges_it(tmp_path: Path, config: dict[str
     [
         {"target_modules": ["lm_head"]},  # PEFT saves the original output layer, too
         {"target_modules": ["Wqkv"], "modules_to_save": ["lm_head", "wte"]},
+        {"target_modules": ["wte", "Wqkv"], "r": 4, "use_rslora": True},
+        {"target_modules": ["wte"], "rank_pattern": {"wte": 3}, "alpha_pattern": {"wte": 5}},
+        {"target_modules": "all-linear"},
     ],
     ids=str,
 )
-def test_an_output_layer_of_its_own_is_adapted_or_replaced(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_the_untied_embedding_and_output_layer_are_adapted_or_replaced(tmp_path: Path, config: dict[str, Any]) -> None:
     base = make_checkpoint(tmp_path, tiny_config(tie_word_embeddings=False))
     adapter = save_adapter(tmp_path / "adapter", transformers_model(tmp_path), **config)
     expected = merged_by_peft(transformers_model(tmp_path), [adapter]).state_dict()
@@ -93,10 +98,13 @@ def bare_model(weights: Mapping[str, Tensor]) -> nn.Module:
             if not hasattr(module, parent):
                 module.add_module(parent, nn.Module())
             module = getattr(module, parent)
-        if tensor.dim() == 2:
-            module.add_module(leaf, nn.Linear(tensor.shape[1], tensor.shape[0], bias=False))
-        else:
-            module.add_module(leaf, nn.LayerNorm(tensor.shape[0], bias=False))
+        bias = name.replace(".weight", ".bias") in weights
+        if leaf in ("wte", "wpe"):
+            module.add_module(leaf, nn.Embedding(*tensor.shape))
+        elif tensor.dim() == 2:
+            module.add_module(leaf, nn.Linear(tensor.shape[1], tensor.shape[0], bias=bias))
+        elif not name.endswith(".bias"):
+            module.add_module(leaf, nn.LayerNorm(tensor.shape[0], bias=bias))
     root.load_state_dict(weights)
     return root
 
@@ -106,6 +114,26 @@ def test_gated_layers_and_fewer_key_heads_are_adapted(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path, tiny_config(grouped, ffn_config={"ffn_type": "mptglu"}))
     adapter = save_adapter(tmp_path / "adapter", bare_model(base), target_modules=[*EVERY_LAYER, "gate_proj"])
     assert_same(merged(tmp_path, adapter), merged_by_peft(bare_model(base), [adapter]).state_dict(), base)
+
+
+def test_positions_with_learned_embeddings_are_adapted(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path, tiny_config({"alibi": False}))
+    adapter = save_adapter(tmp_path / "adapter", bare_model(base), target_modules=["wpe", "Wqkv"])
+    assert_same(merged(tmp_path, adapter), merged_by_peft(bare_model(base), [adapter]).state_dict(), base)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_biases_are_replaced(tmp_path: Path, bias: str) -> None:
+    base = make_checkpoint(tmp_path, tiny_config(no_bias=False))
+    trained = bare_model({name: tensor + 1 if name.endswith("bias") else tensor for name, tensor in base.items()})
+    adapter = save_adapter(tmp_path / "adapter", trained, bias=bias, target_modules=["Wqkv", "up_proj"])
+    expected, actual = merged_by_peft(bare_model(base), [adapter]).state_dict(), merged(tmp_path, adapter)
+    assert_same(actual, expected, base)
+    replaced = {
+        name for name, tensor in actual.items() if name.endswith("bias") and not torch.equal(tensor, base[name])
+    }
+    adapted = {name for name in base if name.endswith(("Wqkv.bias", "up_proj.bias"))}
+    assert replaced == {"none": set(), "lora_only": adapted, "all": {n for n in base if n.endswith("bias")}}[bias]
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
@@ -156,7 +184,7 @@ def edit_config(adapter: Path, **changes: Any) -> None:
     [
         ("peft_type", "IA3", "only 'LORA' is"),
         ("use_dora", True, "supported: false or null"),
-        ("bias", "all", "supported: none or null"),
+        ("bias", "some", "supported: none, all, lora_only or null"),
         ("lora_bias", True, "supported: false or null"),
         ("layer_replication", [[0, 2], [1, 2]], "supported: null or empty"),
         ("target_parameters", ["ffn.up_proj.weight"], "supported: null or empty"),
@@ -189,7 +217,7 @@ def test_a_field_that_cannot_be_merged_is_refused(adapter: Path, field: str, val
 
 
 def test_all_fields_that_cannot_be_merged_are_refused_at_once(adapter: Path) -> None:
-    edit_config(adapter, use_dora=True, bias="lora_only", r=-1, new_variant=2)
+    edit_config(adapter, use_dora=True, bias="some", r=-1, new_variant=2)
     with pytest.raises(ConfigError, match=r"bias: .*; use_dora: .*; r: .*; new_variant: "):
         merged(adapter.parent, adapter)
 
@@ -257,6 +285,16 @@ def test_a_module_to_save_must_be_in_the_file(adapter: Path) -> None:
     edit_config(adapter, modules_to_save=["norm_f"])
     with pytest.raises(WeightsError, match=r"base_model.model.transformer.norm_f.weight' is missing"):
         merged(adapter.parent, adapter)
+
+
+def test_a_bias_to_replace_must_be_in_the_file(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path, tiny_config(no_bias=False))
+    adapter = save_adapter(tmp_path / "adapter", bare_model(base))
+    edit_config(adapter, bias="lora_only")
+    with pytest.raises(
+        WeightsError, match=r"blocks.0.attn.Wqkv.bias' is missing; .*blocks.1.attn.Wqkv.bias' is missing$"
+    ):
+        merged(tmp_path, adapter)
 
 
 @pytest.mark.parametrize(
