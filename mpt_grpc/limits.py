@@ -68,8 +68,10 @@ MAX_BYTES: Mapping[str, int] = {
 """The largest sizes of texts in UTF-8; of choices together, of stop strings each, of a structure when serialized."""
 
 MAX_TEXT_BYTES = 4 << 20
-"""The largest text that may be truncated or tokenized, even if fewer of its tokens are kept."""
+"""The largest text that may be truncated, even if fewer of its tokens are kept."""
 MAX_TOKEN_IDS = 1 << 18
 """The most token IDs that may be truncated or turned into text."""
+MAX_TOKENIZED_CHARACTERS = 1 << 18
+"""The longest text that may be tokenized, as its answer lists all tokens."""
 MAX_CANCELLED = 1000
 """The most requests that one call cancels."""

@@ -19,7 +19,7 @@ from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.stream import AsyncStream, collect
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, UnknownModelError
-from mpt_grpc.limits import MAX_BYTES, MAX_CANCELLED, MAX_COUNTS, MAX_TEXT_BYTES, MAX_TOKEN_IDS
+from mpt_grpc.limits import MAX_BYTES, MAX_CANCELLED, MAX_COUNTS, MAX_TOKEN_IDS, MAX_TOKENIZED_CHARACTERS
 from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
 from mpt_grpc.server import convert
 from mpt_grpc.server.interceptors import current_call
@@ -78,8 +78,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 yield response
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _CallContext) -> pb.TokenizeResponse:
-        if len(request.text) > MAX_TEXT_BYTES // 4:
-            why = f"{len(request.text)} characters; at most {MAX_TEXT_BYTES // 4} are allowed"
+        if len(request.text) > MAX_TOKENIZED_CHARACTERS:
+            why = f"{len(request.text)} characters; at most {MAX_TOKENIZED_CHARACTERS} are allowed"
             raise InvalidRequestError(FieldViolation("text", why))
         return await asyncio.to_thread(convert.tokens, self._engine.preparation.tokenizer, request.text)
 

@@ -1161,7 +1161,7 @@ class TokenizeRequest(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The text, at most 1,048,576 characters. It is tokenized unchanged; no special tokens are added."""
+    """The text, at most 262,144 characters. It is tokenized unchanged; no special tokens are added."""
     def __init__(
         self,
         *,
