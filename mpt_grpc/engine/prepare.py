@@ -105,6 +105,8 @@ class Preparation:
                 self.tokenizer.encode,
                 self.limits.max_context_tokens,
                 stopping.max_new_tokens,
+                special_texts=self.tokenizer.special_texts,
+                max_token_bytes=self.limits.max_token_bytes,
             )
         if isinstance(prompt, str):
             self._check_length(prompt, is_truncated=request.truncate_prompt_tokens is not None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from itertools import dropwhile
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.limits import MAX_COUNTS
 from mpt_grpc.request import Conversation, Message
 from mpt_grpc.text.chat_template import ChatTemplate
+from mpt_grpc.text.literals import applied, literal_token_ids, strings
 
 _ROLES = ("system", "user", "assistant")
 _FIELD = "conversation.messages"
@@ -20,21 +22,32 @@ def conversation_token_ids(
     encode: Callable[[str], tuple[int, ...]],
     max_context_tokens: int,
     max_new_tokens: int | None,
+    *,
+    special_texts: Collection[str] = (),
+    max_token_bytes: int = 1 << 20,
 ) -> tuple[int, ...]:
     """Returns the prompt's tokens, leaving space in the context for `max_new_tokens`, or for one token if it is None.
 
-    If the conversation allows it, as many of the oldest turns as necessary are dropped. Raises InvalidRequestError.
+    If the conversation allows it, as many of the oldest turns as necessary are dropped. What the caller wrote never
+    becomes one of the special tokens with these texts. Messages that are certainly too long, as no token has more than
+    `max_token_bytes`, are not rendered. Raises InvalidRequestError.
     """
     _check(conversation, template)
     num_new_tokens = 1 if max_new_tokens is None else max_new_tokens
     max_prompt_tokens = max_context_tokens - num_new_tokens
 
     def tokens_without(turns: int) -> tuple[int, ...]:
-        return encode(
-            template.render(candidates[turns], conversation.add_generation_prompt, conversation.chat_template_kwargs)
-        )
+        messages, kwargs = candidates[turns], conversation.chat_template_kwargs
 
-    candidates = _shortened(_with_one_leading_system_message(conversation.messages))
+        def render(change: Callable[[str], str]) -> str:
+            changed = [replace(message, content=change(message.content)) for message in messages]
+            return template.render(changed, conversation.add_generation_prompt, applied(change, kwargs))
+
+        texts = [*(message.content for message in messages), *strings(kwargs)]
+        return literal_token_ids(render, texts, special_texts, encode)
+
+    messages = _with_one_leading_system_message(conversation.messages)
+    candidates = _not_certainly_too_long(_shortened(messages), conversation, max_context_tokens, max_token_bytes)
     token_ids = tokens_without(0)
     if len(token_ids) <= max_prompt_tokens:
         return token_ids
@@ -84,6 +97,22 @@ def _with_one_leading_system_message(messages: tuple[Message, ...]) -> tuple[Mes
     if len(leading) < 2:
         return messages
     return (Message("system", "\n\n".join(message.content for message in leading)), *rest)
+
+
+def _not_certainly_too_long(
+    candidates: list[tuple[Message, ...]], conversation: Conversation, max_context_tokens: int, max_token_bytes: int
+) -> list[tuple[Message, ...]]:
+    """Returns the candidates from the first one that may fit in the context. Raises InvalidRequestError if none may."""
+    most = max_context_tokens * max_token_bytes
+    if not conversation.drop_oldest_turns:
+        candidates = candidates[:1]
+    size = 0
+    for number, messages in enumerate(candidates):
+        size = sum(len(message.content) for message in messages)
+        if size <= most:
+            return candidates[number:]
+    why = f"{size} characters are too many for the context of {max_context_tokens} tokens: shorten the messages"
+    raise InvalidRequestError(FieldViolation(_FIELD, why))
 
 
 def _shortened(messages: tuple[Message, ...]) -> list[tuple[Message, ...]]:

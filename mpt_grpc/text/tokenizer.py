@@ -126,6 +126,11 @@ class Tokenizer:
         """The tokens that do not represent text, such as end-of-sequence tokens."""
         return self._special_ids
 
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """The texts that `encode` turns into special tokens."""
+        return frozenset(text for i in self._special_ids if (text := self._backend.id_to_token(i)))
+
     def plain_text_encoder(self) -> Callable[[str], Sequence[int]]:
         """Returns an `encode` that treats the text of special tokens as plain text.
 

@@ -1,0 +1,100 @@
+"""Keeps what callers write in a conversation from becoming special tokens: content is data.
+
+A tokenizer turns the text of a special token, such as `<|im_end|>`, into that token, wherever it is. In the template's
+own text that is right. In a message it would let its author end the turn and begin another one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from mpt_grpc.errors import FieldViolation, InvalidRequestError
+
+_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+"""Characters that Unicode reserves for internal use."""
+
+
+def literal_token_ids(
+    render: Callable[[Callable[[str], str]], str],
+    texts: Collection[str],
+    special_texts: Collection[str],
+    encode: Callable[[str], tuple[int, ...]],
+) -> tuple[int, ...]:
+    """Returns the tokens of a rendered conversation, in which special tokens come from the template only.
+
+    render: returns the conversation after it has applied the given function to all that its caller wrote.
+    texts: what the caller wrote.
+    special_texts: the texts of the special tokens.
+    encode: turns text into tokens, special ones included.
+
+    Unless a special token would come from the caller, the tokens are those of the text as a whole. Otherwise the text
+    is cut inside each such token's text, and its pieces are encoded.
+    """
+    plain = render(lambda text: text)
+    pattern = re.compile("|".join(map(re.escape, sorted(special_texts, key=len, reverse=True))))
+    if not special_texts or not any(_may_form(text, special_texts, pattern) for text in texts):
+        return encode(plain)
+    mark = _unused_mark(texts)
+    marked = render(lambda text: _marked(text, special_texts, pattern, mark))
+    if len(pattern.findall(plain)) == len(pattern.findall(marked)):
+        return encode(plain)
+    return tuple(token_id for piece in marked.split(mark) if piece for token_id in encode(piece))
+
+
+def applied(function: Callable[[str], str], value: Any) -> Any:
+    """Returns a JSON value with the function applied to all of its strings, except the names of members."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {name: applied(function, member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [applied(function, item) for item in value]
+    return value
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Yields the strings of a JSON value, except the names of members."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from strings(item)
+
+
+def _may_form(text: str, special_texts: Collection[str], pattern: re.Pattern[str]) -> bool:
+    """Whether the text contains a special token's text, or may complete one with what stands before or after it."""
+    core = text.strip()
+    if pattern.search(text) is not None or any(core in special for special in special_texts if core):
+        return True
+    return any(
+        core.endswith(special[:length]) or core.startswith(special[length:])
+        for special in special_texts
+        for length in range(1, len(special))
+    )
+
+
+def _marked(text: str, special_texts: Collection[str], pattern: re.Pattern[str], mark: str) -> str:
+    """Returns the text with a mark inside each special token's text, and at its ends if it may complete one there.
+
+    The marks at the ends are inside of white space, which many templates remove.
+    """
+    if not _may_form(text, special_texts, pattern):
+        return text
+    core = text.strip()
+    start = text.index(core)
+    pieces, position = [], 0
+    while match := pattern.search(core, position):  # occurrences may overlap
+        pieces.append(core[position : match.start() + 1])
+        position = match.start() + 1
+    pieces.append(core[position:])
+    return f"{text[:start]}{mark}{mark.join(pieces)}{mark}{text[start + len(core) :]}"
+
+
+def _unused_mark(texts: Collection[str]) -> str:
+    for mark in _MARKS:
+        if not any(mark in text for text in texts):
+            return mark
+    why = "contains all of Unicode's internal characters and the text of a special token: remove either"
+    raise InvalidRequestError(FieldViolation("conversation.messages", why))
