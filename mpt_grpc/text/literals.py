@@ -78,7 +78,7 @@ def _may_form(text: str, special_texts: Collection[str], pattern: re.Pattern[str
 def _marked(text: str, special_texts: Collection[str], pattern: re.Pattern[str], mark: str) -> str:
     """Returns the text with a mark inside each special token's text, and at its ends if it may complete one there.
 
-    The marks at the ends are inside of white space, which many templates remove.
+    The marks at the ends are inside of whitespace, which many templates remove.
     """
     if not _may_form(text, special_texts, pattern):
         return text
