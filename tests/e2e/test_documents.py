@@ -30,7 +30,10 @@ PAGES = (
     "limitations",
     "compatibility",
     "names",
+    "architecture",
 )
+SOURCES = (ROOT, ROOT / "mpt_grpc", ROOT / "clients/python/mpt_grpc_client")
+"""The folders to which the paths in docs/architecture.md are relative."""
 READMES = ("README.md", "clients/python/README.md", *(f"docs/{name}.md" for name in PAGES))
 EXTERNAL_FLAGS = {"--torch-backend"}
 """The flags of other programs that the documents name."""
@@ -161,3 +164,14 @@ def test_every_flag_in_the_prose_exists(name: str, server: Any) -> None:
     )
     flags = set(re.findall(r"--[a-z][a-z-]+", help_text))
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= flags | EXTERNAL_FLAGS
+
+
+def test_everything_that_the_architecture_page_names_exists() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"[\w/]+\.(?:py|proto|toml|html|js)\b", page))
+    assert [path for path in paths if not any((folder / path).exists() for folder in SOURCES)] == []
+    code = [ROOT / "pyproject.toml", *(ROOT / "protos").rglob("*.proto")]
+    code += [path for folder in ("mpt_grpc", "clients/python", "tests") for path in (ROOT / folder).rglob("*.py")]
+    words = set(re.findall(r"\w+", "".join(path.read_text(encoding="utf-8") for path in code)))
+    names = set(re.findall(r"`(\w+(?:\.\w+)*)`", page)) - paths
+    assert [name for name in names if not words.issuperset(name.split("."))] == []
