@@ -275,7 +275,8 @@ class RequestStats:
 
 
 class OutputDelta(NamedTuple):
-    """A chunk of one output; the first has `prompt_logprobs` and the last of all outputs has `stats`."""
+    """The new part of one output that may be sent now; the first has `prompt_logprobs` and the last of all outputs has
+    `stats`."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index
     text: str

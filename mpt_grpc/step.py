@@ -26,7 +26,10 @@ class Matcher(Protocol):
 
 @dataclass(frozen=True)
 class SamplingInputs:
-    """How a sequence's next token is chosen. Unless it has penalties, the same object serves from step to step."""
+    """How a sequence's next token is chosen.
+
+    It is the same object from step to step, unless there are penalties or `min_new_tokens` is not reached.
+    """
 
     parameters: SamplingParameters
     """The sampling parameters; the seed is always set, and is the sequence's own."""

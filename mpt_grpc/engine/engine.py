@@ -1,7 +1,7 @@
-"""The scheduler thread, which alone accesses the model, the cache and the state of requests.
+"""The scheduler thread, which alone accesses the model, the cache and the sequences.
 
-Other threads send it commands (submit, cancel, close) through a queue. It sends back token events, and delivers all
-events of a step in a single call to the readers' event loop.
+Other threads send it commands through a queue: to add a request, to end one or one of its outputs, and to stop. It
+sends back token events through an outbox. docs/architecture.md shows the whole way of a request.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class Engine:
             self._thread.join()
 
     def is_stuck(self, timeout_s: float) -> bool:
-        """Whether the thread has died, or requests are pending but no step has completed for `timeout_s`."""
+        """Whether the thread has died, or requests wait or run but no step has completed for `timeout_s`."""
         idle_s = time.monotonic() - self._progress_time_s
         return not self._thread.is_alive() or (self._requests.has_started and idle_s > timeout_s)
 

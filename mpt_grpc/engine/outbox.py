@@ -22,7 +22,7 @@ _BUSY_S = 0.001
 
 
 class Outbox:
-    """The events that are yet to be handed over. `put` is called by one thread; the readers run on `loop`."""
+    """The events that are yet to be handed over. Any thread may call `put`; the readers run on `loop`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
         """Without a loop, `put` calls the receivers itself."""

@@ -29,7 +29,7 @@ _LONG_TEXT = 4096
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A validated request, ready to be submitted."""
+    """A validated request, ready for the scheduler."""
 
     request: GenerationRequest
     """The request with its seed and `max_new_tokens` filled in and the chat template's stop strings added."""
@@ -75,7 +75,7 @@ class Preparation:
         return is_short and request.decoding.constraint is None and not self.guards
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
-        """Returns the request ready to be submitted.
+        """Returns the request ready for the scheduler.
 
         Raises InvalidRequestError, which lists all invalid fields; PromptRefusedError; or OverloadedError, if the
         machine is too busy to check a constraint.

@@ -30,8 +30,7 @@ _MIN_RETRY_AFTER_S, _MAX_RETRY_AFTER_S = 0.1, 30.0
 class RequestRecord:
     """One request in flight. Times are seconds since the epoch.
 
-    It is preparing until it is `prepared`, then in the scheduler as `sequences`, of which only the scheduler thread
-    changes anything.
+    It is preparing until it is in the scheduler as `sequences`. Only the scheduler thread changes it.
     """
 
     request: GenerationRequest
@@ -81,7 +80,8 @@ class RequestRecord:
 class RequestTable:
     """All requests in flight.
 
-    Any thread may call `add`, `remove_preparing`, `get` and `len`; the rest belongs to the scheduler thread.
+    Any thread may call `add`, `get`, `is_preparing`, `remove_preparing` and `len`, and read `has_started`; the rest
+    belongs to the scheduler thread.
     """
 
     def __init__(self, max_sequences: int, tracer: Tracer | None) -> None:
@@ -123,7 +123,7 @@ class RequestTable:
             return self._by_request_id.get(request_id)
 
     def remove_preparing(self, record: RequestRecord) -> bool:
-        """Removes a request that has not started; returns False if it has started or ended meanwhile."""
+        """Removes a request that is preparing; returns False if it is in the scheduler by now, or has ended."""
         with self._lock:
             if record.sequences or self._by_request_id.get(record.request.request_id) is not record:
                 return False

@@ -81,7 +81,7 @@ class Scheduler:
         *,
         is_complete: bool = False,
     ) -> list[tuple[Sequence, Finish | None]]:
-        """Adds an admitted request: its seed and `max_new_tokens` are set, and its prompt fits in the context.
+        """Adds a prepared request: its seed and `max_new_tokens` are set, and its prompt fits in the context.
 
         With a constraint, `matchers` has one matcher per sequence, which knows the resumed tokens, and `is_complete` is
         whether they complete the output. Returns the request's sequences, each with a finish
