@@ -84,8 +84,8 @@ class Engine:
         self._requests = RequestTable(max_in_flight, tracer)
         self._preparers = Preparers()
         self._state_futures: list[Future[EngineState]] = []
-        self._admission = threading.Lock()
-        self._closed: UnavailableError | None = None
+        self._lock = threading.Lock()
+        self._refusal: UnavailableError | None = None
         self._running = True
         self._has_stopped = False
         self._epoch_s = time.time() - time.monotonic()
@@ -125,9 +125,9 @@ class Engine:
         wanted = request.request if isinstance(request, PreparedRequest) else request
         stream = kind(wanted.request_id, lambda: self._commands.put(lambda: self._end(record, _CANCELLED)))
         record: RequestRecord = RequestRecord(wanted, stream, context, self._now_s())
-        with self._admission:
-            if self._closed is not None:
-                raise type(self._closed)(str(self._closed))
+        with self._lock:
+            if self._refusal is not None:
+                raise type(self._refusal)(str(self._refusal))
             self._requests.add(record)
         if wanted.stopping.time_limit_s is not None:
             self._commands.put(_wake_up)  # the thread may wait for a later time
@@ -173,10 +173,10 @@ class Engine:
     def state(self) -> Future[EngineState]:
         """Returns a future for the engine's state after the current step. Raises UnavailableError if it has stopped."""
         future: Future[EngineState] = Future()
-        with self._admission:
+        with self._lock:
             if self._has_stopped:
-                assert self._closed is not None, "the engine refuses requests before it stops"
-                raise type(self._closed)(str(self._closed))
+                assert self._refusal is not None, "the engine refuses requests before it stops"
+                raise type(self._refusal)(str(self._refusal))
             self._state_futures.append(future)
         self._commands.put(_wake_up)
         return future
@@ -187,8 +187,8 @@ class Engine:
 
     def refuse(self, why: UnavailableError) -> None:
         """Makes `submit` raise UnavailableError from now on; requests in flight continue."""
-        with self._admission:
-            self._closed = self._closed or why
+        with self._lock:
+            self._refusal = self._refusal or why
 
     def close(self) -> None:
         """Stops the thread and ends all requests in flight with UnavailableError. Idempotent."""
@@ -222,8 +222,8 @@ class Engine:
             _log.exception("the engine has stopped")
             self.refuse(EngineStoppedError(f"the engine has stopped: {error!r}"))
         finally:
-            assert self._closed is not None, "close() refuses before it stops the thread"
-            self._fail_all(self._closed)
+            assert self._refusal is not None, "close() refuses before it stops the thread"
+            self._fail_all(self._refusal)
 
     def _run_commands(self) -> None:
         if self._waits_for_masks or not self._scheduler.has_work:
@@ -361,7 +361,7 @@ class Engine:
     def _report_state(self) -> None:
         if not self._state_futures:
             return
-        with self._admission:
+        with self._lock:
             futures, self._state_futures = self._state_futures, []
         self._measure_load()
         now_s, cached_blocks = self._now_s(), self._scheduler.cached_blocks
@@ -374,7 +374,7 @@ class Engine:
         self._running = False
 
     def _fail_all(self, why: UnavailableError) -> None:
-        with self._admission:
+        with self._lock:
             self._has_stopped = True
         for future in self._state_futures:
             if future.set_running_or_notify_cancel():

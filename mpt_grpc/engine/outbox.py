@@ -28,7 +28,7 @@ class Outbox:
         """Without a loop, `put` calls the receivers itself."""
         self._loop = loop
         self._lock = threading.Lock()
-        self._waiting: list[Delivery] = []
+        self._deliveries: list[Delivery] = []
         self._is_scheduled = False
         """Whether a hand-over will happen without being asked for."""
 
@@ -38,15 +38,15 @@ class Outbox:
             _receive(events)
             return
         with self._lock:
-            self._waiting += events
-            if self._is_scheduled or not self._waiting or self._loop.is_closed():
+            self._deliveries += events
+            if self._is_scheduled or not self._deliveries or self._loop.is_closed():
                 return
             self._is_scheduled = True
         self._loop.call_soon_threadsafe(self._hand_over, self._loop)
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
-            events, self._waiting = self._waiting, []
+            events, self._deliveries = self._deliveries, []
             if not events:
                 self._is_scheduled = False
                 return

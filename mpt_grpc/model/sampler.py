@@ -71,7 +71,7 @@ class Sampler:
                     why = "the constraint allows no token" if is_sound else "the model's logits are not finite"
                     errors[sequence_id] = InternalError(why)
                     del chosen_ids[sequence_id]
-        logprobs = _logprobs(logits, batch, sequence_ids, chosen_ids) if batch.scored else {}
+        logprobs = _logprobs(logits, batch, sequence_ids, chosen_ids) if batch.num_top else {}
         return StepResult(chosen_ids, logprobs, errors=errors)
 
     def _batch(self, inputs: tuple[SamplingInputs, ...], logits: Tensor) -> _Batch:
@@ -88,7 +88,7 @@ class _Batch:
     def __init__(self, inputs: tuple[SamplingInputs, ...], logits: Tensor) -> None:
         self.inputs = inputs
         self.is_adjusted = any(map(is_adjusted, inputs))
-        self.scored = {row: one.num_top_logprobs for row, one in enumerate(inputs) if one.num_top_logprobs is not None}
+        self.num_top = {row: one.num_top_logprobs for row, one in enumerate(inputs) if one.num_top_logprobs is not None}
         """The numbers of most likely tokens wanted, by row, for the rows whose log probabilities are."""
         sampled = [row for row, one in enumerate(inputs) if one.parameters.temperature > 0]
         size = rows_per_chunk(logits)
@@ -115,10 +115,10 @@ def _logprobs(
     logits: Tensor, batch: _Batch, sequence_ids: Sequence[int], token_ids: Mapping[int, int]
 ) -> dict[int, TokenLogprob]:
     """Returns the log probabilities of the chosen tokens, by sequence ID, for the sequences that requested them."""
-    rows = [row for row in batch.scored if sequence_ids[row] in token_ids]
+    rows = [row for row in batch.num_top if sequence_ids[row] in token_ids]
     ids = [sequence_ids[row] for row in rows]
     selected = logits.index_select(0, torch.tensor(rows, dtype=torch.int64, device=logits.device))
-    num_top = [batch.scored[row] for row in rows]
+    num_top = [batch.num_top[row] for row in rows]
     return dict(zip(ids, token_logprobs(selected, [token_ids[i] for i in ids], num_top), strict=True))
 
 

@@ -27,7 +27,7 @@ from mpt_grpc.text.tokenizer import Tokenizer
 CACHE_BYTES = 32 << 20
 """The total size of the constraints whose verdicts are cached, with their grammars."""
 _ENTRY_BYTES = 512  # the objects around the texts
-LIMITS: dict[str, Any] = {
+PARSER_LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 100_000,
     "step_lexer_fuel": 50_000,
     "step_max_items": 10_000,
@@ -84,7 +84,7 @@ class ConstraintCompiler:
         return verdict
 
     def _matcher(self, grammar: str, field: str) -> ConstraintMatcher:
-        matcher = LLMatcher(self._shared_vocabulary(), grammar, limits=LLParserLimits(**LIMITS), log_level=0)
+        matcher = LLMatcher(self._shared_vocabulary(), grammar, limits=LLParserLimits(**PARSER_LIMITS), log_level=0)
         return ConstraintMatcher(matcher, self._tokens, field)
 
     def _shared_vocabulary(self) -> LLTokenizer:
@@ -201,7 +201,7 @@ class _Probe:
         """Raises InvalidRequestError if the grammar is refused, OverloadedError if the machine is too busy."""
         for limits in _ATTEMPTS:
             try:
-                answer = self._ask({"grammar": grammar, "limits": LIMITS, **limits})
+                answer = self._ask({"grammar": grammar, "limits": PARSER_LIMITS, **limits})
             except TimeoutError as error:  # it did not get its share of CPU time
                 raise OverloadedError("the server is too busy to check a new constraint", retry_after_s=1.0) from error
             if answer == "ok":
