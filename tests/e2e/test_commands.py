@@ -180,7 +180,14 @@ class Terminal:
         self._terminal, other = pty.openpty()
         environment = {**os.environ, "MPT_GRPC_TARGET": server.target, "TERM": "dumb"}
         self.process = subprocess.Popen(
-            [*CLI, *arguments], stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True
+            [*CLI, *arguments],
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            env=environment,
+            start_new_session=True,
+            # The tests may run where it is ignored, as in the background of a script.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(other)
         self.output = ""
