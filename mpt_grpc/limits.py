@@ -65,7 +65,7 @@ MAX_BYTES: Mapping[str, int] = {
     "decoding.regex": 65_536,
     "stopping.stop_strings": 256,
 }
-"""The largest sizes of texts in UTF-8; of choices together, of stop strings each, of a structure when serialized."""
+"""The largest sizes of texts in UTF-8; of choices together, of stop strings each."""
 
 MAX_TEXT_BYTES = 4 << 20
 """The largest text that may be truncated, even if fewer of its tokens are kept."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mpt_grpc.engine.load import LoadedModel
@@ -41,6 +41,8 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 
 _MAX_DURATION_S = 315_576_000_000
+_MAX_KWARGS_DEPTH = 32
+_TOO_DEEP = f"nested more than {_MAX_KWARGS_DEPTH} levels deep: simplify it"
 _FINISH_REASONS = {
     FinishReason.MAX_NEW_TOKENS: pb.FINISH_REASON_MAX_NEW_TOKENS,
     FinishReason.EOS_TOKEN: pb.FINISH_REASON_EOS_TOKEN,
@@ -62,7 +64,8 @@ _ROLES: dict[int, str] = {
 def generation_request(message: pb.GenerateRequest, defaults: GenerationDefaults) -> GenerationRequest:
     """Returns the request with `defaults` for options that are not set. The engine checks ranges and the prompt.
 
-    The message's sizes must have been checked. Raises InvalidRequestError for an invalid duration.
+    The message's sizes must have been checked. Raises InvalidRequestError for an invalid duration or invalid
+    `chat_template_kwargs`.
     """
     output = message.output_options
     return GenerationRequest(
@@ -187,29 +190,40 @@ def _conversation(message: pb.Conversation) -> Conversation:
         messages=tuple(Message(_ROLES.get(turn.role, ""), turn.content) for turn in message.messages),
         drop_oldest_turns=message.drop_oldest_turns,
         add_generation_prompt=message.add_generation_prompt if message.HasField("add_generation_prompt") else True,
-        chat_template_kwargs=_mapping(message.chat_template_kwargs),
+        chat_template_kwargs=_template_kwargs(message.chat_template_kwargs or "{}"),
     )
 
 
-def _mapping(message: Struct) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in message.fields.items()}
+def _template_kwargs(text: str) -> dict[str, Any]:
+    """Returns the values of a JSON object. Raises InvalidRequestError."""
+    field = "conversation.chat_template_kwargs"
+    try:
+        values = json.loads(text, parse_constant=_refuse_constant)
+        text.encode()
+        json.dumps(values, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise InvalidRequestError(FieldViolation(field, _TOO_DEEP)) from error
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(FieldViolation(field, "not valid Unicode: remove lone surrogates")) from error
+    except ValueError as error:
+        raise InvalidRequestError(FieldViolation(field, f"not valid JSON: {error}")) from error
+    if not isinstance(values, dict):
+        raise InvalidRequestError(FieldViolation(field, "must be a JSON object"))
+    level: list[Any] = [values]
+    for _ in range(_MAX_KWARGS_DEPTH):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, list | dict)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+    if any(isinstance(value, list | dict) for value in level):
+        raise InvalidRequestError(FieldViolation(field, _TOO_DEEP))
+    return values
 
 
-def _plain(message: Value) -> Any:
-    match message.WhichOneof("kind"):
-        case "number_value":
-            number = message.number_value
-            return int(number) if number.is_integer() else number
-        case "string_value":
-            return message.string_value
-        case "bool_value":
-            return message.bool_value
-        case "struct_value":
-            return _mapping(message.struct_value)
-        case "list_value":
-            return [_plain(value) for value in message.list_value.values]
-        case _:
-            return None
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _sampling(message: pb.SamplingParameters, defaults: GenerationDefaults) -> SamplingParameters:

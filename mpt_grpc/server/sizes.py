@@ -41,7 +41,6 @@ def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[
     ):
         if count > most:
             yield FieldViolation(field, f"{count} items; at most {most} are allowed")
-    if (size := message.conversation.chat_template_kwargs.ByteSize()) > MAX_BYTES["conversation.chat_template_kwargs"]:
-        most = MAX_BYTES["conversation.chat_template_kwargs"]
-        why = f"{size} bytes when serialized; at most {most} are allowed"
-        yield FieldViolation("conversation.chat_template_kwargs", why)
+    most = MAX_BYTES["conversation.chat_template_kwargs"]
+    if (size := len(message.conversation.chat_template_kwargs.encode())) > most:
+        yield FieldViolation("conversation.chat_template_kwargs", f"{size} bytes; at most {most} are allowed")

@@ -53,9 +53,8 @@ def conversation_token_ids(
         return token_ids
     shortest = tokens_without(len(candidates) - 1) if conversation.drop_oldest_turns else token_ids
     if len(shortest) > max_prompt_tokens:
-        remedy = "the last message" if conversation.drop_oldest_turns else "the messages or set drop_oldest_turns"
         lengths = f"{len(shortest)} + {num_new_tokens} tokens (prompt + output)"
-        why = f"{lengths} exceed the context of {max_context_tokens}: shorten {remedy}"
+        why = f"{lengths} exceed the context of {max_context_tokens}: {_remedy(conversation)}"
         raise InvalidRequestError(FieldViolation(_FIELD, why))
     # Binary search: the smallest sufficient number of turns to drop is above `too_few`, and at most `enough`.
     too_few, enough = 0, len(candidates) - 1
@@ -111,8 +110,14 @@ def _not_certainly_too_long(
         size = sum(len(message.content) for message in messages)
         if size <= most:
             return candidates[number:]
-    why = f"{size} characters are too many for the context of {max_context_tokens} tokens: shorten the messages"
+    why = f"{size} characters are too many for the context of {max_context_tokens} tokens: {_remedy(conversation)}"
     raise InvalidRequestError(FieldViolation(_FIELD, why))
+
+
+def _remedy(conversation: Conversation) -> str:
+    return (
+        f"shorten {'the last message' if conversation.drop_oldest_turns else 'the messages or set drop_oldest_turns'}"
+    )
 
 
 def _shortened(messages: tuple[Message, ...]) -> list[tuple[Message, ...]]:

@@ -5,7 +5,6 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as ProtoMessage
 
@@ -57,7 +56,7 @@ OPTIONS = {
     "truncate_prompt_tokens": (100, "truncate_prompt_tokens", 100),
     "drop_oldest_turns": (True, "conversation.drop_oldest_turns", True),
     "add_generation_prompt": (False, "conversation.add_generation_prompt", False),
-    "chat_template_kwargs": ({"n": 2}, "conversation.chat_template_kwargs", {"n": 2}),
+    "chat_template_kwargs": ({"n": 2}, "conversation.chat_template_kwargs", '{"n": 2}'),
     "resume_token_ids": ((8, 9), "resume_token_ids", [8, 9]),
     "request_id": ("mine", "request_id", "mine"),
     "model": ("demo", "model", "demo"),
@@ -214,17 +213,17 @@ def test_chat_template_kwargs_are_sent_as_they_are(scripted, client):
         "no": None,
         "yes": True,
         "n": -3,
-        "most": 2**53,
+        "most": 2**63 - 1,
         "x": 0.5,
         "list": [[], {"a": [1]}],
         "map": {},
     }
     client.generate(MESSAGES, chat_template_kwargs=MappingProxyType({**values, "tuple": (1, 2)}))
-    sent = json_format.MessageToDict(scripted.requests[0].conversation.chat_template_kwargs)
-    assert sent == {**values, "tuple": [1, 2]}
+    sent = scripted.requests[0].conversation.chat_template_kwargs
+    assert sent == json.dumps({**values, "tuple": [1, 2]}, ensure_ascii=False)
 
 
-@pytest.mark.parametrize("value", [2**53 + 1, -(10**400), float("nan"), {"a": [2**63 - 1]}, NESTED])
+@pytest.mark.parametrize("value", [float("nan"), {"a": [float("inf")]}, NESTED])
 def test_a_chat_template_value_that_would_not_arrive_as_it_is_gets_refused(scripted, client, value):
     with pytest.raises(InvalidRequestError, match=r"^chat_template_kwargs: ") as refused:
         client.generate(MESSAGES, chat_template_kwargs={"a": value})

@@ -75,7 +75,6 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
             "chat_template: not supported per request; set it on the server, with --chat-te",
         ),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs: "),
-        ({"chat_template_kwargs": {"a": 2**53 + 1}}, "chat_template_kwargs: 9007199254740993 cannot be sent exactly"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs: 'messages' is set by the server"),
         ({"chat_template_kwargs": {"a": "b" * (16 << 10)}}, "chat_template_kwargs: 16"),
         ({"add_generation_prompt": "soon"}, "add_generation_prompt: "),

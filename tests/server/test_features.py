@@ -13,7 +13,6 @@ from typing import Any
 import grpc
 import pytest
 from conftest import SteppedRunner, demo_settings
-from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
@@ -326,14 +325,14 @@ async def test_a_conversation_that_is_too_long_is_refused_or_loses_its_oldest_tu
     assert 1000 < response.prompt.num_tokens <= 2048 - 16
 
 
-async def test_a_given_template_gets_its_kwargs_as_they_were_before_protobuf(make_service: Any) -> None:
+async def test_a_given_template_gets_its_kwargs_as_they_were_sent(make_service: Any) -> None:
     settings = demo_settings()
     template = "{{ messages[0].content }} {{ a | tojson }} {{ add_generation_prompt }}"
     service = await make_service(replace(settings, model=replace(settings.model, chat_template=template)))
     assert (await service.stub.GetModelInfo(pb.GetModelInfoRequest())).chat_template == "text"
-    value = {"whole": 3, "half": 0.5, "big": 2**53, "text": "ä", "no": None, "yes": True, "list": [[], {"n": [-1]}]}
+    value = {"z": 3, "half": 0.5, "whole": 3.0, "big": 2**53 + 1, "text": "ä", "no": None, "list": [[], {"n": [-1]}]}
     conversation = pb.Conversation(messages=[pb.Message(role=pb.ROLE_USER, content="Hi")])
-    json_format.ParseDict({"a": value}, conversation.chat_template_kwargs)
+    conversation.chat_template_kwargs = json.dumps({"a": value})
     for begins in (None, True, False):
         conversation.ClearField("add_generation_prompt")
         if begins is not None:
@@ -344,19 +343,34 @@ async def test_a_given_template_gets_its_kwargs_as_they_were_before_protobuf(mak
         prompt = (await service.stub.Detokenize(pb.DetokenizeRequest(token_ids=response.prompt.token_ids))).text
         content, _, rest = prompt.partition(" ")
         kwargs, _, ending = rest.rpartition(" ")
-        assert (content, json.loads(kwargs), ending) == ("Hi", value, str(begins is not False))
-        assert '"whole": 3,' in kwargs
+        assert (content, ending) == ("Hi", str(begins is not False))
+        assert kwargs == json.dumps(value, ensure_ascii=False)
 
 
-async def test_template_kwargs_are_bounded_by_their_size(service: Any) -> None:
-    conversation = pb.Conversation(messages=[pb.Message(role=pb.ROLE_USER, content="Hi")])
-    kwargs = conversation.chat_template_kwargs
-    kwargs["a"] = "b" * 16000
-    kwargs["a"] += "b" * (16384 - kwargs.ByteSize())
-    await service.stub.Generate(generate_request(1, text=None, conversation=conversation))
-    kwargs["a"] += "b"
+@pytest.mark.parametrize(
+    ("kwargs", "why"),
+    [
+        ('{"a": "' + "b" * 16_376 + '"}', "16385 bytes; at most 16384 are allowed"),
+        ("[1]", "must be a JSON object"),
+        ('{"a": ', "not valid JSON"),
+        ('{"a": NaN}', "NaN is not a number in JSON"),
+        ('{"a": "\\ud800"}', "not valid Unicode"),
+        ('{"a": ' + "[" * 32 + "]" * 32 + "}", "nested more than 32 levels deep"),
+        ("[" * 8000 + "]" * 8000, "nested more than 32 levels deep"),
+    ],
+)
+async def test_invalid_template_kwargs_are_refused_with_the_reason(service: Any, kwargs: str, why: str) -> None:
+    messages = [pb.Message(role=pb.ROLE_USER, content="Hi")]
+    conversation = pb.Conversation(messages=messages, chat_template_kwargs=kwargs)
     bad = await violations(service, generate_request(1, text=None, conversation=conversation))
-    assert bad == {"conversation.chat_template_kwargs": "16385 bytes when serialized; at most 16384 are allowed"}
+    assert why in bad["conversation.chat_template_kwargs"]
+
+
+async def test_the_largest_template_kwargs_are_accepted(service: Any) -> None:
+    messages = [pb.Message(role=pb.ROLE_USER, content="Hi")]
+    for kwargs in ('{"a": "' + "b" * 16_375 + '"}', '{"a": ' + "[" * 31 + "]" * 31 + "}"):
+        conversation = pb.Conversation(messages=messages, chat_template_kwargs=kwargs)
+        await service.stub.Generate(generate_request(1, text=None, conversation=conversation))
 
 
 async def test_a_prompt_is_truncated_to_its_last_tokens(service: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,7 +14,6 @@ from mpt_grpc_client.constraints import Choice, Constraint, JsonObject, JsonSche
 from mpt_grpc_client.errors import FieldViolation, InvalidRequestError
 from mpt_grpc_client.prompts import Message, Prompt, Role
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
-from mpt_grpc_client.structs import struct
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, options: GenerateOp
                 messages=map(_message, cast(Sequence[Message | Mapping[str, str]], prompt)),
                 drop_oldest_turns=options.get("drop_oldest_turns"),
                 add_generation_prompt=options.get("add_generation_prompt"),
-                chat_template_kwargs=None if kwargs is None else struct(kwargs),
+                chat_template_kwargs=None if kwargs is None else _json_object(kwargs),
             )
         )
         return
@@ -219,6 +219,22 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, options: GenerateOp
         raise ValueError("requires a prompt of messages; use truncate_prompt_tokens for other prompts")
     if options.get("add_generation_prompt") is not None or options.get("chat_template_kwargs"):
         raise ValueError("requires a prompt of messages, to which the chat template applies")
+
+
+def _json_object(values: Mapping[str, Any]) -> str:
+    """Returns a mapping as JSON. Raises TypeError or ValueError for what JSON cannot express."""
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise TypeError("must be a mapping of names to values")
+    try:
+        return json.dumps(dict(values), ensure_ascii=False, allow_nan=False, default=_plain)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _plain(value: object) -> dict[Any, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a value must be JSON: text, a number, true, false, null, a list or a mapping, not {value!r}")
 
 
 def _message(message: Message | Mapping[str, str]) -> pb.Message:

@@ -7,7 +7,6 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
-from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -226,18 +225,16 @@ class Conversation(_message.Message):
     """Whether the prompt ends with the beginning of the assistant's message. If false, it ends with the last message, which
     may have any role. Default: true.
     """
+    chat_template_kwargs: _builtins.str
+    """Variables of the chat template, such as `enable_thinking` or `documents`, as a JSON object, in addition to those that
+    the server sets: `messages`, `add_generation_prompt`, the model's special tokens, and functions. A template ignores
+    variables that it does not use. At most 16 KiB, nested at most 32 levels deep. Default: none; `tools` and `documents`
+    are then None, as in transformers.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """The messages in order, at most 1024. The last one must have ROLE_USER, unless `add_generation_prompt` is false. Some
         chat templates impose further rules, such as alternating roles.
-        """
-
-    @_builtins.property
-    def chat_template_kwargs(self) -> _struct_pb2.Struct:
-        """Variables of the chat template, such as `enable_thinking` or `documents`, in addition to those that the server sets:
-        `messages`, `add_generation_prompt`, the model's special tokens, and functions. A template ignores variables that it
-        does not use. Whole numbers reach it as integers. At most 16 KiB when serialized, nested at most 32 levels deep.
-        Default: none; `tools` and `documents` are then None, as in transformers.
         """
 
     def __init__(
@@ -246,18 +243,22 @@ class Conversation(_message.Message):
         messages: _abc.Iterable[Global___Message] | None = ...,
         drop_oldest_turns: _builtins.bool | None = ...,
         add_generation_prompt: _builtins.bool | None = ...,
-        chat_template_kwargs: _struct_pb2.Struct | None = ...,
+        chat_template_kwargs: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_drop_oldest_turns", b"_drop_oldest_turns", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "drop_oldest_turns", b"drop_oldest_turns"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_chat_template_kwargs", b"_chat_template_kwargs", "_drop_oldest_turns", b"_drop_oldest_turns", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "drop_oldest_turns", b"drop_oldest_turns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_drop_oldest_turns", b"_drop_oldest_turns", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "drop_oldest_turns", b"drop_oldest_turns", "messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_chat_template_kwargs", b"_chat_template_kwargs", "_drop_oldest_turns", b"_drop_oldest_turns", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "drop_oldest_turns", b"drop_oldest_turns", "messages", b"messages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_generation_prompt: _TypeAlias = _typing.Literal["add_generation_prompt"]  # noqa: Y015
     _WhichOneofArgType__add_generation_prompt: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]  # noqa: Y015
+    _WhichOneofReturnType__chat_template_kwargs: _TypeAlias = _typing.Literal["chat_template_kwargs"]  # noqa: Y015
+    _WhichOneofArgType__chat_template_kwargs: _TypeAlias = _typing.Literal["_chat_template_kwargs", b"_chat_template_kwargs"]  # noqa: Y015
     _WhichOneofReturnType__drop_oldest_turns: _TypeAlias = _typing.Literal["drop_oldest_turns"]  # noqa: Y015
     _WhichOneofArgType__drop_oldest_turns: _TypeAlias = _typing.Literal["_drop_oldest_turns", b"_drop_oldest_turns"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__add_generation_prompt) -> _WhichOneofReturnType__add_generation_prompt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chat_template_kwargs) -> _WhichOneofReturnType__chat_template_kwargs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__drop_oldest_turns) -> _WhichOneofReturnType__drop_oldest_turns | None: ...
 
@@ -1594,9 +1595,7 @@ class Limits(_message.Message):
 
     @_builtins.property
     def max_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """The maximum size in bytes of strings, by the path of the field in a request: of choices together, of stop strings each,
-        of chat_template_kwargs when serialized.
-        """
+        """The maximum size in bytes of strings, by the path of the field in a request: of choices together, of stop strings each."""
 
     def __init__(
         self,
