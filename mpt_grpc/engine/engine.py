@@ -54,6 +54,9 @@ from mpt_grpc.text.guards import watch_all
 
 _log = logging.getLogger(__name__)
 
+_MAX_WAIT_S = 3600.0
+"""How long the thread waits at once: a queue takes no timeout beyond a few centuries, but a time limit may be
+longer."""
 _CANCELLED = Finish(FinishReason.CANCELLED)
 Stream = TypeVar("Stream", AsyncStream, ThreadStream)
 
@@ -228,7 +231,7 @@ class Engine:
     def _run_commands(self) -> None:
         if self._waits_for_masks or not self._scheduler.has_work:
             end_time_s = self._requests.next_end_time_s
-            timeout_s = None if end_time_s is None else max(0.0, end_time_s - self._now_s())
+            timeout_s = None if end_time_s is None else min(max(0.0, end_time_s - self._now_s()), _MAX_WAIT_S)
             with suppress(queue.Empty):
                 self._commands.get(timeout=timeout_s)()
         while True:

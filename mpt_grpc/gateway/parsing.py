@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from mpt_grpc.gateway.errors import BadRequestError, shortened
 from mpt_grpc.gateway.reading import read
 from mpt_grpc.gateway.requests import MAX_ITEMS, TOO_MANY_ITEMS, GenerationFields
+from mpt_grpc.limits import is_deeper_than
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
 MAX_VALUES = 1 << 18
@@ -111,8 +112,8 @@ def _known_fields(body: bytes) -> dict[str, Any]:
         raise BadRequestError(f"the body is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise BadRequestError("the body must be a JSON object")
-    if sum(map(body.count, b"[{")) > MAX_DEPTH:
-        _check_depth(fields)
+    if sum(map(body.count, b"[{")) > MAX_DEPTH and is_deeper_than(fields, MAX_DEPTH):
+        raise _too_deep()
     fields = {name: value for name, value in fields.items() if value is not None and name not in IGNORED}
     may_have_surrogates = _ESCAPED_SURROGATE.search(body) is not None
     for name, value in fields.items():
@@ -123,19 +124,6 @@ def _known_fields(body: bytes) -> dict[str, Any]:
         if may_have_surrogates and not _is_text(value):
             raise BadRequestError(f"{shortened(name)}: not valid Unicode; remove lone surrogates", shortened(name))
     return fields
-
-
-def _check_depth(fields: dict[str, Any]) -> None:
-    level: list[Any] = [fields]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, list | dict)
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        ]
-    if any(isinstance(value, list | dict) for value in level):
-        raise _too_deep()
 
 
 def _too_deep() -> BadRequestError:

@@ -14,6 +14,7 @@ from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.engine.state import EngineLoad, EngineState, RequestState
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
+from mpt_grpc.limits import is_deeper_than
 from mpt_grpc.request import (
     CacheOptions,
     Choice,
@@ -209,15 +210,7 @@ def _template_kwargs(text: str) -> dict[str, Any]:
         raise InvalidRequestError(FieldViolation(field, f"not valid JSON: {error}")) from error
     if not isinstance(values, dict):
         raise InvalidRequestError(FieldViolation(field, "must be a JSON object"))
-    level: list[Any] = [values]
-    for _ in range(_MAX_KWARGS_DEPTH):
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, list | dict)
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        ]
-    if any(isinstance(value, list | dict) for value in level):
+    if is_deeper_than(values, _MAX_KWARGS_DEPTH):
         raise InvalidRequestError(FieldViolation(field, _TOO_DEEP))
     return values
 

@@ -37,6 +37,8 @@ class Tokenizer:
     """The number of bytes in the longest vocabulary entry; in byte-level BPE no token has more bytes of text."""
     eos_token_ids: frozenset[int]
     """The tokens that end an output; empty if the model's files specify none."""
+    special_texts: frozenset[str]
+    """The texts that `encode` turns into special tokens."""
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_token_ids: frozenset[int] = frozenset()) -> None:
         backend.no_truncation()  # a file may enable both, but prompts must not be silently truncated or padded
@@ -45,7 +47,8 @@ class Tokenizer:
         self.max_token_bytes = max(map(len, (t.encode() for t in backend.get_vocab(with_added_tokens=True))), default=0)
         self.eos_token_ids = eos_token_ids
         self._backend = backend
-        self._special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._special_ids, self.special_texts = frozenset(special), frozenset(special.values())
         self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._has_marked_spaces = _SPACE in repr(backend.decoder)
         self._byte_of_character = _byte_level_alphabet()
@@ -125,11 +128,6 @@ class Tokenizer:
     def special_token_ids(self) -> frozenset[int]:
         """The tokens that do not represent text, such as end-of-sequence tokens."""
         return self._special_ids
-
-    @property
-    def special_texts(self) -> frozenset[str]:
-        """The texts that `encode` turns into special tokens."""
-        return frozenset(text for i in self._special_ids if (text := self._backend.id_to_token(i)))
 
     def plain_text_encoder(self) -> Callable[[str], Sequence[int]]:
         """Returns an `encode` that treats the text of special tokens as plain text.

@@ -77,6 +77,18 @@ def test_a_time_limit_includes_the_preparation(engine: Engine, guard: SlowGuard)
     assert len(collect(submit(engine, request)).token_ids) == 24
 
 
+@pytest.mark.parametrize("time_limit_s", [1e10, 315_576_000_000.0])
+def test_a_time_limit_of_any_length_leaves_the_engine_running(
+    engine: Engine, guard: SlowGuard, time_limit_s: float
+) -> None:
+    """The scheduler thread has nothing to do but to wait for the limit."""
+    request = generation("patient")
+    patient = submit(engine, replace(request, stopping=replace(request.stopping, time_limit_s=time_limit_s)))
+    assert engine.state().result(30).load.num_preparing == 1
+    guard.may_go.set()
+    assert len(collect(patient).token_ids) == 24
+
+
 def test_cancelling_a_request_in_preparation_ends_it_and_frees_its_place(engine: Engine, guard: SlowGuard) -> None:
     streams = [submit(engine, generation(f"r{number}")) for number in range(4)]
     assert engine.cancel("r1")
