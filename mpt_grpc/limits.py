@@ -80,8 +80,8 @@ MAX_BYTES: Mapping[str, int] = {
 }
 """The largest sizes of texts in UTF-8; of choices together, of stop strings each."""
 
-MAX_TEXT_BYTES = 4 << 20
-"""The largest text that may be truncated, even if fewer of its tokens are kept."""
+MAX_TEXT_CHARACTERS = 1 << 20
+"""The longest text that may be truncated, even if fewer of its tokens are kept."""
 MAX_TOKEN_IDS = 1 << 18
 """The most token IDs that may be truncated or turned into text."""
 MAX_TOKENIZED_CHARACTERS = 1 << 18

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from mpt_grpc.engine.admission import RequestLimits, prompt_violations, request_violations
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, PromptRefusedError
-from mpt_grpc.limits import MAX_TEXT_BYTES
+from mpt_grpc.limits import MAX_TEXT_CHARACTERS
 from mpt_grpc.request import Conversation, GenerationRequest, StoppingCriteria
 from mpt_grpc.step import Matcher
 from mpt_grpc.text.chat import conversation_token_ids
@@ -115,7 +115,7 @@ class Preparation:
 
     def _check_length(self, text: str, is_truncated: bool) -> None:
         """Refuses a text that is certainly too long, before spending time on tokenizing it."""
-        longest = MAX_TEXT_BYTES if is_truncated else self.limits.max_prompt_bytes
+        longest = MAX_TEXT_CHARACTERS if is_truncated else self.limits.max_prompt_bytes
         if len(text) > longest:
             limit = "be truncated" if is_truncated else f"fit in the context of {self.limits.max_context_tokens} tokens"
             raise InvalidRequestError(

@@ -7,9 +7,8 @@ import asyncio
 from starlette.requests import ClientDisconnect, Request
 
 from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc.limits import MAX_TEXT_CHARACTERS
 
-MAX_TEXT_CHARACTERS = 1 << 20
-"""The longest text that the gRPC server reads: a prompt that is truncated, or a text to tokenize."""
 MAX_BODY_BYTES = 6 * MAX_TEXT_CHARACTERS + (2 << 20)
 """Room for the longest text with every character escaped, as \\u00e9, and for the other fields."""
 STALL_TIMEOUT_S = 10

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mpt_grpc.engine.admission import RequestLimits
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, MAX_TEXT_BYTES, MAX_TOKEN_IDS
+from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, MAX_TEXT_CHARACTERS, MAX_TOKEN_IDS
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 _MESSAGE_OVERHEAD_BYTES = 32 << 10
@@ -14,7 +14,7 @@ _MESSAGE_OVERHEAD_BYTES = 32 << 10
 
 def largest_message_bytes(limits: RequestLimits) -> int:
     """Returns the size of the largest message that a request within the limits needs."""
-    prompt = max(MAX_TEXT_BYTES, limits.max_prompt_bytes)
+    prompt = max(4 * MAX_TEXT_CHARACTERS, limits.max_prompt_bytes)  # UTF-8 has up to 4 bytes for a character
     bytes_per_id = 5  # the largest varint of 32 bits
     ids = bytes_per_id * (MAX_TOKEN_IDS + limits.max_context_tokens + limits.vocab_size)
     return prompt + ids + sum(MAX_BYTES.values()) + 16 * sum(MAX_COUNTS.values()) + _MESSAGE_OVERHEAD_BYTES

@@ -18,6 +18,7 @@ from mpt_grpc.gateway import protocol, reading
 from mpt_grpc.gateway.parsing import MAX_VALUES
 from mpt_grpc.gateway.reading import MAX_BODY_BYTES
 from mpt_grpc.gateway.requests import MAX_ITEMS
+from mpt_grpc.limits import MAX_TEXT_CHARACTERS
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings
 
@@ -118,7 +119,7 @@ async def test_text_may_consist_of_characters_that_separate_values(gateway: Runn
 
 
 async def test_the_longest_text_may_be_escaped(gateway: RunningServer) -> None:
-    body = {"prompt": "é" * reading.MAX_TEXT_CHARACTERS, "truncate_prompt_tokens": 5, "max_tokens": 1}
+    body = {"prompt": "é" * MAX_TEXT_CHARACTERS, "truncate_prompt_tokens": 5, "max_tokens": 1}
     status, response = await fetch(gateway, "POST", TEXT, body)
     assert (status, response["usage"]["prompt_tokens"]) == (200, 5)
 
@@ -218,7 +219,7 @@ async def test_chunk_extensions_and_trailers_are_bounded(gateway: RunningServer,
     [
         (TEXT, b'{"prompt": [' + b",".join([b"[" + b"1," * 7000 + b"1]"] * 32) + b'], "max_tokens": 1}'),
         (CHAT, json.dumps({"messages": [{**USER, "content": [{"type": "text", "text": "a"}] * 80}] * 1000}).encode()),
-        (TEXT, json.dumps({"prompt": "é" * reading.MAX_TEXT_CHARACTERS}).encode()),
+        (TEXT, json.dumps({"prompt": "é" * MAX_TEXT_CHARACTERS}).encode()),
         (TEXT, b'{"prompt": "' + b'\\",' * (2 << 20) + b'"}'),
     ],
     ids=["token IDs", "parts", "escapes", "quotes"],
