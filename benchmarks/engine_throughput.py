@@ -23,6 +23,7 @@ import torch
 
 from mpt_grpc import __version__
 from mpt_grpc.checkpoint import find_checkpoint
+from mpt_grpc.commands.units import num_bytes
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel, load_engine
 from mpt_grpc.engine.stream import ThreadStream, collect
@@ -35,8 +36,8 @@ PROMPT_TOKENS = 64
 def main() -> None:
     arguments = _arguments()
     settings = Settings(
-        model=ModelSettings(model=arguments.model, dtype=arguments.dtype, load_format=arguments.load_format),
-        cache=CacheSettings(kv_cache_bytes=int(arguments.kv_cache_gib * (1 << 30))),
+        model=ModelSettings(model=arguments.model, dtype=arguments.dtype, quantize=arguments.quantize, load_format=arguments.load_format),
+        cache=CacheSettings(kv_cache_bytes=arguments.kv_cache),
     )
     engine, model = load_engine(settings)
     # In a separate thread, because of OpenMP's workers: see engine/load.py.
@@ -134,7 +135,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--load-format", choices=("auto", "random"), default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kv-cache", type=float)
+    parser.add_argument("--kv-cache", type=num_bytes, help="the size of the KV cache, such as 1GiB")
+    parser.add_argument("--quantize", choices=("none", "int8"), default="none")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--peer", choices=("transformers",), help="also measure this peer on the same checkpoint")

@@ -22,10 +22,13 @@ from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.generation_config import generation_defaults
 from mpt_grpc.limits import RANGES
 from mpt_grpc.model.adapters import Adapter
+from mpt_grpc.model.attention.native_backend import NativeAttention
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
+from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.mpt import MPT
+from mpt_grpc.model.native import Kernels, load_kernels
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.model.weights import load_model, num_parameters, parameter_shapes, random_model
@@ -72,11 +75,11 @@ def load_engine(
 ) -> tuple[Engine, LoadedModel]:
     """Loads the model and returns an engine that is not yet started. Raises ModelError or SettingsError.
 
-    For a small model on a CPU, torch is limited to one thread unless OMP_NUM_THREADS is set.
+    A small model on a CPU is computed by one thread unless OMP_NUM_THREADS is set.
     """
     parts = _resolve(settings)
-    block_bytes = KVCache.bytes_per_block(parts.config, BLOCK_SIZE, parts.dtype)
-    needs = _memory_needs(settings.cache, num_parameters(parts.config), block_bytes, parts.dtype, parts.device)
+    block_bytes = KVCache.bytes_per_block(parts.config, BLOCK_SIZE, parts.format.dtype)
+    needs = _memory_needs(settings.cache, num_parameters(parts.config), block_bytes, parts.format)
     num_blocks = needs.cache_bytes // block_bytes
     model, cache = _allocate(parts, needs, num_blocks, random=settings.model.load_format == "random")
     loaded = LoadedModel(
@@ -84,8 +87,8 @@ def load_engine(
         config=parts.config,
         defaults=parts.defaults,
         num_parameters=needs.num_parameters,
-        dtype=dtype_name(parts.dtype),
-        device=parts.device.type,
+        dtype=dtype_name(parts.format.stored_dtype),
+        device=parts.format.device.type,
         weight_bytes=needs.weight_bytes,
         num_blocks=num_blocks,
         cache_bytes=num_blocks * block_bytes,
@@ -104,8 +107,7 @@ class _Parts:
     chat_template: ChatTemplate
     guards: Sequence[Guard]
     defaults: GenerationDefaults
-    device: torch.device
-    dtype: torch.dtype
+    format: WeightFormat
     max_context_tokens: int
 
 
@@ -138,27 +140,33 @@ def _resolve(settings: Settings) -> _Parts:
         guards=load_guards(settings.guards),
         # As in transformers, a larger value keeps all tokens.
         defaults=replace(defaults, top_k=min(defaults.top_k, tokenizer.vocab_size)),
-        device=_device(wanted),
-        dtype=_dtype(wanted),
+        format=_weight_format(wanted, config),
         max_context_tokens=max_context_tokens,
     )
 
 
 def _allocate(parts: _Parts, needs: MemoryNeeds, num_blocks: int, *, random: bool) -> tuple[MPT, KVCache]:
     """Loads the weights and makes the cache."""
-    config, device, dtype = parts.config, parts.device, parts.dtype
+    config, format = parts.config, parts.format
 
     def load_weights() -> MPT:
         if random:
-            return random_model(config, dtype, device)
-        return load_model(parts.checkpoint.folder, config, dtype, device, parts.adapters)
+            return random_model(config, format)
+        return load_model(parts.checkpoint.folder, config, format, parts.adapters)
 
-    if device.type == "cpu" and needs.weight_bytes <= _SMALL_MODEL_BYTES and "OMP_NUM_THREADS" not in os.environ:
-        # Two threads wait for each other so often that a single other busy process costs three quarters of the speed.
-        torch.set_num_threads(1)
+    if format.kernels is not None:
+        format.kernels.set_threads(torch.get_num_threads())
     model = _in_own_thread(load_weights)
+    if format.device.type == "cpu":
+        if needs.weight_bytes <= _SMALL_MODEL_BYTES and "OMP_NUM_THREADS" not in os.environ:
+            # Two threads wait for each other so often that one other busy process costs three quarters of the speed.
+            torch.set_num_threads(1)
+        if format.kernels is not None:
+            format.kernels.set_threads(torch.get_num_threads())
+            torch.set_num_threads(1)  # what torch still computes is small
     try:
-        return model, _in_own_thread(lambda: KVCache(config, num_blocks, BLOCK_SIZE, dtype, device))
+        cache = _in_own_thread(lambda: KVCache(config, num_blocks, BLOCK_SIZE, format.dtype, format.device))
+        return model, cache
     except RuntimeError as error:
         raise SettingsError(f"--kv-cache: cannot allocate {needs.cache_bytes:,} bytes: {error}") from error
 
@@ -171,7 +179,12 @@ def _assemble(
     tracer: Tracer | None,
     loop: asyncio.AbstractEventLoop | None,
 ) -> Engine:
-    tokenizer = parts.tokenizer
+    tokenizer, format = parts.tokenizer, parts.format
+    attention = (
+        TorchAttention(parts.config, format.device)
+        if format.kernels is None
+        else NativeAttention(parts.config, format.kernels)
+    )
     # A single request may fill the whole cache; a longer one could never complete.
     max_context_tokens = min(parts.max_context_tokens, cache.num_blocks * BLOCK_SIZE)
     max_in_flight = limits.max_running_requests + limits.max_waiting_requests
@@ -189,7 +202,7 @@ def _assemble(
             BlockPool(cache.num_blocks, BLOCK_SIZE),
             tokenizer.eos_token_ids,
         ),
-        Runner(model, cache, TorchAttention(parts.config, parts.device), parts.device, tokenizer.vocab_size),
+        Runner(model, cache, attention, format.device, tokenizer.vocab_size),
         Sampler(tokenizer.vocab_size),
         max_in_flight=max_in_flight,
         tracer=tracer,
@@ -214,21 +227,39 @@ def _device(wanted: ModelSettings) -> torch.device:
     return torch.device("cuda" if wanted.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _dtype(wanted: ModelSettings) -> torch.dtype:
+def _weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightFormat:
+    device = _device(wanted)
+    kernels = _kernels(config) if device.type == "cpu" and wanted.dtype != "float16" else None
+    if wanted.quantize == "int8" and kernels is None:
+        raise SettingsError("--quantize: int8 needs the compiled kernels, which compute on a CPU without --dtype float16")
     if wanted.dtype != "auto":
-        return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[wanted.dtype]
-    if _device(wanted).type == "cuda":
-        return torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[wanted.dtype]
+    elif device.type == "cuda":
+        dtype = torch.float16
+    elif kernels is not None or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtype = torch.bfloat16
+    else:
+        dtype = torch.float32
+    return WeightFormat(dtype, device, kernels, quantize=wanted.quantize == "int8")
 
 
-def _memory_needs(
-    wanted: CacheSettings, num_parameters: int, block_bytes: int, dtype: torch.dtype, device: torch.device
-) -> MemoryNeeds:
+def _kernels(config: MPTConfig) -> Kernels | None:
+    """Returns the compiled kernels, if there are any and the model's sizes suit them."""
+    kernels = load_kernels()
+    if kernels is None:
+        _log.warning(
+            "the kernels for CPUs are not compiled, so that PyTorch computes, which is slower;"
+            " install a C++ compiler, such as g++, and install mpt-grpc again"
+        )
+    return kernels if config.d_model % 4 == 0 and config.d_ffn % 4 == 0 else None
+
+
+def _memory_needs(wanted: CacheSettings, num_parameters: int, block_bytes: int, format: WeightFormat) -> MemoryNeeds:
     """Returns what will be allocated, with at least one block of KV cache.
 
     Raises ModelError if memory cannot hold it, and SettingsError if --kv-cache cannot hold a block.
     """
+    device, dtype = format.device, format.stored_dtype
     free_bytes, cache_bytes, reserved_bytes = free_memory(device), wanted.kv_cache_bytes, STEP_BYTES
     if cache_bytes is not None and cache_bytes < block_bytes:
         raise SettingsError(f"--kv-cache: {cache_bytes:,} bytes cannot hold a block, which takes {block_bytes:,}")

@@ -8,16 +8,13 @@ and a tied head; the variants that `MPTConfig` has are llm-foundry's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpt_grpc.model.config import MPTConfig, Rope
-from mpt_grpc.model.linear import Linear
+from mpt_grpc.model.linear import Embedding, Linear, Norm, WeightFormat
 
 
 class Attend(Protocol):
@@ -38,17 +35,15 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         d_kv = config.n_kv_heads * config.head_dim
-        self.Wqkv = Linear(config.d_model, config.d_model + 2 * d_kv, config.qkv_bias)
+        self.Wqkv = Linear(config.d_model, config.d_model + 2 * d_kv, config.qkv_bias, clip=config.clip_qkv)
         self.out_proj = Linear(config.d_model, config.d_model, config.bias)
         if config.qk_ln:
             self.q_ln = _norm(config, config.d_model)
             self.k_ln = _norm(config, d_kv)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, residual: Tensor) -> Tensor:
         config = self.config
         qkv = self.Wqkv(x)
-        if config.clip_qkv is not None:
-            qkv = qkv.clamp(-config.clip_qkv, config.clip_qkv)
         d_kv = config.n_kv_heads * config.head_dim
         query, key, value = qkv.split([config.d_model, d_kv, d_kv], dim=-1)
         if config.qk_ln:
@@ -59,16 +54,7 @@ class Attention(nn.Module):
             key.unflatten(-1, (config.n_kv_heads, config.head_dim)),
             value.unflatten(-1, (config.n_kv_heads, config.head_dim)),
         )
-        return self.out_proj(context.flatten(-2))
-
-
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+        return self.out_proj(context.flatten(-2), residual)
 
 
 class FeedForward(nn.Module):
@@ -76,15 +62,16 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
-        self.up_proj = Linear(config.d_model, config.d_ffn, config.bias)
-        self.gate_proj = Linear(config.d_model, config.d_ffn, config.bias) if config.gated_ffn else None
-        self.down_proj = Linear(config.d_ffn, config.d_model, config.bias)
-        self.activation = _ACTIVATIONS[config.activation]
+        d_model, d_ffn, activation = config.d_model, config.d_ffn, config.activation
+        self.up_proj = Linear(
+            d_model, d_ffn, config.bias, activation="none" if config.gated_ffn else activation
+        )
+        self.gate_proj = Linear(d_model, d_ffn, config.bias, activation=activation) if config.gated_ffn else None
+        self.down_proj = Linear(d_ffn, d_model, config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        hidden = self.up_proj(x) if self.gate_proj is None else self.gate_proj(x) * self.up_proj(x)
+        return self.down_proj(hidden, residual)
 
 
 class Block(nn.Module):
@@ -98,8 +85,8 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attn(self.norm_1(x), attend)
-        return x + self.ffn(self.norm_2(x))
+        x = self.attn(self.norm_1(x), attend, residual=x)
+        return self.ffn(self.norm_2(x), residual=x)
 
 
 class Transformer(nn.Module):
@@ -108,8 +95,8 @@ class Transformer(nn.Module):
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = _embedding(config.vocab_size, config.d_model)
-        self.wpe = _embedding(config.max_seq_len, config.d_model) if config.learned_positions else None
+        self.wte = Embedding(config.vocab_size, config.d_model)
+        self.wpe = Embedding(config.max_seq_len, config.d_model) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm_f = _norm(config, config.d_model)
 
@@ -129,7 +116,7 @@ class MPT(nn.Module):
 
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.format = config, WeightFormat(torch.float32, torch.device("cpu"))
         self.transformer = Transformer(config)
         self.lm_head = None if config.tied_head else Linear(config.d_model, config.vocab_size, bias=False)
 
@@ -141,8 +128,8 @@ class MPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns float32 logits [n, vocab_size] for `hidden` [n, d_model]."""
         normed, scale, cap = self.transformer.norm_f(hidden), self.config.logit_scale, self.config.logit_softcap
-        head = self.lm_head(normed) if self.lm_head is not None else F.linear(normed, self.transformer.wte.weight)
-        logits = head.to(torch.float32)
+        head = self.transformer.wte.project if self.lm_head is None else self.lm_head
+        logits: Tensor = head(normed).to(torch.float32)
         if scale is not None:
             logits = logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -176,12 +163,5 @@ def rotating(attend: Attend, positions: Tensor, rope: Rope, head_dim: int) -> At
     return lambda layer, query, key, value: attend(layer, rotate(query), rotate(key), value)
 
 
-def _embedding(rows: int, size: int) -> nn.Embedding:
-    # Passing a weight keeps torch from initializing one, for which it would import sympy: 1.7 s at every start.
-    return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
-
-
-def _norm(config: MPTConfig, size: int) -> nn.Module:
-    if config.rms_norm:
-        return nn.RMSNorm(size, eps=config.norm_eps)
-    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
+def _norm(config: MPTConfig, size: int) -> Norm:
+    return Norm(size, config.norm_eps, config.bias, is_rms=config.rms_norm)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mpt_grpc.errors import WeightsError
 from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
-from mpt_grpc.model.linear import Linear
+from mpt_grpc.model.linear import Embedding, Linear, Norm, WeightFormat
 from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.tensor_files import read_tensors
 from mpt_grpc.model_files import WEIGHT_LAYOUTS, shard_names
@@ -27,18 +27,17 @@ _COMPUTED = "transformer.rotary_embedding."
 """The prefix of the constants of rotary position embeddings, which old versions of transformers store."""
 
 
-def load_model(
-    folder: Path, config: MPTConfig, dtype: torch.dtype, device: torch.device, adapters: Sequence[Adapter] = ()
-) -> MPT:
+def load_model(folder: Path, config: MPTConfig, format: WeightFormat, adapters: Sequence[Adapter] = ()) -> MPT:
     """Loads the checkpoint in `folder`, with the adapters merged in turn.
 
     Raises WeightsError naming the tensor if one is missing, unexpected or has the wrong shape.
     """
-    return _fill(config, read_tensors(weight_files(folder)), dtype, device, adapters)
+    return _fill(config, read_tensors(weight_files(folder)), format, adapters)
 
 
-def random_model(config: MPTConfig, dtype: torch.dtype, device: torch.device) -> MPT:
+def random_model(config: MPTConfig, format: WeightFormat) -> MPT:
     """Returns a model with random weights that keep activations finite, for benchmarks without a checkpoint."""
+    dtype, device = format.dtype, format.device
     generator = torch.Generator(device).manual_seed(0)
 
     def tensor(name: str, shape: torch.Size) -> Tensor:
@@ -47,9 +46,7 @@ def random_model(config: MPTConfig, dtype: torch.dtype, device: torch.device) ->
         std = 0.02 if name == _EMBEDDING else shape[1] ** -0.5
         return torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
 
-    return _fill(
-        config, ((name, tensor(name, shape)) for name, shape in parameter_shapes(config).items()), dtype, device
-    )
+    return _fill(config, ((name, tensor(name, shape)) for name, shape in parameter_shapes(config).items()), format)
 
 
 def parameter_shapes(config: MPTConfig) -> dict[str, torch.Size]:
@@ -88,15 +85,15 @@ def weight_files(folder: Path) -> list[Path]:
 def _fill(
     config: MPTConfig,
     tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype,
-    device: torch.device,
+    format: WeightFormat,
     adapters: Sequence[Adapter] = (),
 ) -> MPT:
     with torch.device("meta"):
         model = MPT(config)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    total_bytes = sum(shape.numel() for shape in expected.values()) * dtype.itemsize
-    missing, head = set(expected), None
+    dtype, item_bytes = format.dtype, format.stored_dtype.itemsize
+    total_bytes = sum(shape.numel() for shape in expected.values()) * item_bytes
+    missing, head, embedding = set(expected), None, None
     with _progress(total_bytes) as advance:
         for name, tensor in tensors:
             if name.startswith(_COMPUTED):
@@ -104,6 +101,8 @@ def _fill(
             if name == _HEAD and config.tied_head:
                 head = tensor  # compared with the embedding at the end, whichever shards they are in
                 continue
+            if name == _EMBEDDING:
+                embedding = tensor
             if name not in expected:
                 is_bias = name.endswith(".bias") and name.removesuffix("bias") + "weight" in expected
                 hint = "; config.json sets no_bias to true, which is also the default" if is_bias else ""
@@ -112,24 +111,29 @@ def _fill(
                 raise WeightsError(f"tensor {name!r} has shape {list(tensor.shape)}, not {list(expected[name])}")
             for adapter in adapters:
                 tensor = adapter.merged(name, tensor)
-            # Copied, so that the file can be unmapped.
-            _set(model, name, torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor))
+            _set(model, name, tensor, format)
             missing.discard(name)
-            advance(tensor.numel() * dtype.itemsize)
+            advance(tensor.numel() * item_bytes)
     if missing:
         raise WeightsError(f"tensor {min(missing)!r} is missing; {len(missing)} missing in total")
-    if head is not None and not torch.equal(model.transformer.wte.weight, head.to(device, dtype)):
+    if head is not None and embedding is not None and not torch.equal(embedding.to(dtype), head.to(dtype)):
         why = "config.json sets tie_word_embeddings to true, which is also the default"
         raise WeightsError(f"tensor {_HEAD!r} differs from {_EMBEDDING!r}, but {why}")
+    model.format = format
     return model.eval()
 
 
-def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _set(model: nn.Module, name: str, tensor: Tensor, format: WeightFormat) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-    if isinstance(module, Linear) and leaf == "weight":
-        module.prepack()
+    # The kernels compute in float32, and round to 8 bits from it.
+    dtype = torch.float32 if format.kernels and (tensor.ndim == 1 or format.quantize) else format.dtype
+    # Copied, so that the file can be unmapped.
+    copy = torch.empty(tensor.shape, dtype=dtype, device=format.device).copy_(tensor)
+    module.register_parameter(leaf, nn.Parameter(copy, requires_grad=False))
+    if leaf == "weight":
+        assert isinstance(module, Embedding | Linear | Norm)
+        module.prepack(format)
 
 
 def _progress(total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:

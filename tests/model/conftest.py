@@ -14,10 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpt_grpc.model.attention.native_backend import NativeAttention
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
+from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.mpt import MPT
+from mpt_grpc.model.native import load_kernels
 from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.model.weights import load_model
 from mpt_grpc.request import SamplingParameters, TokenLogprob
@@ -107,9 +110,10 @@ def make_checkpoint(
     return tensors
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> MPT:
-    """Loads the checkpoint in `folder` with the code under test."""
-    return load_model(folder, MPTConfig.from_file(folder / "config.json"), dtype, CPU)
+def load(folder: Path, dtype: torch.dtype = torch.float32, *, quantize: bool = False) -> MPT:
+    """Loads the checkpoint in `folder` with the code under test, for the kernels that MPT_GRPC_ISA selects."""
+    format = WeightFormat(dtype, CPU, load_kernels(), quantize)
+    return load_model(folder, MPTConfig.from_file(folder / "config.json"), format)
 
 
 def as_arrays(weights: Mapping[str, Tensor]) -> dict[str, Array]:
@@ -128,9 +132,10 @@ class Stepper:
     def __init__(
         self, model: MPT, *, num_blocks: int = 256, block_size: int = 4, vocab_size: int | None = None
     ) -> None:
-        config, dtype = model.config, model.transformer.wte.weight.dtype
-        cache = KVCache(config, num_blocks, block_size, dtype, CPU)
-        self._runner = Runner(model, cache, TorchAttention(config, CPU), CPU, vocab_size or config.vocab_size)
+        config, format = model.config, model.format
+        cache = KVCache(config, num_blocks, block_size, format.dtype, CPU)
+        attention = NativeAttention(config, format.kernels) if format.kernels else TorchAttention(config, CPU)
+        self._runner = Runner(model, cache, attention, CPU, vocab_size or config.vocab_size)
         self._block_size = block_size
         self._ids: dict[str, int] = {}
         self._new_ids = itertools.count()

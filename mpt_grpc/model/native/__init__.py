@@ -1,0 +1,203 @@
+"""The compiled kernels for CPUs: products with packed weights, norms, and attention over the paged cache.
+
+`native/` holds their source, which is compiled once for each instruction set when the package is installed. They
+compute in float32, whatever the type of the weights, with their own threads. Each row's result has the same bits
+whatever rows are beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mpt_grpc.errors import SettingsError
+
+INSTRUCTION_SETS = {
+    "avx512": frozenset("avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni fma".split()),
+    "avx2": frozenset("avx2 fma f16c bmi1 bmi2".split()),
+    "portable": frozenset[str](),
+}
+"""The instruction sets that the kernels are compiled for, best first, and the CPU flags that each needs."""
+_VARIABLE = "MPT_GRPC_ISA"
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+"""As numbered by the library."""
+
+
+class _Matrix(Structure):
+    _fields_: ClassVar = [
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+        ("type", c_int32),
+    ]
+
+
+class AttentionStep(Structure):
+    """The arguments of `Kernels.attend`, described in native/attention.hpp."""
+
+    _fields_: ClassVar = [
+        *((name, c_int64) for name in ("num_tokens", "num_sequences", "n_heads", "n_kv_heads", "head_dim")),
+        *((name, c_int64) for name in ("block_size", "query_stride", "key_stride", "value_stride")),
+        *((name, c_void_p) for name in ("query", "key", "value", "context", "keys", "values")),
+        *((name, c_void_p) for name in ("query_starts", "starts", "block_tables")),
+        ("table_stride", c_int64),
+        ("slopes", c_void_p),
+        ("scale", c_float),
+        ("window", c_int64),
+    ]
+
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "set_threads": (None, (c_int32,)),
+    "packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
+    "pack": (None, (POINTER(_Matrix), c_void_p, c_void_p)),
+    "linear": (None, (POINTER(_Matrix), c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_float, c_void_p)),
+    "embedding": (None, (POINTER(_Matrix), c_void_p, c_int64, c_void_p)),
+    "norm": (None, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float, c_int32, c_void_p)),
+    "attend": (None, (POINTER(AttentionStep), c_int32)),
+}
+
+
+class Kernels:
+    """The kernels for one instruction set. Only one thread at a time may call them."""
+
+    def __init__(self, instruction_set: str, library: Path) -> None:
+        self.instruction_set = instruction_set
+        functions = ctypes.CDLL(str(library))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(functions, name)
+            function.restype, function.argtypes = result, arguments
+        self._functions: Any = functions
+
+    def set_threads(self, count: int) -> None:
+        """Sets how many threads compute, the caller's included."""
+        self._functions.set_threads(count)
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, is_rms: bool) -> Tensor:
+        """Returns layer norm, or RMS norm, of the rows of x [rows, size]; everything is float32."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        rows, size = x.shape
+        self._functions.norm(
+            x.data_ptr(), rows, size, weight.data_ptr(), _pointer(bias), eps, is_rms, y.data_ptr()
+        )
+        return y
+
+    def attend(self, step: AttentionStep, cache_dtype: torch.dtype) -> None:
+        """Writes the step's keys and values to the cache and attends."""
+        self._functions.attend(step, _TYPES[cache_dtype])
+
+    def pack(self, weight: Tensor, *, quantize: bool) -> PackedMatrix:
+        """Packs a weight [outputs, inputs] of float32 or bfloat16; the number of inputs is a multiple of 4.
+
+        quantize: whether to round it to 8 bits, with one scale for each output.
+        """
+        return PackedMatrix(self._functions, weight, quantize)
+
+
+class PackedMatrix:
+    """A weight in the kernels' layout."""
+
+    def __init__(self, functions: Any, weight: Tensor, quantize: bool) -> None:
+        self._functions = functions
+        self.outputs, self.inputs = weight.shape
+        self._scales = None
+        if quantize:
+            # A row of zeros has the scale 1.
+            scales = weight.abs().amax(dim=1).to(torch.float32) / 127
+            self._scales = scales.masked_fill_(scales == 0, 1)
+            rows = torch.empty(weight.shape, dtype=torch.uint8)
+            for part, scale, packed in zip(weight.split(1024), scales.split(1024), rows.split(1024), strict=True):
+                packed.copy_((part.to(torch.float32) / scale[:, None]).round_().add_(128))
+        else:
+            rows = weight.contiguous()
+        kind = _TYPES[torch.int8 if quantize else weight.dtype]
+        self._data = torch.empty(functions.packed_bytes(kind, self.outputs, self.inputs), dtype=torch.uint8)
+        self._matrix = _Matrix(self._data.data_ptr(), _pointer(self._scales), self.outputs, self.inputs, kind)
+        functions.pack(self._matrix, rows.data_ptr(), self._data.data_ptr())
+
+    def linear(
+        self, x: Tensor, bias: Tensor | None, activation: str, clip: float | None, residual: Tensor | None
+    ) -> Tensor:
+        """Returns activation(x Wᵀ + bias), clipped to [-clip, clip], plus the residual: float32 [rows, outputs]."""
+        x = x.contiguous()
+        y = torch.empty(len(x), self.outputs)
+        self._functions.linear(
+            self._matrix,
+            x.data_ptr(),
+            len(x),
+            y.data_ptr(),
+            _pointer(bias),
+            ACTIVATIONS.index(activation),
+            float("inf") if clip is None else clip,
+            _pointer(residual),
+        )
+        return y
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Returns the rows of the matrix with these indices, float32 [n, inputs]."""
+        y = torch.empty(len(indices), self.inputs)
+        self._functions.embedding(self._matrix, indices.contiguous().data_ptr(), len(indices), y.data_ptr())
+        return y
+
+
+def load_kernels() -> Kernels | None:
+    """Loads the kernels for the best instruction set of this machine; None if none was compiled.
+
+    The environment variable MPT_GRPC_ISA chooses another one, or "none". Raises SettingsError if this machine or this
+    installation lacks the chosen one.
+    """
+    wanted = os.environ.get(_VARIABLE)
+    if wanted == "none":
+        return None
+    available = available_instruction_sets()
+    if wanted is None:
+        return _load(available[0]) if available else None
+    if wanted not in available:
+        supported = ", ".join((*available, "none"))
+        raise SettingsError(f"{_VARIABLE}: {wanted!r} is not available here; use one of {supported}")
+    return _load(wanted)
+
+
+def available_instruction_sets() -> list[str]:
+    """Returns the instruction sets that were compiled and that this machine has, best first."""
+    flags = _cpu_flags()
+    return [name for name, needed in INSTRUCTION_SETS.items() if needed <= flags and _library(name) is not None]
+
+
+@cache
+def _load(instruction_set: str) -> Kernels:
+    library = _library(instruction_set)
+    assert library is not None
+    return Kernels(instruction_set, library)
+
+
+def _library(instruction_set: str) -> Path | None:
+    candidates = (Path(__file__).with_name(instruction_set + suffix) for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _cpu_flags() -> frozenset[str]:
+    """Returns the CPU features that the operating system reports; none where it is not Linux."""
+    if sys.platform != "linux":
+        return frozenset()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            return frozenset(value.split())
+    return frozenset()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

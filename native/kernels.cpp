@@ -1,0 +1,100 @@
+// The library's functions, with C's calling convention. Sizes and pointers are checked by the caller.
+
+#include <memory>
+
+#include "attention.hpp"
+#include "matmul.hpp"
+#include "pointwise.hpp"
+
+enum class Type : int32_t { float32, bfloat16, int8 };
+
+// A matrix [outputs, inputs] in packed form. The number of inputs is a multiple of 4.
+struct Matrix {
+    const void *data;
+    const float *scales;  // [outputs], of int8, or null
+    int64_t outputs, inputs;
+    Type type;
+};
+
+static std::unique_ptr<Pool> pool = std::make_unique<Pool>(1);
+
+// Calls a function with the matrix's packed weights.
+template <class Function>
+static void with_weights(const Matrix &matrix, const Function &function) {
+    switch (matrix.type) {
+        case Type::float32: return function(static_cast<const float *>(matrix.data));
+        case Type::bfloat16: return function(static_cast<const bf16 *>(matrix.data));
+        case Type::int8: return function(static_cast<const Int8 *>(matrix.data));
+    }
+}
+
+template <class Weight>
+static void multiply(const float *x, int64_t rows, const Weight *weights, const Matrix &matrix, float *y,
+                     const Epilogue &epilogue) {
+#if defined(__AVX512VNNI__)
+    if constexpr (std::is_same_v<Weight, Int8>)
+        return matmul<IntegerProducts>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, *pool);
+#endif
+    matmul<Widened<Weight>>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, *pool);
+}
+
+extern "C" {
+
+// Not to be called while another function runs.
+void set_threads(int32_t threads) { pool = std::make_unique<Pool>(threads); }
+
+// The size in bytes of a packed matrix.
+int64_t packed_bytes(Type type, int64_t outputs, int64_t inputs) {
+    const int64_t item = type == Type::float32 ? 4 : type == Type::bfloat16 ? 2 : 1;
+    return num_panels(outputs) * PANEL * inputs * item;
+}
+
+// Packs rows of the matrix's type; int8 ones are biased by 128. packed: what matrix.data points to.
+void pack(const Matrix *matrix, const void *rows, void *packed) {
+    with_weights(*matrix, [&](auto *weights) {
+        using Weight = std::remove_const_t<std::remove_pointer_t<decltype(weights)>>;
+        const Weight *from = static_cast<const Weight *>(rows);
+        Weight *to = static_cast<Weight *>(packed);
+        const int64_t inputs = matrix->inputs;
+        pool->run(num_panels(matrix->outputs), [&](int64_t panel) {
+            for (int64_t n = 0; n < PANEL; n++)
+                for (int64_t k = 0; k < inputs; k++) {
+                    const int64_t row = panel * PANEL + n;
+                    to[panel * PANEL * inputs + packed_index<Weight>(n, k)] =
+                        row < matrix->outputs ? from[row * inputs + k] : Weight{};
+                }
+        });
+    });
+}
+
+// y = activation(x Wᵀ + bias) + residual; bias and residual may be null.
+void linear(const Matrix *matrix, const float *x, int64_t rows, float *y, const float *bias, Activation activation,
+            float clip, const float *residual) {
+    const Epilogue epilogue{matrix->scales, bias, activation, clip, residual};
+    with_weights(*matrix, [&](auto *weights) { multiply(x, rows, weights, *matrix, y, epilogue); });
+}
+
+// The rows of the matrix with these numbers.
+void embedding(const Matrix *matrix, const int64_t *ids, int64_t count, float *y) {
+    with_weights(*matrix, [&](auto *weights) {
+        embed(ids, count, weights, matrix->scales, matrix->inputs, y, *pool);
+    });
+}
+
+// Layer norm, or RMS norm, of each row of x [rows, size].
+void norm(const float *x, int64_t rows, int64_t size, const float *weight, const float *bias, float eps, int32_t is_rms,
+          float *y) {
+    const Norm norm{weight, bias, eps, is_rms != 0};
+    constexpr int64_t VALUES = 1 << 15;  // in one piece of work
+    const int64_t piece = std::max<int64_t>(1, VALUES / size);
+    pool->run((rows + piece - 1) / piece, [&](int64_t i) {
+        for (int64_t row = i * piece; row < std::min(rows, (i + 1) * piece); row++)
+            normalize(x + row * size, size, norm, y + row * size);
+    });
+}
+
+// Attention over a cache of float32 or bfloat16.
+void attend(const AttentionStep *step, Type type) {
+    type == Type::bfloat16 ? attention<bf16>(*step, *pool) : attention<float>(*step, *pool);
+}
+}

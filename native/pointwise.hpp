@@ -1,0 +1,45 @@
+// Normalization of rows, and rows of an embedding.
+#pragma once
+
+#include "matmul.hpp"
+
+// (x - mean) / sqrt(variance + eps) * weight + bias; the mean and its square are 0 for RMS norm.
+struct Norm {
+    const float *weight, *bias;  // [size]; the bias may be null
+    float eps;
+    bool is_rms;
+};
+
+inline void normalize(const float *x, int64_t size, const Norm &norm, float *y) {
+    const auto reduce = [&](auto value) {
+        Floats sums{};
+        for (int64_t i = 0; i < size; i += LANES) {
+            Floats v{};
+            memcpy(&v, x + i, 4 * std::min<int64_t>(LANES, size - i));
+            Floats result = value(v);
+            for (int64_t j = size - i; j < LANES; j++) result[j] = 0;
+            sums += result;
+        }
+        return sum(sums) / float(size);
+    };
+    const float mean = norm.is_rms ? 0.f : reduce([](Floats v) { return v; });
+    const float variance = reduce([&](Floats v) { return (v - mean) * (v - mean); });
+    const float scale = 1 / std::sqrt(variance + norm.eps);
+    for (int64_t i = 0; i < size; i++) {
+        const float value = (x[i] - mean) * scale * norm.weight[i];
+        y[i] = norm.bias == nullptr ? value : value + norm.bias[i];
+    }
+}
+
+template <class Weight>
+void embed(const int64_t *ids, int64_t count, const Weight *weights, const float *scales, int64_t size, float *y,
+           Pool &pool) {
+    pool.run(count, [&](int64_t row) {
+        const int64_t id = ids[row];
+        const Weight *panel = weights + id / PANEL * PANEL * size;
+        for (int64_t k = 0; k < size; k++) {
+            const float value = to_float(panel[packed_index<Weight>(id % PANEL, k)]);
+            y[row * size + k] = scales == nullptr ? value : value * scales[id];
+        }
+    });
+}

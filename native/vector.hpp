@@ -1,0 +1,108 @@
+// Vectors of floats in the width of the instruction set that this file is compiled for, and functions on them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class V, class T>
+inline V load(const T *from) {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V, class T>
+inline void store(T *to, V v) {
+    memcpy(to, &v, sizeof v);
+}
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
+
+inline Floats as_floats(Words bits) { return (Floats)bits; }
+
+inline Floats load_floats(const float *from) { return load<Floats>(from); }
+inline Floats load_floats(const bf16 *from) {
+    return as_floats(__builtin_convertvector(load<Halves>(from), Words) << 16);
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Rounds to nearest, ties to even, as torch does. The argument is finite.
+inline void store_rounded(float *to, float x) { *to = x; }
+inline void store_rounded(bf16 *to, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    to->bits = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The sum of all lanes, added pairwise.
+inline float sum(Floats v) {
+    typedef float Quarter __attribute__((vector_size(16)));
+#if defined(__AVX__)
+    typedef float Half __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
+    const Half half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    const Half half = v;
+#endif
+    const Quarter quarter =
+        __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#else
+    const Quarter quarter = v;
+#endif
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+inline float highest(Floats v) {
+    float result = v[0];
+    for (int i = 1; i < LANES; i++) result = v[i] > result ? v[i] : result;
+    return result;
+}
+
+// e^x with a relative error below 2e-7; 0 below -87, where float32 has only subnormal numbers.
+inline Floats exp(Floats x) {
+    const Floats bounded = max(min(x, splat(88.f)), splat(-87.f));
+    const Floats magic = splat(12582912.f);  // 1.5 x 2^23: adding it rounds to an integer
+    const Floats n = (bounded * 1.44269504f + magic) - magic;
+    const Floats r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
+    // The Taylor series, which is exact enough for |r| <= ln(2) / 2.
+    Floats p = splat(1.f / 5040);
+    p = p * r + 1.f / 720;
+    p = p * r + 1.f / 120;
+    p = p * r + 1.f / 24;
+    p = p * r + 1.f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+    const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    return x < splat(-87.f) ? Floats{} : p * (Floats)power;
+}
