@@ -132,7 +132,7 @@ class Engine:
         wanted = request.request if isinstance(request, PreparedRequest) else request
         stream = kind(wanted.request_id, lambda: self._send_end(reference, _CANCELLED))
         record: RequestRecord = RequestRecord(wanted, stream, context, self._now_s())
-        reference = weakref.ref(record)
+        reference: weakref.ref[RequestRecord] = weakref.ref(record)
         with self._lock:
             if self._refusal is not None:
                 raise type(self._refusal)(str(self._refusal))
