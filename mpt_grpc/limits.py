@@ -80,7 +80,7 @@ MAX_BYTES: Mapping[str, int] = {
 }
 """The largest sizes of texts in UTF-8; of choices together, of stop strings each."""
 
-MAX_TEXT_CHARACTERS = 1 << 20
+MAX_TEXT_CHARACTERS = 1 << 18
 """The longest text that may be truncated, even if fewer of its tokens are kept."""
 MAX_TOKEN_IDS = 1 << 18
 """The most token IDs that may be truncated or turned into text."""

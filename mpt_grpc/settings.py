@@ -93,7 +93,6 @@ class ServerSettings:
     """How long running requests may take to finish after SIGTERM."""
     stall_timeout_s: float = 120.0
     """Health reports NOT_SERVING when requests wait or run and no step has completed for this long."""
-    max_message_bytes: int = 32 << 20
 
     def __post_init__(self) -> None:
         if not 0 <= self.grpc_port <= 65535:

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -79,6 +80,7 @@ class Engine:
         self.preparation = preparation
         self.load = EngineLoad(num_free_blocks=scheduler.num_free_blocks)
         self._scheduler, self._runner, self._sampler = scheduler, runner, sampler
+        self._loop = loop
         self._outbox = Outbox(loop)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._masks = MaskWorkers(on_ready=lambda: self._commands.put(_wake_up))
@@ -123,11 +125,14 @@ class Engine:
         """Takes a place for a request, has it prepared, and returns its stream.
 
         `context` is the parent of the request's spans. Raises DuplicateRequestError, OverloadedError or
-        UnavailableError. The errors of preparing, and later ones, are raised by the stream.
+        UnavailableError, and RuntimeError for a stream that could never be read. The errors of preparing, and later
+        ones, are raised by the stream.
         """
+        self._check_can_be_read(kind)
         wanted = request.request if isinstance(request, PreparedRequest) else request
-        stream = kind(wanted.request_id, lambda: self._commands.put(lambda: self._end(record, _CANCELLED)))
+        stream = kind(wanted.request_id, lambda: self._send_end(reference, _CANCELLED))
         record: RequestRecord = RequestRecord(wanted, stream, context, self._now_s())
+        reference: weakref.ref[RequestRecord] = weakref.ref(record)
         with self._lock:
             if self._refusal is not None:
                 raise type(self._refusal)(str(self._refusal))
@@ -142,6 +147,13 @@ class Engine:
             self._preparers.run(request, lambda: self._prepare(record))
         return stream
 
+    def _check_can_be_read(self, kind: type[AsyncStream] | type[ThreadStream]) -> None:
+        if kind is AsyncStream and self._loop is None:
+            raise RuntimeError("the engine has no event loop: load it with one, or use a ThreadStream")
+        if kind is ThreadStream and self._loop is not None and _running_loop() is self._loop:
+            why = "would wait in the event loop that delivers its outputs"
+            raise RuntimeError(f"a ThreadStream {why}: use another thread, or an AsyncStream")
+
     def _prepare(self, record: RequestRecord) -> None:
         """Prepares a request in any thread, unless its caller has gone."""
         if not self._requests.is_preparing(record):
@@ -153,17 +165,25 @@ class Engine:
             if not isinstance(error, MptServerError):
                 _log.exception("request %s could not be prepared", record.request.request_id)
                 refusal = InternalError(f"the request could not be prepared: {type(error).__name__}")
+            # The frames of a traceback would hold the request, in a cycle.
+            refusal.__traceback__ = refusal.__cause__ = refusal.__context__ = None
             if self._requests.remove_preparing(record):
                 self._outbox.put([(record.stream.receive, TokenEvent(0, error=refusal))])
         else:
             self._start(record, prepared)
 
     def _start(self, record: RequestRecord, prepared: PreparedRequest) -> None:
-        def end(finish: Finish, index: int) -> None:
-            self._commands.put(lambda: self._end(record, finish, index))
-
-        assembly = self._assembly(prepared, end)
+        reference = weakref.ref(record)
+        assembly = self._assembly(prepared, lambda finish, index: self._send_end(reference, finish, index))
         self._commands.put(lambda: self._add(record, prepared, assembly))
+
+    def _send_end(self, reference: weakref.ref[RequestRecord], finish: Finish, index: int | None = None) -> None:
+        """Has a request end, or one of its outputs.
+
+        Streams only refer to their requests, which are freed with all that they hold as soon as they have ended.
+        """
+        if (record := reference()) is not None:
+            self._commands.put(lambda: self._end(record, finish, index))
 
     def cancel(self, request_id: str) -> bool:
         """Cancels a request and frees its blocks before the next step; returns False if it is not in flight."""
@@ -389,6 +409,13 @@ class Engine:
     def _now_s(self) -> float:
         """Returns the time in seconds since the epoch, by a clock that never goes backwards."""
         return self._epoch_s + time.monotonic()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _wake_up() -> None:

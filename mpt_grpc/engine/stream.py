@@ -41,8 +41,12 @@ class _Stream:
 
     def _advance(self, events: list[TokenEvent]) -> list[OutputDelta]:
         if self._begun is None:  # the request was refused before it could begin
-            assert events[0].error is not None
-            raise events[0].error
+            error = events.pop().error
+            assert error is not None
+            try:
+                raise error
+            finally:
+                del error  # a frame that an error's traceback holds must not hold the error
         return self._begun[1].advance(events)
 
 

@@ -1,4 +1,4 @@
-"""What applies to every HTTP request: who may send it, its ID, security headers, and its end in a shutdown."""
+"""What applies to every HTTP request: its sender, ID, security headers, share of memory, and end in a shutdown."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mpt_grpc.gateway.errors import BadRequestError, error_body, error_response, shortened
 from mpt_grpc.gateway.protocol import MAX_HEAD_BYTES
-from mpt_grpc_client import UnavailableError
+from mpt_grpc_client import OverloadedError, UnavailableError
 
 MAX_HEADERS = 100
+MAX_BODIES_BYTES = 128 << 20
+SMALL_BODY_BYTES = 64 << 10
 _log = logging.getLogger("mpt_grpc.access")
 _CORRELATION_ID = re.compile(r"[!-~]{1,128}")
 _MAX_PREFIX = 64
@@ -103,6 +105,45 @@ class HeaderMiddleware:
     def _is_origin_allowed(self, origin: str, host: str | None) -> bool:
         own = (f"http://{host}", f"https://{host}") if host else ()
         return "*" in self._origins or origin.lower() in (*self._origins, *map(str.lower, own))
+
+
+class BodyMemoryMiddleware:
+    """Refuses to read bodies beyond what those of all requests may hold together until their responses begin.
+
+    A body's first `SMALL_BODY_BYTES` do not count, so that small requests are served while large ones are refused.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODIES_BYTES) -> None:
+        self._app, self._free_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        num_received = num_held = 0
+
+        async def receive_within_budget() -> Message:
+            nonlocal num_received, num_held
+            message = await receive()
+            num_received += len(message.get("body", b""))
+            more = max(0, num_received - SMALL_BODY_BYTES) - num_held
+            if more > self._free_bytes:
+                raise OverloadedError("too many large requests are in progress: retry later", retry_after=1)
+            self._free_bytes -= more
+            num_held += more
+            return message
+
+        def release() -> None:
+            nonlocal num_received, num_held
+            self._free_bytes += num_held
+            num_received = num_held = 0
+
+        async def send_and_release(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                release()
+            await send(message)
+
+        try:
+            await self._app(scope, receive_within_budget, send_and_release)
+        finally:
+            release()
 
 
 class GracePeriodMiddleware:

@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.limits import MAX_TEXT_CHARACTERS
 
-MAX_BODY_BYTES = 6 * MAX_TEXT_CHARACTERS + (2 << 20)
+MAX_BODY_BYTES = 6 * MAX_TEXT_CHARACTERS + (5 << 19)
 """Room for the longest text with every character escaped, as \\u00e9, and for the other fields."""
 STALL_TIMEOUT_S = 10
 BODY_TIMEOUT_S = 60

@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from mpt_grpc.gateway.app import make_app
-from mpt_grpc.gateway.middleware import GracePeriodMiddleware, HeaderMiddleware
+from mpt_grpc.gateway.middleware import BodyMemoryMiddleware, GracePeriodMiddleware, HeaderMiddleware
 from mpt_grpc.gateway.protocol import BoundedProtocol
 from mpt_grpc.listening import port_error
 from mpt_grpc.settings import ALL_ADDRESSES, HttpSettings
@@ -56,7 +56,8 @@ async def running_gateway(
             )
             is_local = all(ip_address(listener.getsockname()[0]).is_loopback for listener in listeners)
             hosts = [host, *settings.allow_hosts] if is_local else None
-            async with _serving(HeaderMiddleware(app, hosts, settings.allow_origins), listeners, grace_s):
+            bounded = BodyMemoryMiddleware(HeaderMiddleware(app, hosts, settings.allow_origins))
+            async with _serving(bounded, listeners, grace_s):
                 yield listeners[0].getsockname()[1]
 
 
@@ -73,10 +74,14 @@ async def _serving(app: ASGIApp, listeners: list[socket.socket], grace_s: float)
     )
     server = _Server(config)
     running = asyncio.create_task(server.serve(sockets=listeners))
+    ready = asyncio.create_task(server.ready.wait())
     try:
-        await server.ready.wait()
+        await asyncio.wait({running, ready}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            await running  # raises why it did not start
         yield
     finally:
+        ready.cancel()
         server.should_exit = True
         await asyncio.wait({running}, timeout=grace_s)
         requests.end()

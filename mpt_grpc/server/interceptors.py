@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptServerError
 from mpt_grpc.server import status
+from mpt_grpc.server.sizes import SMALL_MESSAGE_BYTES
 from mpt_grpc.telemetry import names
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
@@ -56,9 +58,9 @@ def current_call() -> Call:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the methods of this project's services; health and reflection pass through unchanged."""
 
-    def __init__(self, tracer: Tracer | None, max_message_bytes: int) -> None:
-        """`max_message_bytes` may be lowered until the server starts."""
-        self.max_message_bytes = max_message_bytes
+    def __init__(self, tracer: Tracer | None) -> None:
+        self.max_message_bytes: Mapping[str, int] = {}
+        """The size of the largest message of each method with long fields; to be set before the server starts."""
         self._tracer = tracer
         self._propagator = TraceContextTextMapPropagator()
 
@@ -71,19 +73,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method.removeprefix("/")
         if handler is None or method.partition("/")[0] not in (SERVICE, DEBUG_SERVICE):
             return handler
-        codecs = (self._parser(handler.request_deserializer), handler.response_serializer)
+        codecs = (self._parser(method, handler.request_deserializer), handler.response_serializer)
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), *codecs)
         assert handler.unary_unary is not None
         return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), *codecs)
 
-    def _parser(self, parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    def _parser(self, method: str, parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
         """Returns a parser whose failures are raised where errors become statuses; gRPC itself would report UNKNOWN."""
         assert parse is not None
+        most = self.max_message_bytes.get(method.rpartition("/")[2], SMALL_MESSAGE_BYTES)
 
         def parse_or_error(data: bytes) -> Any:
-            if len(data) > self.max_message_bytes:
-                why = f"{len(data)} bytes; at most {self.max_message_bytes} are allowed"
+            if len(data) > most:
+                why = f"{len(data)} bytes; at most {most} are allowed"
                 return InvalidRequestError(FieldViolation("request", why))
             try:
                 return parse(data)
@@ -95,13 +98,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _unary(self, method: str, serve: Callable[..., Any]) -> Callable[..., Any]:
         async def unary(request: Any, context: _CallContext) -> Any:
             async with self._serving(method, context):
-                return await serve(_parsed(request), context)
+                response = serve(_parsed(request), context)
+                del request  # this frame is part of a status that gRPC keeps
+                return await response
 
         return unary
 
     def _stream(self, method: str, serve: Callable[..., Any]) -> Callable[..., Any]:
         async def stream(request: Any, context: _CallContext) -> AsyncIterator[Any]:
             async with self._serving(method, context), aclosing(serve(_parsed(request), context)) as responses:
+                del request
                 async for response in responses:
                     yield response
 
@@ -146,6 +152,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     @staticmethod
     async def _fail(context: _CallContext, call: Call, error: MptServerError) -> None:
+        # gRPC keeps the exception of a status, and with it these frames and their messages, until garbage is collected.
+        traceback.clear_frames(error.__traceback__)
         call.logged["error"] = str(error)
         if call.span is not None:
             call.span.set_attribute(names.ERROR_TYPE, status.code_and_reason(error)[1])

@@ -24,6 +24,7 @@ from mpt_grpc.engine.load import LoadedModel, load_engine
 from mpt_grpc.errors import DrainingError, ModelError, MptServerError
 from mpt_grpc.listening import address, claim_socket, port_error
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
+from mpt_grpc.server.allocator import trim
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.server.sizes import largest_message_bytes
@@ -39,6 +40,26 @@ _WATCH_INTERVAL_S = 1.0
 _STOP_GRACE_S = 0.5
 _MAX_PENDING_CALLS = 100_000
 _EXPORT_TIMEOUT_S = 2.0
+_MAX_RECEIVED_BYTES = 8 << 20
+"""The largest message that is received; smaller ones that are still too large get an error with details."""
+_MAX_SENT_BYTES = 32 << 20
+_CHANNEL_OPTIONS = (
+    # Otherwise a second server could silently share the port.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", _MAX_RECEIVED_BYTES),
+    ("grpc.max_send_message_length", _MAX_SENT_BYTES),
+    # Calls beyond what the queue holds are refused by this server, with the time to wait, not dropped by gRPC.
+    ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
+    # Ends the calls of a client whose machine has vanished.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Allow clients to ping during long calls.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
 
 
 async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -> None:
@@ -95,10 +116,12 @@ class RunningServer:
             wait.cancel()
 
     async def watch(self) -> None:
-        """Updates health: NOT_SERVING while the engine is stuck. Runs until cancelled."""
+        """Updates health, NOT_SERVING while the engine is stuck, and frees memory when idle. Runs until cancelled."""
         while not self._draining:
             stuck = self.engine.is_stuck(self.settings.server.stall_timeout_s)
             await self.set_serving(not stuck)
+            if not self.engine.num_in_flight:
+                await asyncio.to_thread(trim)
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
     async def set_serving(self, serving: bool) -> None:
@@ -122,14 +145,14 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
 
 @asynccontextmanager
 async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[RunningServer]:
-    interceptor = CallInterceptor(tracer, settings.server.max_message_bytes)
-    server = grpc.aio.server(interceptors=[interceptor], options=_channel_options(settings.server))
+    interceptor = CallInterceptor(tracer)
+    server = grpc.aio.server(interceptors=[interceptor], options=_CHANNEL_OPTIONS)
     with _listening(server, settings.server) as target:
         loop = asyncio.get_running_loop()
         engine, model = await asyncio.to_thread(load_engine, settings, tracer=tracer, loop=loop)
         limits = engine.preparation.limits
-        interceptor.max_message_bytes = min(largest_message_bytes(limits), settings.server.max_message_bytes)
-        servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.max_message_bytes)
+        interceptor.max_message_bytes = largest_message_bytes(limits)
+        servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.max_message_bytes["Generate"])
         running = RunningServer(settings, target, engine, model, servicer)
         pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, server)
         debug_pb2_grpc.add_DebugServiceServicer_to_server(DebugServicer(engine, model), server)
@@ -211,23 +234,3 @@ def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
             raise OSError(errno.EADDRINUSE, "") from None  # freed in the meantime
     except OSError as error:
         raise port_error(error, host, port, "--grpc-port") from error
-
-
-def _channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
-    return [
-        # Otherwise a second server could silently share the port.
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_send_message_length", settings.max_message_bytes),
-        # Calls beyond what the queue holds are refused by this server, with the time to wait, not dropped by gRPC.
-        ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
-        ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
-        # Ends the calls of a client whose machine has vanished.
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        # Allow clients to ping during long calls.
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
-        ("grpc.http2.max_ping_strikes", 0),
-    ]

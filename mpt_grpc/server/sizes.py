@@ -6,18 +6,37 @@ from collections.abc import Iterator
 
 from mpt_grpc.engine.admission import RequestLimits
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, MAX_TEXT_CHARACTERS, MAX_TOKEN_IDS
+from mpt_grpc.limits import (
+    MAX_BYTES,
+    MAX_CANCELLED,
+    MAX_COUNTS,
+    MAX_TEXT_CHARACTERS,
+    MAX_TOKEN_IDS,
+    MAX_TOKENIZED_CHARACTERS,
+)
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
-_MESSAGE_OVERHEAD_BYTES = 32 << 10
+SMALL_MESSAGE_BYTES = 32 << 10
+"""The size of the largest message of a method without long fields, and room for the short fields of the others."""
+_MAX_MESSAGE_BYTES = 3 << 20
+"""The largest message of all: the event loop waits while one is parsed, for up to 15 ms a MiB (many empty items)."""
+_ID_BYTES = 5  # the largest varint of 32 bits
 
 
-def largest_message_bytes(limits: RequestLimits) -> int:
-    """Returns the size of the largest message that a request within the limits needs."""
-    prompt = max(4 * MAX_TEXT_CHARACTERS, limits.max_prompt_bytes)  # UTF-8 has up to 4 bytes for a character
-    bytes_per_id = 5  # the largest varint of 32 bits
-    ids = bytes_per_id * (MAX_TOKEN_IDS + limits.max_context_tokens + limits.vocab_size)
-    return prompt + ids + sum(MAX_BYTES.values()) + 16 * sum(MAX_COUNTS.values()) + _MESSAGE_OVERHEAD_BYTES
+def largest_message_bytes(limits: RequestLimits) -> dict[str, int]:
+    """Returns for each method with long fields the size of the largest message that a legal request needs."""
+    text = 4 * MAX_TEXT_CHARACTERS  # UTF-8 has up to 4 bytes for a character
+    prompt = max(text, limits.max_prompt_bytes, _ID_BYTES * MAX_TOKEN_IDS)
+    ids = _ID_BYTES * (limits.max_context_tokens + limits.vocab_size)
+    items = sum((4 if field == "decoding.choice.options" else 16) * count for field, count in MAX_COUNTS.items())
+    generate = min(prompt + ids + items + sum(MAX_BYTES.values()) + SMALL_MESSAGE_BYTES, _MAX_MESSAGE_BYTES)
+    return {
+        "Generate": generate,
+        "StreamGenerate": generate,
+        "Tokenize": 4 * MAX_TOKENIZED_CHARACTERS + SMALL_MESSAGE_BYTES,
+        "Detokenize": _ID_BYTES * MAX_TOKEN_IDS + SMALL_MESSAGE_BYTES,
+        "Cancel": (MAX_BYTES["request_id"] + 4) * MAX_CANCELLED + SMALL_MESSAGE_BYTES,
+    }
 
 
 def check_sizes(message: pb.GenerateRequest, limits: RequestLimits) -> None:

@@ -12,7 +12,7 @@ from conftest import SteppedRunner, generation, submit
 from mpt_grpc.engine import load
 from mpt_grpc.engine.assembly import PlainOutput
 from mpt_grpc.engine.engine import Engine
-from mpt_grpc.engine.stream import collect
+from mpt_grpc.engine.stream import AsyncStream, collect
 from mpt_grpc.errors import (
     DeviceLostError,
     DuplicateRequestError,
@@ -410,3 +410,8 @@ def test_higher_priority_runs_first(make_engine: Callable[..., Engine], stepped:
     collect(first)
     order = sorted(streams, key=lambda name: collect(streams[name]).stats.scheduled_time_s or 0)
     assert order == ["middle", "high", "low"]
+
+
+def test_an_engine_without_an_event_loop_has_no_asynchronous_streams(shared_engine: Engine) -> None:
+    with pytest.raises(RuntimeError, match="use a ThreadStream"):
+        shared_engine.submit(generation(), AsyncStream)

@@ -13,14 +13,18 @@ from typing import Any
 import pytest
 from conftest import demo_settings
 from http_calls import fetch, read_response, send
+from starlette.requests import Request
+from starlette.responses import Response
 
 from mpt_grpc.gateway import protocol, reading
+from mpt_grpc.gateway.middleware import SMALL_BODY_BYTES, BodyMemoryMiddleware
 from mpt_grpc.gateway.parsing import MAX_VALUES
 from mpt_grpc.gateway.reading import MAX_BODY_BYTES
 from mpt_grpc.gateway.requests import MAX_ITEMS
 from mpt_grpc.limits import MAX_TEXT_CHARACTERS
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings
+from mpt_grpc_client import OverloadedError
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
@@ -112,10 +116,11 @@ async def test_a_body_that_is_no_request_is_refused_with_a_short_error(gateway: 
 
 
 async def test_text_may_consist_of_characters_that_separate_values(gateway: RunningServer) -> None:
-    text = ',[{"\\' * (MAX_VALUES // 2)
-    body = {"prompt": text, "truncate_prompt_tokens": 5, "max_tokens": 1}
+    text = ',[{"\\' * (MAX_TEXT_CHARACTERS // 5)
+    assert 2 * sum(map(text.count, ",[{")) > MAX_VALUES
+    body = {"prompt": [text] * 2, "truncate_prompt_tokens": 5, "max_tokens": 1}
     status, response = await fetch(gateway, "POST", TEXT, body)
-    assert (status, response["usage"]["prompt_tokens"]) == (200, 5)
+    assert (status, response["usage"]["prompt_tokens"]) == (200, 10)
 
 
 async def test_the_longest_text_may_be_escaped(gateway: RunningServer) -> None:
@@ -127,7 +132,7 @@ async def test_the_longest_text_may_be_escaped(gateway: RunningServer) -> None:
 @pytest.mark.parametrize("path", [TEXT, CHAT, "/tokenize", "/detokenize"])
 async def test_a_body_that_is_too_long_is_refused_by_its_length(gateway: RunningServer, path: str) -> None:
     status, _, response = await read_response(*await send(gateway, "POST", path, length=MAX_BODY_BYTES + 1))
-    assert (status, response["error"]["message"]) == (413, "the body exceeds 8 MiB; shorten the prompt")
+    assert (status, response["error"]["message"]) == (413, "the body exceeds 4 MiB; shorten the prompt")
 
 
 async def test_a_body_without_a_length_is_refused_when_it_gets_too_long(gateway: RunningServer) -> None:
@@ -220,7 +225,7 @@ async def test_chunk_extensions_and_trailers_are_bounded(gateway: RunningServer,
         (TEXT, b'{"prompt": [' + b",".join([b"[" + b"1," * 7000 + b"1]"] * 32) + b'], "max_tokens": 1}'),
         (CHAT, json.dumps({"messages": [{**USER, "content": [{"type": "text", "text": "a"}] * 80}] * 1000}).encode()),
         (TEXT, json.dumps({"prompt": "é" * MAX_TEXT_CHARACTERS}).encode()),
-        (TEXT, b'{"prompt": "' + b'\\",' * (2 << 20) + b'"}'),
+        (TEXT, b'{"prompt": "' + b'\\",' * (1 << 20) + b'"}'),
     ],
     ids=["token IDs", "parts", "escapes", "quotes"],
 )
@@ -235,3 +240,35 @@ async def test_the_largest_bodies_keep_the_event_loop_for_less_than_a_quarter_se
         longest_s, last_s = max(longest_s, time.thread_time() - last_s), time.thread_time()
     assert response.result()[0] == 400
     assert longest_s < 0.25
+
+
+async def test_bodies_share_a_bounded_memory() -> None:
+    """A large body is refused while others hold the memory; small ones are served, and it is freed with responses."""
+    is_read, may_respond = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body = await Request(scope, receive).body()
+        is_read.set()
+        if len(body) > SMALL_BODY_BYTES:
+            await may_respond.wait()
+        await Response()(scope, receive, send)
+
+    bounded = BodyMemoryMiddleware(app, max_bytes=1 << 20)
+
+    async def request(size: int) -> None:
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"a" * size}
+
+        async def send(message: Any) -> None:
+            pass
+
+        await bounded({"type": "http", "method": "POST", "headers": []}, receive, send)
+
+    first = asyncio.create_task(request(1 << 20))
+    await is_read.wait()
+    with pytest.raises(OverloadedError, match="too many large requests"):
+        await request(SMALL_BODY_BYTES * 3)
+    await request(SMALL_BODY_BYTES)
+    may_respond.set()
+    await first
+    await request(1 << 20)

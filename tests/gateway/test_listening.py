@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import uvicorn
 from conftest import demo_settings
 
 from mpt_grpc.errors import SettingsError
@@ -55,4 +58,15 @@ async def test_a_port_in_use_is_named() -> None:
         used.listen()
         with pytest.raises(SettingsError, match=r"--http-port: cannot listen .* --http-port 0 selects a free one"):
             async with running_gateway("localhost:1", "127.0.0.1", HttpSettings(port=used.getsockname()[1])):
+                pass
+
+
+async def test_a_gateway_that_fails_to_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def startup(*_: Any) -> None:
+        raise OSError("no more open files")
+
+    monkeypatch.setattr(uvicorn.Server, "startup", startup)
+    async with asyncio.timeout(10):
+        with pytest.raises(OSError, match="no more open files"):
+            async with running_gateway("localhost:1", "127.0.0.1", HttpSettings(port=0)):
                 pass

@@ -181,3 +181,22 @@ async def test_remaining_streams_are_correct_while_others_end_early_and_memory_i
     assert sum(summary.usage.num_preemptions for _, summary, _ in outcomes if summary is not None) > 0
     assert {"stay", "cancel", "deadline", "cancel_rpc"} == set(ways)
     assert await crowded.all_blocks_free()
+
+
+async def test_a_caller_who_reads_nothing_gets_the_output_in_a_few_pieces_later(make_service: Any) -> None:
+    """What waits for a reader is at most one message per output, and the output itself."""
+    service = await make_service()
+    stream = service.server.engine.submit(generation("slow", (5,), max_new_tokens=1000), AsyncStream)
+    deltas = aiter(stream)
+    await anext(deltas)
+    while service.server.engine.num_in_flight:
+        await asyncio.to_thread(service.server.engine.state().result)
+    await service.stub.GetServerInfo(pb.GetServerInfoRequest())
+    rest = [delta async for delta in deltas]
+    assert len(rest) <= 2
+    assert 990 < sum(len(delta.token_ids) for delta in rest) < 1000
+
+
+async def test_waiting_on_the_event_loop_for_its_own_outputs_is_refused(service: Any) -> None:
+    with pytest.raises(RuntimeError, match="use another thread"):
+        service.server.engine.generate(generation())

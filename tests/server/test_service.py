@@ -215,8 +215,8 @@ async def test_a_message_over_the_limit_is_refused_and_the_channel_stays_usable(
     info = await service.stub.GetServerInfo(pb.GetServerInfoRequest())
     error = await failure(service.stub.Tokenize(pb.TokenizeRequest(text="x" * (info.limits.max_message_bytes + 1))))
     assert details(error)["BadRequest"].field_violations[0].field == "request"
-    # 5 MiB is above gRPC's default limit but below the server's, so the engine refuses the text.
-    error = await failure(service.stub.Generate(generate_request("word " * (1 << 20))))
+    # 1.25 MiB is below the limit, so the engine refuses the text.
+    error = await failure(service.stub.Generate(generate_request("word " * (1 << 18))))
     assert details(error)["BadRequest"].field_violations[0].field == "text"
 
 

@@ -1586,7 +1586,7 @@ class Limits(_message.Message):
     max_step_tokens: _builtins.int
     """The maximum number of tokens computed in one step."""
     max_message_bytes: _builtins.int
-    """The maximum size of a message in bytes, in either direction."""
+    """The maximum size of a generation request in bytes."""
     max_cache_tokens: _builtins.int
     """The capacity of the KV cache in tokens."""
     @_builtins.property
