@@ -1,0 +1,157 @@
+"""The compiled kernels, for every instruction set of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model.conftest import Stepper, load, make_checkpoint, random_tokens, run_prompt, tiny_config
+from torch import Tensor
+
+from mpt_grpc.errors import SettingsError
+from mpt_grpc.model.linear import Linear, Norm, WeightFormat
+from mpt_grpc.model.native import ACTIVATIONS, INSTRUCTION_SETS, Kernels, available_instruction_sets, load_kernels
+
+CPU = torch.device("cpu")
+ROWS = (1, 2, 3, 5, 7, 12, 13, 24, 97, 200)
+
+
+@pytest.fixture(params=available_instruction_sets())
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    monkeypatch.setenv("MPT_GRPC_ISA", request.param)
+    kernels = load_kernels()
+    assert kernels is not None
+    kernels.set_threads(2)
+    return kernels
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer(weight: Tensor, kernels: Kernels, bias: Tensor | None = None, *, quantize: bool = False, **options: object) -> Linear:
+    linear = Linear(weight.shape[1], weight.shape[0], bias is not None, **options)  # type: ignore[arg-type]
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    linear.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+    linear.prepack(WeightFormat(weight.dtype, CPU, kernels, quantize))
+    return linear
+
+
+def test_this_machine_has_kernels() -> None:
+    assert "portable" in available_instruction_sets()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 4), (1, 8), (70, 132), (200, 2500)])
+def test_products_are_those_of_float64(kernels: Kernels, dtype: torch.dtype, outputs: int, inputs: int) -> None:
+    weight, bias, x, residual = (random(*s) for s in ((outputs, inputs), (outputs,), (13, inputs), (13, outputs)))
+    weight = weight.to(dtype)
+    expected = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(layer(weight, kernels, bias)(x).double(), expected, rtol=1e-5, atol=1e-4)
+    clipped = layer(weight, kernels, bias, clip=0.5)(x, residual)
+    expected = expected.clamp(-0.5, 0.5) + residual
+    torch.testing.assert_close(clipped.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_8_bit_products_are_within_one_percent(kernels: Kernels) -> None:
+    weight, x = random(96, 516), random(40, 516)
+    weight[7] = 0
+    x[3] *= 1e-20
+    x[4] = 0
+    expected = x @ weight.T
+    error = layer(weight, kernels, quantize=True)(x) - expected
+    assert (error.norm(dim=1) <= 0.015 * expected.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_in_any_crowd_and_with_any_number_of_threads(
+    kernels: Kernels, dtype: torch.dtype, quantize: bool
+) -> None:
+    weight, x = random(170, 2056).to(dtype), random(max(ROWS), 2056)
+    linear, norm = layer(weight, kernels, activation="gelu", quantize=quantize), Norm(2056, 1e-5, False, is_rms=False)
+    norm.weight = torch.nn.Parameter(random(2056, seed=1))
+    norm.prepack(WeightFormat(dtype, CPU, kernels))
+    expected = torch.cat([linear(norm(row[None])) for row in x])
+    for threads in (1, 2, 3):
+        kernels.set_threads(threads)
+        for rows in ROWS:
+            assert torch.equal(linear(norm(x[-rows:])), expected[-rows:]), (threads, rows)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_those_of_float64(kernels: Kernels, activation: str) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 4093), torch.tensor([-1e30, 0.0, 1e30])])
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "none": lambda x: x,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+        "relu": F.relu,
+        "silu": F.silu,
+    }
+    inputs = torch.zeros(len(x), 4)
+    inputs[:, 0] = x
+    y = layer(torch.tensor([[1.0, 0, 0, 0]]), kernels, activation=activation)(inputs)[:, 0]
+    torch.testing.assert_close(y.double(), functions[activation](x.double()), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("quantize", [False, True])
+def test_what_is_not_finite_reaches_its_own_row_only(
+    kernels: Kernels, activation: str, quantize: bool, value: float
+) -> None:
+    linear, x = layer(random(32, 260), kernels, activation=activation, quantize=quantize), random(6, 260)
+    expected = linear(x)
+    x[2, 200] = value
+    y = linear(x)
+    assert not y[2].isfinite().all()
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(y[others], expected[others])
+
+
+@pytest.mark.parametrize("is_rms", [False, True])
+@pytest.mark.parametrize("size", [4, 60, 1024])
+def test_norms_are_those_of_float64(kernels: Kernels, size: int, is_rms: bool) -> None:
+    norm, x = Norm(size, 1e-3, bias=True, is_rms=is_rms), random(50, size) * 3 + 1
+    norm.weight = torch.nn.Parameter(random(size, seed=1))
+    norm.bias = None if is_rms else torch.nn.Parameter(random(size, seed=2))
+    expected = norm.to(torch.float64)(x.double())
+    norm.to(torch.float32).prepack(WeightFormat(torch.float32, CPU, kernels))
+    torch.testing.assert_close(norm(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("attention", [{}, {"sliding_window_size": 150}, {"attn_type": "multiquery_attention"}])
+@pytest.mark.parametrize("d_model", [64, 80])
+def test_logits_have_the_same_bits_alone_in_a_crowd_and_in_chunks(
+    kernels: Kernels, tmp_path: Path, attention: dict[str, object], d_model: int, quantize: bool
+) -> None:
+    make_checkpoint(tmp_path, tiny_config(attention, d_model=d_model, max_seq_len=512))
+    model, tokens = load(tmp_path, torch.bfloat16, quantize=quantize), random_tokens(300)
+    alone = run_prompt(model, tokens, [1] * 300, block_size=16)
+    assert torch.equal(run_prompt(model, tokens, [300], block_size=16)[0], alone[299])
+    stepper, done = Stepper(model, block_size=16), 0
+    for size, neighbours in ((1, 1), (5, 3), (130, 2), (3, 40), (1, 60), (160, 5)):
+        chunks = {"a": tokens[done : done + size]} | {f"n{i}": random_tokens(i + 1) for i in range(neighbours)}
+        done += size
+        assert torch.equal(stepper.step(chunks)["a"], alone[done - 1]), done
+
+
+def test_an_instruction_set_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPT_GRPC_ISA", "none")
+    assert load_kernels() is None
+    monkeypatch.setenv("MPT_GRPC_ISA", "avx9")
+    with pytest.raises(SettingsError, match=r"MPT_GRPC_ISA: 'avx9' is not available here; use one of .*portable, none"):
+        load_kernels()
+
+
+def test_the_best_available_instruction_set_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPT_GRPC_ISA", raising=False)
+    kernels = load_kernels()
+    assert kernels is not None
+    assert kernels.instruction_set == next(name for name in INSTRUCTION_SETS if name in available_instruction_sets())
