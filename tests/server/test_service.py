@@ -14,6 +14,12 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
+
+@pytest.fixture(params=["connection", "local"])
+def is_local(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "local")
+
+
 GREEDY = pb.SamplingParameters(temperature=0, seed=1)
 
 
