@@ -155,7 +155,11 @@ class _Context(grpc.aio.ServicerContext[Any, Any]):
 
     def __init__(self, timeout: float | None, metadata: Metadata) -> None:
         loop = asyncio.get_running_loop()
-        self.responses: asyncio.Queue[Any] = asyncio.Queue(1)
+        self.response: Any = EOF
+        """A response that the caller has not read, or EOF."""
+        self._loop = loop
+        self._change: asyncio.Future[None] | None = None
+        """What the caller waits for while there is no response, or the handler while there is one."""
         self.initial_metadata: asyncio.Future[Metadata] = loop.create_future()
         self.status: asyncio.Future[_Status] = loop.create_future()
         self._metadata, self._own_status = metadata, _Status(grpc.StatusCode.OK, "")
@@ -170,8 +174,7 @@ class _Context(grpc.aio.ServicerContext[Any, Any]):
             self._timer.cancel()
         if not self.initial_metadata.done():
             self.initial_metadata.set_result(Metadata())
-        if self.responses.empty():
-            self.responses.put_nowait(EOF)
+        self._signal_change()
         return True
 
     def cancel(self, status: _Status) -> bool:
@@ -179,11 +182,30 @@ class _Context(grpc.aio.ServicerContext[Any, Any]):
         return self.end(status) and self.task.cancel()
 
     async def write(self, message: Any) -> None:
+        while self.response is not EOF and not self.status.done():
+            await self._wait_for_change()
         if self.status.done():
             raise asyncio.CancelledError
-        await self.responses.put(message)
+        self.response = message
+        self._signal_change()
         if not self.initial_metadata.done():
             self.initial_metadata.set_result(Metadata())
+
+    async def next_response(self) -> Any:
+        """Returns the next response when there is one, or EOF at the end of the call."""
+        while self.response is EOF and not self.status.done():
+            await self._wait_for_change()
+        response, self.response = self.response, EOF
+        self._signal_change()
+        return response
+
+    async def _wait_for_change(self) -> None:
+        self._change = self._loop.create_future()
+        await self._change
+
+    def _signal_change(self) -> None:
+        if self._change is not None and not self._change.done():
+            self._change.set_result(None)
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Iterable[Any] = ()) -> NoReturn:
         self._own_status = _Status(code, details, Metadata(*trailing_metadata))
@@ -271,20 +293,16 @@ class _Call(grpc.aio.UnaryUnaryCall[Any, Any], grpc.aio.UnaryStreamCall[Any, Any
     async def read(self) -> Any:
         """Returns the next response, or EOF. Raises AioRpcError, and CancelledError after `cancel`."""
         context = self._context
-        response = EOF
-        if not context.done() or not (context.responses.empty() or context.status.result() is _CANCELLED):
-            try:
-                response = await context.responses.get()
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
-        if response is EOF:
-            status = context.status.result()
-            if status is _CANCELLED:
-                raise asyncio.CancelledError
-            if status.code is not grpc.StatusCode.OK:
-                initial = context.initial_metadata.result()
-                raise grpc.aio.AioRpcError(status.code, initial, status.trailing_metadata, status.details)
+        try:
+            response = await context.next_response()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if context.done() and context.status.result() is _CANCELLED:
+            raise asyncio.CancelledError
+        if response is EOF and (status := context.status.result()).code is not grpc.StatusCode.OK:
+            initial = context.initial_metadata.result()
+            raise grpc.aio.AioRpcError(status.code, initial, status.trailing_metadata, status.details)
         return response
 
     def cancel(self) -> bool:
