@@ -91,7 +91,7 @@ class GenerateOptions(TypedDict, total=False):
     top_logprobs: int | None
     """Number of most likely tokens to return with each log probability. Range: 0 to 20. Default: 0."""
     chunk_tokens: int | None
-    """Number of new tokens that a stream sends together. It sends the first token and the end of an output without delay.
+    """Number of new tokens that a stream sends together. The first token and the end of an output are not delayed.
     Range: 1 to 1024. Default: 1, or no number if `chunk_interval` is set."""
     chunk_interval: float | None
     """Seconds after which a stream sends the tokens held back along with the next one. Must be positive. Default: no
