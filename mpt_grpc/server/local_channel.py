@@ -62,10 +62,10 @@ class LocalChannel(grpc.aio.Channel):
         """Cancels the calls that are still in progress after `grace` seconds, and waits until their handlers end."""
         self._is_closed = True
         if self._calls:
-            await asyncio.wait(self._calls, timeout=grace or 0)
-            for context in self._calls.values():
-                context.cancel(_CANCELLED)
-            await asyncio.wait(self._calls)
+            _, remaining = await asyncio.wait(self._calls, timeout=grace or 0)
+            for task in remaining:
+                self._calls[task].cancel(_CANCELLED)
+            await asyncio.gather(*remaining, return_exceptions=True)
 
     async def __aenter__(self) -> Self:
         return self

@@ -256,6 +256,13 @@ async def test_nothing_of_the_callers_context_reaches_the_handler(service: Servi
     assert _caller.get() == "caller"
 
 
+async def test_calls_may_finish_within_the_grace_period_of_a_close(service: Service) -> None:
+    reading = asyncio.ensure_future(outcome(service.call("Stream", b"3")))
+    await service.started.wait()
+    await service.channel.close(GUARD_S)
+    assert await reading == ([b"0", b"1", b"2"], grpc.StatusCode.OK)
+
+
 async def test_a_closed_channel_refuses_calls(service: Service) -> None:
     await service.channel.close()
     with pytest.raises(grpc.aio.UsageError):
