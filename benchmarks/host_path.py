@@ -3,7 +3,8 @@
 python benchmarks/host_path.py
 
 The model has the built-in tokenizer, one layer of 32 dimensions and random weights. Beside each other: the engine in
-its own process, the same served over gRPC, and a grpc.aio server that only sends messages of the same size.
+its own process, the same served over gRPC and as chat completions over HTTP, and a grpc.aio server that only sends
+messages of the same size. A probe measures the longest time that the server's event loop takes to get to a timer.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,15 @@ import mpt_grpc
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.engine.stream import AsyncStream
 from mpt_grpc.request import GenerationRequest, SamplingParameters, StoppingCriteria
-from mpt_grpc.settings import ModelSettings, SchedulerSettings, Settings
+from mpt_grpc.server.server import RunningServer, serve
+from mpt_grpc.settings import HttpSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 from mpt_grpc_client import AsyncClient
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 PROMPT, NUM_TOKENS, NUM_REQUESTS = "Once upon a time there was a king", 400, 200
 _DEMO = Path(mpt_grpc.__file__).parent / "demo"
 _MAX_RUNNING = 128
+_PROBE_S = 0.002
 
 
 def make_model(folder: Path) -> None:
@@ -46,11 +50,18 @@ def make_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "d_model": 32, "n_heads": 2, "n_layers": 1}))
 
 
+def _settings(folder: Path) -> Settings:
+    return Settings(
+        model=ModelSettings(model=str(folder), load_format="random", dtype="float32"),
+        scheduler=SchedulerSettings(max_running_requests=_MAX_RUNNING),
+        server=ServerSettings(host="127.0.0.1", grpc_port=0),
+        http=HttpSettings(port=0),
+    )
+
+
 async def in_process(folder: Path, num_streams: int) -> tuple[float, float]:
     """Returns tokens/s and milliseconds a step of the engine, read on the event loop of the same process."""
-    model = ModelSettings(model=str(folder), load_format="random", dtype="float32")
-    settings = Settings(model=model, scheduler=SchedulerSettings(max_running_requests=_MAX_RUNNING))
-    engine, _ = load_engine(settings, loop=asyncio.get_running_loop())
+    engine, _ = load_engine(_settings(folder), loop=asyncio.get_running_loop())
 
     async def read(number: int, num_tokens: int) -> None:
         stopping = StoppingCriteria(max_new_tokens=num_tokens, ignore_eos=True)
@@ -88,6 +99,26 @@ async def served(target: str, num_streams: int) -> tuple[float, float, float]:
     return num_streams * NUM_TOKENS / elapsed_s, len(gaps) / elapsed_s, 1e3 * statistics.median(gaps)
 
 
+async def served_http(address: str, num_streams: int) -> float:
+    """Returns the tokens/s of chat completions streamed over HTTP to a client that only looks for their end."""
+    host, _, port = address.partition(":")
+
+    async def read(num_tokens: int) -> None:
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 24)
+        messages = [{"role": "user", "content": PROMPT}]
+        body = {"messages": messages, "temperature": 0, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+        encoded = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(encoded)}\r\n\r\n"
+        writer.write(head.encode() + encoded)
+        await reader.readuntil(b"data: [DONE]")
+        writer.close()
+
+    await asyncio.gather(*(read(20) for _ in range(num_streams)))
+    start_s = time.perf_counter()
+    await asyncio.gather(*(read(NUM_TOKENS) for _ in range(num_streams)))
+    return num_streams * NUM_TOKENS / (time.perf_counter() - start_s)
+
+
 async def unary_ms(target: str) -> float:
     """Returns the median time of a call with a prompt of about 100 tokens that generates one token, one at a time."""
     times = []
@@ -116,6 +147,31 @@ async def bare(target: str, num_streams: int) -> float:
         return num_streams * NUM_TOKENS / (time.perf_counter() - start_s)
 
 
+async def serve_probed(folder: Path) -> None:
+    """Serves, and prints the addresses; at each SIGUSR1, the longest lag of the event loop in ms since the last one."""
+    loop, longest_s = asyncio.get_running_loop(), 0.0
+
+    async def probe() -> None:
+        nonlocal longest_s
+        while True:
+            due_s = loop.time() + _PROBE_S
+            await asyncio.sleep(_PROBE_S)
+            longest_s = max(longest_s, loop.time() - due_s)
+
+    def report() -> None:
+        nonlocal longest_s
+        print(1e3 * longest_s, flush=True)
+        longest_s = 0.0
+
+    def on_ready(server: RunningServer) -> None:
+        loop.add_signal_handler(signal.SIGUSR1, report)
+        print(server.target, f"127.0.0.1:{server.http_port}", flush=True)
+
+    probing = asyncio.create_task(probe())
+    await serve(_settings(folder), on_ready)
+    probing.cancel()
+
+
 async def serve_bare() -> None:
     """Serves streams of a constant message, and prints the address."""
     message = pb.StreamGenerateResponse(
@@ -133,18 +189,23 @@ async def serve_bare() -> None:
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("bare", {"Stream": handler})])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    print(f"gRPC 127.0.0.1:{port}", flush=True)
+    print(f"127.0.0.1:{port}", flush=True)
     await server.wait_for_termination()
 
 
 @contextmanager
-def process(*command: str) -> Iterator[str]:
-    """Runs a server in another process; yields the address that it prints."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stdout is not None
+def process(*command: str) -> Iterator[Callable[[int | None], list[str]]]:
+    """Runs this script as a server in another process; yields what sends a signal and reads a line."""
+    with subprocess.Popen([sys.executable, __file__, *command], stdout=subprocess.PIPE, text=True) as server:
+
+        def ask(number: int | None = None) -> list[str]:
+            assert server.stdout is not None
+            if number is not None:
+                server.send_signal(number)
+            return server.stdout.readline().split()
+
         try:
-            yield next(word for line in server.stdout for word in line.split() if word.startswith("127.0.0.1:"))
+            yield ask
         finally:
             server.terminate()
 
@@ -153,31 +214,38 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--serve-bare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.serve_bare:
         asyncio.run(serve_bare())
         return
+    if parsed.serve is not None:
+        asyncio.run(serve_probed(parsed.serve))
+        return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     print(
-        "| streams | engine, tokens/s | ms a step | served, tokens/s | messages/s | ms between messages, median"
-        " | bare, messages/s |\n|---|---|---|---|---|---|---|"
+        "| streams | engine, tokens/s | ms a step | gRPC, tokens/s | messages/s | ms between messages, median"
+        " | longest lag, ms | HTTP, tokens/s | longest lag, ms | bare, messages/s |\n|" + "---|" * 10
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder)
-        flags = ("--model", name, "--load-format", "random", "--dtype", "float32", "--grpc-port", "0", "--no-http")
-        running = ("--max-running-requests", str(_MAX_RUNNING), "--log-level", "error")
-        with process("-m", "mpt_grpc", "serve", *flags, *running) as ours, process(__file__, "--serve-bare") as peer:
+        with process("--serve", name) as ours, process("--serve-bare") as peer:
+            (target, url), (peer_target,) = ours(None), peer(None)
             for num_streams in parsed.streams:
                 rate, step_ms = asyncio.run(in_process(folder, num_streams))
-                tokens, messages, gap_ms = asyncio.run(served(ours, num_streams))
-                bare_messages = asyncio.run(bare(peer, num_streams))
+                ours(signal.SIGUSR1)
+                tokens, messages, gap_ms = asyncio.run(served(target, num_streams))
+                (lag_ms,) = ours(signal.SIGUSR1)
+                http_tokens = asyncio.run(served_http(url, num_streams))
+                (http_lag_ms,) = ours(signal.SIGUSR1)
+                bare_messages = asyncio.run(bare(peer_target, num_streams))
                 print(
                     f"| {num_streams} | {rate:,.0f} | {step_ms:.2f} | {tokens:,.0f} | {messages:,.0f} | {gap_ms:.1f}"
-                    f" | {bare_messages:,.0f} |",
+                    f" | {float(lag_ms):.1f} | {http_tokens:,.0f} | {float(http_lag_ms):.1f} | {bare_messages:,.0f} |",
                     flush=True,
                 )
-            elapsed_ms = asyncio.run(unary_ms(ours))
+            elapsed_ms = asyncio.run(unary_ms(target))
             print(f"\nA unary call with about 100 prompt tokens and one new token takes {elapsed_ms:.1f} ms.")
 
 

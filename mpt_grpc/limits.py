@@ -55,6 +55,7 @@ RANGES: Mapping[str, Range] = {
     "stopping.repetition_guard.min_repeats": Range(2, 1000),
     "stopping.repetition_guard.max_cycle_tokens": Range(1, 256),
     "output_options.top_logprobs": Range(0, 20),
+    "output_options.chunk_tokens": Range(1, 1024),
 }
 """The ranges of numbers; of a map, those of its values."""
 

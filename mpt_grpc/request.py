@@ -166,6 +166,16 @@ class LogprobOptions:
 
 
 @dataclass(frozen=True)
+class ChunkOptions:
+    """When a stream sends an output's new tokens: at its first one, its end, and whichever of these comes first."""
+
+    num_tokens: int | None = None
+    """So many tokens are new; None is 1, or no number if there is an interval."""
+    interval_s: float | None = None
+    """A token is new and so much time has passed since the last ones were sent."""
+
+
+@dataclass(frozen=True)
 class CacheOptions:
     """How the request uses the prefix cache."""
 
@@ -185,6 +195,7 @@ class GenerationRequest:
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
     stopping: StoppingCriteria = field(default_factory=StoppingCriteria)
     logprobs: LogprobOptions = field(default_factory=LogprobOptions)
+    chunks: ChunkOptions = field(default_factory=ChunkOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     priority: int = 0
     """Requests with higher values run first; equal priorities are served in order of arrival."""

@@ -141,6 +141,12 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="omit special tokens from the text (default: yes)",
     )
+    output.add_argument(
+        "--chunk-tokens", type=int, metavar="N", help="print N tokens at a time; 1 to 1024 (default: 1)"
+    )
+    output.add_argument(
+        "--chunk-interval", type=seconds, metavar="TIME", help="print new tokens at most this often, such as 100ms"
+    )
     for flag, what in (
         ("--return-token-ids", "token IDs of the output"),
         ("--return-prompt-token-ids", "token IDs of the prompt"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from mpt_grpc.errors import FieldViolation
 from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, RANGES
 from mpt_grpc.request import (
+    ChunkOptions,
     Conversation,
     DecodingOptions,
     GenerationRequest,
@@ -54,6 +55,7 @@ def request_violations(request: GenerationRequest, limits: RequestLimits) -> Ite
     yield from _decoding(request.decoding, limits)
     yield from _stopping(request.stopping, limits)
     yield from _logprobs(request.logprobs)
+    yield from _chunks(request.chunks)
     yield from _combinations(request, limits)
 
 
@@ -128,6 +130,13 @@ def _stopping(stopping: StoppingCriteria, limits: RequestLimits) -> Iterator[Fie
     if (guard := stopping.repetition_guard) is not None:
         for name in ("min_repeats", "max_cycle_tokens"):
             yield from _number(f"stopping.repetition_guard.{name}", getattr(guard, name))
+
+
+def _chunks(chunks: ChunkOptions) -> Iterator[FieldViolation]:
+    if chunks.num_tokens is not None:
+        yield from _number("output_options.chunk_tokens", chunks.num_tokens)
+    if chunks.interval_s is not None and not 0 < chunks.interval_s < math.inf:
+        yield FieldViolation("output_options.chunk_interval", f"{chunks.interval_s} s is not positive and finite")
 
 
 def _logprobs(logprobs: LogprobOptions) -> Iterator[FieldViolation]:

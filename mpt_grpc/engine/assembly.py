@@ -6,12 +6,14 @@ output has ended by its text. Runs on the reader's side: on the event loop, or i
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from mpt_grpc.request import Finish, FinishReason, OutputDelta, TokenEvent, TokenLogprob
+from mpt_grpc.request import ChunkOptions, Finish, FinishReason, OutputDelta, TokenEvent, TokenLogprob
 from mpt_grpc.text.detokenizer import TextAssembler
 from mpt_grpc.text.guards import OutputWatch
 
@@ -41,25 +43,25 @@ class RequestAssembly:
     error: Exception | None = None
     """The error that ended the request, to be raised after all earlier deltas are delivered."""
 
-    def __init__(self, outputs: Sequence[OutputAssembly], *, is_guarded: bool) -> None:
+    def __init__(self, outputs: Sequence[OutputAssembly], chunks: ChunkOptions, *, is_guarded: bool) -> None:
         self.is_guarded = is_guarded
         """Whether `advance` runs guard code, which may be slow."""
         self.ended = False
-        self._outputs = outputs
+        self._outputs, self._pace = outputs, _Pace(chunks)
         self._num_tokens = 0
 
     def advance(self, events: Iterable[TokenEvent]) -> list[OutputDelta]:
-        """Processes events and returns the resulting deltas, at most one per output; the last of all has `stats`."""
-        touched: dict[int, None] = {}
+        """Processes events and returns the deltas to send, at most one per output; the last of all has `stats`."""
         stats = None
         for event in events:
             if event.error is not None:
                 self.error, self.ended = event.error, True
             else:
                 self._outputs[event.index].feed(event)
-                touched[event.index] = None
+                self._pace.feed(event)
                 stats = event.stats
-        deltas = [delta for index in touched if (delta := self._outputs[index].take()) is not None]
+        due = self._pace.due(has_failed=self.error is not None)
+        deltas = [delta for index in due if (delta := self._outputs[index].take()) is not None]
         for delta in deltas:
             self._num_tokens += len(delta.token_ids)
         if stats is not None:
@@ -68,6 +70,35 @@ class RequestAssembly:
             stats = replace(stats, num_output_tokens=self._num_tokens, finishes=finishes)
             deltas[-1] = deltas[-1]._replace(stats=stats)
         return deltas
+
+
+class _Pace:
+    """Decides when the new tokens of each output are sent."""
+
+    def __init__(self, options: ChunkOptions) -> None:
+        self._interval_s = math.inf if options.interval_s is None else options.interval_s
+        self._num_tokens: float = options.num_tokens or (1 if options.interval_s is None else math.inf)
+        self._held: dict[int, float] = {}
+        """The number of events of an output since the last ones were sent; infinite at its end."""
+        self._sent_s: dict[int, float] = {}
+
+    def feed(self, event: TokenEvent) -> None:
+        self._held[event.index] = self._held.get(event.index, 0) + 1 if event.finish is None else math.inf
+
+    def due(self, *, has_failed: bool) -> list[int]:
+        """Returns the outputs whose new tokens are to be sent now, in the order in which these came."""
+        now_s = time.monotonic()
+        due = [
+            index
+            for index, num_events in self._held.items()
+            if has_failed
+            or num_events >= self._num_tokens
+            or now_s - self._sent_s.get(index, -math.inf) >= self._interval_s
+        ]
+        for index in due:
+            del self._held[index]
+            self._sent_s[index] = now_s
+        return due
 
 
 class PlainOutput:

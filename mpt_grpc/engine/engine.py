@@ -379,7 +379,7 @@ class Engine:
             return PlainOutput(index, text, end_output, request.resume_token_ids)
 
         outputs = [output(index) for index in range(request.sampling.num_sequences)]
-        return RequestAssembly(outputs, is_guarded=bool(guards))
+        return RequestAssembly(outputs, request.chunks, is_guarded=bool(guards))
 
     def _report_state(self) -> None:
         if not self._state_futures:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,6 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from opentelemetry import context as trace_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pydantic import BaseModel
-from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
@@ -29,6 +27,7 @@ from mpt_grpc import __version__
 from mpt_grpc.gateway import openapi, schemas, tokens
 from mpt_grpc.gateway.completions import complete, stream_completion
 from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, error_response, shortened
+from mpt_grpc.gateway.events import DONE, EventStream, disconnected, event
 from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.parsing import parse
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
@@ -41,7 +40,6 @@ _MAX_LOGGED_CHARACTERS = 300
 _SERVER_LIFETIME_S = 5
 MAX_OUTPUTS = 256
 """The maximum number of outputs of one text completion, prompts times n: they all start at once."""
-_KEEPALIVE_S = 15
 _PROPAGATOR = TraceContextTextMapPropagator()
 _MAX_TRACE_HEADER = 512
 _EVENTS = "text/event-stream"
@@ -278,7 +276,7 @@ def _callers_trace(request: Request) -> Iterator[None]:
 async def _unless_disconnected(request: Request, call: Awaitable[_Result]) -> _Result:
     """Awaits a call, and cancels it if the HTTP caller disconnects in the meantime."""
     calling = asyncio.ensure_future(call)
-    disconnecting = asyncio.ensure_future(_disconnected(request))
+    disconnecting = asyncio.ensure_future(disconnected(request.receive))
     try:
         await asyncio.wait({calling, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
         if not calling.done():
@@ -290,11 +288,6 @@ async def _unless_disconnected(request: Request, call: Awaitable[_Result]) -> _R
         disconnecting.cancel()
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _events(request: Request, chunks: AsyncIterator[Json], empty_chunk: Json) -> Response:
     """Returns chunks as server-sent events. A failure before the first is an HTTP error, a later one an error event.
 
@@ -303,27 +296,23 @@ async def _events(request: Request, chunks: AsyncIterator[Json], empty_chunk: Js
     """
     first = await _unless_disconnected(request, _next(chunks))
 
-    async def events() -> AsyncIterator[ServerSentEvent]:
+    async def events() -> AsyncIterator[bytes]:
         async with contextlib.aclosing(chunks):  # type: ignore[type-var]
             try:
                 if first is not None:
-                    yield _event(first)
+                    yield event(first)
                 async for chunk in chunks:
-                    yield _event(chunk)
+                    yield event(chunk)
             except MptGrpcError as error:
-                yield _event(error_body(error, _field_names(request))[1])
+                yield event(error_body(error, _field_names(request))[1])
                 return
-            yield ServerSentEvent("[DONE]", sep="\n")
+            yield DONE
 
-    return EventSourceResponse(events(), ping=_KEEPALIVE_S, ping_message_factory=lambda: _event(empty_chunk))
+    return EventStream(events(), event(empty_chunk))
 
 
 async def _next(chunks: AsyncIterator[Json]) -> Json | None:
     return await anext(chunks, None)
-
-
-def _event(chunk: Json) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(chunk, ensure_ascii=False), sep="\n")
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import json
 import logging
 import re
 import socket
@@ -17,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mpt_grpc.gateway.errors import BadRequestError, error_body, error_response, shortened
+from mpt_grpc.gateway.events import event
 from mpt_grpc.gateway.protocol import MAX_HEAD_BYTES
 from mpt_grpc_client import OverloadedError, UnavailableError
 
@@ -203,5 +203,4 @@ class _Response:
         if self._start is None:
             await error_response(error)(scope, receive, self.send)
         elif not self._is_complete and b"text/event-stream" in dict(self._start["headers"]).get(b"content-type", b""):
-            event = f"data: {json.dumps(error_body(error)[1])}\n\n"
-            await self.send({"type": "http.response.body", "body": event.encode()})
+            await self.send({"type": "http.response.body", "body": event(error_body(error)[1])})

@@ -110,6 +110,8 @@ class GenerationFields(_Strict):
     allowed_token_ids: Many[Uint] | None = None
     truncate_prompt_tokens: Uint | None = None
     cache_salt: str | None = None
+    chunk_tokens: Uint | None = None
+    chunk_interval: Annotated[float, Field(gt=0, le=86_400)] | None = None
     priority: Annotated[int, Field(gt=-(1 << 31), lt=1 << 31)] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -148,6 +150,8 @@ class GenerationFields(_Strict):
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             priority=None if self.priority is None else -self.priority,  # In vLLM, lower values run first.
             cache_salt=self.cache_salt,
+            chunk_tokens=self.chunk_tokens,
+            chunk_interval=self.chunk_interval,
         )
 
     @property

@@ -32,19 +32,19 @@ _ERROR_TIMEOUT_S = 3
 
 @asynccontextmanager
 async def running_gateway(
-    target: str | None, host: str, settings: HttpSettings, grace_s: float = 1
+    target: str | None, host: str, settings: HttpSettings, grace_s: float = 1, channel: grpc.aio.Channel | None = None
 ) -> AsyncIterator[int]:
     """Serves the OpenAI-compatible API for the gRPC server at `target` inside the block and yields the port.
 
     The gRPC server need not be running yet. Requests in progress at the end of the block have `grace_s` to finish.
     Raises SettingsError if it cannot listen on the port.
+
+    channel: a channel to the target, if there is a better one than a connection; it is closed at the end.
     """
-    # The HTTP caller decides whether to retry.
     target = resolve_target(target)
-    async with (
-        AsyncClient(target, retries=False) as client,
-        grpc.aio.insecure_channel(target, channel_options(target, retries=False)) as channel,
-    ):
+    # The HTTP caller decides whether to retry.
+    channel = channel or grpc.aio.insecure_channel(target, channel_options(target, retries=False))
+    async with AsyncClient(target, channel=channel) as client:
         with Client(target, retries=False) as blocking_client, _listening(host, settings.port or 0) as listeners:
             app = make_app(client, blocking_client, HealthStub(channel), strict_model_names=settings.strict_model_names)
             app.add_middleware(

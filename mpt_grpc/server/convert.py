@@ -18,6 +18,7 @@ from mpt_grpc.limits import is_deeper_than
 from mpt_grpc.request import (
     CacheOptions,
     Choice,
+    ChunkOptions,
     Constraint,
     Conversation,
     DecodingOptions,
@@ -76,6 +77,10 @@ def generation_request(message: pb.GenerateRequest, defaults: GenerationDefaults
         decoding=_decoding(message.decoding, defaults),
         stopping=_stopping(message.stopping),
         logprobs=LogprobOptions(output.return_prompt_logprobs, output.return_logprobs, output.top_logprobs),
+        chunks=ChunkOptions(
+            output.chunk_tokens if output.HasField("chunk_tokens") else None,
+            _seconds(output, "chunk_interval", "output_options"),
+        ),
         cache=CacheOptions(bypass=message.cache.bypass, salt=message.cache.salt),
         priority=message.priority,
         skip_special_tokens=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
@@ -268,18 +273,20 @@ def _stopping(message: pb.StoppingCriteria) -> StoppingCriteria:
         stop_token_ids=tuple(message.stop_token_ids),
         include_stop_string=message.include_stop_string,
         ignore_eos=message.ignore_eos,
-        time_limit_s=_seconds(message.time_limit) if message.HasField("time_limit") else None,
+        time_limit_s=_seconds(message, "time_limit", "stopping"),
         repetition_guard=_repetition_guard(message.repetition_guard) if message.HasField("repetition_guard") else None,
     )
 
 
-def _seconds(message: Duration) -> float:
-    """Raises InvalidRequestError for a value that protobuf does not define as a duration."""
-    seconds, nanos = message.seconds, message.nanos
+def _seconds(message: Any, field: str, parent: str) -> float | None:
+    """Returns a duration, or None if unset. Raises InvalidRequestError for a value that protobuf does not define."""
+    if not message.HasField(field):
+        return None
+    seconds, nanos = getattr(message, field).seconds, getattr(message, field).nanos
     if abs(seconds) > _MAX_DURATION_S or abs(nanos) >= 1_000_000_000 or seconds * nanos < 0:
         why = f"{seconds} s and {nanos} ns are not a valid duration"
-        raise InvalidRequestError(FieldViolation("stopping.time_limit", why))
-    return seconds + nanos / 1e9
+        raise InvalidRequestError(FieldViolation(f"{parent}.{field}", why))
+    return float(seconds + nanos / 1e9)
 
 
 def _repetition_guard(message: pb.RepetitionGuard) -> RepetitionGuard:

@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from typing import Any
 from urllib.parse import quote
 
 import grpc
@@ -26,6 +27,7 @@ from mpt_grpc.listening import address, claim_socket, port_error
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.allocator import trim
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
+from mpt_grpc.server.local_channel import LocalChannel
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.server.sizes import largest_message_bytes
 from mpt_grpc.settings import ServerSettings, Settings
@@ -93,9 +95,17 @@ class RunningServer:
     """A server that accepts calls."""
 
     def __init__(
-        self, settings: Settings, target: str, engine: Engine, model: LoadedModel, servicer: TextGenerationServicer
+        self,
+        settings: Settings,
+        target: str,
+        channel: grpc.aio.Channel,
+        engine: Engine,
+        model: LoadedModel,
+        servicer: TextGenerationServicer,
     ) -> None:
         self.settings, self.target, self.engine, self.model = settings, target, engine, model
+        self.channel = channel
+        """A channel to this server for callers on its event loop, who need no connection."""
         self.http_port: int | None = None
         self._servicer = servicer
         self._health = health.aio.HealthServicer()
@@ -153,10 +163,13 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
         limits = engine.preparation.limits
         interceptor.max_message_bytes = largest_message_bytes(limits)
         servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.max_message_bytes["Generate"])
-        running = RunningServer(settings, target, engine, model, servicer)
-        pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, server)
-        debug_pb2_grpc.add_DebugServiceServicer_to_server(DebugServicer(engine, model), server)
-        health_pb2_grpc.add_HealthServicer_to_server(running.health, server)
+        channel = LocalChannel(interceptor)
+        running = RunningServer(settings, target, channel, engine, model, servicer)
+        services: Any
+        for services in (server, channel):
+            pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, services)
+            debug_pb2_grpc.add_DebugServiceServicer_to_server(DebugServicer(engine, model), services)
+            health_pb2_grpc.add_HealthServicer_to_server(running.health, services)
         reflection.enable_server_reflection(
             (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
@@ -169,7 +182,7 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
             await server.start()
             watch = asyncio.create_task(running.watch())
             try:
-                async with _http(settings, target) as running.http_port:
+                async with channel, _http(settings, target, channel) as running.http_port:
                     yield running
             finally:
                 watch.cancel()
@@ -181,15 +194,15 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
 
 
 @asynccontextmanager
-async def _http(settings: Settings, target: str) -> AsyncIterator[int | None]:
-    """Serves the OpenAI-compatible API as a client of the gRPC server; yields its port, or None if it is disabled."""
+async def _http(settings: Settings, target: str, channel: grpc.aio.Channel) -> AsyncIterator[int | None]:
+    """Serves the OpenAI-compatible API as a client of this server; yields its port, or None if it is disabled."""
     if settings.http.port is None:
         yield None
         return
     # Imported here, so that a server without HTTP does not wait for it.
     from mpt_grpc.gateway.serve import running_gateway
 
-    async with running_gateway(target, settings.server.host, settings.http) as port:
+    async with running_gateway(target, settings.server.host, settings.http, channel=channel) as port:
         yield port
 
 

@@ -21,10 +21,12 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 
 def _interface(kind: type) -> dict[str, object]:
-    """Returns the public names of a class with their parameters; their return types differ by design."""
+    """Returns the public names of a class with their parameters; types of results and channels differ."""
     public = inspect.getmembers(kind, lambda member: inspect.isfunction(member) or isinstance(member, property))
     return {
-        name: list(inspect.signature(member).parameters.values()) if callable(member) else "property"
+        name: str(inspect.signature(member)).rpartition(" ->")[0].replace("grpc.aio.", "grpc.")
+        if callable(member)
+        else "property"
         for name, member in public
         if not name.startswith("_") or name == "__init__"
     }

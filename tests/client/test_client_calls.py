@@ -20,6 +20,15 @@ def test_the_target_comes_from_the_environment_unless_one_is_given(scripted, tar
     assert len(scripted.requests) == 2
 
 
+def test_a_client_uses_and_closes_the_channel_it_is_given(scripted, target):
+    channel = grpc.insecure_channel(target)
+    with Client("unix:/nowhere", channel=channel) as client:
+        client.generate("Once")
+    assert len(scripted.requests) == 1
+    with pytest.raises(ValueError, match="closed"):
+        channel.unary_unary("/mpt.v1.TextGenerationService/GetServerInfo")(b"")
+
+
 def test_the_user_agent_names_client_and_version(scripted, client):
     client.generate("Once")
     assert scripted.metadata[0]["user-agent"].startswith("mpt-grpc-client/0.")

@@ -53,6 +53,8 @@ OPTIONS = {
     "return_logprobs": (True, "output_options.return_logprobs", True),
     "return_prompt_logprobs": (True, "output_options.return_prompt_logprobs", True),
     "top_logprobs": (20, "output_options.top_logprobs", 20),
+    "chunk_tokens": (16, "output_options.chunk_tokens", 16),
+    "chunk_interval": (0.25, "output_options.chunk_interval", Duration(nanos=250_000_000)),
     "truncate_prompt_tokens": (100, "truncate_prompt_tokens", 100),
     "drop_oldest_turns": (True, "conversation.drop_oldest_turns", True),
     "add_generation_prompt": (False, "conversation.add_generation_prompt", False),

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput
+from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
 from mpt_grpc.engine.engine import Engine
-from mpt_grpc.request import Finish, FinishReason, OutputDelta, TokenEvent, TokenLogprob
+from mpt_grpc.request import ChunkOptions, Finish, FinishReason, OutputDelta, TokenEvent, TokenLogprob
 from mpt_grpc.text.detokenizer import TextAssembler
 from mpt_grpc.text.guards import Guard, load_guards
 from mpt_grpc.text.tokenizer import Tokenizer
@@ -159,3 +159,33 @@ def test_resumed_output_continues_exactly_where_it_was_interrupted(tokenizer: To
         assert rest.deltas[-1].finish == whole.deltas[-1].finish
 
     check()
+
+
+CHUNKS = st.builds(
+    ChunkOptions, st.one_of(st.none(), st.integers(1, 8)), st.one_of(st.none(), st.sampled_from([1e-9, 1e9]))
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(pieces=st.lists(st.sampled_from(PIECES), min_size=1), options=CHUNKS, fails=st.booleans(), data=st.data())
+def test_everything_is_sent_once_and_in_order_whatever_the_size_of_chunks(
+    tokenizer: Tokenizer, pieces: list[str], options: ChunkOptions, fails: bool, data: st.DataObject
+) -> None:
+    tokens = list(tokenizer.encode("".join(pieces)))
+    events = [TokenEvent(0, token, TokenLogprob(token, -1.0, rank=1)) for token in tokens]
+    events.append(TokenEvent(0, error=RuntimeError()) if fails else TokenEvent(0, finish=END))
+    output = PlainOutput(0, TextAssembler(tokenizer.detokenizer(), ()), lambda _: None)
+    assembly = RequestAssembly([output], options, is_guarded=False)
+    deltas: list[OutputDelta] = []
+    while events:
+        size = data.draw(st.integers(1, 4))
+        group, events = events[:size], events[size:]
+        deltas += assembly.advance(group)
+        assert deltas, "the first token is sent at once"
+    assert [token for delta in deltas for token in delta.token_ids] == tokens
+    assert [logprob.token_id for delta in deltas for logprob in delta.logprobs] == tokens
+    if not fails:
+        assert "".join(delta.text for delta in deltas) == tokenizer.decode(tokens)
+        assert deltas[-1].finish == END
+    if options.num_tokens is not None and options.interval_s != 1e-9:
+        assert all(len(delta.token_ids) >= options.num_tokens for delta in deltas[1:-1])

@@ -24,6 +24,7 @@ from mpt_grpc.errors import (
 from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.request import (
     CacheOptions,
+    ChunkOptions,
     DecodingOptions,
     Finish,
     FinishReason,
@@ -207,6 +208,7 @@ def test_all_invalid_fields_are_reported_at_once(shared_engine: Engine) -> None:
             repetition_guard=RepetitionGuard(min_repeats=1, max_cycle_tokens=257),
         ),
         logprobs=LogprobOptions(num_top=21),
+        chunks=ChunkOptions(0, 0.0),
         cache=CacheOptions(salt="s" * 200),
         priority=101,
         truncate_prompt_tokens=0,
@@ -241,6 +243,8 @@ def test_all_invalid_fields_are_reported_at_once(shared_engine: Engine) -> None:
         "stopping.repetition_guard.min_repeats",
         "stopping.repetition_guard.max_cycle_tokens",
         "output_options.top_logprobs",
+        "output_options.chunk_tokens",
+        "output_options.chunk_interval",
         "cache.salt",
         "priority",
         "truncate_prompt_tokens",

@@ -15,7 +15,7 @@ import pytest
 from conftest import SteppedRunner, demo_settings
 from http_calls import fetch, read_response, send
 
-from mpt_grpc.gateway import app
+from mpt_grpc.gateway import events
 from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings, ServerSettings
@@ -58,7 +58,7 @@ async def test_a_disconnect_cancels_the_call(
 async def test_an_idle_stream_is_kept_alive_with_empty_chunks(
     stepped: list[SteppedRunner], stepped_server: RunningServer, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr(app, "_KEEPALIVE_S", 0.05)
+    monkeypatch.setattr(events, "KEEPALIVE_S", 0.05)
     body = {"max_tokens": 6, "ignore_eos": True, "seed": 1}
     body |= {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {"prompt": "Once"}
     reader, writer = await send(stepped_server, "POST", path, {**body, "stream": True})

@@ -1,4 +1,4 @@
-"""A real server in this process, on a free port, and real channels to it."""
+"""A real server in this process, on a free port, and channels to it: over a connection, or local."""
 
 from __future__ import annotations
 
@@ -37,22 +37,38 @@ MakeService = Callable[..., Any]
 
 
 @pytest.fixture
-async def make_service() -> AsyncIterator[MakeService]:
+def is_local() -> bool:
+    """Whether the tests use the server's local channel. Modules that override it test both kinds of channels."""
+    return False
+
+
+@pytest.fixture
+async def make_service(is_local: bool) -> AsyncIterator[MakeService]:
     async with AsyncExitStack() as stack:
 
         async def make(settings: Settings | None = None, options: Any = (), **changes: Any) -> Service:
             server = await stack.enter_async_context(running_server(settings or demo_settings(**changes)))
-            channel = await stack.enter_async_context(
-                grpc.aio.insecure_channel(server.target, options=[("grpc.enable_retries", 0), *options])
-            )
+            channel = server.channel
+            if not is_local:
+                channel = await stack.enter_async_context(
+                    grpc.aio.insecure_channel(server.target, options=[("grpc.enable_retries", 0), *options])
+                )
             return Service(server, channel, TextGenerationServiceStub(channel))
 
         yield make
 
 
 @pytest.fixture(scope="session")
-async def service() -> AsyncIterator[Service]:
-    """A shared server, for tests that leave no state behind."""
+async def shared_service() -> AsyncIterator[Service]:
     async with running_server(demo_settings()) as server:
         async with grpc.aio.insecure_channel(server.target) as channel:
             yield Service(server, channel, TextGenerationServiceStub(channel))
+
+
+@pytest.fixture
+async def service(shared_service: Service, is_local: bool) -> Service:
+    """A shared server, for tests that leave no state behind."""
+    if not is_local:
+        return shared_service
+    channel = shared_service.server.channel
+    return Service(shared_service.server, channel, TextGenerationServiceStub(channel))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import pytest
 from conftest import SteppedRunner
 
@@ -259,3 +260,14 @@ async def test_a_slow_reader_receives_larger_chunks_and_delays_no_other_stream(m
     whole = await service.stub.Generate(request)
     assert "".join(chunk.output.text for chunk in chunks) == whole.outputs[0].text
     assert await service.all_blocks_free()
+
+
+async def test_an_async_client_uses_and_closes_the_channel_it_is_given(service: Any) -> None:
+    options: Any = {"max_new_tokens": 8, "temperature": 0, "seed": 1, "ignore_eos": True}
+    channel = grpc.aio.insecure_channel(service.server.target)
+    async with AsyncClient("unix:/nowhere", channel=channel) as client:
+        async with client.stream("Once", **options) as stream:
+            text = "".join([piece async for piece in stream])
+        assert (await client.generate("Once", **options)).text == text
+    with pytest.raises(grpc.aio.UsageError):
+        channel.unary_unary("/mpt.v1.TextGenerationService/GetServerInfo")(b"")

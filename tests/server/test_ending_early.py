@@ -22,6 +22,11 @@ LONG_PROMPT = [300 + i for i in range(100)]
 DEADLINE_S = 2.0
 
 
+@pytest.fixture(params=["connection", "local"])
+def is_local(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "local")
+
+
 def generate_request(prompt: list[int], max_new_tokens: int = 500, **fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=prompt),

@@ -438,3 +438,35 @@ async def test_text_withheld_by_a_guard_is_never_sent(guarded: Any, service: Any
                 unguarded.token_ids,
                 unguarded.finish,
             )
+
+
+@pytest.mark.parametrize(
+    ("chunks", "size"),
+    [
+        ({"chunk_tokens": 1}, 1),
+        ({"chunk_tokens": 7}, 7),
+        ({"chunk_tokens": 1024}, 1024),
+        ({"chunk_interval": Duration(nanos=1)}, 1),
+        ({"chunk_interval": Duration(seconds=1000)}, 1024),
+        ({"chunk_tokens": 7, "chunk_interval": Duration(seconds=1000)}, 7),
+        ({"chunk_tokens": 7, "chunk_interval": Duration(nanos=1)}, 1),
+    ],
+    ids=str,
+)
+async def test_larger_chunks_add_up_to_the_same_outputs(service: Any, chunks: dict[str, Any], size: int) -> None:
+    def request(**chunks: Any) -> pb.GenerateRequest:
+        options = pb.OutputOptions(return_token_ids=True, return_logprobs=True, **chunks)
+        sampling = pb.SamplingParameters(temperature=1, seed=3, num_sequences=2)
+        return generate_request(max_new_tokens=24, sampling=sampling, output_options=options)
+
+    whole = await service.stub.Generate(request())
+    received = [chunk.output async for chunk in service.stub.StreamGenerate(request(**chunks))]
+    for index, output in enumerate(whole.outputs):
+        parts = [part for part in received if part.index == index]
+        assert "".join(part.text for part in parts) == output.text
+        assert [token_id for part in parts for token_id in part.token_ids] == output.token_ids
+        assert [logprob for part in parts for logprob in part.logprobs] == output.logprobs
+        first, *others, last = [part.num_tokens for part in parts]
+        assert first == 1 or size == 1
+        assert all(num_tokens >= size for num_tokens in others)
+        assert last == 23 or size < 1024

@@ -137,7 +137,8 @@ async def test_the_bounds_of_each_range_are_accepted_and_what_is_beyond_refused(
         return message
 
     step = 1 if isinstance(numbers.high, int) and numbers.high > 10 else 0.001
-    is_unsigned = field in ("sampling.num_sequences", "output_options.top_logprobs") or "repetition_guard" in field
+    unsigned = ("sampling.num_sequences", "output_options.top_logprobs", "output_options.chunk_tokens")
+    is_unsigned = field in unsigned or "repetition_guard" in field
     low = numbers.low + (0.01 if numbers.excludes_low else 0)
     accepted, refused = [low, numbers.high], [numbers.high + max(step, 1 if is_unsigned else step)]
     if numbers.excludes_low or not (is_unsigned and numbers.low == 0):

@@ -30,15 +30,25 @@ class AsyncClient:
     Cancelling a task that awaits a call cancels the call on the server.
     """
 
-    def __init__(self, target: str | None = None, *, timeout: float | None = None, retries: bool = True) -> None:
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        timeout: float | None = None,
+        retries: bool = True,
+        channel: grpc.aio.Channel | None = None,
+    ) -> None:
         """Creates a client, which connects at its first call, without TLS, and from then on belongs to that event loop.
 
         target: `host:port` or `unix:path`; defaults to the environment variable MPT_GRPC_TARGET, then to
             `localhost:50051`.
         timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
         retries: whether to retry calls up to three times while the server is unavailable or overloaded.
+        channel: a channel to the target instead of the client's own, for example with TLS; it has its own options, so
+            `retries` has no effect. The client closes it.
         """
         self._target, self._timeout, self._retries = resolve_target(target), check_timeout(timeout), retries
+        self._channel = channel
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -52,6 +62,8 @@ class AsyncClient:
         self._closed = True
         if "_connection" in vars(self):
             await self._connection.channel.close()
+        elif self._channel is not None:
+            await self._channel.close()
 
     async def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
@@ -126,7 +138,10 @@ class AsyncClient:
 
     @cached_property
     def _connection(self) -> _Connection:
-        return _Connection(self._target, self._retries)
+        # Made now: grpc.aio hangs if a channel is created before its loop runs.
+        return _Connection(
+            self._channel or grpc.aio.insecure_channel(self._target, channel_options(self._target, self._retries))
+        )
 
     async def _call(
         self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout: float | None
@@ -143,11 +158,10 @@ class AsyncClient:
 
 
 class _Connection:
-    """A channel of the running event loop: grpc.aio hangs if a channel is created before its loop runs."""
+    """A channel of the running event loop."""
 
-    def __init__(self, target: str, retries: bool) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.channel = grpc.aio.insecure_channel(target, channel_options(target, retries))
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.loop, self.channel = asyncio.get_running_loop(), channel
         self.service = TextGenerationServiceStub(self.channel)
         self.debug_service = DebugServiceStub(self.channel)
 

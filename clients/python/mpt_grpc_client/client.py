@@ -25,16 +25,25 @@ _Response = TypeVar("_Response")
 class Client:
     """A connection to a server, which threads may share. Every call that fails raises `MptGrpcError`."""
 
-    def __init__(self, target: str | None = None, *, timeout: float | None = None, retries: bool = True) -> None:
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        timeout: float | None = None,
+        retries: bool = True,
+        channel: grpc.Channel | None = None,
+    ) -> None:
         """Creates a client, which connects at its first call, without TLS.
 
         target: `host:port` or `unix:path`; defaults to the environment variable MPT_GRPC_TARGET, then to
             `localhost:50051`.
         timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
         retries: whether to retry calls up to three times while the server is unavailable or overloaded.
+        channel: a channel to the target instead of the client's own, for example with TLS; it has its own options, so
+            `retries` has no effect. The client closes it.
         """
         self._target, self._timeout = resolve_target(target), check_timeout(timeout)
-        self._channel = grpc.insecure_channel(self._target, channel_options(self._target, retries))
+        self._channel = channel or grpc.insecure_channel(self._target, channel_options(self._target, retries))
         self._service = TextGenerationServiceStub(self._channel)
         self._debug_service = DebugServiceStub(self._channel)
         self._closed = False

@@ -90,6 +90,12 @@ class GenerateOptions(TypedDict, total=False):
     Default: False."""
     top_logprobs: int | None
     """Number of most likely tokens to return with each log probability. Range: 0 to 20. Default: 0."""
+    chunk_tokens: int | None
+    """Number of new tokens that a stream sends together. The first token and the end of an output are not delayed.
+    Range: 1 to 1024. Default: 1, or no number if `chunk_interval` is set."""
+    chunk_interval: float | None
+    """Seconds after which a stream sends the tokens held back along with the next one. Must be positive. Default: no
+    limit."""
     truncate_prompt_tokens: int | None
     """Keep only the last N prompt tokens, at least 1. Default: all. Not supported for messages."""
     drop_oldest_turns: bool | None
@@ -185,6 +191,8 @@ def _request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
             return_prompt_logprobs=options.get("return_prompt_logprobs"),
             top_logprobs=options.get("top_logprobs"),
             skip_special_tokens=options.get("skip_special_tokens"),
+            chunk_tokens=options.get("chunk_tokens"),
+            chunk_interval=_duration(options.get("chunk_interval")),
         ),
         cache=pb.CacheOptions(bypass=options.get("cache_bypass"), salt=options.get("cache_salt")),
         priority=options.get("priority"),
@@ -277,7 +285,7 @@ def _decoding(options: GenerateOptions) -> pb.DecodingOptions:
 
 def _stopping(options: GenerateOptions) -> pb.StoppingCriteria:
     strings = options.get("stop_strings") or ()
-    time_limit, guard = options.get("time_limit"), options.get("repetition_guard")
+    guard = options.get("repetition_guard")
     stopping = pb.StoppingCriteria(
         max_new_tokens=options.get("max_new_tokens"),
         min_new_tokens=options.get("min_new_tokens"),
@@ -285,15 +293,20 @@ def _stopping(options: GenerateOptions) -> pb.StoppingCriteria:
         stop_token_ids=options.get("stop_token_ids") or (),
         include_stop_string=options.get("include_stop_string"),
         ignore_eos=options.get("ignore_eos"),
+        time_limit=_duration(options.get("time_limit")),
     )
-    if time_limit is not None:
-        if not isinstance(time_limit, int | float):
-            raise TypeError(f"must be a number of seconds, not {type(time_limit).__name__}")
-        duration = Duration()
-        duration.FromNanoseconds(round(time_limit * 1e9))
-        stopping.time_limit.CopyFrom(duration)
     if guard is not None:
         stopping.repetition_guard.CopyFrom(
             pb.RepetitionGuard(min_repeats=guard.min_repeats, max_cycle_tokens=guard.max_cycle_tokens)
         )
     return stopping
+
+
+def _duration(seconds: float | None) -> Duration | None:
+    if seconds is None:
+        return None
+    if not isinstance(seconds, int | float):
+        raise TypeError(f"must be a number of seconds, not {type(seconds).__name__}")
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

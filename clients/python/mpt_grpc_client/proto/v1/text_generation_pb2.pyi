@@ -678,6 +678,8 @@ class OutputOptions(_message.Message):
     RETURN_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
+    CHUNK_INTERVAL_FIELD_NUMBER: _builtins.int
     return_token_ids: _builtins.bool
     """Whether to return the token IDs of the output. Default: false."""
     return_prompt_token_ids: _builtins.bool
@@ -694,6 +696,16 @@ class OutputOptions(_message.Message):
     """
     skip_special_tokens: _builtins.bool
     """Whether to omit special tokens from the text. The token that ended the output is always omitted. Default: true."""
+    chunk_tokens: _builtins.int
+    """The number of new tokens of an output that make a chunk of a stream. Its first token and its end are sent without
+    delay. Fewer chunks cost less. Range: 1 to 1024. Default: 1, or no number if `chunk_interval` is set.
+    """
+    @_builtins.property
+    def chunk_interval(self) -> _duration_pb2.Duration:
+        """The time after the last chunk of an output in a stream at which its next token is sent with those held back, even if
+        `chunk_tokens` is not reached. Must be positive. Default: no limit.
+        """
+
     def __init__(
         self,
         *,
@@ -703,11 +715,15 @@ class OutputOptions(_message.Message):
         return_prompt_logprobs: _builtins.bool | None = ...,
         top_logprobs: _builtins.int | None = ...,
         skip_special_tokens: _builtins.bool | None = ...,
+        chunk_tokens: _builtins.int | None = ...,
+        chunk_interval: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_return_logprobs", b"_return_logprobs", "_return_prompt_logprobs", b"_return_prompt_logprobs", "_return_prompt_token_ids", b"_return_prompt_token_ids", "_return_token_ids", b"_return_token_ids", "_skip_special_tokens", b"_skip_special_tokens", "_top_logprobs", b"_top_logprobs", "return_logprobs", b"return_logprobs", "return_prompt_logprobs", b"return_prompt_logprobs", "return_prompt_token_ids", b"return_prompt_token_ids", "return_token_ids", b"return_token_ids", "skip_special_tokens", b"skip_special_tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chunk_tokens", b"_chunk_tokens", "_return_logprobs", b"_return_logprobs", "_return_prompt_logprobs", b"_return_prompt_logprobs", "_return_prompt_token_ids", b"_return_prompt_token_ids", "_return_token_ids", b"_return_token_ids", "_skip_special_tokens", b"_skip_special_tokens", "_top_logprobs", b"_top_logprobs", "chunk_interval", b"chunk_interval", "chunk_tokens", b"chunk_tokens", "return_logprobs", b"return_logprobs", "return_prompt_logprobs", b"return_prompt_logprobs", "return_prompt_token_ids", b"return_prompt_token_ids", "return_token_ids", b"return_token_ids", "skip_special_tokens", b"skip_special_tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_return_logprobs", b"_return_logprobs", "_return_prompt_logprobs", b"_return_prompt_logprobs", "_return_prompt_token_ids", b"_return_prompt_token_ids", "_return_token_ids", b"_return_token_ids", "_skip_special_tokens", b"_skip_special_tokens", "_top_logprobs", b"_top_logprobs", "return_logprobs", b"return_logprobs", "return_prompt_logprobs", b"return_prompt_logprobs", "return_prompt_token_ids", b"return_prompt_token_ids", "return_token_ids", b"return_token_ids", "skip_special_tokens", b"skip_special_tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunk_tokens", b"_chunk_tokens", "_return_logprobs", b"_return_logprobs", "_return_prompt_logprobs", b"_return_prompt_logprobs", "_return_prompt_token_ids", b"_return_prompt_token_ids", "_return_token_ids", b"_return_token_ids", "_skip_special_tokens", b"_skip_special_tokens", "_top_logprobs", b"_top_logprobs", "chunk_interval", b"chunk_interval", "chunk_tokens", b"chunk_tokens", "return_logprobs", b"return_logprobs", "return_prompt_logprobs", b"return_prompt_logprobs", "return_prompt_token_ids", b"return_prompt_token_ids", "return_token_ids", b"return_token_ids", "skip_special_tokens", b"skip_special_tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__chunk_tokens: _TypeAlias = _typing.Literal["chunk_tokens"]  # noqa: Y015
+    _WhichOneofArgType__chunk_tokens: _TypeAlias = _typing.Literal["_chunk_tokens", b"_chunk_tokens"]  # noqa: Y015
     _WhichOneofReturnType__return_logprobs: _TypeAlias = _typing.Literal["return_logprobs"]  # noqa: Y015
     _WhichOneofArgType__return_logprobs: _TypeAlias = _typing.Literal["_return_logprobs", b"_return_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__return_prompt_logprobs: _TypeAlias = _typing.Literal["return_prompt_logprobs"]  # noqa: Y015
@@ -720,6 +736,8 @@ class OutputOptions(_message.Message):
     _WhichOneofArgType__skip_special_tokens: _TypeAlias = _typing.Literal["_skip_special_tokens", b"_skip_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chunk_tokens) -> _WhichOneofReturnType__chunk_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__return_logprobs) -> _WhichOneofReturnType__return_logprobs | None: ...
     @_typing.overload
