@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,6 +22,9 @@ _WORDS = (
 ).split()
 """Words that most tokenizers encode as one token each, with the space before them."""
 
+_UNEXPECTED = (ValueError, LookupError, TypeError, AttributeError)
+"""What the reading of JSON of another shape raises."""
+
 
 class HttpEndpoint:
     """Prompts are random token IDs where the server tokenizes in vLLM's format, and random words elsewhere."""
@@ -29,18 +33,15 @@ class HttpEndpoint:
         self._client, self.model, self._is_chat = client, model, is_chat
         self.max_context_tokens: int | None = None
         self._token_ids: list[int] = []
-        self._ignore_eos = {"ignore_eos": True}
+        self._ignore_eos: dict[str, bool] = {}
 
     async def prepare(self) -> None:
         """Finds out which prompts and options the server accepts. Raises BenchmarkError if it accepts none."""
-        if not self._is_chat:
-            self._token_ids = await self._known_token_ids()
-        if await self._refusal() and self._token_ids:
-            self._token_ids = []
-        if await self._refusal():
-            self._ignore_eos = {}
-        if (refusal := await self._refusal()) is not None:
-            raise BenchmarkError(f"--url: the server refuses a request: {refusal}")
+        known = [] if self._is_chat else await self._known_token_ids()
+        for self._token_ids, self._ignore_eos in itertools.product((known, []), ({"ignore_eos": True}, {})):
+            if (refusal := await self._refusal()) is None:
+                return
+        raise BenchmarkError(f"--url: the server refuses a request: {refusal}")
 
     @property
     def prompts(self) -> str:
@@ -66,14 +67,14 @@ class HttpEndpoint:
                     if _has_text(event) or (not times_s and _has_ended(event)):
                         times_s.append(time_s)
                     usage = event.get("usage") or usage
+            if not times_s or usage is None:
+                raise RequestFailedError("no usage in the stream" if times_s else "no output in the stream")
+            num_tokens = usage["completion_tokens"]
+            return Answer(tuple(times_s), _shared_out(num_tokens, len(times_s)), usage["prompt_tokens"], num_tokens)
         except OSError as error:
             raise RequestFailedError("connection lost", str(error)) from error
-        except ValueError as error:
+        except _UNEXPECTED as error:
             raise RequestFailedError("invalid stream", str(error)) from error
-        if not times_s or usage is None:
-            raise RequestFailedError("no usage in the stream" if times_s else "no output in the stream")
-        num_tokens = usage["completion_tokens"]
-        return Answer(tuple(times_s), _shared_out(num_tokens, len(times_s)), usage["prompt_tokens"], num_tokens)
 
     def _body(self, prompt: Prompt, num_output_tokens: int) -> dict[str, Any]:
         return {
@@ -99,7 +100,7 @@ class HttpEndpoint:
         async with self._client.request("POST", "/tokenize", body) as response:
             try:
                 return sorted(set(json.loads(await response.content())["tokens"]))
-            except (ValueError, LookupError, TypeError):
+            except _UNEXPECTED:
                 return []
 
 
@@ -117,7 +118,7 @@ async def open_http(url: str, *, is_chat: bool) -> AsyncIterator[HttpEndpoint]:
             endpoint = HttpEndpoint(client, model["id"], is_chat=is_chat)
             endpoint.max_context_tokens = model.get("max_model_len")
             await endpoint.prepare()
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, *_UNEXPECTED) as error:
             why = getattr(error, "strerror", None) or error
             raise BenchmarkError(f"--url: no server with OpenAI's API responds at {url}: {why}") from error
         yield endpoint
@@ -153,5 +154,5 @@ def _message(content: bytes) -> str:
     try:
         error = json.loads(content)["error"]
         return str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, LookupError, TypeError):
+    except _UNEXPECTED:
         return content[:200].decode(errors="replace")

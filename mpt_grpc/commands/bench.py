@@ -44,12 +44,11 @@ def run(parsed: argparse.Namespace) -> None:
 async def _measure(parsed: argparse.Namespace, trace: Sequence[PlannedRequest] | None) -> None:
     async with _opened(parsed) as endpoint:
         requests = _requests(parsed, trace, endpoint.max_context_tokens)
-        warm_up = load.closed_loop(requests[: parsed.warm_up], parsed.warm_up)
         measured: list[tuple[Load, list[Timeline]]] = [(planned, []) for planned in _loads(parsed, requests)]
         try:
             with _progress() as progress:
                 for planned, timelines in measured:
-                    await run_load(endpoint, warm_up, lambda _: None)
+                    await run_load(endpoint, _warm_up(parsed, planned), lambda _: None)
                     await run_load(endpoint, planned, _recorder(planned, timelines, progress))
         finally:
             # Ctrl-C cancels this task; what has ended until then is reported.
@@ -107,6 +106,11 @@ def _loads(parsed: argparse.Namespace, requests: Sequence[PlannedRequest]) -> li
     return [load.closed_loop(requests, _CONCURRENCY)]
 
 
+def _warm_up(parsed: argparse.Namespace, planned: Load) -> Load:
+    num = (planned.concurrency or _CONCURRENCY) if parsed.warm_up is None else parsed.warm_up
+    return load.closed_loop(planned.requests[:num], num)
+
+
 def _write(parsed: argparse.Namespace, endpoint: Endpoint, results: Sequence[report.Result]) -> None:
     server = parsed.url or resolve_target(parsed.target)
     print(f"{endpoint.model} at {server}, prompts of random {endpoint.prompts}\n\n{report.table(results)}", flush=True)
@@ -118,7 +122,6 @@ def _write(parsed: argparse.Namespace, endpoint: Endpoint, results: Sequence[rep
             "model": endpoint.model,
             "prompts": endpoint.prompts,
             "trace": str(parsed.trace) if parsed.trace else None,
-            "warm_up": parsed.warm_up,
             "seed": parsed.seed,
             "objective": parsed.objective,
         }

@@ -59,9 +59,8 @@ def add_flags(bench: argparse.ArgumentParser) -> None:
     requests.add_argument(
         "--warm-up",
         type=_count,
-        default=8,
         metavar="N",
-        help="requests sent at once before each load and not measured (default: 8)",
+        help="requests sent at once before each load and not measured (default: as many as in progress, or 8)",
     )
     requests.add_argument(
         "--seed", type=_count, default=0, metavar="N", help="seed of the times and lengths (default: 0)"
