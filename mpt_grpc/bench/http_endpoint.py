@@ -62,8 +62,8 @@ class HttpEndpoint:
                 if response.status != 200:
                     raise RequestFailedError(str(response.status), _message(await response.content()))
                 async for time_s, event in _events(response):
-                    if "error" in event:
-                        raise RequestFailedError("error in the stream", str(event["error"]))
+                    if error := event.get("error"):
+                        raise RequestFailedError("error in the stream", str(error))
                     if _has_text(event) or (not times_s and _has_ended(event)):
                         times_s.append(time_s)
                     usage = event.get("usage") or usage

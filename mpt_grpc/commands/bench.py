@@ -113,7 +113,6 @@ def _warm_up(parsed: argparse.Namespace, planned: Load) -> Load:
 
 def _write(parsed: argparse.Namespace, endpoint: Endpoint, results: Sequence[report.Result]) -> None:
     server = parsed.url or resolve_target(parsed.target)
-    print(f"{endpoint.model} at {server}, prompts of random {endpoint.prompts}\n\n{report.table(results)}", flush=True)
     if parsed.output:
         settings = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -130,3 +129,4 @@ def _write(parsed: argparse.Namespace, endpoint: Endpoint, results: Sequence[rep
         from mpt_grpc.bench import plot  # imports matplotlib
 
         plot.save(results, parsed.plot)
+    print(f"{endpoint.model} at {server}, prompts of random {endpoint.prompts}\n\n{report.table(results)}")
