@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from mpt_grpc import __version__
-from mpt_grpc.commands import options, server_options
+from mpt_grpc.commands import bench_options, options, server_options
 from mpt_grpc.commands.logs import add_log_level
-from mpt_grpc.errors import EvaluationError, ModelError, SettingsError, VerificationError
+from mpt_grpc.commands.units import positive_int
+from mpt_grpc.errors import BenchmarkError, EvaluationError, ModelError, SettingsError, VerificationError
 from mpt_grpc.settings import HttpSettings
 
 
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.error(_unknown_arguments(command, unknown))
     if parsed.command == "generate" and parsed.prompt is None and sys.stdin.isatty():
         command.error("no prompt: pass it as an argument or pipe it to standard input")
-    if problem := options.usage_error(parsed):
+    usage_error = bench_options.usage_error if parsed.command == "bench" else options.usage_error
+    if problem := usage_error(parsed):
         command.error(problem)
     return _run(parsed)
 
@@ -51,7 +53,7 @@ def _run(parsed: argparse.Namespace) -> int:
     except InvalidRequestError as error:
         violations = [f"{options.flag(v.field, parsed)}: {v.description}" for v in error.violations]
         return _fail("; ".join(violations) or str(error))
-    except (MptGrpcError, EvaluationError, ModelError, SettingsError, VerificationError) as error:
+    except (MptGrpcError, BenchmarkError, EvaluationError, ModelError, SettingsError, VerificationError) as error:
         return _fail(str(error))
     except UnicodeDecodeError as error:
         return _fail(f"standard input is not UTF-8: {error}")
@@ -167,6 +169,14 @@ def _parser() -> _Parser:
         formatter_class=_HelpFormatter,
     )
     _add_evaluation(evaluation)
+
+    bench = add(
+        "bench",
+        "measure latency and throughput",
+        "Measure the latency and the throughput of a server under load, and print a table. Ctrl-C ends the run with the"
+        " results so far.",
+    )
+    bench_options.add_flags(bench)
     return parser
 
 
@@ -188,20 +198,10 @@ def _add_evaluation(evaluation: argparse.ArgumentParser) -> None:
         help="measure the bits per byte of a text; <|endoftext|> separates documents (default: none)",
     )
     evaluation.add_argument(
-        "--limit", type=_positive, metavar="N", help="use only the first N examples of each task (default: all)"
+        "--limit", type=positive_int, metavar="N", help="use only the first N examples of each task (default: all)"
     )
-    evaluation.add_argument("--num-concurrent", type=_positive, default=8, metavar="N", help="concurrent requests")
+    evaluation.add_argument("--num-concurrent", type=positive_int, default=8, metavar="N", help="concurrent requests")
     evaluation.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
-    return number
 
 
 if __name__ == "__main__":

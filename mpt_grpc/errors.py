@@ -6,6 +6,7 @@ MptServerError
 │   └── WeightsError         a tensor is missing, unexpected, misshapen or unreadable
 ├── SettingsError          a flag or a setting is invalid: the server does not start
 ├── EvaluationError        `mpt-grpc eval` cannot run
+├── BenchmarkError         `mpt-grpc bench` cannot run, or no request succeeds
 ├── VerificationError      `mpt-grpc verify` finds a difference, or cannot run
 ├── RequestError           the caller can correct the request
 │   ├── InvalidRequestError    lists every invalid field
@@ -47,6 +48,10 @@ class SettingsError(MptServerError):
 
 class EvaluationError(MptServerError):
     """An evaluation cannot run."""
+
+
+class BenchmarkError(MptServerError):
+    """A benchmark cannot run, or no request succeeds."""
 
 
 class VerificationError(MptServerError):

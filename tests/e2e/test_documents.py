@@ -27,6 +27,7 @@ PAGES = (
     "generation",
     "openai",
     "evaluation",
+    "benchmarking",
     "limitations",
     "compatibility",
     "names",
@@ -158,7 +159,7 @@ def test_every_flag_in_the_prose_exists(name: str, server: Any) -> None:
     prose = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
     if name == "docs/names.md":
         prose = HISTORICAL.sub(lambda row: row[0].removesuffix(f"{row[1]}|"), prose)
-    commands = ("", "serve", "gateway", "generate", "chat", "eval")
+    commands = ("", "serve", "gateway", "generate", "chat", "eval", "bench")
     help_text = "".join(
         run([sys.executable, "-m", "mpt_grpc", *filter(None, (command,)), "--help"], server) for command in commands
     )
