@@ -36,7 +36,9 @@ PROMPT_TOKENS = 64
 def main() -> None:
     arguments = _arguments()
     settings = Settings(
-        model=ModelSettings(model=arguments.model, dtype=arguments.dtype, quantize=arguments.quantize, load_format=arguments.load_format),
+        model=ModelSettings(
+            model=arguments.model, dtype=arguments.dtype, quantize=arguments.quantize, load_format=arguments.load_format
+        ),
         cache=CacheSettings(kv_cache_bytes=arguments.kv_cache),
     )
     engine, model = load_engine(settings)

@@ -16,7 +16,11 @@ struct Matrix {
     Type type;
 };
 
-static std::unique_ptr<Pool> pool = std::make_unique<Pool>(1);
+// Never destroyed, because threads may still compute when the process exits. Each function keeps the pool that it began
+// with.
+static std::shared_ptr<Pool> &current = *new auto(std::make_shared<Pool>(1));
+
+static std::shared_ptr<Pool> current_pool() { return std::atomic_load(&current); }
 
 // Calls a function with the matrix's packed weights.
 template <class Function>
@@ -31,6 +35,7 @@ static void with_weights(const Matrix &matrix, const Function &function) {
 template <class Weight>
 static void multiply(const float *x, int64_t rows, const Weight *weights, const Matrix &matrix, float *y,
                      const Epilogue &epilogue) {
+    const auto pool = current_pool();
 #if defined(__AVX512VNNI__)
     if constexpr (std::is_same_v<Weight, Int8>)
         return matmul<IntegerProducts>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, *pool);
@@ -40,8 +45,8 @@ static void multiply(const float *x, int64_t rows, const Weight *weights, const 
 
 extern "C" {
 
-// Not to be called while another function runs.
-void set_threads(int32_t threads) { pool = std::make_unique<Pool>(threads); }
+// Sets how many threads share the work of one call, the caller included.
+void set_threads(int32_t threads) { std::atomic_store(&current, std::make_shared<Pool>(threads)); }
 
 // The size in bytes of a packed matrix.
 int64_t packed_bytes(Type type, int64_t outputs, int64_t inputs) {
@@ -51,6 +56,7 @@ int64_t packed_bytes(Type type, int64_t outputs, int64_t inputs) {
 
 // Packs rows of the matrix's type; int8 ones are biased by 128. packed: what matrix.data points to.
 void pack(const Matrix *matrix, const void *rows, void *packed) {
+    const auto pool = current_pool();
     with_weights(*matrix, [&](auto *weights) {
         using Weight = std::remove_const_t<std::remove_pointer_t<decltype(weights)>>;
         const Weight *from = static_cast<const Weight *>(rows);
@@ -76,6 +82,7 @@ void linear(const Matrix *matrix, const float *x, int64_t rows, float *y, const 
 
 // The rows of the matrix with these numbers.
 void embedding(const Matrix *matrix, const int64_t *ids, int64_t count, float *y) {
+    const auto pool = current_pool();
     with_weights(*matrix, [&](auto *weights) {
         embed(ids, count, weights, matrix->scales, matrix->inputs, y, *pool);
     });
@@ -87,7 +94,7 @@ void norm(const float *x, int64_t rows, int64_t size, const float *weight, const
     const Norm norm{weight, bias, eps, is_rms != 0};
     constexpr int64_t VALUES = 1 << 15;  // in one piece of work
     const int64_t piece = std::max<int64_t>(1, VALUES / size);
-    pool->run((rows + piece - 1) / piece, [&](int64_t i) {
+    current_pool()->run((rows + piece - 1) / piece, [&](int64_t i) {
         for (int64_t row = i * piece; row < std::min(rows, (i + 1) * piece); row++)
             normalize(x + row * size, size, norm, y + row * size);
     });
@@ -95,6 +102,7 @@ void norm(const float *x, int64_t rows, int64_t size, const float *weight, const
 
 // Attention over a cache of float32 or bfloat16.
 void attend(const AttentionStep *step, Type type) {
+    const auto pool = current_pool();
     type == Type::bfloat16 ? attention<bf16>(*step, *pool) : attention<float>(*step, *pool);
 }
 }

@@ -78,8 +78,8 @@ def load_engine(
     A small model on a CPU is computed by one thread unless OMP_NUM_THREADS is set.
     """
     parts = _resolve(settings)
-    block_bytes = KVCache.bytes_per_block(parts.config, BLOCK_SIZE, parts.format.dtype)
-    needs = _memory_needs(settings.cache, num_parameters(parts.config), block_bytes, parts.format)
+    block_bytes = KVCache.bytes_per_block(parts.config, BLOCK_SIZE, parts.weight_format.dtype)
+    needs = _memory_needs(settings.cache, num_parameters(parts.config), block_bytes, parts.weight_format)
     num_blocks = needs.cache_bytes // block_bytes
     model, cache = _allocate(parts, needs, num_blocks, random=settings.model.load_format == "random")
     loaded = LoadedModel(
@@ -87,8 +87,8 @@ def load_engine(
         config=parts.config,
         defaults=parts.defaults,
         num_parameters=needs.num_parameters,
-        dtype=dtype_name(parts.format.stored_dtype),
-        device=parts.format.device.type,
+        dtype=dtype_name(parts.weight_format.stored_dtype),
+        device=parts.weight_format.device.type,
         weight_bytes=needs.weight_bytes,
         num_blocks=num_blocks,
         cache_bytes=num_blocks * block_bytes,
@@ -107,7 +107,7 @@ class _Parts:
     chat_template: ChatTemplate
     guards: Sequence[Guard]
     defaults: GenerationDefaults
-    format: WeightFormat
+    weight_format: WeightFormat
     max_context_tokens: int
 
 
@@ -140,32 +140,34 @@ def _resolve(settings: Settings) -> _Parts:
         guards=load_guards(settings.guards),
         # As in transformers, a larger value keeps all tokens.
         defaults=replace(defaults, top_k=min(defaults.top_k, tokenizer.vocab_size)),
-        format=_weight_format(wanted, config),
+        weight_format=_weight_format(wanted, config),
         max_context_tokens=max_context_tokens,
     )
 
 
 def _allocate(parts: _Parts, needs: MemoryNeeds, num_blocks: int, *, random: bool) -> tuple[MPT, KVCache]:
     """Loads the weights and makes the cache."""
-    config, format = parts.config, parts.format
+    config, weight_format = parts.config, parts.weight_format
 
     def load_weights() -> MPT:
         if random:
-            return random_model(config, format)
-        return load_model(parts.checkpoint.folder, config, format, parts.adapters)
+            return random_model(config, weight_format)
+        return load_model(parts.checkpoint.folder, config, weight_format, parts.adapters)
 
-    if format.kernels is not None:
-        format.kernels.set_threads(torch.get_num_threads())
+    if weight_format.kernels is not None:
+        weight_format.kernels.set_threads(torch.get_num_threads())
     model = _in_own_thread(load_weights)
-    if format.device.type == "cpu":
+    if weight_format.device.type == "cpu":
         if needs.weight_bytes <= _SMALL_MODEL_BYTES and "OMP_NUM_THREADS" not in os.environ:
             # Two threads wait for each other so often that one other busy process costs three quarters of the speed.
             torch.set_num_threads(1)
-        if format.kernels is not None:
-            format.kernels.set_threads(torch.get_num_threads())
+        if weight_format.kernels is not None:
+            weight_format.kernels.set_threads(torch.get_num_threads())
             torch.set_num_threads(1)  # what torch still computes is small
     try:
-        cache = _in_own_thread(lambda: KVCache(config, num_blocks, BLOCK_SIZE, format.dtype, format.device))
+        cache = _in_own_thread(
+            lambda: KVCache(config, num_blocks, BLOCK_SIZE, weight_format.dtype, weight_format.device)
+        )
         return model, cache
     except RuntimeError as error:
         raise SettingsError(f"--kv-cache: cannot allocate {needs.cache_bytes:,} bytes: {error}") from error
@@ -179,11 +181,11 @@ def _assemble(
     tracer: Tracer | None,
     loop: asyncio.AbstractEventLoop | None,
 ) -> Engine:
-    tokenizer, format = parts.tokenizer, parts.format
+    tokenizer, weight_format = parts.tokenizer, parts.weight_format
     attention = (
-        TorchAttention(parts.config, format.device)
-        if format.kernels is None
-        else NativeAttention(parts.config, format.kernels)
+        TorchAttention(parts.config, weight_format.device)
+        if weight_format.kernels is None
+        else NativeAttention(parts.config, weight_format.kernels)
     )
     # A single request may fill the whole cache; a longer one could never complete.
     max_context_tokens = min(parts.max_context_tokens, cache.num_blocks * BLOCK_SIZE)
@@ -202,7 +204,7 @@ def _assemble(
             BlockPool(cache.num_blocks, BLOCK_SIZE),
             tokenizer.eos_token_ids,
         ),
-        Runner(model, cache, attention, format.device, tokenizer.vocab_size),
+        Runner(model, cache, attention, weight_format.device, tokenizer.vocab_size),
         Sampler(tokenizer.vocab_size),
         max_in_flight=max_in_flight,
         tracer=tracer,
@@ -231,7 +233,9 @@ def _weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightFormat:
     device = _device(wanted)
     kernels = _kernels(config) if device.type == "cpu" and wanted.dtype != "float16" else None
     if wanted.quantize == "int8" and kernels is None:
-        raise SettingsError("--quantize: int8 needs the compiled kernels, which compute on a CPU without --dtype float16")
+        raise SettingsError(
+            "--quantize: int8 needs the compiled kernels, which compute on a CPU without --dtype float16"
+        )
     if wanted.dtype != "auto":
         dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[wanted.dtype]
     elif device.type == "cuda":
@@ -254,12 +258,14 @@ def _kernels(config: MPTConfig) -> Kernels | None:
     return kernels if config.d_model % 4 == 0 and config.d_ffn % 4 == 0 else None
 
 
-def _memory_needs(wanted: CacheSettings, num_parameters: int, block_bytes: int, format: WeightFormat) -> MemoryNeeds:
+def _memory_needs(
+    wanted: CacheSettings, num_parameters: int, block_bytes: int, weight_format: WeightFormat
+) -> MemoryNeeds:
     """Returns what will be allocated, with at least one block of KV cache.
 
     Raises ModelError if memory cannot hold it, and SettingsError if --kv-cache cannot hold a block.
     """
-    device, dtype = format.device, format.stored_dtype
+    device, dtype = weight_format.device, weight_format.stored_dtype
     free_bytes, cache_bytes, reserved_bytes = free_memory(device), wanted.kv_cache_bytes, STEP_BYTES
     if cache_bytes is not None and cache_bytes < block_bytes:
         raise SettingsError(f"--kv-cache: {cache_bytes:,} bytes cannot hold a block, which takes {block_bytes:,}")

@@ -63,9 +63,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
         d_model, d_ffn, activation = config.d_model, config.d_ffn, config.activation
-        self.up_proj = Linear(
-            d_model, d_ffn, config.bias, activation="none" if config.gated_ffn else activation
-        )
+        self.up_proj = Linear(d_model, d_ffn, config.bias, activation="none" if config.gated_ffn else activation)
         self.gate_proj = Linear(d_model, d_ffn, config.bias, activation=activation) if config.gated_ffn else None
         self.down_proj = Linear(d_ffn, d_model, config.bias)
 
@@ -116,7 +114,7 @@ class MPT(nn.Module):
 
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
-        self.config, self.format = config, WeightFormat(torch.float32, torch.device("cpu"))
+        self.config, self.weight_format = config, WeightFormat(torch.float32, torch.device("cpu"))
         self.transformer = Transformer(config)
         self.lm_head = None if config.tied_head else Linear(config.d_model, config.vocab_size, bias=False)
 

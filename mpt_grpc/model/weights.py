@@ -27,17 +27,17 @@ _COMPUTED = "transformer.rotary_embedding."
 """The prefix of the constants of rotary position embeddings, which old versions of transformers store."""
 
 
-def load_model(folder: Path, config: MPTConfig, format: WeightFormat, adapters: Sequence[Adapter] = ()) -> MPT:
+def load_model(folder: Path, config: MPTConfig, weight_format: WeightFormat, adapters: Sequence[Adapter] = ()) -> MPT:
     """Loads the checkpoint in `folder`, with the adapters merged in turn.
 
     Raises WeightsError naming the tensor if one is missing, unexpected or has the wrong shape.
     """
-    return _fill(config, read_tensors(weight_files(folder)), format, adapters)
+    return _fill(config, read_tensors(weight_files(folder)), weight_format, adapters)
 
 
-def random_model(config: MPTConfig, format: WeightFormat) -> MPT:
+def random_model(config: MPTConfig, weight_format: WeightFormat) -> MPT:
     """Returns a model with random weights that keep activations finite, for benchmarks without a checkpoint."""
-    dtype, device = format.dtype, format.device
+    dtype, device = weight_format.dtype, weight_format.device
     generator = torch.Generator(device).manual_seed(0)
 
     def tensor(name: str, shape: torch.Size) -> Tensor:
@@ -46,7 +46,9 @@ def random_model(config: MPTConfig, format: WeightFormat) -> MPT:
         std = 0.02 if name == _EMBEDDING else shape[1] ** -0.5
         return torch.empty(shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
 
-    return _fill(config, ((name, tensor(name, shape)) for name, shape in parameter_shapes(config).items()), format)
+    return _fill(
+        config, ((name, tensor(name, shape)) for name, shape in parameter_shapes(config).items()), weight_format
+    )
 
 
 def parameter_shapes(config: MPTConfig) -> dict[str, torch.Size]:
@@ -85,13 +87,13 @@ def weight_files(folder: Path) -> list[Path]:
 def _fill(
     config: MPTConfig,
     tensors: Iterable[tuple[str, Tensor]],
-    format: WeightFormat,
+    weight_format: WeightFormat,
     adapters: Sequence[Adapter] = (),
 ) -> MPT:
     with torch.device("meta"):
         model = MPT(config)
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    dtype, item_bytes = format.dtype, format.stored_dtype.itemsize
+    dtype, item_bytes = weight_format.dtype, weight_format.stored_dtype.itemsize
     total_bytes = sum(shape.numel() for shape in expected.values()) * item_bytes
     missing, head, embedding = set(expected), None, None
     with _progress(total_bytes) as advance:
@@ -111,7 +113,7 @@ def _fill(
                 raise WeightsError(f"tensor {name!r} has shape {list(tensor.shape)}, not {list(expected[name])}")
             for adapter in adapters:
                 tensor = adapter.merged(name, tensor)
-            _set(model, name, tensor, format)
+            _set(model, name, tensor, weight_format)
             missing.discard(name)
             advance(tensor.numel() * item_bytes)
     if missing:
@@ -119,21 +121,23 @@ def _fill(
     if head is not None and embedding is not None and not torch.equal(embedding.to(dtype), head.to(dtype)):
         why = "config.json sets tie_word_embeddings to true, which is also the default"
         raise WeightsError(f"tensor {_HEAD!r} differs from {_EMBEDDING!r}, but {why}")
-    model.format = format
+    model.weight_format = weight_format
     return model.eval()
 
 
-def _set(model: nn.Module, name: str, tensor: Tensor, format: WeightFormat) -> None:
+def _set(model: nn.Module, name: str, tensor: Tensor, weight_format: WeightFormat) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     # The kernels compute in float32, and round to 8 bits from it.
-    dtype = torch.float32 if format.kernels and (tensor.ndim == 1 or format.quantize) else format.dtype
+    dtype = (
+        torch.float32 if weight_format.kernels and (tensor.ndim == 1 or weight_format.quantize) else weight_format.dtype
+    )
     # Copied, so that the file can be unmapped.
-    copy = torch.empty(tensor.shape, dtype=dtype, device=format.device).copy_(tensor)
+    copy = torch.empty(tensor.shape, dtype=dtype, device=weight_format.device).copy_(tensor)
     module.register_parameter(leaf, nn.Parameter(copy, requires_grad=False))
     if leaf == "weight":
         assert isinstance(module, Embedding | Linear | Norm)
-        module.prepack(format)
+        module.prepack(weight_format)
 
 
 def _progress(total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:

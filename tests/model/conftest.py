@@ -112,8 +112,8 @@ def make_checkpoint(
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, *, quantize: bool = False) -> MPT:
     """Loads the checkpoint in `folder` with the code under test, for the kernels that MPT_GRPC_ISA selects."""
-    format = WeightFormat(dtype, CPU, load_kernels(), quantize)
-    return load_model(folder, MPTConfig.from_file(folder / "config.json"), format)
+    weight_format = WeightFormat(dtype, CPU, load_kernels(), quantize)
+    return load_model(folder, MPTConfig.from_file(folder / "config.json"), weight_format)
 
 
 def as_arrays(weights: Mapping[str, Tensor]) -> dict[str, Array]:
@@ -132,9 +132,9 @@ class Stepper:
     def __init__(
         self, model: MPT, *, num_blocks: int = 256, block_size: int = 4, vocab_size: int | None = None
     ) -> None:
-        config, format = model.config, model.format
-        cache = KVCache(config, num_blocks, block_size, format.dtype, CPU)
-        attention = NativeAttention(config, format.kernels) if format.kernels else TorchAttention(config, CPU)
+        config, kernels = model.config, model.weight_format.kernels
+        cache = KVCache(config, num_blocks, block_size, model.weight_format.dtype, CPU)
+        attention = NativeAttention(config, kernels) if kernels else TorchAttention(config, CPU)
         self._runner = Runner(model, cache, attention, CPU, vocab_size or config.vocab_size)
         self._block_size = block_size
         self._ids: dict[str, int] = {}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mpt_grpc.errors import ConfigError, ModelError, SettingsError, WeightsError
 from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.weights import load_model, parameter_shapes
 from mpt_grpc.settings import ModelSettings
 
@@ -29,7 +30,7 @@ def merged(checkpoint: Path, *adapters: Path, dtype: torch.dtype = torch.float32
     """Returns the parameters of the checkpoint with the adapters merged by the code under test."""
     config = MPTConfig.from_file(checkpoint / "config.json")
     loaded = [Adapter.from_folder(adapter, parameter_shapes(config)) for adapter in adapters]
-    return load_model(checkpoint, config, dtype, CPU, loaded).state_dict()
+    return load_model(checkpoint, config, WeightFormat(dtype, CPU), loaded).state_dict()
 
 
 def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:

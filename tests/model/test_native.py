@@ -32,7 +32,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def layer(weight: Tensor, kernels: Kernels, bias: Tensor | None = None, *, quantize: bool = False, **options: object) -> Linear:
+def layer(
+    weight: Tensor, kernels: Kernels, bias: Tensor | None = None, *, quantize: bool = False, **options: object
+) -> Linear:
     linear = Linear(weight.shape[1], weight.shape[0], bias is not None, **options)  # type: ignore[arg-type]
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     linear.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
@@ -128,8 +130,9 @@ def test_norms_are_those_of_float64(kernels: Kernels, size: int, is_rms: bool) -
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("attention", [{}, {"sliding_window_size": 150}, {"attn_type": "multiquery_attention"}])
 @pytest.mark.parametrize("d_model", [64, 80])
+@pytest.mark.usefixtures("kernels")
 def test_logits_have_the_same_bits_alone_in_a_crowd_and_in_chunks(
-    kernels: Kernels, tmp_path: Path, attention: dict[str, object], d_model: int, quantize: bool
+    tmp_path: Path, attention: dict[str, object], d_model: int, quantize: bool
 ) -> None:
     make_checkpoint(tmp_path, tiny_config(attention, d_model=d_model, max_seq_len=512))
     model, tokens = load(tmp_path, torch.bfloat16, quantize=quantize), random_tokens(300)

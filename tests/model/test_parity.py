@@ -24,11 +24,18 @@ from model.conftest import (
 )
 from transformers import MptForCausalLM
 
+from mpt_grpc.model.native import available_instruction_sets
 from mpt_grpc.verification.reference import reference_logits
 
 GQA = {"attn_type": "grouped_query_attention"}
 STORYWRITER = {"alibi_bias_max": 16, "clip_qkv": 6}
 REPLIT = {**GQA, "kv_n_heads": 8}
+
+
+@pytest.fixture(autouse=True, params=["none", *available_instruction_sets()])
+def _instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs every test with torch and with the kernels for each instruction set of this machine."""
+    monkeypatch.setenv("MPT_GRPC_ISA", request.param)
 
 
 def transformers_model(folder: Path) -> MptForCausalLM:

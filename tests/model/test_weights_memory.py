@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.linear import WeightFormat
+from mpt_grpc.model.native import load_kernels
 from mpt_grpc.model.weights import load_model, parameter_shapes
 
 def anonymous_bytes():
@@ -40,7 +42,7 @@ def measure():
 
 thread = threading.Thread(target=measure)
 thread.start()
-model = load_model(folder, config, dtype, cpu, adapters)
+model = load_model(folder, config, WeightFormat(dtype, cpu, load_kernels()), adapters)
 done.set()
 thread.join()
 print(json.dumps({"peak": max(measured) - before, "end": anonymous_bytes() - before}))

@@ -70,7 +70,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 class Kernels:
-    """The kernels for one instruction set. Only one thread at a time may call them."""
+    """The kernels for one instruction set. While one thread uses the others that compute, a second computes alone."""
 
     def __init__(self, instruction_set: str, library: Path) -> None:
         self.instruction_set = instruction_set
@@ -81,7 +81,7 @@ class Kernels:
         self._functions: Any = functions
 
     def set_threads(self, count: int) -> None:
-        """Sets how many threads compute, the caller's included."""
+        """Sets how many threads share the work of a call, the caller's included."""
         self._functions.set_threads(count)
 
     def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, is_rms: bool) -> Tensor:
@@ -89,9 +89,7 @@ class Kernels:
         x = x.contiguous()
         y = torch.empty_like(x)
         rows, size = x.shape
-        self._functions.norm(
-            x.data_ptr(), rows, size, weight.data_ptr(), _pointer(bias), eps, is_rms, y.data_ptr()
-        )
+        self._functions.norm(x.data_ptr(), rows, size, weight.data_ptr(), _pointer(bias), eps, is_rms, y.data_ptr())
         return y
 
     def attend(self, step: AttentionStep, cache_dtype: torch.dtype) -> None:
