@@ -267,3 +267,16 @@ class TestEveryOutput:
         reader.read([[token_id] for token_id in ids])
         assert [delta.token_ids for delta in reader.deltas] == [(token_id,) for token_id in ids]
         assert [delta.text for delta in reader.deltas] == [tokenizer.decode((token_id,)) for token_id in ids]
+
+
+def test_tokens_are_sent_at_once_even_if_their_text_is_held_back(tokenizer: Tokenizer) -> None:
+    reader, ids = Reader(tokenizer, None, ["the fox ran off"]), tokenizer.encode("the fox ran")
+    reader.read([*([token_id] for token_id in ids), []])
+    assert [delta.token_ids for delta in reader.deltas] == [*((token_id,) for token_id in ids), ()]
+    assert [delta.text for delta in reader.deltas] == [*("" for _ in ids), "the fox ran"]
+
+
+def test_under_a_guard_tokens_are_sent_with_their_text(tokenizer: Tokenizer, guard: Guard) -> None:
+    reader, ids = Reader(tokenizer, guard, ["bad fox ran off"]), tokenizer.encode("bad fox ran")
+    reader.read([*([token_id] for token_id in ids), []])
+    assert [(delta.token_ids, delta.text) for delta in reader.deltas] == [(tuple(ids), "bad fox ran")]
