@@ -112,7 +112,7 @@ def splitmix64(x: int) -> int:
 
 
 def test_the_noise_is_that_of_the_documented_hash() -> None:
-    """An interrupted output is resumed with it, so it may not change. Of equal logits the one with the smallest hash wins."""
+    """Resumed outputs rely on it. Of equal logits the one with the smallest hash wins."""
     for seed in (0, 1, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1):
         for position in (0, 1, 1000):
             stream = splitmix64((seed + splitmix64(position + 1)) % (1 << 64))
