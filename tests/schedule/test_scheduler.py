@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import product
 from random import Random
 
 import pytest
@@ -677,12 +678,13 @@ def test_a_cancelled_sibling_does_not_run() -> None:
 
 def test_a_block_is_reused_only_after_the_same_blocks() -> None:
     m = machine()
-    one, other = (1, 2, 3, 4), (5, 6, 7, 8)
-    m.add(request("first", 1), (*one, *other, 9))
-    m.finish()
-    m.add(request("second", 1), (*other, *one, 9))
-    assert m.step().sequences[0].start == 0
-    m.finish()
+    prompts = [(*one, *two, *three, 9) for one, two, three in product(((1, 2, 3, 4), (5, 6, 7, 8)), repeat=3)]
+    starts = []
+    for number, prompt in enumerate(prompts * 2):
+        m.add(request(f"r{number}", 1), prompt)
+        starts.append(m.step().sequences[0].start)
+        m.finish()
+    assert starts == [0, 8, 4, 8, 0, 8, 4, 8] + [12] * 8
 
 
 @pytest.mark.parametrize(
