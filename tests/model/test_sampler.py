@@ -122,14 +122,19 @@ def test_the_noise_is_that_of_the_documented_hash() -> None:
             assert chosen == hashes.index(min(hashes))
 
 
-@pytest.mark.parametrize("difference", [-0.3, 0.3])
-def test_the_noise_is_exact_where_it_is_largest(difference: float) -> None:
-    """At this seed the first token's hash is 0, the smallest there is; it stands for the middle of its 2^-32."""
-    seed = 973995008045323301
+@pytest.mark.parametrize("difference", [-0.01, 0.01])
+@pytest.mark.parametrize(
+    ("seed", "extreme", "uniform"),
+    [(973995008045323301, 0, 2.0**-33), (2547881648330384964, (1 << 32) - 1, 1 - 2.0**-24)],
+)
+def test_the_noise_is_exact_where_it_is_largest_and_smallest(
+    seed: int, extreme: int, uniform: float, difference: float
+) -> None:
+    """The smallest hash stands for the middle of its 2^-32, the largest for the float32 below 1."""
     stream = splitmix64((seed + splitmix64(1)) % (1 << 64))
     hashes = [splitmix64((stream + (token + 1) * 0x9E3779B97F4A7C15) % (1 << 64)) % (1 << 32) for token in range(2)]
-    assert hashes[0] == 0
-    first, second = (-math.log(-math.log1p(-(value + 0.5) / (1 << 32))) for value in hashes)
+    assert hashes[0] == extreme
+    first, second = (-math.log(-math.log1p(-value)) for value in (uniform, (hashes[1] + 0.5) / (1 << 32)))
     logits = torch.tensor([[0.0, first - second + difference]])
     assert Sampler(2).sample(logits, [sequence(seed=seed)]).token_ids == {0: int(difference > 0)}
 
