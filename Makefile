@@ -37,6 +37,10 @@ setup: .venv/server ## Create .venv with the server and the client, as pinned in
 	@$(BIN)/python $(INSTALL) --quiet --constraint constraints.txt -e '.[dev]'
 	@touch $@
 
+.venv/mutate: .venv/dev
+	@$(BIN)/python $(INSTALL) --quiet --constraint constraints.txt -e '.[mutate]'
+	@touch $@
+
 # Environments that tests and tools run in, apart from .venv: $(call environment,PYTHON,REQUIREMENTS)
 define environment
 	@echo 'Installing $(@D).'
@@ -90,6 +94,10 @@ check: protos ## Check format, lint, types, layers, protos, prose and links
 .PHONY: test
 test: .venv/dev .venv/sdks/ready .venv/litellm/ready .venv/client-oldest/ready .venv/client-newest/ready ## Run every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+.PHONY: mutate
+mutate: .venv/mutate ## Show which small changes to the code no test notices, in 20 minutes; ARGS="schedule --all" for some
+	@$(BIN)/python tools/mutate.py $(ARGS)
 
 .PHONY: dist
 dist: .venv/dev ## Build wheels and source distributions of the server and the client into dist/

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, RANGES, Range
+from mpt_grpc.limits import (
+    MAX_BYTES,
+    MAX_CANCELLED,
+    MAX_COUNTS,
+    MAX_TOKEN_IDS,
+    MAX_TOKENIZED_CHARACTERS,
+    RANGES,
+    Range,
+    is_deeper_than,
+)
 
 ROOT = Path(__file__).parents[1]
 PROTO = (ROOT / "protos/mpt/v1/text_generation.proto").read_text(encoding="utf-8")
@@ -54,3 +63,33 @@ def test_counts_are_documented(field: str) -> None:
 def test_sizes_are_documented(field: str) -> None:
     size = MAX_BYTES[field]
     assert re.search(rf"{size:,} bytes|{size >> 10} KiB", comment(field))
+
+
+def test_the_limits_of_other_calls_are_documented() -> None:
+    assert f"The text, at most {MAX_TOKENIZED_CHARACTERS:,} characters." in PROTO
+    assert f"The token IDs, at most {MAX_TOKEN_IDS:,}, each" in PROTO
+    assert f"The IDs of the requests, at most {MAX_CANCELLED}." in PROTO
+
+
+@pytest.mark.parametrize(
+    ("value", "num_levels"),
+    [(1, 0), ("[", 0), ([], 1), ({"a": 1}, 1), ([1, [2], {"a": 3}], 2), ({"a": {"b": []}, "c": 0}, 3)],
+)
+def test_levels_of_arrays_and_objects_are_counted(value: object, num_levels: int) -> None:
+    assert not is_deeper_than(value, num_levels)
+    assert num_levels == 0 or is_deeper_than(value, num_levels - 1)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "inside", "outside", "text"),
+    [
+        (Range(0, 2), (0, 1.5, 2), (-0.1, 2.1), "[0, 2]"),
+        (Range(0, 2, excludes_low=True, hint="1 is usual"), (0.1, 2), (0, -1, 3), "(0, 2]; 1 is usual"),
+    ],
+)
+def test_a_range_includes_its_ends_unless_the_lower_one_is_excluded(
+    numbers: Range, inside: tuple[float, ...], outside: tuple[float, ...], text: str
+) -> None:
+    assert all(number in numbers for number in inside)
+    assert not any(number in numbers for number in (*outside, float("nan")))
+    assert str(numbers) == text

@@ -262,7 +262,8 @@ class GuardedOutput:
             self._held.clear()
         else:
             tokens = self._pop_released_tokens(released_end)
-            end = released_end if is_last else max(self._num_sent, *(token.text_end or 0 for token in tokens), 0)
+            ends = [token.text_end for token in tokens if token.text_end is not None]
+            end = released_end if is_last else max([self._num_sent, *ends])
         text = self._released[max(0, self._num_sent - self._released_start) : end - self._released_start]
         self._num_sent = max(self._num_sent, end)
         num_removed = min(len(self._released), self._num_sent - self._released_start)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
 from mpt_grpc.engine.engine import Engine
-from mpt_grpc.request import ChunkOptions, Finish, FinishReason, OutputDelta, TokenEvent, TokenLogprob
+from mpt_grpc.errors import InternalError
+from mpt_grpc.request import ChunkOptions, Finish, FinishReason, OutputDelta, RequestStats, TokenEvent, TokenLogprob
 from mpt_grpc.text.detokenizer import TextAssembler
 from mpt_grpc.text.guards import Guard, load_guards
 from mpt_grpc.text.tokenizer import Tokenizer
@@ -189,3 +190,123 @@ def test_everything_is_sent_once_and_in_order_whatever_the_size_of_chunks(
         assert deltas[-1].finish == END
     if options.num_tokens is not None and options.interval_s != 1e-9:
         assert all(len(delta.token_ids) >= options.num_tokens for delta in deltas[1:-1])
+
+
+STATS = RequestStats(
+    num_prompt_tokens=3,
+    num_cached_tokens=0,
+    num_preemptions=0,
+    seed=1,
+    arrival_time_s=0,
+    scheduled_time_s=1,
+    first_token_time_s=2,
+    end_time_s=3,
+    num_output_tokens=99,
+)
+PROMPT_LOGPROBS = (TokenLogprob(1, -1.0, 1),)
+
+
+def test_a_request_gives_one_delta_for_each_output_and_its_statistics_with_the_last(tokenizer: Tokenizer) -> None:
+    outputs = [PlainOutput(index, TextAssembler(tokenizer.detokenizer()), lambda _: None) for index in range(3)]
+    assembly = RequestAssembly(outputs, is_guarded=False)
+    one, two, *_ = tokenizer.encode("one two three")
+    assert [delta.token_ids for delta in assembly.advance([TokenEvent(1, one), TokenEvent(0, two)])] == [(one,), (two,)]
+    deltas = assembly.advance([TokenEvent(2, one), TokenEvent(1, one, finish=END), TokenEvent(2, two, finish=END)])
+    assert [(delta.index, delta.token_ids, delta.stats) for delta in deltas] == [
+        (2, (one, two), None),
+        (1, (one,), None),
+    ]
+    assert not assembly.ended
+    eos = Finish(FinishReason.EOS_TOKEN, stop_token_id=two)
+    (last,) = assembly.advance([TokenEvent(0, two, finish=eos, stats=STATS)])
+    assert last.stats is not None
+    assert (last.stats.num_output_tokens, last.stats.finishes) == (6, (eos, END, END))
+    assert (assembly.ended, assembly.error) == (True, None)
+
+
+def test_a_failed_request_gives_what_came_before_its_error(tokenizer: Tokenizer) -> None:
+    assembly = RequestAssembly(
+        [PlainOutput(0, TextAssembler(tokenizer.detokenizer()), lambda _: None)], is_guarded=False
+    )
+    error = InternalError("fault")
+    assert not assembly.ended
+    (delta,) = assembly.advance([TokenEvent(0, 7), TokenEvent(0, error=error)])
+    assert delta.token_ids == (7,)
+    assert (assembly.ended, assembly.error) == (True, error)
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+class TestEveryOutput:
+    def test_nothing_is_sent_before_anything_happens(
+        self, tokenizer: Tokenizer, guard: Guard, is_guarded: bool
+    ) -> None:
+        assert Reader(tokenizer, guard if is_guarded else None).output.take() is None
+
+    @pytest.mark.parametrize("reason", [FinishReason.EOS_TOKEN, FinishReason.STOP_TOKEN, FinishReason.MAX_NEW_TOKENS])
+    @pytest.mark.parametrize("names_token", [False, True])
+    def test_a_token_that_ended_the_output_has_no_text(
+        self, tokenizer: Tokenizer, guard: Guard, is_guarded: bool, reason: FinishReason, names_token: bool
+    ) -> None:
+        output = Reader(tokenizer, guard if is_guarded else None).output
+        *first, last = tokenizer.encode("the fox ran")
+        finish = Finish(reason, stop_token_id=last if names_token else None)
+        for token_id in first:
+            output.feed(TokenEvent(0, token_id))
+        output.feed(TokenEvent(0, last, finish=finish))
+        is_textless = names_token and reason is not FinishReason.MAX_NEW_TOKENS
+        text = tokenizer.decode(tuple(first) if is_textless else (*first, last))
+        assert output.take() == OutputDelta(0, text, (*first, last), finish=finish)
+
+    @pytest.mark.parametrize("token_id", [None, 7])
+    def test_the_log_probabilities_of_the_prompt_are_sent_once_and_at_once(
+        self, tokenizer: Tokenizer, guard: Guard, is_guarded: bool, token_id: int | None
+    ) -> None:
+        output = Reader(tokenizer, guard if is_guarded else None).output
+        output.feed(TokenEvent(0, token_id, prompt_logprobs=PROMPT_LOGPROBS))
+        first = output.take()
+        assert first is not None
+        assert first.prompt_logprobs == PROMPT_LOGPROBS
+        output.feed(TokenEvent(0, 7, finish=END))
+        last = output.take()
+        assert last is not None
+        assert (last.prompt_logprobs, last.finish) == ((), END)
+
+    def test_a_stop_string_ends_the_output_once_with_no_token_after_it(
+        self, tokenizer: Tokenizer, guard: Guard, is_guarded: bool
+    ) -> None:
+        reader = Reader(tokenizer, guard if is_guarded else None, ["fox"])
+        whole, after = tokenizer.encode("the fox"), tokenizer.encode(" ran fox")
+        reader.read([[token_id] for token_id in (*whole, *after)])
+        assert reader.text == "the "
+        assert reader.token_ids == tuple(whole)
+        assert reader.num_end_calls == 1
+        assert reader.deltas[-1].finish == Finish(FinishReason.STOP_STRING, stop_string="fox")
+
+    def test_a_stop_string_completed_by_the_last_token_is_the_reason_of_the_end(
+        self, tokenizer: Tokenizer, guard: Guard, is_guarded: bool
+    ) -> None:
+        reader = Reader(tokenizer, guard if is_guarded else None, ["fox"])
+        reader.read([tokenizer.encode("the fox")])
+        assert reader.text == "the "
+        assert reader.deltas[-1].finish == Finish(FinishReason.STOP_STRING, stop_string="fox")
+
+    def test_a_token_is_sent_as_soon_as_nothing_can_be_held_back(
+        self, tokenizer: Tokenizer, guard: Guard, is_guarded: bool
+    ) -> None:
+        reader, ids = Reader(tokenizer, guard if is_guarded else None), tokenizer.encode("the fox ran.\n")
+        reader.read([[token_id] for token_id in ids])
+        assert [delta.token_ids for delta in reader.deltas] == [(token_id,) for token_id in ids]
+        assert [delta.text for delta in reader.deltas] == [tokenizer.decode((token_id,)) for token_id in ids]
+
+
+def test_tokens_are_sent_at_once_even_if_their_text_is_held_back(tokenizer: Tokenizer) -> None:
+    reader, ids = Reader(tokenizer, None, ["the fox ran off"]), tokenizer.encode("the fox ran")
+    reader.read([*([token_id] for token_id in ids), []])
+    assert [delta.token_ids for delta in reader.deltas] == [*((token_id,) for token_id in ids), ()]
+    assert [delta.text for delta in reader.deltas] == [*("" for _ in ids), "the fox ran"]
+
+
+def test_under_a_guard_tokens_are_sent_with_their_text(tokenizer: Tokenizer, guard: Guard) -> None:
+    reader, ids = Reader(tokenizer, guard, ["bad fox ran off"]), tokenizer.encode("bad fox ran")
+    reader.read([*([token_id] for token_id in ids), []])
+    assert [(delta.token_ids, delta.text) for delta in reader.deltas] == [(tuple(ids), "bad fox ran")]

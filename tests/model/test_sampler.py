@@ -104,6 +104,41 @@ def test_top_k_1_is_greedy_even_where_the_hash_rounds_to_1() -> None:
     assert result.token_ids[0] == 3814
 
 
+def splitmix64(x: int) -> int:
+    """The finalizer of splitmix64, in unsigned integers."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % (1 << 64)
+    return x ^ x >> 31
+
+
+def test_the_noise_is_that_of_the_documented_hash() -> None:
+    """Resumed outputs rely on it. Of equal logits the one with the smallest hash wins."""
+    for seed in (0, 1, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1):
+        for position in (0, 1, 1000):
+            stream = splitmix64((seed + splitmix64(position + 1)) % (1 << 64))
+            tokens = [(token + 1) * 0x9E3779B97F4A7C15 for token in range(300)]
+            hashes = [splitmix64((stream + token) % (1 << 64)) % (1 << 32) for token in tokens]
+            (chosen,) = Sampler(300).sample(torch.zeros(1, 300), [sequence(0, position, seed=seed)]).token_ids.values()
+            assert chosen == hashes.index(min(hashes))
+
+
+@pytest.mark.parametrize("difference", [-0.01, 0.01])
+@pytest.mark.parametrize(
+    ("seed", "extreme", "uniform"),
+    [(973995008045323301, 0, 2.0**-33), (2547881648330384964, (1 << 32) - 1, 1 - 2.0**-24)],
+)
+def test_the_noise_is_exact_where_it_is_largest_and_smallest(
+    seed: int, extreme: int, uniform: float, difference: float
+) -> None:
+    """The smallest hash stands for the middle of its 2^-32, the largest for the float32 below 1."""
+    stream = splitmix64((seed + splitmix64(1)) % (1 << 64))
+    hashes = [splitmix64((stream + (token + 1) * 0x9E3779B97F4A7C15) % (1 << 64)) % (1 << 32) for token in range(2)]
+    assert hashes[0] == extreme
+    first, second = (-math.log(-math.log1p(-value)) for value in (uniform, (hashes[1] + 0.5) / (1 << 32)))
+    logits = torch.tensor([[0.0, first - second + difference]])
+    assert Sampler(2).sample(logits, [sequence(seed=seed)]).token_ids == {0: int(difference > 0)}
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_token_frequencies_over_positions_match_softmax(temperature: float) -> None:
     logits = random_logits(1, 16)[0]

@@ -6,19 +6,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import product
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpt_grpc.errors import InternalError
+from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError
 from mpt_grpc.request import (
     CacheOptions,
     DecodingOptions,
+    Finish,
     FinishReason,
     GenerationRequest,
     LogprobOptions,
+    RepetitionGuard,
     SamplingParameters,
     StoppingCriteria,
     TokenEvent,
@@ -28,7 +31,7 @@ from mpt_grpc.request import (
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
 from mpt_grpc.schedule.sequence import Sequence as SchedulerSequence
-from mpt_grpc.step import SequenceStep, StepPlan, StepResult
+from mpt_grpc.step import Matcher, SamplingInputs, SequenceStep, StepPlan, StepResult
 
 BLOCK_SIZE = 4
 EOS = 0
@@ -120,7 +123,7 @@ class Machine:
     def run(
         self, plan: StepPlan, failing: frozenset[str] = frozenset(), deferred: frozenset[str] = frozenset()
     ) -> dict[str, TokenEvent]:
-        chosen, scored = {}, {}
+        chosen, logprobs, scored = {}, {}, {}
         for s in plan.sequences:
             name = self.names[s.sequence_id]
             known = (*self.prompts[name], *self.outputs[name])
@@ -138,6 +141,7 @@ class Machine:
                 assert s.output_position == len(self.outputs[name])
                 if name not in deferred:
                     chosen[s.sequence_id] = next_token(known, s.sampling.parameters.seed or 0)
+                    logprobs[s.sequence_id] = logprob_of((*known, chosen[s.sequence_id]))
             if s.scoring is not None:
                 first = s.start + s.scoring.first
                 assert s.scoring.token_ids == known[first + 1 : first + 1 + len(s.scoring.token_ids)]
@@ -147,16 +151,18 @@ class Machine:
                 )
                 scored[s.sequence_id] = tuple(logprob_of(known[:end]) for end in ends)
         errors = {s.sequence_id: InternalError("fault") for s in plan.sequences if self.names[s.sequence_id] in failing}
-        committed = self.scheduler.commit(plan, StepResult(chosen, prompt_logprobs=scored, errors=errors))
+        committed = self.scheduler.commit(plan, StepResult(chosen, logprobs, scored, errors))
         events = {self.names[sequence.sequence_id]: event for sequence, event in committed}
         assert len(events) == len(committed)
         for name, event in events.items():
             assert name not in self.ended
+            assert event.index == self.sequences[name].index
             if event.prompt_logprobs:
                 assert name not in self.prompt_logprobs, "returned twice"
                 self.prompt_logprobs[name] = event.prompt_logprobs
             if event.token_id is not None:
                 self.outputs[name].append(event.token_id)
+                assert event.logprob == logprob_of((*self.prompts[name], *self.outputs[name]))
             if event.finish is not None or event.error is not None:
                 self.ended[name] = event
         return events
@@ -589,3 +595,188 @@ def test_sampling_inputs_include_the_tokens_that_the_penalties_need(
     assert inputs is not None
     assert inputs.prompt_token_ids == ((70, 71) if has_prompt else ())
     assert inputs.output_token_ids == (tuple(m.outputs["r"][:1]) if has_output else ())
+
+
+def test_sampling_inputs_are_the_same_object_until_they_change() -> None:
+    stopping = StoppingCriteria(max_new_tokens=6, min_new_tokens=2, stop_token_ids=(61,), ignore_eos=True)
+    m = machine()
+    m.add(replace(request("plain"), stopping=stopping), (70, 71))
+    m.add(replace(request("penalized"), stopping=stopping, decoding=DecodingOptions(presence_penalty=1)), (72, 73))
+    inputs: dict[str, list[SamplingInputs]] = {"plain": [], "penalized": []}
+    for _ in range(5):
+        for s in m.step().sequences:
+            assert s.sampling is not None
+            inputs[s.request_id].append(s.sampling)
+    for of_request in inputs.values():
+        assert [one.forbidden_token_ids for one in of_request] == [(61,), (61,), (), (), ()]
+    assert {one.output_token_ids for one in inputs["plain"]} == {()}
+    assert inputs["plain"][2] is inputs["plain"][3] is inputs["plain"][4]
+
+
+@pytest.mark.parametrize(("output", "num_top"), [(False, None), (True, 5)])
+def test_log_probabilities_are_asked_for_as_the_request_says(output: bool, num_top: int | None) -> None:
+    m = machine()
+    m.add(replace(request("r"), logprobs=LogprobOptions(prompt=True, output=output, num_top=5)), (70, 71, 72))
+    (step,) = m.step().sequences
+    assert step.sampling is not None
+    assert step.scoring is not None
+    assert (step.sampling.num_top_logprobs, step.scoring.num_top_logprobs) == (num_top, 5)
+
+
+@pytest.mark.parametrize(("max_new_tokens", "num_resumed"), [(0, 0), (8, 0), (8, 3)])
+def test_the_log_probabilities_of_a_prompt_come_with_the_first_event(max_new_tokens: int, num_resumed: int) -> None:
+    prompt = next(p for p in ((n, n + 1, n + 2) for n in range(1, 500)) if len(expected_output(p, 8, 100)) == 8)
+    resumed = tuple(expected_output(prompt, 8, 100)[:num_resumed])
+    m = machine()
+    added = request("r", max_new_tokens)
+    m.add(replace(added, logprobs=LogprobOptions(prompt=True), resume_token_ids=resumed), prompt)
+    (event,) = m.run(m.plan()).values()
+    assert event.prompt_logprobs == (logprob_of(prompt[:2]), logprob_of(prompt))
+    m.finish()
+
+
+def test_a_step_that_did_not_fit_in_memory_halves_the_next_ones_for_a_while() -> None:
+    scheduler = Scheduler(SchedulerLimits(12, 40, 5000), BlockPool(1250, BLOCK_SIZE), frozenset())
+    scheduler.add(request("r", 1), tuple(range(4900)))
+
+    def step() -> int:
+        plan = scheduler.plan()
+        scheduler.commit(plan, StepResult({}))
+        return plan.num_tokens
+
+    sizes = [step()]
+    for _ in range(3):
+        scheduler.shrink_steps()
+        sizes.append(step())
+    assert sizes == [40, 20, 12, 12], "every running sequence gets a token in each step"
+    assert [step() for _ in range(201)] == [12] * 99 + [24] * 100 + [40] * 2
+
+
+def test_only_the_first_run_of_a_sequence_is_reported_as_its_start() -> None:
+    m = machine(max_running=1)
+    m.add(request("low", 20), (1, 2, 3))
+    low = m.sequences["low"].sequence_id
+    assert [m.step().started for _ in range(2)] == [(low,), ()]
+    for round_, name in enumerate(("high", "higher"), start=1):
+        m.add(request(name, 1, priority=1), (7, 8, 9))
+        assert m.step().started == (m.sequences[name].sequence_id,)
+        assert m.step().started == ()
+        assert m.sequences["low"].num_preemptions == round_
+    m.finish()
+
+
+def test_a_cancelled_sibling_does_not_run() -> None:
+    m = machine(max_step_tokens=8)
+    m.add(request("r", 3, num_sequences=3), tuple(range(1, 31)))
+    m.step()
+    assert m.scheduler.num_waiting == 2
+    assert m.end("r1")
+    assert m.scheduler.num_waiting == 1
+    m.finish()
+    assert set(m.ended) == {"r", "r2"}
+
+
+def test_a_block_is_reused_only_after_the_same_blocks() -> None:
+    m = machine()
+    prompts = [(*one, *two, *three, 9) for one, two, three in product(((1, 2, 3, 4), (5, 6, 7, 8)), repeat=3)]
+    starts = []
+    for number, prompt in enumerate(prompts * 2):
+        m.add(request(f"r{number}", 1), prompt)
+        starts.append(m.step().sequences[0].start)
+        m.finish()
+    assert starts == [0, 8, 4, 8, 0, 8, 4, 8] + [12] * 8
+
+
+@pytest.mark.parametrize(
+    ("num_held", "urgent", "runs"),
+    [
+        pytest.param(8, 31, True, id="fits exactly once the other is gone"),
+        pytest.param(8, 32, False, id="needs one block more"),
+    ],
+)
+def test_a_request_of_higher_priority_preempts_where_it_fits_then(num_held: int, urgent: int, runs: bool) -> None:
+    m = machine(num_blocks=16, max_context=64)
+    m.add(request("staying", 30, priority=1), tuple(range(1, 4 * num_held - 1)))
+    m.add(request("low", 20), (50, 51, 52))
+    m.step()
+    m.add(request("urgent", 1, priority=1), tuple(range(100, 100 + urgent)))
+    assert {s.request_id for s in m.step().sequences} == {"staying", "urgent" if runs else "low"}
+    m.finish()
+
+
+def test_cached_blocks_count_as_present_for_a_request_that_preempts() -> None:
+    m = machine(num_blocks=16, max_context=64)
+    prompt = tuple(range(1, 33))
+    m.add(request("staying", 20, priority=1), prompt)
+    m.step()
+    m.add(request("low", 20), tuple(range(60, 80)))
+    m.step()
+    m.add(request("urgent", 1, priority=1), (*prompt, *range(100, 112)))
+    assert {s.request_id for s in m.step().sequences} == {"staying", "urgent"}
+    m.finish()
+
+
+def fed(added: GenerationRequest, tokens: Sequence[int], matcher: Matcher | None = None) -> list[TokenEvent]:
+    """Returns the events of a request whose chosen tokens are `tokens`, as long as it runs."""
+    scheduler = Scheduler(SchedulerLimits(4, 32, 100), BlockPool(32, BLOCK_SIZE), frozenset({EOS}))
+    added_now = scheduler.add(added, (1, 2), () if matcher is None else (matcher,))
+    events = [TokenEvent(sequence.index, finish=finish) for sequence, finish in added_now if finish is not None]
+    for token in tokens:
+        if not scheduler.has_work:
+            break
+        plan = scheduler.plan()
+        events += [event for _, event in scheduler.commit(plan, StepResult({plan.sequences[0].sequence_id: token}))]
+    assert scheduler.has_work == (events[-1].finish is None and events[-1].error is None)
+    return events
+
+
+class ThreeTokens:
+    """A matcher that is complete after three tokens, and finds token 99 too expensive."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+
+    def advance(self, token_id: int) -> bool:
+        if token_id == 99:
+            raise InvalidRequestError(FieldViolation("decoding.regex", "too expensive"))
+        self.num_tokens += 1
+        return self.num_tokens == 3
+
+    def mask(self) -> bytes:
+        return b"\xff"
+
+
+def test_an_output_ends_once_its_constraint_is_complete() -> None:
+    events = fed(request("r"), [7, 8, 9, 10], ThreeTokens())
+    assert [event.finish for event in events] == [None, None, Finish(FinishReason.EOS_TOKEN)]
+
+
+def test_a_constraint_that_is_too_expensive_fails_its_sequence_only() -> None:
+    *_, last = fed(request("r"), [7, 99, 9], ThreeTokens())
+    assert (last.index, last.token_id, last.finish) == (0, None, None)
+    assert isinstance(last.error, InvalidRequestError)
+
+
+@pytest.mark.parametrize(
+    ("resumed", "tokens", "num_events"),
+    [
+        pytest.param((), [5, 6, 7, 6, 7, 6, 7], 7, id="new tokens only"),
+        pytest.param((5, 6, 7, 6), [7, 6, 7], 3, id="completed after resuming"),
+        pytest.param((5, 6, 7, 6, 7, 6, 7), [], 1, id="complete when resumed"),
+        pytest.param((6, 7, 6, 7, 6, 7, 5), [1], 1, id="over before the resumed end"),
+        pytest.param((5, 6, 7, 8, 6, 7, 8, 6, 7, 8), [1], 1, id="longer than the longest cycle"),
+    ],
+)
+def test_an_output_that_repeats_itself_ends_whether_resumed_or_not(
+    resumed: tuple[int, ...], tokens: list[int], num_events: int
+) -> None:
+    stopping = StoppingCriteria(max_new_tokens=20, repetition_guard=RepetitionGuard(min_repeats=3, max_cycle_tokens=2))
+    events = fed(replace(request("r"), stopping=stopping, resume_token_ids=resumed), tokens)
+    assert len(events) == num_events
+    ends_looping = (*resumed, *tokens)[-6:] == (6, 7) * 3
+    assert events[-1].finish == (Finish(FinishReason.REPETITION) if ends_looping else None)
+
+
+def test_a_finish_names_the_stop_token() -> None:
+    stopping = StoppingCriteria(max_new_tokens=20, stop_token_ids=(8, 9))
+    assert fed(replace(request("r"), stopping=stopping), [7, 9])[-1].finish == Finish(FinishReason.STOP_TOKEN, 9)

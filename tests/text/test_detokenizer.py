@@ -333,3 +333,19 @@ class TestTextAssembler:
             assert assembled(assembler, ids)[0] == expected
         assembler = TextAssembler(tokenizer.detokenizer(), ["two, three"], min_new_tokens=num_first)
         assert assembled(assembler, ids)[0] == "one, "
+
+    @pytest.mark.parametrize("min_new_tokens", range(5))
+    def test_stop_strings_end_the_text_from_the_first_token_after_min_new_tokens(
+        self, tokenizer: Tokenizer, min_new_tokens: int
+    ) -> None:
+        (stop,) = tokenizer.encode("o")
+        assembler = TextAssembler(tokenizer.detokenizer(), ["o"], min_new_tokens=min_new_tokens)
+        assert assembled(assembler, [stop] * 9) == ("o" * min_new_tokens, min_new_tokens + 1)
+
+    @pytest.mark.parametrize(("min_new_tokens", "is_found"), [(0, True), (2, False), (3, False)])
+    def test_a_stop_string_completed_at_the_end_is_ignored_within_min_new_tokens(
+        self, tokenizer: Tokenizer, min_new_tokens: int, is_found: bool
+    ) -> None:
+        assembler = TextAssembler(tokenizer.detokenizer(), ["\ufffd"], min_new_tokens=min_new_tokens)
+        assert assembler.feed(tokenizer.encode("🧜")[0]) == ""
+        assert (assembler.finish(), assembler.stop_string) == (("", "\ufffd") if is_found else ("\ufffd", None))
