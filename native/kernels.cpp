@@ -43,6 +43,8 @@ static void multiply(const float *x, int64_t rows, const Weight *weights, const 
     matmul<Widened<Weight>>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, *pool);
 }
 
+// All else is hidden: the variables of one instruction set's templates must not be taken for those of another.
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Sets how many threads share the work of one call, the caller included.
@@ -106,3 +108,4 @@ void attend(const AttentionStep *step, Type type) {
     type == Type::bfloat16 ? attention<bf16>(*step, *pool) : attention<float>(*step, *pool);
 }
 }
+#pragma GCC visibility pop

@@ -13,6 +13,7 @@ from mpt_grpc.errors import FieldViolation
 from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, RANGES
 from mpt_grpc.request import (
     CacheOptions,
+    ChunkOptions,
     Conversation,
     DecodingOptions,
     GenerationRequest,
@@ -44,6 +45,8 @@ def request(field: str, value: Any, **others: Any) -> GenerationRequest:
             return replace(
                 base, stopping=StoppingCriteria(repetition_guard=replace(RepetitionGuard(), **{name: value}))
             )
+        case "output_options" if name == "chunk_tokens":
+            return replace(base, chunks=ChunkOptions(num_tokens=value))
         case "output_options":
             return replace(base, logprobs=LogprobOptions(output=True, num_top=value))
         case _:
@@ -65,7 +68,7 @@ NUMBERS = sorted(RANGES.keys() - {"sampling.num_sequences", "decoding.logit_bias
 @pytest.mark.parametrize("field", NUMBERS)
 def test_numbers_are_accepted_up_to_the_ends_of_their_range(field: str) -> None:
     limits = RANGES[field]
-    step = 1 if field == "priority" or "guard" in field or "top_logprobs" in field else TINY
+    step = 1 if field == "priority" or "guard" in field or "output_options" in field else TINY
     lowest = limits.low + step if limits.excludes_low else limits.low
     for value in (lowest, limits.high):
         assert fields(request(field, value)) == []

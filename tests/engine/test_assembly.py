@@ -208,7 +208,7 @@ PROMPT_LOGPROBS = (TokenLogprob(1, -1.0, 1),)
 
 def test_a_request_gives_one_delta_for_each_output_and_its_statistics_with_the_last(tokenizer: Tokenizer) -> None:
     outputs = [PlainOutput(index, TextAssembler(tokenizer.detokenizer()), lambda _: None) for index in range(3)]
-    assembly = RequestAssembly(outputs, is_guarded=False)
+    assembly = RequestAssembly(outputs, ChunkOptions(), is_guarded=False)
     one, two, *_ = tokenizer.encode("one two three")
     assert [delta.token_ids for delta in assembly.advance([TokenEvent(1, one), TokenEvent(0, two)])] == [(one,), (two,)]
     deltas = assembly.advance([TokenEvent(2, one), TokenEvent(1, one, finish=END), TokenEvent(2, two, finish=END)])
@@ -226,7 +226,7 @@ def test_a_request_gives_one_delta_for_each_output_and_its_statistics_with_the_l
 
 def test_a_failed_request_gives_what_came_before_its_error(tokenizer: Tokenizer) -> None:
     assembly = RequestAssembly(
-        [PlainOutput(0, TextAssembler(tokenizer.detokenizer()), lambda _: None)], is_guarded=False
+        [PlainOutput(0, TextAssembler(tokenizer.detokenizer()), lambda _: None)], ChunkOptions(), is_guarded=False
     )
     error = InternalError("fault")
     assert not assembly.ended
