@@ -28,7 +28,7 @@ setup: .venv/server ## Create .venv with the server and the client, as pinned in
 	$(BIN)/python $(INSTALL) --no-deps --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@touch $@
 
-.venv/server: .venv/torch pyproject.toml clients/python/pyproject.toml constraints.txt
+.venv/server: .venv/torch pyproject.toml clients/python/pyproject.toml constraints.txt $(wildcard native/*)
 	$(BIN)/python $(INSTALL) --constraint constraints.txt -e '.[torch]'
 	@touch $@
 
@@ -98,6 +98,15 @@ test: .venv/dev .venv/sdks/ready .venv/litellm/ready .venv/client-oldest/ready .
 .PHONY: mutate
 mutate: .venv/mutate ## Show which small changes to the code no test notices, in 20 minutes; ARGS="schedule --all" for some
 	@$(BIN)/python tools/mutate.py $(ARGS)
+
+.PHONY: sanitize
+sanitize: ## Run the kernels for CPUs with the sanitizers for addresses, undefined behaviour and threads
+	@mkdir -p build
+	@for sanitizers in address,undefined thread; do for options in -march=native '' ; do \
+		echo "$$sanitizers $$options"; \
+		$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Werror $$options -fsanitize=$$sanitizers -fno-sanitize-recover=all \
+			native/exercise.cpp -pthread -o build/exercise && build/exercise || exit 1; \
+	done; done
 
 .PHONY: dist
 dist: .venv/dev ## Build wheels and source distributions of the server and the client into dist/

@@ -38,7 +38,13 @@ def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> 
         "--dtype",
         choices=("auto", "float16", "bfloat16", "float32"),
         default="auto",
-        help="auto is float16 on a GPU, bfloat16 on CPUs with native support, float32 on others",
+        help="type of the weights and the KV cache; auto is float16 on a GPU and bfloat16 on a CPU",
+    )
+    model.add_argument(
+        "--quantize",
+        choices=("none", "int8"),
+        default=defaults.quantize,
+        help="int8 rounds the matrices to 8 bits when they are loaded, on a CPU",
     )
     model.add_argument(
         "--chat-template",
@@ -210,6 +216,7 @@ def model_settings(parsed: argparse.Namespace) -> ModelSettings:
         adapters=tuple(folder.expanduser() for folder in parsed.adapter or ()),
         device=parsed.device,
         dtype=parsed.dtype,
+        quantize=parsed.quantize,
         chat_template=parsed.chat_template,
     )
 

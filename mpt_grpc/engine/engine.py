@@ -83,7 +83,8 @@ class Engine:
         self._loop = loop
         self._outbox = Outbox(loop)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._masks = MaskWorkers(on_ready=lambda: self._commands.put(_wake_up))
+        commands = self._commands  # instead of `self`: the model of an engine without references is freed at once
+        self._masks = MaskWorkers(on_ready=lambda: commands.put(_wake_up))
         self._waits_for_masks = False
         """Whether no token can be chosen until a mask is ready, which a command will signal."""
         self._requests = RequestTable(max_in_flight, tracer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import SteppedRunner, generation, submit
+from conftest import SteppedRunner, demo_settings, generation, submit
 
 from mpt_grpc.engine import load
 from mpt_grpc.engine.assembly import PlainOutput
@@ -419,3 +421,16 @@ def test_higher_priority_runs_first(make_engine: Callable[..., Engine], stepped:
 def test_an_engine_without_an_event_loop_has_no_asynchronous_streams(shared_engine: Engine) -> None:
     with pytest.raises(RuntimeError, match="use a ThreadStream"):
         shared_engine.submit(generation(), AsyncStream)
+
+
+def test_a_closed_engine_without_references_frees_its_model_at_once() -> None:
+    gc.disable()
+    try:
+        engine, _ = load.load_engine(demo_settings())
+        with engine:
+            engine.generate(GenerationRequest("r", "Once", stopping=StoppingCriteria(max_new_tokens=2)))
+        freed = weakref.ref(engine)
+        del engine
+        assert freed() is None
+    finally:
+        gc.enable()
