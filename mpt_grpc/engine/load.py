@@ -252,8 +252,8 @@ def _kernels(config: MPTConfig) -> Kernels | None:
     kernels = load_kernels()
     if kernels is None:
         _log.warning(
-            "the kernels for CPUs are not compiled, so that PyTorch computes, which is slower;"
-            " install a C++ compiler, such as g++, and install mpt-grpc again"
+            "PyTorch computes, which is slower, because there are no compiled kernels or MPT_GRPC_ISA is none;"
+            " to compile them, install a C++ compiler, such as g++, and install mpt-grpc again"
         )
     return kernels if config.d_model % 4 == 0 and config.d_ffn % 4 == 0 else None
 

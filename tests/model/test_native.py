@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from model.conftest import Stepper, load, make_checkpoint, random_tokens, run_prompt, tiny_config
 from torch import Tensor
 
+from mpt_grpc.engine.load import load_engine
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.model.linear import Linear, Norm, WeightFormat
 from mpt_grpc.model.native import ACTIVATIONS, INSTRUCTION_SETS, Kernels, available_instruction_sets, load_kernels
+from mpt_grpc.settings import ModelSettings, Settings
 
 CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 5, 7, 12, 13, 24, 97, 200)
@@ -158,3 +160,13 @@ def test_the_best_available_instruction_set_is_the_default(monkeypatch: pytest.M
     kernels = load_kernels()
     assert kernels is not None
     assert kernels.instruction_set == next(name for name in INSTRUCTION_SETS if name in available_instruction_sets())
+
+
+def test_a_server_without_kernels_says_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MPT_GRPC_ISA", "none")
+    with pytest.raises(SettingsError, match="--quantize: int8 needs the compiled kernels"):
+        load_engine(Settings(model=ModelSettings(device="cpu", quantize="int8")))
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "to compile them, install a C++ compiler, such as g++, and install mpt-grpc again" in warning

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.parser
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mpt_grpc.model.native import available_instruction_sets
 from mpt_grpc_client.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +86,8 @@ def test_the_wheels_contain_every_file_of_their_packages(distributions: Path, so
 
 
 def packaged(files: dict[str, bytes]) -> set[str]:
-    return {file for file in files if ".dist-info/" not in file}
+    """Returns the files of a wheel, without those that are made when it is built."""
+    return {file for file in files if ".dist-info/" not in file and not file.endswith(".so")}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,3 +100,22 @@ def test_twine_accepts_all_four(distributions: Path) -> None:
     files = sorted(distributions.iterdir())
     assert len(files) == 4
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *files], check=True, capture_output=True)
+
+
+def kernels(wheel: Path) -> set[str]:
+    """Returns the instruction sets whose kernels a wheel contains."""
+    with zipfile.ZipFile(wheel) as opened:
+        libraries = [Path(name) for name in opened.namelist() if name.endswith(".so")]
+    return {library.name.partition(".")[0] for library in libraries if library.parent.name == "native"}
+
+
+def test_the_wheel_of_the_server_contains_the_kernels_for_each_instruction_set(server_wheel: Path) -> None:
+    assert kernels(server_wheel) >= set(available_instruction_sets()) >= {"portable"}
+
+
+def test_without_a_compiler_the_server_is_built_without_kernels(source: Path, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source]
+    missing = os.environ | {"CC": "/bin/false", "CXX": "/bin/false"}
+    subprocess.run(build, check=True, capture_output=True, env=missing, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("mpt_grpc-*.whl")
+    assert kernels(wheel) == set()
