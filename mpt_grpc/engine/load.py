@@ -49,6 +49,8 @@ BLOCK_SIZE = 16
 _DEFAULT_CPU_CACHE_BYTES = 1 << 30
 _MIN_SUGGESTED_BLOCKS = 32
 _SMALL_MODEL_BYTES = 32 << 20
+_NUM_THREADS = torch.get_num_threads()
+"""PyTorch's own choice: one for each core, or OMP_NUM_THREADS."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def load_engine(
 ) -> tuple[Engine, LoadedModel]:
     """Loads the model and returns an engine that is not yet started. Raises ModelError or SettingsError.
 
-    A small model on a CPU is computed by one thread unless OMP_NUM_THREADS is set.
+    On a CPU, it sets the number of threads of PyTorch and of the compiled kernels for the whole process: one thread for
+    a small model unless OMP_NUM_THREADS is set.
     """
     parts = _resolve(settings)
     block_bytes = KVCache.bytes_per_block(parts.config, BLOCK_SIZE, parts.weight_format.dtype)
@@ -154,16 +157,16 @@ def _allocate(parts: _Parts, needs: MemoryNeeds, num_blocks: int, *, random: boo
             return random_model(config, weight_format)
         return load_model(parts.checkpoint.folder, config, weight_format, parts.adapters)
 
-    if weight_format.kernels is not None:
-        weight_format.kernels.set_threads(torch.get_num_threads())
-    model = _in_own_thread(load_weights)
     if weight_format.device.type == "cpu":
-        if needs.weight_bytes <= _SMALL_MODEL_BYTES and "OMP_NUM_THREADS" not in os.environ:
-            # Two threads wait for each other so often that one other busy process costs three quarters of the speed.
-            torch.set_num_threads(1)
+        # Two threads wait for each other so often that one other busy process costs three quarters of the speed.
+        is_small = needs.weight_bytes <= _SMALL_MODEL_BYTES and "OMP_NUM_THREADS" not in os.environ
+        num_threads = 1 if is_small else _NUM_THREADS
+        torch.set_num_threads(num_threads)
         if weight_format.kernels is not None:
-            weight_format.kernels.set_threads(torch.get_num_threads())
-            torch.set_num_threads(1)  # what torch still computes is small
+            weight_format.kernels.set_threads(num_threads)
+    model = _in_own_thread(load_weights)
+    if weight_format.kernels is not None:
+        torch.set_num_threads(1)  # what it still computes is small
     try:
         cache = _in_own_thread(
             lambda: KVCache(config, num_blocks, BLOCK_SIZE, weight_format.dtype, weight_format.device)
