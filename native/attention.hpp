@@ -10,6 +10,7 @@
 #include "vector.hpp"
 
 constexpr int64_t SPAN = 128;     // tokens
+constexpr int64_t AHEAD = 24;    // tokens whose keys and values are read in advance
 constexpr int QUERIES = 4;        // that share the reading of a key or value
 constexpr int CONTEXT_VECTORS = LANES == 16 ? 4 : 2;  // of a context, summed together
 
@@ -78,6 +79,12 @@ struct Attention {
         return finite;
     }
 
+    // Asks for a key or value of a later token: blocks are apart, so the processor does not foresee them.
+    void prefetch(const Stored *rows, const int64_t *places, int64_t token, int64_t length) const {
+        const char *row = reinterpret_cast<const char *>(rows + places[std::min(token + AHEAD, length - 1)]);
+        for (int64_t i = 0; i < step.head_dim * int64_t(sizeof(Stored)); i += 64) __builtin_prefetch(row + i);
+    }
+
     // Vectors of a head's dimensions, of which the last may be partly beyond them.
     template <class T>
     Floats dimensions(const T *from, int64_t at) const {
@@ -108,6 +115,7 @@ struct Attention {
             for (int64_t t = 0; t < length; t++) places[t] = place(sequence, begin + t, kv_head);
             alignas(64) float weights[COUNT][SPAN];
             for (int64_t t = 0; t < length; t++) {
+                prefetch(keys, places, t, length);
                 Floats products[COUNT]{};
                 for (int64_t v = 0; v < vectors; v++) {
                     const Floats key = dimensions(keys + places[t], v * LANES);
@@ -139,13 +147,15 @@ struct Attention {
                     Floats *sums) const {
         Floats context[N][COUNT];
         memcpy(&context, sums, sizeof context);
-        for (int64_t t = 0; t < length; t++)
-#pragma GCC unroll 4
+        for (int64_t t = 0; t < length; t++) {
+            if (first == 0) prefetch(values, places, t, length);
+#pragma GCC unroll 8
             for (int v = 0; v < N; v++) {
                 const Floats value = dimensions(values + places[t], (first + v) * LANES);
 #pragma GCC unroll 4
                 for (int q = 0; q < COUNT; q++) context[v][q] += weights[q][t] * value;
             }
+        }
         memcpy(sums, &context, sizeof context);
     }
 
