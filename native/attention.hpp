@@ -4,17 +4,19 @@
 // the sum of the softmax carried from span to span. So the bits of a context depend on the query's own sequence only.
 #pragma once
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "pool.hpp"
 #include "vector.hpp"
 
 constexpr int64_t SPAN = 128;     // tokens
-constexpr int64_t AHEAD = 24;    // tokens whose keys and values are read in advance
+constexpr int64_t AHEAD = 24;    // how many tokens ahead keys and values are prefetched
 constexpr int QUERIES = 4;        // that share the reading of a key or value
 constexpr int CONTEXT_VECTORS = LANES == 16 ? 4 : 2;  // of a context, summed together
 
-// The tensors of one layer and step, in ctypes' order.
+// The tensors of one layer and step, in the order of the structure in Python.
 struct AttentionStep {
     int64_t num_tokens, num_sequences, n_heads, n_kv_heads, head_dim, block_size;
     int64_t query_stride, key_stride, value_stride;  // between tokens, in floats
@@ -72,14 +74,16 @@ struct Attention {
     bool copy(const float *from, Stored *to) const {
         bool finite = true;
         for (int64_t i = 0; i < step.head_dim; i++) {
-            const bool is_finite = std::fabs(from[i]) < INFINITY;
-            finite &= is_finite;
-            store_rounded(to + i, is_finite ? from[i] : 0.f);
+            store_rounded(to + i, from[i]);
+            if (!(std::fabs(to_float(to[i])) < INFINITY)) {
+                store_rounded(to + i, 0.f);
+                finite = false;
+            }
         }
         return finite;
     }
 
-    // Asks for a key or value of a later token: blocks are apart, so the processor does not foresee them.
+    // Prefetches a later token's key or value: blocks are scattered, so the hardware does not predict them.
     void prefetch(const Stored *rows, const int64_t *places, int64_t token, int64_t length) const {
         const char *row = reinterpret_cast<const char *>(rows + places[std::min(token + AHEAD, length - 1)]);
         for (int64_t i = 0; i < step.head_dim * int64_t(sizeof(Stored)); i += 64) __builtin_prefetch(row + i);
@@ -94,7 +98,7 @@ struct Attention {
         return v;
     }
 
-    // Attends from COUNT tokens in a row of one sequence, for one head.
+    // Attends from COUNT consecutive tokens of one sequence, for one head.
     template <int COUNT>
     void attend(int64_t token, int64_t head) const {
         const int64_t sequence = owners[token], kv_head = head * step.n_kv_heads / step.n_heads;
@@ -120,7 +124,8 @@ struct Attention {
                 for (int64_t v = 0; v < vectors; v++) {
                     const Floats key = dimensions(keys + places[t], v * LANES);
 #pragma GCC unroll 4
-                    for (int q = 0; q < COUNT; q++) products[q] += queries[v * COUNT + q] * key;
+                    for (int q = 0; q < COUNT; q++) 
+                        products[q] = multiply_add(queries[v * COUNT + q], key, products[q]);
                 }
                 for (int q = 0; q < COUNT; q++) weights[q][t] = sum(products[q]);
             }
@@ -153,13 +158,15 @@ struct Attention {
             for (int v = 0; v < N; v++) {
                 const Floats value = dimensions(values + places[t], (first + v) * LANES);
 #pragma GCC unroll 4
-                for (int q = 0; q < COUNT; q++) context[v][q] += weights[q][t] * value;
+                for (int q = 0; q < COUNT; q++) 
+                    context[v][q] = multiply_add(splat(weights[q][t]), value, context[v][q]);
             }
         }
         memcpy(sums, &context, sizeof context);
     }
 
-    // Turns the scores of a span into weights and updates the softmax. Returns the factor of what was summed before.
+    // Turns the scores of a span into weights and updates the softmax. Returns the factor by which earlier
+    // sums must be multiplied.
     __attribute__((noinline)) float softmax(float *scores, int64_t begin, int64_t end, int64_t position, int64_t head, float &highest_score,
                   float &total) const {
         const float slope = step.slopes[head];

@@ -1,6 +1,8 @@
 // The library's functions, with C's calling convention. Sizes and pointers are checked by the caller.
 
 #include <memory>
+#include <new>
+#include <type_traits>
 
 #include "attention.hpp"
 #include "matmul.hpp"
@@ -16,8 +18,8 @@ struct Matrix {
     Type type;
 };
 
-// Never destroyed, because threads may still compute when the process exits. Each function keeps the pool that it began
-// with.
+// Never destroyed, because threads may still be computing when the process exits. Each function keeps the pool that it
+// started with.
 static std::shared_ptr<Pool> &current = *new auto(std::make_shared<Pool>(1));
 
 static std::shared_ptr<Pool> current_pool() { return std::atomic_load(&current); }
@@ -76,10 +78,16 @@ void pack(const Matrix *matrix, const void *rows, void *packed) {
 }
 
 // y = activation(x Wᵀ + bias) + residual; bias and residual may be null.
-void linear(const Matrix *matrix, const float *x, int64_t rows, float *y, const float *bias, Activation activation,
-            float clip, const float *residual) {
+// Returns whether there was memory for it.
+int32_t linear(const Matrix *matrix, const float *x, int64_t rows, float *y, const float *bias, Activation activation,
+               float clip, const float *residual) {
     const Epilogue epilogue{matrix->scales, bias, activation, clip, residual};
-    with_weights(*matrix, [&](auto *weights) { multiply(x, rows, weights, *matrix, y, epilogue); });
+    try {
+        with_weights(*matrix, [&](auto *weights) { multiply(x, rows, weights, *matrix, y, epilogue); });
+    } catch (const std::bad_alloc &) {
+        return false;
+    }
+    return true;
 }
 
 // The rows of the matrix with these numbers.

@@ -5,10 +5,6 @@
 // on the instruction set, not on the other rows or the number of threads.
 #pragma once
 
-#if defined(__AVX512VNNI__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <memory>
 
@@ -30,11 +26,11 @@ constexpr int MAX_ROWS = 6;
 #else
 constexpr int MAX_ROWS = 3;
 #endif
-// Panels that are computed together: as many as the registers hold sums of.
+// Panels that are computed together: as many as there are registers for their sums.
 constexpr int MAX_PANELS = 4, PANELS_OF_MANY_ROWS = LANES == 16 ? 2 : 1;
 constexpr int FEW_ROWS = MAX_ROWS / 3;
 
-// An 8-bit weight plus 128; what it counts is the scale of its output.
+// An 8-bit weight plus 128, in units of its output's scale.
 struct Int8 {
     uint8_t biased;
 };
@@ -114,7 +110,7 @@ struct Widened {
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 8
-            for (int j = 0; j < COLUMNS; j++) sums[i][j] += at[I * ROWS + i] * wide[j];
+            for (int j = 0; j < COLUMNS; j++) sums[i][j] = multiply_add(splat(at[I * ROWS + i]), wide[j], sums[i][j]);
     }
 };
 
@@ -150,7 +146,7 @@ struct IntegerProducts {
             differences += v - v;  // NaN if a value is not finite
         }
         const float most = highest(largest), scale = most / 127 + sum(differences);
-        const float inverse = most > 0 && std::isfinite(scale) ? 127 / most : 0;
+        const float inverse = most > 1e-30f && std::isfinite(scale) ? 127 / most : 0;
         int8_t rounded[GROUP];
         Ints total{};
         for (int64_t k = 0; k < GROUP; k += LANES) {
@@ -245,7 +241,7 @@ struct Matmul {
             value += load_columns(epilogue.residual + row * outputs + first, columns, at);
     }
 
-    // Vectors at a place in a row of which only some columns exist.
+    // Load and store a vector of a row that may extend beyond the row's last column.
     static Floats load_columns(const float *row, int64_t columns, int64_t at) {
         if (at + LANES <= columns) return load<Floats>(row + at);
         Floats v{};
@@ -294,7 +290,7 @@ void matmul(const float *x, int64_t rows, const Weight *weights, int64_t outputs
     static thread_local std::unique_ptr<Packed[]> packed;
     static thread_local int64_t capacity = 0;
     if (const int64_t size = Products::packed_size(rows, inputs); size > capacity)
-        packed.reset(new Packed[capacity = size]);
+        capacity = 0, packed.reset(), packed.reset(new Packed[size]), capacity = size;
     Packed *const to = packed.get();
     const Tiles tiles(rows);
     pool.run(tiles.count, [&](int64_t i) { Products::pack(x, inputs, tiles.start(i), tiles.height(i), to); });

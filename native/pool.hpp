@@ -9,13 +9,17 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 class Pool {
    public:
     explicit Pool(int threads) {
-        for (int i = 1; i < threads; i++) workers.emplace_back([this] { work(); });
+        try {
+            for (int i = 1; i < threads; i++) workers.emplace_back([this] { work(); });
+        } catch (const std::system_error &) {  // the system allows no more threads: those that there are compute
+        }
     }
 
     ~Pool() {
@@ -49,8 +53,8 @@ class Pool {
     std::mutex busy, sleeping;
     std::condition_variable wake, finished;
     std::atomic<bool> stopped{false};
-    // The task's number in the upper half and its next piece in the lower one: a piece is taken by compare-and-swap, so
-    // a thread that was late cannot take a piece of another task than the one whose function it has read.
+    // The task's number in the upper half and its next piece in the lower one. A piece is taken by compare-and-swap, which
+    // fails if the task has changed since its function was read.
     alignas(64) std::atomic<uint64_t> next{0};
     alignas(64) std::atomic<uint32_t> unfinished{0};
     std::atomic<uint32_t> pieces{0};
@@ -58,13 +62,14 @@ class Pool {
     std::atomic<const void *> function{nullptr};
 
     void share(uint32_t count, Call new_call, const void *new_function) {
+        next |= UINT32_MAX;  // no piece of the last task can be taken while the fields below change
         pieces = count;
         call = new_call;
         function = new_function;
         unfinished = count;
         next = ((next >> 32) + 1) << 32;
         {
-            std::lock_guard<std::mutex> lock(sleeping);  // a worker that is falling asleep sees the task or the call
+            std::lock_guard<std::mutex> lock(sleeping);  // a worker about to sleep sees either the task or the notification
         }
         wake.notify_all();
         take();

@@ -1,6 +1,10 @@
 // Vectors of floats in the width of the instruction set that this file is compiled for, and functions on them.
 #pragma once
 
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -40,6 +44,17 @@ inline Floats splat(float x) { return x - Floats{}; }
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
 
+// a b + c, rounded once where the processor can. The compiler's own choice could differ between the places that must agree.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 inline Floats as_floats(Words bits) { return (Floats)bits; }
 
 inline Floats load_floats(const float *from) { return load<Floats>(from); }
@@ -63,19 +78,25 @@ inline void store_rounded(bf16 *to, float x) {
     to->bits = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// The lower half of a vector plus the upper one.
+template <class Half, class Whole>
+inline Half folded(Whole v) {
+    Half halves[2];
+    memcpy(halves, &v, sizeof v);
+    return halves[0] + halves[1];
+}
+
 // The sum of all lanes, added pairwise.
 inline float sum(Floats v) {
     typedef float Quarter __attribute__((vector_size(16)));
 #if defined(__AVX__)
     typedef float Half __attribute__((vector_size(32)));
 #if defined(__AVX512F__)
-    const Half half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Half half = folded<Half>(v);
 #else
     const Half half = v;
 #endif
-    const Quarter quarter =
-        __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+    const Quarter quarter = folded<Quarter>(half);
 #else
     const Quarter quarter = v;
 #endif
@@ -90,7 +111,7 @@ inline float highest(Floats v) {
 
 // e^x with a relative error below 2e-7; 0 below -87, where float32 has only subnormal numbers.
 inline Floats exp(Floats x) {
-    const Floats bounded = max(min(x, splat(88.f)), splat(-87.f));
+    const Floats bounded = max(splat(-87.f), min(splat(88.f), x));  // NaN stays NaN
     const Floats magic = splat(12582912.f);  // 1.5 x 2^23: adding it rounds to an integer
     const Floats n = (bounded * 1.44269504f + magic) - magic;
     const Floats r = bounded - n * 0.693359375f - n * -2.12194440e-4f;

@@ -166,7 +166,7 @@ def _allocate(parts: _Parts, needs: MemoryNeeds, num_blocks: int, *, random: boo
             weight_format.kernels.set_threads(num_threads)
     model = _in_own_thread(load_weights)
     if weight_format.kernels is not None:
-        torch.set_num_threads(1)  # what it still computes is small
+        torch.set_num_threads(1)  # what PyTorch still computes is little
     try:
         cache = _in_own_thread(
             lambda: KVCache(config, num_blocks, BLOCK_SIZE, weight_format.dtype, weight_format.device)

@@ -128,10 +128,10 @@ def _fill(
 def _set(model: nn.Module, name: str, tensor: Tensor, weight_format: WeightFormat) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    # The kernels compute in float32, and round to 8 bits from it.
-    dtype = (
-        torch.float32 if weight_format.kernels and (tensor.ndim == 1 or weight_format.quantize) else weight_format.dtype
-    )
+    dtype = weight_format.dtype
+    if weight_format.kernels is not None:
+        # The kernels compute in float32, and round to 8 bits from what is stored.
+        dtype = torch.float32 if tensor.ndim == 1 else tensor.dtype if weight_format.quantize else dtype
     # Copied, so that the file can be unmapped.
     copy = torch.empty(tensor.shape, dtype=dtype, device=weight_format.device).copy_(tensor)
     module.register_parameter(leaf, nn.Parameter(copy, requires_grad=False))

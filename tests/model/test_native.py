@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from model.conftest import Stepper, load, make_checkpoint, random_tokens, run_prompt, tiny_config
+from model.conftest import Stepper, load, make_checkpoint, random_tokens, random_weights, run_prompt, tiny_config
 from torch import Tensor
 
 from mpt_grpc.engine.load import load_engine
@@ -170,3 +170,14 @@ def test_a_server_without_kernels_says_how_to_get_them(
         load_engine(Settings(model=ModelSettings(device="cpu", quantize="int8")))
     (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "to compile them, install a C++ compiler, such as g++, and install mpt-grpc again" in warning
+
+
+@pytest.mark.usefixtures("kernels")
+def test_queries_that_are_not_finite_end_the_request(tmp_path: Path) -> None:
+    """Its keys and values are finite, so that only the softmax can show it."""
+    config = tiny_config()
+    weights = random_weights(config)
+    weights["transformer.blocks.1.attn.Wqkv.weight"][0] = torch.nan
+    make_checkpoint(tmp_path, config, weights)
+    with pytest.raises(FloatingPointError, match="the model's activations are not finite"):
+        run_prompt(load(tmp_path), random_tokens(5), [5])

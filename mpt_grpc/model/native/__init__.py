@@ -21,9 +21,10 @@ from torch import Tensor
 
 from mpt_grpc.errors import SettingsError
 
+_AVX2 = frozenset("avx2 fma f16c bmi1 bmi2 abm movbe".split())
 INSTRUCTION_SETS = {
-    "avx512": frozenset("avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni fma".split()),
-    "avx2": frozenset("avx2 fma f16c bmi1 bmi2".split()),
+    "avx512": frozenset("avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni".split()) | _AVX2,
+    "avx2": _AVX2,
     "portable": frozenset[str](),
 }
 """The instruction sets that the kernels are compiled for, best first, and the CPU flags that each needs."""
@@ -62,7 +63,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "set_threads": (None, (c_int32,)),
     "packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
     "pack": (None, (POINTER(_Matrix), c_void_p, c_void_p)),
-    "linear": (None, (POINTER(_Matrix), c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_float, c_void_p)),
+    "linear": (c_int32, (POINTER(_Matrix), c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_float, c_void_p)),
     "embedding": (None, (POINTER(_Matrix), c_void_p, c_int64, c_void_p)),
     "norm": (None, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float, c_int32, c_void_p)),
     "attend": (None, (POINTER(AttentionStep), c_int32)),
@@ -70,7 +71,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 class Kernels:
-    """The kernels for one instruction set. While one thread uses the others that compute, a second computes alone."""
+    """The kernels for one instruction set. If two threads call at once, the second computes without the workers."""
 
     def __init__(self, instruction_set: str, library: Path) -> None:
         self.instruction_set = instruction_set
@@ -113,7 +114,7 @@ class PackedMatrix:
         self._scales = None
         if quantize:
             # A row of zeros has the scale 1.
-            scales = weight.abs().amax(dim=1).to(torch.float32) / 127
+            scales = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).to(torch.float32) / 127
             self._scales = scales.masked_fill_(scales == 0, 1)
             rows = torch.empty(weight.shape, dtype=torch.uint8)
             for part, scale, packed in zip(weight.split(1024), scales.split(1024), rows.split(1024), strict=True):
@@ -131,7 +132,7 @@ class PackedMatrix:
         """Returns activation(x Wᵀ + bias), clipped to [-clip, clip], plus the residual: float32 [rows, outputs]."""
         x = x.contiguous()
         y = torch.empty(len(x), self.outputs)
-        self._functions.linear(
+        has_memory = self._functions.linear(
             self._matrix,
             x.data_ptr(),
             len(x),
@@ -141,12 +142,15 @@ class PackedMatrix:
             float("inf") if clip is None else clip,
             _pointer(residual),
         )
+        if not has_memory:
+            raise MemoryError(f"no memory for a product of {len(x)} rows")
         return y
 
     def rows(self, indices: Tensor) -> Tensor:
         """Returns the rows of the matrix with these indices, float32 [n, inputs]."""
+        indices = indices.contiguous()
         y = torch.empty(len(indices), self.inputs)
-        self._functions.embedding(self._matrix, indices.contiguous().data_ptr(), len(indices), y.data_ptr())
+        self._functions.embedding(self._matrix, indices.data_ptr(), len(indices), y.data_ptr())
         return y
 
 
