@@ -28,3 +28,7 @@ def test_repetition_is_detected_at_the_first_token_that_completes_it(tokens: lis
     detector = RepetitionDetector(guard)
     for end, token in enumerate(tokens, start=1):
         assert detector.feed(token) == ends_with_repetition(tokens[:end], guard)
+    if tokens:
+        resumed = RepetitionDetector(guard)
+        verdicts = [resumed.feed(token) for token in tokens[-resumed.num_relevant :]]
+        assert verdicts[-1] == ends_with_repetition(tokens, guard), "the last relevant tokens decide"
