@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import time
 from collections.abc import AsyncIterator
@@ -233,11 +234,14 @@ async def test_the_largest_bodies_keep_the_event_loop_for_less_than_a_quarter_se
     gateway: RunningServer, path: str, body: bytes
 ) -> None:
     """The time is that of the loop's own thread, which does not depend on the machine's load."""
+    gc.collect()
+    gc.freeze()  # as a server does: a collection that scans all the objects of the tests would count
     longest_s, last_s = 0.0, time.thread_time()
     response = asyncio.ensure_future(fetch(gateway, "POST", path, body))
     while not response.done():
         await asyncio.wait({response}, timeout=0.001)
         longest_s, last_s = max(longest_s, time.thread_time() - last_s), time.thread_time()
+    gc.unfreeze()
     assert response.result()[0] == 400
     assert longest_s < 0.25
 
