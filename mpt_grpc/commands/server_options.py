@@ -38,7 +38,8 @@ def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> 
         "--dtype",
         choices=("auto", "float16", "bfloat16", "float32"),
         default="auto",
-        help="type of the weights and the KV cache; auto is float16 on a GPU and bfloat16 on a CPU",
+        help="type of the weights and the KV cache; auto is float16 on a GPU, and bfloat16 on a CPU with"
+        " compiled kernels or native support, float32 on others",
     )
     model.add_argument(
         "--quantize",

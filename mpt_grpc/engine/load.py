@@ -237,7 +237,7 @@ def _weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightFormat:
     kernels = _kernels(config) if device.type == "cpu" and wanted.dtype != "float16" else None
     if wanted.quantize == "int8" and kernels is None:
         raise SettingsError(
-            "--quantize: int8 needs the compiled kernels, which compute on a CPU without --dtype float16"
+            "--quantize: int8 needs the compiled kernels, a CPU without --dtype float16, and widths divisible by 4"
         )
     if wanted.dtype != "auto":
         dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[wanted.dtype]
