@@ -61,7 +61,7 @@ RANGES: Mapping[str, Range] = {
 
 MAX_COUNTS: Mapping[str, int] = {
     "conversation.messages": 1024,
-    "decoding.choice.options": 65_536,
+    "decoding.choice.options": 4096,
     "decoding.logit_bias": 1024,
     "stopping.stop_strings": 16,
     "stopping.stop_token_ids": 64,

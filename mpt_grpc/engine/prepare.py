@@ -103,6 +103,7 @@ class Preparation:
                 prompt,
                 self.chat_template,
                 self.tokenizer.encode,
+                self.tokenizer.token_bytes,
                 self.limits.max_context_tokens,
                 stopping.max_new_tokens,
                 special_texts=self.tokenizer.special_texts,

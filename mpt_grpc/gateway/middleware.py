@@ -1,4 +1,4 @@
-"""What applies to every HTTP request: its sender, ID, security headers, share of memory, and end in a shutdown."""
+"""What applies to every HTTP request: its turn, sender, ID, headers, share of memory, and end in a shutdown."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mpt_grpc.gateway.errors import BadRequestError, error_body, error_response, shortened
 from mpt_grpc.gateway.events import event
 from mpt_grpc.gateway.protocol import MAX_HEAD_BYTES
+from mpt_grpc.turnstile import Turnstile
 from mpt_grpc_client import OverloadedError, UnavailableError
 
 MAX_HEADERS = 100
@@ -34,6 +35,18 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
 }
 _LAST_MESSAGE_TIMEOUT_S = 1
+
+
+class ArrivalMiddleware:
+    """Begins a few requests in each turn of the event loop."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app, self._turnstile = app, Turnstile()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._turnstile.wait()
+        await self._app(scope, receive, send)
 
 
 class HeaderMiddleware:

@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from mpt_grpc.gateway.app import make_app
-from mpt_grpc.gateway.middleware import BodyMemoryMiddleware, GracePeriodMiddleware, HeaderMiddleware
+from mpt_grpc.gateway.middleware import ArrivalMiddleware, BodyMemoryMiddleware, GracePeriodMiddleware, HeaderMiddleware
 from mpt_grpc.gateway.protocol import BoundedProtocol
 from mpt_grpc.listening import port_error
 from mpt_grpc.settings import ALL_ADDRESSES, HttpSettings
@@ -57,7 +57,7 @@ async def running_gateway(
             is_local = all(ip_address(listener.getsockname()[0]).is_loopback for listener in listeners)
             hosts = [host, *settings.allow_hosts] if is_local else None
             bounded = BodyMemoryMiddleware(HeaderMiddleware(app, hosts, settings.allow_origins))
-            async with _serving(bounded, listeners, grace_s):
+            async with _serving(ArrivalMiddleware(bounded), listeners, grace_s):
                 yield listeners[0].getsockname()[1]
 
 

@@ -49,7 +49,8 @@ class Scheduler:
         self._num_arrivals = 0
         self._max_step_tokens = limits.max_step_tokens
         """The present limit; lower for a while after a step that did not fit in memory."""
-        self._num_small_steps = 0
+        self._num_small_steps: int
+        """The number of steps since that one; not set before."""
         self._started: list[int] = []
         """The sequences that run for the first time in the step that is being planned."""
 

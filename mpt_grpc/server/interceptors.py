@@ -10,9 +10,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
@@ -20,13 +22,16 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptServerError
 from mpt_grpc.server import status
-from mpt_grpc.server.sizes import SMALL_MESSAGE_BYTES
+from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.telemetry import names
+from mpt_grpc.turnstile import Turnstile
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 
-SERVICE = pb.DESCRIPTOR.services_by_name["TextGenerationService"].full_name
-DEBUG_SERVICE = debug_pb2.DESCRIPTOR.services_by_name["DebugService"].full_name
+_SERVICES: Mapping[str, ServiceDescriptor] = {
+    service.full_name: service for module in (pb, debug_pb2) for service in module.DESCRIPTOR.services_by_name.values()
+}
+SERVICE, DEBUG_SERVICE = _SERVICES
 _log = logging.getLogger("mpt_grpc.access")
 _POLLED = ("GetEngineState", "GetModelInfo", "GetServerInfo")
 _MAX_LOGGED_CHARACTERS = 300
@@ -58,9 +63,11 @@ def current_call() -> Call:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the methods of this project's services; health and reflection pass through unchanged."""
 
+    message_limits: MessageLimits
+    """To be set before the server starts."""
+
     def __init__(self, tracer: Tracer | None) -> None:
-        self.max_message_bytes: Mapping[str, int] = {}
-        """The size of the largest message of each method with long fields; to be set before the server starts."""
+        self._arrivals = Turnstile()
         self._tracer = tracer
         self._propagator = TraceContextTextMapPropagator()
 
@@ -71,43 +78,40 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> _Handler | None:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method.removeprefix("/")
-        if handler is None or method.partition("/")[0] not in (SERVICE, DEBUG_SERVICE):
+        service, _, name = method.partition("/")
+        if handler is None or service not in _SERVICES:
             return handler
-        codecs = (self._parser(method, handler.request_deserializer), handler.response_serializer)
+        assert handler.request_deserializer is not None
+        parse = partial(self._parse, _SERVICES[service].methods_by_name[name], handler.request_deserializer)
+        # Messages are parsed where errors become statuses, and not by gRPC, which would report UNKNOWN.
+        codecs = (None, handler.response_serializer)
         if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), *codecs)
+            return grpc.unary_stream_rpc_method_handler(self._stream(method, parse, handler.unary_stream), *codecs)
         assert handler.unary_unary is not None
-        return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), *codecs)
+        return grpc.unary_unary_rpc_method_handler(self._unary(method, parse, handler.unary_unary), *codecs)
 
-    def _parser(self, method: str, parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-        """Returns a parser whose failures are raised where errors become statuses; gRPC itself would report UNKNOWN."""
-        assert parse is not None
-        most = self.max_message_bytes.get(method.rpartition("/")[2], SMALL_MESSAGE_BYTES)
+    def _parse(self, method: MethodDescriptor, parse: Callable[[bytes], Any], data: bytes) -> Any:
+        """Returns the message. Raises InvalidRequestError."""
+        try:
+            self.message_limits.check(data, method)
+            return parse(data)
+        except DecodeError as error:
+            why = "not a valid request message of this method"
+            raise InvalidRequestError(FieldViolation("request", why)) from error
 
-        def parse_or_error(data: bytes) -> Any:
-            if len(data) > most:
-                why = f"{len(data)} bytes; at most {most} are allowed"
-                return InvalidRequestError(FieldViolation("request", why))
-            try:
-                return parse(data)
-            except DecodeError:
-                return InvalidRequestError(FieldViolation("request", "not a valid request message of this method"))
-
-        return parse_or_error
-
-    def _unary(self, method: str, serve: Callable[..., Any]) -> Callable[..., Any]:
-        async def unary(request: Any, context: _CallContext) -> Any:
+    def _unary(self, method: str, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
+        async def unary(data: bytes, context: _CallContext) -> Any:
             async with self._serving(method, context):
-                response = serve(_parsed(request), context)
-                del request  # this frame is part of a status that gRPC keeps
+                response = serve(parse(data), context)
+                del data  # this frame is part of a status that gRPC keeps
                 return await response
 
         return unary
 
-    def _stream(self, method: str, serve: Callable[..., Any]) -> Callable[..., Any]:
-        async def stream(request: Any, context: _CallContext) -> AsyncIterator[Any]:
-            async with self._serving(method, context), aclosing(serve(_parsed(request), context)) as responses:
-                del request
+    def _stream(self, method: str, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
+        async def stream(data: bytes, context: _CallContext) -> AsyncIterator[Any]:
+            async with self._serving(method, context), aclosing(serve(parse(data), context)) as responses:
+                del data
                 async for response in responses:
                     yield response
 
@@ -122,6 +126,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         start_s = time.monotonic()
         code = grpc.StatusCode.OK
         try:
+            await self._arrivals.wait()
             yield
         except MptServerError as error:
             code, _ = status.code_and_reason(error)
@@ -171,9 +176,3 @@ def _log_call(method: str, call: Call, code: grpc.StatusCode, duration_s: float)
 def _shortened(value: Any) -> str:
     """Returns the value on one line; text of callers is quoted, so that it cannot forge a line of the log."""
     return repr(value[:_MAX_LOGGED_CHARACTERS]) if isinstance(value, str) else str(value)
-
-
-def _parsed(request: Any) -> Any:
-    if isinstance(request, MptServerError):
-        raise request
-    return request

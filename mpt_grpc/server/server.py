@@ -29,7 +29,7 @@ from mpt_grpc.server.allocator import trim
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.local_channel import LocalChannel
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
-from mpt_grpc.server.sizes import largest_message_bytes
+from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.settings import ServerSettings, Settings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import make_tracer_provider, shut_down
@@ -161,8 +161,8 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
         loop = asyncio.get_running_loop()
         engine, model = await asyncio.to_thread(load_engine, settings, tracer=tracer, loop=loop)
         limits = engine.preparation.limits
-        interceptor.max_message_bytes = largest_message_bytes(limits)
-        servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.max_message_bytes["Generate"])
+        interceptor.message_limits = MessageLimits(limits)
+        servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.message_limits)
         channel = LocalChannel(interceptor)
         running = RunningServer(settings, target, channel, engine, model, servicer)
         services: Any

@@ -23,7 +23,7 @@ from mpt_grpc.limits import MAX_BYTES, MAX_CANCELLED, MAX_COUNTS, MAX_TOKEN_IDS,
 from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
 from mpt_grpc.server import convert
 from mpt_grpc.server.interceptors import current_call
-from mpt_grpc.server.sizes import check_sizes
+from mpt_grpc.server.sizes import MessageLimits, check_sizes
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import request_attributes
@@ -39,10 +39,10 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
     """Serves text generation with one engine."""
 
     def __init__(
-        self, engine: Engine, model: LoadedModel, scheduling: SchedulerSettings, max_message_bytes: int
+        self, engine: Engine, model: LoadedModel, scheduling: SchedulerSettings, limits: MessageLimits
     ) -> None:
         self._engine, self._model, self._scheduling = engine, model, scheduling
-        self._max_message_bytes = max_message_bytes
+        self._message_limits = limits
         self._started_s = time.monotonic()
         self._num_answers = 0
         self.idle = asyncio.Event()
@@ -112,7 +112,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 max_running_requests=self._scheduling.max_running_requests,
                 max_waiting_requests=self._scheduling.max_waiting_requests,
                 max_step_tokens=self._scheduling.max_step_tokens,
-                max_message_bytes=self._max_message_bytes,
+                max_message_bytes=self._message_limits.max_generate_bytes,
                 max_cache_tokens=self._model.cache_tokens,
                 max_counts=MAX_COUNTS,
                 max_bytes=MAX_BYTES,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from itertools import dropwhile
+from itertools import accumulate, dropwhile
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.limits import MAX_COUNTS
@@ -14,12 +15,15 @@ from mpt_grpc.text.literals import applied, literal_token_ids, strings
 
 _ROLES = ("system", "user", "assistant")
 _FIELD = "conversation.messages"
+_MAX_ERROR = 1
+"""How many tokens an estimate may be off that was corrected by the tokens of a neighbour."""
 
 
 def conversation_token_ids(
     conversation: Conversation,
     template: ChatTemplate,
     encode: Callable[[str], tuple[int, ...]],
+    token_bytes: Callable[[int], bytes],
     max_context_tokens: int,
     max_new_tokens: int | None,
     *,
@@ -35,37 +39,73 @@ def conversation_token_ids(
     _check(conversation, template)
     num_new_tokens = 1 if max_new_tokens is None else max_new_tokens
     max_prompt_tokens = max_context_tokens - num_new_tokens
+    kwargs = conversation.chat_template_kwargs
+
+    def rendered(turns: int, change: Callable[[str], str] = str) -> str:
+        """Returns the conversation without a number of its oldest turns."""
+        changed = [replace(message, content=change(message.content)) for message in candidates[turns]]
+        return template.render(changed, conversation.add_generation_prompt, applied(change, kwargs))
 
     def tokens_without(turns: int) -> tuple[int, ...]:
-        messages, kwargs = candidates[turns], conversation.chat_template_kwargs
-
-        def render(change: Callable[[str], str]) -> str:
-            changed = [replace(message, content=change(message.content)) for message in messages]
-            return template.render(changed, conversation.add_generation_prompt, applied(change, kwargs))
-
-        texts = [*(message.content for message in messages), *strings(kwargs)]
-        return literal_token_ids(render, texts, special_texts, encode)
+        texts = [*(message.content for message in candidates[turns]), *strings(kwargs)]
+        return literal_token_ids(lambda change: rendered(turns, change), texts, special_texts, encode)
 
     messages = _with_one_leading_system_message(conversation.messages)
     candidates = _not_certainly_too_long(_shortened(messages), conversation, max_context_tokens, max_token_bytes)
     token_ids = tokens_without(0)
-    if len(token_ids) <= max_prompt_tokens:
-        return token_ids
-    shortest = tokens_without(len(candidates) - 1) if conversation.drop_oldest_turns else token_ids
-    if len(shortest) > max_prompt_tokens:
-        lengths = f"{len(shortest)} + {num_new_tokens} tokens (prompt + output)"
+    if len(token_ids) > max_prompt_tokens and len(candidates) > 1 and conversation.drop_oldest_turns:
+        sizes = [len(token_bytes(token_id)) for token_id in token_ids]
+        estimate = _Estimate(sizes, lambda turns: rendered(turns).encode(), len(candidates) - 1)
+        token_ids = _first_fitting(tokens_without, estimate.num_tokens, len(candidates), max_prompt_tokens)
+    if len(token_ids) > max_prompt_tokens:
+        lengths = f"{len(token_ids)} + {num_new_tokens} tokens (prompt + output)"
         why = f"{lengths} exceed the context of {max_context_tokens}: {_remedy(conversation)}"
         raise InvalidRequestError(FieldViolation(_FIELD, why))
-    # Binary search: the smallest sufficient number of turns to drop is above `too_few`, and at most `enough`.
-    too_few, enough = 0, len(candidates) - 1
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        token_ids = tokens_without(middle)
-        if len(token_ids) <= max_prompt_tokens:
-            enough, shortest = middle, token_ids
+    return token_ids
+
+
+class _Estimate:
+    """Estimates of the tokens that remain when turns are dropped: those of the dropped bytes are subtracted."""
+
+    def __init__(self, token_sizes: Sequence[int], rendered: Callable[[int], bytes], max_turns: int) -> None:
+        """token_sizes: the numbers of bytes of the tokens of the whole conversation."""
+        self._ends, self._rendered = list(accumulate(token_sizes)), rendered
+        whole = rendered(0)
+        self._size, self._start = len(whole), _len_common_prefix(whole, rendered(max_turns))
+
+    def num_tokens(self, turns: int) -> int:
+        num_dropped_bytes = self._size - len(self._rendered(turns))
+        first = bisect_left(self._ends, self._start)
+        return len(self._ends) - (bisect_left(self._ends, self._start + num_dropped_bytes) - first)
+
+
+def _len_common_prefix(left: bytes, right: bytes) -> int:
+    lengths = range(1, min(len(left), len(right)) + 1)
+    return bisect_left(lengths, True, key=lambda length: left[:length] != right[:length])
+
+
+def _first_fitting(
+    tokens_without: Callable[[int], tuple[int, ...]], estimate: Callable[[int], int], num_candidates: int, most: int
+) -> tuple[int, ...]:
+    """Returns the tokens of the first candidate with at most `most` of them, or else those of the last candidate.
+
+    The first one is known to have more. Computes few candidates' tokens: if the estimates are right, those of one.
+    """
+    too_long, fitting, error = 0, num_candidates, 0
+    result: tuple[int, ...] = ()
+    while fitting - too_long > 1:
+        between = range(too_long + 1, fitting)
+        index = bisect_left(between, True, key=lambda turns: estimate(turns) + error <= most)
+        if index == len(between) and result and estimate(between[-1]) + error > most + _MAX_ERROR:
+            break
+        turns = between[min(index, len(between) - 1)]
+        token_ids = tokens_without(turns)
+        error = len(token_ids) - estimate(turns)
+        if len(token_ids) <= most:
+            fitting, result = turns, token_ids
         else:
-            too_few = middle
-    return shortest
+            too_long = turns
+    return result or token_ids
 
 
 def _check(conversation: Conversation, template: ChatTemplate) -> None:

@@ -229,6 +229,8 @@ def test_top_tokens_are_sorted_by_logit_then_by_id() -> None:
     logits = torch.tensor([[-1.0, 2.0, -0.0, 0.0, 2.0, -torch.inf, -3.0, 1e-40], [5.0] * 8])
     assert top_tokens(logits, 8).tolist() == [[1, 4, 7, 2, 3, 0, 6, 5], list(range(8))]
     assert top_tokens(logits, 2).tolist() == [[1, 4], [0, 1]]
+    neighbours = torch.tensor([2.0, 2.0 + 2**-22, -2.0, -2.0 - 2**-22])
+    assert top_tokens(neighbours[None], 4).tolist() == [[1, 0, 2, 3]]
 
 
 def test_greedy_sampling_respects_penalties_biases_and_masks() -> None:

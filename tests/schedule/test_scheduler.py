@@ -374,6 +374,16 @@ def test_a_prompt_starts_once_there_is_budget_and_reuses_what_an_earlier_request
     assert m.sequences["second"].num_cached_tokens == 20
 
 
+def test_a_request_of_higher_priority_shares_the_budget_of_a_long_prompt_even_if_others_must_wait_for_it() -> None:
+    m = machine(max_step_tokens=8)
+    m.add(request("long"), tuple(range(1, 40)))
+    m.step()
+    m.add(request("low", priority=-1), (1, 2))
+    m.add(request("high", priority=1), (3, 4))
+    assert m.planned(m.step()) == ["high", "long"]
+    m.finish()
+
+
 def test_free_cached_blocks_are_counted_only_once() -> None:
     m = machine(num_blocks=8)
     prompt = tuple(range(1, 17))
@@ -419,6 +429,14 @@ def test_a_request_that_ends_between_plan_and_commit_is_skipped() -> None:
     plan = m.plan()
     m.end("gone")
     assert list(m.run(plan)) == ["stays"]
+    m.finish()
+
+
+def test_a_request_that_fails_does_not_delay_those_after_it() -> None:
+    m = machine()
+    for name, prompt in (("fails", (1, 2, 3)), ("succeeds", (4, 5, 6))):
+        m.add(request(name), prompt)
+    assert list(m.run(m.plan(), failing=frozenset({"fails"}))) == ["fails", "succeeds"]
     m.finish()
 
 

@@ -184,6 +184,51 @@ async def test_a_message_larger_than_any_legal_request_is_refused_before_it_is_p
     assert dict(info.limits.max_bytes) == dict(MAX_BYTES)
 
 
+MANY_FIELDS = {
+    "conversation.messages": request(conversation=pb.Conversation(messages=[pb.Message()] * 300_000)),
+    "decoding.choice.options": decoding(choice=pb.Choice(options=[""] * 300_000)),
+    "decoding.logit_bias": decoding(logit_bias=dict.fromkeys(range(30_000), 1)),
+    "stopping.stop_strings": stopping(stop_strings=[""] * 300_000),
+    "token_ids.ids": request(token_ids=pb.TokenIds(ids=[5] * 1_500_000)),
+    "resume_token_ids": request(resume_token_ids=[5] * 1_500_000),
+    "priority": bytes([pb.GenerateRequest.DESCRIPTOR.fields_by_name["priority"].number << 3, 1]) * 300_000,
+    "request": b"\xa8\x1f\x01" * 300_000,  # a field that the server does not know
+}
+"""A message with too many fields or numbers to be parsed in milliseconds, by the field of which it has them."""
+
+
+@pytest.mark.parametrize("field", MANY_FIELDS)
+async def test_messages_with_too_many_items_are_refused_before_they_are_parsed(make_service: Any, field: str) -> None:
+    service, message = await make_service(), MANY_FIELDS[field]
+    send = service.channel.unary_unary("/mpt.v1.TextGenerationService/Generate")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await send(message if isinstance(message, bytes) else message.SerializeToString())
+    (violation,) = bad_request(refused.value).field_violations
+    assert violation.field == field
+    assert "too many items; at most" in violation.description
+
+
+@pytest.mark.parametrize("data", [b"\x08" + b"\x80" * 200_000, b"\x0a\xff\xff\xff\x0f" * 50_000])
+async def test_large_messages_that_are_not_valid_are_refused(make_service: Any, data: bytes) -> None:
+    service = await make_service()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await service.channel.unary_unary("/mpt.v1.TextGenerationService/Generate")(data)
+    assert bad_request(refused.value).field_violations[0].field == "request"
+
+
+async def test_the_largest_legal_message_is_served(make_service: Any) -> None:
+    service = await make_service()
+    message = decoding(
+        choice=pb.Choice(options=[f"{number:015}" for number in range(MAX_COUNTS["decoding.choice.options"])]),
+        logit_bias=dict.fromkeys(range(MAX_COUNTS["decoding.logit_bias"]), 0),
+    )
+    turns = [pb.Message(role=pb.ROLE_USER, content="x")] * MAX_COUNTS["conversation.messages"]
+    turns.append(pb.Message(role=pb.ROLE_USER, content="x" * 200_000))
+    message.conversation.MergeFrom(pb.Conversation(messages=turns[1:], drop_oldest_turns=True))
+    assert message.ByteSize() > 256 << 10
+    assert await violations(service.stub, message) == {"conversation.messages"}  # not of its counts, but of its length
+
+
 @pytest.mark.parametrize(
     "message",
     [

@@ -55,6 +55,7 @@ def token_ids(template: str, *contents: str, **kwargs: Any) -> tuple[int, ...]:
         conversation,
         chat_template,
         TOKENIZER.encode,
+        TOKENIZER.token_bytes,
         2048,
         None,
         special_texts=TOKENIZER.special_texts,

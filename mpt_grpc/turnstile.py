@@ -1,0 +1,43 @@
+"""A limit on how many requests begin in one turn of an event loop, so that a burst of them does not stop it for all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+_ARRIVALS_A_TURN = 2
+"""About a millisecond of work."""
+
+
+class Turnstile:
+    """Lets through a few coroutines in each turn of the event loop, in the order in which they arrive."""
+
+    def __init__(self) -> None:
+        self._num_passed = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._counts = False
+        """Whether the next turn of the loop will reset the count."""
+
+    async def wait(self) -> None:
+        """Returns when it is the caller's turn."""
+        loop = asyncio.get_running_loop()
+        if not self._counts:
+            self._counts = True
+            loop.call_soon(self._next_turn, loop)
+        if self._num_passed < _ARRIVALS_A_TURN and not self._waiting:
+            self._num_passed += 1
+            return
+        turn = loop.create_future()
+        self._waiting.append(turn)
+        await turn
+
+    def _next_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._num_passed = 0
+        while self._waiting and self._num_passed < _ARRIVALS_A_TURN:
+            turn = self._waiting.popleft()
+            if not turn.done():  # its caller may have left
+                turn.set_result(None)
+                self._num_passed += 1
+        self._counts = self._num_passed > 0
+        if self._counts:
+            loop.call_soon(self._next_turn, loop)
