@@ -85,7 +85,7 @@ class _Walk:
 @cache
 def _submessages(message: Descriptor) -> dict[int, _Submessage]:
     return {
-        field.number: _Submessage(field.name, field.message_type, field.is_repeated)
+        field.number: _Submessage(field.name, field.message_type, is_repeated=not field.has_presence)
         for field in message.fields
         if field.message_type is not None
     }
