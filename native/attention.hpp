@@ -5,15 +5,17 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "pool.hpp"
 #include "vector.hpp"
 
-constexpr int64_t SPAN = 128;     // tokens
-constexpr int64_t AHEAD = 24;    // how many tokens ahead keys and values are prefetched
-constexpr int QUERIES = 4;        // that share the reading of a key or value
+constexpr int64_t SPAN = 128;    // tokens
+constexpr int64_t TILE = 16;     // keys that are multiplied together: a block holds one or several tiles of tokens
+constexpr int QUERIES = 4;       // that share the reading of a key or value
+constexpr int TILE_VECTORS = TILE / LANES;
 constexpr int CONTEXT_VECTORS = LANES == 16 ? 4 : 2;  // of a context, summed together
 
 // The tensors of one layer and step, in the order of the structure in Python.
@@ -23,7 +25,7 @@ struct AttentionStep {
     const float *query;                              // [num_tokens, n_heads, head_dim]
     const float *key, *value;                        // [num_tokens, n_kv_heads, head_dim]
     float *context;                                  // [num_tokens, n_heads, head_dim]
-    void *keys, *values;                             // [blocks, n_kv_heads, block_size, head_dim]
+    void *keys, *values;                             // the cache: [blocks, n_kv_heads, items of a block's head]
     const int64_t *query_starts;                     // [num_sequences + 1]: each sequence's first token of the step
     const int64_t *starts;                           // [num_sequences]: its tokens that were in the cache before
     const int64_t *block_tables;                     // [num_sequences, table_stride]
@@ -33,10 +35,17 @@ struct AttentionStep {
     int64_t window;  // how many tokens back a query sees besides its own
 };
 
+// A block's keys of one head are stored as [head_dim, block_size], so that one vector holds the same dimension of many
+// keys and no product needs to be summed across a vector; its values as [block_size, head_dim]. Both are followed, if
+// rounded to 8 bits, by the scales [block_size] of the tokens, in bfloat16.
 template <class Stored>
 struct Attention {
+    static constexpr bool IS_SCALED = std::is_same_v<Stored, int8_t>;
+    static constexpr int64_t SCALE_ITEMS = IS_SCALED ? sizeof(bf16) : 0;
+
     const AttentionStep &step;
     Stored *keys, *values;
+    const int64_t head_items;      // of one head in a block of the cache
     std::vector<int64_t> owners;   // the sequence of each token
     std::vector<char> has_finite;  // whether a token's keys and values are finite
 
@@ -44,6 +53,7 @@ struct Attention {
         : step(step),
           keys(static_cast<Stored *>(step.keys)),
           values(static_cast<Stored *>(step.values)),
+          head_items(step.block_size * (step.head_dim + SCALE_ITEMS)),
           owners(step.num_tokens),
           has_finite(step.num_tokens) {
         for (int64_t s = 0; s < step.num_sequences; s++)
@@ -54,39 +64,84 @@ struct Attention {
         return step.starts[owners[token]] + token - step.query_starts[owners[token]];
     }
 
-    // Where the cache holds a token's key or value.
+    // Where the cache holds the keys, or values, of the block with a token of a sequence.
     int64_t place(int64_t sequence, int64_t position, int64_t kv_head) const {
         const int64_t block = step.block_tables[sequence * step.table_stride + position / step.block_size];
-        return ((block * step.n_kv_heads + kv_head) * step.block_size + position % step.block_size) * step.head_dim;
+        return (block * step.n_kv_heads + kv_head) * head_items;
+    }
+
+    bf16 *scales(Stored *block) const {
+        return reinterpret_cast<bf16 *>(block + step.block_size * step.head_dim);
     }
 
     // Stores a token's keys and values; what is not finite as 0, so that a later owner of the block is not affected.
     void write(int64_t token) {
         bool finite = true;
+        const int64_t offset = position(token) % step.block_size;
         for (int64_t head = 0; head < step.n_kv_heads; head++) {
             const int64_t to = place(owners[token], position(token), head);
-            finite &= copy(step.key + token * step.key_stride + head * step.head_dim, keys + to);
-            finite &= copy(step.value + token * step.value_stride + head * step.head_dim, values + to);
+            const float *key = step.key + token * step.key_stride + head * step.head_dim;
+            const float *value = step.value + token * step.value_stride + head * step.head_dim;
+            finite &= copy(key, keys + to + offset, step.block_size, scales(keys + to) + offset);
+            finite &= copy(value, values + to + offset * step.head_dim, 1, scales(values + to) + offset);
         }
         has_finite[token] = finite;
     }
 
-    bool copy(const float *from, Stored *to) const {
+    bool copy(const float *from, Stored *to, int64_t stride, [[maybe_unused]] bf16 *scale) const {
         bool finite = true;
+        float inverse = 1;
+        if constexpr (IS_SCALED) {
+            float most = 0;
+            for (int64_t i = 0; i < step.head_dim; i++)
+                if (std::fabs(from[i]) < INFINITY) most = std::max(most, std::fabs(from[i]));
+            // Rounded up, so that nothing exceeds 127; not so small that its inverse is infinite.
+            store_rounded(scale, std::max(most * (1.01f / 127), 1e-30f));
+            inverse = 1 / to_float(*scale);
+        }
         for (int64_t i = 0; i < step.head_dim; i++) {
-            store_rounded(to + i, from[i]);
-            if (!(std::fabs(to_float(to[i])) < INFINITY)) {
-                store_rounded(to + i, 0.f);
-                finite = false;
+            Stored &item = to[i * stride];
+            bool is_finite = std::fabs(from[i]) < INFINITY;
+            if constexpr (IS_SCALED) {
+                item = int8_t(is_finite ? rounded(from[i] * inverse) : 0.f);
+            } else {
+                if (is_finite) store_rounded(&item, from[i]);
+                is_finite = is_finite && std::fabs(to_float(item)) < INFINITY;
+                if (!is_finite) store_rounded(&item, 0.f);
             }
+            finite &= is_finite;
         }
         return finite;
     }
 
-    // Prefetches a later token's key or value: blocks are scattered, so the hardware does not predict them.
-    void prefetch(const Stored *rows, const int64_t *places, int64_t token, int64_t length) const {
-        const char *row = reinterpret_cast<const char *>(rows + places[std::min(token + AHEAD, length - 1)]);
-        for (int64_t i = 0; i < step.head_dim * int64_t(sizeof(Stored)); i += 64) __builtin_prefetch(row + i);
+    // A tile of the cache, as scattered in memory as its block.
+    struct Tile {
+        Stored *keys, *values;
+        const bf16 *key_scales, *value_scales;
+    };
+
+    Tile tile(int64_t sequence, int64_t position, int64_t kv_head) const {
+        const int64_t block = place(sequence, position, kv_head), offset = position % step.block_size;
+        return {keys + block + offset, values + block + offset * step.head_dim, scales(keys + block) + offset,
+                scales(values + block) + offset};
+    }
+
+    const Stored *row(const Tile *tiles, int64_t token) const {
+        return tiles[token / TILE].values + token % TILE * step.head_dim;
+    }
+
+    // The tiles of a span, of which the last may be partly beyond its end. Returns their number.
+    int64_t find_tiles(int64_t sequence, int64_t kv_head, int64_t begin, int64_t end, Tile *tiles) const {
+        int64_t count = 0;
+        for (int64_t at = begin; at < std::min(begin + SPAN, end); at += TILE)
+            tiles[count++] = tile(sequence, at, kv_head);
+        return count;
+    }
+
+    // Prefetches a part of what is read next: blocks are scattered, so the hardware does not predict them.
+    void prefetch(const Stored *from, int64_t items) const {
+        const char *bytes = reinterpret_cast<const char *>(from);
+        for (int64_t i = 0; i < items * int64_t(sizeof(Stored)); i += 64) __builtin_prefetch(bytes + i);
     }
 
     // Vectors of a head's dimensions, of which the last may be partly beyond them.
@@ -103,41 +158,45 @@ struct Attention {
     void attend(int64_t token, int64_t head) const {
         const int64_t sequence = owners[token], kv_head = head * step.n_kv_heads / step.n_heads;
         const int64_t first = position(token), vectors = (step.head_dim + LANES - 1) / LANES;
-        static thread_local std::vector<Floats> buffer;
-        buffer.assign(2 * COUNT * vectors, Floats{});
-        Floats *const queries = &buffer[0], *const sums = &buffer[COUNT * vectors];  // [vectors][COUNT]
+        static thread_local std::vector<float> queries;  // [head_dim][COUNT]
+        static thread_local std::vector<Floats> sums;    // [vectors][COUNT]
+        queries.resize(step.head_dim * COUNT);
+        sums.assign(vectors * COUNT, Floats{});
         for (int64_t q = 0; q < COUNT; q++)
-            for (int64_t v = 0; v < vectors; v++)
-                queries[v * COUNT + q] =
-                    dimensions(step.query + (token + q) * step.query_stride + head * step.head_dim, v * LANES);
+            for (int64_t i = 0; i < step.head_dim; i++)
+                queries[i * COUNT + q] = step.query[(token + q) * step.query_stride + head * step.head_dim + i];
         float highest_score[COUNT], total[COUNT] = {};
         std::fill(highest_score, highest_score + COUNT, -1e30f);  // finite: its difference from itself is 0
-        const int64_t oldest = std::max<int64_t>(0, first - step.window) / SPAN * SPAN;
-        for (int64_t begin = oldest; begin < first + COUNT; begin += SPAN) {
-            const int64_t length = std::min(SPAN, first + COUNT - begin);
-            int64_t places[SPAN];
-            for (int64_t t = 0; t < length; t++) places[t] = place(sequence, begin + t, kv_head);
+        const int64_t oldest = std::max<int64_t>(0, first - step.window) / SPAN * SPAN, end = first + COUNT;
+        Tile tiles[SPAN / TILE], next_tiles[SPAN / TILE];
+        int64_t num_tiles = find_tiles(sequence, kv_head, oldest, end, tiles), num_next = 0;
+        for (int64_t begin = oldest; begin < end; begin += SPAN) {
+            const int64_t length = std::min(SPAN, end - begin);
+            num_next = find_tiles(sequence, kv_head, begin + SPAN, end, next_tiles);
             alignas(64) float weights[COUNT][SPAN];
-            for (int64_t t = 0; t < length; t++) {
-                prefetch(keys, places, t, length);
-                Floats products[COUNT]{};
-                for (int64_t v = 0; v < vectors; v++) {
-                    const Floats key = dimensions(keys + places[t], v * LANES);
-#pragma GCC unroll 4
-                    for (int q = 0; q < COUNT; q++) 
-                        products[q] = multiply_add(queries[v * COUNT + q], key, products[q]);
-                }
-                for (int q = 0; q < COUNT; q++) weights[q][t] = sum(products[q]);
-            }
+            // As many tiles together as there are registers for their sums.
+            constexpr int TOGETHER = COUNT * TILE_VECTORS >= 8 ? 1 : 8 / (COUNT * TILE_VECTORS);
+            int64_t i = 0;
+            for (; i + TOGETHER <= num_tiles; i += TOGETHER)
+                score<COUNT, TOGETHER>(queries.data(), tiles + i, weights, i * TILE);
+            for (; i < num_tiles; i++) score<COUNT, 1>(queries.data(), tiles + i, weights, i * TILE);
             for (int q = 0; q < COUNT; q++) {
                 const float factor =
                     softmax(weights[q], begin, begin + length, first + q, head, highest_score[q], total[q]);
                 for (int64_t v = 0; v < vectors; v++) sums[v * COUNT + q] *= factor;
             }
+            if constexpr (IS_SCALED) {
+                for (int64_t t = 0; t < num_tiles * TILE; t += LANES) {
+                    const Floats scale = load_floats(tiles[t / TILE].value_scales + t % TILE);
+                    for (int q = 0; q < COUNT; q++) store(&weights[q][t], load_floats(&weights[q][t]) * scale);
+                }
+            }
             int64_t v = 0;
             for (; v + CONTEXT_VECTORS <= vectors; v += CONTEXT_VECTORS)
-                add_values<COUNT, CONTEXT_VECTORS>(v, places, length, weights, sums + v * COUNT);
-            for (; v < vectors; v++) add_values<COUNT, 1>(v, places, length, weights, sums + v * COUNT);
+                add_values<COUNT, CONTEXT_VECTORS>(v, tiles, next_tiles, length, num_next * TILE, weights, &sums[v * COUNT]);
+            for (; v < vectors; v++) add_values<COUNT, 1>(v, tiles, next_tiles, length, num_next * TILE, weights, &sums[v * COUNT]);
+            std::copy(next_tiles, next_tiles + num_next, tiles);
+            num_tiles = num_next;
         }
         for (int64_t q = 0; q < COUNT; q++) {
             float *to = step.context + ((token + q) * step.n_heads + head) * step.head_dim;
@@ -147,18 +206,54 @@ struct Attention {
         }
     }
 
+    // The products of the queries with the keys of some tiles, summed over the dimensions in their order, from
+    // weights[query][at] on.
+    template <int COUNT, int TILES>
+    void score(const float *queries, const Tile *tiles, float (*weights)[SPAN], int64_t at) const {
+        Floats sums[TILES * TILE_VECTORS][COUNT]{};
+        const Stored *from[TILES];
+        for (int t = 0; t < TILES; t++) from[t] = tiles[t].keys;
+        for (int64_t i = 0; i < step.head_dim; i++) {
+#pragma GCC unroll 8
+            for (int t = 0; t < TILES; t++) {
+#pragma GCC unroll 4
+                for (int v = 0; v < TILE_VECTORS; v++) {
+                    const Floats key = load_floats(from[t] + v * LANES);
+#pragma GCC unroll 4
+                    for (int q = 0; q < COUNT; q++) {
+                        Floats &sum = sums[t * TILE_VECTORS + v][q];
+                        sum = multiply_add(splat(queries[i * COUNT + q]), key, sum);
+                    }
+                }
+                from[t] += step.block_size;
+                if (i * TILE % (64 / sizeof(Stored)) == 0) __builtin_prefetch(tiles[t].values + i * TILE);
+            }
+        }
+        for (int t = 0; t < TILES; t++) {
+            for (int v = 0; v < TILE_VECTORS; v++) {
+                [[maybe_unused]] Floats scale{};
+                if constexpr (IS_SCALED) scale = load_floats(tiles[t].key_scales + v * LANES);
+                for (int q = 0; q < COUNT; q++) {
+                    Floats sum = sums[t * TILE_VECTORS + v][q];
+                    if constexpr (IS_SCALED) sum *= scale;
+                    store(&weights[q][at + t * TILE + v * LANES], sum);
+                }
+            }
+        }
+    }
+
     template <int COUNT, int N>
-    void add_values(int64_t first, const int64_t *places, int64_t length, const float (*weights)[SPAN],
+    void add_values(int64_t first, const Tile *tiles, const Tile *next, int64_t length, int64_t next_length, const float (*weights)[SPAN],
                     Floats *sums) const {
         Floats context[N][COUNT];
         memcpy(&context, sums, sizeof context);
         for (int64_t t = 0; t < length; t++) {
-            if (first == 0) prefetch(values, places, t, length);
+            if (first == 0 && t < next_length) prefetch(next[t / TILE].keys + t % TILE * step.head_dim, step.head_dim);
 #pragma GCC unroll 8
             for (int v = 0; v < N; v++) {
-                const Floats value = dimensions(values + places[t], (first + v) * LANES);
+                const Floats value = dimensions(row(tiles, t), (first + v) * LANES);
 #pragma GCC unroll 4
-                for (int q = 0; q < COUNT; q++) 
+                for (int q = 0; q < COUNT; q++)
                     context[v][q] = multiply_add(splat(weights[q][t]), value, context[v][q]);
             }
         }
@@ -167,8 +262,8 @@ struct Attention {
 
     // Turns the scores of a span into weights and updates the softmax. Returns the factor by which earlier
     // sums must be multiplied.
-    __attribute__((noinline)) float softmax(float *scores, int64_t begin, int64_t end, int64_t position, int64_t head, float &highest_score,
-                  float &total) const {
+    __attribute__((noinline)) float softmax(float *scores, int64_t begin, int64_t end, int64_t position, int64_t head,
+                                            float &highest_score, float &total) const {
         const float slope = step.slopes[head];
         float most = highest_score;
         for (int64_t t = begin; t < begin + SPAN; t++) {

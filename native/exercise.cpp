@@ -34,7 +34,7 @@ static void exercise_attention(Type type, int64_t head_dim, int64_t n_kv_heads, 
     const int64_t block_size = 16, n_heads = 4, counts[] = {1, 7, 1}, starts[] = {150, 0, 3};
     const int64_t tables[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 11, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     const int64_t query_starts[] = {0, counts[0], counts[0] + counts[1], counts[0] + counts[1] + counts[2]};
-    const int64_t tokens = query_starts[3], cached = 12 * n_kv_heads * block_size * head_dim;
+    const int64_t tokens = query_starts[3], cached = 12 * n_kv_heads * block_size * (head_dim + 2);
     const auto query = numbers(tokens * n_heads * head_dim, 5), key = numbers(tokens * n_kv_heads * head_dim, 6);
     std::vector<float> context(tokens * n_heads * head_dim), keys(cached), values(cached);
     const float slopes[] = {0.5f, 0.25f, 0.125f, 0.0625f};
@@ -49,7 +49,7 @@ static void exercise() {
     for (const Type type : {Type::float32, Type::bfloat16, Type::int8})
         for (const int64_t outputs : {1, 16, 70})
             for (const int64_t inputs : {4, 132, 1300}) exercise_matrix(type, outputs, inputs);
-    for (const Type type : {Type::float32, Type::bfloat16})
+    for (const Type type : {Type::float32, Type::bfloat16, Type::int8})
         for (const int64_t head_dim : {4, 32, 80})
             for (const int64_t n_kv_heads : {1, 2, 4})
                 for (const int64_t window : {int64_t(5), INT64_MAX}) exercise_attention(type, head_dim, n_kv_heads, window);

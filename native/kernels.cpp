@@ -110,10 +110,14 @@ void norm(const float *x, int64_t rows, int64_t size, const float *weight, const
     });
 }
 
-// Attention over a cache of float32 or bfloat16.
+// Attention over a cache of the type.
 void attend(const AttentionStep *step, Type type) {
     const auto pool = current_pool();
-    type == Type::bfloat16 ? attention<bf16>(*step, *pool) : attention<float>(*step, *pool);
+    switch (type) {
+        case Type::float32: return attention<float>(*step, *pool);
+        case Type::bfloat16: return attention<bf16>(*step, *pool);
+        case Type::int8: return attention<int8_t>(*step, *pool);
+    }
 }
 }
 #pragma GCC visibility pop

@@ -21,6 +21,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 struct bf16 {
@@ -62,7 +63,19 @@ inline Floats load_floats(const bf16 *from) {
     return as_floats(__builtin_convertvector(load<Halves>(from), Words) << 16);
 }
 
+inline Floats load_floats(const int8_t *from) {
+    // The compiler would convert one lane at a time.
+#if defined(__AVX512F__)
+    return __builtin_convertvector((Ints)_mm512_maskz_cvtepi8_epi32(0xffff, load<__m128i>(from)), Floats);
+#elif defined(__AVX2__)
+    return __builtin_convertvector((Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)), Floats);
+#else
+    return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Shorts), Floats);
+#endif
+}
+
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
     float value;
@@ -76,6 +89,12 @@ inline void store_rounded(bf16 *to, float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
     to->bits = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The nearest integer, ties to even, of a number of at most 2^22.
+inline float rounded(float x) {
+    const float magic = 12582912.f;  // 1.5 x 2^23: adding it rounds
+    return (x + magic) - magic;
 }
 
 // The lower half of a vector plus the upper one.

@@ -83,6 +83,12 @@ def add_scheduling(serve: argparse.ArgumentParser) -> None:
     defaults = Settings()
     memory = serve.add_argument_group("memory and scheduling")
     memory.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "int8"),
+        default=defaults.cache.kv_cache_dtype,
+        help="int8 holds almost twice the tokens, on a CPU; auto is the type of the weights",
+    )
+    memory.add_argument(
         "--kv-cache",
         type=num_bytes,
         metavar="SIZE",
@@ -241,7 +247,11 @@ def settings(parsed: argparse.Namespace) -> Settings:
             max_context_tokens=parsed.max_context_tokens,
             generation_config=parsed.generation_config,
         ),
-        cache=CacheSettings(kv_cache_bytes=parsed.kv_cache, memory_fraction=parsed.memory_fraction),
+        cache=CacheSettings(
+            kv_cache_dtype=parsed.kv_cache_dtype,
+            kv_cache_bytes=parsed.kv_cache,
+            memory_fraction=parsed.memory_fraction,
+        ),
         scheduler=SchedulerSettings(
             max_running_requests=parsed.max_running_requests,
             max_waiting_requests=parsed.max_waiting_requests,

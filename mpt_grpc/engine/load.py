@@ -49,6 +49,7 @@ BLOCK_SIZE = 16
 _DEFAULT_CPU_CACHE_BYTES = 1 << 30
 _MIN_SUGGESTED_BLOCKS = 32
 _SMALL_MODEL_BYTES = 32 << 20
+_NEEDS_KERNELS = "int8 needs the compiled kernels, a CPU without --dtype float16, and widths divisible by 4"
 _NUM_THREADS = torch.get_num_threads()
 """PyTorch's own choice: one for each core, or OMP_NUM_THREADS."""
 
@@ -81,7 +82,7 @@ def load_engine(
     a small model unless OMP_NUM_THREADS is set.
     """
     parts = _resolve(settings)
-    block_bytes = KVCache.bytes_per_block(parts.config, BLOCK_SIZE, parts.weight_format.dtype)
+    block_bytes = KVCache.bytes_per_block(parts.config, BLOCK_SIZE, parts.cache_dtype)
     needs = _memory_needs(settings.cache, num_parameters(parts.config), block_bytes, parts.weight_format)
     num_blocks = needs.cache_bytes // block_bytes
     model, cache = _allocate(parts, needs, num_blocks, random=settings.model.load_format == "random")
@@ -111,6 +112,7 @@ class _Parts:
     guards: Sequence[Guard]
     defaults: GenerationDefaults
     weight_format: WeightFormat
+    cache_dtype: torch.dtype
     max_context_tokens: int
 
 
@@ -134,6 +136,7 @@ def _resolve(settings: Settings) -> _Parts:
     if config.learned_positions and max_context_tokens > config.max_seq_len:
         why = f"{max_context_tokens} exceeds the model's {config.max_seq_len} positions"
         raise SettingsError(f"--max-context-tokens: {why}")
+    weight_format = _weight_format(wanted, config)
     return _Parts(
         checkpoint=checkpoint,
         config=config,
@@ -143,7 +146,8 @@ def _resolve(settings: Settings) -> _Parts:
         guards=load_guards(settings.guards),
         # As in transformers, a larger value keeps all tokens.
         defaults=replace(defaults, top_k=min(defaults.top_k, tokenizer.vocab_size)),
-        weight_format=_weight_format(wanted, config),
+        weight_format=weight_format,
+        cache_dtype=_cache_dtype(settings.cache, weight_format),
         max_context_tokens=max_context_tokens,
     )
 
@@ -168,9 +172,7 @@ def _allocate(parts: _Parts, needs: MemoryNeeds, num_blocks: int, *, random: boo
     if weight_format.kernels is not None:
         torch.set_num_threads(1)  # what PyTorch still computes is little
     try:
-        cache = _in_own_thread(
-            lambda: KVCache(config, num_blocks, BLOCK_SIZE, weight_format.dtype, weight_format.device)
-        )
+        cache = _in_own_thread(lambda: KVCache(config, num_blocks, BLOCK_SIZE, parts.cache_dtype, weight_format.device))
         return model, cache
     except RuntimeError as error:
         raise SettingsError(f"--kv-cache: cannot allocate {needs.cache_bytes:,} bytes: {error}") from error
@@ -236,9 +238,7 @@ def _weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightFormat:
     device = _device(wanted)
     kernels = _kernels(config) if device.type == "cpu" and wanted.dtype != "float16" else None
     if wanted.quantize == "int8" and kernels is None:
-        raise SettingsError(
-            "--quantize: int8 needs the compiled kernels, a CPU without --dtype float16, and widths divisible by 4"
-        )
+        raise SettingsError(f"--quantize: {_NEEDS_KERNELS}")
     if wanted.dtype != "auto":
         dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[wanted.dtype]
     elif device.type == "cuda":
@@ -248,6 +248,14 @@ def _weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightFormat:
     else:
         dtype = torch.float32
     return WeightFormat(dtype, device, kernels, quantize=wanted.quantize == "int8")
+
+
+def _cache_dtype(wanted: CacheSettings, weight_format: WeightFormat) -> torch.dtype:
+    if wanted.kv_cache_dtype == "auto":
+        return weight_format.dtype
+    if weight_format.kernels is None:
+        raise SettingsError(f"--kv-cache-dtype: {_NEEDS_KERNELS}")
+    return torch.int8
 
 
 def _kernels(config: MPTConfig) -> Kernels | None:

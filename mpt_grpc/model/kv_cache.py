@@ -8,13 +8,20 @@ from torch import Tensor
 from mpt_grpc.model.config import MPTConfig
 
 
+_SCALE_BYTES = 2
+
+
 class KVCache:
-    """Keys and values, each [n_layers, num_blocks, n_kv_heads, block_size, head_dim]."""
+    """Keys and values, each [n_layers, num_blocks, n_kv_heads, block_size, head_dim].
+
+    The compiled kernels arrange a block's keys and values of one head in their own way. In a cache of int8 they store a
+    scale with each, for which the last dimension has two more bytes.
+    """
 
     def __init__(
         self, config: MPTConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.n_layers, num_blocks, config.n_kv_heads, block_size, config.head_dim)
+        shape = (config.n_layers, num_blocks, config.n_kv_heads, block_size, self._row_items(config, dtype))
         self.num_blocks, self.block_size = num_blocks, block_size
         # Zeros, not uninitialized memory: masked positions are still multiplied by probability 0, and 0 x NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -23,7 +30,12 @@ class KVCache:
     @staticmethod
     def bytes_per_block(config: MPTConfig, block_size: int, dtype: torch.dtype) -> int:
         """Returns the size of one block: keys and values of all layers."""
-        return 2 * config.n_layers * block_size * config.n_kv_heads * config.head_dim * dtype.itemsize
+        row_bytes = KVCache._row_items(config, dtype) * dtype.itemsize
+        return 2 * config.n_layers * block_size * config.n_kv_heads * row_bytes
+
+    @staticmethod
+    def _row_items(config: MPTConfig, dtype: torch.dtype) -> int:
+        return config.head_dim + (_SCALE_BYTES if dtype is torch.int8 else 0)
 
     def write(self, layer: int, blocks: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores `key` and `value` [num_tokens, n_kv_heads, head_dim] at `offsets` in `blocks`, both [num_tokens].

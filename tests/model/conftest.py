@@ -28,6 +28,8 @@ from mpt_grpc.step import PromptScoring, SamplingInputs, SequenceStep, StepPlan
 from mpt_grpc.verification.reference import Array
 
 CPU = torch.device("cpu")
+KERNELS_BLOCK_SIZE = 16
+"""The number of tokens of a block where the compiled kernels compute."""
 GREEDY = SamplingParameters(temperature=0, seed=0)
 Format = Literal["safetensors", "bin"]
 
@@ -130,10 +132,17 @@ class Stepper:
     """Steps a Runner as a scheduler would, with shuffled block tables; block 0 belongs to an unrelated sequence."""
 
     def __init__(
-        self, model: MPT, *, num_blocks: int = 256, block_size: int = 4, vocab_size: int | None = None
+        self,
+        model: MPT,
+        *,
+        num_blocks: int = 256,
+        block_size: int = 4,
+        vocab_size: int | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         config, kernels = model.config, model.weight_format.kernels
-        cache = KVCache(config, num_blocks, block_size, model.weight_format.dtype, CPU)
+        block_size = block_size if kernels is None else KERNELS_BLOCK_SIZE
+        cache = KVCache(config, num_blocks, block_size, cache_dtype or model.weight_format.dtype, CPU)
         attention = NativeAttention(config, kernels) if kernels else TorchAttention(config, CPU)
         self._runner = Runner(model, cache, attention, CPU, vocab_size or config.vocab_size)
         self._block_size = block_size
@@ -185,9 +194,17 @@ class Stepper:
         return self._runner.run(StepPlan(tuple(steps)))
 
 
-def run_prompt(model: MPT, token_ids: Sequence[int], chunk_sizes: Iterable[int], *, block_size: int = 4) -> Tensor:
+def run_prompt(
+    model: MPT,
+    token_ids: Sequence[int],
+    chunk_sizes: Iterable[int],
+    *,
+    block_size: int = 4,
+    cache_dtype: torch.dtype | None = None,
+) -> Tensor:
     """Runs one sequence alone, in chunks of these sizes; returns the logits after each chunk, [chunks, vocab_size]."""
-    stepper = Stepper(model, num_blocks=len(token_ids) // block_size + 8, block_size=block_size)
+    num_blocks = len(token_ids) // block_size + 8
+    stepper = Stepper(model, num_blocks=num_blocks, block_size=block_size, cache_dtype=cache_dtype)
     rows, first = [], 0
     for size in chunk_sizes:
         rows.append(stepper.step({"alone": token_ids[first : first + size]})["alone"])

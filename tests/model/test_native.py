@@ -15,7 +15,7 @@ from mpt_grpc.engine.load import load_engine
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.model.linear import Linear, Norm, WeightFormat
 from mpt_grpc.model.native import ACTIVATIONS, INSTRUCTION_SETS, Kernels, available_instruction_sets, load_kernels
-from mpt_grpc.settings import ModelSettings, Settings
+from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
 
 CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 5, 7, 12, 13, 24, 97, 200)
@@ -129,22 +129,42 @@ def test_norms_are_those_of_float64(kernels: Kernels, size: int, is_rms: bool) -
     torch.testing.assert_close(norm(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize(("quantize", "cache_dtype"), [(False, None), (True, None), (True, torch.int8)])
 @pytest.mark.parametrize("attention", [{}, {"sliding_window_size": 150}, {"attn_type": "multiquery_attention"}])
 @pytest.mark.parametrize("d_model", [64, 80])
 @pytest.mark.usefixtures("kernels")
 def test_logits_have_the_same_bits_alone_in_a_crowd_and_in_chunks(
-    tmp_path: Path, attention: dict[str, object], d_model: int, quantize: bool
+    tmp_path: Path, attention: dict[str, object], d_model: int, quantize: bool, cache_dtype: torch.dtype | None
 ) -> None:
     make_checkpoint(tmp_path, tiny_config(attention, d_model=d_model, max_seq_len=512))
     model, tokens = load(tmp_path, torch.bfloat16, quantize=quantize), random_tokens(300)
-    alone = run_prompt(model, tokens, [1] * 300, block_size=16)
-    assert torch.equal(run_prompt(model, tokens, [300], block_size=16)[0], alone[299])
-    stepper, done = Stepper(model, block_size=16), 0
+    alone = run_prompt(model, tokens, [1] * 300, cache_dtype=cache_dtype)
+    assert torch.equal(run_prompt(model, tokens, [300], cache_dtype=cache_dtype)[0], alone[299])
+    stepper, done = Stepper(model, cache_dtype=cache_dtype), 0
     for size, neighbours in ((1, 1), (5, 3), (130, 2), (3, 40), (1, 60), (160, 5)):
         chunks = {"a": tokens[done : done + size]} | {f"n{i}": random_tokens(i + 1) for i in range(neighbours)}
         done += size
         assert torch.equal(stepper.step(chunks)["a"], alone[done - 1]), done
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_cache_of_8_bits_is_within_three_percent(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, tiny_config(d_model=128, max_seq_len=512))
+    model, tokens = load(tmp_path), random_tokens(200)
+    expected = run_prompt(model, tokens, [1] * 200)
+    error = run_prompt(model, tokens, [1] * 200, cache_dtype=torch.int8) - expected
+    assert 0 < error.norm() <= 0.03 * expected.norm()
+
+
+def test_a_cache_of_8_bits_holds_almost_twice_the_tokens() -> None:
+    model, size = ModelSettings(device="cpu"), 4 << 20
+    tokens = []
+    for dtype in ("auto", "int8"):
+        engine, loaded = load_engine(Settings(model, CacheSettings(dtype, size)))  # type: ignore[arg-type]
+        engine.close()
+        tokens.append(loaded.cache_tokens)
+        assert size - size // 100 <= loaded.cache_bytes <= size
+    assert 1.85 < tokens[1] / tokens[0] <= 2
 
 
 def test_an_instruction_set_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +188,9 @@ def test_a_server_without_kernels_says_how_to_get_them(
     monkeypatch.setenv("MPT_GRPC_ISA", "none")
     with pytest.raises(SettingsError, match="--quantize: int8 needs the compiled kernels"):
         load_engine(Settings(model=ModelSettings(device="cpu", quantize="int8")))
-    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    with pytest.raises(SettingsError, match="--kv-cache-dtype: int8 needs the compiled kernels"):
+        load_engine(Settings(model=ModelSettings(device="cpu"), cache=CacheSettings(kv_cache_dtype="int8")))
+    warning, _ = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "to compile them, install a C++ compiler, such as g++, and install mpt-grpc again" in warning
 
 

@@ -14,7 +14,10 @@ from mpt_grpc.model.native import AttentionStep, Kernels
 
 
 class NativeAttention:
-    """An `AttentionBackend` for float32 queries, keys and values, and a cache of float32 or bfloat16."""
+    """An `AttentionBackend` for float32 queries, keys and values, and a cache of float32, bfloat16 or int8.
+
+    The cache's blocks have a multiple of 16 tokens.
+    """
 
     def __init__(self, config: MPTConfig, kernels: Kernels) -> None:
         self._config, self._kernels = config, kernels
