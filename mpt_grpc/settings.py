@@ -51,7 +51,7 @@ class CacheSettings:
     """The size and the type of the KV cache."""
 
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
-    """'auto' is the type of the weights; 'int8' rounds each token's key and value of a head, with a scale of its own."""
+    """'auto' is the type of the weights; 'int8' rounds each token's key and value of a head, with its own scale."""
     kv_cache_bytes: int | None = None
     """None takes 1 GiB on a CPU and, on a GPU, what the weights leave of `memory_fraction`."""
     memory_fraction: float = 0.9

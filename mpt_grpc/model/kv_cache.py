@@ -7,7 +7,6 @@ from torch import Tensor
 
 from mpt_grpc.model.config import MPTConfig
 
-
 _SCALE_BYTES = 2
 
 

@@ -224,6 +224,24 @@ def test_a_request_gives_one_delta_for_each_output_and_its_statistics_with_the_l
     assert (assembly.ended, assembly.error) == (True, None)
 
 
+def test_outputs_that_end_together_have_the_statistics_in_the_last_delta(tokenizer: Tokenizer) -> None:
+    outputs = [PlainOutput(index, TextAssembler(tokenizer.detokenizer()), lambda _: None) for index in range(2)]
+    assembly = RequestAssembly(outputs, ChunkOptions(), is_guarded=False)
+    deltas = assembly.advance([TokenEvent(0, 7, finish=END), TokenEvent(1, 8, finish=END, stats=STATS)])
+    assert [(delta.index, delta.token_ids, delta.stats is None) for delta in deltas] == [
+        (0, (7,), True),
+        (1, (8,), False),
+    ]
+
+
+def test_tokens_are_sent_in_chunks_of_the_wanted_number(tokenizer: Tokenizer) -> None:
+    output = PlainOutput(0, TextAssembler(tokenizer.detokenizer()), lambda _: None)
+    assembly = RequestAssembly([output], ChunkOptions(num_tokens=3), is_guarded=False)
+    events = [*(TokenEvent(0, token_id) for token_id in range(20, 28)), TokenEvent(0, finish=END)]
+    deltas = [delta for event in events for delta in assembly.advance([event])]
+    assert [len(delta.token_ids) for delta in deltas] == [1, 3, 3, 1]
+
+
 def test_a_failed_request_gives_what_came_before_its_error(tokenizer: Tokenizer) -> None:
     assembly = RequestAssembly(
         [PlainOutput(0, TextAssembler(tokenizer.detokenizer()), lambda _: None)], ChunkOptions(), is_guarded=False
@@ -304,6 +322,16 @@ def test_tokens_are_sent_at_once_even_if_their_text_is_held_back(tokenizer: Toke
     reader.read([*([token_id] for token_id in ids), []])
     assert [delta.token_ids for delta in reader.deltas] == [*((token_id,) for token_id in ids), ()]
     assert [delta.text for delta in reader.deltas] == [*("" for _ in ids), "the fox ran"]
+
+
+def test_under_a_guard_the_tokens_of_a_character_wait_for_it_even_after_text_that_was_held_back(
+    tokenizer: Tokenizer, guard: Guard
+) -> None:
+    reader = Reader(tokenizer, guard, ["x本"])
+    (first,), character = tokenizer.encode("x"), tokenizer.encode("日")
+    assert len(character) > 1
+    reader.read([[token_id] for token_id in (first, *character)] + [[]])
+    assert [(delta.text, delta.token_ids) for delta in reader.deltas] == [("x", (first,)), ("日", character)]
 
 
 def test_under_a_guard_tokens_are_sent_with_their_text(tokenizer: Tokenizer, guard: Guard) -> None:

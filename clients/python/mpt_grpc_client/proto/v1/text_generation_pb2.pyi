@@ -535,7 +535,7 @@ class Choice(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The strings. At least one; none may be empty."""
+        """The strings. At least one, at most 4096; none may be empty."""
 
     def __init__(
         self,
