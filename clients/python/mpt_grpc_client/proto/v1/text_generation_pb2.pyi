@@ -134,7 +134,9 @@ class GenerateRequest(_message.Message):
     order of arrival. Range: -100 to 100. Default: 0.
     """
     truncate_prompt_tokens: _builtins.int
-    """Keep only the last N prompt tokens. Must be at least 1. Default: keep all. Not supported for conversations."""
+    """Keep only the last N prompt tokens. Must be at least 1. Default: keep all. Not supported for conversations. The prompt
+    may then be longer than the context: up to 262,144 characters or token IDs.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token IDs."""
