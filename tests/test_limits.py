@@ -66,6 +66,11 @@ def test_sizes_are_documented(field: str) -> None:
     assert re.search(rf"{size:,} bytes|{size >> 10} KiB", comment(field))
 
 
+def test_all_constraints_have_the_same_size_at_most() -> None:
+    fields = ("json_schema", "lark_grammar", "regex", "choice.options")
+    assert {MAX_BYTES[f"decoding.{field}"] for field in fields} == {65_536}
+
+
 def test_the_limits_of_other_calls_are_documented() -> None:
     assert f"up to {MAX_TEXT_CHARACTERS:,} characters or token IDs" in comment("truncate_prompt_tokens")
     assert f"The text, at most {MAX_TOKENIZED_CHARACTERS:,} characters." in PROTO

@@ -174,7 +174,7 @@ def _allocate(parts: _Parts, needs: MemoryNeeds, num_blocks: int, *, random: boo
     try:
         cache = _in_own_thread(lambda: KVCache(config, num_blocks, BLOCK_SIZE, parts.cache_dtype, weight_format.device))
         return model, cache
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise SettingsError(f"--kv-cache: cannot allocate {needs.cache_bytes:,} bytes: {error}") from error
 
 

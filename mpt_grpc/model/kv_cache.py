@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from mpt_grpc.model import pages
 from mpt_grpc.model.config import MPTConfig
 
 _SCALE_BYTES = 2
@@ -23,8 +26,7 @@ class KVCache:
         shape = (config.n_layers, num_blocks, config.n_kv_heads, block_size, self._row_items(config, dtype))
         self.num_blocks, self.block_size = num_blocks, block_size
         # Zeros, not uninitialized memory: masked positions are still multiplied by probability 0, and 0 x NaN is NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
 
     @staticmethod
     def bytes_per_block(config: MPTConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -59,3 +61,9 @@ class KVCache:
         keys = self.keys[layer].flatten(0, 1).flatten(1).index_select(0, indices.flatten())
         values = self.values[layer].flatten(0, 1).flatten(1).index_select(0, indices.flatten())
         return keys.view(shape), values.view(shape)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return pages.zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mpt_grpc.errors import SettingsError
+from mpt_grpc.model import pages
 
 _AVX2 = frozenset("avx2 fma f16c bmi1 bmi2 abm movbe".split())
 INSTRUCTION_SETS = {
@@ -122,7 +123,7 @@ class PackedMatrix:
         else:
             rows = weight.contiguous()
         kind = _TYPES[torch.int8 if quantize else weight.dtype]
-        self._data = torch.empty(functions.packed_bytes(kind, self.outputs, self.inputs), dtype=torch.uint8)
+        self._data = pages.zeros(functions.packed_bytes(kind, self.outputs, self.inputs))
         self._matrix = _Matrix(self._data.data_ptr(), _pointer(self._scales), self.outputs, self.inputs, kind)
         functions.pack(self._matrix, rows.data_ptr(), self._data.data_ptr())
 
