@@ -86,6 +86,8 @@ MAX_TEXT_CHARACTERS = 1 << 18
 MAX_TOKEN_IDS = 1 << 18
 """The most token IDs that may be truncated or turned into text."""
 MAX_TOKENIZED_CHARACTERS = 1 << 18
-"""The longest text that may be tokenized, as its answer lists all tokens."""
+"""The longest text that may be tokenized."""
+MAX_RETURNED_TOKENS = 1 << 17
+"""The most tokens of a tokenized text that are returned."""
 MAX_CANCELLED = 1000
 """The most requests that one call cancels."""

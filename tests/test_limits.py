@@ -11,6 +11,7 @@ from mpt_grpc.limits import (
     MAX_BYTES,
     MAX_CANCELLED,
     MAX_COUNTS,
+    MAX_RETURNED_TOKENS,
     MAX_TEXT_CHARACTERS,
     MAX_TOKEN_IDS,
     MAX_TOKENIZED_CHARACTERS,
@@ -73,7 +74,8 @@ def test_all_constraints_have_the_same_size_at_most() -> None:
 
 def test_the_limits_of_other_calls_are_documented() -> None:
     assert f"up to {MAX_TEXT_CHARACTERS:,} characters or token IDs" in comment("truncate_prompt_tokens")
-    assert f"The text, at most {MAX_TOKENIZED_CHARACTERS:,} characters." in PROTO
+    limits = f"at most {MAX_TOKENIZED_CHARACTERS:,} characters and {MAX_RETURNED_TOKENS:,} tokens."
+    assert f"The text, {limits}" in PROTO
     assert f"The token IDs, at most {MAX_TOKEN_IDS:,}, each" in PROTO
     assert f"The IDs of the requests, at most {MAX_CANCELLED}." in PROTO
 

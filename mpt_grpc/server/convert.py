@@ -118,10 +118,9 @@ def summary(stats: RequestStats, trace_id: str) -> pb.Summary:
     return pb.Summary(usage=_usage(stats), timings=_timings(stats), seed=stats.seed, trace_id=trace_id)
 
 
-def tokens(tokenizer: Tokenizer, text: str) -> pb.TokenizeResponse:
-    ids = tokenizer.encode(text)
+def tokens(tokenizer: Tokenizer, token_ids: Iterable[int]) -> pb.TokenizeResponse:
     return pb.TokenizeResponse(
-        tokens=[pb.Token(token_id=token, token_bytes=tokenizer.token_bytes(token)) for token in ids]
+        tokens=[pb.Token(token_id=token, token_bytes=tokenizer.token_bytes(token)) for token in token_ids]
     )
 
 

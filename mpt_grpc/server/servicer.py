@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from opentelemetry.trace import format_trace_id, set_span_in_context
@@ -19,7 +20,14 @@ from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.stream import AsyncStream, collect
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, UnknownModelError
-from mpt_grpc.limits import MAX_BYTES, MAX_CANCELLED, MAX_COUNTS, MAX_TOKEN_IDS, MAX_TOKENIZED_CHARACTERS
+from mpt_grpc.limits import (
+    MAX_BYTES,
+    MAX_CANCELLED,
+    MAX_COUNTS,
+    MAX_RETURNED_TOKENS,
+    MAX_TOKEN_IDS,
+    MAX_TOKENIZED_CHARACTERS,
+)
 from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
 from mpt_grpc.server import convert
 from mpt_grpc.server.interceptors import current_call
@@ -32,6 +40,9 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2, debug_pb2_grpc
 
+_MANY_LOGPROBS = 32
+"""That many, with alternatives, are converted in a millisecond."""
+_Message = TypeVar("_Message")
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -51,13 +62,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: _CallContext) -> pb.GenerateResponse:
         async with self._answer(request) as answer:
-            generation = collect([delta async for delta in answer.deltas])
-            return pb.GenerateResponse(
-                request_id=answer.request_id,
-                prompt=answer.prompt(generation.prompt_logprobs),
-                outputs=[answer.output(index, output) for index, output in enumerate(generation.outputs)],
-                summary=answer.summary(generation.stats),
-            )
+            deltas = [delta async for delta in answer.deltas]
+            return await _built(lambda: answer.complete(deltas), sum(map(_num_logprobs, deltas)))
 
     async def StreamGenerate(
         self,
@@ -67,21 +73,22 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         async with self._answer(request) as answer:
             is_first = True
             async for delta in answer.deltas:
-                response = pb.StreamGenerateResponse(
-                    request_id=answer.request_id, output=answer.output(delta.index, delta)
-                )
-                if is_first:
-                    response.prompt.CopyFrom(answer.prompt(delta.prompt_logprobs))
-                    is_first = False
-                if delta.stats is not None:
-                    response.summary.CopyFrom(answer.summary(delta.stats))
-                yield response
+                yield await _built(partial(answer.part, delta, is_first=is_first), _num_logprobs(delta))
+                is_first = False
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _CallContext) -> pb.TokenizeResponse:
         if len(request.text) > MAX_TOKENIZED_CHARACTERS:
             why = f"{len(request.text)} characters; at most {MAX_TOKENIZED_CHARACTERS} are allowed"
             raise InvalidRequestError(FieldViolation("text", why))
-        return await asyncio.to_thread(convert.tokens, self._engine.preparation.tokenizer, request.text)
+        return await asyncio.to_thread(self._tokens, request.text)
+
+    def _tokens(self, text: str) -> pb.TokenizeResponse:
+        tokenizer = self._engine.preparation.tokenizer
+        token_ids = tokenizer.encode(text)
+        if len(token_ids) > MAX_RETURNED_TOKENS:
+            why = f"{len(token_ids)} tokens; at most {MAX_RETURNED_TOKENS} are returned: shorten it"
+            raise InvalidRequestError(FieldViolation("text", why))
+        return convert.tokens(tokenizer, token_ids)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: _CallContext) -> pb.DetokenizeResponse:
         tokenizer = self._engine.preparation.tokenizer
@@ -163,6 +170,15 @@ class DebugServicer(debug_pb2_grpc.DebugServiceServicer):
         return convert.engine_state(await asyncio.wrap_future(self._engine.state()), self._model.num_blocks)
 
 
+async def _built(build: Callable[[], _Message], num_logprobs: int) -> _Message:
+    """Returns the message that `build` makes, in a thread if it has so many log probabilities that this takes long."""
+    return await asyncio.to_thread(build) if num_logprobs > _MANY_LOGPROBS else build()
+
+
+def _num_logprobs(delta: OutputDelta) -> int:
+    return len(delta.logprobs) + len(delta.prompt_logprobs)
+
+
 class _Answer:
     """The response to one request while it is generated."""
 
@@ -173,7 +189,24 @@ class _Answer:
         self._options, self._tokenizer = options, tokenizer
         self._returns_token_ids = options.return_token_ids
 
-    def prompt(self, logprobs: Sequence[TokenLogprob]) -> pb.PromptInfo:
+    def complete(self, deltas: Sequence[OutputDelta]) -> pb.GenerateResponse:
+        generation = collect(deltas)
+        return pb.GenerateResponse(
+            request_id=self.request_id,
+            prompt=self._prompt(generation.prompt_logprobs),
+            outputs=[self._output(index, output) for index, output in enumerate(generation.outputs)],
+            summary=self._summary(generation.stats),
+        )
+
+    def part(self, delta: OutputDelta, *, is_first: bool) -> pb.StreamGenerateResponse:
+        response = pb.StreamGenerateResponse(request_id=self.request_id, output=self._output(delta.index, delta))
+        if is_first:
+            response.prompt.CopyFrom(self._prompt(delta.prompt_logprobs))
+        if delta.stats is not None:
+            response.summary.CopyFrom(self._summary(delta.stats))
+        return response
+
+    def _prompt(self, logprobs: Sequence[TokenLogprob]) -> pb.PromptInfo:
         token_ids = self._stream.prepared.prompt_token_ids
         return pb.PromptInfo(
             num_tokens=len(token_ids),
@@ -181,7 +214,7 @@ class _Answer:
             logprobs=convert.logprobs(logprobs, self._tokenizer),
         )
 
-    def output(self, index: int, output: OutputDelta | Output) -> pb.Output:
+    def _output(self, index: int, output: OutputDelta | Output) -> pb.Output:
         message = pb.Output(index=index, text=output.text, num_tokens=len(output.token_ids))
         if self._returns_token_ids:
             message.token_ids.extend(output.token_ids)
@@ -192,7 +225,7 @@ class _Answer:
             message.seed = sequence_seed(self._stream.prepared.request.sampling.seed or 0, index)
         return message
 
-    def summary(self, stats: RequestStats) -> pb.Summary:
+    def _summary(self, stats: RequestStats) -> pb.Summary:
         call = current_call()
         reasons = [finish.reason.name.lower() for finish in stats.finishes]
         call.logged |= {

@@ -670,6 +670,15 @@ def test_a_step_that_did_not_fit_in_memory_halves_the_next_ones_for_a_while() ->
     assert [step() for _ in range(201)] == [12] * 99 + [24] * 100 + [40] * 2
 
 
+@pytest.mark.parametrize("seed", [0, 1, 1 << 63])
+def test_each_output_has_a_seed_of_its_own(seed: int) -> None:
+    m = machine()
+    m.add(replace(request("r", num_sequences=2), sampling=SamplingParameters(seed=seed, num_sequences=2)), (1, 2))
+    m.step()
+    seeds = [step.sampling.parameters.seed for step in m.step().sequences if step.sampling is not None]
+    assert seeds == [sequence_seed(seed, index) for index in range(2)]
+
+
 def test_only_the_first_run_of_a_sequence_is_reported_as_its_start() -> None:
     m = machine(max_running=1)
     m.add(request("low", 20), (1, 2, 3))

@@ -466,7 +466,5 @@ async def test_larger_chunks_add_up_to_the_same_outputs(service: Any, chunks: di
         assert "".join(part.text for part in parts) == output.text
         assert [token_id for part in parts for token_id in part.token_ids] == output.token_ids
         assert [logprob for part in parts for logprob in part.logprobs] == output.logprobs
-        first, *others, last = [part.num_tokens for part in parts]
-        assert first == 1 or size == 1
+        _, *others, _ = [part.num_tokens for part in parts]
         assert all(num_tokens >= size for num_tokens in others)
-        assert last == 23 or size < 1024

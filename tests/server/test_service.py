@@ -241,6 +241,8 @@ async def test_bytes_that_are_not_a_message_are_an_invalid_request(service: Any)
 async def test_texts_and_lists_over_their_limits_are_refused_with_the_field(service: Any) -> None:
     error = await failure(service.stub.Tokenize(pb.TokenizeRequest(text="x" * ((1 << 20) + 1))))
     assert details(error)["BadRequest"].field_violations[0].field == "text"
+    error = await failure(service.stub.Tokenize(pb.TokenizeRequest(text="😀" * 40_000)))
+    assert "tokens; at most 131072 are returned" in details(error)["BadRequest"].field_violations[0].description
     error = await failure(service.stub.Detokenize(pb.DetokenizeRequest(token_ids=[1] * ((1 << 18) + 1))))
     assert details(error)["BadRequest"].field_violations[0].field == "token_ids"
 

@@ -34,7 +34,8 @@ class PartialGeneration:
         """Empty until the first chunk has arrived."""
         self._deltas: defaultdict[int, list[Delta]] = defaultdict(list)
         self._seeds: dict[int, int] = {}
-        self._prompt = pb.PromptInfo()
+        self._prompt_token_ids: tuple[int, ...] = ()
+        self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._result: Generation | None = None
 
     @property
@@ -73,11 +74,15 @@ class PartialGeneration:
         """Adds the next chunk and returns the new part of the output."""
         self.request_id = chunk.request_id
         if chunk.HasField("prompt"):
-            self._prompt = chunk.prompt
+            self._add_prompt(chunk.prompt)
         delta = self._add_output(chunk.output)
         if chunk.HasField("summary"):
             self._complete(chunk.summary)
         return delta
+
+    def _add_prompt(self, prompt: pb.PromptInfo) -> None:
+        self._prompt_token_ids = tuple(prompt.token_ids)
+        self._prompt_logprobs = tuple(map(_logprob, prompt.logprobs))
 
     def _add_output(self, output: pb.Output) -> Delta:
         delta = Delta(
@@ -96,8 +101,8 @@ class PartialGeneration:
         self._result = Generation(
             request_id=self.request_id,
             outputs=tuple(_output(deltas, self._seeds[index]) for index, deltas in sorted(self._deltas.items())),
-            prompt_token_ids=tuple(self._prompt.token_ids),
-            prompt_logprobs=tuple(map(_logprob, self._prompt.logprobs)),
+            prompt_token_ids=self._prompt_token_ids,
+            prompt_logprobs=self._prompt_logprobs,
             usage=usage(summary.usage),
             timings=timings(summary.timings),
             seed=summary.seed,
@@ -107,7 +112,8 @@ class PartialGeneration:
 
 def generation(response: pb.GenerateResponse) -> Generation:
     partial = PartialGeneration()
-    partial.request_id, partial._prompt = response.request_id, response.prompt
+    partial.request_id = response.request_id
+    partial._add_prompt(response.prompt)
     for output in response.outputs:
         partial._add_output(output)
     partial._complete(response.summary)

@@ -1182,7 +1182,7 @@ class TokenizeRequest(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The text, at most 262,144 characters. It is tokenized unchanged; no special tokens are added."""
+    """The text, at most 262,144 characters and 131,072 tokens. It is tokenized unchanged; no special tokens are added."""
     def __init__(
         self,
         *,
