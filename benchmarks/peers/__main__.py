@@ -21,7 +21,7 @@ import torch
 from benchmarks.peers import checkpoint, machine, report
 from benchmarks.peers.checkpoint import Shape
 from benchmarks.peers.drivers.ladder import PREFILL
-from benchmarks.peers.peer import OURS, PEERS, ROOT, Column, Peer, PeerError, convert, measure
+from benchmarks.peers.peer import OURS, PEERS, ROOT, Column, PeerError, convert, measure
 
 _WORK = ROOT / "build/bench"
 
@@ -30,21 +30,51 @@ def main() -> None:
     arguments = _arguments()
     shape = Shape(arguments.d_model, arguments.layers, arguments.heads, arguments.vocab_size)
     model = _checkpoint(shape, arguments.tokenizer)
-    peers = [peer for peer in (*OURS, *PEERS) if peer in OURS or peer.label in arguments.peers]
-    columns, limits = _run(peers, model, arguments)
-    rates = {str(num): [limit.decode(shape, num) for limit in limits] for num in arguments.sequences}
-    title = (
-        f"{date.today()}, {machine.description(arguments.threads)}; {shape.num_parameters / 1e6:,.0f} M parameters"
-        f" ({shape.name}), random; tokens/s, median of {arguments.rounds} rounds (least to greatest)"
-    )
-    results = report.Results(title, columns, rates | {PREFILL: [limit.prefill(shape) for limit in limits]})
+    torch.set_num_threads(arguments.threads)
+    columns = [Column(peer) for peer in (*OURS, *PEERS) if peer in OURS or peer.label in arguments.peers]
+    limits: list[machine.Limits] = []
     arguments.output.mkdir(parents=True, exist_ok=True)
+    for number in range(1, arguments.rounds + 1):
+        _say(f"round {number} of {arguments.rounds}")
+        limits.append(machine.measure())
+        # Every second round backwards: a drift of the machine's speed affects all peers alike.
+        _measure_all(columns if number % 2 else columns[::-1], model, arguments)
+        # After each round: an interrupted run leaves a table.
+        table = _write(arguments, shape, columns, limits)
+    print(table)
+
+
+def _measure_all(columns: Sequence[Column], model: Path, arguments: argparse.Namespace) -> None:
+    for column in columns:
+        if column.failure is not None:
+            continue
+        _say(column.peer.name)
+        try:
+            folder = convert(column.peer, model, arguments.threads)
+            measure(column, folder, arguments.threads, arguments.sequences)
+        except PeerError as error:
+            column.failure = str(error)
+            _say(column.failure)
+
+
+def _write(
+    arguments: argparse.Namespace, shape: Shape, columns: Sequence[Column], limits: Sequence[machine.Limits]
+) -> str:
+    """Writes the results of the rounds until now; returns the table."""
+    title = (
+        f"{date.today()}, {machine.description(arguments.threads)}; {shape.num_parameters / 1e6:,.0f} M random weights"
+        f" ({shape.name}); tokens/s"
+    )
+    if len(limits) > 1:
+        title += f", median, minimum and maximum of {len(limits)} rounds"
+    by_row = {str(num): [limit.decode(shape, num) for limit in limits] for num in arguments.sequences}
+    results = report.Results(title, columns, by_row | {PREFILL: [limit.prefill(shape) for limit in limits]})
     table = report.table(results)
     (arguments.output / "results.md").write_text(table + "\n", encoding="utf-8")
     as_json = json.dumps(report.as_json(results), indent=1)
     (arguments.output / "results.json").write_text(as_json + "\n", encoding="utf-8")
     report.save_plot(results, arguments.output / "results.png")
-    print(table)
+    return table
 
 
 def _checkpoint(shape: Shape, tokenizer: Path) -> Path:
@@ -57,27 +87,6 @@ def _checkpoint(shape: Shape, tokenizer: Path) -> Path:
         checkpoint.write(partial, shape, tokenizer)
         partial.rename(folder)
     return folder
-
-
-def _run(
-    peers: Sequence[Peer], model: Path, arguments: argparse.Namespace
-) -> tuple[list[Column], list[machine.Limits]]:
-    """Returns what each peer reached, and what the machine could, in each round."""
-    torch.set_num_threads(arguments.threads)
-    columns, limits = [Column(peer) for peer in peers], []
-    for number in range(arguments.rounds):
-        limits.append(machine.measure())
-        # Every second round backwards: a drift of the machine's speed affects all peers alike.
-        for column in columns if number % 2 == 0 else reversed(columns):
-            if column.failure is None:
-                _say(f"round {number + 1} of {arguments.rounds}: {column.peer.name}")
-                try:
-                    folder = convert(column.peer, model, arguments.threads)
-                    measure(column, folder, arguments.threads, arguments.sequences)
-                except PeerError as error:
-                    column.failure = str(error)
-                    _say(f"{column.peer.name}: {error}")
-    return columns, limits
 
 
 def _say(line: str) -> None:
@@ -100,7 +109,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="*", choices=labels, default=labels, help="libraries, and bits of a weight")
     parser.add_argument("--output", type=Path, default=_WORK, help="the folder for the results")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds: at least 1")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ PEERS = (
     Peer("llama.cpp", f"{_DRIVERS}.llama_cpp", 16, ".venv/peer-llama_cpp"),
     Peer("llama.cpp Q8_0", f"{_DRIVERS}.llama_cpp", 8, ".venv/peer-llama_cpp"),
     Peer("CTranslate2 int8", f"{_DRIVERS}.ctranslate2", 8, ".venv/peer-ctranslate2"),
-    Peer(f"{_DRIVERS}.transformers", f"{_DRIVERS}.transformers", 16),
+    Peer("transformers", f"{_DRIVERS}.transformers", 16),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +21,16 @@ _CACHE_GIB = 4
 
 
 def convert(checkpoint: Path, folder: Path, bits: int) -> None:
-    from optimum.exporters.openvino import convert_tokenizer
+    # optimum-intel installs it for other models, and some of its builds cannot be imported beside PyTorch for CPUs.
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
+    from openvino_tokenizers import convert_tokenizer
     from optimum.intel import OVModelForCausalLM
     from transformers import AutoTokenizer
 
     model = OVModelForCausalLM.from_pretrained(checkpoint, export=True, compile=False, load_in_8bit=bits == 8)
     model.save_pretrained(folder)
-    convert_tokenizer(AutoTokenizer.from_pretrained(checkpoint), folder)
+    tokenizer = convert_tokenizer(AutoTokenizer.from_pretrained(checkpoint))
+    openvino.save_model(tokenizer, folder / "openvino_tokenizer.xml")
 
 
 @contextmanager

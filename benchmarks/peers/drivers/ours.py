@@ -26,7 +26,7 @@ def open_model(folder: Path, bits: int, threads: int) -> Iterator[Generate]:  # 
             words = (line.split() for line in server.stdout)
             target = next((line[1] for line in words if line[0] == "gRPC"), None)
             if target is None:
-                raise RuntimeError("the server did not start")
+                sys.exit(1)  # the server has said why
             yield lambda prompts, new_tokens: asyncio.run(_generate(target, prompts, new_tokens))
         finally:
             server.terminate()
