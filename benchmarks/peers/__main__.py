@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -62,8 +63,10 @@ def _write(
 ) -> str:
     """Writes the results of the rounds until now; returns the table."""
     title = (
-        f"{date.today()}, {machine.description(arguments.threads)}; {shape.num_parameters / 1e6:,.0f} M random weights"
-        f" ({shape.name}); tokens/s"
+        f"{date.today()}, {machine.description(arguments.threads)}, reads"
+        f" {median(limit.read_bytes_per_s for limit in limits) / 1e9:.1f} GB/s, multiplies matrices at"
+        f" {median(limit.flops_per_s for limit in limits) / 1e9:.0f} GFLOP/s; {shape.num_parameters / 1e6:,.0f} M"
+        f" random weights ({shape.name}); tokens/s"
     )
     if len(limits) > 1:
         title += f", median, minimum and maximum of {len(limits)} rounds"

@@ -9,11 +9,13 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from benchmarks.peers.peer import Column
 from mpt_grpc.bench.report import markdown
 
 Rates = Sequence[float]
+_BITS = (16, 8)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ def table(results: Results) -> str:
     """Returns the table in Markdown, the versions and the failures."""
     measured = [column for column in results.columns if column.rates]
     header = ["at once", *(column.peer.name for column in measured), "limit, 16-bit weights"]
-    ratios = {bits: _best_ratios(results, bits) for bits in (16, 8)}
+    ratios = {bits: _best_ratios(results, bits) for bits in _BITS}
     header += [f"ours / best {bits}-bit peer" for bits, by_row in ratios.items() if by_row]
     rows = [header]
     for row, limits in results.limits.items():
@@ -59,7 +61,7 @@ def as_json(results: Results) -> dict[str, Any]:
 def save_plot(results: Results, file: Path) -> None:
     """Draws the medians, and their spread, into a PNG file; each row has its own scale."""
     measured = [column for column in results.columns if column.rates]
-    figure = Figure(figsize=(3 * len(results.limits), 1 + 0.4 * len(measured)), layout="constrained")
+    figure = Figure(figsize=(3 * len(results.limits), 1.5 + 0.4 * len(measured)), layout="constrained")
     for axes, (row, limits) in zip(
         figure.subplots(1, len(results.limits), sharey=True), results.limits.items(), strict=True
     ):
@@ -67,13 +69,14 @@ def save_plot(results: Results, file: Path) -> None:
             if rates := column.rates.get(row):
                 middle = median(rates)
                 spread = [[middle - min(rates)], [max(rates) - middle]]
-                color = f"C{(16, 8).index(column.peer.bits)}"
+                color = f"C{_BITS.index(column.peer.bits)}"
                 alpha = 1 if column.peer.is_ours else 0.5
                 axes.barh(column.peer.name, middle, xerr=spread, color=color, alpha=alpha)
-        axes.axvline(median(limits), color="black", linestyle="--", label="limit, 16-bit weights")
+        limit = axes.axvline(median(limits), color="black", linestyle="--", label="limit, 16-bit weights")
         axes.set(title=row if " " in row else f"{row} at once", xlabel="tokens/s", xlim=(0, None))
     axes.invert_yaxis()
-    axes.legend()
+    colors = [Patch(color=f"C{number}", label=f"{bits}-bit weights") for number, bits in enumerate(_BITS)]
+    figure.legend(handles=[*colors, limit], loc="outside lower center", ncols=len(colors) + 1)
     figure.savefig(file, format="png", dpi=120)
 
 
