@@ -1,7 +1,7 @@
 """A driver whose tokens come at fixed times, for tests of what runs it: `ladder` measures it as it does any library.
 
-Each sequence has its first token a second after the one before it, and then one every eighth of a second. With an odd
-number of bits, four sequences fail.
+Each sequence has its first token a second after the one before it, and then one every eighth of a second. With 7 bits,
+four sequences fail; with 5, they have a token too few.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ def open_model(folder: Path, bits: int, threads: int) -> Iterator[Generate]:
     print(f"a library's own message about {folder}, {threads}")
 
     def generate(prompts: Prompts, new_tokens: int) -> Generation:
-        if bits % 2 and len(prompts) == 4:
+        if len(prompts) == 4 and bits == 7:
             sys.exit("no memory for four")
+        if len(prompts) == 4 and bits == 5:
+            new_tokens -= 1
         starts = range(1, len(prompts) + 1)
         return Generation(0.0, [[start + number / 8 for number in range(new_tokens)] for start in starts])
 

@@ -37,6 +37,7 @@ def test_a_driver_converts_once_and_reports_rates_by_row_whatever_its_library_pr
     ("peer", "message"),
     [
         (Peer("fails", DRIVER, 7, HERE), "no memory for four (see "),
+        (Peer("stops early", DRIVER, 5, HERE), "RuntimeError: [3, 3, 3, 3] tokens instead of 4 times 4 (see "),
         (Peer("absent", DRIVER, 8, ".venv/peer-absent"), "not installed: make .venv/peer-absent/ready"),
         (Peer("broken", "tests.bench.no_such_driver", 8, HERE), "No module named tests.bench.no_such_driver"),
     ],
@@ -46,7 +47,7 @@ def test_a_peer_that_fails_says_why_and_keeps_what_was_measured(peer: Peer, mess
     with pytest.raises(PeerError) as raised:
         measure(column, tmp_path / "weights", 1, [1, 4, 8])
     assert message in str(raised.value)
-    assert list(column.rates) == (["1"] if peer.name == "fails" else [])
+    assert list(column.rates) == (["1"] if peer.name in ("fails", "stops early") else [])
 
 
 def test_the_weights_are_those_that_transformers_expects(tmp_path: Path) -> None:

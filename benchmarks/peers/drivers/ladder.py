@@ -63,17 +63,21 @@ def run(distribution: str, open_model: Open, convert: Convert | None = None) -> 
 
 def measure(generate: Generate, sequences: Sequence[int], report: Callable[..., None]) -> None:
     """Reports tokens per second for each number of sequences and for the prefill, each after a warm-up."""
-    # All prompts are different, also from those of the warm-up: a prefix cache finds none.
     random = Random(0)
 
-    def prompts(num: int, num_tokens: int) -> Prompts:
-        return [random.choices(_PROMPT_IDS, k=num_tokens) for _ in range(num)]
+    def generation(num: int, prompt_tokens: int, new_tokens: int) -> Generation:
+        # All prompts are different, also from those of the warm-up: a prefix cache finds none.
+        made = generate([random.choices(_PROMPT_IDS, k=prompt_tokens) for _ in range(num)], new_tokens)
+        lengths = [len(times) for times in made.token_times_s]
+        if lengths != [new_tokens] * num:
+            raise RuntimeError(f"{lengths} tokens instead of {num} times {new_tokens}")
+        return made
 
     for num in sequences:
-        generate(prompts(num, PROMPT_TOKENS), _WARM_UP_TOKENS)
-        report(row=str(num), tokens_per_s=decode_rate(generate(prompts(num, PROMPT_TOKENS), NEW_TOKENS)))
-    generate(prompts(1, PREFILL_TOKENS), 1)
-    prefill = generate(prompts(1, PREFILL_TOKENS), 1)
+        generation(num, PROMPT_TOKENS, _WARM_UP_TOKENS)
+        report(row=str(num), tokens_per_s=decode_rate(generation(num, PROMPT_TOKENS, NEW_TOKENS)))
+    generation(1, PREFILL_TOKENS, 1)
+    prefill = generation(1, PREFILL_TOKENS, 1)
     report(row=PREFILL, tokens_per_s=PREFILL_TOKENS / (prefill.token_times_s[0][0] - prefill.start_s))
 
 
