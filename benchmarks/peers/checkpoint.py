@@ -22,7 +22,7 @@ _SEED, _STANDARD_DEVIATION = 0, 0.02
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a model: pre-norm layers without biases, tied embeddings, ALiBi, heads of the published kind."""
+    """The size of a model: layers without biases, tied embeddings, ALiBi."""
 
     d_model: int
     n_layers: int

@@ -42,7 +42,7 @@ class Peer:
 
     @property
     def converts(self) -> bool:
-        """Whether it needs the weights in a format of its own."""
+        """Whether it needs the weights in a format of its own, as all libraries with their own environment do."""
         return self.environment != _SERVER_ENVIRONMENT
 
 
@@ -99,7 +99,10 @@ def measure(column: Column, folder: Path, threads: int, sequences: Sequence[int]
 
 
 def _lines(peer: Peer, folder: Path, threads: int, *arguments: str) -> Iterator[str]:
-    """Yields the lines that the driver prints. What it writes to standard error is kept beside the folder."""
+    """Yields the lines that the driver prints. What it writes to standard error is kept beside the folder.
+
+    Raises PeerError if it fails or takes longer than half an hour.
+    """
     python = ROOT / peer.environment / "bin/python"
     if not python.exists():
         raise PeerError(f"not installed: make {peer.environment}/ready")
@@ -125,7 +128,9 @@ def _lines(peer: Peer, folder: Path, threads: int, *arguments: str) -> Iterator[
         _kill(process)
     if status:
         written = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise PeerError(f"{written[-1] if written else f'ended with status {status}'} (see {log})")
+        # What a signal has ended does not write why.
+        reason = written[-1] if written and status > 0 else f"ended with status {status}"
+        raise PeerError(f"{reason} (see {log})")
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

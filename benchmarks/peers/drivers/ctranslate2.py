@@ -24,7 +24,7 @@ def convert(checkpoint: Path, folder: Path, bits: int) -> None:
     spec = transformer_spec.TransformerDecoderModelSpec.from_config(
         config["n_layers"], config["n_heads"], activation=common_spec.Activation.GELU, alibi=True
     )
-    weights = {name.removeprefix("transformer."): as_float32(bits) for name, bits in read_weights(checkpoint)}
+    weights = {name.removeprefix("transformer."): as_float32(half) for name, half in read_weights(checkpoint)}
     decoder = spec.decoder
     decoder.scale_embeddings = False
     decoder.embeddings.weight = decoder.projection.weight = weights["wte.weight"]
@@ -46,7 +46,7 @@ def convert(checkpoint: Path, folder: Path, bits: int) -> None:
 
 
 @contextmanager
-def open_model(folder: Path, bits: int, threads: int) -> Iterator[Generate]:  # noqa: ARG001 it has one form
+def open_model(folder: Path, _bits: int, threads: int) -> Iterator[Generate]:
     generator = ctranslate2.Generator(str(folder), compute_type="int8", inter_threads=1, intra_threads=threads)
 
     def generate(prompts: Prompts, new_tokens: int) -> Generation:

@@ -66,7 +66,7 @@ def _name(published: str) -> str:
 
 
 @contextmanager
-def open_model(folder: Path, bits: int, threads: int) -> Iterator[Generate]:  # noqa: ARG001 the file tells
+def open_model(folder: Path, _bits: int, threads: int) -> Iterator[Generate]:
     llama_cpp.llama_backend_init()
     file = str(folder / _FILE).encode()
     model = llama_cpp.llama_model_load_from_file(file, llama_cpp.llama_model_default_params())

@@ -34,7 +34,7 @@ def convert(checkpoint: Path, folder: Path, bits: int) -> None:
 
 
 @contextmanager
-def open_model(folder: Path, bits: int, threads: int) -> Iterator[Generate]:  # noqa: ARG001 the folder tells
+def open_model(folder: Path, _bits: int, threads: int) -> Iterator[Generate]:
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_batched_tokens = _STEP_TOKENS
     scheduler.cache_size = _CACHE_GIB

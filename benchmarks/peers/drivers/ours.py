@@ -16,7 +16,8 @@ from mpt_grpc_client import AsyncClient
 
 
 @contextmanager
-def open_model(folder: Path, bits: int, threads: int) -> Iterator[Generate]:  # noqa: ARG001 OMP_NUM_THREADS sets them
+def open_model(folder: Path, bits: int, _threads: int) -> Iterator[Generate]:
+    """OMP_NUM_THREADS, which is set for every driver, is the server's number of threads."""
     flags = ["--model", str(folder), "--grpc-port", "0", "--no-http", "--log-level", "warning"]
     flags += ["--quantize", "int8"] if bits == 8 else []
     command = [sys.executable, "-m", "mpt_grpc.cli", "serve", *flags]
@@ -24,7 +25,7 @@ def open_model(folder: Path, bits: int, threads: int) -> Iterator[Generate]:  # 
         try:
             assert server.stdout is not None
             words = (line.split() for line in server.stdout)
-            target = next((line[1] for line in words if line[0] == "gRPC"), None)
+            target = next((line[1] for line in words if line[:1] == ["gRPC"]), None)
             if target is None:
                 sys.exit(1)  # the server has said why
             yield lambda prompts, new_tokens: asyncio.run(_generate(target, prompts, new_tokens))

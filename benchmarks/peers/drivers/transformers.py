@@ -27,7 +27,7 @@ class _Clock(StoppingCriteria):
 
 
 @contextmanager
-def open_model(folder: Path, bits: int, threads: int) -> Iterator[Generate]:  # noqa: ARG001 it has one form
+def open_model(folder: Path, _bits: int, threads: int) -> Iterator[Generate]:
     torch.set_num_threads(threads)
     model: Any = MptForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
