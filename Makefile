@@ -127,7 +127,7 @@ bench-quick: .venv/dev ## The same in 4 minutes: a small model, one round
 
 .PHONY: dist
 dist: .venv/dev ## Build wheels and source distributions of the server and the client into dist/
-	rm -rf dist build clients/python/build *.egg-info clients/python/*.egg-info
+	rm -rf dist $(filter-out build/bench,$(wildcard build/*)) clients/python/build *.egg-info clients/python/*.egg-info
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m build --outdir dist clients/python
 	$(BIN)/twine check --strict dist/*
