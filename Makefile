@@ -53,6 +53,11 @@ endef
 .venv/%/ready: tests/gateway/%.txt
 	$(call environment,$(PYTHON),-r $<)
 
+# Libraries that make bench compares the server with.
+PEERS := $(patsubst benchmarks/peers/%.txt,.venv/peer-%/ready,$(wildcard benchmarks/peers/*.txt))
+.venv/peer-%/ready: benchmarks/peers/%.txt
+	$(call environment,$(PYTHON),$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<)
+
 # The Python client with the oldest and the newest versions of what it depends on.
 .venv/client-oldest/ready: tests/packaging/client-oldest.txt clients/python/pyproject.toml
 	$(call environment,$(PYTHON),-r $<)
@@ -108,9 +113,21 @@ sanitize: ## Run the kernels for CPUs with the sanitizers for addresses, undefin
 			native/exercise.cpp -pthread -o build/exercise && build/exercise || exit 1; \
 	done; done
 
+# A peer that cannot be installed is shown as missing.
+.PHONY: bench
+bench: .venv/dev ## Compare the speed with other libraries, in an hour; ARGS="--rounds 5" for more rounds
+	-@$(MAKE) --keep-going $(PEERS)
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+.PHONY: bench-quick
+bench-quick: .venv/dev ## The same in 4 minutes: a small model, one round
+	-@$(MAKE) --keep-going $(filter-out %llama_cpp/ready,$(PEERS))
+	$(BIN)/python -m benchmarks.peers --d-model 1024 --layers 12 --rounds 1 \
+		--peers openvino-16 openvino-8 ctranslate2-8 transformers-16 $(ARGS)
+
 .PHONY: dist
 dist: .venv/dev ## Build wheels and source distributions of the server and the client into dist/
-	rm -rf dist build clients/python/build *.egg-info clients/python/*.egg-info
+	rm -rf dist $(filter-out build/bench,$(wildcard build/*)) clients/python/build *.egg-info clients/python/*.egg-info
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m build --outdir dist clients/python
 	$(BIN)/twine check --strict dist/*

@@ -44,7 +44,7 @@ def main() -> None:
     engine, model = load_engine(settings)
     # In a separate thread, because of OpenMP's workers: see engine/load.py.
     with ThreadPoolExecutor(max_workers=1) as thread:
-        limit_s = model.weight_bytes / thread.submit(_read_bandwidth, torch.device(model.device)).result()
+        limit_s = model.weight_bytes / thread.submit(read_bandwidth, torch.device(model.device)).result()
     processor = torch.cuda.get_device_name() if model.device == "cuda" else f"{os.cpu_count()} CPU cores"
     print(
         f"{date.today()}, {model.name}, {model.num_parameters / 1e6:,.0f} M parameters in {model.dtype} on {processor},"
@@ -107,7 +107,7 @@ def _run_transformers(arguments: argparse.Namespace, model: LoadedModel) -> None
         print(f"| {n} | {n * arguments.new_tokens / (time.perf_counter() - start_s):,.1f} |", flush=True)
 
 
-def _read_bandwidth(device: torch.device) -> float:
+def read_bandwidth(device: torch.device) -> float:
     """Returns the device's read bandwidth in bytes per second: the best of five sums over a gibibyte."""
     data = torch.ones(1 << 28, dtype=torch.float32, device=device)
     best_s = float("inf")

@@ -37,6 +37,11 @@ def table(results: Sequence[Result]) -> str:
     labels = list(dict.fromkeys(label for column in columns for label in column))
     rows = [["", *(result.load.name for result in results)]]
     rows += [[label, *(column.get(label, "") for column in columns)] for label in labels]
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table, whose first row is its header, with all columns but the first aligned to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(_padded(row, widths)) + " |" for row in rows]
     rule = "|" + "|".join(f"{'-' * (width + 1)}{':' if number else '-'}" for number, width in enumerate(widths)) + "|"
