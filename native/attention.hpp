@@ -264,17 +264,18 @@ struct Attention {
     // sums must be multiplied.
     __attribute__((noinline)) float softmax(float *scores, int64_t begin, int64_t end, int64_t position, int64_t head,
                                             float &highest_score, float &total) const {
-        const float slope = step.slopes[head];
-        float most = highest_score;
-        for (int64_t t = begin; t < begin + SPAN; t++) {
-            float &score = scores[t - begin];
-            const int64_t distance = t - position;
-            if (t >= end || distance > 0 || distance < -step.window)
-                score = -INFINITY;
-            else
-                score = score * step.scale + slope * float(distance);
-            most = std::max(most, score);
+        const Floats slope = splat(step.slopes[head]);
+        // Distances are whole numbers below 2^24, and compared as such: no context is that long.
+        const Floats last = splat(float(std::min(end - 1, position) - position));
+        const Floats oldest = splat(-float(std::min<int64_t>(step.window, 1 << 24)));
+        Floats distance = splat(float(begin - position)) + lane_numbers(), most_of_lanes = splat(highest_score);
+        for (int64_t t = 0; t < SPAN; t += LANES, distance += float(LANES)) {
+            const Floats score = multiply_add(slope, distance, load<Floats>(scores + t) * step.scale);
+            const Floats seen = distance > last || distance < oldest ? splat(-INFINITY) : score;
+            store(scores + t, seen);
+            most_of_lanes = max(most_of_lanes, seen);
         }
+        const float most = highest(most_of_lanes);
         Floats added{};
         for (int64_t t = 0; t < SPAN; t += LANES) {
             const Floats weight = exp(load<Floats>(scores + t) - most);

@@ -122,6 +122,12 @@ inline float sum(Floats v) {
     return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
+inline Floats lane_numbers() {
+    Floats v;
+    for (int i = 0; i < LANES; i++) v[i] = float(i);
+    return v;
+}
+
 inline float highest(Floats v) {
     float result = v[0];
     for (int i = 1; i < LANES; i++) result = v[i] > result ? v[i] : result;
