@@ -14,9 +14,8 @@
 
 constexpr int64_t SPAN = 128;    // tokens
 constexpr int64_t TILE = 16;     // keys that are multiplied together: a block holds one or several tiles of tokens
-constexpr int QUERIES = 4;       // that share the reading of a key or value
+constexpr int QUERIES = LANES == 16 ? 8 : 4;  // at most, a power of 2: that share the reading of a key or value
 constexpr int TILE_VECTORS = TILE / LANES;
-constexpr int CONTEXT_VECTORS = LANES == 16 ? 4 : 2;  // of a context, summed together
 
 // The tensors of one layer and step, in the order of the structure in Python.
 struct AttentionStep {
@@ -191,6 +190,7 @@ struct Attention {
                     for (int q = 0; q < COUNT; q++) store(&weights[q][t], load_floats(&weights[q][t]) * scale);
                 }
             }
+            constexpr int CONTEXT_VECTORS = LANES == 16 ? std::min(4, 16 / COUNT) : 2;  // summed together
             int64_t v = 0;
             for (; v + CONTEXT_VECTORS <= vectors; v += CONTEXT_VECTORS)
                 add_values<COUNT, CONTEXT_VECTORS>(v, tiles, next_tiles, length, num_next * TILE, weights, &sums[v * COUNT]);
@@ -216,10 +216,10 @@ struct Attention {
         for (int64_t i = 0; i < step.head_dim; i++) {
 #pragma GCC unroll 8
             for (int t = 0; t < TILES; t++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int v = 0; v < TILE_VECTORS; v++) {
                     const Floats key = load_floats(from[t] + v * LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                     for (int q = 0; q < COUNT; q++) {
                         Floats &sum = sums[t * TILE_VECTORS + v][q];
                         sum = multiply_add(splat(queries[i * COUNT + q]), key, sum);
@@ -252,7 +252,7 @@ struct Attention {
 #pragma GCC unroll 8
             for (int v = 0; v < N; v++) {
                 const Floats value = dimensions(row(tiles, t), (first + v) * LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int q = 0; q < COUNT; q++)
                     context[v][q] = multiply_add(splat(weights[q][t]), value, context[v][q]);
             }
@@ -299,15 +299,17 @@ void attention(const AttentionStep &step, Pool &pool) {
     });
     std::vector<std::pair<int64_t, int64_t>> groups;  // of neighbouring tokens of a sequence: the first and how many
     for (int64_t s = 0; s < step.num_sequences; s++)
-        for (int64_t t = step.query_starts[s]; t < step.query_starts[s + 1]; t += QUERIES)
-            groups.emplace_back(t, std::min<int64_t>(QUERIES, step.query_starts[s + 1] - t));
+        for (int64_t t = step.query_starts[s], count = QUERIES; t < step.query_starts[s + 1]; t += count) {
+            while (t + count > step.query_starts[s + 1]) count /= 2;
+            groups.emplace_back(t, count);
+        }
     pool.run(int64_t(groups.size()) * step.n_heads, [&](int64_t piece) {
         const auto [token, count] = groups[piece / step.n_heads];
         const int64_t head = piece % step.n_heads;
         switch (count) {
             case 1: return attention.template attend<1>(token, head);
             case 2: return attention.template attend<2>(token, head);
-            case 3: return attention.template attend<3>(token, head);
+            case 4: return attention.template attend<4>(token, head);
             default: return attention.template attend<QUERIES>(token, head);
         }
     });
