@@ -162,6 +162,12 @@ struct IntegerProducts {
         for (int i = 0; i < LANES; i++) to[height] -= 128 * total[i];
     }
 
+    // _mm512_dpbusd_epi32, for which GCC 12 would copy the sums to other registers and to memory.
+    static __m512i add_products(__m512i sums, __m512i weights, __m512i values) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(values));
+        return sums;
+    }
+
     template <int ROWS, int PANELS>
     void add(int64_t row, int64_t panel, int64_t begin, int64_t end, Floats (&sums)[ROWS][PANELS]) const {
         const int32_t *at = x + row * row_words(inputs) + begin / GROUP * WORDS * ROWS;
@@ -175,13 +181,18 @@ struct IntegerProducts {
                 for (int j = 0; j < PANELS; j++) dots[i][j] = _mm512_set1_epi32(at[ROWS + i]);
             at += 2 * ROWS;
             for (int64_t k = begin; k < std::min(end, begin + GROUP); k += 4, at += ROWS, w += 4 * PANEL) {
+                __m512i lanes[PANELS];
 #pragma GCC unroll 4
                 for (int j = 0; j < PANELS; j++) {
                     __builtin_prefetch(w + j * PANEL * inputs + 4096);
-                    const __m512i lanes = _mm512_loadu_si512(w + j * PANEL * inputs);
+                    lanes[j] = _mm512_loadu_si512(w + j * PANEL * inputs);
+                }
+                // Row by row: the values of all rows together would take the registers of the sums.
 #pragma GCC unroll 16
-                    for (int i = 0; i < ROWS; i++)
-                        dots[i][j] = _mm512_dpbusd_epi32(dots[i][j], lanes, _mm512_set1_epi32(at[i]));
+                for (int i = 0; i < ROWS; i++) {
+                    const __m512i values = _mm512_set1_epi32(at[i]);
+#pragma GCC unroll 4
+                    for (int j = 0; j < PANELS; j++) dots[i][j] = add_products(dots[i][j], lanes[j], values);
                 }
             }
 #pragma GCC unroll 16
