@@ -120,7 +120,7 @@ bench: .venv/dev ## Compare the speed with other libraries, in an hour; ARGS="--
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 .PHONY: bench-quick
-bench-quick: .venv/dev ## The same in 4 minutes: a small model, one round
+bench-quick: .venv/dev ## The same in minutes: a small model, one round
 	-@$(MAKE) --keep-going $(filter-out %llama_cpp/ready,$(PEERS))
 	$(BIN)/python -m benchmarks.peers --d-model 1024 --layers 12 --rounds 1 \
 		--peers openvino-16 openvino-8 ctranslate2-8 transformers-16 $(ARGS)

@@ -23,7 +23,10 @@ _SMALL_MESSAGE_BYTES = 32 << 10
 """The size of the largest message of a method without long fields, and room for the short fields of the others."""
 _MAX_MESSAGE_BYTES = 3 << 20
 _MAX_FIELDS = 12_000
-"""More than the fields of any legal message: 4,096 options, 1,024 messages and 1,024 biases have 10,240 together."""
+"""More than the fields of any legal message: 4,096 options, 1,024 messages and 1,024 biases have 10,240 together.
+
+Lists of numbers are one field each, as every generated stub packs them.
+"""
 _PARSED_UNCOUNTED_BYTES = 128 << 10
 """Messages up to this size are parsed in 2 ms, whatever they hold; larger ones, with many empty items, in 45 ms."""
 _ID_BYTES = 5  # the largest varint of 32 bits

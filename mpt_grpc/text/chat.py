@@ -72,11 +72,12 @@ class _Estimate:
         self._ends, self._rendered = list(accumulate(token_sizes)), rendered
         whole = rendered(0)
         self._size, self._start = len(whole), _len_common_prefix(whole, rendered(max_turns))
+        self._num_before = bisect_left(self._ends, self._start)
 
     def num_tokens(self, turns: int) -> int:
         num_dropped_bytes = self._size - len(self._rendered(turns))
-        first = bisect_left(self._ends, self._start)
-        return len(self._ends) - (bisect_left(self._ends, self._start + num_dropped_bytes) - first)
+        num_dropped = bisect_left(self._ends, self._start + num_dropped_bytes) - self._num_before
+        return len(self._ends) - num_dropped
 
 
 def _len_common_prefix(left: bytes, right: bytes) -> int:
