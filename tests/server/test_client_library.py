@@ -36,6 +36,22 @@ def client(service: Any) -> Iterator[Client]:
         yield client
 
 
+async def test_large_answers_are_the_same_for_both_clients(service: Any, client: Client) -> None:
+    prompt, options = [5] * 300, {"max_new_tokens": 40, "temperature": 0, "ignore_eos": True, "top_logprobs": 20}
+    options |= {"return_logprobs": True, "return_prompt_logprobs": True}
+    expected = await asyncio.to_thread(client.generate, prompt, **options)
+    async with AsyncClient(service.server.target) as async_client:
+        whole = await async_client.generate(prompt, **options)
+        async with async_client.stream(prompt, **options) as stream:
+            streamed = [logprob async for delta in stream.deltas() for logprob in delta.logprobs]
+            prompt_logprobs = stream.result.prompt_logprobs
+        tokens = await async_client.tokenize("the fox " * 3000)
+    assert len(expected.prompt_logprobs) == 299
+    assert whole.prompt_logprobs == prompt_logprobs == expected.prompt_logprobs
+    assert whole.logprobs == tuple(streamed) == expected.logprobs
+    assert tokens == await asyncio.to_thread(client.tokenize, "the fox " * 3000)
+
+
 async def test_generate_and_stream_return_the_same_in_threads(client: Client) -> None:
     whole = await asyncio.to_thread(
         client.generate, "The fox said", max_new_tokens=30, seed=7, ignore_eos=True, return_token_ids=True
