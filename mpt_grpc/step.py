@@ -100,6 +100,10 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
 
+    @property
+    def num_drafts(self) -> int:
+        return sum(len(sequence.choices) - 1 for sequence in self.sequences if sequence.choices)
+
 
 @dataclass(frozen=True)
 class StepResult:

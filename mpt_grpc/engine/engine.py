@@ -343,11 +343,14 @@ class Engine:
                 self._requests.fail(record, event.error, now_s)
         if result.token_ids or not result.errors:
             self._progress_time_s = time.monotonic()
+        chosen = result.token_ids.values()
         self.load = replace(
             self.load,
             num_steps=self.load.num_steps + 1,
             num_generated_tokens=self.load.num_generated_tokens + num_tokens,
             num_batched_sequences=self.load.num_batched_sequences + len(plan.sequences),
+            num_draft_tokens=self.load.num_draft_tokens + plan.num_drafts,
+            num_accepted_tokens=self.load.num_accepted_tokens + sum(map(len, chosen)) - len(chosen),
         )
 
     def _measure_load(self) -> None:

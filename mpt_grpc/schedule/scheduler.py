@@ -351,7 +351,7 @@ class Scheduler:
         insort(self._waiting, sequence, key=_rank)
 
     def _advance_computed(self, sequence: Sequence, num_computed: int) -> None:
-        """Records that so many of the sequence's tokens are computed; new full blocks enter the prefix cache."""
+        """Records the number of computed tokens; new full blocks enter the prefix cache."""
         sequence.num_computed = num_computed
         num_full = num_computed // self._pool.block_size
         if num_full <= sequence.num_inserted_blocks or sequence.request.cache.bypass:

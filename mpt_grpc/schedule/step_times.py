@@ -12,7 +12,7 @@ _SIZES_PER_DOUBLING = 2
 _WEIGHT = 0.2
 """The weight of a new measurement in a mean."""
 _MAX_FACTOR = 2.0
-"""A step counts as at most so many times the mean: it may have had to wait for a core."""
+"""The most that a step counts, in units of the mean: it may have had to wait for a core."""
 _RECENT_STEPS = 64
 
 
@@ -64,7 +64,7 @@ class StepTimes:
         return lower.seconds * num_tokens / lower.num_tokens if lower.num_tokens else 0.0
 
     def num_tokens(self, seconds: float) -> int:
-        """Returns the most tokens of a step that is expected to take at most so long."""
+        """Returns the most tokens of a step that is expected to take at most `seconds`."""
         most, lower = 0.0, _Mean(0, 0, 0)
         for upper in self._means.values():
             if upper.seconds > seconds:
