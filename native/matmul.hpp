@@ -70,6 +70,22 @@ inline Floats widened(Words lanes, const Int8 *) {
     return __builtin_convertvector((Ints)((lanes ^ 0x80808080u) << (24 - 8 * I)) >> 24, Floats);
 }
 
+// A copy of sums that is only used with constant indices, so that the compiler can keep it in registers.
+template <int ROWS, int COLUMNS>
+struct InRegisters {
+    Floats sums[ROWS][COLUMNS];
+
+    explicit InRegisters(const Floats (&from)[ROWS][COLUMNS]) { copy(from, sums); }
+    void copy_to(Floats (&to)[ROWS][COLUMNS]) const { copy(sums, to); }
+
+    static void copy(const Floats (&from)[ROWS][COLUMNS], Floats (&to)[ROWS][COLUMNS]) {
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < COLUMNS; j++) to[i][j] = from[i][j];
+    }
+};
+
 // Products with float32 x: weights are widened in registers. x is packed as [tile][input][row of the tile].
 template <class Weight>
 struct Widened {
@@ -92,13 +108,15 @@ struct Widened {
         constexpr int64_t AHEAD = 4096 / sizeof(Weight) / (PANELS > 1 ? 2 : 1);
         const float *at = x + row * inputs + begin * ROWS;
         const Weight *w = weights + panel * PANEL * inputs + begin * PANEL;
+        InRegisters<ROWS, PANELS * VECTORS> local(sums);
         for (int64_t k = begin; k < end; k += SIDE<Weight>, at += SIDE<Weight> * ROWS, w += SIDE<Weight> * PANEL) {
 #pragma GCC unroll 4
             for (int p = 0; p < PANELS; p++) __builtin_prefetch(w + p * PANEL * inputs + AHEAD);
-            side<0>(at, w, sums);
-            if constexpr (SIDE<Weight> > 1) side<1>(at, w, sums);
-            if constexpr (SIDE<Weight> > 2) side<2>(at, w, sums), side<3>(at, w, sums);
+            side<0>(at, w, local.sums);
+            if constexpr (SIDE<Weight> > 1) side<1>(at, w, local.sums);
+            if constexpr (SIDE<Weight> > 2) side<2>(at, w, local.sums), side<3>(at, w, local.sums);
         }
+        local.copy_to(sums);
     }
 
     template <int I, int ROWS, int COLUMNS>
@@ -108,9 +126,11 @@ struct Widened {
         for (int j = 0; j < COLUMNS; j++)
             wide[j] = widened<I>(load<Words>(w + j / VECTORS * PANEL * inputs + j % VECTORS * LANES * SIDE<Weight>), w);
 #pragma GCC unroll 16
-        for (int i = 0; i < ROWS; i++)
+        for (int i = 0; i < ROWS; i++) {
+            const Floats value = splat(at[I * ROWS + i]);
 #pragma GCC unroll 8
-            for (int j = 0; j < COLUMNS; j++) sums[i][j] = multiply_add(splat(at[I * ROWS + i]), wide[j], sums[i][j]);
+            for (int j = 0; j < COLUMNS; j++) add_product(sums[i][j], value, wide[j]);
+        }
     }
 };
 
