@@ -32,8 +32,8 @@ class Drafter:
         self._drafts: TokenIds = ()
         self._num_known = 0
         """The number of tokens that were known when these were made."""
-        self.accuracy = 0.5
-        """The share of right ones among drafts whose predecessors were right."""
+        self.accuracy = 0.0
+        """The share of right ones among drafts whose predecessors were right; the first ones are only compared."""
 
     def draft(self, token_ids: TokenIds) -> TokenIds:
         """Returns up to `MAX_DRAFTS` drafts of the tokens that follow the known ones."""

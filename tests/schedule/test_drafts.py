@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from mpt_grpc.schedule.drafts import MAX_DRAFTS, Drafter, most_useful
 from mpt_grpc.schedule.step_times import StepTimes
 
@@ -49,8 +51,12 @@ def test_only_tokens_up_to_the_first_wrong_draft_are_judged() -> None:
     drafter = Drafter()
     text = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]
     drafter.draft(text)
-    drafter.draft([*text, 9, 5, 6, 7, 8])
-    assert drafter.accuracy == 0.4
+    assert drafter.accuracy == 0, "nothing has been compared"
+    drafter.draft([*text, 4, 5])
+    accuracy = drafter.accuracy
+    assert accuracy > 0
+    drafter.draft([*text, 4, 5, 9, 7, 8])
+    assert drafter.accuracy == pytest.approx(0.8 * accuracy)
 
 
 def test_drafts_that_cost_nothing_are_all_checked() -> None:
