@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mpt_grpc import __version__
-from mpt_grpc.commands import bench_options, options, server_options
+from mpt_grpc.commands import bench_options, connection, options, server_options
 from mpt_grpc.commands.logs import add_log_level
 from mpt_grpc.commands.units import positive_int
 from mpt_grpc.errors import BenchmarkError, EvaluationError, ModelError, SettingsError, VerificationError
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command == "generate" and parsed.prompt is None and sys.stdin.isatty():
         command.error("no prompt: pass it as an argument or pipe it to standard input")
     usage_error = bench_options.usage_error if parsed.command == "bench" else options.usage_error
-    if problem := usage_error(parsed):
+    if problem := usage_error(parsed) or connection.usage_error(parsed):
         command.error(problem)
     return _run(parsed)
 
@@ -133,12 +133,9 @@ def _parser() -> _Parser:
         "Serve the OpenAI-compatible API and the web page for a gRPC server running elsewhere, until SIGTERM.",
         formatter_class=_HelpFormatter,
     )
-    gateway.add_argument(
-        "--target",
-        metavar="HOST:PORT|unix:PATH",
-        help="gRPC address (default: MPT_GRPC_TARGET, or localhost:50051)",
-    )
+    connection.add_connection(gateway)
     server_options.add_http(gateway)
+    server_options.add_tls(gateway)
     server_options.add_grace(gateway)
     add_log_level(gateway)
 

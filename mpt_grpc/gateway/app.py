@@ -58,11 +58,12 @@ class _Route:
 
 
 def make_app(
-    client: AsyncClient, blocking_client: Client, health: HealthStub, *, strict_model_names: bool = False
+    client: AsyncClient, blocking_client: Client | None, health: HealthStub, *, strict_model_names: bool = False
 ) -> FastAPI:
     """Returns the application. The loaded model serves requests for any model unless `strict_model_names`.
 
-    blocking_client: makes the calls whose responses are too large to be read on the event loop.
+    blocking_client: makes the calls whose responses are too large to be parsed on the event loop; None if `client` gets
+        them as objects.
     """
     app: FastAPI = FastAPIOffline(
         title="mpt-grpc",
@@ -126,7 +127,7 @@ class _Server:
 
 class _Gateway:
     def __init__(
-        self, client: AsyncClient, blocking_client: Client, health: HealthStub, strict_model_names: bool
+        self, client: AsyncClient, blocking_client: Client | None, health: HealthStub, strict_model_names: bool
     ) -> None:
         self._client, self._blocking_client, self._strict = client, blocking_client, strict_model_names
         self._grpc_health: Any = health  # its stubs lack the methods
@@ -183,7 +184,8 @@ class _Gateway:
 
     async def tokenize(self, request: Request) -> Response:
         """Splits text into tokens."""
-        return await tokens.tokenize(self._blocking_client, await parse(request, tokens.TokenizeRequest))
+        body = await parse(request, tokens.TokenizeRequest)
+        return await tokens.tokenize(self._client, self._blocking_client, body)
 
     async def detokenize(self, request: Request) -> Response:
         """Returns the text of token IDs."""

@@ -26,6 +26,7 @@ from mpt_grpc.errors import DrainingError, ModelError, MptServerError
 from mpt_grpc.listening import address, claim_socket, port_error
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.allocator import trim
+from mpt_grpc.server.credentials import server_credentials
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.local_channel import LocalChannel
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
@@ -33,6 +34,7 @@ from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.settings import ServerSettings, Settings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import make_tracer_provider, shut_down
+from mpt_grpc.tls import ServerCertificate, server_certificate
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
 
@@ -156,8 +158,9 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
 @asynccontextmanager
 async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[RunningServer]:
     interceptor = CallInterceptor(tracer)
+    certificate = None if settings.server.tls is None else server_certificate(settings.server.tls)
     server = grpc.aio.server(interceptors=[interceptor], options=_CHANNEL_OPTIONS)
-    with _listening(server, settings.server) as target:
+    with _listening(server, settings.server, certificate) as target:
         loop = asyncio.get_running_loop()
         engine, model = await asyncio.to_thread(load_engine, settings, tracer=tracer, loop=loop)
         limits = engine.preparation.limits
@@ -182,7 +185,7 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
             await server.start()
             watch = asyncio.create_task(running.watch())
             try:
-                async with channel, _http(settings, target, channel) as running.http_port:
+                async with channel, _http(settings, target, channel, certificate) as running.http_port:
                     yield running
             finally:
                 watch.cancel()
@@ -194,7 +197,9 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
 
 
 @asynccontextmanager
-async def _http(settings: Settings, target: str, channel: grpc.aio.Channel) -> AsyncIterator[int | None]:
+async def _http(
+    settings: Settings, target: str, channel: grpc.aio.Channel, certificate: ServerCertificate | None
+) -> AsyncIterator[int | None]:
     """Serves the OpenAI-compatible API as a client of this server; yields its port, or None if it is disabled."""
     if settings.http.port is None:
         yield None
@@ -202,7 +207,8 @@ async def _http(settings: Settings, target: str, channel: grpc.aio.Channel) -> A
     # Imported here, so that a server without HTTP does not wait for it.
     from mpt_grpc.gateway.serve import running_gateway
 
-    async with running_gateway(target, settings.server.host, settings.http, channel=channel) as port:
+    host = settings.server.host
+    async with running_gateway(target, host, settings.http, certificate=certificate, channel=channel) as port:
         yield port
 
 
@@ -218,10 +224,14 @@ def _warm_up(max_context_tokens: int) -> GenerationRequest:
 
 
 @contextlib.contextmanager
-def _listening(server: grpc.aio.Server, settings: ServerSettings) -> Iterator[str]:
+def _listening(
+    server: grpc.aio.Server, settings: ServerSettings, certificate: ServerCertificate | None
+) -> Iterator[str]:
     """Binds the port or the socket, and yields the target for clients on this machine. Raises SettingsError."""
     if settings.grpc_socket is None:
-        yield address(settings.reachable_host, _bind(server, settings.host, settings.grpc_port))
+        credentials = None if certificate is None else server_credentials(certificate)
+        at = address(settings.reachable_host, _bind(server, settings.host, settings.grpc_port, credentials))
+        yield at if certificate is None else f"grpcs://{at}"
         return
     path = settings.grpc_socket.absolute()
     claim_socket(path, "--grpc-socket")
@@ -235,12 +245,14 @@ def _listening(server: grpc.aio.Server, settings: ServerSettings) -> Iterator[st
         raise
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+def _bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
     try:
         # gRPC reports a bad host and a port in use with the same error.
         socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         try:
-            return server.add_insecure_port(address(host, port))
+            if credentials is None:
+                return server.add_insecure_port(address(host, port))
+            return server.add_secure_port(address(host, port), credentials)
         except RuntimeError:
             with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
                 probe.bind((host, port))

@@ -36,7 +36,7 @@ PAGES = (
 SOURCES = (ROOT, ROOT / "mpt_grpc", ROOT / "clients/python/mpt_grpc_client")
 """The folders to which the paths in docs/architecture.md are relative."""
 READMES = ("README.md", "clients/python/README.md", *(f"docs/{name}.md" for name in PAGES))
-EXTERNAL_FLAGS = {"--torch-backend"}
+EXTERNAL_FLAGS = {"--torch-backend", "--cacert", "--cert", "--key"}
 """The flags of other programs that the documents name."""
 HISTORICAL = re.compile(r"^\|.*\|.*\|(.*)\|$", re.MULTILINE)
 """The last column of the tables in docs/names.md: names that no longer exist."""

@@ -2,6 +2,7 @@
 return."""
 
 from mpt_grpc_client.async_client import AsyncClient, AsyncTextStream
+from mpt_grpc_client.channel import ConnectionOptions
 from mpt_grpc_client.client import Client, TextStream
 from mpt_grpc_client.constraints import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
 from mpt_grpc_client.errors import (
@@ -43,6 +44,7 @@ __all__ = [
     "AsyncTextStream",
     "Choice",
     "Client",
+    "ConnectionOptions",
     "Constraint",
     "DeadlineExceededError",
     "Delta",

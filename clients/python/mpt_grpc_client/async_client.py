@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import Message
 
 from mpt_grpc_client import debug, responses
-from mpt_grpc_client.channel import channel_options, check_timeout, proxy_variable, resolve_target, trace_metadata
+from mpt_grpc_client.channel import ConnectionOptions, check_timeout, proxy_variable, resolve, trace_metadata
 from mpt_grpc_client.errors import closed_error, from_rpc_error
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -42,17 +42,20 @@ class AsyncClient:
         timeout: float | None = None,
         retries: bool = True,
         channel: grpc.aio.Channel | None = None,
+        **connection: Unpack[ConnectionOptions],
     ) -> None:
-        """Creates a client, which connects at its first call, without TLS, and from then on belongs to that event loop.
+        """Creates a client, which connects at its first call, and from then on belongs to that event loop.
 
-        target: `host:port` or `unix:path`; defaults to the environment variable MPT_GRPC_TARGET, then to
-            `localhost:50051`.
+        target: `host:port`, `grpcs://host:port` with TLS, or `unix:path`; defaults to the environment variable
+            MPT_GRPC_TARGET, then to `localhost:50051`.
         timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
         retries: whether to retry calls up to three times while the server is unavailable or overloaded.
-        channel: a channel to the target instead of the client's own, for example with TLS; it has its own options, so
-            `retries` has no effect. The client closes it.
+        channel: a channel to the target instead of the client's own; it has its own options, so `retries` and those of
+            the connection have no effect. The client closes it.
+        connection: see `ConnectionOptions`.
         """
-        self._target, self._timeout, self._retries = resolve_target(target), check_timeout(timeout), retries
+        self._endpoint = resolve(target, connection)
+        self._target, self._timeout, self._retries = self._endpoint.target, check_timeout(timeout), retries
         self._channel = channel
         self._closed = False
 
@@ -145,9 +148,7 @@ class AsyncClient:
     @cached_property
     def _connection(self) -> _Connection:
         # Made now: grpc.aio hangs if a channel is created before its loop runs.
-        return _Connection(
-            self._channel or grpc.aio.insecure_channel(self._target, channel_options(self._target, self._retries))
-        )
+        return _Connection(self._channel or self._endpoint.aio_channel(self._retries))
 
     async def _call(
         self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout: float | None

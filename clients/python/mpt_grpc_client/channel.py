@@ -1,11 +1,14 @@
-"""The target, the options and the trace context of a channel, for both the synchronous and the asynchronous client."""
+"""Where and how a client connects, for both the synchronous and the asynchronous client."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from dataclasses import dataclass
+from typing import Literal, TypedDict
 
+import grpc
 from opentelemetry import propagate
 
 from mpt_grpc_client.errors import InvalidTargetError
@@ -14,6 +17,7 @@ from mpt_grpc_client.version import __version__
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """The maximum size of one message, in either direction."""
 
+_TLS_SCHEME = "grpcs://"
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 """The variables that gRPC reads, in its order of precedence."""
 
@@ -35,6 +39,79 @@ _SERVICE_CONFIG = {
 }
 
 
+class ConnectionOptions(TypedDict, total=False):
+    """How a client connects. Every option may be omitted."""
+
+    tls: bool
+    """Whether to use TLS, as with a `grpcs://` target and with each of the following options."""
+    root_certificates: bytes
+    """The authorities that may have issued the server's certificate, in PEM; by default those that gRPC trusts."""
+    client_certificate: bytes
+    """The client's own certificate, in PEM, for a server that requires one."""
+    client_key: bytes
+    """The key of the client's certificate, in PEM."""
+    credentials: grpc.ChannelCredentials
+    """Credentials made with gRPC, instead of the options above."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server, as gRPC connects to it."""
+
+    target: str
+    credentials: grpc.ChannelCredentials | None
+    """None connects without TLS."""
+
+    def channel(self, retries: bool) -> grpc.Channel:
+        options = channel_options(self.target, retries)
+        if self.credentials is None:
+            return grpc.insecure_channel(self.target, options)
+        return grpc.secure_channel(self.target, self.credentials, options)
+
+    def aio_channel(self, retries: bool) -> grpc.aio.Channel:
+        options = channel_options(self.target, retries)
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.target, options)
+        return grpc.aio.secure_channel(self.target, self.credentials, options)
+
+
+def resolve(target: str | None, options: ConnectionOptions) -> Endpoint:
+    """Returns the server for a target as in `resolve_target`.
+
+    Raises InvalidTargetError for such a target, TypeError for an unknown option or one of a wrong type, and ValueError
+    for options that do not go together.
+    """
+    known = ConnectionOptions.__optional_keys__
+    if unknown := options.keys() - known:
+        raise TypeError(f"unknown option {min(unknown)!r}; those of a connection are {', '.join(sorted(known))}")
+    resolved = resolve_target(target)
+    is_secure = resolved.startswith(_TLS_SCHEME)
+    return Endpoint(resolved.removeprefix(_TLS_SCHEME), _credentials(options, is_secure))
+
+
+def _credentials(options: ConnectionOptions, is_secure: bool) -> grpc.ChannelCredentials | None:
+    root = _pem(options, "root_certificates")
+    key, certificate = _pem(options, "client_key"), _pem(options, "client_certificate")
+    credentials = options.get("credentials")
+    has_pem = bool(root or key or certificate)
+    if credentials is not None and has_pem:
+        raise ValueError("credentials: pass the certificates and the key to grpc.ssl_channel_credentials")
+    if (key is None) != (certificate is None):
+        raise ValueError("client_certificate and client_key: pass both or neither")
+    if credentials is None and (is_secure or has_pem or options.get("tls")):
+        return grpc.ssl_channel_credentials(root, key, certificate)
+    return credentials
+
+
+def _pem(
+    options: ConnectionOptions, name: Literal["root_certificates", "client_certificate", "client_key"]
+) -> bytes | None:
+    pem = options.get(name)
+    if not isinstance(pem, bytes | None):
+        raise TypeError(f"{name}: must be the content of a PEM file as bytes, not {type(pem).__name__}")
+    return pem
+
+
 def resolve_target(target: str | None) -> str:
     """Returns the given target, or that of the environment variable MPT_GRPC_TARGET, or `localhost:50051`.
 
@@ -46,10 +123,12 @@ def resolve_target(target: str | None) -> str:
     resolved = target or os.environ.get("MPT_GRPC_TARGET") or "localhost:50051"
     if url := re.match(r"https?:/*([^/]*)", resolved):
         host = re.sub(r":\d+$", "", url[1]) or "localhost"
-        raise InvalidTargetError(f"target {resolved!r} is a URL: use the server's gRPC address, such as '{host}:50051'")
+        scheme = _TLS_SCHEME if resolved.startswith("https") else ""
+        why = f"use the server's gRPC address, such as '{scheme}{host}:50051'"
+        raise InvalidTargetError(f"target {resolved!r} is a URL: {why}")
     if resolved.startswith(("/", "./", "../")):
         raise InvalidTargetError(f"target {resolved!r} is a path: write 'unix:{resolved}' for a Unix socket")
-    if not re.search("[:/]", resolved):
+    if not re.search("[:/]", resolved.removeprefix(_TLS_SCHEME)):
         raise InvalidTargetError(f"target {resolved!r} has no port: write '{resolved}:50051'")
     return resolved
 
@@ -72,7 +151,7 @@ def proxy_variable(target: str) -> str | None:
 
 
 def channel_options(target: str, retries: bool) -> tuple[tuple[str, str | int], ...]:
-    """Returns the options of grpc.insecure_channel and grpc.aio.insecure_channel for this target."""
+    """Returns the options of a channel to this target."""
     return (
         # gRPC would send calls to this machine through a proxy too, unless no_proxy lists them.
         ("grpc.enable_http_proxy", int(not _is_local(target))),

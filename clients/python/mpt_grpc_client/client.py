@@ -8,7 +8,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from mpt_grpc_client import debug, responses
-from mpt_grpc_client.channel import channel_options, check_timeout, proxy_variable, resolve_target, trace_metadata
+from mpt_grpc_client.channel import ConnectionOptions, check_timeout, proxy_variable, resolve, trace_metadata
 from mpt_grpc_client.errors import closed_error, from_rpc_error
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -32,18 +32,21 @@ class Client:
         timeout: float | None = None,
         retries: bool = True,
         channel: grpc.Channel | None = None,
+        **connection: Unpack[ConnectionOptions],
     ) -> None:
-        """Creates a client, which connects at its first call, without TLS.
+        """Creates a client, which connects at its first call.
 
-        target: `host:port` or `unix:path`; defaults to the environment variable MPT_GRPC_TARGET, then to
-            `localhost:50051`.
+        target: `host:port`, `grpcs://host:port` with TLS, or `unix:path`; defaults to the environment variable
+            MPT_GRPC_TARGET, then to `localhost:50051`.
         timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
         retries: whether to retry calls up to three times while the server is unavailable or overloaded.
-        channel: a channel to the target instead of the client's own, for example with TLS; it has its own options, so
-            `retries` has no effect. The client closes it.
+        channel: a channel to the target instead of the client's own; it has its own options, so `retries` and those of
+            the connection have no effect. The client closes it.
+        connection: see `ConnectionOptions`.
         """
-        self._target, self._timeout = resolve_target(target), check_timeout(timeout)
-        self._channel = channel or grpc.insecure_channel(self._target, channel_options(self._target, retries))
+        endpoint = resolve(target, connection)
+        self._target, self._timeout = endpoint.target, check_timeout(timeout)
+        self._channel = channel or endpoint.channel(retries)
         self._service = TextGenerationServiceStub(self._channel)
         self._debug_service = DebugServiceStub(self._channel)
         self._closed = False

@@ -124,6 +124,8 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None, pro
             retry = _detail(status, error_details_pb2.RetryInfo)
             retry_after = retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
             return OverloadedError(message, code=code, reason=reason, retry_after=retry_after)
+        case grpc.StatusCode.UNAVAILABLE if not reason and "handshake failed" in message:
+            message = f"TLS with {target} failed; check the certificates of both sides: {message}"
         case grpc.StatusCode.UNAVAILABLE if not reason:
             where = f"{target} through the proxy in ${proxy}" if proxy else target
             message = f"no server responds at {where}; start one with `mpt-grpc serve`, or check the target: {message}"
