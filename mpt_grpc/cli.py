@@ -167,6 +167,15 @@ def _parser() -> _Parser:
     )
     _add_evaluation(evaluation)
 
+    token = add(
+        "token",
+        "make an access token",
+        "Make an access token for a server with --tokens-file. Its entry in that file, which has only its hash, is"
+        " printed to standard output, and the token itself, once, to standard error.",
+        formatter_class=_HelpFormatter,
+    )
+    _add_token(token)
+
     bench = add(
         "bench",
         "measure latency and throughput",
@@ -175,6 +184,20 @@ def _parser() -> _Parser:
     )
     bench_options.add_flags(bench)
     return parser
+
+
+def _add_token(token: argparse.ArgumentParser) -> None:
+    token.add_argument("action", choices=("new",), metavar="new", help="make a token")
+    token.add_argument("name", metavar="NAME", help="name of the caller, which may have several tokens")
+    token.add_argument(
+        "--role",
+        choices=("generate", "observe", "admin"),
+        action="append",
+        help="what the caller may do; may be repeated (default: generate)",
+    )
+    token.add_argument(
+        "--days", type=positive_int, metavar="N", help="days until the token expires (default: it never does)"
+    )
 
 
 def _add_evaluation(evaluation: argparse.ArgumentParser) -> None:

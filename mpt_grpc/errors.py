@@ -13,6 +13,8 @@ MptServerError
 │   ├── PromptRefusedError     a guard refused the prompt
 │   ├── DuplicateRequestError  a request with this ID is in progress
 │   └── UnknownModelError      the requested model is not loaded
+├── UnauthenticatedError   the caller has no valid access token
+├── PermissionDeniedError  the caller lacks a role
 ├── OverloadedError        the queue is full or the machine too busy; the caller can retry later
 ├── UnavailableError       the engine accepts no requests
 │   ├── DrainingError        the server is shutting down
@@ -88,6 +90,14 @@ class DuplicateRequestError(RequestError):
 
 class UnknownModelError(RequestError):
     """The requested model is not loaded."""
+
+
+class UnauthenticatedError(MptServerError):
+    """The caller has no valid access token."""
+
+
+class PermissionDeniedError(MptServerError):
+    """The caller lacks a role."""
 
 
 class OverloadedError(MptServerError):

@@ -104,6 +104,10 @@ class ServerSettings:
     """The Unix socket on which gRPC listens instead of the port."""
     tls: TlsSettings | None = None
     """None serves without TLS, as Unix sockets always do."""
+    tokens_file: Path | None = None
+    """The access tokens that callers need, in TOML; None requires none."""
+    reflection: bool = True
+    """Whether gRPC's reflection describes the API."""
     grace_s: float = 30.0
     """How long running requests may take to finish after SIGTERM."""
     stall_timeout_s: float = 120.0

@@ -45,9 +45,11 @@ def http_context(certificate: ServerCertificate) -> ssl.SSLContext:
 
 
 def subject_name(certificate: Mapping[str, Any]) -> str:
-    """Returns who a client's certificate, as `ssl` describes it, was issued to: the common name, otherwise the first
+    """Returns whom a client's certificate, as `ssl` describes it, was issued to: its common name, otherwise its first
     alternative name; empty if it has neither."""
-    names = [value for attributes in certificate["subject"] for name, value in attributes if name == "commonName"]
+    names = [
+        value for attributes in certificate.get("subject", ()) for name, value in attributes if name == "commonName"
+    ]
     names += [value for _, value in certificate.get("subjectAltName", ())]
     return next(filter(None, names), "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -23,6 +24,20 @@ def add_connection(parser: argparse._ActionsContainer, target: argparse._Actions
         ("--client-key", "key of the own certificate (default: none)"),
     ):
         parser.add_argument(flag, type=_content, metavar="FILE", help=what)
+    parser.add_argument(
+        "--allow-insecure-token",
+        action="store_const",
+        const=True,
+        help="send access tokens, such as that in MPT_GRPC_TOKEN, without TLS to another machine, too",
+    )
+
+
+def client_options(parsed: argparse.Namespace) -> ConnectionOptions:
+    """Returns the options of a client's connection, with the access token in MPT_GRPC_TOKEN, if there is one."""
+    options = connection_options(parsed)
+    if token := os.environ.get("MPT_GRPC_TOKEN"):
+        options["token"] = token
+    return options
 
 
 def connection_options(parsed: argparse.Namespace) -> ConnectionOptions:

@@ -154,6 +154,14 @@ def add_server(serve: argparse.ArgumentParser) -> None:
     add_http(server)
     server.add_argument("--no-http", action="store_true", help="serve gRPC only")
     add_tls(server)
+    server.add_argument(
+        "--tokens-file",
+        type=Path,
+        metavar="FILE",
+        help="require one of the access tokens in this file, which `mpt-grpc token new` makes; read again when it"
+        " changes (default: none)",
+    )
+    server.add_argument("--no-reflection", action="store_true", help="serve no description of the API over gRPC")
     add_grace(server)
     server.add_argument(
         "--stall-timeout",
@@ -184,7 +192,7 @@ def add_http(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--host",
         default=ServerSettings().host,
-        help="address to listen on; 0.0.0.0 for all. There is no authentication",
+        help="address to listen on; 0.0.0.0 for all",
     )
     parser.add_argument(
         "--http-port",
@@ -294,6 +302,8 @@ def settings(parsed: argparse.Namespace) -> Settings:
             grpc_port=parsed.grpc_port,
             grpc_socket=parsed.grpc_socket,
             tls=tls_settings(parsed),
+            tokens_file=parsed.tokens_file,
+            reflection=not parsed.no_reflection,
             grace_s=parsed.grace,
             stall_timeout_s=parsed.stall_timeout,
         ),

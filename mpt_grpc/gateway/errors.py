@@ -14,12 +14,16 @@ from mpt_grpc_client import (
     MptGrpcError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
 _TABLE: tuple[tuple[type[MptGrpcError], int, str, str | None], ...] = (
     (InvalidRequestError, 400, "invalid_request_error", None),
     (NotFoundError, 404, "invalid_request_error", "model_not_found"),
+    (UnauthenticatedError, 401, "invalid_request_error", "invalid_api_key"),
+    (PermissionDeniedError, 403, "invalid_request_error", "permission_denied"),
     (OverloadedError, 429, "rate_limit_error", "overloaded"),
     (UnavailableError, 503, "server_error", "unavailable"),
     (DeadlineExceededError, 504, "server_error", "timeout"),
@@ -62,6 +66,8 @@ def error_response(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> 
     """Returns the response for an error, with the headers from which SDKs read when to retry."""
     status, body = error_body(error, names)
     headers = {}
+    if status == 401:
+        headers = {"www-authenticate": 'Bearer, Basic realm="access token as the password"'}  # the latter for browsers
     if status == 408:
         headers = {"connection": "close"}  # the rest of the request may never arrive
     if isinstance(error, OverloadedError) and error.retry_after is not None:

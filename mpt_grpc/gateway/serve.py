@@ -20,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from mpt_grpc.gateway.app import make_app
+from mpt_grpc.gateway.callers import Callers
 from mpt_grpc.gateway.middleware import ArrivalMiddleware, BodyMemoryMiddleware, GracePeriodMiddleware, HeaderMiddleware
 from mpt_grpc.gateway.protocol import BoundedProtocol
 from mpt_grpc.listening import port_error
@@ -53,12 +54,17 @@ async def running_gateway(
     channel: a channel to the target that passes responses as objects, instead of a connection; it is closed at the end.
     connection: how the gateway connects to the target.
     """
+    endpoint, is_in_process = resolve(target, connection), channel is not None
     # Parses responses that would take long to parse on the event loop. The HTTP caller decides whether to retry.
-    blocking = nullcontext() if channel else Client(target, retries=False, **connection)
-    channel = channel or resolve(target, connection).aio_channel(retries=False)
+    blocking = nullcontext() if is_in_process else Client(target, retries=False, **connection)
+    channel = channel or endpoint.aio_channel(retries=False)
     async with AsyncClient(target, channel=channel) as client:
         with blocking as blocking_client, _listening(host, settings.port or 0) as listeners:
-            app = make_app(client, blocking_client, HealthStub(channel), strict_model_names=settings.strict_model_names)
+            passes_tokens = is_in_process or endpoint.may_send_tokens
+            callers = Callers(client, passes_tokens=passes_tokens, passes_certificates=is_in_process)
+            app = make_app(
+                callers, blocking_client, HealthStub(channel), strict_model_names=settings.strict_model_names
+            )
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=settings.allow_origins,

@@ -1,4 +1,5 @@
-"""The interceptor of all calls: adds a server span to the caller's trace, logs a line, and maps errors to statuses."""
+"""The interceptor of all calls: identifies the caller and checks its roles, adds a server span to the caller's trace,
+logs a line, and maps errors to statuses."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from mpt_grpc.access import Access, check_role
+from mpt_grpc.caller import ANONYMOUS, Caller, Role
 from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptServerError
 from mpt_grpc.server import status
 from mpt_grpc.server.sizes import MessageLimits
@@ -34,6 +37,18 @@ _SERVICES: Mapping[str, ServiceDescriptor] = {
 SERVICE, DEBUG_SERVICE = _SERVICES
 _log = logging.getLogger("mpt_grpc.access")
 _POLLED = ("GetEngineState", "GetModelInfo", "GetServerInfo")
+_ROLES: Mapping[str, tuple[Role, ...]] = {
+    "Generate": (Role.GENERATE,),
+    "StreamGenerate": (Role.GENERATE,),
+    "Tokenize": (Role.GENERATE,),
+    "Detokenize": (Role.GENERATE,),
+    "Cancel": (Role.GENERATE, Role.ADMIN),
+    "GetEngineState": (Role.OBSERVE,),
+    "GetModelInfo": tuple(Role),
+    "GetServerInfo": tuple(Role),
+    "ServerReflectionInfo": tuple(Role),
+}
+"""The roles of which a caller needs one, by method. Methods that are not listed need none and no token: health."""
 _MAX_LOGGED_CHARACTERS = 300
 
 # grpc.aio's types describe the messages of one method; an interceptor handles those of all methods.
@@ -48,6 +63,7 @@ class Call:
     peer: str
     span: Span | None
     """None unless the server traces."""
+    caller: Caller = ANONYMOUS
     logged: dict[str, Any] = field(default_factory=dict)
     """What its line in the log contains in addition to the method, the status and the duration."""
 
@@ -61,14 +77,14 @@ def current_call() -> Call:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the methods of this project's services; health and reflection pass through unchanged."""
+    """Wraps the methods of this project's services and reflection; health passes through unchanged."""
 
     message_limits: MessageLimits
     """To be set before the server starts."""
 
-    def __init__(self, tracer: Tracer | None) -> None:
+    def __init__(self, tracer: Tracer | None, access: Access) -> None:
         self._arrivals = Turnstile()
-        self._tracer = tracer
+        self._tracer, self._access = tracer, access
         self._propagator = TraceContextTextMapPropagator()
 
     async def intercept_service(
@@ -79,8 +95,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         method = handler_call_details.method.removeprefix("/")
         service, _, name = method.partition("/")
-        if handler is None or service not in _SERVICES:
+        if handler is None or name not in _ROLES:
             return handler
+        if service not in _SERVICES:
+            return self._without_messages(method, handler)
         assert handler.request_deserializer is not None
         parse = partial(self._parse, _SERVICES[service].methods_by_name[name], handler.request_deserializer)
         # Messages are parsed where errors become statuses, and not by gRPC, which would report UNKNOWN.
@@ -117,16 +135,30 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return stream
 
+    def _without_messages(self, method: str, handler: _Handler) -> _Handler:
+        """Returns the handler of another service, whose messages gRPC parses."""
+        reflect: Callable[..., Any] = handler.stream_stream  # type: ignore[assignment]  # the only other service
+
+        async def serve(requests: Any, context: _CallContext) -> AsyncIterator[Any]:
+            async with self._serving(method, context), aclosing(reflect(requests, context)) as responses:
+                async for response in responses:
+                    yield response
+
+        return grpc.stream_stream_rpc_method_handler(serve, handler.request_deserializer, handler.response_serializer)
+
     @asynccontextmanager
     async def _serving(self, method: str, context: _CallContext) -> AsyncIterator[None]:
         # Read now: grpc crashes if the peer of a cancelled call is read at its end.
         call = Call(context.peer(), self._start_span(method, context))
+        certified_name = _certified_name(context.auth_context())
         # Each call runs in a task of its own, so the variable need not be reset.
         _call.set(call)
         start_s = time.monotonic()
         code = grpc.StatusCode.OK
         try:
             await self._arrivals.wait()
+            self._identify(call, context, certified_name)
+            check_role(call.caller, _ROLES[method.rpartition("/")[2]])
             yield
         except MptServerError as error:
             code, _ = status.code_and_reason(error)
@@ -143,6 +175,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if call.span is not None:
                 call.span.set_attribute(names.RPC_STATUS_CODE, code.name)
                 call.span.end()
+
+    def _identify(self, call: Call, context: _CallContext, certified_name: str) -> None:
+        """Sets the caller. Raises UnauthenticatedError."""
+        metadata = dict(context.invocation_metadata() or ())
+        authorization = metadata.get("authorization")
+        call.caller = self._access.caller(None if authorization is None else str(authorization), certified_name)
+        if name := call.caller.name:
+            call.logged["caller"] = name
+            if call.span is not None:
+                call.span.set_attribute(names.CALLER, name)
 
     def _start_span(self, method: str, context: _CallContext) -> Span | None:
         if self._tracer is None:
@@ -164,6 +206,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call.span.set_attribute(names.ERROR_TYPE, status.code_and_reason(error)[1])
             call.span.set_status(StatusCode.ERROR, str(error))
         await status.abort(context, error)
+
+
+def _certified_name(identity: Mapping[str, Iterable[bytes]]) -> str:
+    """Returns the name in a client's certificate, as `mpt_grpc.tls.subject_name` does; empty without a certificate."""
+    names = (*identity.get("x509_common_name", ()), *identity.get("x509_subject_alternative_name", ()))
+    return next((name.decode(errors="replace") for name in names if name), "")
 
 
 def _log_call(method: str, call: Call, code: grpc.StatusCode, duration_s: float) -> None:

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, NoReturn, Self, TypeAlias
 import grpc
 from grpc.aio import EOF, Metadata, UsageError
 
+from mpt_grpc.access import CERTIFIED_NAME
+
 _log = logging.getLogger(__name__)
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -243,7 +245,8 @@ class _Context(grpc.aio.ServicerContext[Any, Any]):
         return None
 
     def auth_context(self) -> Mapping[str, Iterable[bytes]]:
-        return {}
+        """Returns the name in the certificate of the HTTP caller, as grpc would that of its own caller."""
+        return {"x509_common_name": [str(self._metadata.get(CERTIFIED_NAME, "")).encode()]}
 
     def code(self) -> grpc.StatusCode:
         return self._own_status.code

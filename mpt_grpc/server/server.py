@@ -20,10 +20,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace import Tracer
 
+from mpt_grpc.access import Access
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel, load_engine
 from mpt_grpc.errors import DrainingError, ModelError, MptServerError
-from mpt_grpc.listening import address, claim_socket, port_error
+from mpt_grpc.listening import address, claim_socket, exposure, port_error
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.allocator import trim
 from mpt_grpc.server.credentials import server_credentials
@@ -157,8 +158,13 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
 
 @asynccontextmanager
 async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[RunningServer]:
-    interceptor = CallInterceptor(tracer)
-    certificate = None if settings.server.tls is None else server_certificate(settings.server.tls)
+    access, tls = Access(settings.server.tokens_file), settings.server.tls
+    interceptor = CallInterceptor(tracer, access)
+    certificate = None if tls is None else server_certificate(tls)
+    identifies_callers = access.requires_token or (tls is not None and tls.client_ca is not None)
+    missing = {"TLS (--tls-cert)": tls is None, "access tokens (--tokens-file)": not identifies_callers}
+    if warning := exposure(settings.server.host, missing):
+        _log.warning("%s", warning)
     server = grpc.aio.server(interceptors=[interceptor], options=_CHANNEL_OPTIONS)
     with _listening(server, settings.server, certificate) as target:
         loop = asyncio.get_running_loop()
@@ -173,9 +179,10 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
             pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, services)
             debug_pb2_grpc.add_DebugServiceServicer_to_server(DebugServicer(engine, model), services)
             health_pb2_grpc.add_HealthServicer_to_server(running.health, services)
-        reflection.enable_server_reflection(
-            (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
+        if settings.server.reflection:
+            reflection.enable_server_reflection(
+                (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+            )
         with engine:
             try:
                 await asyncio.to_thread(engine.generate, _warm_up(limits.max_context_tokens))

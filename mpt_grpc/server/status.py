@@ -18,7 +18,9 @@ from mpt_grpc.errors import (
     InvalidRequestError,
     MptServerError,
     OverloadedError,
+    PermissionDeniedError,
     PromptRefusedError,
+    UnauthenticatedError,
     UnknownModelError,
 )
 
@@ -30,6 +32,8 @@ _TABLE: dict[type[MptServerError], tuple[grpc.StatusCode, str]] = {
     PromptRefusedError: (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_REFUSED"),
     UnknownModelError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
     DuplicateRequestError: (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
+    UnauthenticatedError: (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    PermissionDeniedError: (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     DrainingError: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     EngineStoppedError: (grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPED"),

@@ -22,6 +22,7 @@ BIN = Path(sys.executable).parent
 PAGES = (
     "install",
     "serving",
+    "security",
     "checkpoints",
     "clients",
     "generation",
@@ -159,7 +160,7 @@ def test_every_flag_in_the_prose_exists(name: str, server: Any) -> None:
     prose = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
     if name == "docs/names.md":
         prose = HISTORICAL.sub(lambda row: row[0].removesuffix(f"{row[1]}|"), prose)
-    commands = ("", "serve", "gateway", "generate", "chat", "eval", "bench")
+    commands = ("", "serve", "gateway", "generate", "chat", "token", "eval", "bench")
     help_text = "".join(
         run([sys.executable, "-m", "mpt_grpc", *filter(None, (command,)), "--help"], server) for command in commands
     )

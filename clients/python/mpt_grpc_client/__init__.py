@@ -15,6 +15,8 @@ from mpt_grpc_client.errors import (
     MptGrpcError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from mpt_grpc_client.prompts import Message, Prompt, Role
@@ -68,6 +70,7 @@ __all__ = [
     "NotFoundError",
     "Output",
     "OverloadedError",
+    "PermissionDeniedError",
     "Prompt",
     "Regex",
     "RepetitionGuard",
@@ -78,6 +81,7 @@ __all__ = [
     "Token",
     "TokenLogprob",
     "TopLogprob",
+    "UnauthenticatedError",
     "UnavailableError",
     "Usage",
     "__version__",

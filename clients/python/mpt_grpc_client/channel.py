@@ -6,7 +6,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, TypeAlias, TypedDict
 
 import grpc
 from opentelemetry import propagate
@@ -17,7 +17,9 @@ from mpt_grpc_client.version import __version__
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """The maximum size of one message, in either direction."""
 
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 _TLS_SCHEME = "grpcs://"
+
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 """The variables that gRPC reads, in its order of precedence."""
 
@@ -52,6 +54,10 @@ class ConnectionOptions(TypedDict, total=False):
     """The key of the client's certificate, in PEM."""
     credentials: grpc.ChannelCredentials
     """Credentials made with gRPC, instead of the options above."""
+    token: str
+    """The access token, which every call sends."""
+    allow_insecure_token: bool
+    """Whether access tokens may be sent without TLS to another machine, where anyone on the way can read them."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,10 @@ class Endpoint:
     target: str
     credentials: grpc.ChannelCredentials | None
     """None connects without TLS."""
+    may_send_tokens: bool
+    """Whether nobody on the way can read access tokens, or that is allowed."""
+    metadata: Metadata
+    """What every call sends."""
 
     def channel(self, retries: bool) -> grpc.Channel:
         options = channel_options(self.target, retries)
@@ -75,21 +85,32 @@ class Endpoint:
         return grpc.aio.secure_channel(self.target, self.credentials, options)
 
 
-def resolve(target: str | None, options: ConnectionOptions) -> Endpoint:
+def resolve(target: str | None, options: ConnectionOptions, *, has_channel: bool = False) -> Endpoint:
     """Returns the server for a target as in `resolve_target`.
 
-    Raises InvalidTargetError for such a target, TypeError for an unknown option or one of a wrong type, and ValueError
-    for options that do not go together.
+    has_channel: whether another channel than the endpoint's is used, whose security is unknown.
+    Raises InvalidTargetError for such a target or one to which the token must not be sent, TypeError for an unknown
+    option or one of a wrong type, and ValueError for options that do not go together.
     """
     known = ConnectionOptions.__optional_keys__
     if unknown := options.keys() - known:
         raise TypeError(f"unknown option {min(unknown)!r}; those of a connection are {', '.join(sorted(known))}")
     resolved = resolve_target(target)
-    is_secure = resolved.startswith(_TLS_SCHEME)
-    return Endpoint(resolved.removeprefix(_TLS_SCHEME), _credentials(options, is_secure))
+    address = resolved.removeprefix(_TLS_SCHEME)
+    credentials = _credentials(options, has_scheme=resolved != address)
+    is_safe = credentials is not None or _is_local(address) or options.get("allow_insecure_token", False)
+    token = options.get("token")
+    if token is None:
+        return Endpoint(address, credentials, is_safe, ())
+    if not re.fullmatch("[!-~]+", token):
+        raise ValueError("token: must consist of visible ASCII characters")
+    if not (is_safe or has_channel):
+        why = f"use TLS ('{_TLS_SCHEME}{address}'), or allow_insecure_token inside a trusted network"
+        raise InvalidTargetError(f"target {resolved!r} is another machine, and the token would be readable: {why}")
+    return Endpoint(address, credentials, is_safe, (("authorization", f"Bearer {token}"),))
 
 
-def _credentials(options: ConnectionOptions, is_secure: bool) -> grpc.ChannelCredentials | None:
+def _credentials(options: ConnectionOptions, *, has_scheme: bool) -> grpc.ChannelCredentials | None:
     root = _pem(options, "root_certificates")
     key, certificate = _pem(options, "client_key"), _pem(options, "client_certificate")
     credentials = options.get("credentials")
@@ -98,7 +119,7 @@ def _credentials(options: ConnectionOptions, is_secure: bool) -> grpc.ChannelCre
         raise ValueError("credentials: pass the certificates and the key to grpc.ssl_channel_credentials")
     if (key is None) != (certificate is None):
         raise ValueError("client_certificate and client_key: pass both or neither")
-    if credentials is None and (is_secure or has_pem or options.get("tls")):
+    if credentials is None and (has_scheme or has_pem or options.get("tls")):
         return grpc.ssl_channel_credentials(root, key, certificate)
     return credentials
 
@@ -187,7 +208,7 @@ def _host(target: str) -> str:
     return host.rpartition(":")[0].strip("[]").lower()
 
 
-def trace_metadata() -> tuple[tuple[str, str], ...]:
+def trace_metadata() -> Metadata:
     """Returns the current trace context as metadata: `traceparent` by default; empty outside a span."""
     carrier: dict[str, str] = {}
     propagate.inject(carrier)

@@ -4,11 +4,13 @@ MptGrpcError              a call that failed; statuses not listed below raise th
 ├── InvalidRequestError     INVALID_ARGUMENT: one or more options are invalid
 ├── NotFoundError           NOT_FOUND: the requested model is not loaded
 ├── AlreadyExistsError      ALREADY_EXISTS: a request with this ID is in progress
+├── UnauthenticatedError    UNAUTHENTICATED: the server requires an access token, and this one is missing or not valid
+├── PermissionDeniedError   PERMISSION_DENIED: the caller lacks a role
 ├── OverloadedError         RESOURCE_EXHAUSTED: the server's queue is full, or it is too busy to check a constraint
 ├── UnavailableError        UNAVAILABLE: the server cannot be reached or is shutting down
 ├── DeadlineExceededError   DEADLINE_EXCEEDED: the timeout has expired
 ├── InternalError           INTERNAL: the server failed while processing this request
-└── InvalidTargetError      the target is neither HOST:PORT nor unix:PATH; no call was made
+└── InvalidTargetError      the target is neither HOST:PORT nor unix:PATH, or not to get a token; no call was made
 """
 
 from __future__ import annotations
@@ -67,6 +69,14 @@ class AlreadyExistsError(MptGrpcError):
     """A request with this ID is in progress."""
 
 
+class UnauthenticatedError(MptGrpcError):
+    """The server requires an access token, and the client's is missing, unknown or has expired."""
+
+
+class PermissionDeniedError(MptGrpcError):
+    """The access token lacks the role that the method requires."""
+
+
 class OverloadedError(MptGrpcError):
     """The server's queue is full, or it is too busy to check a new constraint. Retries did not help."""
 
@@ -96,7 +106,7 @@ class InternalError(MptGrpcError):
 
 
 class InvalidTargetError(MptGrpcError, ValueError):
-    """The target is neither HOST:PORT nor unix:PATH."""
+    """The target is neither HOST:PORT nor unix:PATH, or one to which the access token must not be sent."""
 
 
 def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None, proxy: str | None = None) -> MptGrpcError:
@@ -142,6 +152,8 @@ def closed_error() -> MptGrpcError:
 _CLASSES: dict[grpc.StatusCode, type[MptGrpcError]] = {
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
     grpc.StatusCode.INTERNAL: InternalError,

@@ -1,0 +1,154 @@
+"""Who may call: access tokens, of which a file has the hashes, and certificates of clients.
+
+An access token is the secret of a caller. It has nothing to do with the tokens of a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mpt_grpc.caller import ANONYMOUS, Caller, Role
+from mpt_grpc.errors import PermissionDeniedError, SettingsError, UnauthenticatedError
+from mpt_grpc.file_value import FileValue
+
+MAX_TOKENS = 1000
+"""The maximum number of tokens in a file: a call compares its token with all of them."""
+CERTIFIED_NAME = "mpt-grpc-certified-name"
+"""The metadata by which a gateway in the server's process passes on the name in the certificate of its caller."""
+_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
+_NAME_RULE = "1 to 64 letters, digits and ._@- are required"
+_BEARER = re.compile(r"bearer +([!-~]+)", re.IGNORECASE)
+_CERTIFIED = frozenset({Role.GENERATE, Role.OBSERVE})
+
+
+@dataclass(frozen=True)
+class AccessToken:
+    """What the server knows of an access token."""
+
+    name: str
+    """The caller's; several tokens may have the same."""
+    digest: bytes
+    """The SHA-256 of the token."""
+    roles: frozenset[Role]
+    expires: datetime | None = None
+
+
+class Access:
+    """Identifies callers."""
+
+    def __init__(self, tokens_file: Path | None = None) -> None:
+        """tokens_file: the tokens that callers need; None accepts all callers. Raises SettingsError."""
+        self._tokens = None if tokens_file is None else FileValue([tokens_file], lambda: read_tokens(tokens_file))
+        self._salt_key = secrets.token_bytes(32)
+
+    @property
+    def requires_token(self) -> bool:
+        return self._tokens is not None
+
+    def caller(self, authorization: str | None, certified_name: str = "") -> Caller:
+        """Returns the caller of a request.
+
+        authorization: the header of this name.
+        certified_name: the name in the client's certificate, if it has presented one.
+        Raises UnauthenticatedError if a token is required, and this is none.
+        """
+        if self._tokens is not None:
+            token = _find(self._tokens.current, authorization)
+            return Caller(token.name, token.roles, self._salt(token.name))
+        if certified_name:
+            return Caller(certified_name, _CERTIFIED, self._salt(certified_name))
+        return ANONYMOUS
+
+    def _salt(self, name: str) -> str:
+        return hmac.digest(self._salt_key, name.encode(), "sha256").hex()
+
+
+def check_role(caller: Caller, accepted: Sequence[Role]) -> None:
+    """Raises PermissionDeniedError unless the caller has one of the roles."""
+    if caller.roles.isdisjoint(accepted):
+        raise PermissionDeniedError(f"{caller.name} lacks the role {' or '.join(accepted)}")
+
+
+def _find(tokens: Sequence[AccessToken], authorization: str | None) -> AccessToken:
+    if not authorization:
+        raise UnauthenticatedError("an access token is required: send it as 'authorization: Bearer TOKEN'")
+    if (match := _BEARER.fullmatch(authorization)) is None:
+        raise UnauthenticatedError("the authorization is not of the form 'Bearer TOKEN'")
+    digest = token_digest(match[1])
+    # All are compared, so that the time says nothing about them.
+    found = [token for token in tokens if hmac.compare_digest(token.digest, digest)]
+    if not found:
+        raise UnauthenticatedError("the access token is not valid")
+    if (expires := found[0].expires) is not None and expires <= datetime.now(UTC):
+        raise UnauthenticatedError(f"the access token of {found[0].name} expired at {expires.isoformat()}")
+    return found[0]
+
+
+def token_digest(token: str) -> bytes:
+    """Returns the SHA-256 of a token, which needs no salt, since tokens are random."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+def check_name(name: str) -> None:
+    """Raises SettingsError if a caller cannot have this name."""
+    if not _NAME.fullmatch(name):
+        raise SettingsError(f"NAME: {_NAME_RULE}")
+
+
+def read_tokens(file: Path) -> tuple[AccessToken, ...]:
+    """Returns the tokens in a file. Raises SettingsError with everything that is wrong with it."""
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"--tokens-file: cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"--tokens-file: {file} is not TOML: {error}") from error
+    tables = content.pop("tokens", [])
+    problems = [f"{key}: unknown; the file consists of [[tokens]]" for key in content]
+    if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
+        problems, tables = [*problems, "tokens: write [[tokens]] before each token"], []
+    if len(tables) > MAX_TOKENS:
+        problems.append(f"tokens: {len(tables)}; at most {MAX_TOKENS} are allowed")
+    for number, table in enumerate(tables):
+        problems += [f"tokens[{number}].{problem}" for problem in _problems(table)]
+    digests = [table.get("sha256") for table in tables]
+    problems += [
+        f"tokens[{number}].sha256: is that of tokens[{first}]"
+        for number, digest in enumerate(digests)
+        if (first := digests.index(digest)) != number and digest is not None
+    ]
+    if problems:
+        raise SettingsError(f"--tokens-file: {file}: {'; '.join(problems)}")
+    return tuple(
+        AccessToken(
+            table["name"],
+            bytes.fromhex(table["sha256"]),
+            frozenset(map(Role, table["roles"])),
+            table.get("expires"),
+        )
+        for table in tables
+    )
+
+
+def _problems(table: Mapping[str, Any]) -> Iterator[str]:
+    known = ("name", "sha256", "roles", "expires")
+    yield from (f"{key}: unknown; use {', '.join(known)}" for key in table if key not in known)
+    if not _NAME.fullmatch(str(table.get("name", ""))):
+        yield f"name: {_NAME_RULE}"
+    if not re.fullmatch("[0-9a-f]{64}", str(table.get("sha256", ""))):
+        yield "sha256: 64 hexadecimal digits in lower case are required"
+    roles = table.get("roles")
+    if not isinstance(roles, list) or not roles or not set(map(str, roles)) <= set(Role):
+        yield f"roles: a list of {', '.join(Role)} is required"
+    expires = table.get("expires")
+    if expires is not None and not (isinstance(expires, datetime) and expires.tzinfo):
+        yield "expires: a time with its offset is required, such as 2027-01-01T00:00:00Z"
