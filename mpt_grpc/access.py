@@ -11,12 +11,12 @@ import re
 import secrets
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mpt_grpc.caller import ANONYMOUS, Caller, Role
+from mpt_grpc.caller import ANONYMOUS, UNLIMITED, Caller, Quota, Role
 from mpt_grpc.errors import PermissionDeniedError, SettingsError, UnauthenticatedError
 from mpt_grpc.file_value import FileValue
 
@@ -42,17 +42,26 @@ class AccessToken:
     expires: datetime | None = None
 
 
+@dataclass(frozen=True)
+class _Grants:
+    """The content of a tokens file."""
+
+    tokens: tuple[AccessToken, ...]
+    quotas: Mapping[str, Quota]
+    """The quotas of callers that have one."""
+
+
 class Access:
     """Identifies callers."""
 
     def __init__(self, tokens_file: Path | None = None) -> None:
         """tokens_file: the tokens that callers need; None accepts all callers. Raises SettingsError."""
-        self._tokens = None if tokens_file is None else FileValue([tokens_file], lambda: read_tokens(tokens_file))
+        self._grants = None if tokens_file is None else FileValue([tokens_file], lambda: _read(tokens_file))
         self._salt_key = secrets.token_bytes(32)
 
     @property
     def requires_token(self) -> bool:
-        return self._tokens is not None
+        return self._grants is not None
 
     def caller(self, authorization: str | None, certified_name: str = "") -> Caller:
         """Returns the caller of a request.
@@ -61,9 +70,10 @@ class Access:
         certified_name: the name in the client's certificate, if it has presented one.
         Raises UnauthenticatedError if a token is required, and this is none.
         """
-        if self._tokens is not None:
-            token = _find(self._tokens.current, authorization)
-            return Caller(token.name, token.roles, self._salt(token.name))
+        if self._grants is not None:
+            grants = self._grants.current
+            token = _find(grants.tokens, authorization)
+            return Caller(token.name, token.roles, self._salt(token.name), grants.quotas.get(token.name, UNLIMITED))
         if certified_name:
             return Caller(certified_name, _CERTIFIED, self._salt(certified_name))
         return ANONYMOUS
@@ -104,51 +114,75 @@ def check_name(name: str) -> None:
         raise SettingsError(f"NAME: {_NAME_RULE}")
 
 
-def read_tokens(file: Path) -> tuple[AccessToken, ...]:
-    """Returns the tokens in a file. Raises SettingsError with everything that is wrong with it."""
+def _read(file: Path) -> _Grants:
+    """Returns the content of a file. Raises SettingsError with everything that is wrong with it."""
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"--tokens-file: cannot read {file}: {error.strerror}") from error
     except ValueError as error:
         raise SettingsError(f"--tokens-file: {file} is not TOML: {error}") from error
-    tables = content.pop("tokens", [])
-    problems = [f"{key}: unknown; the file consists of [[tokens]]" for key in content]
-    if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
-        problems, tables = [*problems, "tokens: write [[tokens]] before each token"], []
-    if len(tables) > MAX_TOKENS:
-        problems.append(f"tokens: {len(tables)}; at most {MAX_TOKENS} are allowed")
-    for number, table in enumerate(tables):
-        problems += [f"tokens[{number}].{problem}" for problem in _problems(table)]
-    digests = [table.get("sha256") for table in tables]
-    problems += [
-        f"tokens[{number}].sha256: is that of tokens[{first}]"
-        for number, digest in enumerate(digests)
-        if (first := digests.index(digest)) != number and digest is not None
-    ]
-    if problems:
+    tokens, quotas = content.get("tokens", []), content.get("quotas", {})
+    if problems := [*_structure_problems(content)] or [*_token_problems(tokens), *_quota_problems(quotas, tokens)]:
         raise SettingsError(f"--tokens-file: {file}: {'; '.join(problems)}")
-    return tuple(
-        AccessToken(
-            table["name"],
-            bytes.fromhex(table["sha256"]),
-            frozenset(map(Role, table["roles"])),
-            table.get("expires"),
-        )
-        for table in tables
+    return _Grants(
+        tuple(
+            AccessToken(
+                name=token["name"],
+                digest=bytes.fromhex(token["sha256"]),
+                roles=frozenset(map(Role, token["roles"])),
+                expires=token.get("expires"),
+            )
+            for token in tokens
+        ),
+        {name: Quota(**quota) for name, quota in quotas.items()},
     )
 
 
-def _problems(table: Mapping[str, Any]) -> Iterator[str]:
+def _structure_problems(content: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in content.items():
+        if key == "tokens":
+            if not (isinstance(value, list) and all(isinstance(token, dict) for token in value)):
+                yield "tokens: write [[tokens]] before each token"
+            elif len(value) > MAX_TOKENS:
+                yield f"tokens: {len(value)}; at most {MAX_TOKENS} are allowed"
+        elif key == "quotas":
+            if not (isinstance(value, dict) and all(isinstance(quota, dict) for quota in value.values())):
+                yield "quotas: write [quotas.NAME] before each quota"
+        else:
+            yield f"{key}: unknown; the file consists of [[tokens]] and [quotas.NAME]"
+
+
+def _token_problems(tokens: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    seen: dict[Any, int] = {}
+    for number, token in enumerate(tokens):
+        yield from (f"tokens[{number}].{problem}" for problem in _problems(token))
+        if (first := seen.setdefault(token.get("sha256"), number)) != number:
+            yield f"tokens[{number}].sha256: is that of tokens[{first}]"
+
+
+def _problems(token: Mapping[str, Any]) -> Iterator[str]:
     known = ("name", "sha256", "roles", "expires")
-    yield from (f"{key}: unknown; use {', '.join(known)}" for key in table if key not in known)
-    if not _NAME.fullmatch(str(table.get("name", ""))):
+    yield from (f"{key}: unknown; use {', '.join(known)}" for key in token if key not in known)
+    if not _NAME.fullmatch(str(token.get("name", ""))):
         yield f"name: {_NAME_RULE}"
-    if not re.fullmatch("[0-9a-f]{64}", str(table.get("sha256", ""))):
+    if not re.fullmatch("[0-9a-f]{64}", str(token.get("sha256", ""))):
         yield "sha256: 64 hexadecimal digits in lower case are required"
-    roles = table.get("roles")
+    roles = token.get("roles")
     if not isinstance(roles, list) or not roles or not set(map(str, roles)) <= set(Role):
         yield f"roles: a list of {', '.join(Role)} is required"
-    expires = table.get("expires")
+    expires = token.get("expires")
     if expires is not None and not (isinstance(expires, datetime) and expires.tzinfo):
         yield "expires: a time with its offset is required, such as 2027-01-01T00:00:00Z"
+
+
+def _quota_problems(quotas: Mapping[str, Mapping[str, Any]], tokens: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    known = [field.name for field in fields(Quota)]
+    for name, quota in quotas.items():
+        if name not in [token.get("name") for token in tokens]:
+            yield f"quotas.{name}: no token has this name"
+        for key, value in quota.items():
+            if key not in known:
+                yield f"quotas.{name}.{key}: unknown; use {' or '.join(known)}"
+            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                yield f"quotas.{name}.{key}: a number above 0 is required"

@@ -21,6 +21,19 @@ ALL_ROLES = frozenset(Role)
 
 
 @dataclass(frozen=True)
+class Quota:
+    """How much of a server a caller may use; None does not limit it."""
+
+    max_requests: int | None = None
+    """Generations in progress."""
+    tokens_per_minute: int | None = None
+    """Tokens of prompts and outputs."""
+
+
+UNLIMITED = Quota()
+
+
+@dataclass(frozen=True)
 class Caller:
     """Who sends a request."""
 
@@ -29,6 +42,7 @@ class Caller:
     roles: frozenset[Role] = ALL_ROLES
     cache_salt: str = ""
     """The salt of its requests that have none, which no other caller can know."""
+    quota: Quota = UNLIMITED
 
 
 ANONYMOUS = Caller()

@@ -16,6 +16,7 @@ MptServerError
 ├── UnauthenticatedError   the caller has no valid access token
 ├── PermissionDeniedError  the caller lacks a role
 ├── OverloadedError        the queue is full or the machine too busy; the caller can retry later
+│   └── QuotaExceededError     the caller uses as much as it may
 ├── UnavailableError       the engine accepts no requests
 │   ├── DrainingError        the server is shutting down
 │   └── EngineStoppedError   the engine has failed and the server must be restarted
@@ -106,6 +107,15 @@ class OverloadedError(MptServerError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QuotaExceededError(OverloadedError):
+    """The caller uses as much as its quota allows."""
+
+    def __init__(self, message: str, retry_after_s: float, caller: str, quota: str, limit: int) -> None:
+        """quota: what is limited, 'requests' in progress or 'tokens' per minute, to `limit`."""
+        super().__init__(message, retry_after_s)
+        self.caller, self.quota, self.limit = caller, quota, limit
 
 
 class UnavailableError(MptServerError):

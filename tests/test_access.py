@@ -10,7 +10,7 @@ import pytest
 from access_tokens import SECRETS, entry, write
 
 from mpt_grpc.access import MAX_TOKENS, Access
-from mpt_grpc.caller import ALL_ROLES, Role
+from mpt_grpc.caller import ALL_ROLES, Quota, Role
 from mpt_grpc.errors import SettingsError, UnauthenticatedError
 
 ALICE = f"Bearer {SECRETS['alice']}"
@@ -58,6 +58,13 @@ def test_the_example_in_the_documentation_is_valid(tmp_path: Path) -> None:
     Access(tmp_path / "tokens.toml")
 
 
+def test_a_quota_is_that_of_all_tokens_of_a_caller(tmp_path: Path) -> None:
+    quota = "[quotas.alice]\nmax_requests = 2\ntokens_per_minute = 100\n"
+    access = Access(write(tmp_path / "tokens.toml", entry("a", "alice"), entry("b", "alice"), entry("c", "bob"), quota))
+    assert access.caller("Bearer a").quota == access.caller("Bearer b").quota == Quota(2, 100)
+    assert access.caller("Bearer c").quota == Quota()
+
+
 def test_without_a_file_a_certificate_names_the_caller_and_others_are_anonymous() -> None:
     access = Access()
     assert access.caller(ALICE).name == ""
@@ -99,8 +106,12 @@ def test_a_change_of_the_file_takes_effect_and_a_broken_one_is_logged_once(
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
+        ("quotas = 3", r"quotas: write \[quotas.NAME\] before each quota"),
+        (entry("a", "a") + "[quotas.b]", "quotas.b: no token has this name"),
+        (entry("a", "a") + "[quotas.a]\nx = 1", "quotas.a.x: unknown; use max_requests or tokens_per_minute"),
+        (entry("a", "a") + "[quotas.a]\nmax_requests = 0", "quotas.a.max_requests: a number above 0 is required"),
         ("tokens = 3", r"tokens: write \[\[tokens\]\] before each token"),
-        ("token = []", r"token: unknown; the file consists of \[\[tokens\]\]"),
+        ("token = []", r"token: unknown; the file consists of \[\[tokens\]\] and \[quotas.NAME\]"),
         ("[[tokens]]\nrole = 1", r"tokens\[0\].role: unknown; use name, sha256, roles, expires"),
         (entry("a", "a b"), r"tokens\[0\].name: 1 to 64 letters, digits and ._@- are required"),
         ('[[tokens]]\nname = "a"\nsha256 = "12"', r"tokens\[0\].sha256: 64 hexadecimal digits"),

@@ -15,6 +15,7 @@ from mpt_grpc_client import (
     NotFoundError,
     OverloadedError,
     PermissionDeniedError,
+    QuotaExceededError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -24,11 +25,16 @@ _TABLE: tuple[tuple[type[MptGrpcError], int, str, str | None], ...] = (
     (NotFoundError, 404, "invalid_request_error", "model_not_found"),
     (UnauthenticatedError, 401, "invalid_request_error", "invalid_api_key"),
     (PermissionDeniedError, 403, "invalid_request_error", "permission_denied"),
+    (QuotaExceededError, 429, "rate_limit_error", "rate_limit_exceeded"),
     (OverloadedError, 429, "rate_limit_error", "overloaded"),
     (UnavailableError, 503, "server_error", "unavailable"),
     (DeadlineExceededError, 504, "server_error", "timeout"),
 )
 _MAX_ECHOED = 100
+RATE_LIMIT_HEADERS = [
+    f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+]
+"""The headers that describe a quota that is exceeded."""
 FIELD_NAMES: Mapping[str, str] = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -74,6 +80,12 @@ def error_response(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> 
         headers = {
             "retry-after": str(max(1, round(error.retry_after))),
             "retry-after-ms": str(round(error.retry_after * 1000)),
+        }
+    if isinstance(error, QuotaExceededError):
+        headers |= {
+            f"x-ratelimit-limit-{error.quota}": str(error.limit),
+            f"x-ratelimit-remaining-{error.quota}": "0",
+            f"x-ratelimit-reset-{error.quota}": f"{error.retry_after or 0:.3f}s",
         }
     return JSONResponse(body, status, headers)
 

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from mpt_grpc.gateway.app import make_app
 from mpt_grpc.gateway.callers import Callers
+from mpt_grpc.gateway.errors import RATE_LIMIT_HEADERS
 from mpt_grpc.gateway.middleware import ArrivalMiddleware, BodyMemoryMiddleware, GracePeriodMiddleware, HeaderMiddleware
 from mpt_grpc.gateway.protocol import BoundedProtocol
 from mpt_grpc.listening import port_error
@@ -70,7 +71,7 @@ async def running_gateway(
                 allow_origins=settings.allow_origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=["retry-after", "retry-after-ms", "x-request-id"],
+                expose_headers=["retry-after", "retry-after-ms", "x-request-id", *RATE_LIMIT_HEADERS],
             )
             is_local = all(ip_address(listener.getsockname()[0]).is_loopback for listener in listeners)
             hosts = [host, *settings.allow_hosts] if is_local else None

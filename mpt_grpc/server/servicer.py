@@ -32,6 +32,7 @@ from mpt_grpc.limits import (
 from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
 from mpt_grpc.server import convert
 from mpt_grpc.server.interceptors import Call, current_call
+from mpt_grpc.server.quotas import Quotas
 from mpt_grpc.server.sizes import MessageLimits, check_sizes
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry import names
@@ -57,6 +58,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         self._message_limits = limits
         self._started_s = time.monotonic()
         self._num_answers = 0
+        self._quotas = Quotas()
         self._calls: dict[str, Call] = {}
         """The generations in progress, by request ID."""
         self.idle = asyncio.Event()
@@ -141,15 +143,18 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         """Submits a request, which ends with the block: by return, error, cancellation or deadline."""
         self._num_answers += 1
         self.idle.clear()
+        call = current_call()
         try:
-            stream = self._submit(message)
-            self._calls[stream.request_id] = call = current_call()
-            try:
-                yield _Answer(stream, message.output_options, self._engine.preparation.tokenizer)
-            finally:
-                stream.cancel()
-                if self._calls.get(stream.request_id) is call:  # a new request may have the same ID
-                    del self._calls[stream.request_id]
+            with self._quotas.request(call.caller) as meter:
+                stream = self._submit(message)
+                self._calls[stream.request_id] = call
+                deltas = aiter(stream) if meter is None else meter.metered(stream)
+                try:
+                    yield _Answer(stream, deltas, message.output_options, self._engine.preparation.tokenizer)
+                finally:
+                    stream.cancel()
+                    if self._calls.get(stream.request_id) is call:  # a new request may have the same ID
+                        del self._calls[stream.request_id]
         finally:
             self._num_answers -= 1
             if not self._num_answers:
@@ -194,9 +199,14 @@ def _num_logprobs(delta: OutputDelta) -> int:
 class _Answer:
     """The response to one request while it is generated."""
 
-    def __init__(self, stream: AsyncStream, options: pb.OutputOptions, tokenizer: Tokenizer) -> None:
-        self.request_id = stream.request_id
-        self.deltas = aiter(stream)
+    def __init__(
+        self,
+        stream: AsyncStream,
+        deltas: AsyncIterator[OutputDelta],
+        options: pb.OutputOptions,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.request_id, self.deltas = stream.request_id, deltas
         self._stream = stream
         self._options, self._tokenizer = options, tokenizer
         self._returns_token_ids = options.return_token_ids

@@ -16,6 +16,7 @@ from mpt_grpc_client.errors import (
     NotFoundError,
     OverloadedError,
     PermissionDeniedError,
+    QuotaExceededError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "OverloadedError",
     "PermissionDeniedError",
     "Prompt",
+    "QuotaExceededError",
     "Regex",
     "RepetitionGuard",
     "Role",
