@@ -63,6 +63,14 @@ class Access:
     def requires_token(self) -> bool:
         return self._grants is not None
 
+    def accepts(self, authorization: str | None) -> bool:
+        """Whether a request with this header has a caller."""
+        try:
+            self.caller(authorization)
+        except UnauthenticatedError:
+            return False
+        return True
+
     def caller(self, authorization: str | None, certified_name: str = "") -> Caller:
         """Returns the caller of a request.
 

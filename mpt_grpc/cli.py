@@ -202,7 +202,9 @@ def _add_token(token: argparse.ArgumentParser) -> None:
 
 def _add_evaluation(evaluation: argparse.ArgumentParser) -> None:
     evaluation.add_argument(
-        "--url", default=f"http://localhost:{HttpSettings().port}/v1", help="the server's OpenAI-compatible API"
+        "--url",
+        default=f"http://localhost:{HttpSettings().port}/v1",
+        help="the server's OpenAI-compatible API; OPENAI_API_KEY is sent if it is set",
     )
     evaluation.add_argument(
         "--tasks",

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -48,7 +49,7 @@ _ROLES: Mapping[str, tuple[Role, ...]] = {
     "GetServerInfo": tuple(Role),
     "ServerReflectionInfo": tuple(Role),
 }
-"""The roles of which a caller needs one, by method. Methods that are not listed need none and no token: health."""
+"""The roles of which a caller needs one, by method. No other method can be called, except health."""
 _MAX_LOGGED_CHARACTERS = 300
 
 # grpc.aio's types describe the messages of one method; an interceptor handles those of all methods.
@@ -95,8 +96,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         method = handler_call_details.method.removeprefix("/")
         service, _, name = method.partition("/")
-        if handler is None or name not in _ROLES:
+        if handler is None or service == HEALTH:
             return handler
+        if not self._access.accepts(_authorization(handler_call_details.invocation_metadata)):
+            # A handler for streamed requests is called before the message has been received.
+            return grpc.stream_stream_rpc_method_handler(partial(self._refuse, method))
         if service not in _SERVICES:
             return self._without_messages(method, handler)
         assert handler.request_deserializer is not None
@@ -134,6 +138,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     yield response
 
         return stream
+
+    async def _refuse(self, method: str, _requests: Any, context: _CallContext) -> AsyncIterator[bytes]:
+        """Ends a call whose access token is not accepted."""
+        async with self._serving(method, context):
+            yield b""
 
     def _without_messages(self, method: str, handler: _Handler) -> _Handler:
         """Returns the handler of another service, whose messages gRPC parses."""
@@ -178,9 +187,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _identify(self, call: Call, context: _CallContext, certified_name: str) -> None:
         """Sets the caller. Raises UnauthenticatedError."""
-        metadata = dict(context.invocation_metadata() or ())
-        authorization = metadata.get("authorization")
-        call.caller = self._access.caller(None if authorization is None else str(authorization), certified_name)
+        call.caller = self._access.caller(_authorization(context.invocation_metadata()), certified_name)
         if name := call.caller.name:
             call.logged["caller"] = name
             if call.span is not None:
@@ -206,6 +213,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call.span.set_attribute(names.ERROR_TYPE, status.code_and_reason(error)[1])
             call.span.set_status(StatusCode.ERROR, str(error))
         await status.abort(context, error)
+
+
+def _authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
+    return next((str(value) for key, value in metadata or () if key == "authorization"), None)
 
 
 def _certified_name(identity: Mapping[str, Iterable[bytes]]) -> str:

@@ -103,10 +103,11 @@ class LocalChannel(grpc.aio.Channel):
             if handler is None:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
             request = _coded(data, handler.request_deserializer)
-            if handler.unary_stream is None:
+            # An interceptor may refuse a call with a handler for streamed requests.
+            if (stream := handler.unary_stream or handler.stream_stream) is None:
                 await context.write(await handler.unary_unary(request, context))
             else:
-                async with aclosing(handler.unary_stream(request, context)) as responses:
+                async with aclosing(stream(request, context)) as responses:
                     async for response in responses:
                         await context.write(response)
         except grpc.aio.AbortError:

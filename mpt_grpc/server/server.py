@@ -163,7 +163,8 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
     certificate = None if tls is None else server_certificate(tls)
     identifies_callers = access.requires_token or (tls is not None and tls.client_ca is not None)
     missing = {"TLS (--tls-cert)": tls is None, "access tokens (--tokens-file)": not identifies_callers}
-    if warning := exposure(settings.server.host, missing):
+    listens_on_host = settings.server.grpc_socket is None or settings.http.port is not None
+    if listens_on_host and (warning := exposure(settings.server.host, missing)):
         _log.warning("%s", warning)
     server = grpc.aio.server(interceptors=[interceptor], options=_CHANNEL_OPTIONS)
     with _listening(server, settings.server, certificate) as target:

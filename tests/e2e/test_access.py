@@ -120,3 +120,12 @@ def test_a_command_does_not_send_a_token_to_another_machine_without_tls() -> Non
     ended = run(*CLI, "generate", "x", "--target", "models.invalid:50051", token="secret")
     assert ended.returncode == 1
     assert "target 'models.invalid:50051' is another machine, and the token would be readable" in ended.stderr
+
+
+def test_an_evaluation_reports_that_the_token_is_refused(
+    server: Protected, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", server.root)
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    assert main(("eval", "--url", server.process.openai_url)) == 1
+    assert "refuses the request with 401 Unauthorized" in capsys.readouterr().err

@@ -26,6 +26,8 @@ from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings, ModelSettings
 from mpt_grpc_client import AsyncClient, Client, PermissionDeniedError, UnauthenticatedError
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 
 OPTIONS: Any = {"max_new_tokens": 3, "temperature": 0}
 BODY = {"prompt": "The fox", "max_tokens": 3, "temperature": 0}
@@ -100,6 +102,8 @@ async def outcome(call: Any) -> str:
 )
 async def test_a_caller_may_call_what_its_roles_allow(name: str, refused: set[str], clients: Any) -> None:
     outcomes = {method: await outcome(call) for method, call in calls(clients[name]).items()}
+    services = [service for module in (pb, debug_pb2) for service in module.DESCRIPTOR.services_by_name.values()]
+    assert outcomes.keys() == {method.name for service in services for method in service.methods}
     assert {method for method, status in outcomes.items() if status == "PERMISSION_DENIED"} == refused
     assert {method for method, status in outcomes.items() if status == "OK"} == outcomes.keys() - refused
 
@@ -117,6 +121,13 @@ async def test_without_a_token_only_health_responds_over_grpc(server: RunningSer
             await anext(aiter(reflect(iter([request]))))
         (described,) = [response async for response in reflect(iter([request]), metadata=tuple(bearer("eve").items()))]
         assert "mpt.v1.TextGenerationService" in [s.name for s in described.list_services_response.service]
+
+
+async def test_a_call_without_a_token_is_refused_before_its_message_arrives(server: RunningServer) -> None:
+    async with grpc.aio.insecure_channel(server.target) as channel:
+        # Over the wire, a unary call differs from a stream only by the number of messages.
+        call = channel.stream_unary("/mpt.v1.TextGenerationService/Generate")()
+        assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_reflection_can_be_disabled() -> None:
