@@ -34,21 +34,11 @@ _CERTIFIED = frozenset({Role.GENERATE, Role.OBSERVE})
 class AccessToken:
     """What the server knows of an access token."""
 
-    name: str
-    """The caller's; several tokens may have the same."""
     digest: bytes
     """The SHA-256 of the token."""
-    roles: frozenset[Role]
-    expires: datetime | None = None
-
-
-@dataclass(frozen=True)
-class _Grants:
-    """The content of a tokens file."""
-
-    tokens: tuple[AccessToken, ...]
-    quotas: Mapping[str, Quota]
-    """The quotas of callers that have one."""
+    caller: Caller
+    """Whose token it is; a caller may have several."""
+    expires: datetime | None
 
 
 class Access:
@@ -56,35 +46,45 @@ class Access:
 
     def __init__(self, tokens_file: Path | None = None) -> None:
         """tokens_file: the tokens that callers need; None accepts all callers. Raises SettingsError."""
-        self._grants = None if tokens_file is None else FileValue([tokens_file], lambda: _read(tokens_file))
         self._salt_key = secrets.token_bytes(32)
+        self._tokens = None if tokens_file is None else FileValue([tokens_file], lambda: self._read(tokens_file))
 
     @property
     def requires_token(self) -> bool:
-        return self._grants is not None
+        return self._tokens is not None
 
-    def accepts(self, authorization: str | None) -> bool:
-        """Whether a request with this header has a caller."""
-        try:
-            self.caller(authorization)
-        except UnauthenticatedError:
-            return False
-        return True
+    def refresh(self) -> None:
+        """Reads the tokens again if their file has changed, which takes a while if there are many."""
+        if self._tokens is not None:
+            self._tokens.refresh()
 
-    def caller(self, authorization: str | None, certified_name: str = "") -> Caller:
-        """Returns the caller of a request.
+    def token_caller(self, authorization: str | None) -> Caller | None:
+        """Returns the caller whose token is in the header `authorization`; None if no token is required.
 
-        authorization: the header of this name.
-        certified_name: the name in the client's certificate, if it has presented one.
-        Raises UnauthenticatedError if a token is required, and this is none.
+        Raises UnauthenticatedError.
         """
-        if self._grants is not None:
-            grants = self._grants.current
-            token = _find(grants.tokens, authorization)
-            return Caller(token.name, token.roles, self._salt(token.name), grants.quotas.get(token.name, UNLIMITED))
-        if certified_name:
-            return Caller(certified_name, _CERTIFIED, self._salt(certified_name))
-        return ANONYMOUS
+        return None if self._tokens is None else _find(self._tokens.value, authorization)
+
+    def certified_caller(self, name: str) -> Caller:
+        """Returns the caller with this name in its certificate, or the anonymous one if it is empty."""
+        return Caller(name, _CERTIFIED, self._salt(name)) if name else ANONYMOUS
+
+    def _read(self, file: Path) -> tuple[AccessToken, ...]:
+        content = _content(file)
+        quotas = {name: Quota(**quota) for name, quota in content.get("quotas", {}).items()}
+        return tuple(
+            AccessToken(
+                bytes.fromhex(token["sha256"]),
+                Caller(
+                    token["name"],
+                    frozenset(map(Role, token["roles"])),
+                    self._salt(token["name"]),
+                    quotas.get(token["name"], UNLIMITED),
+                ),
+                token.get("expires"),
+            )
+            for token in content.get("tokens", [])
+        )
 
     def _salt(self, name: str) -> str:
         return hmac.digest(self._salt_key, name.encode(), "sha256").hex()
@@ -96,7 +96,7 @@ def check_role(caller: Caller, accepted: Sequence[Role]) -> None:
         raise PermissionDeniedError(f"{caller.name} lacks the role {' or '.join(accepted)}")
 
 
-def _find(tokens: Sequence[AccessToken], authorization: str | None) -> AccessToken:
+def _find(tokens: Sequence[AccessToken], authorization: str | None) -> Caller:
     if not authorization:
         raise UnauthenticatedError("an access token is required: send it as 'authorization: Bearer TOKEN'")
     if (match := _BEARER.fullmatch(authorization)) is None:
@@ -107,8 +107,8 @@ def _find(tokens: Sequence[AccessToken], authorization: str | None) -> AccessTok
     if not found:
         raise UnauthenticatedError("the access token is not valid")
     if (expires := found[0].expires) is not None and expires <= datetime.now(UTC):
-        raise UnauthenticatedError(f"the access token of {found[0].name} expired at {expires.isoformat()}")
-    return found[0]
+        raise UnauthenticatedError(f"the access token of {found[0].caller.name} expired at {expires.isoformat()}")
+    return found[0].caller
 
 
 def token_digest(token: str) -> bytes:
@@ -122,7 +122,7 @@ def check_name(name: str) -> None:
         raise SettingsError(f"NAME: {_NAME_RULE}")
 
 
-def _read(file: Path) -> _Grants:
+def _content(file: Path) -> dict[str, Any]:
     """Returns the content of a file. Raises SettingsError with everything that is wrong with it."""
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -133,18 +133,7 @@ def _read(file: Path) -> _Grants:
     tokens, quotas = content.get("tokens", []), content.get("quotas", {})
     if problems := [*_structure_problems(content)] or [*_token_problems(tokens), *_quota_problems(quotas, tokens)]:
         raise SettingsError(f"--tokens-file: {file}: {'; '.join(problems)}")
-    return _Grants(
-        tuple(
-            AccessToken(
-                name=token["name"],
-                digest=bytes.fromhex(token["sha256"]),
-                roles=frozenset(map(Role, token["roles"])),
-                expires=token.get("expires"),
-            )
-            for token in tokens
-        ),
-        {name: Quota(**quota) for name, quota in quotas.items()},
-    )
+    return content
 
 
 def _structure_problems(content: Mapping[str, Any]) -> Iterator[str]:
@@ -186,8 +175,9 @@ def _problems(token: Mapping[str, Any]) -> Iterator[str]:
 
 def _quota_problems(quotas: Mapping[str, Mapping[str, Any]], tokens: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     known = [field.name for field in fields(Quota)]
+    names = {token.get("name") for token in tokens}
     for name, quota in quotas.items():
-        if name not in [token.get("name") for token in tokens]:
+        if name not in names:
             yield f"quotas.{name}: no token has this name"
         for key, value in quota.items():
             if key not in known:

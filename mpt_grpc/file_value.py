@@ -16,31 +16,31 @@ _log = logging.getLogger(__name__)
 
 
 class FileValue(Generic[Value]):
-    """The value of files as they are now; any thread may read it.
-
-    A change that cannot be read is logged once, and the previous value stays in effect.
-    """
+    """The value of files; any thread may use it."""
 
     def __init__(self, files: Sequence[Path], read: Callable[[], Value]) -> None:
         """`read` returns the value, or raises SettingsError, which this constructor passes on."""
         self._files, self._read = files, read
         self._lock = threading.Lock()
         self._state = self._file_state()
-        self._value = read()
+        self.value = read()
+        """The value when the files were last read."""
 
-    @property
-    def current(self) -> Value:
-        """The value, for which every access looks at the files' times, sizes and inodes."""
+    def refresh(self) -> Value:
+        """Returns the value of the files as they are now, which are read if they have changed.
+
+        A change that cannot be read is logged once, and the previous value stays in effect.
+        """
         with self._lock:
             # Taken before the files are read, so that no later change is missed.
             state = self._file_state()
             if state != self._state:
                 self._state = state
                 try:
-                    self._value = self._read()
+                    self.value = self._read()
                 except SettingsError as error:
                     _log.error("%s; the previous content stays in effect", error)
-            return self._value
+            return self.value
 
     def _file_state(self) -> tuple[tuple[int, int, int] | None, ...]:
         return tuple(map(_state, self._files))

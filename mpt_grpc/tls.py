@@ -37,9 +37,9 @@ def http_context(certificate: ServerCertificate) -> ssl.SSLContext:
     """Returns a context for listening that presents the certificate in effect at each handshake."""
 
     def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-        connection.context = certificate.current.context
+        connection.context = certificate.refresh().context
 
-    context = certificate.current.context
+    context = certificate.value.context
     context.sni_callback = choose  # called for clients that send no name, too
     return context
 

@@ -10,18 +10,25 @@ import pytest
 from access_tokens import SECRETS, entry, write
 
 from mpt_grpc.access import MAX_TOKENS, Access
-from mpt_grpc.caller import ALL_ROLES, Quota, Role
+from mpt_grpc.caller import ALL_ROLES, Caller, Quota, Role
 from mpt_grpc.errors import SettingsError, UnauthenticatedError
 
 ALICE = f"Bearer {SECRETS['alice']}"
 
 
+def caller_of(access: Access, token: str) -> Caller:
+    caller = access.token_caller(f"Bearer {token}")
+    assert caller is not None
+    return caller
+
+
 @pytest.mark.parametrize("authorization", [ALICE, ALICE.replace("Bearer", "bearer"), ALICE.replace(" ", "  ")])
 def test_a_token_names_its_caller_with_its_roles(authorization: str, tmp_path: Path) -> None:
     access = Access(write(tmp_path / "tokens.toml"))
-    caller = access.caller(authorization)
+    caller = access.token_caller(authorization)
+    assert caller is not None
     assert (caller.name, caller.roles) == ("alice", {Role.GENERATE})
-    assert access.caller(f"Bearer {SECRETS['root']}").roles == ALL_ROLES
+    assert caller_of(access, SECRETS["root"]).roles == ALL_ROLES
 
 
 @pytest.mark.parametrize(
@@ -39,16 +46,16 @@ def test_a_token_names_its_caller_with_its_roles(authorization: str, tmp_path: P
 def test_without_a_valid_token_there_is_no_caller(authorization: str | None, why: str, tmp_path: Path) -> None:
     access = Access(write(tmp_path / "tokens.toml"))
     with pytest.raises(UnauthenticatedError, match=f"^{why}"):
-        access.caller(authorization, "a certificate does not replace a token")
+        access.token_caller(authorization)
 
 
 def test_several_tokens_of_a_caller_are_valid_until_they_expire(tmp_path: Path) -> None:
     old = entry("old", "alice", expires="2020-01-01T00:00:00Z")
     current = entry("current", "alice", expires="2999-01-01T00:00:00+02:00")
     access = Access(write(tmp_path / "tokens.toml", old, current, entry("new", "alice")))
-    assert access.caller("Bearer current") == access.caller("Bearer new")
+    assert caller_of(access, "current") == caller_of(access, "new")
     with pytest.raises(UnauthenticatedError, match="the access token of alice expired at 2020-01-01T00:00:00"):
-        access.caller("Bearer old")
+        caller_of(access, "old")
 
 
 def test_the_example_in_the_documentation_is_valid(tmp_path: Path) -> None:
@@ -61,23 +68,24 @@ def test_the_example_in_the_documentation_is_valid(tmp_path: Path) -> None:
 def test_a_quota_is_that_of_all_tokens_of_a_caller(tmp_path: Path) -> None:
     quota = "[quotas.alice]\nmax_requests = 2\ntokens_per_minute = 100\n"
     access = Access(write(tmp_path / "tokens.toml", entry("a", "alice"), entry("b", "alice"), entry("c", "bob"), quota))
-    assert access.caller("Bearer a").quota == access.caller("Bearer b").quota == Quota(2, 100)
-    assert access.caller("Bearer c").quota == Quota()
+    assert caller_of(access, "a").quota == caller_of(access, "b").quota == Quota(2, 100)
+    assert caller_of(access, "c").quota == Quota()
 
 
 def test_without_a_file_a_certificate_names_the_caller_and_others_are_anonymous() -> None:
     access = Access()
-    assert access.caller(ALICE).name == ""
-    certified = access.caller(None, "alice")
+    assert access.token_caller(ALICE) is None
+    assert access.certified_caller("") == Caller()
+    certified = access.certified_caller("alice")
     assert (certified.name, certified.roles) == ("alice", {Role.GENERATE, Role.OBSERVE})
 
 
 def test_a_caller_has_a_cache_salt_that_others_cannot_know(tmp_path: Path) -> None:
     access = Access(write(tmp_path / "tokens.toml"))
-    alice, bob = access.caller(ALICE), access.caller(f"Bearer {SECRETS['bob']}")
-    assert alice.cache_salt == access.caller(ALICE).cache_salt != bob.cache_salt
-    assert Access(tmp_path / "tokens.toml").caller(ALICE).cache_salt != alice.cache_salt
-    assert Access().caller(None).cache_salt == ""
+    salts = [caller_of(access, SECRETS[name]).cache_salt for name in ("alice", "alice", "bob")]
+    assert salts[0] == salts[1] != salts[2]
+    assert caller_of(Access(tmp_path / "tokens.toml"), SECRETS["alice"]).cache_salt != salts[0]
+    assert access.certified_caller("").cache_salt == ""
 
 
 def test_a_change_of_the_file_takes_effect_and_a_broken_one_is_logged_once(
@@ -87,16 +95,19 @@ def test_a_change_of_the_file_takes_effect_and_a_broken_one_is_logged_once(
     file = write(tmp_path / "tokens.toml")
     access = Access(file)
     write(file, entry("new", "alice"))
-    assert access.caller("Bearer new").name == "alice"
+    access.refresh()
+    assert caller_of(access, "new").name == "alice"
     with pytest.raises(UnauthenticatedError):
-        access.caller(ALICE)
+        caller_of(access, SECRETS["alice"])
     assert not caplog.records
 
     file.write_text("[[tokens]", encoding="utf-8")
     for _ in range(2):
-        assert access.caller("Bearer new").name == "alice"
+        access.refresh()
+        assert caller_of(access, "new").name == "alice"
     file.unlink()
-    assert access.caller("Bearer new").name == "alice"
+    access.refresh()
+    assert caller_of(access, "new").name == "alice"
     broken, missing = [record.getMessage() for record in caplog.records]
     assert broken.startswith(f"--tokens-file: {file} is not TOML: ")
     assert missing.startswith(f"--tokens-file: cannot read {file}: No such file")

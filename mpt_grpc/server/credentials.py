@@ -9,11 +9,11 @@ from mpt_grpc.tls import Certificate, ServerCertificate
 
 def server_credentials(certificate: ServerCertificate) -> grpc.ServerCredentials:
     """Returns credentials that present the certificate in effect at each handshake, with TLS 1.2 or newer."""
-    configured = certificate.current
+    configured = certificate.value
 
     def changed() -> grpc.ServerCertificateConfiguration | None:
         nonlocal configured
-        if (current := certificate.current) is configured:
+        if (current := certificate.refresh()) is configured:
             return None
         configured = current
         return _configuration(current)

@@ -8,7 +8,7 @@ import logging
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from mpt_grpc.access import Access, check_role
 from mpt_grpc.caller import ANONYMOUS, Caller, Role
-from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptServerError
+from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptServerError, UnauthenticatedError
 from mpt_grpc.server import status
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.telemetry import names
@@ -55,6 +55,7 @@ _MAX_LOGGED_CHARACTERS = 300
 # grpc.aio's types describe the messages of one method; an interceptor handles those of all methods.
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Serving: TypeAlias = Callable[[_CallContext], AbstractAsyncContextManager[None]]
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Call:
     peer: str
     span: Span | None
     """None unless the server traces."""
-    caller: Caller = ANONYMOUS
+    caller: Caller
     logged: dict[str, Any] = field(default_factory=dict)
     """What its line in the log contains in addition to the method, the status and the duration."""
 
@@ -98,19 +99,25 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         service, _, name = method.partition("/")
         if handler is None or service == HEALTH:
             return handler
-        if not self._access.accepts(_authorization(handler_call_details.invocation_metadata)):
+        metadata = handler_call_details.invocation_metadata or ()
+        authorization = next((str(value) for key, value in metadata if key == "authorization"), None)
+        try:
+            serving = partial(self._serving, method, self._access.token_caller(authorization))
+        except UnauthenticatedError as error:
             # A handler for streamed requests is called before the message has been received.
-            return grpc.stream_stream_rpc_method_handler(partial(self._refuse, method))
+            return grpc.stream_stream_rpc_method_handler(
+                _refusal(partial(self._serving, method, ANONYMOUS), str(error))
+            )
         if service not in _SERVICES:
-            return self._without_messages(method, handler)
+            return _reflection(serving, handler)
         assert handler.request_deserializer is not None
         parse = partial(self._parse, _SERVICES[service].methods_by_name[name], handler.request_deserializer)
         # Messages are parsed where errors become statuses, and not by gRPC, which would report UNKNOWN.
         codecs = (None, handler.response_serializer)
         if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(self._stream(method, parse, handler.unary_stream), *codecs)
+            return grpc.unary_stream_rpc_method_handler(_stream(serving, parse, handler.unary_stream), *codecs)
         assert handler.unary_unary is not None
-        return grpc.unary_unary_rpc_method_handler(self._unary(method, parse, handler.unary_unary), *codecs)
+        return grpc.unary_unary_rpc_method_handler(_unary(serving, parse, handler.unary_unary), *codecs)
 
     def _parse(self, method: MethodDescriptor, parse: Callable[[bytes], Any], data: bytes) -> Any:
         """Returns the message. Raises InvalidRequestError."""
@@ -121,53 +128,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             why = "not a valid request message of this method"
             raise InvalidRequestError(FieldViolation("request", why)) from error
 
-    def _unary(self, method: str, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
-        async def unary(data: bytes, context: _CallContext) -> Any:
-            async with self._serving(method, context):
-                response = serve(parse(data), context)
-                del data  # this frame is part of a status that gRPC keeps
-                return await response
-
-        return unary
-
-    def _stream(self, method: str, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
-        async def stream(data: bytes, context: _CallContext) -> AsyncIterator[Any]:
-            async with self._serving(method, context), aclosing(serve(parse(data), context)) as responses:
-                del data
-                async for response in responses:
-                    yield response
-
-        return stream
-
-    async def _refuse(self, method: str, _requests: Any, context: _CallContext) -> AsyncIterator[bytes]:
-        """Ends a call whose access token is not accepted."""
-        async with self._serving(method, context):
-            yield b""
-
-    def _without_messages(self, method: str, handler: _Handler) -> _Handler:
-        """Returns the handler of another service, whose messages gRPC parses."""
-        reflect: Callable[..., Any] = handler.stream_stream  # type: ignore[assignment]  # the only other service
-
-        async def serve(requests: Any, context: _CallContext) -> AsyncIterator[Any]:
-            async with self._serving(method, context), aclosing(reflect(requests, context)) as responses:
-                async for response in responses:
-                    yield response
-
-        return grpc.stream_stream_rpc_method_handler(serve, handler.request_deserializer, handler.response_serializer)
-
     @asynccontextmanager
-    async def _serving(self, method: str, context: _CallContext) -> AsyncIterator[None]:
+    async def _serving(self, method: str, caller: Caller | None, context: _CallContext) -> AsyncIterator[None]:
+        """Serves a call inside the block. `caller` is None if its certificate identifies it."""
         # Read now: grpc crashes if the peer of a cancelled call is read at its end.
-        call = Call(context.peer(), self._start_span(method, context))
-        certified_name = _certified_name(context.auth_context())
+        peer = context.peer()
+        caller = caller or self._access.certified_caller(_certified_name(context.auth_context()))
+        call = Call(peer, self._start_span(method, caller, context), caller)
+        if caller.name:
+            call.logged["caller"] = caller.name
         # Each call runs in a task of its own, so the variable need not be reset.
         _call.set(call)
         start_s = time.monotonic()
         code = grpc.StatusCode.OK
         try:
             await self._arrivals.wait()
-            self._identify(call, context, certified_name)
-            check_role(call.caller, _ROLES[method.rpartition("/")[2]])
+            check_role(caller, _ROLES[method.rpartition("/")[2]])
             yield
         except MptServerError as error:
             code, _ = status.code_and_reason(error)
@@ -185,23 +161,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 call.span.set_attribute(names.RPC_STATUS_CODE, code.name)
                 call.span.end()
 
-    def _identify(self, call: Call, context: _CallContext, certified_name: str) -> None:
-        """Sets the caller. Raises UnauthenticatedError."""
-        call.caller = self._access.caller(_authorization(context.invocation_metadata()), certified_name)
-        if name := call.caller.name:
-            call.logged["caller"] = name
-            if call.span is not None:
-                call.span.set_attribute(names.CALLER, name)
-
-    def _start_span(self, method: str, context: _CallContext) -> Span | None:
+    def _start_span(self, method: str, caller: Caller, context: _CallContext) -> Span | None:
         if self._tracer is None:
             return None
         carrier = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        named = {names.CALLER: caller.name} if caller.name else {}
         return self._tracer.start_span(
             method,
             context=self._propagator.extract(carrier, context=Context()),
             kind=SpanKind.SERVER,
-            attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method},
+            attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method, **named},
         )
 
     @staticmethod
@@ -215,8 +184,45 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         await status.abort(context, error)
 
 
-def _authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
-    return next((str(value) for key, value in metadata or () if key == "authorization"), None)
+def _unary(serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
+    async def unary(data: bytes, context: _CallContext) -> Any:
+        async with serving(context):
+            response = serve(parse(data), context)
+            del data  # this frame is part of a status that gRPC keeps
+            return await response
+
+    return unary
+
+
+def _stream(serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
+    async def stream(data: bytes, context: _CallContext) -> AsyncIterator[Any]:
+        async with serving(context), aclosing(serve(parse(data), context)) as responses:
+            del data
+            async for response in responses:
+                yield response
+
+    return stream
+
+
+def _reflection(serving: _Serving, handler: _Handler) -> _Handler:
+    """Returns the handler of reflection, the only other service, whose messages gRPC parses."""
+    reflect: Callable[..., Any] = handler.stream_stream  # type: ignore[assignment]
+
+    async def stream(requests: Any, context: _CallContext) -> AsyncIterator[Any]:
+        async with serving(context), aclosing(reflect(requests, context)) as responses:
+            async for response in responses:
+                yield response
+
+    return grpc.stream_stream_rpc_method_handler(stream, handler.request_deserializer, handler.response_serializer)
+
+
+def _refusal(serving: _Serving, why: str) -> Callable[..., Any]:
+    async def stream(_requests: Any, context: _CallContext) -> AsyncIterator[bytes]:
+        async with serving(context):
+            raise UnauthenticatedError(why)
+        yield b""
+
+    return stream
 
 
 def _certified_name(identity: Mapping[str, Iterable[bytes]]) -> str:

@@ -105,12 +105,13 @@ class RunningServer:
         engine: Engine,
         model: LoadedModel,
         servicer: TextGenerationServicer,
+        access: Access,
     ) -> None:
         self.settings, self.target, self.engine, self.model = settings, target, engine, model
         self.channel = channel
         """A channel to this server for callers on its event loop, who need no connection."""
         self.http_port: int | None = None
-        self._servicer = servicer
+        self._servicer, self._access = servicer, access
         self._health = health.aio.HealthServicer()
         self._draining = False
 
@@ -129,10 +130,12 @@ class RunningServer:
             wait.cancel()
 
     async def watch(self) -> None:
-        """Updates health, NOT_SERVING while the engine is stuck, and frees memory when idle. Runs until cancelled."""
+        """Updates health, NOT_SERVING while the engine is stuck, reads access tokens again if their file has changed,
+        and frees memory when idle. Runs until cancelled."""
         while not self._draining:
             stuck = self.engine.is_stuck(self.settings.server.stall_timeout_s)
             await self.set_serving(not stuck)
+            await asyncio.to_thread(self._access.refresh)
             if not self.engine.num_in_flight:
                 await asyncio.to_thread(trim)
             await asyncio.sleep(_WATCH_INTERVAL_S)
@@ -174,7 +177,7 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
         interceptor.message_limits = MessageLimits(limits)
         servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.message_limits)
         channel = LocalChannel(interceptor)
-        running = RunningServer(settings, target, channel, engine, model, servicer)
+        running = RunningServer(settings, target, channel, engine, model, servicer, access)
         services: Any
         for services in (server, channel):
             pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, services)

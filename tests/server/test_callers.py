@@ -230,6 +230,11 @@ async def test_the_span_names_the_caller(tokens_file: Path, tmp_path: Path) -> N
     assert attributes["mpt.caller"] == "bob"
 
 
+async def generate_repeatedly(client: AsyncClient) -> None:
+    while True:
+        await client.generate("The fox", **OPTIONS)
+
+
 async def test_a_token_that_is_removed_is_refused_from_then_on(tmp_path: Path) -> None:
     file = write(tmp_path / "tokens.toml", entry("old", "alice"), entry("new", "alice"))
     async with serving(tokens_file=file) as server:
@@ -238,7 +243,7 @@ async def test_a_token_that_is_removed_is_refused_from_then_on(tmp_path: Path) -
             assert (await fetch(server, "POST", "/v1/completions", BODY, authorization="Bearer old"))[0] == 200
             write(file, entry("new", "alice"))
             with pytest.raises(UnauthenticatedError, match="the access token is not valid"):
-                await client.generate("The fox", **OPTIONS)
+                await generate_repeatedly(client)  # the file is looked at every second
             assert (await fetch(server, "POST", "/v1/completions", BODY, authorization="Bearer old"))[0] == 401
             assert (await fetch(server, "POST", "/v1/completions", BODY, authorization="Bearer new"))[0] == 200
 
