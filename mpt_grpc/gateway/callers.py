@@ -22,7 +22,7 @@ PUBLIC_PATHS = ("/health", "/ready")
 """What is served without asking who calls."""
 _LIFETIME_S = 5
 _MAX_REMEMBERED = 1000
-_TIMEOUT_S = 2
+_TIMEOUT_S = 10
 _MAX_AUTHORIZATION = 1024
 
 
