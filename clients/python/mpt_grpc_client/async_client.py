@@ -118,7 +118,7 @@ class AsyncClient:
         return (await self._call(self._connection.stubs.service.Detokenize, request, timeout)).text
 
     async def cancel(self, *request_ids: str, timeout: float | None = None) -> tuple[str, ...]:
-        """Cancels requests, of any client, whose calls then return their partial output.
+        """Cancels requests of this or, with the role `admin`, any caller. Their calls return their partial output.
 
         Returns the IDs that were in progress.
         """

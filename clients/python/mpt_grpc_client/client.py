@@ -109,7 +109,7 @@ class Client:
         return self._call(self._connected.service.Detokenize, request, timeout).text
 
     def cancel(self, *request_ids: str, timeout: float | None = None) -> tuple[str, ...]:
-        """Cancels requests, of any client, whose calls then return their partial output.
+        """Cancels requests of this or, with the role `admin`, any caller. Their calls return their partial output.
 
         Returns the IDs that were in progress.
         """
