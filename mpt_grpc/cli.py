@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mpt_grpc import __version__
-from mpt_grpc.commands import bench_options, options, server_options
+from mpt_grpc.commands import bench_options, connection, options, server_options
 from mpt_grpc.commands.logs import add_log_level
 from mpt_grpc.commands.units import positive_int
 from mpt_grpc.errors import BenchmarkError, EvaluationError, ModelError, SettingsError, VerificationError
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command == "generate" and parsed.prompt is None and sys.stdin.isatty():
         command.error("no prompt: pass it as an argument or pipe it to standard input")
     usage_error = bench_options.usage_error if parsed.command == "bench" else options.usage_error
-    if problem := usage_error(parsed):
+    if problem := usage_error(parsed) or connection.usage_error(parsed):
         command.error(problem)
     return _run(parsed)
 
@@ -133,12 +133,9 @@ def _parser() -> _Parser:
         "Serve the OpenAI-compatible API and the web page for a gRPC server running elsewhere, until SIGTERM.",
         formatter_class=_HelpFormatter,
     )
-    gateway.add_argument(
-        "--target",
-        metavar="HOST:PORT|unix:PATH",
-        help="gRPC address (default: MPT_GRPC_TARGET, or localhost:50051)",
-    )
+    connection.add_connection(gateway)
     server_options.add_http(gateway)
+    server_options.add_tls(gateway)
     server_options.add_grace(gateway)
     add_log_level(gateway)
 
@@ -170,6 +167,15 @@ def _parser() -> _Parser:
     )
     _add_evaluation(evaluation)
 
+    token = add(
+        "token",
+        "make an access token",
+        "Make an access token for a server with --tokens-file. Its entry in that file, which has only its hash, is"
+        " printed to standard output, and the token itself, once, to standard error.",
+        formatter_class=_HelpFormatter,
+    )
+    _add_token(token)
+
     bench = add(
         "bench",
         "measure latency and throughput",
@@ -180,9 +186,25 @@ def _parser() -> _Parser:
     return parser
 
 
+def _add_token(token: argparse.ArgumentParser) -> None:
+    token.add_argument("action", choices=("new",), metavar="new", help="make a token")
+    token.add_argument("name", metavar="NAME", help="name of the caller, which may have several tokens")
+    token.add_argument(
+        "--role",
+        choices=("generate", "observe", "admin"),
+        action="append",
+        help="what the caller may do; may be repeated (default: generate)",
+    )
+    token.add_argument(
+        "--days", type=positive_int, metavar="N", help="days until the token expires (default: it never does)"
+    )
+
+
 def _add_evaluation(evaluation: argparse.ArgumentParser) -> None:
     evaluation.add_argument(
-        "--url", default=f"http://localhost:{HttpSettings().port}/v1", help="the server's OpenAI-compatible API"
+        "--url",
+        default=f"http://localhost:{HttpSettings().port}/v1",
+        help="the server's OpenAI-compatible API; OPENAI_API_KEY is sent if it is set",
     )
     evaluation.add_argument(
         "--tasks",

@@ -13,7 +13,10 @@ MptServerError
 │   ├── PromptRefusedError     a guard refused the prompt
 │   ├── DuplicateRequestError  a request with this ID is in progress
 │   └── UnknownModelError      the requested model is not loaded
+├── UnauthenticatedError   the caller has no valid access token
+├── PermissionDeniedError  the caller lacks a role
 ├── OverloadedError        the queue is full or the machine too busy; the caller can retry later
+│   └── QuotaExceededError     the caller uses as much as it may
 ├── UnavailableError       the engine accepts no requests
 │   ├── DrainingError        the server is shutting down
 │   └── EngineStoppedError   the engine has failed and the server must be restarted
@@ -90,12 +93,29 @@ class UnknownModelError(RequestError):
     """The requested model is not loaded."""
 
 
+class UnauthenticatedError(MptServerError):
+    """The caller has no valid access token."""
+
+
+class PermissionDeniedError(MptServerError):
+    """The caller lacks a role."""
+
+
 class OverloadedError(MptServerError):
     """The queue is full, or the machine is too busy to check a new constraint."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QuotaExceededError(OverloadedError):
+    """The caller uses as much as its quota allows."""
+
+    def __init__(self, message: str, retry_after_s: float, caller: str, quota: str, limit: int) -> None:
+        """quota: what is limited, 'requests' in progress or 'tokens' per minute, to `limit`."""
+        super().__init__(message, retry_after_s)
+        self.caller, self.quota, self.limit = caller, quota, limit
 
 
 class UnavailableError(MptServerError):

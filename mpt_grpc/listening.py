@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 from pathlib import Path
@@ -16,6 +17,24 @@ _MAX_SOCKET_PATH_BYTES = 107
 def address(host: str, port: int) -> str:
     """Returns HOST:PORT, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def exposure(host: str, missing: dict[str, bool]) -> str | None:
+    """Returns a warning if other machines can reach `host`, and a protection is missing; None otherwise.
+
+    missing: the protections, and whether each is missing.
+    """
+    names = [name for name, is_missing in missing.items() if is_missing]
+    if not names or _is_loopback(host):
+        return None
+    return f"--host {host}: other machines can reach this server, without {' and without '.join(names)}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def port_error(error: OSError, host: str, port: int, flag: str) -> SettingsError:

@@ -9,6 +9,8 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
+from mpt_grpc.caller import ANONYMOUS, Caller
+
 
 @dataclass(frozen=True)
 class Message:
@@ -205,6 +207,7 @@ class GenerationRequest:
     """Keep only this many tokens from the end of the prompt."""
     resume_token_ids: tuple[int, ...] = ()
     """The tokens of a partial output to resume; the result is what would have followed."""
+    caller: Caller = ANONYMOUS
 
 
 @dataclass(frozen=True)

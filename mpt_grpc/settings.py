@@ -89,14 +89,31 @@ class SchedulerSettings:
 
 
 @dataclass(frozen=True)
+class TlsSettings:
+    """The files of a server's certificate, in PEM; they are read again when they change."""
+
+    certificate: Path
+    """The certificate, followed by those that lead to its authority."""
+    key: Path
+    client_ca: Path | None = None
+    """The authorities of which clients must present a certificate; None requires no certificate."""
+
+
+@dataclass(frozen=True)
 class ServerSettings:
-    """Where the gRPC server listens and how it stops."""
+    """Where the server listens, for whom, and how it stops."""
 
     host: str = "127.0.0.1"
     grpc_port: int = 50051
     """0 selects a free port."""
     grpc_socket: Path | None = None
     """The Unix socket on which gRPC listens instead of the port."""
+    tls: TlsSettings | None = None
+    """None serves without TLS, as Unix sockets always do."""
+    tokens_file: Path | None = None
+    """The access tokens that callers need, in TOML; None requires none."""
+    reflection: bool = True
+    """Whether gRPC's reflection describes the API."""
     grace_s: float = 30.0
     """How long running requests may take to finish after SIGTERM."""
     stall_timeout_s: float = 120.0

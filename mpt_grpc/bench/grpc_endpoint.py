@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from random import Random
 from time import perf_counter
+from typing import Unpack
 
 from mpt_grpc.bench.endpoint import Answer, Prompt, RequestFailedError
-from mpt_grpc_client import AsyncClient, ModelInfo, MptGrpcError
+from mpt_grpc_client import AsyncClient, ConnectionOptions, ModelInfo, MptGrpcError
 
 
 class GrpcEndpoint:
@@ -39,7 +40,7 @@ class GrpcEndpoint:
 
 
 @asynccontextmanager
-async def open_grpc(target: str | None) -> AsyncIterator[GrpcEndpoint]:
+async def open_grpc(target: str | None, **connection: Unpack[ConnectionOptions]) -> AsyncIterator[GrpcEndpoint]:
     """Connects to a server, without retries, which would hide refusals. Raises MptGrpcError."""
-    async with AsyncClient(target, retries=False) as client:
+    async with AsyncClient(target, retries=False, **connection) as client:
         yield GrpcEndpoint(client, await client.get_model_info())

@@ -22,6 +22,7 @@ from mpt_grpc.bench.http_endpoint import open_http
 from mpt_grpc.bench.load import Lengths, Load, PlannedRequest
 from mpt_grpc.bench.metrics import Timeline
 from mpt_grpc.bench.runner import run_load
+from mpt_grpc.commands.connection import client_options
 from mpt_grpc.errors import BenchmarkError
 from mpt_grpc_client.channel import resolve_target
 
@@ -78,7 +79,9 @@ def _recorder(planned: Load, timelines: list[Timeline], progress: Progress) -> C
 
 
 def _opened(parsed: argparse.Namespace) -> AbstractAsyncContextManager[Endpoint]:
-    return open_http(parsed.url, is_chat=parsed.chat) if parsed.url else open_grpc(parsed.target)
+    if parsed.url:
+        return open_http(parsed.url, is_chat=parsed.chat)
+    return open_grpc(parsed.target, **client_options(parsed))
 
 
 def _requests(

@@ -8,18 +8,16 @@ from pathlib import Path
 
 from mpt_grpc.bench.load import Lengths
 from mpt_grpc.bench.metrics import OBJECTIVES
+from mpt_grpc.commands.connection import add_connection
 from mpt_grpc.commands.units import positive_float, positive_int, seconds
 
 
 def add_flags(bench: argparse.ArgumentParser) -> None:
     """Adds the server, the load, the requests and the output."""
-    server = bench.add_argument_group("server").add_mutually_exclusive_group()
-    server.add_argument(
-        "--target",
-        metavar="HOST:PORT|unix:PATH",
-        help="gRPC address (default: MPT_GRPC_TARGET, or localhost:50051)",
-    )
-    server.add_argument(
+    server = bench.add_argument_group("server")
+    address = server.add_mutually_exclusive_group()
+    add_connection(server, address)
+    address.add_argument(
         "--url",
         metavar="URL",
         help="an OpenAI-compatible API instead, such as http://localhost:8451/v1; OPENAI_API_KEY is sent if it is set",

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from mpt_grpc.commands.connection import client_options
 from mpt_grpc.commands.options import generate_options
 from mpt_grpc_client import Client, GenerateOptions, Message, MptGrpcError, Role
 
@@ -29,7 +30,7 @@ def run(parsed: argparse.Namespace) -> None:
         print("Type a message, /help for the commands, or Ctrl-D to quit.")
     options = generate_options(parsed)
     options["drop_oldest_turns"] = True
-    with Client(parsed.target, timeout=parsed.timeout) as client:
+    with Client(parsed.target, timeout=parsed.timeout, **client_options(parsed)) as client:
         chat = _Chat(client, options, parsed.system, is_terminal)
         while (line := _read("> " if is_terminal else "")) is not None:
             command, _, argument = line.partition(" ")

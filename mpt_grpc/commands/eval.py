@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from mpt_grpc.errors import EvaluationError
 
 STORY_ENDINGS = "story_endings"
+_TOKEN_VARIABLE = "OPENAI_API_KEY"
 _END_OF_DOCUMENT = "<|endoftext|>"
 
 
@@ -53,6 +55,7 @@ def _evaluate(parsed: argparse.Namespace, model: dict[str, Any], tasks: list[Any
                 "base_url": f"{parsed.url.rstrip('/')}/completions",
                 "tokenizer_backend": "remote",
                 "max_length": model["max_model_len"],
+                "auth_token": os.environ.get(_TOKEN_VARIABLE),  # for the tokenizer; the model reads the variable itself
                 "num_concurrent": parsed.num_concurrent,
             },
             tasks=tasks,
@@ -66,10 +69,15 @@ def _evaluate(parsed: argparse.Namespace, model: dict[str, Any], tasks: list[Any
 
 
 def _served_model(url: str) -> dict[str, Any]:
+    request = urllib.request.Request(f"{url.rstrip('/')}/models")
+    if token := os.environ.get(_TOKEN_VARIABLE):
+        request.add_header("authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/models", timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=10) as answer:
             model: dict[str, Any] = json.load(answer)["data"][0]
             return model
+    except urllib.error.HTTPError as error:
+        raise EvaluationError(f"--url: {url} refuses the request with {error.code} {error.reason}") from error
     except (OSError, ValueError, LookupError) as error:
         why = getattr(error, "reason", error)
         raise EvaluationError(f"--url: no server responds at {url}; start one with `mpt-grpc serve`: {why}") from error

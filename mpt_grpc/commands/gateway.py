@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import signal
 
 from mpt_grpc.commands import logs, server_options
+from mpt_grpc.commands.connection import connection_options
 from mpt_grpc.gateway.serve import running_gateway
-from mpt_grpc.listening import address
+from mpt_grpc.listening import address, exposure
 from mpt_grpc.settings import HttpSettings, ServerSettings
-from mpt_grpc_client.channel import resolve_target
+from mpt_grpc.tls import server_certificate
+from mpt_grpc_client import ConnectionOptions
+from mpt_grpc_client.channel import resolve, resolve_target
+
+_log = logging.getLogger(__name__)
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -19,17 +25,26 @@ def run(parsed: argparse.Namespace) -> None:
     Raises SettingsError for an invalid setting or a port in use.
     """
     logs.configure(parsed.log_level)
-    server = ServerSettings(host=parsed.host, grace_s=parsed.grace)
-    http = server_options.http_settings(parsed, parsed.http_port)
-    asyncio.run(_serve(resolve_target(parsed.target), server, http))
+    server = ServerSettings(host=parsed.host, grace_s=parsed.grace, tls=server_options.tls_settings(parsed))
+    http, connection = server_options.http_settings(parsed, parsed.http_port), connection_options(parsed)
+    if warning := exposure(server.host, {"TLS (--tls-cert)": server.tls is None}):
+        _log.warning("%s", warning)
+    target = resolve_target(parsed.target)
+    if not resolve(target, connection).may_send_tokens:
+        why = f"{target} is another machine, reached without TLS; use grpcs:// or --allow-insecure-token"
+        _log.warning("access tokens of callers are not passed on: %s", why)
+    asyncio.run(_serve(target, server, http, connection))
 
 
-async def _serve(target: str, server: ServerSettings, http: HttpSettings) -> None:
+async def _serve(target: str, server: ServerSettings, http: HttpSettings, connection: ConnectionOptions) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    async with running_gateway(target, server.host, http, server.grace_s) as port:
+    certificate = None if server.tls is None else server_certificate(server.tls)
+    async with running_gateway(
+        target, server.host, http, server.grace_s, certificate=certificate, **connection
+    ) as port:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        url = f"http://{address(server.reachable_host, port)}"
+        url = f"http{'s' if server.tls else ''}://{address(server.reachable_host, port)}"
         welcome = (
             f"mpt-grpc gateway for {target}",
             f"  OpenAI    {url}/v1",

@@ -9,6 +9,7 @@ import json
 import sys
 from typing import Any
 
+from mpt_grpc.commands.connection import client_options
 from mpt_grpc.commands.options import generate_options
 from mpt_grpc_client import Client, GenerateOptions, Generation
 
@@ -17,7 +18,7 @@ def run(parsed: argparse.Namespace) -> None:
     """Sends the request and prints the result. Raises MptGrpcError if the call fails."""
     prompt = sys.stdin.read() if parsed.prompt in (None, "-") else parsed.prompt
     options = generate_options(parsed)
-    with Client(parsed.target, timeout=parsed.timeout) as client:
+    with Client(parsed.target, timeout=parsed.timeout, **client_options(parsed)) as client:
         if parsed.json:
             print(json.dumps(_as_json(client.generate(prompt, **options)), ensure_ascii=False))
         elif (parsed.num_sequences or 1) > 1:

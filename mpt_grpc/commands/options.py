@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mpt_grpc.commands.connection import add_connection
 from mpt_grpc.commands.units import seconds
 
 if TYPE_CHECKING:
@@ -28,11 +29,7 @@ _JSON_ONLY = (
 def add_target(parser: argparse.ArgumentParser) -> None:
     """Adds the address of the server and the options of a call."""
     server = parser.add_argument_group("server")
-    server.add_argument(
-        "--target",
-        metavar="HOST:PORT|unix:PATH",
-        help="gRPC address (default: MPT_GRPC_TARGET, or localhost:50051)",
-    )
+    add_connection(server)
     server.add_argument(
         "--timeout", type=seconds, metavar="TIME", help="timeout of a call, such as 60s (default: none)"
     )

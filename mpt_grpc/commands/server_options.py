@@ -8,7 +8,16 @@ from pathlib import Path
 
 from mpt_grpc.commands.logs import add_log_level
 from mpt_grpc.commands.units import num_bytes, seconds
-from mpt_grpc.settings import CacheSettings, HttpSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
+from mpt_grpc.errors import SettingsError
+from mpt_grpc.settings import (
+    CacheSettings,
+    HttpSettings,
+    ModelSettings,
+    SchedulerSettings,
+    ServerSettings,
+    Settings,
+    TlsSettings,
+)
 
 
 def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> None:
@@ -159,6 +168,15 @@ def add_server(serve: argparse.ArgumentParser) -> None:
     )
     add_http(server)
     server.add_argument("--no-http", action="store_true", help="serve gRPC only")
+    add_tls(server)
+    server.add_argument(
+        "--tokens-file",
+        type=Path,
+        metavar="FILE",
+        help="require one of the access tokens in this file, which `mpt-grpc token new` makes; read again when it"
+        " changes (default: none)",
+    )
+    server.add_argument("--no-reflection", action="store_true", help="serve no description of the API over gRPC")
     add_grace(server)
     server.add_argument(
         "--stall-timeout",
@@ -189,7 +207,7 @@ def add_http(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--host",
         default=ServerSettings().host,
-        help="address to listen on; 0.0.0.0 for all. There is no authentication",
+        help="address to listen on; 0.0.0.0 for all",
     )
     parser.add_argument(
         "--http-port",
@@ -217,6 +235,16 @@ def add_http(parser: argparse._ActionsContainer) -> None:
         help="accept requests from this website, such as http://localhost:3000; * for all; may be repeated (default:"
         " none)",
     )
+
+
+def add_tls(parser: argparse._ActionsContainer) -> None:
+    """Adds the certificates of a server."""
+    for flag, what in (
+        ("--tls-cert", "serve with TLS and this certificate, followed by those of its issuers, in PEM"),
+        ("--tls-key", "key of the certificate"),
+        ("--tls-client-ca", "accept only clients with a certificate of one of these authorities"),
+    ):
+        parser.add_argument(flag, type=Path, metavar="FILE", help=f"{what}; read again when it changes (default: none)")
 
 
 def add_grace(parser: argparse._ActionsContainer) -> None:
@@ -253,6 +281,18 @@ def http_settings(parsed: argparse.Namespace, port: int | None) -> HttpSettings:
     )
 
 
+def tls_settings(parsed: argparse.Namespace) -> TlsSettings | None:
+    """Returns the files of the server's certificate, or None without TLS. Raises SettingsError if one is missing."""
+    if parsed.tls_cert and parsed.tls_key:
+        return TlsSettings(parsed.tls_cert, parsed.tls_key, parsed.tls_client_ca)
+    if parsed.tls_cert or parsed.tls_key:
+        missing, given = ("--tls-key", "--tls-cert") if parsed.tls_cert else ("--tls-cert", "--tls-key")
+        raise SettingsError(f"{missing}: required with {given}")
+    if parsed.tls_client_ca:
+        raise SettingsError("--tls-client-ca: requires --tls-cert and --tls-key")
+    return None
+
+
 def settings(parsed: argparse.Namespace) -> Settings:
     """Returns the settings given by the flags of `serve`. Raises SettingsError."""
     return Settings(
@@ -278,6 +318,9 @@ def settings(parsed: argparse.Namespace) -> Settings:
             host=parsed.host,
             grpc_port=parsed.grpc_port,
             grpc_socket=parsed.grpc_socket,
+            tls=tls_settings(parsed),
+            tokens_file=parsed.tokens_file,
+            reflection=not parsed.no_reflection,
             grace_s=parsed.grace,
             stall_timeout_s=parsed.stall_timeout,
         ),

@@ -34,6 +34,11 @@ class _Stream:
         assert self._begun is not None, "the engine begins a stream before its first event"
         return self._begun[0]
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """The number of tokens of the prompt; 0 until the request has begun."""
+        return 0 if self._begun is None else len(self._begun[0].prompt_token_ids)
+
     def cancel(self) -> None:
         """Cancels the request; has no effect once it has ended. May be called from any thread."""
         if self._begun is None or not self._begun[1].ended:

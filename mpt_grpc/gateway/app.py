@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from starlette.routing import Match
 
 from mpt_grpc import __version__
 from mpt_grpc.gateway import openapi, schemas, tokens
+from mpt_grpc.gateway.callers import CallerMiddleware, Callers, KnownServer
 from mpt_grpc.gateway.completions import complete, stream_completion
 from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, error_response, shortened
 from mpt_grpc.gateway.events import DONE, EventStream, disconnected, event
@@ -37,7 +37,6 @@ from mpt_grpc_client import AsyncClient, Client, GenerateOptions, Message, MptGr
 _Result = TypeVar("_Result")
 _log = logging.getLogger("mpt_grpc.access")
 _MAX_LOGGED_CHARACTERS = 300
-_SERVER_LIFETIME_S = 5
 MAX_OUTPUTS = 256
 """The maximum number of outputs of one text completion, prompts times n: they all start at once."""
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -58,11 +57,12 @@ class _Route:
 
 
 def make_app(
-    client: AsyncClient, blocking_client: Client, health: HealthStub, *, strict_model_names: bool = False
+    callers: Callers, blocking_client: Client | None, health: HealthStub, *, strict_model_names: bool = False
 ) -> FastAPI:
     """Returns the application. The loaded model serves requests for any model unless `strict_model_names`.
 
-    blocking_client: makes the calls whose responses are too large to be read on the event loop.
+    blocking_client: makes the calls whose responses are too large to be parsed on the event loop; None if the
+        asynchronous client gets them as objects.
     """
     app: FastAPI = FastAPIOffline(
         title="mpt-grpc",
@@ -71,7 +71,7 @@ def make_app(
         redoc_url=None,
         responses={"default": openapi.response("An error, in OpenAI's format", {_JSON: schemas.ErrorResponse})},
     )
-    gateway = _Gateway(client, blocking_client, health, strict_model_names)
+    gateway = _Gateway(callers, blocking_client, health, strict_model_names)
     models: dict[str, type[BaseModel]] = {_JSON: schemas.ModelList}
     chat: dict[str, type[BaseModel]] = {_JSON: schemas.ChatCompletion, _EVENTS: schemas.ChatCompletionChunk}
     text = {_JSON: schemas.Completion, _EVENTS: schemas.Completion}
@@ -88,7 +88,8 @@ def make_app(
         _Route("GET", "/ready", gateway.ready),
     )
     _add_routes(app, routes)
-    add_page(app, client)
+    add_page(app, callers)
+    app.add_middleware(CallerMiddleware, callers=callers)
     for kind in (MptGrpcError, BadRequestError, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -115,22 +116,12 @@ def _add_routes(app: FastAPI, routes: Sequence[_Route]) -> None:
     openapi.add_schemas(app, requests, [*sorted(responses, key=lambda model: model.__name__), schemas.ErrorResponse])
 
 
-@dataclass(frozen=True)
-class _Server:
-    """What requests are checked against."""
-
-    model_name: str
-    max_outputs: int
-    """The maximum number of outputs of one text completion; never more than the server runs and queues."""
-
-
 class _Gateway:
     def __init__(
-        self, client: AsyncClient, blocking_client: Client, health: HealthStub, strict_model_names: bool
+        self, callers: Callers, blocking_client: Client | None, health: HealthStub, strict_model_names: bool
     ) -> None:
-        self._client, self._blocking_client, self._strict = client, blocking_client, strict_model_names
+        self._callers, self._blocking_client, self._strict = callers, blocking_client, strict_model_names
         self._grpc_health: Any = health  # its stubs lack the methods
-        self._known_server, self._server_expires_s = _Server("", 0), 0.0
 
     async def chat_completions(self, request: Request) -> Response:
         """Replies to a conversation, in one response or as server-sent events."""
@@ -140,59 +131,63 @@ class _Gateway:
             messages = [message.message() for message in body.messages]
             function_name = None if body.function is None else body.function.name
             request_id = _request_id(request)
-            response = ChatResponse(await self._model_name(body.model), request_id, function_name)
+            client = self._callers.client(request)
+            response = ChatResponse(await self._model_name(request, body.model), request_id, function_name)
             options = body.options()
             options["request_id"] = request_id
             if body.stream:
-                chunks = self._stream_chat(body, messages, options, response)
+                chunks = _stream_chat(client, body, messages, options, response)
                 return await _events(request, chunks, response.empty_chunk())
-            generation = await _unless_disconnected(request, self._client.generate(messages, **options))
+            generation = await _unless_disconnected(request, client.generate(messages, **options))
             has_logprobs = bool(body.logprobs)
             return await rendered(lambda: response.complete(generation, has_logprobs), has_logprobs=has_logprobs)
 
     async def completions(self, request: Request) -> Response:
         """Continues one or several prompts, in one response or as server-sent events."""
-        max_outputs = (await self._server()).max_outputs
+        max_outputs = min((await self._server(request)).max_in_progress, MAX_OUTPUTS)
         body = await parse(request, CompletionRequest, max_prompts=max_outputs)
         request.state.field_names = body.field_names
         body.check_num_outputs(max_outputs)
         with _callers_trace(request):
-            request_id = _request_id(request)
-            response = TextResponse(await self._model_name(body.model), request_id)
+            request_id, client = _request_id(request), self._callers.client(request)
+            response = TextResponse(await self._model_name(request, body.model), request_id)
             if body.stream:
-                chunks = stream_completion(self._client, body, response, request_id)
+                chunks = stream_completion(client, body, response, request_id)
                 return await _events(request, chunks, response.empty_chunk())
-            return await _unless_disconnected(request, complete(self._client, body, response, request_id))
+            return await _unless_disconnected(request, complete(client, body, response, request_id))
 
     async def embeddings(self) -> Response:
         """Not supported: the model only generates text."""
         raise BadRequestError("embeddings are not supported: the model only generates text", status=404)
 
-    async def models(self) -> Response:
+    async def models(self, request: Request) -> Response:
         """Lists the loaded model."""
-        return JSONResponse({"object": "list", "data": [await self._model()]})
+        return JSONResponse({"object": "list", "data": [await self._model(request)]})
 
-    async def model(self, name: str) -> Response:
+    async def model(self, request: Request, name: str) -> Response:
         """Returns the model with this name."""
         if not name:
-            return await self.models()
-        model = await self._model()
+            return await self.models(request)
+        model = await self._model(request)
         if model["id"] != name:
             raise _unknown_model(name, model["id"])
         return JSONResponse(model)
 
     async def tokenize(self, request: Request) -> Response:
         """Splits text into tokens."""
-        return await tokens.tokenize(self._blocking_client, await parse(request, tokens.TokenizeRequest))
+        body = await parse(request, tokens.TokenizeRequest)
+        blocking_client = self._blocking_client and self._blocking_client.with_metadata(*request.state.caller)
+        return await tokens.tokenize(self._callers.client(request), blocking_client, body)
 
     async def detokenize(self, request: Request) -> Response:
         """Returns the text of token IDs."""
         request.state.field_names = tokens.DETOKENIZE_FIELD_NAMES
-        return JSONResponse(await tokens.detokenize(self._client, await parse(request, tokens.DetokenizeRequest)))
+        body = await parse(request, tokens.DetokenizeRequest)
+        return JSONResponse(await tokens.detokenize(self._callers.client(request), body))
 
-    async def tokenizer_info(self) -> Response:
+    async def tokenizer_info(self, request: Request) -> Response:
         """Returns the special tokens and the context length."""
-        return JSONResponse(await tokens.tokenizer_info(self._client))
+        return JSONResponse(await tokens.tokenizer_info(self._callers.client(request)))
 
     async def health(self) -> Response:
         """Returns 200 while this process runs."""
@@ -209,22 +204,8 @@ class _Gateway:
             return JSONResponse({"status": "unavailable", "message": why}, 503)
         return JSONResponse({"status": "ready"})
 
-    async def _stream_chat(
-        self, body: ChatCompletionRequest, messages: list[Message], options: GenerateOptions, response: ChatResponse
-    ) -> AsyncIterator[Json]:
-        started: set[int] = set()
-        async with self._client.stream(messages, **options) as stream:
-            async for delta in stream.deltas():
-                if delta.index not in started:
-                    started.add(delta.index)
-                    yield response.first_chunk(delta.index)
-                if delta.text or delta.logprobs or delta.finish:
-                    yield response.chunk(delta, bool(body.logprobs))
-            if body.includes_usage:
-                yield response.usage_chunk([stream.result.usage])
-
-    async def _model(self) -> dict[str, Any]:
-        info = await self._client.get_model_info()
+    async def _model(self, request: Request) -> dict[str, Any]:
+        info = await self._callers.client(request).get_model_info()
         return {
             "id": info.name,
             "object": "model",
@@ -233,21 +214,34 @@ class _Gateway:
             "max_model_len": info.max_context_tokens,
         }
 
-    async def _model_name(self, requested: str) -> str:
+    async def _model_name(self, request: Request, requested: str) -> str:
         """Returns the name of the loaded model. Raises BadRequestError if names are strict and it is another one."""
-        name = (await self._server()).model_name
+        name = (await self._server(request)).model_name
         if self._strict and requested not in ("", name):
             raise _unknown_model(requested, name)
         return name
 
-    async def _server(self) -> _Server:
-        # Cached, since it costs two calls and changes only if the server is restarted.
-        if (now_s := time.monotonic()) > self._server_expires_s:
-            model, server = await asyncio.gather(self._client.get_model_info(), self._client.get_server_info())
-            max_in_progress = server.limits.max_running_requests + server.limits.max_waiting_requests
-            self._known_server = _Server(model.name, min(max_in_progress, MAX_OUTPUTS))
-            self._server_expires_s = now_s + _SERVER_LIFETIME_S
-        return self._known_server
+    async def _server(self, request: Request) -> KnownServer:
+        return await self._callers.server(request.state.caller)
+
+
+async def _stream_chat(
+    client: AsyncClient,
+    body: ChatCompletionRequest,
+    messages: list[Message],
+    options: GenerateOptions,
+    response: ChatResponse,
+) -> AsyncIterator[Json]:
+    started: set[int] = set()
+    async with client.stream(messages, **options) as stream:
+        async for delta in stream.deltas():
+            if delta.index not in started:
+                started.add(delta.index)
+                yield response.first_chunk(delta.index)
+            if delta.text or delta.logprobs or delta.finish:
+                yield response.chunk(delta, bool(body.logprobs))
+        if body.includes_usage:
+            yield response.usage_chunk([stream.result.usage])
 
 
 def _unknown_model(requested: str, name: str) -> BadRequestError:

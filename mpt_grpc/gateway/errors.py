@@ -14,17 +14,27 @@ from mpt_grpc_client import (
     MptGrpcError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
+    QuotaExceededError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
 _TABLE: tuple[tuple[type[MptGrpcError], int, str, str | None], ...] = (
     (InvalidRequestError, 400, "invalid_request_error", None),
     (NotFoundError, 404, "invalid_request_error", "model_not_found"),
+    (UnauthenticatedError, 401, "invalid_request_error", "invalid_api_key"),
+    (PermissionDeniedError, 403, "invalid_request_error", "permission_denied"),
+    (QuotaExceededError, 429, "rate_limit_error", "rate_limit_exceeded"),
     (OverloadedError, 429, "rate_limit_error", "overloaded"),
     (UnavailableError, 503, "server_error", "unavailable"),
     (DeadlineExceededError, 504, "server_error", "timeout"),
 )
 _MAX_ECHOED = 100
+RATE_LIMIT_HEADERS = [
+    f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+]
+"""The headers that describe a quota that is exceeded."""
 FIELD_NAMES: Mapping[str, str] = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -62,12 +72,20 @@ def error_response(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> 
     """Returns the response for an error, with the headers from which SDKs read when to retry."""
     status, body = error_body(error, names)
     headers = {}
+    if status == 401:
+        headers = {"www-authenticate": 'Bearer, Basic realm="access token as the password"'}  # the latter for browsers
     if status == 408:
         headers = {"connection": "close"}  # the rest of the request may never arrive
     if isinstance(error, OverloadedError) and error.retry_after is not None:
         headers = {
             "retry-after": str(max(1, round(error.retry_after))),
             "retry-after-ms": str(round(error.retry_after * 1000)),
+        }
+    if isinstance(error, QuotaExceededError):
+        headers |= {
+            f"x-ratelimit-limit-{error.quota}": str(error.limit),
+            f"x-ratelimit-remaining-{error.quota}": "0",
+            f"x-ratelimit-reset-{error.quota}": f"{error.retry_after or 0:.3f}s",
         }
     return JSONResponse(body, status, headers)
 

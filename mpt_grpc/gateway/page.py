@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from mpt_grpc_client import AsyncClient
+from mpt_grpc.gateway.callers import Callers
 
 _FILES = Path(__file__).with_name("static")
 _HEADERS = {
@@ -26,15 +27,15 @@ _HEADERS = {
 }
 
 
-def add_page(app: FastAPI, client: AsyncClient) -> None:
+def add_page(app: FastAPI, callers: Callers) -> None:
     """Adds the web page, its files and `/debug/engine`."""
 
     async def page() -> Response:
         return FileResponse(_FILES / "index.html", headers=_HEADERS)
 
-    async def engine() -> Response:
+    async def engine(request: Request) -> Response:
         """Returns the load, the requests in progress with their KV cache blocks, and the last completed requests."""
-        state = await client.get_engine_state(timeout=5)
+        state = await callers.client(request).get_engine_state(timeout=5)
         return Response(json.dumps(state, default=_to_json), media_type="application/json")
 
     app.add_api_route("/", page, methods=["GET", "HEAD"], response_model=None, include_in_schema=False)

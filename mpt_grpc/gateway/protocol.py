@@ -1,4 +1,6 @@
-"""The HTTP/1.1 protocol of uvicorn, with limits on what a caller may send before it is served: time and size."""
+"""The HTTP/1.1 protocol of uvicorn, with limits on what a caller may send before it is served, time and size, and the
+name in the caller's certificate.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from mpt_grpc.gateway.errors import BadRequestError, error_response
+from mpt_grpc.tls import subject_name
 
 HEAD_TIMEOUT_S = 10
 """The time for the head of a request, and for the rest of a body whose response has already been sent."""
@@ -25,11 +28,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._timer: asyncio.TimerHandle | None = None
+        self._certified_name = ""
         self._num_unparsed = 0
         """The bytes since the last complete head or piece of a body: headers, trailers or chunk extensions."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if (tls := transport.get_extra_info("ssl_object")) is not None:
+            self._certified_name = subject_name(tls.getpeercert() or {})
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -43,6 +49,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._num_unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(BadRequestError(f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB; shorten them", status=431))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"]["certified_name"] = self._certified_name
 
     def on_headers_complete(self) -> None:
         self._num_unparsed = 0

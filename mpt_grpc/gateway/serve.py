@@ -7,9 +7,11 @@ import contextlib
 import errno
 import math
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from ipaddress import ip_address
+from typing import Unpack
 
 import grpc
 import uvicorn
@@ -18,12 +20,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from mpt_grpc.gateway.app import make_app
+from mpt_grpc.gateway.callers import Callers
+from mpt_grpc.gateway.errors import RATE_LIMIT_HEADERS
 from mpt_grpc.gateway.middleware import ArrivalMiddleware, BodyMemoryMiddleware, GracePeriodMiddleware, HeaderMiddleware
 from mpt_grpc.gateway.protocol import BoundedProtocol
 from mpt_grpc.listening import port_error
 from mpt_grpc.settings import ALL_ADDRESSES, HttpSettings
-from mpt_grpc_client import AsyncClient, Client
-from mpt_grpc_client.channel import channel_options, resolve_target
+from mpt_grpc.tls import ServerCertificate, http_context
+from mpt_grpc_client import AsyncClient, Client, ConnectionOptions
+from mpt_grpc_client.channel import resolve
 
 KEEP_ALIVE_TIMEOUT_S = 5
 _ERROR_TIMEOUT_S = 3
@@ -32,37 +37,54 @@ _ERROR_TIMEOUT_S = 3
 
 @asynccontextmanager
 async def running_gateway(
-    target: str | None, host: str, settings: HttpSettings, grace_s: float = 1, channel: grpc.aio.Channel | None = None
+    target: str | None,
+    host: str,
+    settings: HttpSettings,
+    grace_s: float = 1,
+    *,
+    certificate: ServerCertificate | None = None,
+    channel: grpc.aio.Channel | None = None,
+    **connection: Unpack[ConnectionOptions],
 ) -> AsyncIterator[int]:
     """Serves the OpenAI-compatible API for the gRPC server at `target` inside the block and yields the port.
 
     The gRPC server need not be running yet. Requests in progress at the end of the block have `grace_s` to finish.
     Raises SettingsError if it cannot listen on the port.
 
-    channel: a channel to the target, if there is a better one than a connection; it is closed at the end.
+    certificate: the gateway's own; None serves without TLS.
+    channel: a channel to the target that passes responses as objects, instead of a connection; it is closed at the end.
+    connection: how the gateway connects to the target.
     """
-    target = resolve_target(target)
-    # The HTTP caller decides whether to retry.
-    channel = channel or grpc.aio.insecure_channel(target, channel_options(target, retries=False))
+    endpoint, is_in_process = resolve(target, connection), channel is not None
+    # Parses responses that would take long to parse on the event loop. The HTTP caller decides whether to retry.
+    blocking = nullcontext() if is_in_process else Client(target, retries=False, **connection)
+    channel = channel or endpoint.aio_channel(retries=False)
     async with AsyncClient(target, channel=channel) as client:
-        with Client(target, retries=False) as blocking_client, _listening(host, settings.port or 0) as listeners:
-            app = make_app(client, blocking_client, HealthStub(channel), strict_model_names=settings.strict_model_names)
+        with blocking as blocking_client, _listening(host, settings.port or 0) as listeners:
+            passes_tokens = is_in_process or endpoint.may_send_tokens
+            callers = Callers(client, passes_tokens=passes_tokens, passes_certificates=is_in_process)
+            app = make_app(
+                callers, blocking_client, HealthStub(channel), strict_model_names=settings.strict_model_names
+            )
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=settings.allow_origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=["retry-after", "retry-after-ms", "x-request-id"],
+                expose_headers=["retry-after", "retry-after-ms", "x-request-id", *RATE_LIMIT_HEADERS],
             )
             is_local = all(ip_address(listener.getsockname()[0]).is_loopback for listener in listeners)
             hosts = [host, *settings.allow_hosts] if is_local else None
             bounded = BodyMemoryMiddleware(HeaderMiddleware(app, hosts, settings.allow_origins))
-            async with _serving(ArrivalMiddleware(bounded), listeners, grace_s):
+            context = None if certificate is None else http_context(certificate)
+            async with _serving(ArrivalMiddleware(bounded), listeners, grace_s, context):
                 yield listeners[0].getsockname()[1]
 
 
 @asynccontextmanager
-async def _serving(app: ASGIApp, listeners: list[socket.socket], grace_s: float) -> AsyncIterator[None]:
+async def _serving(
+    app: ASGIApp, listeners: list[socket.socket], grace_s: float, tls: ssl.SSLContext | None
+) -> AsyncIterator[None]:
     requests = GracePeriodMiddleware(app)
     config = uvicorn.Config(
         requests,
@@ -71,6 +93,7 @@ async def _serving(app: ASGIApp, listeners: list[socket.socket], grace_s: float)
         log_config=None,
         timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
         timeout_graceful_shutdown=math.ceil(grace_s) + _ERROR_TIMEOUT_S,
+        ssl_context_factory=None if tls is None else lambda *_: tls,
     )
     server = _Server(config)
     running = asyncio.create_task(server.serve(sockets=listeners))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse
 
 from mpt_grpc.gateway.requests import Many, Uint
-from mpt_grpc_client import AsyncClient, Client
+from mpt_grpc_client import AsyncClient, Client, Token
 
 Json = dict[str, Any]
 # Two threads, which bound the memory of texts and tokens.
@@ -39,20 +39,31 @@ class DetokenizeRequest(BaseModel):
     tokens: Many[Uint]
 
 
-async def tokenize(client: Client, body: TokenizeRequest) -> JSONResponse:
-    """Returns the token IDs of a text and, with `return_token_strs`, the text of each token. Raises MptGrpcError."""
-    # A text has up to a million tokens, so nothing of this runs on the event loop.
-    call = functools.partial(contextvars.copy_context().run, _tokenize, client, body)
-    return await asyncio.get_running_loop().run_in_executor(_tokenizers, call)
+async def tokenize(client: AsyncClient, blocking_client: Client | None, body: TokenizeRequest) -> JSONResponse:
+    """Returns the token IDs of a text and, with `return_token_strs`, the text of each token. Raises MptGrpcError.
+
+    blocking_client: makes the call if its response is parsed.
+    """
+    loop = asyncio.get_running_loop()
+    max_context_tokens = (await client.get_model_info()).max_context_tokens
+
+    def call() -> JSONResponse:
+        if blocking_client is None:
+            tokens = asyncio.run_coroutine_threadsafe(client.tokenize(body.prompt), loop).result()
+        else:
+            tokens = blocking_client.tokenize(body.prompt)
+        return _response(tokens, max_context_tokens, body.return_token_strs)
+
+    # A text has up to a million tokens, so nothing that depends on their number runs on the event loop.
+    return await loop.run_in_executor(_tokenizers, contextvars.copy_context().run, call)
 
 
-def _tokenize(client: Client, body: TokenizeRequest) -> JSONResponse:
-    tokens = client.tokenize(body.prompt)
-    strings = [token.token_bytes.decode(errors="replace") for token in tokens] if body.return_token_strs else None
+def _response(tokens: Sequence[Token], max_context_tokens: int, has_strings: bool) -> JSONResponse:
+    strings = [token.token_bytes.decode(errors="replace") for token in tokens] if has_strings else None
     return JSONResponse(
         {
             "count": len(tokens),
-            "max_model_len": client.get_model_info().max_context_tokens,
+            "max_model_len": max_context_tokens,
             "tokens": [token.token_id for token in tokens],
             "token_strs": strings,
         }

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from mpt_grpc.caller import ANONYMOUS, Caller
 from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.engine.state import EngineLoad, EngineState, RequestState
@@ -63,8 +64,11 @@ _ROLES: dict[int, str] = {
 }
 
 
-def generation_request(message: pb.GenerateRequest, defaults: GenerationDefaults) -> GenerationRequest:
-    """Returns the request with `defaults` for options that are not set. The engine checks ranges and the prompt.
+def generation_request(
+    message: pb.GenerateRequest, defaults: GenerationDefaults, caller: Caller = ANONYMOUS
+) -> GenerationRequest:
+    """Returns the caller's request with `defaults` for options that are not set. The engine checks ranges and the
+    prompt.
 
     The message's sizes must have been checked. Raises InvalidRequestError for an invalid duration or invalid
     `chat_template_kwargs`.
@@ -81,11 +85,12 @@ def generation_request(message: pb.GenerateRequest, defaults: GenerationDefaults
             output.chunk_tokens if output.HasField("chunk_tokens") else None,
             _seconds(output, "chunk_interval", "output_options"),
         ),
-        cache=CacheOptions(bypass=message.cache.bypass, salt=message.cache.salt),
+        cache=CacheOptions(bypass=message.cache.bypass, salt=message.cache.salt or caller.cache_salt),
         priority=message.priority,
         skip_special_tokens=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
         truncate_prompt_tokens=message.truncate_prompt_tokens if message.HasField("truncate_prompt_tokens") else None,
         resume_token_ids=tuple(message.resume_token_ids),
+        caller=caller,
     )
 
 

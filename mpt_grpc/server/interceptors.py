@@ -1,4 +1,5 @@
-"""The interceptor of all calls: adds a server span to the caller's trace, logs a line, and maps errors to statuses."""
+"""The interceptor of all calls: identifies the caller and checks its roles, adds a server span to the caller's trace,
+logs a line, and maps errors to statuses."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +17,14 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptServerError
+from mpt_grpc.access import Access, check_role
+from mpt_grpc.caller import ANONYMOUS, Caller, Role
+from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptServerError, UnauthenticatedError
 from mpt_grpc.server import status
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.telemetry import names
@@ -34,11 +38,24 @@ _SERVICES: Mapping[str, ServiceDescriptor] = {
 SERVICE, DEBUG_SERVICE = _SERVICES
 _log = logging.getLogger("mpt_grpc.access")
 _POLLED = ("GetEngineState", "GetModelInfo", "GetServerInfo")
+_ROLES: Mapping[str, tuple[Role, ...]] = {
+    "Generate": (Role.GENERATE,),
+    "StreamGenerate": (Role.GENERATE,),
+    "Tokenize": (Role.GENERATE,),
+    "Detokenize": (Role.GENERATE,),
+    "Cancel": (Role.GENERATE, Role.ADMIN),
+    "GetEngineState": (Role.OBSERVE,),
+    "GetModelInfo": tuple(Role),
+    "GetServerInfo": tuple(Role),
+    "ServerReflectionInfo": tuple(Role),
+}
+"""The roles of which a caller needs one, by method. No other method can be called, except health."""
 _MAX_LOGGED_CHARACTERS = 300
 
 # grpc.aio's types describe the messages of one method; an interceptor handles those of all methods.
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Serving: TypeAlias = Callable[[_CallContext], AbstractAsyncContextManager[None]]
 
 
 @dataclass
@@ -48,6 +65,7 @@ class Call:
     peer: str
     span: Span | None
     """None unless the server traces."""
+    caller: Caller
     logged: dict[str, Any] = field(default_factory=dict)
     """What its line in the log contains in addition to the method, the status and the duration."""
 
@@ -61,14 +79,14 @@ def current_call() -> Call:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the methods of this project's services; health and reflection pass through unchanged."""
+    """Wraps the methods of this project's services and reflection; health passes through unchanged."""
 
     message_limits: MessageLimits
     """To be set before the server starts."""
 
-    def __init__(self, tracer: Tracer | None) -> None:
+    def __init__(self, tracer: Tracer | None, access: Access) -> None:
         self._arrivals = Turnstile()
-        self._tracer = tracer
+        self._tracer, self._access = tracer, access
         self._propagator = TraceContextTextMapPropagator()
 
     async def intercept_service(
@@ -79,16 +97,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         method = handler_call_details.method.removeprefix("/")
         service, _, name = method.partition("/")
-        if handler is None or service not in _SERVICES:
+        if handler is None or service == HEALTH:
             return handler
+        metadata = handler_call_details.invocation_metadata or ()
+        authorization = next((str(value) for key, value in metadata if key == "authorization"), None)
+        try:
+            serving = partial(self._serving, method, self._access.token_caller(authorization))
+        except UnauthenticatedError as error:
+            # A handler for streamed requests is called before the message has been received.
+            return grpc.stream_stream_rpc_method_handler(
+                _refusal(partial(self._serving, method, ANONYMOUS), str(error))
+            )
+        if service not in _SERVICES:
+            return _reflection(serving, handler)
         assert handler.request_deserializer is not None
         parse = partial(self._parse, _SERVICES[service].methods_by_name[name], handler.request_deserializer)
         # Messages are parsed where errors become statuses, and not by gRPC, which would report UNKNOWN.
         codecs = (None, handler.response_serializer)
         if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(self._stream(method, parse, handler.unary_stream), *codecs)
+            return grpc.unary_stream_rpc_method_handler(_stream(serving, parse, handler.unary_stream), *codecs)
         assert handler.unary_unary is not None
-        return grpc.unary_unary_rpc_method_handler(self._unary(method, parse, handler.unary_unary), *codecs)
+        return grpc.unary_unary_rpc_method_handler(_unary(serving, parse, handler.unary_unary), *codecs)
 
     def _parse(self, method: MethodDescriptor, parse: Callable[[bytes], Any], data: bytes) -> Any:
         """Returns the message. Raises InvalidRequestError."""
@@ -99,34 +128,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             why = "not a valid request message of this method"
             raise InvalidRequestError(FieldViolation("request", why)) from error
 
-    def _unary(self, method: str, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
-        async def unary(data: bytes, context: _CallContext) -> Any:
-            async with self._serving(method, context):
-                response = serve(parse(data), context)
-                del data  # this frame is part of a status that gRPC keeps
-                return await response
-
-        return unary
-
-    def _stream(self, method: str, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
-        async def stream(data: bytes, context: _CallContext) -> AsyncIterator[Any]:
-            async with self._serving(method, context), aclosing(serve(parse(data), context)) as responses:
-                del data
-                async for response in responses:
-                    yield response
-
-        return stream
-
     @asynccontextmanager
-    async def _serving(self, method: str, context: _CallContext) -> AsyncIterator[None]:
+    async def _serving(self, method: str, caller: Caller | None, context: _CallContext) -> AsyncIterator[None]:
+        """Serves a call inside the block. `caller` is None if its certificate identifies it."""
         # Read now: grpc crashes if the peer of a cancelled call is read at its end.
-        call = Call(context.peer(), self._start_span(method, context))
+        peer = context.peer()
+        caller = caller or self._access.certified_caller(_certified_name(context.auth_context()))
+        call = Call(peer, self._start_span(method, caller, context), caller)
+        if caller.name:
+            call.logged["caller"] = caller.name
         # Each call runs in a task of its own, so the variable need not be reset.
         _call.set(call)
         start_s = time.monotonic()
         code = grpc.StatusCode.OK
         try:
             await self._arrivals.wait()
+            check_role(caller, _ROLES[method.rpartition("/")[2]])
             yield
         except MptServerError as error:
             code, _ = status.code_and_reason(error)
@@ -144,15 +161,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 call.span.set_attribute(names.RPC_STATUS_CODE, code.name)
                 call.span.end()
 
-    def _start_span(self, method: str, context: _CallContext) -> Span | None:
+    def _start_span(self, method: str, caller: Caller, context: _CallContext) -> Span | None:
         if self._tracer is None:
             return None
         carrier = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        named = {names.CALLER: caller.name} if caller.name else {}
         return self._tracer.start_span(
             method,
             context=self._propagator.extract(carrier, context=Context()),
             kind=SpanKind.SERVER,
-            attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method},
+            attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method, **named},
         )
 
     @staticmethod
@@ -164,6 +182,53 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call.span.set_attribute(names.ERROR_TYPE, status.code_and_reason(error)[1])
             call.span.set_status(StatusCode.ERROR, str(error))
         await status.abort(context, error)
+
+
+def _unary(serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
+    async def unary(data: bytes, context: _CallContext) -> Any:
+        async with serving(context):
+            response = serve(parse(data), context)
+            del data  # this frame is part of a status that gRPC keeps
+            return await response
+
+    return unary
+
+
+def _stream(serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
+    async def stream(data: bytes, context: _CallContext) -> AsyncIterator[Any]:
+        async with serving(context), aclosing(serve(parse(data), context)) as responses:
+            del data
+            async for response in responses:
+                yield response
+
+    return stream
+
+
+def _reflection(serving: _Serving, handler: _Handler) -> _Handler:
+    """Returns the handler of reflection, the only other service, whose messages gRPC parses."""
+    reflect: Callable[..., Any] = handler.stream_stream  # type: ignore[assignment]
+
+    async def stream(requests: Any, context: _CallContext) -> AsyncIterator[Any]:
+        async with serving(context), aclosing(reflect(requests, context)) as responses:
+            async for response in responses:
+                yield response
+
+    return grpc.stream_stream_rpc_method_handler(stream, handler.request_deserializer, handler.response_serializer)
+
+
+def _refusal(serving: _Serving, why: str) -> Callable[..., Any]:
+    async def stream(_requests: Any, context: _CallContext) -> AsyncIterator[bytes]:
+        async with serving(context):
+            raise UnauthenticatedError(why)
+        yield b""
+
+    return stream
+
+
+def _certified_name(identity: Mapping[str, Iterable[bytes]]) -> str:
+    """Returns the name in a client's certificate, as `mpt_grpc.tls.subject_name` does; empty without a certificate."""
+    names = (*identity.get("x509_common_name", ()), *identity.get("x509_subject_alternative_name", ()))
+    return next((name.decode(errors="replace") for name in names if name), "")
 
 
 def _log_call(method: str, call: Call, code: grpc.StatusCode, duration_s: float) -> None:

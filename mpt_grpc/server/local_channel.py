@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, NoReturn, Self, TypeAlias
 import grpc
 from grpc.aio import EOF, Metadata, UsageError
 
+from mpt_grpc.access import CERTIFIED_NAME
+
 _log = logging.getLogger(__name__)
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -101,10 +103,11 @@ class LocalChannel(grpc.aio.Channel):
             if handler is None:
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
             request = _coded(data, handler.request_deserializer)
-            if handler.unary_stream is None:
+            # An interceptor may refuse a call with a handler for streamed requests.
+            if (stream := handler.unary_stream or handler.stream_stream) is None:
                 await context.write(await handler.unary_unary(request, context))
             else:
-                async with aclosing(handler.unary_stream(request, context)) as responses:
+                async with aclosing(stream(request, context)) as responses:
                     async for response in responses:
                         await context.write(response)
         except grpc.aio.AbortError:
@@ -243,7 +246,8 @@ class _Context(grpc.aio.ServicerContext[Any, Any]):
         return None
 
     def auth_context(self) -> Mapping[str, Iterable[bytes]]:
-        return {}
+        """Returns the name in the certificate of the HTTP caller, as grpc would that of its own caller."""
+        return {"x509_common_name": [str(self._metadata.get(CERTIFIED_NAME, "")).encode()]}
 
     def code(self) -> grpc.StatusCode:
         return self._own_status.code

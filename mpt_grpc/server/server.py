@@ -20,12 +20,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace import Tracer
 
+from mpt_grpc.access import Access
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel, load_engine
 from mpt_grpc.errors import DrainingError, ModelError, MptServerError
-from mpt_grpc.listening import address, claim_socket, port_error
+from mpt_grpc.listening import address, claim_socket, exposure, port_error
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.allocator import trim
+from mpt_grpc.server.credentials import server_credentials
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.local_channel import LocalChannel
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
@@ -33,6 +35,7 @@ from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.settings import ServerSettings, Settings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import make_tracer_provider, shut_down
+from mpt_grpc.tls import ServerCertificate, server_certificate
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
 
@@ -102,12 +105,13 @@ class RunningServer:
         engine: Engine,
         model: LoadedModel,
         servicer: TextGenerationServicer,
+        access: Access,
     ) -> None:
         self.settings, self.target, self.engine, self.model = settings, target, engine, model
         self.channel = channel
         """A channel to this server for callers on its event loop, who need no connection."""
         self.http_port: int | None = None
-        self._servicer = servicer
+        self._servicer, self._access = servicer, access
         self._health = health.aio.HealthServicer()
         self._draining = False
 
@@ -126,10 +130,12 @@ class RunningServer:
             wait.cancel()
 
     async def watch(self) -> None:
-        """Updates health, NOT_SERVING while the engine is stuck, and frees memory when idle. Runs until cancelled."""
+        """Updates health, NOT_SERVING while the engine is stuck, reads access tokens again if their file has changed,
+        and frees memory when idle. Runs until cancelled."""
         while not self._draining:
             stuck = self.engine.is_stuck(self.settings.server.stall_timeout_s)
             await self.set_serving(not stuck)
+            await asyncio.to_thread(self._access.refresh)
             if not self.engine.num_in_flight:
                 await asyncio.to_thread(trim)
             await asyncio.sleep(_WATCH_INTERVAL_S)
@@ -155,24 +161,32 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
 
 @asynccontextmanager
 async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[RunningServer]:
-    interceptor = CallInterceptor(tracer)
+    access, tls = Access(settings.server.tokens_file), settings.server.tls
+    interceptor = CallInterceptor(tracer, access)
+    certificate = None if tls is None else server_certificate(tls)
+    identifies_callers = access.requires_token or (tls is not None and tls.client_ca is not None)
+    missing = {"TLS (--tls-cert)": tls is None, "access tokens (--tokens-file)": not identifies_callers}
+    listens_on_host = settings.server.grpc_socket is None or settings.http.port is not None
+    if listens_on_host and (warning := exposure(settings.server.host, missing)):
+        _log.warning("%s", warning)
     server = grpc.aio.server(interceptors=[interceptor], options=_CHANNEL_OPTIONS)
-    with _listening(server, settings.server) as target:
+    with _listening(server, settings.server, certificate) as target:
         loop = asyncio.get_running_loop()
         engine, model = await asyncio.to_thread(load_engine, settings, tracer=tracer, loop=loop)
         limits = engine.preparation.limits
         interceptor.message_limits = MessageLimits(limits)
         servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.message_limits)
         channel = LocalChannel(interceptor)
-        running = RunningServer(settings, target, channel, engine, model, servicer)
+        running = RunningServer(settings, target, channel, engine, model, servicer, access)
         services: Any
         for services in (server, channel):
             pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, services)
             debug_pb2_grpc.add_DebugServiceServicer_to_server(DebugServicer(engine, model), services)
             health_pb2_grpc.add_HealthServicer_to_server(running.health, services)
-        reflection.enable_server_reflection(
-            (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-        )
+        if settings.server.reflection:
+            reflection.enable_server_reflection(
+                (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+            )
         with engine:
             try:
                 await asyncio.to_thread(engine.generate, _warm_up(limits.max_context_tokens))
@@ -182,7 +196,7 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
             await server.start()
             watch = asyncio.create_task(running.watch())
             try:
-                async with channel, _http(settings, target, channel) as running.http_port:
+                async with channel, _http(settings, target, channel, certificate) as running.http_port:
                     yield running
             finally:
                 watch.cancel()
@@ -194,7 +208,9 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
 
 
 @asynccontextmanager
-async def _http(settings: Settings, target: str, channel: grpc.aio.Channel) -> AsyncIterator[int | None]:
+async def _http(
+    settings: Settings, target: str, channel: grpc.aio.Channel, certificate: ServerCertificate | None
+) -> AsyncIterator[int | None]:
     """Serves the OpenAI-compatible API as a client of this server; yields its port, or None if it is disabled."""
     if settings.http.port is None:
         yield None
@@ -202,7 +218,8 @@ async def _http(settings: Settings, target: str, channel: grpc.aio.Channel) -> A
     # Imported here, so that a server without HTTP does not wait for it.
     from mpt_grpc.gateway.serve import running_gateway
 
-    async with running_gateway(target, settings.server.host, settings.http, channel=channel) as port:
+    host = settings.server.host
+    async with running_gateway(target, host, settings.http, certificate=certificate, channel=channel) as port:
         yield port
 
 
@@ -218,10 +235,14 @@ def _warm_up(max_context_tokens: int) -> GenerationRequest:
 
 
 @contextlib.contextmanager
-def _listening(server: grpc.aio.Server, settings: ServerSettings) -> Iterator[str]:
+def _listening(
+    server: grpc.aio.Server, settings: ServerSettings, certificate: ServerCertificate | None
+) -> Iterator[str]:
     """Binds the port or the socket, and yields the target for clients on this machine. Raises SettingsError."""
     if settings.grpc_socket is None:
-        yield address(settings.reachable_host, _bind(server, settings.host, settings.grpc_port))
+        credentials = None if certificate is None else server_credentials(certificate)
+        at = address(settings.reachable_host, _bind(server, settings.host, settings.grpc_port, credentials))
+        yield at if certificate is None else f"grpcs://{at}"
         return
     path = settings.grpc_socket.absolute()
     claim_socket(path, "--grpc-socket")
@@ -235,12 +256,14 @@ def _listening(server: grpc.aio.Server, settings: ServerSettings) -> Iterator[st
         raise
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+def _bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
     try:
         # gRPC reports a bad host and a port in use with the same error.
         socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         try:
-            return server.add_insecure_port(address(host, port))
+            if credentials is None:
+                return server.add_insecure_port(address(host, port))
+            return server.add_secure_port(address(host, port), credentials)
         except RuntimeError:
             with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
                 probe.bind((host, port))

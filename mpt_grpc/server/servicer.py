@@ -16,6 +16,7 @@ import grpc
 from opentelemetry.trace import format_trace_id, set_span_in_context
 
 from mpt_grpc import __version__
+from mpt_grpc.caller import Role
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.stream import AsyncStream, collect
@@ -30,7 +31,8 @@ from mpt_grpc.limits import (
 )
 from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
 from mpt_grpc.server import convert
-from mpt_grpc.server.interceptors import current_call
+from mpt_grpc.server.interceptors import Call, current_call
+from mpt_grpc.server.quotas import Quotas
 from mpt_grpc.server.sizes import MessageLimits, check_sizes
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry import names
@@ -56,6 +58,9 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         self._message_limits = limits
         self._started_s = time.monotonic()
         self._num_answers = 0
+        self._quotas = Quotas()
+        self._calls: dict[str, Call] = {}
+        """The generations in progress, by request ID."""
         self.idle = asyncio.Event()
         """Set while no generation is in progress, which a drain waits for."""
         self.idle.set()
@@ -106,7 +111,13 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         if len(request.request_ids) > MAX_CANCELLED:
             why = f"{len(request.request_ids)} items; at most {MAX_CANCELLED} are allowed"
             raise InvalidRequestError(FieldViolation("request_ids", why))
-        return pb.CancelResponse(request_ids=[i for i in request.request_ids if self._engine.cancel(i)])
+        return pb.CancelResponse(
+            request_ids=[i for i in request.request_ids if self._may_cancel(i) and self._engine.cancel(i)]
+        )
+
+    def _may_cancel(self, request_id: str) -> bool:
+        caller, call = current_call().caller, self._calls.get(request_id)
+        return call is not None and (Role.ADMIN in caller.roles or call.caller.name == caller.name)
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: _CallContext) -> pb.GetModelInfoResponse:
         return convert.model_info(self._model, self._engine.preparation)
@@ -132,12 +143,18 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         """Submits a request, which ends with the block: by return, error, cancellation or deadline."""
         self._num_answers += 1
         self.idle.clear()
+        call = current_call()
         try:
-            stream = self._submit(message)
-            try:
-                yield _Answer(stream, message.output_options, self._engine.preparation.tokenizer)
-            finally:
-                stream.cancel()
+            with self._quotas.request(call.caller) as meter:
+                stream = self._submit(message)
+                self._calls[stream.request_id] = call
+                deltas = aiter(stream) if meter is None else meter.metered(stream)
+                try:
+                    yield _Answer(stream, deltas, message.output_options, self._engine.preparation.tokenizer)
+                finally:
+                    stream.cancel()
+                    if self._calls.get(stream.request_id) is call:  # a new request may have the same ID
+                        del self._calls[stream.request_id]
         finally:
             self._num_answers -= 1
             if not self._num_answers:
@@ -148,8 +165,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             wanted = message.model[: MAX_BYTES["model"]]
             raise UnknownModelError(f"model {wanted!r} is not loaded; the loaded model is {self._model.name!r}")
         check_sizes(message, self._engine.preparation.limits)
-        request = convert.generation_request(message, self._model.defaults)
         call = current_call()
+        request = convert.generation_request(message, self._model.defaults, call.caller)
         call.logged["request_id"] = request.request_id
         span, parent = call.span, None
         if span is not None:
@@ -182,9 +199,14 @@ def _num_logprobs(delta: OutputDelta) -> int:
 class _Answer:
     """The response to one request while it is generated."""
 
-    def __init__(self, stream: AsyncStream, options: pb.OutputOptions, tokenizer: Tokenizer) -> None:
-        self.request_id = stream.request_id
-        self.deltas = aiter(stream)
+    def __init__(
+        self,
+        stream: AsyncStream,
+        deltas: AsyncIterator[OutputDelta],
+        options: pb.OutputOptions,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.request_id, self.deltas = stream.request_id, deltas
         self._stream = stream
         self._options, self._tokenizer = options, tokenizer
         self._returns_token_ids = options.return_token_ids

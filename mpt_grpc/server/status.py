@@ -18,7 +18,10 @@ from mpt_grpc.errors import (
     InvalidRequestError,
     MptServerError,
     OverloadedError,
+    PermissionDeniedError,
     PromptRefusedError,
+    QuotaExceededError,
+    UnauthenticatedError,
     UnknownModelError,
 )
 
@@ -30,7 +33,10 @@ _TABLE: dict[type[MptServerError], tuple[grpc.StatusCode, str]] = {
     PromptRefusedError: (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_REFUSED"),
     UnknownModelError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
     DuplicateRequestError: (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
+    UnauthenticatedError: (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    PermissionDeniedError: (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    QuotaExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
     DrainingError: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     EngineStoppedError: (grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPED"),
     InternalError: (grpc.StatusCode.INTERNAL, "ENGINE_FAULT"),
@@ -56,7 +62,10 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: MptServerErr
 
 
 def _details(error: MptServerError, reason: str) -> Iterator[Message]:
-    yield error_details_pb2.ErrorInfo(reason=reason, domain=_DOMAIN)
+    subject, metadata = "server:requests", dict[str, str]()
+    if isinstance(error, QuotaExceededError):
+        subject, metadata = f"{error.caller}:{error.quota}", {"quota": error.quota, "limit": str(error.limit)}
+    yield error_details_pb2.ErrorInfo(reason=reason, domain=_DOMAIN, metadata=metadata)
     if isinstance(error, InvalidRequestError):
         yield error_details_pb2.BadRequest(field_violations=_violations(error))
     if isinstance(error, OverloadedError):
@@ -64,7 +73,7 @@ def _details(error: MptServerError, reason: str) -> Iterator[Message]:
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         yield error_details_pb2.RetryInfo(retry_delay=delay)
         why = _shortened(str(error), _MAX_MESSAGE_BYTES)
-        quota = error_details_pb2.QuotaFailure.Violation(subject="server:requests", description=why)
+        quota = error_details_pb2.QuotaFailure.Violation(subject=subject, description=why)
         yield error_details_pb2.QuotaFailure(violations=[quota])
 
 

@@ -23,7 +23,8 @@ def welcome(server: RunningServer) -> str:
         f"  gRPC      {server.target}",
     ]
     if server.http_port is not None:
-        url = f"http://{address(server.settings.server.reachable_host, server.http_port)}"
+        listening = server.settings.server
+        url = f"http{'s' if listening.tls else ''}://{address(listening.reachable_host, server.http_port)}"
         lines += [f"  OpenAI    {url}/v1", f"  web page  {url}/"]
     lines.append(f'  try       mpt-grpc generate "Once upon a time" --target {server.target}')
     return "\n".join(lines)

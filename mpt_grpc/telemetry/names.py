@@ -27,6 +27,7 @@ RESPONSE_FINISH_REASONS = "gen_ai.response.finish_reasons"
 USAGE_INPUT_TOKENS = "gen_ai.usage.input_tokens"
 USAGE_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 
+CALLER = "mpt.caller"
 REQUEST_ID = "mpt.request_id"
 CACHED_TOKENS = "mpt.cached_tokens"
 PREEMPTIONS = "mpt.preemptions"

@@ -169,7 +169,7 @@ def test_calls_of_a_closed_client_fail_with_an_error_of_the_client(target):
     ("target", "remedy"),
     [
         ("http://localhost:50051", "use the server's gRPC address, such as 'localhost:50051'"),
-        ("https://models.example/v1", "such as 'models.example:50051'"),
+        ("https://models.example/v1", "such as 'grpcs://models.example:50051'"),
         ("localhost", "has no port: write 'localhost:50051'"),
         ("/run/mpt.sock", "is a path: write 'unix:/run/mpt.sock' for a Unix socket"),
     ],

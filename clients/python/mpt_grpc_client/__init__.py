@@ -2,6 +2,7 @@
 return."""
 
 from mpt_grpc_client.async_client import AsyncClient, AsyncTextStream
+from mpt_grpc_client.channel import ConnectionOptions
 from mpt_grpc_client.client import Client, TextStream
 from mpt_grpc_client.constraints import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
 from mpt_grpc_client.errors import (
@@ -14,6 +15,9 @@ from mpt_grpc_client.errors import (
     MptGrpcError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
+    QuotaExceededError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from mpt_grpc_client.prompts import Message, Prompt, Role
@@ -43,6 +47,7 @@ __all__ = [
     "AsyncTextStream",
     "Choice",
     "Client",
+    "ConnectionOptions",
     "Constraint",
     "DeadlineExceededError",
     "Delta",
@@ -66,7 +71,9 @@ __all__ = [
     "NotFoundError",
     "Output",
     "OverloadedError",
+    "PermissionDeniedError",
     "Prompt",
+    "QuotaExceededError",
     "Regex",
     "RepetitionGuard",
     "Role",
@@ -76,6 +83,7 @@ __all__ = [
     "Token",
     "TokenLogprob",
     "TopLogprob",
+    "UnauthenticatedError",
     "UnavailableError",
     "Usage",
     "__version__",

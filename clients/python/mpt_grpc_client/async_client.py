@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from functools import cached_property
+from copy import copy
 from typing import Self, TypeVar, Unpack
 
 import grpc
 from google.protobuf.message import Message
 
 from mpt_grpc_client import debug, responses
-from mpt_grpc_client.channel import channel_options, check_timeout, proxy_variable, resolve_target, trace_metadata
+from mpt_grpc_client.channel import ConnectionOptions, Endpoint, check_timeout, proxy_variable, resolve, trace_metadata
 from mpt_grpc_client.errors import closed_error, from_rpc_error
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -42,19 +42,22 @@ class AsyncClient:
         timeout: float | None = None,
         retries: bool = True,
         channel: grpc.aio.Channel | None = None,
+        **connection: Unpack[ConnectionOptions],
     ) -> None:
-        """Creates a client, which connects at its first call, without TLS, and from then on belongs to that event loop.
+        """Creates a client, which connects at its first call, and from then on belongs to that event loop.
 
-        target: `host:port` or `unix:path`; defaults to the environment variable MPT_GRPC_TARGET, then to
-            `localhost:50051`.
+        target: `host:port`, `grpcs://host:port` with TLS, or `unix:path`; defaults to the environment variable
+            MPT_GRPC_TARGET, then to `localhost:50051`.
         timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
         retries: whether to retry calls up to three times while the server is unavailable or overloaded.
-        channel: a channel to the target instead of the client's own, for example with TLS; it has its own options, so
-            `retries` has no effect. The client closes it.
+        channel: a channel to the target instead of the client's own; it has its own options, so `retries` and those of
+            the connection have no effect. The client closes it.
+        connection: see `ConnectionOptions`.
         """
-        self._target, self._timeout, self._retries = resolve_target(target), check_timeout(timeout), retries
-        self._channel = channel
-        self._closed = False
+        endpoint = resolve(target, connection, has_channel=channel is not None)
+        self._target, self._timeout = endpoint.target, check_timeout(timeout)
+        self._metadata = endpoint.metadata
+        self._connection = _Connection(endpoint, retries, channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -64,11 +67,13 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancels the calls in progress and disconnects."""
-        self._closed = True
-        if "_connection" in vars(self):
-            await self._connection.channel.close()
-        elif self._channel is not None:
-            await self._channel.close()
+        await self._connection.close()
+
+    def with_metadata(self, *metadata: tuple[str, str]) -> Self:
+        """Returns a client whose calls also send this metadata, on the connection of this client."""
+        client = copy(self)
+        client._metadata = (*self._metadata, *metadata)
+        return client
 
     async def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
@@ -80,7 +85,7 @@ class AsyncClient:
         options: see `GenerateOptions`.
         """
         request = build_request(prompt, **options)
-        response = await self._call(self._connected.service.Generate, request, timeout)
+        response = await self._call(self._connection.stubs.service.Generate, request, timeout)
         return await _converted(responses.generation, response)
 
     def stream(
@@ -93,60 +98,48 @@ class AsyncClient:
         """
         request = build_request(prompt, **options)
         timeout = self._timeout if timeout is None else check_timeout(timeout)
-        call = self._connected.service.StreamGenerate(request, timeout=timeout, metadata=trace_metadata())
+        call = self._connection.stubs.service.StreamGenerate(
+            request, timeout=timeout, metadata=trace_metadata() + self._metadata
+        )
         return AsyncTextStream(call, request.sampling.num_sequences, self._target, timeout)
 
     async def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[Token, ...]:
         """Returns the tokens of a text."""
         request = pb.TokenizeRequest(text=text)
-        return await _converted(responses.tokens, await self._call(self._connected.service.Tokenize, request, timeout))
+        return await _converted(
+            responses.tokens, await self._call(self._connection.stubs.service.Tokenize, request, timeout)
+        )
 
     async def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, timeout: float | None = None
     ) -> str:
         """Returns the text of token IDs. Invalid UTF-8 is replaced by U+FFFD."""
         request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
-        return (await self._call(self._connected.service.Detokenize, request, timeout)).text
+        return (await self._call(self._connection.stubs.service.Detokenize, request, timeout)).text
 
     async def cancel(self, *request_ids: str, timeout: float | None = None) -> tuple[str, ...]:
-        """Cancels requests, of any client, whose calls then return their partial output.
+        """Cancels requests of this or, with the role `admin`, any caller. Their calls return their partial output.
 
         Returns the IDs that were in progress.
         """
         request = pb.CancelRequest(request_ids=request_ids)
-        return tuple((await self._call(self._connected.service.Cancel, request, timeout)).request_ids)
+        return tuple((await self._call(self._connection.stubs.service.Cancel, request, timeout)).request_ids)
 
     async def get_model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns information about the loaded model."""
         request = pb.GetModelInfoRequest()
-        return responses.model_info(await self._call(self._connected.service.GetModelInfo, request, timeout))
+        return responses.model_info(await self._call(self._connection.stubs.service.GetModelInfo, request, timeout))
 
     async def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Returns the server's version, limits and load."""
         request = pb.GetServerInfoRequest()
-        return responses.server_info(await self._call(self._connected.service.GetServerInfo, request, timeout))
+        return responses.server_info(await self._call(self._connection.stubs.service.GetServerInfo, request, timeout))
 
     async def get_engine_state(self, *, timeout: float | None = None) -> debug.EngineState:
         """Returns the requests in progress and the KV cache blocks they hold. It may change in any release."""
         request = debug_pb2.GetEngineStateRequest()
-        return debug.engine_state(await self._call(self._connected.debug_service.GetEngineState, request, timeout))
-
-    @property
-    def _connected(self) -> _Connection:
-        """The connection. Raises MptGrpcError once the client is closed, and RuntimeError outside its event loop."""
-        if self._closed:
-            raise closed_error()
-        if self._connection.loop is not asyncio.get_running_loop():
-            raise RuntimeError(
-                "this AsyncClient is in use by another event loop; create one client for each event loop"
-            )
-        return self._connection
-
-    @cached_property
-    def _connection(self) -> _Connection:
-        # Made now: grpc.aio hangs if a channel is created before its loop runs.
-        return _Connection(
-            self._channel or grpc.aio.insecure_channel(self._target, channel_options(self._target, self._retries))
+        return debug.engine_state(
+            await self._call(self._connection.stubs.debug_service.GetEngineState, request, timeout)
         )
 
     async def _call(
@@ -154,7 +147,7 @@ class AsyncClient:
     ) -> _Response:
         timeout = self._timeout if timeout is None else check_timeout(timeout)
         try:
-            return await method(request, timeout=timeout, metadata=trace_metadata())
+            return await method(request, timeout=timeout, metadata=trace_metadata() + self._metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target, timeout, proxy_variable(self._target)) from error
         except asyncio.CancelledError as error:
@@ -164,12 +157,41 @@ class AsyncClient:
 
 
 class _Connection:
-    """A channel of the running event loop."""
+    """A channel, which several clients of one event loop may share."""
+
+    def __init__(self, endpoint: Endpoint, retries: bool, channel: grpc.aio.Channel | None) -> None:
+        self._endpoint, self._retries, self._channel = endpoint, retries, channel
+        self._stubs: _Stubs | None = None
+        self._is_closed = False
+
+    @property
+    def stubs(self) -> _Stubs:
+        """The methods. Raises MptGrpcError once the client is closed, and RuntimeError outside its event loop."""
+        if self._is_closed:
+            raise closed_error()
+        if self._stubs is None:
+            # Made now: grpc.aio hangs if a channel is created before its loop runs.
+            self._channel = self._channel or self._endpoint.aio_channel(self._retries)
+            self._stubs = _Stubs(self._channel)
+        if self._stubs.loop is not asyncio.get_running_loop():
+            raise RuntimeError(
+                "this AsyncClient is in use by another event loop; create one client for each event loop"
+            )
+        return self._stubs
+
+    async def close(self) -> None:
+        self._is_closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+
+class _Stubs:
+    """The methods of a server, for the running event loop."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self.loop, self.channel = asyncio.get_running_loop(), channel
-        self.service = TextGenerationServiceStub(self.channel)
-        self.debug_service = DebugServiceStub(self.channel)
+        self.loop = asyncio.get_running_loop()
+        self.service = TextGenerationServiceStub(channel)
+        self.debug_service = DebugServiceStub(channel)
 
 
 class AsyncTextStream(responses.PartialGeneration):

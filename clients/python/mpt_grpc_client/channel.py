@@ -1,11 +1,14 @@
-"""The target, the options and the trace context of a channel, for both the synchronous and the asynchronous client."""
+"""Where and how a client connects, for both the synchronous and the asynchronous client."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypedDict
 
+import grpc
 from opentelemetry import propagate
 
 from mpt_grpc_client.errors import InvalidTargetError
@@ -13,6 +16,9 @@ from mpt_grpc_client.version import __version__
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """The maximum size of one message, in either direction."""
+
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+_TLS_SCHEME = "grpcs://"
 
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 """The variables that gRPC reads, in its order of precedence."""
@@ -35,6 +41,98 @@ _SERVICE_CONFIG = {
 }
 
 
+class ConnectionOptions(TypedDict, total=False):
+    """How a client connects. Every option may be omitted."""
+
+    tls: bool
+    """Whether to use TLS, as with a `grpcs://` target and with each of the following options."""
+    root_certificates: bytes
+    """The authorities that may have issued the server's certificate, in PEM; by default those that gRPC trusts."""
+    client_certificate: bytes
+    """The client's own certificate, in PEM, for a server that requires one."""
+    client_key: bytes
+    """The key of the client's certificate, in PEM."""
+    credentials: grpc.ChannelCredentials
+    """Credentials made with gRPC, instead of the options above."""
+    token: str
+    """The access token, which every call sends."""
+    allow_insecure_token: bool
+    """Whether access tokens may be sent without TLS to another machine, where anyone on the way can read them."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server, as gRPC connects to it."""
+
+    target: str
+    credentials: grpc.ChannelCredentials | None
+    """None connects without TLS."""
+    may_send_tokens: bool
+    """Whether nobody on the way can read access tokens, or that is allowed."""
+    metadata: Metadata
+    """What every call sends."""
+
+    def channel(self, retries: bool) -> grpc.Channel:
+        options = channel_options(self.target, retries)
+        if self.credentials is None:
+            return grpc.insecure_channel(self.target, options)
+        return grpc.secure_channel(self.target, self.credentials, options)
+
+    def aio_channel(self, retries: bool) -> grpc.aio.Channel:
+        options = channel_options(self.target, retries)
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.target, options)
+        return grpc.aio.secure_channel(self.target, self.credentials, options)
+
+
+def resolve(target: str | None, options: ConnectionOptions, *, has_channel: bool = False) -> Endpoint:
+    """Returns the server for a target as in `resolve_target`.
+
+    has_channel: whether another channel than the endpoint's is used, whose security is unknown.
+    Raises InvalidTargetError for such a target or one to which the token must not be sent, TypeError for an unknown
+    option or one of a wrong type, and ValueError for options that do not go together.
+    """
+    known = ConnectionOptions.__optional_keys__
+    if unknown := options.keys() - known:
+        raise TypeError(f"unknown option {min(unknown)!r}; those of a connection are {', '.join(sorted(known))}")
+    resolved = resolve_target(target)
+    address = resolved.removeprefix(_TLS_SCHEME)
+    credentials = _credentials(options, has_scheme=resolved != address)
+    is_safe = credentials is not None or _is_local(address) or options.get("allow_insecure_token", False)
+    token = options.get("token")
+    if token is None:
+        return Endpoint(address, credentials, is_safe, ())
+    if not re.fullmatch("[!-~]+", token):
+        raise ValueError("token: must consist of visible ASCII characters")
+    if not (is_safe or has_channel):
+        why = f"use TLS ('{_TLS_SCHEME}{address}'), or allow_insecure_token inside a trusted network"
+        raise InvalidTargetError(f"target {resolved!r} is another machine, and the token would be readable: {why}")
+    return Endpoint(address, credentials, is_safe, (("authorization", f"Bearer {token}"),))
+
+
+def _credentials(options: ConnectionOptions, *, has_scheme: bool) -> grpc.ChannelCredentials | None:
+    root = _pem(options, "root_certificates")
+    key, certificate = _pem(options, "client_key"), _pem(options, "client_certificate")
+    credentials = options.get("credentials")
+    has_pem = bool(root or key or certificate)
+    if credentials is not None and has_pem:
+        raise ValueError("credentials: pass the certificates and the key to grpc.ssl_channel_credentials")
+    if (key is None) != (certificate is None):
+        raise ValueError("client_certificate and client_key: pass both or neither")
+    if credentials is None and (has_scheme or has_pem or options.get("tls")):
+        return grpc.ssl_channel_credentials(root, key, certificate)
+    return credentials
+
+
+def _pem(
+    options: ConnectionOptions, name: Literal["root_certificates", "client_certificate", "client_key"]
+) -> bytes | None:
+    pem = options.get(name)
+    if not isinstance(pem, bytes | None):
+        raise TypeError(f"{name}: must be the content of a PEM file as bytes, not {type(pem).__name__}")
+    return pem
+
+
 def resolve_target(target: str | None) -> str:
     """Returns the given target, or that of the environment variable MPT_GRPC_TARGET, or `localhost:50051`.
 
@@ -46,10 +144,12 @@ def resolve_target(target: str | None) -> str:
     resolved = target or os.environ.get("MPT_GRPC_TARGET") or "localhost:50051"
     if url := re.match(r"https?:/*([^/]*)", resolved):
         host = re.sub(r":\d+$", "", url[1]) or "localhost"
-        raise InvalidTargetError(f"target {resolved!r} is a URL: use the server's gRPC address, such as '{host}:50051'")
+        scheme = _TLS_SCHEME if resolved.startswith("https") else ""
+        why = f"use the server's gRPC address, such as '{scheme}{host}:50051'"
+        raise InvalidTargetError(f"target {resolved!r} is a URL: {why}")
     if resolved.startswith(("/", "./", "../")):
         raise InvalidTargetError(f"target {resolved!r} is a path: write 'unix:{resolved}' for a Unix socket")
-    if not re.search("[:/]", resolved):
+    if not re.search("[:/]", resolved.removeprefix(_TLS_SCHEME)):
         raise InvalidTargetError(f"target {resolved!r} has no port: write '{resolved}:50051'")
     return resolved
 
@@ -72,7 +172,7 @@ def proxy_variable(target: str) -> str | None:
 
 
 def channel_options(target: str, retries: bool) -> tuple[tuple[str, str | int], ...]:
-    """Returns the options of grpc.insecure_channel and grpc.aio.insecure_channel for this target."""
+    """Returns the options of a channel to this target."""
     return (
         # gRPC would send calls to this machine through a proxy too, unless no_proxy lists them.
         ("grpc.enable_http_proxy", int(not _is_local(target))),
@@ -108,7 +208,7 @@ def _host(target: str) -> str:
     return host.rpartition(":")[0].strip("[]").lower()
 
 
-def trace_metadata() -> tuple[tuple[str, str], ...]:
+def trace_metadata() -> Metadata:
     """Returns the current trace context as metadata: `traceparent` by default; empty outside a span."""
     carrier: dict[str, str] = {}
     propagate.inject(carrier)

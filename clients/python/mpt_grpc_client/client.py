@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Self, TypeVar, Unpack
 
 import grpc
 
 from mpt_grpc_client import debug, responses
-from mpt_grpc_client.channel import channel_options, check_timeout, proxy_variable, resolve_target, trace_metadata
+from mpt_grpc_client.channel import (
+    ConnectionOptions,
+    check_timeout,
+    proxy_variable,
+    resolve,
+    trace_metadata,
+)
 from mpt_grpc_client.errors import closed_error, from_rpc_error
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -32,21 +39,22 @@ class Client:
         timeout: float | None = None,
         retries: bool = True,
         channel: grpc.Channel | None = None,
+        **connection: Unpack[ConnectionOptions],
     ) -> None:
-        """Creates a client, which connects at its first call, without TLS.
+        """Creates a client, which connects at its first call.
 
-        target: `host:port` or `unix:path`; defaults to the environment variable MPT_GRPC_TARGET, then to
-            `localhost:50051`.
+        target: `host:port`, `grpcs://host:port` with TLS, or `unix:path`; defaults to the environment variable
+            MPT_GRPC_TARGET, then to `localhost:50051`.
         timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
         retries: whether to retry calls up to three times while the server is unavailable or overloaded.
-        channel: a channel to the target instead of the client's own, for example with TLS; it has its own options, so
-            `retries` has no effect. The client closes it.
+        channel: a channel to the target instead of the client's own; it has its own options, so `retries` and those of
+            the connection have no effect. The client closes it.
+        connection: see `ConnectionOptions`.
         """
-        self._target, self._timeout = resolve_target(target), check_timeout(timeout)
-        self._channel = channel or grpc.insecure_channel(self._target, channel_options(self._target, retries))
-        self._service = TextGenerationServiceStub(self._channel)
-        self._debug_service = DebugServiceStub(self._channel)
-        self._closed = False
+        endpoint = resolve(target, connection, has_channel=channel is not None)
+        self._target, self._timeout = endpoint.target, check_timeout(timeout)
+        self._metadata = endpoint.metadata
+        self._connection = _Connection(channel or endpoint.channel(retries))
 
     def __enter__(self) -> Self:
         return self
@@ -56,8 +64,14 @@ class Client:
 
     def close(self) -> None:
         """Cancels the calls in progress and disconnects."""
-        self._closed = True
-        self._channel.close()
+        self._connection.is_closed = True
+        self._connection.channel.close()
+
+    def with_metadata(self, *metadata: tuple[str, str]) -> Self:
+        """Returns a client whose calls also send this metadata, on the connection of this client."""
+        client = copy(self)
+        client._metadata = (*self._metadata, *metadata)
+        return client
 
     def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
@@ -69,7 +83,7 @@ class Client:
         options: see `GenerateOptions`.
         """
         request = build_request(prompt, **options)
-        return responses.generation(self._call(self._service.Generate, request, timeout))
+        return responses.generation(self._call(self._connected.service.Generate, request, timeout))
 
     def stream(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> TextStream:
         """Generates a continuation of the prompt and streams it. The request is sent immediately.
@@ -79,55 +93,68 @@ class Client:
         """
         request = build_request(prompt, **options)
         timeout = self._timeout if timeout is None else check_timeout(timeout)
-        self._check_open()
-        call = self._service.StreamGenerate(request, timeout=timeout, metadata=trace_metadata())
+        metadata = trace_metadata() + self._metadata
+        call = self._connected.service.StreamGenerate(request, timeout=timeout, metadata=metadata)
         return TextStream(call, request.sampling.num_sequences, self._target, timeout)
 
     def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[Token, ...]:
         """Returns the tokens of a text."""
-        return responses.tokens(self._call(self._service.Tokenize, pb.TokenizeRequest(text=text), timeout))
+        return responses.tokens(self._call(self._connected.service.Tokenize, pb.TokenizeRequest(text=text), timeout))
 
     def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, timeout: float | None = None
     ) -> str:
         """Returns the text of token IDs. Invalid UTF-8 is replaced by U+FFFD."""
         request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
-        return self._call(self._service.Detokenize, request, timeout).text
+        return self._call(self._connected.service.Detokenize, request, timeout).text
 
     def cancel(self, *request_ids: str, timeout: float | None = None) -> tuple[str, ...]:
-        """Cancels requests, of any client, whose calls then return their partial output.
+        """Cancels requests of this or, with the role `admin`, any caller. Their calls return their partial output.
 
         Returns the IDs that were in progress.
         """
-        response = self._call(self._service.Cancel, pb.CancelRequest(request_ids=request_ids), timeout)
+        response = self._call(self._connected.service.Cancel, pb.CancelRequest(request_ids=request_ids), timeout)
         return tuple(response.request_ids)
 
     def get_model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns information about the loaded model."""
-        return responses.model_info(self._call(self._service.GetModelInfo, pb.GetModelInfoRequest(), timeout))
+        return responses.model_info(self._call(self._connected.service.GetModelInfo, pb.GetModelInfoRequest(), timeout))
 
     def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Returns the server's version, limits and load."""
-        return responses.server_info(self._call(self._service.GetServerInfo, pb.GetServerInfoRequest(), timeout))
+        return responses.server_info(
+            self._call(self._connected.service.GetServerInfo, pb.GetServerInfoRequest(), timeout)
+        )
 
     def get_engine_state(self, *, timeout: float | None = None) -> debug.EngineState:
         """Returns the requests in progress and the KV cache blocks they hold. It may change in any release."""
         request = debug_pb2.GetEngineStateRequest()
-        return debug.engine_state(self._call(self._debug_service.GetEngineState, request, timeout))
+        return debug.engine_state(self._call(self._connected.debug_service.GetEngineState, request, timeout))
 
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout: float | None
     ) -> _Response:
         timeout = self._timeout if timeout is None else check_timeout(timeout)
-        self._check_open()
         try:
-            return method(request, timeout=timeout, metadata=trace_metadata())
+            return method(request, timeout=timeout, metadata=trace_metadata() + self._metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target, timeout, proxy_variable(self._target)) from error
 
-    def _check_open(self) -> None:
-        if self._closed:
+    @property
+    def _connected(self) -> _Connection:
+        """The connection. Raises MptGrpcError once the client is closed."""
+        if self._connection.is_closed:
             raise closed_error()
+        return self._connection
+
+
+class _Connection:
+    """A channel, which several clients may share."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel, self.is_closed = channel, False
+        self.service = TextGenerationServiceStub(channel)
+        self.debug_service = DebugServiceStub(channel)
 
 
 class TextStream(responses.PartialGeneration):

@@ -4,11 +4,14 @@ MptGrpcError              a call that failed; statuses not listed below raise th
 ├── InvalidRequestError     INVALID_ARGUMENT: one or more options are invalid
 ├── NotFoundError           NOT_FOUND: the requested model is not loaded
 ├── AlreadyExistsError      ALREADY_EXISTS: a request with this ID is in progress
+├── UnauthenticatedError    UNAUTHENTICATED: the server requires an access token, and this one is missing or not valid
+├── PermissionDeniedError   PERMISSION_DENIED: the caller lacks a role
 ├── OverloadedError         RESOURCE_EXHAUSTED: the server's queue is full, or it is too busy to check a constraint
+│   └── QuotaExceededError    the caller uses as much as its quota allows
 ├── UnavailableError        UNAVAILABLE: the server cannot be reached or is shutting down
 ├── DeadlineExceededError   DEADLINE_EXCEEDED: the timeout has expired
 ├── InternalError           INTERNAL: the server failed while processing this request
-└── InvalidTargetError      the target is neither HOST:PORT nor unix:PATH; no call was made
+└── InvalidTargetError      the target is neither HOST:PORT nor unix:PATH, or not to get a token; no call was made
 """
 
 from __future__ import annotations
@@ -67,6 +70,14 @@ class AlreadyExistsError(MptGrpcError):
     """A request with this ID is in progress."""
 
 
+class UnauthenticatedError(MptGrpcError):
+    """The server requires an access token, and the client's is missing, unknown or has expired."""
+
+
+class PermissionDeniedError(MptGrpcError):
+    """The access token lacks the role that the method requires."""
+
+
 class OverloadedError(MptGrpcError):
     """The server's queue is full, or it is too busy to check a new constraint. Retries did not help."""
 
@@ -83,6 +94,16 @@ class OverloadedError(MptGrpcError):
         """Seconds to wait before trying again; None if the server does not specify it."""
 
 
+class QuotaExceededError(OverloadedError):
+    """The caller uses as much as its quota allows."""
+
+    def __init__(self, message: str, *, reason: str, retry_after: float | None, quota: str, limit: int) -> None:
+        super().__init__(message, reason=reason, retry_after=retry_after)
+        self.quota = quota
+        """What is limited: `requests` in progress, or `tokens` per minute."""
+        self.limit = limit
+
+
 class UnavailableError(MptGrpcError):
     """The server cannot be reached, is shutting down, or its engine has stopped."""
 
@@ -96,7 +117,7 @@ class InternalError(MptGrpcError):
 
 
 class InvalidTargetError(MptGrpcError, ValueError):
-    """The target is neither HOST:PORT nor unix:PATH."""
+    """The target is neither HOST:PORT nor unix:PATH, or one to which the access token must not be sent."""
 
 
 def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None, proxy: str | None = None) -> MptGrpcError:
@@ -109,7 +130,8 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None, pro
     call = cast(grpc.Call, error)
     code = call.code()
     status = _status(call)
-    reason = _detail(status, error_details_pb2.ErrorInfo).reason
+    info = _detail(status, error_details_pb2.ErrorInfo)
+    reason = info.reason
     message = call.details() or code.name
     match code:
         case grpc.StatusCode.INVALID_ARGUMENT:
@@ -123,7 +145,12 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None, pro
         case grpc.StatusCode.RESOURCE_EXHAUSTED if reason:
             retry = _detail(status, error_details_pb2.RetryInfo)
             retry_after = retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
+            if reason == "QUOTA_EXCEEDED":
+                quota, limit = info.metadata["quota"], int(info.metadata["limit"])
+                return QuotaExceededError(message, reason=reason, retry_after=retry_after, quota=quota, limit=limit)
             return OverloadedError(message, code=code, reason=reason, retry_after=retry_after)
+        case grpc.StatusCode.UNAVAILABLE if not reason and "handshake failed" in message:
+            message = f"TLS with {target} failed; check the certificates of both sides: {message}"
         case grpc.StatusCode.UNAVAILABLE if not reason:
             where = f"{target} through the proxy in ${proxy}" if proxy else target
             message = f"no server responds at {where}; start one with `mpt-grpc serve`, or check the target: {message}"
@@ -140,6 +167,8 @@ def closed_error() -> MptGrpcError:
 _CLASSES: dict[grpc.StatusCode, type[MptGrpcError]] = {
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
     grpc.StatusCode.INTERNAL: InternalError,

@@ -36,7 +36,9 @@ class _Model(BaseLanguageModel[Any]):
     """
 
     target: str = Field(default_factory=lambda: resolve_target(None))
-    """`host:port` or `unix:path`; defaults to the environment variable MPT_GRPC_TARGET, then to `localhost:50051`."""
+    """As for `Client`; defaults to the environment variable MPT_GRPC_TARGET, then to `localhost:50051`."""
+    connection: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
+    """`ConnectionOptions`, such as the access token. Neither printed nor serialized, since they contain secrets."""
     timeout: float | None = None
     """The timeout of each call in seconds; None waits indefinitely."""
     model: str | None = None
@@ -86,13 +88,13 @@ class _Model(BaseLanguageModel[Any]):
 
     def _connect(self) -> tuple[Client, str]:
         """Returns the client and the name of the server's model."""
-        client, names = self._connections.client(self.target), self._connections.model_names
+        client, names = self._connections.client(self.target, self.connection), self._connections.model_names
         if self.target not in names:
             names[self.target] = client.get_model_info(timeout=self.timeout).name
         return client, names[self.target]
 
     async def _connect_async(self) -> tuple[AsyncClient, str]:
-        client, names = self._connections.async_client(self.target), self._connections.model_names
+        client, names = self._connections.async_client(self.target, self.connection), self._connections.model_names
         if self.target not in names:
             names[self.target] = (await client.get_model_info(timeout=self.timeout)).name
         return client, names[self.target]
@@ -298,18 +300,18 @@ class _Connections:
         """Copies and unpickled models create their own connections."""
         return _Connections, ()
 
-    def client(self, target: str) -> Client:
+    def client(self, target: str, options: dict[str, Any]) -> Client:
         with self._lock:
             if target not in self._clients:
-                self._clients[target] = Client(target)
+                self._clients[target] = Client(target, **options)
             return self._clients[target]
 
-    def async_client(self, target: str) -> AsyncClient:
+    def async_client(self, target: str, options: dict[str, Any]) -> AsyncClient:
         """Returns the client of the running loop. Clients of closed loops are discarded."""
         key = asyncio.get_running_loop(), target
         with self._lock:
             for ended in [key for key in self._async_clients if key[0].is_closed()]:
                 del self._async_clients[ended]
             if key not in self._async_clients:
-                self._async_clients[key] = AsyncClient(target)
+                self._async_clients[key] = AsyncClient(target, **options)
             return self._async_clients[key]

@@ -28,6 +28,7 @@ from mpt_grpc_client import (
     Client,
     DeadlineExceededError,
     InvalidRequestError,
+    InvalidTargetError,
     Message,
     Role,
     UnavailableError,
@@ -54,6 +55,16 @@ def chat() -> ChatMpt:
 @pytest.fixture
 def llm() -> MptLLM:
     return MptLLM(target=TARGET, **GREEDY)
+
+
+def test_the_options_of_the_connection_are_used_and_neither_printed_nor_serialized() -> None:
+    for kind in (ChatMpt, MptLLM):
+        model = kind(target=TARGET, connection={"token": "secret"}, **GREEDY)
+        assert model.invoke(STORY)
+        assert not any("secret" in text for text in (repr(model), dumps(model), str(model.model_dump())))
+        insecure = kind(target="models.example:50051", connection={"token": "secret"})
+        with pytest.raises(InvalidTargetError, match="the token would be readable"):
+            insecure.invoke(STORY)
 
 
 class Recorder(BaseCallbackHandler):

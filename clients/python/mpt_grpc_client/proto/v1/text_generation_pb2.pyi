@@ -767,7 +767,7 @@ class CacheOptions(_message.Message):
     """Whether to neither read nor write the prefix cache. Default: false."""
     salt: _builtins.str
     """Restricts sharing to requests with the same salt, so that tenants cannot probe each other's prompts. At most 128
-    bytes. Default: empty.
+    bytes. Default: empty; for callers with an access token or a certificate, a secret of their own.
     """
     def __init__(
         self,

@@ -131,6 +131,7 @@ class TextGenerationServiceServicer(object):
 
     def Cancel(self, request, context):
         """Cancels requests in progress. Their calls return the partial output with FINISH_REASON_CANCELLED. Idempotent.
+        Only administrators cancel requests of other callers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

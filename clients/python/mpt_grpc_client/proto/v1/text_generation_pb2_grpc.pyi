@@ -57,7 +57,9 @@ class TextGenerationServiceStub:
     Detokenize: _grpc.UnaryUnaryMultiCallable[_text_generation_pb2.DetokenizeRequest, _text_generation_pb2.DetokenizeResponse]
     """Converts token IDs to text."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_text_generation_pb2.CancelRequest, _text_generation_pb2.CancelResponse]
-    """Cancels requests in progress. Their calls return the partial output with FINISH_REASON_CANCELLED. Idempotent."""
+    """Cancels requests in progress. Their calls return the partial output with FINISH_REASON_CANCELLED. Idempotent.
+    Only administrators cancel requests of other callers.
+    """
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_text_generation_pb2.GetModelInfoRequest, _text_generation_pb2.GetModelInfoResponse]
     """Returns information about the loaded model."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_text_generation_pb2.GetServerInfoRequest, _text_generation_pb2.GetServerInfoResponse]
@@ -92,7 +94,9 @@ class TextGenerationServiceAsyncStub(TextGenerationServiceStub):
     Detokenize: _aio.UnaryUnaryMultiCallable[_text_generation_pb2.DetokenizeRequest, _text_generation_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Converts token IDs to text."""
     Cancel: _aio.UnaryUnaryMultiCallable[_text_generation_pb2.CancelRequest, _text_generation_pb2.CancelResponse]  # type: ignore[assignment]
-    """Cancels requests in progress. Their calls return the partial output with FINISH_REASON_CANCELLED. Idempotent."""
+    """Cancels requests in progress. Their calls return the partial output with FINISH_REASON_CANCELLED. Idempotent.
+    Only administrators cancel requests of other callers.
+    """
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_text_generation_pb2.GetModelInfoRequest, _text_generation_pb2.GetModelInfoResponse]  # type: ignore[assignment]
     """Returns information about the loaded model."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_text_generation_pb2.GetServerInfoRequest, _text_generation_pb2.GetServerInfoResponse]  # type: ignore[assignment]
@@ -154,7 +158,9 @@ class TextGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _text_generation_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_text_generation_pb2.CancelResponse, _abc.Awaitable[_text_generation_pb2.CancelResponse]]:
-        """Cancels requests in progress. Their calls return the partial output with FINISH_REASON_CANCELLED. Idempotent."""
+        """Cancels requests in progress. Their calls return the partial output with FINISH_REASON_CANCELLED. Idempotent.
+        Only administrators cancel requests of other callers.
+        """
 
     @_abc_1.abstractmethod
     def GetModelInfo(

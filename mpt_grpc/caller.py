@@ -1,0 +1,48 @@
+"""Who sends a request, as a value that accompanies it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Role(enum.StrEnum):
+    """What a caller may do."""
+
+    GENERATE = "generate"
+    """Generate, tokenize and cancel its own requests."""
+    OBSERVE = "observe"
+    """Read the state of the engine, which lists the requests of all callers."""
+    ADMIN = "admin"
+    """Cancel the requests of all callers."""
+
+
+ALL_ROLES = frozenset(Role)
+
+
+@dataclass(frozen=True)
+class Quota:
+    """How much of a server a caller may use; None does not limit it."""
+
+    max_requests: int | None = None
+    """Generations in progress."""
+    tokens_per_minute: int | None = None
+    """Tokens of prompts and outputs."""
+
+
+UNLIMITED = Quota()
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who sends a request."""
+
+    name: str = ""
+    """That of its access token or certificate; all callers without either are the same one, without a name."""
+    roles: frozenset[Role] = ALL_ROLES
+    cache_salt: str = ""
+    """The salt of its requests that have none, which no other caller can know."""
+    quota: Quota = UNLIMITED
+
+
+ANONYMOUS = Caller()

@@ -1,0 +1,54 @@
+"""A value that is read from files, and read again when they change."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from mpt_grpc.errors import SettingsError
+
+Value = TypeVar("Value")
+_log = logging.getLogger(__name__)
+
+
+class FileValue(Generic[Value]):
+    """The value of files; any thread may use it."""
+
+    def __init__(self, files: Sequence[Path], read: Callable[[], Value]) -> None:
+        """`read` returns the value, or raises SettingsError, which this constructor passes on."""
+        self._files, self._read = files, read
+        self._lock = threading.Lock()
+        self._state = self._file_state()
+        self.value = read()
+        """The value when the files were last read."""
+
+    def refresh(self) -> Value:
+        """Returns the value of the files as they are now, which are read if they have changed.
+
+        A change that cannot be read is logged once, and the previous value stays in effect.
+        """
+        with self._lock:
+            # Taken before the files are read, so that no later change is missed.
+            state = self._file_state()
+            if state != self._state:
+                self._state = state
+                try:
+                    self.value = self._read()
+                except SettingsError as error:
+                    _log.error("%s; the previous content stays in effect", error)
+            return self.value
+
+    def _file_state(self) -> tuple[tuple[int, int, int] | None, ...]:
+        return tuple(map(_state, self._files))
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

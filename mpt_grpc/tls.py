@@ -1,0 +1,86 @@
+"""The certificate that a server presents over gRPC and HTTP, and whose certificates it accepts; in files that may
+change."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mpt_grpc.errors import SettingsError
+from mpt_grpc.file_value import FileValue
+from mpt_grpc.settings import TlsSettings
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The content of the files, in PEM, and a TLS context made of it."""
+
+    chain: bytes
+    key: bytes
+    client_ca: bytes | None
+    context: ssl.SSLContext
+
+
+ServerCertificate: TypeAlias = FileValue[Certificate]
+
+
+def server_certificate(settings: TlsSettings) -> ServerCertificate:
+    """Returns the certificate of a server. Raises SettingsError with the flag of a file that cannot be used."""
+    files = [settings.certificate, settings.key, *([settings.client_ca] if settings.client_ca else [])]
+    return FileValue(files, lambda: _read(settings))
+
+
+def http_context(certificate: ServerCertificate) -> ssl.SSLContext:
+    """Returns a context for listening that presents the certificate in effect at each handshake."""
+
+    def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = certificate.refresh().context
+
+    context = certificate.value.context
+    context.sni_callback = choose  # called for clients that send no name, too
+    return context
+
+
+def subject_name(certificate: Mapping[str, Any]) -> str:
+    """Returns whom a client's certificate, as `ssl` describes it, was issued to: its common name, otherwise its first
+    alternative name; empty if it has neither."""
+    names = [
+        value for attributes in certificate.get("subject", ()) for name, value in attributes if name == "commonName"
+    ]
+    names += [value for _, value in certificate.get("subjectAltName", ())]
+    return next(filter(None, names), "")
+
+
+def _read(settings: TlsSettings) -> Certificate:
+    chain, key = _content("--tls-cert", settings.certificate), _content("--tls-key", settings.key)
+    client_ca = None if settings.client_ca is None else _content("--tls-client-ca", settings.client_ca)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        # Without a password here, OpenSSL would ask for it in the terminal.
+        context.load_cert_chain(settings.certificate, settings.key, password="")
+    except (ssl.SSLError, ValueError) as error:
+        why = f"--tls-cert, --tls-key: {settings.certificate} and {settings.key}"
+        raise SettingsError(f"{why} are not a certificate and its unencrypted key, in PEM") from error
+    if client_ca is not None:
+        try:
+            context.load_verify_locations(cadata=client_ca.decode())
+        except (ssl.SSLError, ValueError) as error:
+            why = f"--tls-client-ca: {settings.client_ca} contains no certificates in PEM"
+            raise SettingsError(why) from error
+        context.verify_mode = ssl.CERT_REQUIRED
+        # A resumed session would be accepted without its certificate being verified again.
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
+    return Certificate(chain, key, client_ca, context)
+
+
+def _content(flag: str, file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{flag}: cannot read {file}: {error.strerror}") from error

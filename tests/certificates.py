@@ -1,0 +1,54 @@
+"""Certificates of a server and its clients, in files."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trustme
+
+from mpt_grpc.settings import TlsSettings
+
+
+@dataclass(frozen=True)
+class Authority:
+    """An authority that issues certificates for this machine and for clients."""
+
+    ca: trustme.CA
+
+    @classmethod
+    def new(cls) -> Authority:
+        return cls(trustme.CA())
+
+    @property
+    def pem(self) -> bytes:
+        return self.ca.cert_pem.bytes()
+
+    def write_server(self, folder: Path, *, client_ca: Authority | None = None, **options: Any) -> TlsSettings:
+        """Writes a server's certificate, replacing an earlier one in the folder, and returns the files."""
+        issued = self.ca.issue_cert("localhost", "127.0.0.1", **options)
+        settings = TlsSettings(folder / "server.pem", folder / "server.key", client_ca and folder / "clients.pem")
+        issued.private_key_pem.write_to_path(settings.key)
+        settings.certificate.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+        if client_ca is not None and settings.client_ca is not None:
+            settings.client_ca.write_bytes(client_ca.pem)
+        return settings
+
+    def client(self, identity: str, common_name: str | None = None) -> Any:
+        """Returns the options of a client with a certificate of this authority."""
+        issued = self.ca.issue_cert(identity, common_name=common_name)
+        return {
+            "client_certificate": b"".join(pem.bytes() for pem in issued.cert_chain_pems),
+            "client_key": issued.private_key_pem.bytes(),
+        }
+
+    def context(self, folder: Path, client: Any = None) -> ssl.SSLContext:
+        """Returns a client's TLS context that trusts this authority; with `client`, it presents that certificate."""
+        context = ssl.create_default_context(cadata=self.pem.decode())
+        if client is not None:
+            file = folder / "client.pem"
+            file.write_bytes(client["client_key"] + client["client_certificate"])
+            context.load_cert_chain(file)
+        return context
