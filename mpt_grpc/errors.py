@@ -12,6 +12,7 @@ MptServerError
 │   ├── InvalidRequestError    lists every invalid field
 │   ├── PromptRefusedError     a guard refused the prompt
 │   ├── DuplicateRequestError  a request with this ID is in progress
+│   ├── FingerprintError       an output is to be resumed that a different server began
 │   └── UnknownModelError      the requested model is not loaded
 ├── OverloadedError        the queue is full or the machine too busy; the caller can retry later
 ├── UnavailableError       the engine accepts no requests
@@ -84,6 +85,10 @@ class PromptRefusedError(RequestError):
 
 class DuplicateRequestError(RequestError):
     """A request with this ID is in progress."""
+
+
+class FingerprintError(RequestError):
+    """An output is to be resumed that a server with another fingerprint began."""
 
 
 class UnknownModelError(RequestError):

@@ -31,6 +31,7 @@ from mpt_grpc.request import (
     LarkGrammar,
     LogprobOptions,
     Message,
+    PartialOutput,
     Regex,
     RepetitionGuard,
     RequestStats,
@@ -86,6 +87,7 @@ def generation_request(message: pb.GenerateRequest, defaults: GenerationDefaults
         skip_special_tokens=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
         truncate_prompt_tokens=message.truncate_prompt_tokens if message.HasField("truncate_prompt_tokens") else None,
         resume_token_ids=tuple(message.resume_token_ids),
+        resume_outputs=tuple(PartialOutput(output.index, tuple(output.token_ids)) for output in message.resume_outputs),
     )
 
 

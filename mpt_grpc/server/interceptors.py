@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -50,6 +50,8 @@ class Call:
     """None unless the server traces."""
     logged: dict[str, Any] = field(default_factory=dict)
     """What its line in the log contains in addition to the method, the status and the duration."""
+    error_details: list[Message] = field(default_factory=list)
+    """What the status of an error carries in addition to the details of the error itself."""
 
 
 _call: ContextVar[Call] = ContextVar("call")
@@ -163,7 +165,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if call.span is not None:
             call.span.set_attribute(names.ERROR_TYPE, status.code_and_reason(error)[1])
             call.span.set_status(StatusCode.ERROR, str(error))
-        await status.abort(context, error)
+        await status.abort(context, error, call.error_details)
 
 
 def _log_call(method: str, call: Call, code: grpc.StatusCode, duration_s: float) -> None:
