@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 
 from opentelemetry import propagate
 
@@ -17,6 +18,11 @@ MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 """The variables that gRPC reads, in its order of precedence."""
 
+_BALANCED_SERVICE_CONFIG = {
+    # A server that drains or is stuck gets no calls, and neither does an address of the target that does not respond.
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": "mpt.v1.TextGenerationService"},
+}
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -54,6 +60,26 @@ def resolve_target(target: str | None) -> str:
     return resolved
 
 
+def resolve_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the targets in a list, or in a string in which commas separate them; see `resolve_target`."""
+    if target is None or isinstance(target, str):
+        target = (target or os.environ.get("MPT_GRPC_TARGET") or "").split(",")
+    targets = tuple(dict.fromkeys(map(resolve_target, target if isinstance(target, Sequence) else [target])))
+    if not targets:
+        raise InvalidTargetError("target: the list is empty")
+    return targets
+
+
+def is_balanced(targets: Sequence[str], channel: object | None) -> bool:
+    """Whether there may be several servers: several targets, or a name in DNS, which may have several addresses.
+
+    channel: one that the client is given, which requires a single target.
+    """
+    if channel is not None and len(targets) > 1:
+        raise InvalidTargetError(f"channel: requires one target, which it connects to, not {len(targets)}")
+    return channel is None and (len(targets) > 1 or targets[0].startswith("dns:"))
+
+
 def check_timeout(timeout: float | None) -> float | None:
     """Returns the timeout. Raises TypeError if it is not a number."""
     if timeout is not None and not isinstance(timeout, int | float):
@@ -71,22 +97,26 @@ def proxy_variable(target: str) -> str | None:
     return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
 
 
-def channel_options(target: str, retries: bool) -> tuple[tuple[str, str | int], ...]:
-    """Returns the options of grpc.insecure_channel and grpc.aio.insecure_channel for this target."""
+def channel_options(target: str, retries: bool, *, balanced: bool = False) -> tuple[tuple[str, str | int], ...]:
+    """Returns the options of grpc.insecure_channel and grpc.aio.insecure_channel for this target.
+
+    balanced: whether it is one of several servers, so that the client's own code makes the retries.
+    """
     return (
         # gRPC would send calls to this machine through a proxy too, unless no_proxy lists them.
         ("grpc.enable_http_proxy", int(not _is_local(target))),
         ("grpc.primary_user_agent", f"mpt-grpc-client/{__version__}"),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-        ("grpc.enable_retries", int(retries)),
+        ("grpc.service_config", json.dumps(_BALANCED_SERVICE_CONFIG if balanced else _SERVICE_CONFIG)),
+        ("grpc.enable_retries", int(retries and not balanced)),
         # A call is retried only if this buffer can hold it; the default of 256 KiB would exclude long prompts.
         ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
         # By default gRPC takes up to two minutes to notice that a server is back.
         ("grpc.max_reconnect_backoff_ms", 5_000),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        # How soon a stream notices that its server has vanished and goes on elsewhere.
+        ("grpc.keepalive_time_ms", 10_000 if balanced else 30_000),
+        ("grpc.keepalive_timeout_ms", 5_000 if balanced else 10_000),
         # Without this, pings stop during a long unary call, and a server that has vanished goes unnoticed.
         ("grpc.http2.max_pings_without_data", 0),
     )
