@@ -214,6 +214,11 @@ class Engine:
         with self._lock:
             self._refusal = self._refusal or why
 
+    @property
+    def failure(self) -> EngineStoppedError | None:
+        """Why the thread has ended by itself, and with it all requests; None while it runs or if it was stopped."""
+        return self._refusal if self._has_stopped and isinstance(self._refusal, EngineStoppedError) else None
+
     def close(self) -> None:
         """Stops the thread and ends all requests in flight with UnavailableError. Idempotent."""
         self.refuse(DrainingError("the engine is closed"))
