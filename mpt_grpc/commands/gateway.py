@@ -7,10 +7,11 @@ import asyncio
 import signal
 
 from mpt_grpc.commands import logs, server_options
+from mpt_grpc.errors import SettingsError
 from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.listening import address
 from mpt_grpc.settings import HttpSettings, ServerSettings
-from mpt_grpc_client.channel import resolve_target
+from mpt_grpc_client.channel import resolve_targets
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -21,7 +22,10 @@ def run(parsed: argparse.Namespace) -> None:
     logs.configure(parsed.log_level)
     server = ServerSettings(host=parsed.host, grace_s=parsed.grace)
     http = server_options.http_settings(parsed, parsed.http_port)
-    asyncio.run(_serve(resolve_target(parsed.target), server, http))
+    targets = resolve_targets(parsed.target)
+    if len(targets) > 1:
+        raise SettingsError("--target: a gateway serves one target; run one for each server")
+    asyncio.run(_serve(targets[0], server, http))
 
 
 async def _serve(target: str, server: ServerSettings, http: HttpSettings) -> None:

@@ -30,8 +30,9 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument(
         "--target",
-        metavar="HOST:PORT|unix:PATH",
-        help="gRPC address (default: MPT_GRPC_TARGET, or localhost:50051)",
+        metavar="HOST:PORT|unix:PATH,...",
+        help="gRPC address, or several, which continue each other's outputs (default: MPT_GRPC_TARGET, or"
+        " localhost:50051)",
     )
     server.add_argument(
         "--timeout", type=seconds, metavar="TIME", help="timeout of a call, such as 60s (default: none)"

@@ -23,6 +23,12 @@ _BALANCED_SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "healthCheckConfig": {"serviceName": "mpt.v1.TextGenerationService"},
 }
+_QUICK_DETECTION = (
+    # How long gRPC waits for the answers to its other pings, and for a connection: by default 60 s and 20 s.
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+)
+"""How soon a stream notices that its server's machine has vanished, and goes on elsewhere."""
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -114,9 +120,9 @@ def channel_options(target: str, retries: bool, *, balanced: bool = False) -> tu
         ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
         # By default gRPC takes up to two minutes to notice that a server is back.
         ("grpc.max_reconnect_backoff_ms", 5_000),
-        # How soon a stream notices that its server has vanished and goes on elsewhere.
         ("grpc.keepalive_time_ms", 10_000 if balanced else 30_000),
         ("grpc.keepalive_timeout_ms", 5_000 if balanced else 10_000),
+        *(_QUICK_DETECTION if balanced else ()),
         # Without this, pings stop during a long unary call, and a server that has vanished goes unnoticed.
         ("grpc.http2.max_pings_without_data", 0),
     )
