@@ -163,7 +163,7 @@ async def test_a_broken_stream_goes_on_as_if_nothing_had_happened(
 async def test_generate_survives_a_server_too(
     servers: tuple[RunningServer, RunningServer], relay: Relay, is_async: bool
 ) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 80, "ignore_eos": True, "seed": 5, "return_logprobs": True}
+    options: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True, "seed": 5, "return_logprobs": True}
 
     async def generate(*targets: str) -> Generation:
         if is_async:
@@ -198,7 +198,7 @@ async def test_a_guard_sees_the_text_before_the_resumption(tmp_path: Path) -> No
         guarded = replace(demo_settings(), guards=(f"words={words}",))
         one, other = [await stack.enter_async_context(running_server(guarded)) for _ in range(2)]
         relay = await stack.enter_async_context(relaying(one.target))
-        options = {"seed": 3, "max_new_tokens": 60, "ignore_eos": True, "return_token_ids": True}
+        options = {"seed": 3, "max_new_tokens": 36, "ignore_eos": True, "return_token_ids": True}
         whole, broken = await disturbed(relay, other, {**options, "prompt": "Said the"})
     assert len(broken.resumptions) == 1
     assert essence(broken) == essence(whole)
@@ -208,7 +208,7 @@ async def test_a_conversation_goes_on_with_the_stop_strings_of_its_template(
     servers: tuple[RunningServer, RunningServer], relay: Relay
 ) -> None:
     messages = [Message(Role.SYSTEM, "Be kind."), Message(Role.USER, "Tell me about the fox.")]
-    options = {"prompt": messages, "seed": 3, "max_new_tokens": 60, "ignore_eos": True}
+    options = {"prompt": messages, "seed": 3, "max_new_tokens": 36, "ignore_eos": True}
     whole, broken = await disturbed(relay, servers[1], options)
     assert len(broken.resumptions) == 1
     assert essence(broken) == essence(whole)
@@ -289,7 +289,7 @@ async def test_calls_are_spread_and_a_dead_server_is_not_tried_again_and_again(
 
 
 async def test_a_name_stands_for_all_its_addresses(servers: tuple[RunningServer, RunningServer]) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 150, "ignore_eos": True, "seed": 5}
+    options: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True, "seed": 5}
     async with relaying(servers[0].target) as one, relaying(servers[1].target, "::1", one.port) as other:
         async with AsyncClient(f"dns:///localhost:{one.port}", timeout=60) as client:
             whole = await client.generate(PROMPT, **options)
@@ -307,7 +307,7 @@ def server_settings(**changes: Any) -> Settings:
 
 
 async def test_a_drained_server_hands_its_streams_over(servers: tuple[RunningServer, RunningServer]) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 150, "ignore_eos": True, "seed": 5}
+    options: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True, "seed": 5}
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(AsyncClient(servers[1].target))
         whole = await client.generate(PROMPT, **options)
@@ -324,15 +324,15 @@ async def test_a_drained_server_hands_its_streams_over(servers: tuple[RunningSer
     assert essence(stream.result) == essence(whole)
 
 
-@pytest.mark.parametrize("num_sequences", [1, 3])
 async def test_the_error_of_a_drained_server_says_how_to_continue_elsewhere(
-    servers: tuple[RunningServer, RunningServer], num_sequences: int
+    servers: tuple[RunningServer, RunningServer],
 ) -> None:
     """A client in any language needs the stubs only, even if it did not ask for token IDs."""
+    num_sequences = 2
     request = pb.GenerateRequest(
         text=PROMPT,
         sampling=pb.SamplingParameters(num_sequences=num_sequences),
-        stopping=pb.StoppingCriteria(max_new_tokens=100, ignore_eos=True),
+        stopping=pb.StoppingCriteria(max_new_tokens=80, ignore_eos=True),
     )
     texts = dict.fromkeys(range(num_sequences), "")
     async with running_server(server_settings(grace_s=0)) as one:
