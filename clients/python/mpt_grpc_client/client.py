@@ -88,9 +88,9 @@ class Client:
         if not self._rotation.is_balanced:
             return responses.generation(self._call(lambda connection: connection.service.Generate, request, timeout))
         request.output_options.chunk_tokens = UNSEEN_CHUNK_TOKENS
-        stream = self._stream(request, timeout)
-        for _ in stream.deltas():
-            pass
+        with self._stream(request, timeout) as stream:
+            for _ in stream.deltas():
+                pass
         return stream.result
 
     def stream(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> TextStream:

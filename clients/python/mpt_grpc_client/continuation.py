@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import defaultdict
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -35,18 +36,16 @@ class Continuation:
         """When the first request was made."""
         self._time_limit = Duration()
         self._time_limit.CopyFrom(request.stopping.time_limit)
-        self._token_ids = {index: list[int]() for index in range(request.sampling.num_sequences or 1)}
-        """The tokens of the outputs that have not ended."""
+        self._token_ids = defaultdict[int, list[int]](list)
+        """The tokens of the outputs that have begun."""
         self._token_ids[0] += request.resume_token_ids
+        self._ended: set[int] = set()
+        self.has_ended = False
+        """Whether all outputs have."""
         self._num_received = 0
         self._fingerprint = ""
         self._has_begun = self._is_resuming = False
         self.resumptions: list[Resumption] = []
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether all outputs have."""
-        return not self._token_ids
 
     def request(self) -> pb.GenerateRequest:
         """Returns what to request now."""
@@ -55,8 +54,9 @@ class Continuation:
         if self._has_begun:
             if request.sampling.num_sequences > 1:
                 del request.resume_outputs[:]
-                for index, token_ids in self._token_ids.items():
-                    request.resume_outputs.add(index=index, token_ids=token_ids)
+                for index in range(request.sampling.num_sequences):
+                    if index not in self._ended:
+                        request.resume_outputs.add(index=index, token_ids=self._token_ids[index])
             else:
                 request.resume_token_ids[:] = self._token_ids[0]
             request.resume_fingerprint = "" if self._resume_inexact else self._fingerprint
@@ -83,10 +83,11 @@ class Continuation:
         self._num_received += output.num_tokens
         self._token_ids[output.index] += output.token_ids
         if output.HasField("finish"):
-            del self._token_ids[output.index]
+            self._ended.add(output.index)
         if not self._returns_token_ids:
             output.ClearField("token_ids")
         if chunk.HasField("summary"):
+            self.has_ended = True
             chunk.summary.usage.num_output_tokens = self._num_received
         return chunk
 
