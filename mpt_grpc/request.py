@@ -262,7 +262,7 @@ class Finish:
 
 
 class TokenEvent(NamedTuple):
-    """What a step did for one sequence of a request.
+    """A token that a step gave one sequence of a request, or its end.
 
     Every sequence ends with one `finish`, the last of which has `stats`, or the request ends with one `error`.
     """

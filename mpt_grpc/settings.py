@@ -71,8 +71,14 @@ class SchedulerSettings:
     max_running_requests: int = 64
     max_waiting_requests: int = 1024
     max_step_tokens: int = 512
+    prefill_slowdown: float = 1.8
+    """How many times as long a step may take for prompts beside running outputs as without; infinity is no limit."""
+    speculate: Literal["none", "ngram"] = "none"
+    """'ngram' drafts tokens from earlier text of prompt and output and checks several in one step."""
 
     def __post_init__(self) -> None:
+        if not self.prefill_slowdown > 1:
+            raise SettingsError(f"--prefill-slowdown: {self.prefill_slowdown} is not above 1")
         _at_least(1, max_running_requests=self.max_running_requests)
         _at_least(0, max_waiting_requests=self.max_waiting_requests)
         if self.max_step_tokens < self.max_running_requests:

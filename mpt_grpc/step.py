@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -16,10 +16,11 @@ class Matcher(Protocol):
         """Consumes a chosen token; returns whether the output is complete, so that no token may follow."""
         ...
 
-    def mask(self) -> bytes:
-        """Returns a bit mask of the tokens that may come next: token i is allowed if bit i % 8 of byte i // 8 is set.
+    def masks(self, drafts: Sequence[int]) -> list[bytes]:
+        """Returns bit masks of the tokens that may come next: token i is allowed if bit i % 8 of byte i // 8 is set.
 
-        It may be called from another thread, without blocking this one, but not while `advance` runs.
+        The first is for the next token, the others for the ones after each draft, as far as the drafts are allowed. It
+        may be called from another thread, without blocking this one, but not while `advance` runs.
         """
         ...
 
@@ -61,18 +62,29 @@ class SequenceStep(NamedTuple):
     """Unique among all sequences of the process; never reused."""
     request_id: str
     token_ids: tuple[int, ...]
+    """Known tokens, and after the last known one the drafts."""
     start: int
     block_table: tuple[int, ...]
     """The blocks that store positions [0, start + len(token_ids)), in order; the same object until a block is added."""
-    sampling: SamplingInputs | None
-    """Set if these are the last known tokens and a new token is to be chosen after them."""
+    choices: tuple[SamplingInputs, ...]
+    """How the tokens after the last known one and after each draft are chosen; empty if none is to be chosen."""
     output_position: int = 0
     """The number of output tokens chosen so far; it is the counter of the sampler's hash."""
     scoring: PromptScoring | None = None
 
     @property
+    def num_known(self) -> int:
+        """The number of the step's tokens that are known."""
+        return len(self.token_ids) - max(0, len(self.choices) - 1)
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        """Guesses of the next tokens: the sequence gets as many as the model chooses, and the one after these."""
+        return self.token_ids[self.num_known :]
+
+    @property
     def length(self) -> int:
-        """The number of the sequence's tokens in the cache after the step."""
+        """The number of the sequence's tokens in the cache after the step, drafts included."""
         return self.start + len(self.token_ids)
 
 
@@ -88,14 +100,18 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
 
+    @property
+    def num_drafts(self) -> int:
+        return sum(len(sequence.choices) - 1 for sequence in self.sequences if sequence.choices)
+
 
 @dataclass(frozen=True)
 class StepResult:
     """The results of a step, by sequence ID."""
 
-    token_ids: Mapping[int, int]
-    """The chosen tokens."""
-    logprobs: Mapping[int, TokenLogprob] = field(default_factory=dict)
+    token_ids: Mapping[int, tuple[int, ...]]
+    """The chosen tokens: the drafts that were right, and the token after them."""
+    logprobs: Mapping[int, tuple[TokenLogprob, ...]] = field(default_factory=dict)
     """Log probabilities of the chosen tokens, where requested."""
     prompt_logprobs: Mapping[int, tuple[TokenLogprob, ...]] = field(default_factory=dict)
     """Log probabilities of the tokens in each `PromptScoring`, in the same order."""
@@ -105,7 +121,7 @@ class StepResult:
     def is_deferred(self, sequence: SequenceStep) -> bool:
         """Whether a sequence was to get a token but was not ready; its last token is then computed again."""
         has_result = sequence.sequence_id in self.token_ids or sequence.sequence_id in self.errors
-        return sequence.sampling is not None and not has_result
+        return bool(sequence.choices) and not has_result
 
 
 def merged(results: Iterable[StepResult]) -> StepResult:

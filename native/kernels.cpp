@@ -38,7 +38,7 @@ template <class Weight>
 static void multiply(const float *x, int64_t rows, const Weight *weights, const Matrix &matrix, float *y,
                      const Epilogue &epilogue) {
     const auto pool = current_pool();
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
     if constexpr (std::is_same_v<Weight, Int8>)
         return matmul<IntegerProducts>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, *pool);
 #endif

@@ -70,6 +70,22 @@ inline Floats widened(Words lanes, const Int8 *) {
     return __builtin_convertvector((Ints)((lanes ^ 0x80808080u) << (24 - 8 * I)) >> 24, Floats);
 }
 
+// A copy of sums that is only used with constant indices, so that the compiler can keep it in registers.
+template <int ROWS, int COLUMNS>
+struct InRegisters {
+    Floats sums[ROWS][COLUMNS];
+
+    explicit InRegisters(const Floats (&from)[ROWS][COLUMNS]) { copy(from, sums); }
+    void copy_to(Floats (&to)[ROWS][COLUMNS]) const { copy(sums, to); }
+
+    static void copy(const Floats (&from)[ROWS][COLUMNS], Floats (&to)[ROWS][COLUMNS]) {
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < COLUMNS; j++) to[i][j] = from[i][j];
+    }
+};
+
 // Products with float32 x: weights are widened in registers. x is packed as [tile][input][row of the tile].
 template <class Weight>
 struct Widened {
@@ -92,13 +108,15 @@ struct Widened {
         constexpr int64_t AHEAD = 4096 / sizeof(Weight) / (PANELS > 1 ? 2 : 1);
         const float *at = x + row * inputs + begin * ROWS;
         const Weight *w = weights + panel * PANEL * inputs + begin * PANEL;
+        InRegisters<ROWS, PANELS * VECTORS> local(sums);
         for (int64_t k = begin; k < end; k += SIDE<Weight>, at += SIDE<Weight> * ROWS, w += SIDE<Weight> * PANEL) {
 #pragma GCC unroll 4
             for (int p = 0; p < PANELS; p++) __builtin_prefetch(w + p * PANEL * inputs + AHEAD);
-            side<0>(at, w, sums);
-            if constexpr (SIDE<Weight> > 1) side<1>(at, w, sums);
-            if constexpr (SIDE<Weight> > 2) side<2>(at, w, sums), side<3>(at, w, sums);
+            side<0>(at, w, local.sums);
+            if constexpr (SIDE<Weight> > 1) side<1>(at, w, local.sums);
+            if constexpr (SIDE<Weight> > 2) side<2>(at, w, local.sums), side<3>(at, w, local.sums);
         }
+        local.copy_to(sums);
     }
 
     template <int I, int ROWS, int COLUMNS>
@@ -108,35 +126,47 @@ struct Widened {
         for (int j = 0; j < COLUMNS; j++)
             wide[j] = widened<I>(load<Words>(w + j / VECTORS * PANEL * inputs + j % VECTORS * LANES * SIDE<Weight>), w);
 #pragma GCC unroll 16
-        for (int i = 0; i < ROWS; i++)
+        for (int i = 0; i < ROWS; i++) {
+            const Floats value = splat(at[I * ROWS + i]);
 #pragma GCC unroll 8
-            for (int j = 0; j < COLUMNS; j++) sums[i][j] = multiply_add(splat(at[I * ROWS + i]), wide[j], sums[i][j]);
+            for (int j = 0; j < COLUMNS; j++) add_product(sums[i][j], value, wide[j]);
+        }
     }
 };
 
-#if defined(__AVX512VNNI__)
-// Products of 8-bit weights with x rounded to 8 bits, with one scale for each GROUP inputs of a row: the integer sums
-// of a group are exact. x is packed as [tile][group][scales, sums x -128, inputs / 4][row of the tile], 32 bits each.
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
+// Products of 8-bit weights with x rounded to integers, with one scale for each GROUP inputs of a row: the integer sums
+// of a group are exact. x is packed as [tile][group][scales, sums x -128, inputs / 4][row of the tile].
 struct IntegerProducts {
     using Packed = int32_t;
+#if defined(__AVX512VNNI__)
+    using Value = int8_t;
+    using Values = Bytes;
+    static constexpr int LARGEST = 127;
+#else
+    using Value = int16_t;  // the instructions take 16 bits, so that rounding x hardly costs accuracy
+    using Values = Shorts;
+    static constexpr int LARGEST = 32767;
+#endif
 
     const int32_t *x;
     const Int8 *weights;
     int64_t inputs;
 
-    static constexpr int64_t WORDS = 2 + GROUP / 4;  // of a full group and one row
+    static constexpr int64_t SIDE_WORDS = sizeof(Value);         // of four inputs of a row, in 32 bits
+    static constexpr int64_t WORDS = 2 + GROUP / 4 * SIDE_WORDS;  // of a full group and one row
 
-    static int64_t row_words(int64_t inputs) { return inputs / 4 + 2 * ((inputs + GROUP - 1) / GROUP); }
+    static int64_t row_words(int64_t inputs) { return inputs / 4 * SIDE_WORDS + 2 * ((inputs + GROUP - 1) / GROUP); }
     static int64_t packed_size(int64_t rows, int64_t inputs) { return rows * row_words(inputs); }
 
     static void pack(const float *x, int64_t inputs, int64_t start, int64_t height, int32_t *packed) {
         int32_t *to = packed + start * row_words(inputs);
         for (int64_t begin = 0; begin < inputs; begin += GROUP, to += WORDS * height)
             for (int64_t i = 0; i < height; i++)
-                pack_group(x + (start + i) * inputs + begin, std::min(GROUP, inputs - begin), to + i, height);
+                pack_group(x + (start + i) * inputs + begin, std::min(GROUP, inputs - begin), to, i, height);
     }
 
-    static void pack_group(const float *x, int64_t count, int32_t *to, int64_t height) {
+    static void pack_group(const float *x, int64_t count, int32_t *to, int64_t row, int64_t height) {
         float padded[GROUP] = {};
         memcpy(padded, x, 4 * count);
         Floats largest{}, differences{};
@@ -145,23 +175,33 @@ struct IntegerProducts {
             largest = max(largest, max(v, -v));
             differences += v - v;  // NaN if a value is not finite
         }
-        const float most = highest(largest), scale = most / 127 + sum(differences);
-        const float inverse = most > 1e-30f && std::isfinite(scale) ? 127 / most : 0;
-        int8_t rounded[GROUP];
+        const float most = highest(largest), scale = most / LARGEST + sum(differences);
+        const float inverse = most > 1e-30f && std::isfinite(scale) ? LARGEST / most : 0;
+        Value integers[GROUP];
         Ints total{};
         for (int64_t k = 0; k < GROUP; k += LANES) {
             const Floats magic = splat(12582912.f);  // 1.5 x 2^23: adding it rounds to an integer
             const Floats nearest = (load<Floats>(padded + k) * inverse + magic) - magic;
             const Ints values = inverse == 0 ? Ints{} : __builtin_convertvector(nearest, Ints);
             total += values;
-            store(rounded + k, __builtin_convertvector(values, Bytes));
+            store(integers + k, __builtin_convertvector(values, Values));
         }
-        for (int64_t k = 0; k < count; k += 4) memcpy(&to[(2 + k / 4) * height], rounded + k, 4);
-        memcpy(&to[0], &scale, 4);
-        to[height] = 0;
-        for (int i = 0; i < LANES; i++) to[height] -= 128 * total[i];
+        for (int64_t k = 0; k < count; k += 4)
+            memcpy(&to[2 * height + (k / 4 * height + row) * SIDE_WORDS], integers + k, sizeof(Value) * 4);
+        memcpy(&to[row], &scale, 4);
+        to[height + row] = 0;
+        for (int i = 0; i < LANES; i++) to[height + row] -= 128 * total[i];
     }
 
+    template <int ROWS, int PANELS>
+    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, Floats (&sums)[ROWS][PANELS * VECTORS]) const {
+        const int32_t *at = x + row * row_words(inputs) + begin / GROUP * WORDS * ROWS;
+        const Int8 *w = weights + panel * PANEL * inputs + begin * PANEL;
+        for (; begin < end; begin += GROUP, at += WORDS * ROWS, w += GROUP * PANEL)
+            add_group(at, w, std::min(end - begin, GROUP), sums);
+    }
+
+#if defined(__AVX512VNNI__)
     // _mm512_dpbusd_epi32, for which GCC 12 would copy the sums to other registers and to memory.
     static __m512i add_products(__m512i sums, __m512i weights, __m512i values) {
         asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(values));
@@ -169,38 +209,80 @@ struct IntegerProducts {
     }
 
     template <int ROWS, int PANELS>
-    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, Floats (&sums)[ROWS][PANELS]) const {
-        const int32_t *at = x + row * row_words(inputs) + begin / GROUP * WORDS * ROWS;
-        const Int8 *w = weights + panel * PANEL * inputs + begin * PANEL;
-        for (; begin < end; begin += GROUP) {
-            const float *scales = reinterpret_cast<const float *>(at);
-            __m512i dots[ROWS][PANELS];
+    void add_group(const int32_t *at, const Int8 *w, int64_t count, Floats (&sums)[ROWS][PANELS]) const {
+        const float *scales = reinterpret_cast<const float *>(at);
+        __m512i dots[ROWS][PANELS];
 #pragma GCC unroll 16
-            for (int i = 0; i < ROWS; i++)
+        for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-                for (int j = 0; j < PANELS; j++) dots[i][j] = _mm512_set1_epi32(at[ROWS + i]);
-            at += 2 * ROWS;
-            for (int64_t k = begin; k < std::min(end, begin + GROUP); k += 4, at += ROWS, w += 4 * PANEL) {
-                __m512i lanes[PANELS];
+            for (int j = 0; j < PANELS; j++) dots[i][j] = _mm512_set1_epi32(at[ROWS + i]);
+        at += 2 * ROWS;
+        for (int64_t k = 0; k < count; k += 4, at += ROWS, w += 4 * PANEL) {
+            __m512i lanes[PANELS];
 #pragma GCC unroll 4
-                for (int j = 0; j < PANELS; j++) {
-                    __builtin_prefetch(w + j * PANEL * inputs + 4096);
-                    lanes[j] = _mm512_loadu_si512(w + j * PANEL * inputs);
+            for (int j = 0; j < PANELS; j++) {
+                __builtin_prefetch(w + j * PANEL * inputs + 4096);
+                lanes[j] = _mm512_loadu_si512(w + j * PANEL * inputs);
+            }
+            // Row by row: the values of all rows together would take the registers of the sums.
+#pragma GCC unroll 16
+            for (int i = 0; i < ROWS; i++) {
+                const __m512i values = _mm512_set1_epi32(at[i]);
+#pragma GCC unroll 4
+                for (int j = 0; j < PANELS; j++) dots[i][j] = add_products(dots[i][j], lanes[j], values);
+            }
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < PANELS; j++) sums[i][j] += scales[i] * __builtin_convertvector((Ints)dots[i][j], Floats);
+    }
+#else
+    // _mm256_add_epi32(sums, _mm256_madd_epi16(weights, values)), whose sums GCC 12 would keep in memory.
+    static __m256i add_products(__m256i sums, __m256i weights, __m256i values) {
+        __m256i products;
+        asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(weights), "x"(values));
+        return sums;
+    }
+
+    template <int ROWS, int COLUMNS>
+    void add_group(const int32_t *at, const Int8 *w, int64_t count, Floats (&sums)[ROWS][COLUMNS]) const {
+        // The products of two inputs each take two registers for a row and a vector of outputs.
+        constexpr int TOGETHER = ROWS <= 3 ? VECTORS : 1;
+#pragma GCC unroll 8
+        for (int first = 0; first < COLUMNS; first += TOGETHER) {
+            const Int8 *lanes = w + first / VECTORS * PANEL * inputs + first % VECTORS * LANES * 4;
+            const int32_t *values = at + 2 * ROWS;
+            __m256i dots[ROWS][TOGETHER][2] = {};
+            for (int64_t k = 0; k < count; k += 4, lanes += 4 * PANEL, values += 2 * ROWS) {
+                if (first % VECTORS == 0) __builtin_prefetch(lanes + 4096);
+                __m256i low[TOGETHER], high[TOGETHER];
+#pragma GCC unroll 2
+                for (int j = 0; j < TOGETHER; j++) {
+                    low[j] = _mm256_cvtepu8_epi16(load<__m128i>(lanes + 32 * j));
+                    high[j] = _mm256_cvtepu8_epi16(load<__m128i>(lanes + 32 * j + 16));
                 }
-                // Row by row: the values of all rows together would take the registers of the sums.
-#pragma GCC unroll 16
+#pragma GCC unroll 8
                 for (int i = 0; i < ROWS; i++) {
-                    const __m512i values = _mm512_set1_epi32(at[i]);
-#pragma GCC unroll 4
-                    for (int j = 0; j < PANELS; j++) dots[i][j] = add_products(dots[i][j], lanes[j], values);
+                    const __m256i four = _mm256_set1_epi64x(load<int64_t>(values + 2 * i));
+#pragma GCC unroll 2
+                    for (int j = 0; j < TOGETHER; j++) {
+                        dots[i][j][0] = add_products(dots[i][j][0], low[j], four);
+                        dots[i][j][1] = add_products(dots[i][j][1], high[j], four);
+                    }
                 }
             }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
             for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-                for (int j = 0; j < PANELS; j++) sums[i][j] += scales[i] * __builtin_convertvector((Ints)dots[i][j], Floats);
+#pragma GCC unroll 2
+                for (int j = 0; j < TOGETHER; j++) {
+                    const __m256i pairs = _mm256_hadd_epi32(dots[i][j][0], dots[i][j][1]);  // outputs 0 1 4 5 2 3 6 7
+                    const Ints whole = (Ints)_mm256_permute4x64_epi64(pairs, 0xd8) + at[ROWS + i];
+                    sums[i][first + j] += load<float>(at + i) * __builtin_convertvector(whole, Floats);
+                }
         }
     }
+#endif
 };
 #endif
 

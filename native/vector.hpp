@@ -56,6 +56,15 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
+// sum = a b + sum, rounded as by multiply_add. GCC 12 would move the sums of a loop to other registers and to memory.
+inline void add_product(Floats &sum, Floats a, Floats b) {
+#if defined(__FMA__)
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#else
+    sum = multiply_add(a, b, sum);
+#endif
+}
+
 inline Floats as_floats(Words bits) { return (Floats)bits; }
 
 inline Floats load_floats(const float *from) { return load<Floats>(from); }

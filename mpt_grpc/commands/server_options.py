@@ -123,6 +123,21 @@ def add_scheduling(serve: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maximum tokens computed in one step; longer prompts are computed in chunks",
     )
+    memory.add_argument(
+        "--prefill-slowdown",
+        type=float,
+        default=defaults.scheduler.prefill_slowdown,
+        metavar="X",
+        help="factor by which prompts being computed may slow down running outputs; a prompt's own speed rises with"
+        " it; inf for no limit",
+    )
+    memory.add_argument(
+        "--speculate",
+        choices=["none", "ngram"],
+        default=defaults.scheduler.speculate,
+        help="ngram drafts the next tokens from earlier text of prompt and output and checks several in one step, where"
+        " that is faster; the tokens stay the same",
+    )
 
 
 def add_server(serve: argparse.ArgumentParser) -> None:
@@ -256,6 +271,8 @@ def settings(parsed: argparse.Namespace) -> Settings:
             max_running_requests=parsed.max_running_requests,
             max_waiting_requests=parsed.max_waiting_requests,
             max_step_tokens=parsed.max_step_tokens,
+            prefill_slowdown=parsed.prefill_slowdown,
+            speculate=parsed.speculate,
         ),
         server=ServerSettings(
             host=parsed.host,

@@ -243,9 +243,11 @@ class Engine:
                 self._waits_for_masks = False
                 if plan.sequences:
                     self._mark_scheduled(plan)
+                    start_s = time.monotonic()
                     result = self._compute(plan)
+                    seconds = None if result.errors else time.monotonic() - start_s
                     self._waits_for_masks = all(result.is_deferred(sequence) for sequence in plan.sequences)
-                    self._record_step(plan, result, self._scheduler.commit(plan, result))
+                    self._record_step(plan, result, self._scheduler.commit(plan, result, seconds))
                 self._deliver()
         except BaseException as error:
             _log.exception("the engine has stopped")
@@ -302,10 +304,12 @@ class Engine:
             self._masks.start(plan)
             output = self._runner.run(plan)
             masks = self._masks.collect(plan)
-            chooses = [sequence for sequence in plan.sequences if sequence.sampling is not None]
-            ready = [row for row, sequence in enumerate(chooses) if masks.is_ready(sequence)]
-            logits = output.logits if len(ready) == len(chooses) else output.logits[ready]
-            result = self._sampler.sample(logits, [chooses[row] for row in ready], masks.bits)
+            choosing = [sequence for sequence in plan.sequences if sequence.choices]
+            ready = [sequence for sequence in choosing if masks.is_ready(sequence)]
+            logits = output.logits
+            if len(ready) < len(choosing):
+                logits = logits[[masks.is_ready(sequence) for sequence in choosing for _ in sequence.choices]]
+            result = self._sampler.sample(logits, ready, masks.bits)
             errors = {**result.errors, **masks.errors}
             return replace(result, prompt_logprobs=output.prompt_logprobs, errors=errors)
         except DeviceLostError:
@@ -332,8 +336,9 @@ class Engine:
                 record.scheduled_time_s = self._now_s()
 
     def _record_step(self, plan: StepPlan, result: StepResult, events: Iterable[tuple[Sequence, TokenEvent]]) -> None:
-        now_s = self._now_s()
+        now_s, num_tokens = self._now_s(), 0
         for sequence, event in events:
+            num_tokens += event.token_id is not None
             if event.error is None:
                 self._requests.report(sequence, event, now_s)
             elif (record := self._requests.by_sequence(sequence.sequence_id)) is not None:
@@ -343,11 +348,14 @@ class Engine:
                 self._requests.fail(record, event.error, now_s)
         if result.token_ids or not result.errors:
             self._progress_time_s = time.monotonic()
+        chosen = result.token_ids.values()
         self.load = replace(
             self.load,
             num_steps=self.load.num_steps + 1,
-            num_generated_tokens=self.load.num_generated_tokens + len(result.token_ids),
+            num_generated_tokens=self.load.num_generated_tokens + num_tokens,
             num_batched_sequences=self.load.num_batched_sequences + len(plan.sequences),
+            num_draft_tokens=self.load.num_draft_tokens + plan.num_drafts,
+            num_accepted_tokens=self.load.num_accepted_tokens + sum(map(len, chosen)) - len(chosen),
         )
 
     def _measure_load(self) -> None:

@@ -218,7 +218,13 @@ def _assemble(
     return Engine(
         Preparation(tokenizer, request_limits, parts.chat_template, parts.guards),
         Scheduler(
-            SchedulerLimits(limits.max_running_requests, limits.max_step_tokens, max_context_tokens),
+            SchedulerLimits(
+                limits.max_running_requests,
+                limits.max_step_tokens,
+                max_context_tokens,
+                limits.prefill_slowdown,
+                speculates=limits.speculate == "ngram",
+            ),
             BlockPool(cache.num_blocks, BLOCK_SIZE),
             tokenizer.eos_token_ids,
         ),

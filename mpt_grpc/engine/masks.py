@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ _MAX_WAIT_S = 0.002
 class Masks:
     """The finished masks, and the errors of failed ones, by sequence ID."""
 
-    bits: Mapping[int, bytes]
-    """The tokens that may come next, in the format of `Matcher.mask`."""
+    bits: Mapping[int, Sequence[bytes]]
+    """The tokens that may come next, in the format of `Matcher.masks`."""
     errors: Mapping[int, Exception]
 
     def is_ready(self, sequence: SequenceStep) -> bool:
@@ -34,14 +34,14 @@ class MaskWorkers:
         """`on_ready` is called in a worker thread whenever a mask is done."""
         self._on_ready = on_ready
         self._threads = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="mask")
-        self._pending: dict[int, Future[bytes]] = {}
+        self._pending: dict[int, Future[list[bytes]]] = {}
 
     def start(self, plan: StepPlan) -> None:
         """Starts computing the masks that the plan's sequences need, unless they are already being computed."""
         for sequence in plan.sequences:
-            matcher = None if sequence.sampling is None else sequence.sampling.matcher
+            matcher = sequence.choices[0].matcher if sequence.choices else None
             if matcher is not None and sequence.sequence_id not in self._pending:
-                future = self._threads.submit(matcher.mask)
+                future = self._threads.submit(matcher.masks, sequence.drafts)
                 future.add_done_callback(lambda _: self._on_ready())
                 self._pending[sequence.sequence_id] = future
 
@@ -49,7 +49,7 @@ class MaskWorkers:
         """Returns the plan's masks that are ready, after waiting briefly for those that are not."""
         wanted = {s.sequence_id: self._pending[s.sequence_id] for s in plan.sequences if _has_matcher(s)}
         wait(wanted.values(), _MAX_WAIT_S)
-        bits: dict[int, bytes] = {}
+        bits: dict[int, Sequence[bytes]] = {}
         errors: dict[int, Exception] = {}
         for sequence_id, future in wanted.items():
             if future.done():
@@ -71,4 +71,4 @@ class MaskWorkers:
 
 
 def _has_matcher(sequence: SequenceStep) -> bool:
-    return sequence.sampling is not None and sequence.sampling.matcher is not None
+    return bool(sequence.choices) and sequence.choices[0].matcher is not None

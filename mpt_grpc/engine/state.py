@@ -40,6 +40,8 @@ class EngineLoad:
     num_steps: int = 0
     num_generated_tokens: int = 0
     num_batched_sequences: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class StepOutput:
     """The model's output for one step."""
 
     logits: Tensor
-    """Float32 [n, at least vocab_size], one row per sequence with sampling inputs, in the plan's order."""
+    """Float32 [n, at least vocab_size], one row for each of the sequences' choices, in the plan's order."""
     prompt_logprobs: Mapping[int, tuple[TokenLogprob, ...]]
     """Prompt log probabilities by sequence ID, for the sequences with `scoring`."""
 
@@ -67,7 +67,9 @@ class Runner:
         if not hidden.isfinite().all():
             raise FloatingPointError("the model's activations are not finite")
         ends = [
-            end - 1 for s, end in zip(plan.sequences, metadata.query_starts[1:], strict=True) if s.sampling is not None
+            token
+            for s, end in zip(plan.sequences, metadata.query_starts[1:], strict=True)
+            for token in range(end - len(s.choices), end)
         ]
         logits = self._logits(hidden, ends) if ends else hidden.new_empty((0, self._vocab_size), dtype=torch.float32)
         return StepOutput(logits, self._prompt_logprobs(plan, metadata, hidden))

@@ -18,6 +18,7 @@ Steps 1 to 4 and 6 are implemented in `logits.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from operator import is_
 from types import MappingProxyType
 
@@ -30,11 +31,11 @@ from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.request import TokenLogprob
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepResult
 
-_NO_MASKS: Mapping[int, bytes] = MappingProxyType({})
+_NO_MASKS: Mapping[int, Sequence[bytes]] = MappingProxyType({})
 
 
 class Sampler:
-    """Chooses the next token of each sequence of a step that is to get one."""
+    """Chooses the next tokens of each sequence of a step that is to get one, and so decides which drafts are right."""
 
     def __init__(self, vocab_size: int) -> None:
         """`vocab_size` is that of the tokenizer: token IDs beyond it are padding of the embedding and never chosen."""
@@ -44,34 +45,44 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(
-        self, logits: Tensor, sequences: Sequence[SequenceStep], masks: Mapping[int, bytes] = _NO_MASKS
+        self, logits: Tensor, sequences: Sequence[SequenceStep], masks: Mapping[int, Sequence[bytes]] = _NO_MASKS
     ) -> StepResult:
-        """Samples one token per row of `logits` [n, at least vocab_size], float32; `logits` is not modified.
+        """Samples from the rows of `logits` [n, at least vocab_size], float32; `logits` is not modified.
 
-        Row i belongs to `sequences[i]`; all of these must have sampling inputs. `masks` maps sequence IDs to constraint
-        masks: token i is allowed if bit i % 8 of byte i // 8 is set. If a row is not finite or its mask allows no
-        token, an InternalError is returned for that sequence only.
+        The rows belong to the sequences' choices, in order. `masks` maps sequence IDs to constraint masks for the first
+        choices: token i is allowed if bit i % 8 of byte i // 8 is set. A sequence gets the tokens of its choices up to
+        the first that differs from the draft. If the first row of a sequence is not finite or its mask allows no token,
+        an InternalError is returned for that sequence only.
         """
         logits = logits[:, : self._vocab_size]
-        batch = self._batch(tuple([s.sampling for s in sequences if s.sampling is not None]), logits)
-        assert len(batch.inputs) == len(sequences)
-        row_masks = {row: masks[s.sequence_id] for row, s in enumerate(sequences) if s.sequence_id in masks}
+        batch = self._batch(tuple([inputs for sequence in sequences for inputs in sequence.choices]), logits)
+        row_masks = _by_row(sequences, masks) if masks else {}
         processed = adjust(logits, batch.inputs, row_masks) if batch.is_adjusted or row_masks else logits
-        chosen = _choose(processed, batch, [sequence.output_position for sequence in sequences])
+        positions = [s.output_position + choice for s in sequences for choice in range(len(s.choices))]
+        chosen = _choose(processed, batch, positions)
         is_finite = logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite()  # both propagate NaN
         is_allowed = processed.gather(1, chosen[:, None])[:, 0] > -torch.inf
         # One transfer instead of three: on an accelerator each transfer waits for all work queued before it.
         token_ids, finite, allowed = torch.stack([chosen, is_finite, is_allowed]).tolist()
-        sequence_ids = [sequence.sequence_id for sequence in sequences]
-        chosen_ids = dict(zip(sequence_ids, token_ids, strict=True))
+        rows: dict[int, range] = {}
         errors: dict[int, Exception] = {}
-        if not (all(finite) and all(allowed)):
-            for sequence_id, is_sound, is_possible in zip(sequence_ids, finite, allowed, strict=True):
-                if not (is_sound and is_possible):
-                    why = "the constraint allows no token" if is_sound else "the model's logits are not finite"
-                    errors[sequence_id] = InternalError(why)
-                    del chosen_ids[sequence_id]
-        logprobs = _logprobs(logits, batch, sequence_ids, chosen_ids) if batch.num_top else {}
+        first = 0
+        for sequence in sequences:
+            sequence_id, last = sequence.sequence_id, first
+            if len(sequence.choices) > 1:
+                num_masked = len(masks[sequence_id]) if sequence_id in masks else len(sequence.choices)
+                for draft, _ in zip(sequence.drafts, range(1, num_masked), strict=False):
+                    if token_ids[last] != draft or not (finite[last + 1] and allowed[last + 1]):
+                        break
+                    last += 1
+            if finite[first] and allowed[first]:
+                rows[sequence_id] = range(first, last + 1)
+            else:
+                why = "the constraint allows no token" if finite[first] else "the model's logits are not finite"
+                errors[sequence_id] = InternalError(why)
+            first += len(sequence.choices)
+        chosen_ids = {sequence_id: tuple(token_ids[part.start : part.stop]) for sequence_id, part in rows.items()}
+        logprobs = _logprobs(logits, batch, rows, token_ids) if batch.num_top else {}
         return StepResult(chosen_ids, logprobs, errors=errors)
 
     def _batch(self, inputs: tuple[SamplingInputs, ...], logits: Tensor) -> _Batch:
@@ -111,15 +122,27 @@ class _SampledRows:
         self.seeds = torch.tensor([_signed(p.seed or 0) for p in self.parameters], device=device)
 
 
+def _by_row(sequences: Sequence[SequenceStep], masks: Mapping[int, Sequence[bytes]]) -> dict[int, bytes]:
+    """Returns the masks of the sequences' choices by row."""
+    by_row: dict[int, bytes] = {}
+    first = 0
+    for sequence in sequences:
+        rows = range(first, first + len(sequence.choices))
+        by_row.update(zip(rows, masks.get(sequence.sequence_id, ()), strict=False))
+        first = rows.stop
+    return by_row
+
+
 def _logprobs(
-    logits: Tensor, batch: _Batch, sequence_ids: Sequence[int], token_ids: Mapping[int, int]
-) -> dict[int, TokenLogprob]:
+    logits: Tensor, batch: _Batch, rows: Mapping[int, range], token_ids: Sequence[int]
+) -> dict[int, tuple[TokenLogprob, ...]]:
     """Returns the log probabilities of the chosen tokens, by sequence ID, for the sequences that requested them."""
-    rows = [row for row in batch.num_top if sequence_ids[row] in token_ids]
-    ids = [sequence_ids[row] for row in rows]
-    selected = logits.index_select(0, torch.tensor(rows, dtype=torch.int64, device=logits.device))
-    num_top = [batch.num_top[row] for row in rows]
-    return dict(zip(ids, token_logprobs(selected, [token_ids[i] for i in ids], num_top), strict=True))
+    wanted = {sequence_id: part for sequence_id, part in rows.items() if part.start in batch.num_top}
+    flat = [row for part in wanted.values() for row in part]
+    selected = logits.index_select(0, torch.tensor(flat, dtype=torch.int64, device=logits.device))
+    num_top = [batch.num_top[row] for row in flat]
+    logprobs = iter(token_logprobs(selected, [token_ids[row] for row in flat], num_top))
+    return {sequence_id: tuple(islice(logprobs, len(part))) for sequence_id, part in wanted.items()}
 
 
 def _choose(logits: Tensor, batch: _Batch, positions: Sequence[int]) -> Tensor:

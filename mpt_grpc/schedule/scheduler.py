@@ -7,6 +7,7 @@ first sequence of a request is its primary; its siblings start once the prompt i
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from operator import attrgetter
 from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.request import Finish, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from mpt_grpc.schedule.block_pool import BlockPool
+from mpt_grpc.schedule.drafts import Drafter, TokenIds, most_useful
 from mpt_grpc.schedule.sequence import Sequence
+from mpt_grpc.schedule.step_times import StepTimes
 from mpt_grpc.step import Matcher, SequenceStep, StepPlan, StepResult
 
 
@@ -29,6 +32,11 @@ class SchedulerLimits:
     max_running_requests: int
     max_step_tokens: int
     max_context_tokens: int
+    prefill_slowdown: float = math.inf
+    """How many times as long a step may take for prompts beside running outputs as one with a token for each sequence.
+    """
+    speculates: bool = False
+    """Whether drafts of the next tokens are computed where they pay."""
 
 
 _rank = attrgetter("rank")
@@ -54,6 +62,9 @@ class Scheduler:
         """The number of steps since that one; not set before."""
         self._started: list[int] = []
         """The sequences that run for the first time in the step that is being planned."""
+        self._times = StepTimes()
+        self._drafters: dict[int, Drafter] = {}
+        """By sequence; empty without speculation."""
 
     @property
     def num_running(self) -> int:
@@ -124,15 +135,19 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         self._pool.free(sequence.release())
+        self._drafters.pop(sequence.sequence_id, None)
         self._release_siblings(sequence)
         return True
 
     def plan(self) -> StepPlan:
         """Returns what to compute next; the plan is empty only if there is no work."""
-        self._admit()
-        sequences = tuple(self._steps())
+        budget = self._budget()
+        self._admit(budget)
+        steps = self._steps(max(budget, len(self._running)))
+        if self._limits.speculates:
+            self._add_drafts(steps)
         started, self._started = tuple(self._started), []
-        return StepPlan(sequences, started)
+        return StepPlan(tuple(steps), started)
 
     def shrink_steps(self) -> None:
         """Halves the tokens of a step, because one did not fit in memory; each `_SMALL_STEPS` steps double them
@@ -140,17 +155,20 @@ class Scheduler:
         self._max_step_tokens = max(self._limits.max_running_requests, self._max_step_tokens // 2)
         self._num_small_steps = 0
 
-    def commit(self, plan: StepPlan, result: StepResult) -> list[tuple[Sequence, TokenEvent]]:
-        """Applies the result of `plan`, in its order; returns an event for each sequence that got a token or ended.
+    def commit(
+        self, plan: StepPlan, result: StepResult, seconds: float | None = None
+    ) -> list[tuple[Sequence, TokenEvent]]:
+        """Applies the result of `plan`, in its order; returns an event for each token and each sequence that ended.
 
-        Sequences that have ended in the meantime are skipped.
+        Sequences that have ended in the meantime are skipped. `seconds` is how long the step took, unless it failed.
         """
+        if seconds is not None:
+            self._times.record(plan.num_tokens, seconds)
         if self._max_step_tokens < self._limits.max_step_tokens:
             self._num_small_steps += 1
             if self._num_small_steps % _SMALL_STEPS == 0:
                 self._max_step_tokens = min(2 * self._max_step_tokens, self._limits.max_step_tokens)
         events = []
-        block_size = self._pool.block_size
         for step in plan.sequences:
             sequence_id = step.sequence_id
             sequence = self._sequences.get(sequence_id)
@@ -160,16 +178,20 @@ class Scheduler:
                 self.end(sequence)
                 events.append((sequence, TokenEvent(sequence.index, error=error)))
                 continue
-            token_id = result.token_ids.get(sequence_id)
-            is_deferred = token_id is None and step.sampling is not None
-            sequence.num_computed = step.start + len(step.token_ids) - is_deferred
+            token_ids = result.token_ids.get(sequence_id, ())
+            is_deferred = not token_ids and bool(step.choices)
             if scored := result.prompt_logprobs.get(sequence_id):
                 sequence.prompt_logprobs += scored
-            if sequence.num_computed // block_size > sequence.num_inserted_blocks:
-                self._insert_full_blocks(sequence)
-            if token_id is not None:
-                events.append((sequence, self._advance(sequence, token_id, result.logprobs.get(sequence_id))))
-            elif not sequence.num_uncomputed and not sequence.wants_token:
+            self._advance_computed(sequence, step.start + step.num_known - is_deferred)
+            logprobs = result.logprobs.get(sequence_id, ())
+            for index, token_id in enumerate(token_ids):
+                if index:  # the token before it was a draft
+                    self._advance_computed(sequence, sequence.num_computed + 1)
+                event = self._advance(sequence, token_id, logprobs[index] if logprobs else None)
+                events.append((sequence, event))
+                if event.finish is not None or event.error is not None:
+                    break
+            if not token_ids and not sequence.num_uncomputed and not sequence.wants_token:
                 self.end(sequence)
                 finish = Finish(FinishReason.MAX_NEW_TOKENS)
                 event = TokenEvent(sequence.index, prompt_logprobs=tuple(sequence.prompt_logprobs), finish=finish)
@@ -194,12 +216,27 @@ class Scheduler:
         while primary.siblings:
             insort(self._waiting, primary.siblings.pop(), key=_rank)
 
-    def _admit(self) -> None:
+    def _budget(self) -> int:
+        """Returns how many tokens the step may compute, drafts apart.
+
+        Prompts may slow running outputs down by `prefill_slowdown`, compared with a step of one token for each
+        sequence. If no such step was measured lately, the next one is of that kind.
+        """
+        running, slowdown = self._running, self._limits.prefill_slowdown
+        num_ready = sum(sequence.num_uncomputed == 1 for sequence in running)
+        if slowdown == math.inf or not num_ready or (num_ready == len(running) and not self._waiting):
+            return self._max_step_tokens
+        num_tokens = len(running)
+        if self._times.is_recent(num_tokens):
+            num_tokens = self._times.num_tokens(slowdown * self._times.seconds(num_tokens))
+        return max(len(running), min(num_tokens, self._max_step_tokens))
+
+    def _admit(self, budget: int) -> None:
         """Starts waiting sequences, strictly by rank, while budget, batch slots and blocks for their tokens last.
 
         A sequence of higher priority preempts running ones of lower priority if it fits once they are gone.
         """
-        while self._waiting and self._has_budget_for(self._waiting[0]):
+        while self._waiting and self._has_budget_for(self._waiting[0], budget):
             head = self._waiting[0]
             hits = self._cached_blocks(head)
             if self._lacks_capacity_for(head, hits):
@@ -215,13 +252,13 @@ class Scheduler:
             head.start(hits, len(hits) * self._pool.block_size)
             insort(self._running, head, key=_rank)
 
-    def _has_budget_for(self, head: Sequence) -> bool:
+    def _has_budget_for(self, head: Sequence, budget: int) -> bool:
         """Whether the sequences ranked before `head` leave it at least one token of the step's budget.
 
         Until they do it owns no blocks, and by then more of its prompt may be in the prefix cache.
         """
         ahead = sum(s.num_uncomputed for s in self._running if _rank(s) < _rank(head))
-        return ahead < self._max_step_tokens
+        return ahead < budget
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """Returns cached blocks for a prefix of the sequence; at least one token is left to compute."""
@@ -250,13 +287,13 @@ class Scheduler:
         missing = sum(self._num_blocks_missing(s, s.num_required) for s in (*staying, head)) - len(hits)
         return len(staying) < self._limits.max_running_requests and owned + missing <= self._pool.num_blocks
 
-    def _steps(self) -> list[SequenceStep]:
+    def _steps(self, budget: int) -> list[SequenceStep]:
         """Gives each running sequence one token, and the rest of the budget to those with more to compute, by rank.
 
         A sequence for which no block is left is preempted, after all that rank lower.
         """
         steps: list[SequenceStep] = []
-        running, block_size, budget = self._running, self._pool.block_size, self._max_step_tokens
+        running, block_size = self._running, self._pool.block_size
         while len(steps) < len(running):
             sequence = running[len(steps)]
             reserved = len(running) - len(steps) - 1
@@ -267,6 +304,29 @@ class Scheduler:
             steps.append(sequence.step(num_tokens))
             budget -= num_tokens
         return steps
+
+    def _add_drafts(self, steps: list[SequenceStep]) -> None:
+        """Adds drafts to the steps of running sequences where that pays, as far as budget and free blocks last."""
+        drafts: dict[int, TokenIds] = {}
+        candidates: dict[int, tuple[float, int]] = {}
+        for place, (sequence, step) in enumerate(zip(self._running, steps, strict=True)):
+            if not step.choices:
+                continue
+            if sequence.sequence_id not in self._drafters:
+                self._drafters[sequence.sequence_id] = Drafter()
+            drafter = self._drafters[sequence.sequence_id]
+            drafts[place] = drafter.draft(sequence.token_ids)
+            max_tokens = (sequence.request.stopping.max_new_tokens or 0) - sequence.num_output_tokens
+            room = min(max_tokens, self._limits.max_context_tokens - len(sequence.token_ids)) - 1
+            candidates[place] = drafter.accuracy, min(len(drafts[place]), room)
+        num_tokens = sum(len(step.token_ids) for step in steps)
+        max_drafts = self._max_step_tokens - num_tokens
+        for place, count in most_useful(candidates, num_tokens, max_drafts, self._times).items():
+            sequence, step = self._running[place], steps[place]
+            missing = self._num_blocks_missing(sequence, step.length + count)
+            if missing <= self._pool.num_free:
+                sequence.block_table += tuple(self._pool.allocate(missing))
+                steps[place] = sequence.step(len(step.token_ids), tuple(drafts[place][:count]))
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Allocates blocks for the first `num_tokens` tokens, for which others of no higher rank are preempted.
@@ -291,9 +351,11 @@ class Scheduler:
         sequence.num_preemptions += 1
         insort(self._waiting, sequence, key=_rank)
 
-    def _insert_full_blocks(self, sequence: Sequence) -> None:
-        num_full = sequence.num_computed // self._pool.block_size
-        if num_full == sequence.num_inserted_blocks or sequence.request.cache.bypass:
+    def _advance_computed(self, sequence: Sequence, num_computed: int) -> None:
+        """Records the number of computed tokens; new full blocks enter the prefix cache."""
+        sequence.num_computed = num_computed
+        num_full = num_computed // self._pool.block_size
+        if num_full <= sequence.num_inserted_blocks or sequence.request.cache.bypass:
             return
         digests = sequence.digests(num_full, self._pool.block_size)
         for index in range(sequence.num_inserted_blocks, num_full):

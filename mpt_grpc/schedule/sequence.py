@@ -33,6 +33,7 @@ class Sequence:
         """The sort key for scheduling: lower runs first, by priority and then by arrival."""
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
+        self._prompt_token_ids = prompt_token_ids
         self.eos_token_ids = frozenset() if request.stopping.ignore_eos else eos_token_ids
         self.num_computed = 0
         self.prompt_logprobs: list[TokenLogprob] = []
@@ -50,12 +51,14 @@ class Sequence:
         decoding = request.decoding
         self._penalizes_prompt = decoding.repetition_penalty != 1
         self._penalizes = self._penalizes_prompt or decoding.frequency_penalty != 0 or decoding.presence_penalty != 0
-        self._sampling = SamplingInputs(
+        sampling = SamplingInputs(
             replace(request.sampling, seed=sequence_seed(request.sampling.seed or 0, index)),
             decoding,
             matcher=matcher,
             num_top_logprobs=request.logprobs.num_top if request.logprobs.output else None,
         )
+        self._choice = (sampling,)
+        """How a token is chosen unless it depends on those before it."""
         guard = request.stopping.repetition_guard
         self._repetition = None if guard is None else RepetitionDetector(guard)
         self._digests: list[Digest] = []
@@ -123,31 +126,37 @@ class Sequence:
         blocks, self.block_table, self.num_computed, self.num_inserted_blocks = self.block_table, (), 0, 0
         return blocks
 
-    def step(self, num_tokens: int) -> SequenceStep:
-        """Returns the step that computes the next `num_tokens` tokens."""
+    def step(self, num_tokens: int, drafts: tuple[int, ...] = ()) -> SequenceStep:
+        """Returns the step that computes the next `num_tokens` tokens and, if these are all known ones, the drafts."""
         start = self.num_computed
         end = start + num_tokens
         is_last = end == len(self.token_ids)
         return SequenceStep(
             self.sequence_id,
             self.request.request_id,
-            tuple(self.token_ids[start:end]),
+            tuple(self.token_ids[start:end]) + drafts,
             start,
             self.block_table,
-            self._sampling_inputs() if is_last and self.wants_token else None,
+            self._choices(drafts) if is_last and self.wants_token else (),
             self.num_output_tokens,
             self._scoring(end) if self._is_scoring else None,
         )
 
-    def _sampling_inputs(self) -> SamplingInputs:
+    def _choices(self, drafts: tuple[int, ...]) -> tuple[SamplingInputs, ...]:
+        if not (self._penalizes or self.num_output_tokens < self.request.stopping.min_new_tokens):
+            return self._choice * (1 + len(drafts)) if drafts else self._choice
+        output = (*self.token_ids[self.num_prompt_tokens :], *drafts)
+        first = self.num_output_tokens
+        return tuple(self._dependent_choice(output[:position]) for position in range(first, first + 1 + len(drafts)))
+
+    def _dependent_choice(self, output: tuple[int, ...]) -> SamplingInputs:
+        """Returns how the token after these of the output is chosen."""
         stopping = self.request.stopping
-        is_short = self.num_output_tokens < stopping.min_new_tokens
-        if not (self._penalizes or is_short):
-            return self._sampling
+        is_short = len(output) < stopping.min_new_tokens
         return replace(
-            self._sampling,
-            prompt_token_ids=tuple(self.token_ids[: self.num_prompt_tokens]) if self._penalizes_prompt else (),
-            output_token_ids=tuple(self.token_ids[self.num_prompt_tokens :]) if self._penalizes else (),
+            self._choice[0],
+            prompt_token_ids=self._prompt_token_ids if self._penalizes_prompt else (),
+            output_token_ids=output if self._penalizes else (),
             forbidden_token_ids=(*self.eos_token_ids, *stopping.stop_token_ids) if is_short else (),
         )
 

@@ -163,6 +163,8 @@ def load(load: EngineLoad, num_blocks: int) -> pb.Load:
         num_output_tokens=load.num_generated_tokens,
         num_batched_sequences=load.num_batched_sequences,
         num_preparing_requests=load.num_preparing,
+        num_draft_tokens=load.num_draft_tokens,
+        num_accepted_tokens=load.num_accepted_tokens,
     )
 
 

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,21 @@ class ConstraintMatcher:
         # For a model without end-of-sequence tokens, the output is complete where it may end and no token can follow.
         return not self._tokens.ends and self._matcher.is_accepting() and self._allowed() == 0
 
+    def masks(self, drafts: Sequence[int]) -> list[bytes]:
+        """Returns the masks that `Matcher.masks` describes; the first is that of `mask`, with its errors."""
+        masks = [self.mask()]
+        if drafts and masks[0][drafts[0] >> 3] >> (drafts[0] & 7) & 1:
+            # In a copy: the costs of a draft, which may be wrong, must not end the output.
+            ahead = ConstraintMatcher(self._matcher.deep_copy(), self._tokens, self._field)
+            with suppress(InvalidRequestError):  # the draft is not allowed or too costly
+                for draft in drafts:
+                    if ahead.advance(draft):
+                        break
+                    masks.append(ahead.mask())
+        return masks
+
     def mask(self) -> bytes:
-        """Returns the tokens that may come next, in the format of `Matcher.mask`: (vocab_size + 7) // 8 bytes.
+        """Returns the tokens that may come next as a bit mask of (vocab_size + 7) // 8 bytes.
 
         End-of-sequence tokens are included only where the output may end, other special tokens never. Raises
         InvalidRequestError if no token is allowed or the computation is too costly.

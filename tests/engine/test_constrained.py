@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ SEEDED = SamplingParameters(seed=4)
 
 
 class OnlySome:
-    """A matcher that allows a few tokens. Its `mask` can be made to block or to fail."""
+    """A matcher that allows a few tokens. Its `masks` can be made to block or to fail."""
 
     def __init__(self, may_return: threading.Event | None = None, error: Exception | None = None) -> None:
         self.called = threading.Event()
@@ -34,13 +35,13 @@ class OnlySome:
         assert token_id in ALLOWED
         return False
 
-    def mask(self) -> bytes:
+    def masks(self, drafts: Sequence[int]) -> list[bytes]:
         self.called.set()
         if self._may_return is not None:
             assert self._may_return.wait(30)
         if self._error is not None:
             raise self._error
-        return sum(1 << token_id for token_id in ALLOWED).to_bytes(512, "little")
+        return [sum(1 << token_id for token_id in ALLOWED).to_bytes(512, "little")] * (1 + len(drafts))
 
 
 def constrained(engine: Engine, name: str, matcher: Matcher) -> ThreadStream:

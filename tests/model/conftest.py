@@ -187,7 +187,7 @@ class Stepper:
             while len(table) * self._block_size < self._known[name]:
                 table.append(self._free.pop())
             sequence_id = self._ids.setdefault(name, next(self._new_ids))
-            inputs = SamplingInputs(GREEDY) if name in samples else None
+            inputs = (SamplingInputs(GREEDY),) if name in samples else ()
             steps.append(
                 SequenceStep(sequence_id, name, tuple(chunk), start, tuple(table), inputs, scoring=scoring.get(name))
             )

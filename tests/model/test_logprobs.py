@@ -51,11 +51,12 @@ def test_log_probabilities_of_chosen_tokens_use_the_models_raw_logits() -> None:
     with_logprobs = SamplingInputs(sampling, decoding, output_token_ids=(5, 6), num_top_logprobs=2)
     without = SamplingInputs(sampling, decoding)
     inputs = (with_logprobs, without, with_logprobs)
-    steps = [SequenceStep(9 - row, "r", (1,), 0, (0,), one) for row, one in enumerate(inputs)]
+    steps = [SequenceStep(9 - row, "r", (1,), 0, (0,), (one,)) for row, one in enumerate(inputs)]
     result = Sampler(50).sample(logits, steps)
-    assert result.token_ids == {9: 4, 8: 4, 7: 4}
+    assert result.token_ids == {9: (4,), 8: (4,), 7: (4,)}
     assert result.logprobs == {
-        sequence_id: token_logprobs(before[row : row + 1, :50], [4], [2])[0] for row, sequence_id in ((0, 9), (2, 7))
+        sequence_id: tuple(token_logprobs(before[row : row + 1, :50], [4], [2]))
+        for row, sequence_id in ((0, 9), (2, 7))
     }
     assert torch.equal(logits, before)
 

@@ -20,7 +20,7 @@ from mpt_grpc.step import SamplingInputs, SequenceStep
 
 def sequence(sequence_id: int = 0, position: int = 0, **sampling: Any) -> SequenceStep:
     inputs = SamplingInputs(SamplingParameters(**{"seed": 0, **sampling}))
-    return SequenceStep(sequence_id, "r", (1,), 8, (3,), inputs, position)
+    return SequenceStep(sequence_id, "r", (1,), 8, (3,), (inputs,), position)
 
 
 def random_logits(rows: int, vocab_size: int, seed: int = 0, std: float = 1.0) -> Tensor:
@@ -32,7 +32,7 @@ def samples(logits: Tensor, count: int, **sampling: Any) -> list[int]:
     steps = [sequence(position, position, **sampling) for position in range(count)]
     result = Sampler(len(logits)).sample(logits.expand(count, -1).clone(), steps)
     assert not result.errors
-    return [result.token_ids[position] for position in range(count)]
+    return [token_id for position in range(count) for token_id in result.token_ids[position]]
 
 
 def kept(logits: Sequence[float], temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -62,8 +62,8 @@ def test_temperature_0_chooses_the_highest_logit_and_the_lowest_id_among_equals(
     logits = random_logits(8, 50)
     logits[7] = 0.0
     result = Sampler(50).sample(logits, [sequence(row, temperature=0, seed=row) for row in range(8)])
-    assert [result.token_ids[row] for row in range(8)] == logits.argmax(dim=-1).tolist()
-    assert result.token_ids[7] == 0
+    assert [result.token_ids[row] for row in range(8)] == [(token,) for token in logits.argmax(dim=-1).tolist()]
+    assert result.token_ids[7] == (0,)
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 12, 40])
@@ -85,7 +85,7 @@ def test_each_row_of_a_batch_has_its_own_filters() -> None:
     steps = [sequence(i, i, **dict(zip(names, values, strict=True))) for i, values in enumerate(settings)]
     result = Sampler(12).sample(logits.expand(3000, -1).clone(), steps)
     for i, values in enumerate(settings):
-        assert result.token_ids[i] in kept(logits.tolist(), *values), values
+        assert result.token_ids[i][0] in kept(logits.tolist(), *values), values
 
 
 def test_top_p_keeps_no_more_tokens_than_reach_the_sum() -> None:
@@ -101,7 +101,7 @@ def test_top_k_1_is_greedy_even_where_the_hash_rounds_to_1() -> None:
     logits = torch.zeros(1, 4096)
     logits[0, 3814] = 1.0
     result = Sampler(4096).sample(logits, [sequence(0, 4350, top_k=1)])
-    assert result.token_ids[0] == 3814
+    assert result.token_ids[0] == (3814,)
 
 
 def splitmix64(x: int) -> int:
@@ -118,7 +118,9 @@ def test_the_noise_is_that_of_the_documented_hash() -> None:
             stream = splitmix64((seed + splitmix64(position + 1)) % (1 << 64))
             tokens = [(token + 1) * 0x9E3779B97F4A7C15 for token in range(300)]
             hashes = [splitmix64((stream + token) % (1 << 64)) % (1 << 32) for token in tokens]
-            (chosen,) = Sampler(300).sample(torch.zeros(1, 300), [sequence(0, position, seed=seed)]).token_ids.values()
+            ((chosen,),) = (
+                Sampler(300).sample(torch.zeros(1, 300), [sequence(0, position, seed=seed)]).token_ids.values()
+            )
             assert chosen == hashes.index(min(hashes))
 
 
@@ -136,7 +138,7 @@ def test_the_noise_is_exact_where_it_is_largest_and_smallest(
     assert hashes[0] == extreme
     first, second = (-math.log(-math.log1p(-value)) for value in (uniform, (hashes[1] + 0.5) / (1 << 32)))
     logits = torch.tensor([[0.0, first - second + difference]])
-    assert Sampler(2).sample(logits, [sequence(seed=seed)]).token_ids == {0: int(difference > 0)}
+    assert Sampler(2).sample(logits, [sequence(seed=seed)]).token_ids == {0: (int(difference > 0),)}
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -150,7 +152,7 @@ def test_token_frequencies_over_positions_match_softmax(temperature: float) -> N
 def test_token_frequencies_over_seeds_match_softmax(first_seed: int) -> None:
     logits = random_logits(1, 16)
     steps = [sequence(row, 7, seed=first_seed + row) for row in range(20_000)]
-    tokens = list(Sampler(16).sample(logits.repeat(20_000, 1), steps).token_ids.values())
+    tokens = [token for (token,) in Sampler(16).sample(logits.repeat(20_000, 1), steps).token_ids.values()]
     assert chi_square(tokens, logits[0].softmax(-1).tolist()) < CHI_SQUARE_15
 
 
@@ -222,7 +224,7 @@ def test_vocabulary_padding_is_never_chosen(temperature: float, padding: float) 
     result = Sampler(10).sample(logits, steps)
     assert not result.errors
     assert len(result.token_ids) == 500
-    assert max(result.token_ids.values()) < 10
+    assert max(result.token_ids.values()) < (10,)
 
 
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
@@ -255,3 +257,50 @@ def test_at_temperature_100_sampling_is_almost_uniform() -> None:
     tokens = samples(logits, 20_000, temperature=100.0)
     assert chi_square(tokens, (logits / 100).softmax(-1).tolist()) < CHI_SQUARE_15
     assert chi_square(tokens, [1 / 16] * 16) < CHI_SQUARE_15
+
+
+def drafted(position: int, drafts: tuple[int, ...], **sampling: Any) -> SequenceStep:
+    """Returns a step of one known token and drafts."""
+    inputs = SamplingInputs(SamplingParameters(**{"seed": 5, **sampling}), num_top_logprobs=1)
+    return SequenceStep(0, "r", (1, *drafts), 8, (3,), (inputs,) * (1 + len(drafts)), position)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_sequence_gets_its_right_drafts_and_the_token_after_them(temperature: float) -> None:
+    logits = random_logits(5, 50)
+    alone = [
+        Sampler(50).sample(logits[row : row + 1], [drafted(7 + row, (), temperature=temperature)]) for row in range(5)
+    ]
+    right = [token_id for one in alone for token_id in one.token_ids[0]]
+    for num_right in range(5):
+        drafts = (*right[:num_right], *((right[i] + 1) % 50 for i in range(num_right, 4)))
+        result = Sampler(50).sample(logits, [drafted(7, drafts, temperature=temperature)])
+        assert result.token_ids == {0: tuple(right[: num_right + 1])}
+        assert result.logprobs == {0: tuple(one.logprobs[0][0] for one in alone[: num_right + 1])}
+
+
+def test_drafts_of_one_sequence_do_not_disturb_the_next() -> None:
+    logits = random_logits(4, 50)
+    best = logits.argmax(dim=-1).tolist()
+    steps = [drafted(0, (best[0], 49), temperature=0), sequence(1, temperature=0)]
+    assert Sampler(50).sample(logits, steps).token_ids == {0: (best[0], best[1]), 1: (best[3],)}
+
+
+def test_a_fault_after_a_right_draft_waits_for_its_own_step() -> None:
+    logits = random_logits(3, 50)
+    best = logits.argmax(dim=-1).tolist()
+    logits[1] = torch.nan
+    result = Sampler(50).sample(logits, [drafted(0, (best[0], 1), temperature=0)])
+    assert (result.token_ids, result.errors) == ({0: (best[0],)}, {})
+    logits[0] = torch.nan
+    result = Sampler(50).sample(logits, [drafted(0, (best[0], 1), temperature=0)])
+    assert (result.token_ids, list(result.errors)) == ({}, [0])
+
+
+def test_drafts_count_only_as_far_as_there_are_masks() -> None:
+    logits = random_logits(3, 16)
+    best = logits.argmax(dim=-1).tolist()
+    step = drafted(0, (best[0], best[1]), temperature=0)
+    everything, other = b"\xff\xff", (1 << (best[1] + 1) % 16).to_bytes(2, "little")
+    assert Sampler(16).sample(logits, [step], {0: [everything]}).token_ids == {0: (best[0],)}
+    assert Sampler(16).sample(logits, [step], {0: [everything, other]}).token_ids == {0: (best[0], (best[1] + 1) % 16)}

@@ -3,7 +3,8 @@ model whose next token is a hash of all tokens before it. A plan that reads a wr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import product
@@ -38,6 +39,9 @@ EOS = 0
 
 
 def next_token(tokens: Sequence[int], seed: int = 1) -> int:
+    """Returns the token that the simulated model chooses; after prompts that begin with 3, its text runs in circles."""
+    if tokens[0] == 3:
+        tokens = tokens[-1:]
     return blake2b(repr([seed, *tokens]).encode(), digest_size=1).digest()[0] % 50
 
 
@@ -86,6 +90,7 @@ class Machine:
     ended: dict[str, TokenEvent] = field(default_factory=dict)
     prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = field(default_factory=dict)
     num_computed: dict[str, int] = field(default_factory=dict)
+    step_seconds: Callable[[int], float] = lambda num_tokens: 8.0 + num_tokens
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.limits, BlockPool(self.num_blocks, BLOCK_SIZE), frozenset({EOS}))
@@ -123,25 +128,37 @@ class Machine:
     def run(
         self, plan: StepPlan, failing: frozenset[str] = frozenset(), deferred: frozenset[str] = frozenset()
     ) -> dict[str, TokenEvent]:
-        chosen, logprobs, scored = {}, {}, {}
+        chosen: dict[int, tuple[int, ...]] = {}
+        logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
+        scored = {}
         for s in plan.sequences:
             name = self.names[s.sequence_id]
             known = (*self.prompts[name], *self.outputs[name])
             sharers = self.sharers[name]
-            assert s.token_ids == known[s.start : s.length]
-            wants_token = len(self.outputs[name]) != self.sequences[name].request.stopping.max_new_tokens
-            assert (s.sampling is not None) == (s.length == len(known) and wants_token)
-            assert len(s.block_table) == -(-s.length // BLOCK_SIZE)
+            end = s.start + s.num_known
+            assert s.token_ids == known[s.start : end] + s.drafts
+            max_new_tokens = self.sequences[name].request.stopping.max_new_tokens or 0
+            wants_token = len(self.outputs[name]) != max_new_tokens
+            assert bool(s.choices) == (end == len(known) and wants_token)
+            if s.drafts:
+                assert len(s.choices) == 1 + len(s.drafts)
+                assert len(self.outputs[name]) + len(s.choices) <= max_new_tokens
+                assert s.length + 1 <= self.limits.max_context_tokens
+            assert len(s.block_table) >= -(-s.length // BLOCK_SIZE)
+            assert len(s.block_table) == -(-s.length // BLOCK_SIZE) or self.limits.speculates
+            known += s.drafts
             for position, entry in enumerate(self._cache_entries(s, 0, s.start)):
                 assert self.cache[entry] == (sharers, known[: position + 1]), "reads what another sequence wrote"
             for position, entry in enumerate(self._cache_entries(s, s.start, s.length), s.start):
                 self.cache[entry] = (sharers, known[: position + 1])
             self.num_computed[name] = self.num_computed.get(name, 0) + len(s.token_ids)
-            if s.sampling is not None:
+            if s.choices:
                 assert s.output_position == len(self.outputs[name])
                 if name not in deferred:
-                    chosen[s.sequence_id] = next_token(known, s.sampling.parameters.seed or 0)
-                    logprobs[s.sequence_id] = logprob_of((*known, chosen[s.sequence_id]))
+                    chosen[s.sequence_id] = self._chosen(s, known[:end])
+                    ends = range(end + 1, end + 1 + len(chosen[s.sequence_id]))
+                    accepted = known[:end] + chosen[s.sequence_id]
+                    logprobs[s.sequence_id] = tuple(logprob_of(accepted[:stop]) for stop in ends)
             if s.scoring is not None:
                 first = s.start + s.scoring.first
                 assert s.scoring.token_ids == known[first + 1 : first + 1 + len(s.scoring.token_ids)]
@@ -151,10 +168,12 @@ class Machine:
                 )
                 scored[s.sequence_id] = tuple(logprob_of(known[:end]) for end in ends)
         errors = {s.sequence_id: InternalError("fault") for s in plan.sequences if self.names[s.sequence_id] in failing}
-        committed = self.scheduler.commit(plan, StepResult(chosen, logprobs, scored, errors))
-        events = {self.names[sequence.sequence_id]: event for sequence, event in committed}
-        assert len(events) == len(committed)
-        for name, event in events.items():
+        seconds = self.step_seconds(plan.num_tokens) if plan.sequences else None
+        committed = self.scheduler.commit(plan, StepResult(chosen, logprobs, scored, errors), seconds)
+        named = [(self.names[sequence.sequence_id], event) for sequence, event in committed]
+        events = dict(named)
+        assert len(events) == len(committed) or self.limits.speculates
+        for name, event in named:
             assert name not in self.ended
             assert event.index == self.sequences[name].index
             if event.prompt_logprobs:
@@ -183,12 +202,33 @@ class Machine:
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
 
     @staticmethod
+    def _chosen(s: SequenceStep, known: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the drafts that are right and the token after them."""
+        seed = s.choices[0].parameters.seed or 0
+        chosen: tuple[int, ...] = ()
+        for draft in (*s.drafts, None):
+            chosen += (next_token(known + chosen, seed),)
+            if chosen[-1] != draft:
+                break
+        return chosen
+
+    @staticmethod
     def _cache_entries(s: SequenceStep, start: int, end: int) -> list[tuple[int, int]]:
         return [(s.block_table[p // BLOCK_SIZE], p % BLOCK_SIZE) for p in range(start, end)]
 
 
-def machine(num_blocks: int = 64, max_running: int = 8, max_step_tokens: int = 32, max_context: int = 100) -> Machine:
-    return Machine(SchedulerLimits(max_running, max_step_tokens, min(max_context, num_blocks * BLOCK_SIZE)), num_blocks)
+def machine(
+    num_blocks: int = 64,
+    max_running: int = 8,
+    max_step_tokens: int = 32,
+    max_context: int = 100,
+    prefill_slowdown: float = math.inf,
+    speculates: bool = False,
+) -> Machine:
+    context = min(max_context, num_blocks * BLOCK_SIZE)
+    return Machine(
+        SchedulerLimits(max_running, max_step_tokens, context, prefill_slowdown, speculates=speculates), num_blocks
+    )
 
 
 @dataclass(frozen=True)
@@ -231,6 +271,8 @@ arrivals = st.builds(
     st.integers(1, 6),
     st.integers(0, 20),
     st.integers(24, 48),
+    st.sampled_from([math.inf, 1.2, 2.0]),
+    st.booleans(),
     st.randoms(use_true_random=False),
 )
 def test_every_request_yields_the_same_output_as_when_it_runs_alone(
@@ -239,9 +281,11 @@ def test_every_request_yields_the_same_output_as_when_it_runs_alone(
     max_running: int,
     extra_budget: int,
     max_context: int,
+    prefill_slowdown: float,
+    speculates: bool,
     random: Random,
 ) -> None:
-    m = machine(num_blocks, max_running, max_running + extra_budget, max_context)
+    m = machine(num_blocks, max_running, max_running + extra_budget, max_context, prefill_slowdown, speculates)
     context = m.limits.max_context_tokens
     fates: dict[str, Arrival] = {}
     expected: dict[str, list[int]] = {}
@@ -294,9 +338,9 @@ def test_a_running_request_gets_a_token_in_every_step_while_a_long_prompt_is_com
     m.add(request("chat", 30), (1, 2))
     m.step()
     m.add(request("book", 4, priority=1), tuple(range(1, 60)))
-    while (plan := m.step()) and any(s.request_id == "book" and s.sampling is None for s in plan.sequences):
+    while (plan := m.step()) and any(s.request_id == "book" and not s.choices for s in plan.sequences):
         chat = next(s for s in plan.sequences if s.request_id == "chat")
-        assert chat.sampling is not None
+        assert chat.choices
         assert plan.num_tokens == 8
     m.finish()
 
@@ -590,7 +634,7 @@ def test_tokens_that_end_an_output_are_forbidden_until_min_new_tokens() -> None:
     m.add(GenerationRequest("r", "", SamplingParameters(seed=1), stopping=stopping), (70, 71))
     forbidden = []
     while m.scheduler.has_work:
-        forbidden += [set(s.sampling.forbidden_token_ids) for s in m.step().sequences if s.sampling is not None]
+        forbidden += [set(s.choices[0].forbidden_token_ids) for s in m.step().sequences if s.choices]
     assert forbidden[:3] == [{EOS, 61, 62}, {EOS, 61, 62}, set()]
 
 
@@ -609,7 +653,7 @@ def test_sampling_inputs_include_the_tokens_that_the_penalties_need(
     m = machine()
     m.add(replace(request("r", 4), decoding=decoding), (70, 71))
     m.step()
-    inputs = m.step().sequences[0].sampling
+    (inputs,) = m.step().sequences[0].choices
     assert inputs is not None
     assert inputs.prompt_token_ids == ((70, 71) if has_prompt else ())
     assert inputs.output_token_ids == (tuple(m.outputs["r"][:1]) if has_output else ())
@@ -623,8 +667,7 @@ def test_sampling_inputs_are_the_same_object_until_they_change() -> None:
     inputs: dict[str, list[SamplingInputs]] = {"plain": [], "penalized": []}
     for _ in range(5):
         for s in m.step().sequences:
-            assert s.sampling is not None
-            inputs[s.request_id].append(s.sampling)
+            inputs[s.request_id] += s.choices
     for of_request in inputs.values():
         assert [one.forbidden_token_ids for one in of_request] == [(61,), (61,), (), (), ()]
     assert {one.output_token_ids for one in inputs["plain"]} == {()}
@@ -636,9 +679,9 @@ def test_log_probabilities_are_asked_for_as_the_request_says(output: bool, num_t
     m = machine()
     m.add(replace(request("r"), logprobs=LogprobOptions(prompt=True, output=output, num_top=5)), (70, 71, 72))
     (step,) = m.step().sequences
-    assert step.sampling is not None
+    assert step.choices
     assert step.scoring is not None
-    assert (step.sampling.num_top_logprobs, step.scoring.num_top_logprobs) == (num_top, 5)
+    assert (step.choices[0].num_top_logprobs, step.scoring.num_top_logprobs) == (num_top, 5)
 
 
 @pytest.mark.parametrize(("max_new_tokens", "num_resumed"), [(0, 0), (8, 0), (8, 3)])
@@ -651,6 +694,76 @@ def test_the_log_probabilities_of_a_prompt_come_with_the_first_event(max_new_tok
     (event,) = m.run(m.plan()).values()
     assert event.prompt_logprobs == (logprob_of(prompt[:2]), logprob_of(prompt))
     m.finish()
+
+
+def running_beside_a_prompt(slowdown: float, num_running: int = 4, length: int = 600) -> tuple[Machine, list[int]]:
+    """Returns a machine in which a long prompt has been computed beside running outputs, and the sizes of the steps."""
+    m = machine(400, max_step_tokens=512, max_context=1000, prefill_slowdown=slowdown)
+    for number in range(num_running):
+        m.add(replace(request(f"chat{number}"), stopping=ENDLESS), (number + 1,) * 9)
+    for _ in range(3):
+        m.step()
+    m.add(request("book", 1), tuple(range(length)))
+    sizes = []
+    while "book" not in m.ended:
+        sizes.append(m.step().num_tokens)
+    return m, sizes
+
+
+ENDLESS = StoppingCriteria(max_new_tokens=900, ignore_eos=True)
+
+
+def test_a_prompt_beside_running_outputs_slows_them_down_by_the_factor_only() -> None:
+    m, sizes = running_beside_a_prompt(2.0)
+    alone, beside = m.step_seconds(5), [m.step_seconds(size) for size in sizes]
+    assert max(beside) <= 2.0 * alone
+    assert sum(seconds > 1.6 * alone for seconds in beside) > 0.9 * len(beside), "the prompt gets all that it may"
+
+
+def test_without_a_factor_a_prompt_gets_whole_steps() -> None:
+    assert running_beside_a_prompt(math.inf)[1] == [512, 96]
+
+
+def test_a_prompt_alone_gets_whole_steps() -> None:
+    assert running_beside_a_prompt(2.0, num_running=0)[1] == [512, 88]
+
+
+def test_several_prompts_share_what_running_outputs_leave() -> None:
+    m = machine(400, max_running=8, max_step_tokens=512, max_context=1000, prefill_slowdown=1.5)
+    m.add(replace(request("chat"), stopping=ENDLESS), (1,) * 9)
+    m.step()
+    m.step()
+    for number in range(3):
+        m.add(request(f"book{number}", 1), (number + 2,) * 100)
+    while len(m.ended) < 3:
+        plan = m.step()
+        assert m.step_seconds(plan.num_tokens) <= 1.5 * m.step_seconds(len(plan.sequences))
+    assert list(m.ended) == ["book0", "book1", "book2"]
+
+
+def test_right_drafts_save_steps() -> None:
+    plain, speculating = (machine(max_context=300, speculates=speculates) for speculates in (False, True))
+    for m in (plain, speculating):
+        m.step_seconds = lambda _: 1.0
+        m.add(replace(request("r"), stopping=replace(ENDLESS, max_new_tokens=200)), (3, 4, 5))
+    steps = [0, 0]
+    for number, m in enumerate((plain, speculating)):
+        while m.scheduler.has_work:
+            m.step()
+            steps[number] += 1
+    assert plain.outputs == speculating.outputs
+    assert steps[0] == 200
+    assert steps[1] < 100
+
+
+def test_drafts_take_no_blocks_from_others() -> None:
+    m = machine(num_blocks=12, max_context=48, speculates=True)
+    m.step_seconds = lambda _: 1.0
+    for name in ("a", "b"):
+        m.add(replace(request(name, 100), stopping=replace(ENDLESS, max_new_tokens=20)), (3,))
+    m.finish()
+    assert all(sequence.num_preemptions == 0 for sequence in m.sequences.values())
+    assert [len(output) for output in m.outputs.values()] == [20, 20]
 
 
 def test_a_step_that_did_not_fit_in_memory_halves_the_next_ones_for_a_while() -> None:
@@ -675,7 +788,7 @@ def test_each_output_has_a_seed_of_its_own(seed: int) -> None:
     m = machine()
     m.add(replace(request("r", num_sequences=2), sampling=SamplingParameters(seed=seed, num_sequences=2)), (1, 2))
     m.step()
-    seeds = [step.sampling.parameters.seed for step in m.step().sequences if step.sampling is not None]
+    seeds = [step.choices[0].parameters.seed for step in m.step().sequences if step.choices]
     assert seeds == [sequence_seed(seed, index) for index in range(2)]
 
 
@@ -752,7 +865,7 @@ def fed(added: GenerationRequest, tokens: Sequence[int], matcher: Matcher | None
         if not scheduler.has_work:
             break
         plan = scheduler.plan()
-        events += [event for _, event in scheduler.commit(plan, StepResult({plan.sequences[0].sequence_id: token}))]
+        events += [event for _, event in scheduler.commit(plan, StepResult({plan.sequences[0].sequence_id: (token,)}))]
     assert scheduler.has_work == (events[-1].finish is None and events[-1].error is None)
     return events
 
@@ -769,8 +882,8 @@ class ThreeTokens:
         self.num_tokens += 1
         return self.num_tokens == 3
 
-    def mask(self) -> bytes:
-        return b"\xff"
+    def masks(self, drafts: Sequence[int]) -> list[bytes]:
+        return [b"\xff"] * (1 + len(drafts))
 
 
 def test_an_output_ends_once_its_constraint_is_complete() -> None:

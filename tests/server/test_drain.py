@@ -158,7 +158,9 @@ class FailingScheduler(Scheduler):
 
     fault: type[BaseException] = RuntimeError
 
-    def commit(self, plan: StepPlan, result: StepResult) -> list[tuple[Sequence, TokenEvent]]:
+    def commit(
+        self, plan: StepPlan, result: StepResult, seconds: float | None = None
+    ) -> list[tuple[Sequence, TokenEvent]]:
         if len(plan.sequences) == 2 and any(sequence.request_id == "fatal" for sequence in plan.sequences):
             raise self.fault("inconsistent state")
-        return super().commit(plan, result)
+        return super().commit(plan, result, seconds)

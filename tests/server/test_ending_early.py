@@ -39,7 +39,7 @@ def generate_request(prompt: list[int], max_new_tokens: int = 500, **fields: Any
 
 def _position(step: SequenceStep | None) -> int | None:
     """Returns how many tokens were sampled before the one that this step samples."""
-    return None if step is None or step.sampling is None else step.output_position
+    return None if step is None or not step.choices else step.output_position
 
 
 async def step_until(runner: SteppedRunner, condition: Callable[[StepPlan], bool]) -> StepPlan:

@@ -37,7 +37,7 @@ def with_ends(*ends: int) -> Tokenizer:
 
 
 def allowed(matcher: Matcher) -> list[int]:
-    return [8 * i + bit for i, byte in enumerate(matcher.mask()) if byte for bit in range(8) if byte >> bit & 1]
+    return [8 * i + bit for i, byte in enumerate(matcher.masks(())[0]) if byte for bit in range(8) if byte >> bit & 1]
 
 
 def walk(matcher: Matcher, seed: int, tokenizer: Tokenizer = TOKENIZER, max_tokens: int = 1500) -> bytes:
@@ -175,6 +175,28 @@ def test_special_tokens_are_not_allowed_before_the_end() -> None:
 
 def test_mask_has_exactly_one_bit_per_token() -> None:
     assert len(COMPILER.compile(JsonObject()).mask()) == (TOKENIZER.vocab_size + 7) // 8
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 2, 5])
+def test_masks_of_drafts_are_those_after_them_up_to_the_first_that_is_not_allowed(wrong: int | None) -> None:
+    constraint = JsonSchema('{"type": "array", "items": {"const": "again"}}')
+    matcher, alone = COMPILER.compile(constraint), COMPILER.compile(constraint)
+    drafts = TOKENIZER.encode('["again", "again", "again"')
+    if wrong is not None:
+        drafts = (*drafts[:wrong], END, *drafts[wrong:])
+    masks = matcher.masks(drafts)
+    assert len(masks) == 1 + (len(drafts) if wrong is None else wrong)
+    for draft, mask in zip((*drafts, 0), masks, strict=False):
+        assert mask == alone.mask()
+        if mask is not masks[-1]:
+            alone.advance(draft)
+    assert matcher.mask() == COMPILER.compile(constraint).mask(), "the drafts are forgotten"
+
+
+def test_drafts_that_are_too_costly_do_not_end_the_output() -> None:
+    matcher = COMPILER.compile(Regex("(a{1,1000}){1,1000}"))
+    assert len(matcher.masks(TOKENIZER.encode("a") * 1000)) < 1000
+    assert matcher.mask() == COMPILER.compile(Regex("a")).mask()
 
 
 # Tokens that are not allowed.

@@ -189,6 +189,8 @@ def load(message: pb.Load) -> Load:
         num_output_tokens=message.num_output_tokens,
         num_batched_sequences=message.num_batched_sequences,
         num_preparing_requests=message.num_preparing_requests,
+        num_draft_tokens=message.num_draft_tokens,
+        num_accepted_tokens=message.num_accepted_tokens,
     )
 
 

@@ -254,7 +254,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Load:
-    """The load of a server. The numbers of steps, output tokens and batched sequences are totals since it started."""
+    """The load of a server. The numbers of steps, tokens and batched sequences are totals since it started."""
 
     num_running_requests: int
     num_waiting_requests: int
@@ -267,6 +267,10 @@ class Load:
     """The number of sequences computed, summed over all steps. Divided by `num_steps`, this is the mean batch size."""
     num_preparing_requests: int = 0
     """Requests that are being prepared for the queue: tokenized, and their constraints compiled."""
+    num_draft_tokens: int = 0
+    """Drafts that speculation has checked."""
+    num_accepted_tokens: int = 0
+    """Drafts that were accepted: each one saved a step of its output."""
 
 
 @dataclass(frozen=True)

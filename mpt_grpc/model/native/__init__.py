@@ -1,7 +1,7 @@
 """The compiled kernels for CPUs: products with packed weights, norms, and attention over the paged cache.
 
 `native/` holds their source, which is compiled once for each instruction set when the package is installed. They
-compute in float32, whatever the type of the weights, with their own threads. Each row's result has the same bits
+compute in float32, or with 8-bit weights in integers, with their own threads. Each row's result has the same bits
 whatever rows are beside it.
 """
 

@@ -1741,6 +1741,8 @@ class Load(_message.Message):
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_BATCHED_SEQUENCES_FIELD_NUMBER: _builtins.int
     NUM_PREPARING_REQUESTS_FIELD_NUMBER: _builtins.int
+    NUM_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     num_running_requests: _builtins.int
     """The number of running requests."""
     num_waiting_requests: _builtins.int
@@ -1757,6 +1759,10 @@ class Load(_message.Message):
     """The number of sequences computed, summed over all steps. Divided by num_steps, this is the mean batch size."""
     num_preparing_requests: _builtins.int
     """The number of requests that are being prepared for the queue: tokenized, and their constraints compiled."""
+    num_draft_tokens: _builtins.int
+    """The number of drafts that speculation has checked. Not included in the number of output tokens, unless accepted."""
+    num_accepted_tokens: _builtins.int
+    """The number of drafts that were accepted: each one saved a step of its output."""
     def __init__(
         self,
         *,
@@ -1768,10 +1774,12 @@ class Load(_message.Message):
         num_output_tokens: _builtins.int = ...,
         num_batched_sequences: _builtins.int = ...,
         num_preparing_requests: _builtins.int = ...,
+        num_draft_tokens: _builtins.int = ...,
+        num_accepted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_batched_sequences", b"num_batched_sequences", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_output_tokens", b"num_output_tokens", "num_preparing_requests", b"num_preparing_requests", "num_running_requests", b"num_running_requests", "num_steps", b"num_steps", "num_waiting_requests", b"num_waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_accepted_tokens", b"num_accepted_tokens", "num_batched_sequences", b"num_batched_sequences", "num_blocks", b"num_blocks", "num_draft_tokens", b"num_draft_tokens", "num_free_blocks", b"num_free_blocks", "num_output_tokens", b"num_output_tokens", "num_preparing_requests", b"num_preparing_requests", "num_running_requests", b"num_running_requests", "num_steps", b"num_steps", "num_waiting_requests", b"num_waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
