@@ -34,6 +34,7 @@ from mpt_grpc_client import (
 )
 
 NUM_SERVERS, NUM_FAILING = 3, 2
+FLAGS = ((), ("--speculate", "ngram"), ("--max-step-tokens", "100"))
 MAX_NEW_TOKENS = 48
 TIMEOUT_S = 120
 
@@ -96,13 +97,23 @@ class Tally:
 class ServerProcess:
     """One of the servers, which is started again at the same port."""
 
-    def __init__(self) -> None:
-        self.port = 0
+    def __init__(self, *flags: str) -> None:
+        self.port, self._flags = 0, flags
         self.start()
 
     def start(self) -> None:
         self.has_failed = False
-        command = ("serve", "--grpc-port", str(self.port), "--no-http", "--kv-cache", "256MiB", "--grace", "0s")
+        command = (
+            "serve",
+            "--grpc-port",
+            str(self.port),
+            "--no-http",
+            "--kv-cache",
+            "256MiB",
+            "--grace",
+            "0s",
+            *self._flags,
+        )
         self.process = subprocess.Popen(
             (sys.executable, "-m", "mpt_grpc", *command), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -200,7 +211,8 @@ async def undisturbed(server: ServerProcess, num_streams: int) -> list[Generatio
 
 async def torture(faults: Sequence[Fault], num_rounds: int, num_streams: int) -> dict[Fault, Tally]:
     """Runs the rounds, each of which tries every fault."""
-    servers = [ServerProcess() for _ in range(NUM_SERVERS)]
+    # They need not be alike in what does not change tokens.
+    servers = [ServerProcess(*FLAGS[number % len(FLAGS)]) for number in range(NUM_SERVERS)]
     try:
         for server in servers:
             server.wait_until_ready()
