@@ -104,6 +104,10 @@ test: .venv/dev .venv/sdks/ready .venv/litellm/ready .venv/client-oldest/ready .
 mutate: .venv/mutate ## Show which small changes to the code no test notices, in 20 minutes; ARGS="schedule --all" for some
 	@$(BIN)/python tools/mutate.py $(ARGS)
 
+.PHONY: torture
+torture: .venv/dev ## Break servers in the middle of streams, which must not differ; ARGS="--rounds 100" for an hour of it
+	$(BIN)/python tools/torture.py $(ARGS)
+
 .PHONY: sanitize
 sanitize: ## Run the kernels for CPUs with the sanitizers for addresses, undefined behaviour and threads
 	@mkdir -p build

@@ -20,7 +20,7 @@ from mpt_grpc import __version__
 from mpt_grpc.commands import bench_options, connection, options, server_options
 from mpt_grpc.commands.logs import add_log_level
 from mpt_grpc.commands.units import positive_int
-from mpt_grpc.errors import BenchmarkError, EvaluationError, ModelError, SettingsError, VerificationError
+from mpt_grpc.errors import MptServerError
 from mpt_grpc.settings import HttpSettings
 
 
@@ -53,7 +53,7 @@ def _run(parsed: argparse.Namespace) -> int:
     except InvalidRequestError as error:
         violations = [f"{options.flag(v.field, parsed)}: {v.description}" for v in error.violations]
         return _fail("; ".join(violations) or str(error))
-    except (MptGrpcError, BenchmarkError, EvaluationError, ModelError, SettingsError, VerificationError) as error:
+    except (MptGrpcError, MptServerError) as error:
         return _fail(str(error))
     except UnicodeDecodeError as error:
         return _fail(f"standard input is not UTF-8: {error}")

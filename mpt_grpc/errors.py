@@ -12,6 +12,7 @@ MptServerError
 │   ├── InvalidRequestError    lists every invalid field
 │   ├── PromptRefusedError     a guard refused the prompt
 │   ├── DuplicateRequestError  a request with this ID is in progress
+│   ├── FingerprintError       an output is to be resumed that a different server began
 │   └── UnknownModelError      the requested model is not loaded
 ├── UnauthenticatedError   the caller has no valid access token
 ├── PermissionDeniedError  the caller lacks a role
@@ -87,6 +88,10 @@ class PromptRefusedError(RequestError):
 
 class DuplicateRequestError(RequestError):
     """A request with this ID is in progress."""
+
+
+class FingerprintError(RequestError):
+    """An output is to be resumed that a server with another fingerprint began."""
 
 
 class UnknownModelError(RequestError):

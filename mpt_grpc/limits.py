@@ -63,6 +63,7 @@ MAX_COUNTS: Mapping[str, int] = {
     "conversation.messages": 1024,
     "decoding.choice.options": 4096,
     "decoding.logit_bias": 1024,
+    "resume_outputs": 16,
     "stopping.stop_strings": 16,
     "stopping.stop_token_ids": 64,
 }
@@ -71,6 +72,7 @@ MAX_COUNTS: Mapping[str, int] = {
 MAX_BYTES: Mapping[str, int] = {
     "request_id": 128,
     "model": 256,
+    "resume_fingerprint": 256,
     "cache.salt": 128,
     "conversation.chat_template_kwargs": 16 << 10,
     "decoding.choice.options": 65_536,
@@ -84,7 +86,7 @@ MAX_BYTES: Mapping[str, int] = {
 MAX_TEXT_CHARACTERS = 1 << 18
 """The longest text that may be truncated, even if fewer of its tokens are kept."""
 MAX_TOKEN_IDS = 1 << 18
-"""The most token IDs that may be truncated or turned into text."""
+"""The most token IDs that may be truncated, turned into text, or resumed in all outputs together."""
 MAX_TOKENIZED_CHARACTERS = 1 << 18
 """The longest text that may be tokenized."""
 MAX_RETURNED_TOKENS = 1 << 17

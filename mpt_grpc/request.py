@@ -188,6 +188,14 @@ class CacheOptions:
 
 
 @dataclass(frozen=True)
+class PartialOutput:
+    """The beginning of an output, which is to be resumed."""
+
+    index: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """A prompt to continue, and how."""
 
@@ -208,6 +216,15 @@ class GenerationRequest:
     resume_token_ids: tuple[int, ...] = ()
     """The tokens of a partial output to resume; the result is what would have followed."""
     caller: Caller = ANONYMOUS
+    resume_outputs: tuple[PartialOutput, ...] = ()
+    """The same for several outputs; those that are not listed are not generated."""
+
+    @cached_property
+    def outputs(self) -> Mapping[int, tuple[int, ...]]:
+        """The indices of the outputs to generate, in order, each with the tokens to resume."""
+        if self.resume_outputs:
+            return dict(sorted((output.index, output.token_ids) for output in self.resume_outputs))
+        return dict.fromkeys(range(self.sampling.num_sequences), self.resume_token_ids)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ def add_connection(parser: argparse._ActionsContainer, target: argparse._Actions
     """Adds the address of the server, to the group `target` if there is one, and how to connect to it."""
     (target or parser).add_argument(
         "--target",
-        metavar="HOST:PORT|unix:PATH",
-        help="gRPC address; grpcs://HOST:PORT uses TLS (default: MPT_GRPC_TARGET, or localhost:50051)",
+        metavar="HOST:PORT|unix:PATH,...",
+        help="gRPC address, or several, which continue each other's outputs; grpcs://HOST:PORT uses TLS (default:"
+        " MPT_GRPC_TARGET, or localhost:50051)",
     )
     for flag, what in (
         ("--root-certificates", "authorities of the server's certificate, in PEM, for TLS (default: gRPC's)"),

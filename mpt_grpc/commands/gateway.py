@@ -9,12 +9,13 @@ import signal
 
 from mpt_grpc.commands import logs, server_options
 from mpt_grpc.commands.connection import connection_options
+from mpt_grpc.errors import SettingsError
 from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.listening import address, exposure
 from mpt_grpc.settings import HttpSettings, ServerSettings
 from mpt_grpc.tls import server_certificate
 from mpt_grpc_client import ConnectionOptions
-from mpt_grpc_client.channel import resolve, resolve_target
+from mpt_grpc_client.channel import resolve, resolve_targets
 
 _log = logging.getLogger(__name__)
 
@@ -29,8 +30,11 @@ def run(parsed: argparse.Namespace) -> None:
     http, connection = server_options.http_settings(parsed, parsed.http_port), connection_options(parsed)
     if warning := exposure(server.host, {"TLS (--tls-cert)": server.tls is None}):
         _log.warning("%s", warning)
-    target = resolve_target(parsed.target)
-    if not resolve(target, connection).may_send_tokens:
+    target, *others = resolve_targets(parsed.target)
+    if others:
+        raise SettingsError("--target: a gateway serves one target; run one for each server")
+    (endpoint,) = resolve(target, connection)
+    if not endpoint.may_send_tokens:
         why = f"{target} is another machine, reached without TLS; use grpcs:// or --allow-insecure-token"
         _log.warning("access tokens of callers are not passed on: %s", why)
     asyncio.run(_serve(target, server, http, connection))

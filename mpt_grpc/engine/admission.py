@@ -64,7 +64,7 @@ def prompt_violations(
 ) -> Iterator[FieldViolation]:
     """Yields the violations that depend on the prompt's tokens: invalid IDs, and requests that exceed the context."""
     field = "text" if isinstance(request.prompt, str) else "token_ids.ids"
-    num_tokens, num_resumed, context = len(prompt_token_ids), len(request.resume_token_ids), limits.max_context_tokens
+    num_tokens, context = len(prompt_token_ids), limits.max_context_tokens
     max_new_tokens = request.stopping.max_new_tokens
     if not prompt_token_ids:
         yield FieldViolation("prompt", "empty: set text, token_ids or conversation, with at least one token")
@@ -75,9 +75,10 @@ def prompt_violations(
         )
         return
     yield from _token_ids(field, prompt_token_ids, limits)
-    if num_tokens + num_resumed > context:
-        why = f"{num_resumed} tokens after a prompt of {num_tokens} exceed the context of {context}"
-        yield FieldViolation("resume_token_ids", why)
+    for resumed_field, resumed in resumed_lists(request):
+        if num_tokens + len(resumed) > context:
+            why = f"{len(resumed)} tokens after a prompt of {num_tokens} exceed the context of {context}"
+            yield FieldViolation(resumed_field, why)
     if max_new_tokens is not None and num_tokens + max_new_tokens > context:
         yield FieldViolation(
             "stopping.max_new_tokens",
@@ -160,17 +161,38 @@ def _combinations(request: GenerationRequest, limits: RequestLimits) -> Iterator
         yield FieldViolation("stopping.ignore_eos", why)
     if max_new_tokens == 0 and sampling.num_sequences > 1:
         yield FieldViolation("sampling.num_sequences", "must be 1 if max_new_tokens is 0: there is no output")
-    if resumed := request.resume_token_ids:
-        if sampling.num_sequences > 1:
-            why = "cannot be combined with num_sequences above 1: resume each output separately, with its own seed"
-            yield FieldViolation("resume_token_ids", why)
-        if sampling.seed is None and sampling.temperature > 0:
-            why = "required with resume_token_ids unless temperature is 0: set the seed from the interrupted response"
-            yield FieldViolation("sampling.seed", why)
+    yield from _resumed(request, max_new_tokens, limits)
+
+
+def resumed_lists(request: GenerationRequest) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields the lists of tokens to resume, each after its path in the API."""
+    if request.resume_token_ids:
+        yield "resume_token_ids", request.resume_token_ids
+    for number, output in enumerate(request.resume_outputs):
+        yield f"resume_outputs[{number}].token_ids", output.token_ids
+
+
+def _resumed(request: GenerationRequest, max_new_tokens: int, limits: RequestLimits) -> Iterator[FieldViolation]:
+    sampling, outputs = request.sampling, request.resume_outputs
+    if request.resume_token_ids and sampling.num_sequences > 1:
+        why = "cannot be combined with num_sequences above 1: use resume_outputs"
+        yield FieldViolation("resume_token_ids", why)
+    if request.resume_token_ids and outputs:
+        yield FieldViolation("resume_token_ids", "cannot be combined with resume_outputs, which has the same meaning")
+    for number, output in enumerate(outputs):
+        if not 0 <= output.index < sampling.num_sequences:
+            why = f"{output.index} is not in [0, {sampling.num_sequences}), which num_sequences determines"
+            yield FieldViolation(f"resume_outputs[{number}].index", why)
+    if len({output.index for output in outputs}) < len(outputs):
+        yield FieldViolation("resume_outputs", "an index occurs twice")
+    if (request.resume_token_ids or outputs) and sampling.seed is None and sampling.temperature > 0:
+        why = "required to resume an output unless temperature is 0: set the seed from the interrupted response"
+        yield FieldViolation("sampling.seed", why)
+    for field, resumed in resumed_lists(request):
         if len(resumed) > max_new_tokens:
             why = f"{len(resumed)} tokens exceed max_new_tokens, which is {max_new_tokens}"
-            yield FieldViolation("resume_token_ids", why)
-        yield from _token_ids("resume_token_ids", resumed, limits)
+            yield FieldViolation(field, why)
+        yield from _token_ids(field, resumed, limits)
 
 
 def _token_ids(field: str, token_ids: Iterable[int], limits: RequestLimits) -> Iterator[FieldViolation]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -43,7 +43,8 @@ class RequestAssembly:
     error: Exception | None = None
     """The error that ended the request, to be raised after all earlier deltas are delivered."""
 
-    def __init__(self, outputs: Sequence[OutputAssembly], chunks: ChunkOptions, *, is_guarded: bool) -> None:
+    def __init__(self, outputs: Mapping[int, OutputAssembly], chunks: ChunkOptions, *, is_guarded: bool) -> None:
+        """`outputs` are ordered by their indices."""
         self.is_guarded = is_guarded
         """Whether `advance` runs guard code, which may be slow."""
         self.ended = False
@@ -66,7 +67,7 @@ class RequestAssembly:
             self._num_tokens += len(delta.token_ids)
         if stats is not None:
             self.ended = True
-            finishes = tuple(output.finish for output in self._outputs if output.finish is not None)
+            finishes = tuple(output.finish for output in self._outputs.values() if output.finish is not None)
             stats = replace(stats, num_output_tokens=self._num_tokens, finishes=finishes)
             deltas[-1] = deltas[-1]._replace(stats=stats)
         return deltas

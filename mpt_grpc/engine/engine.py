@@ -214,6 +214,11 @@ class Engine:
         with self._lock:
             self._refusal = self._refusal or why
 
+    @property
+    def failure(self) -> EngineStoppedError | None:
+        """Why the thread has ended by itself, and with it all requests; None while it runs or if it was stopped."""
+        return self._refusal if self._has_stopped and isinstance(self._refusal, EngineStoppedError) else None
+
     def close(self) -> None:
         """Stops the thread and ends all requests in flight with UnavailableError. Idempotent."""
         self.refuse(DrainingError("the engine is closed"))
@@ -272,7 +277,7 @@ class Engine:
             self._progress_time_s = time.monotonic()
         record.prepared = prepared
         added = self._scheduler.add(
-            prepared.request, prepared.prompt_token_ids, prepared.matchers, is_complete=prepared.is_complete
+            prepared.request, prepared.prompt_token_ids, prepared.matchers, complete=prepared.complete
         )
         self._requests.start(record, [sequence for sequence, _ in added])
         for sequence, finish in added:
@@ -372,7 +377,7 @@ class Engine:
         request, preparation = prepared.request, self.preparation
         stopping, guards = request.stopping, preparation.guards
 
-        def output(index: int) -> OutputAssembly:
+        def output(index: int, resumed: tuple[int, ...]) -> OutputAssembly:
             text = TextAssembler(
                 preparation.tokenizer.detokenizer(prepared.prompt_token_ids, request.skip_special_tokens),
                 stopping.stop_strings,
@@ -384,10 +389,10 @@ class Engine:
                 end(finish, index)
 
             if guards:
-                return GuardedOutput(index, text, watch_all(guards), end_output, request.resume_token_ids)
-            return PlainOutput(index, text, end_output, request.resume_token_ids)
+                return GuardedOutput(index, text, watch_all(guards), end_output, resumed)
+            return PlainOutput(index, text, end_output, resumed)
 
-        outputs = [output(index) for index in range(request.sampling.num_sequences)]
+        outputs = {index: output(index, resumed) for index, resumed in request.outputs.items()}
         return RequestAssembly(outputs, request.chunks, is_guarded=bool(guards))
 
     def _report_state(self) -> None:

@@ -16,6 +16,7 @@ from opentelemetry.trace import Tracer
 from mpt_grpc.checkpoint import Checkpoint, find_checkpoint
 from mpt_grpc.engine.admission import RequestLimits
 from mpt_grpc.engine.engine import Engine
+from mpt_grpc.engine.fingerprint import fingerprint
 from mpt_grpc.engine.memory import STEP_BYTES, MemoryNeeds, dtype_name, free_memory, why_too_large
 from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.errors import ModelError, SettingsError
@@ -67,6 +68,8 @@ class LoadedModel:
     weight_bytes: int
     num_blocks: int
     cache_bytes: int
+    fingerprint: str
+    """What the tokens depend on besides the request; see `fingerprint.py`."""
 
     @property
     def cache_tokens(self) -> int:
@@ -96,6 +99,17 @@ def load_engine(
         weight_bytes=needs.weight_bytes,
         num_blocks=num_blocks,
         cache_bytes=num_blocks * block_bytes,
+        # Taken after the weights were read, which are then in the system's cache.
+        fingerprint=fingerprint(
+            settings.model,
+            parts.checkpoint.folder,
+            parts.weight_format,
+            parts.cache_dtype,
+            defaults=parts.defaults,
+            max_context_tokens=_max_context_tokens(parts, num_blocks),
+            chat_template=parts.chat_template.name,
+            guards=settings.guards,
+        ),
     )
     return _assemble(settings.scheduler, parts, model, cache, tracer, loop), loaded
 
@@ -192,8 +206,7 @@ def _assemble(
         if weight_format.kernels is None
         else NativeAttention(parts.config, weight_format.kernels)
     )
-    # A single request may fill the whole cache; a longer one could never complete.
-    max_context_tokens = min(parts.max_context_tokens, cache.num_blocks * BLOCK_SIZE)
+    max_context_tokens = _max_context_tokens(parts, cache.num_blocks)
     max_in_flight = limits.max_running_requests + limits.max_waiting_requests
     request_limits = RequestLimits(
         tokenizer.vocab_size,
@@ -221,6 +234,11 @@ def _assemble(
         tracer=tracer,
         loop=loop,
     )
+
+
+def _max_context_tokens(parts: _Parts, num_blocks: int) -> int:
+    """Returns the most tokens of a request. It may fill the whole cache; a longer one could never complete."""
+    return min(parts.max_context_tokens, num_blocks * BLOCK_SIZE)
 
 
 def _in_own_thread(make: Callable[[], Result]) -> Result:

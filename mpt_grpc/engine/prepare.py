@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from mpt_grpc.engine.admission import RequestLimits, prompt_violations, request_violations
+from mpt_grpc.engine.admission import RequestLimits, prompt_violations, request_violations, resumed_lists
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, PromptRefusedError
 from mpt_grpc.limits import MAX_TEXT_CHARACTERS
 from mpt_grpc.request import Conversation, GenerationRequest, StoppingCriteria
@@ -36,8 +36,8 @@ class PreparedRequest:
     prompt_token_ids: tuple[int, ...]
     matchers: tuple[Matcher, ...]
     """One matcher per sequence if the request has a constraint, else empty; they know the resumed tokens."""
-    is_complete: bool = False
-    """Whether the resumed tokens complete the output under its constraint."""
+    complete: frozenset[int] = frozenset()
+    """The indices of the outputs that the resumed tokens complete under the constraint."""
 
 
 class Preparers:
@@ -71,7 +71,8 @@ class Preparation:
     def is_quick(self, request: GenerationRequest) -> bool:
         """Whether `prepare` takes less than about a millisecond."""
         is_short = not isinstance(request.prompt, Conversation) and len(request.prompt) <= _LONG_TEXT
-        is_short = is_short and len(request.decoding.allowed_token_ids) + len(request.resume_token_ids) <= _LONG_TEXT
+        num_resumed = sum(len(token_ids) for _, token_ids in resumed_lists(request))
+        is_short = is_short and len(request.decoding.allowed_token_ids) + num_resumed <= _LONG_TEXT
         return is_short and request.decoding.constraint is None and not self.guards
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
@@ -93,8 +94,8 @@ class Preparation:
             raise InvalidRequestError(*violations)
         self._check_with_guards(prompt_token_ids)
         _ = request.decoding.allowed_mask  # computed here, and not in the scheduler thread
-        matchers, is_complete = self._matchers(request)
-        return PreparedRequest(self._resolved(request), prompt_token_ids, matchers, is_complete)
+        matchers, complete = self._matchers(request)
+        return PreparedRequest(self._resolved(request), prompt_token_ids, matchers, complete)
 
     def _prompt_token_ids(self, request: GenerationRequest) -> tuple[int, ...]:
         prompt, stopping = request.prompt, request.stopping
@@ -126,10 +127,11 @@ class Preparation:
     def _resume_violations(self, request: GenerationRequest) -> list[FieldViolation]:
         stopping = request.stopping
         ends = {*stopping.stop_token_ids, *(() if stopping.ignore_eos else self.tokenizer.eos_token_ids)}
-        for index, token_id in enumerate(request.resume_token_ids[:-1]):
-            if token_id in ends:
-                why = f"{token_id} ends the output, so no token can follow it"
-                return [FieldViolation(f"resume_token_ids[{index}]", why)]
+        for field, token_ids in resumed_lists(request):
+            for index, token_id in enumerate(token_ids[:-1]):
+                if token_id in ends:
+                    why = f"{token_id} ends the output, so no token can follow it"
+                    return [FieldViolation(f"{field}[{index}]", why)]
         return []
 
     def _check_with_guards(self, prompt_token_ids: tuple[int, ...]) -> None:
@@ -139,16 +141,20 @@ class Preparation:
                 if (refusal := guard.refusal(prompt)) is not None:
                     raise PromptRefusedError(refusal)
 
-    def _matchers(self, request: GenerationRequest) -> tuple[tuple[Matcher, ...], bool]:
-        """Returns one matcher per sequence, and whether the resumed tokens complete the only output."""
+    def _matchers(self, request: GenerationRequest) -> tuple[tuple[Matcher, ...], frozenset[int]]:
+        """Returns one matcher per sequence, and the indices of the outputs that the resumed tokens complete."""
         constraint = request.decoding.constraint
         if constraint is None:
-            return (), False
-        matchers = tuple(self._constraints.compile(constraint) for _ in range(request.sampling.num_sequences))
-        is_complete = False
-        for token_id in request.resume_token_ids:
-            is_complete = matchers[0].advance(token_id)
-        return matchers, is_complete
+            return (), frozenset()
+        matchers = tuple(self._constraints.compile(constraint) for _ in request.outputs)
+        complete = set()
+        for matcher, (index, resumed) in zip(matchers, request.outputs.items(), strict=True):
+            is_complete = False
+            for token_id in resumed:
+                is_complete = matcher.advance(token_id)
+            if is_complete:
+                complete.add(index)
+        return matchers, frozenset(complete)
 
     def _resolved(self, request: GenerationRequest) -> GenerationRequest:
         sampling, stopping = request.sampling, request.stopping

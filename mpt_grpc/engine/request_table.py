@@ -59,7 +59,7 @@ class RequestRecord:
             first_token_time_s=self.first_token_time_s,
             end_time_s=end_time_s,
             num_output_tokens=sum(
-                sequence.num_output_tokens - len(request.resume_token_ids) for sequence in self.sequences
+                sequence.num_output_tokens - len(request.outputs[sequence.index]) for sequence in self.sequences
             ),
         )
 
@@ -177,8 +177,8 @@ class RequestTable:
 
     def report_unprepared(self, record: RequestRecord, finish: Finish, now_s: float) -> None:
         """Queues the end of a request that was removed while it was preparing: it has no output."""
-        stats, last = record.stats(now_s), record.request.sampling.num_sequences - 1
-        for index in range(last + 1):
+        stats, last = record.stats(now_s), max(record.request.outputs)
+        for index in record.request.outputs:
             event = TokenEvent(index, finish=finish, stats=stats if index == last else None)
             self._undelivered.append((record.stream.receive, event))
 

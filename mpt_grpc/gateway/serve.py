@@ -55,10 +55,10 @@ async def running_gateway(
     channel: a channel to the target that passes responses as objects, instead of a connection; it is closed at the end.
     connection: how the gateway connects to the target.
     """
-    endpoint, is_in_process = resolve(target, connection), channel is not None
+    (endpoint,), is_in_process = resolve(target, connection), channel is not None
     # Parses responses that would take long to parse on the event loop. The HTTP caller decides whether to retry.
     blocking = nullcontext() if is_in_process else Client(target, retries=False, **connection)
-    channel = channel or endpoint.aio_channel(retries=False)
+    channel = channel or endpoint.aio_channel(retries=False, balanced=False)
     async with AsyncClient(target, channel=channel) as client:
         with blocking as blocking_client, _listening(host, settings.port or 0) as listeners:
             passes_tokens = is_in_process or endpoint.may_send_tokens

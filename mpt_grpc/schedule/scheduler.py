@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections.abc import Collection
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -91,30 +92,30 @@ class Scheduler:
         prompt_token_ids: tuple[int, ...],
         matchers: tuple[Matcher, ...] = (),
         *,
-        is_complete: bool = False,
+        complete: Collection[int] = (),
     ) -> list[tuple[Sequence, Finish | None]]:
         """Adds a prepared request: its seed and `max_new_tokens` are set, and its prompt fits in the context.
 
-        With a constraint, `matchers` has one matcher per sequence, which knows the resumed tokens, and `is_complete` is
-        whether they complete the output. Returns the request's sequences, each with a finish
-        if the resumed output had already ended, in which case the sequence is not scheduled.
+        With a constraint, `matchers` has one matcher per sequence, which knows the resumed tokens, and `complete` has
+        the indices of the outputs that these complete. Returns the request's sequences, each with a finish if the
+        resumed output had already ended, in which case the sequence is not scheduled.
         """
         primary: Sequence | None = None
         added: list[tuple[Sequence, Finish | None]] = []
-        for index in range(request.sampling.num_sequences):
+        for number, (index, resumed) in enumerate(request.outputs.items()):
             sequence = Sequence(
                 self._num_arrivals,
                 request,
                 index,
                 prompt_token_ids,
                 self._eos_token_ids,
-                matchers[index] if matchers else None,
+                matchers[number] if matchers else None,
                 primary,
             )
             self._num_arrivals += 1
             finish = None
-            if resumed := request.resume_token_ids:
-                finish = self._finish(sequence, resumed[-1], is_complete, sequence.resume(resumed))
+            if resumed:
+                finish = self._finish(sequence, resumed[-1], index in complete, sequence.resume(resumed))
             assert 0 < len(sequence.token_ids) <= self._limits.max_context_tokens
             if finish is None:
                 self._sequences[sequence.sequence_id] = sequence
@@ -122,7 +123,7 @@ class Scheduler:
                     insort(self._waiting, sequence, key=_rank)
                 else:
                     primary.siblings.append(sequence)
-            primary = primary or sequence
+                primary = primary or sequence
             added.append((sequence, finish))
         return added
 
@@ -207,7 +208,7 @@ class Scheduler:
             return TokenEvent(sequence.index, error=error)
         if finish is not None:
             self.end(sequence)
-        is_first = sequence.num_output_tokens == len(sequence.request.resume_token_ids) + 1
+        is_first = sequence.num_output_tokens == len(sequence.request.outputs[sequence.index]) + 1
         prompt_logprobs = tuple(sequence.prompt_logprobs) if is_first else ()
         return TokenEvent(sequence.index, token_id, logprob, prompt_logprobs, finish)
 

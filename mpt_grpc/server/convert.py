@@ -32,6 +32,7 @@ from mpt_grpc.request import (
     LarkGrammar,
     LogprobOptions,
     Message,
+    PartialOutput,
     Regex,
     RepetitionGuard,
     RequestStats,
@@ -91,6 +92,7 @@ def generation_request(
         truncate_prompt_tokens=message.truncate_prompt_tokens if message.HasField("truncate_prompt_tokens") else None,
         resume_token_ids=tuple(message.resume_token_ids),
         caller=caller,
+        resume_outputs=tuple(PartialOutput(output.index, tuple(output.token_ids)) for output in message.resume_outputs),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
@@ -68,6 +68,8 @@ class Call:
     caller: Caller
     logged: dict[str, Any] = field(default_factory=dict)
     """What its line in the log contains in addition to the method, the status and the duration."""
+    error_details: list[Message] = field(default_factory=list)
+    """What the status of an error carries in addition to the details of the error itself."""
 
 
 _call: ContextVar[Call] = ContextVar("call")
@@ -181,7 +183,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if call.span is not None:
             call.span.set_attribute(names.ERROR_TYPE, status.code_and_reason(error)[1])
             call.span.set_status(StatusCode.ERROR, str(error))
-        await status.abort(context, error)
+        await status.abort(context, error, call.error_details)
 
 
 def _unary(serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:

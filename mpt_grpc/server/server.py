@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -43,6 +44,7 @@ _log = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 1.0
 # After a drain only idle calls, such as Health.Watch, remain.
 _STOP_GRACE_S = 0.5
+_STOP_TIMEOUT_S = 5.0
 _MAX_PENDING_CALLS = 100_000
 _EXPORT_TIMEOUT_S = 2.0
 _MAX_RECEIVED_BYTES = 8 << 20
@@ -70,7 +72,9 @@ _CHANNEL_OPTIONS = (
 async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal cancels the remaining requests.
 
-    `on_ready` is called once, when health reports SERVING. Raises SettingsError or ModelError if the start fails.
+    `on_ready` is called once, when health reports SERVING. Raises SettingsError or ModelError if the start fails, and
+    EngineStoppedError when the engine fails. If the engine still computes some seconds after it was to stop, the
+    process exits with status 1.
     """
     loop = asyncio.get_running_loop()
     drain, stop = asyncio.Event(), asyncio.Event()
@@ -78,20 +82,44 @@ async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -
     def on_signal() -> None:
         (stop if drain.is_set() else drain).set()
 
-    async with running_server(settings) as server:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
-        # Objects created at startup live forever; a collection that scanned them would pause every stream for 150 ms.
-        gc.collect()
-        gc.freeze()
-        on_ready(server)
-        await drain.wait()
-        _log.info(
-            "draining: waiting up to %g s for requests in progress; send the signal again to stop immediately",
-            settings.server.grace_s,
-        )
-        await server.drain(stop)
+    # Nothing can interrupt a step that hangs, and closing the engine waits for it.
+    exiting = threading.Timer(_STOP_TIMEOUT_S, _exit_without_engine)
+    exiting.daemon = True
+    try:
+        async with running_server(settings) as server:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, on_signal)
+            # Objects created at startup live forever; a collection that scanned them would pause every stream for
+            # 150 ms.
+            gc.collect()
+            gc.freeze()
+            on_ready(server)
+            await _first(drain, server.engine_failed)
+            if drain.is_set():
+                _log.info(
+                    "draining: waiting up to %g s for requests in progress; send the signal again to stop immediately",
+                    settings.server.grace_s,
+                )
+                await server.drain(stop)
+            exiting.start()
+    finally:
+        exiting.cancel()
+    if (failure := server.engine.failure) is not None:
+        raise failure
     _log.info("stopped")
+
+
+def _exit_without_engine() -> None:
+    _log.error("the engine has not stopped within %g s: exiting without it", _STOP_TIMEOUT_S)
+    os._exit(1)
+
+
+async def _first(*events: asyncio.Event | None, timeout_s: float | None = None) -> None:
+    """Waits until one of the events is set, or the time is over."""
+    waits = [asyncio.create_task(event.wait()) for event in events if event is not None]
+    await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
 
 
 class RunningServer:
@@ -112,6 +140,8 @@ class RunningServer:
         """A channel to this server for callers on its event loop, who need no connection."""
         self.http_port: int | None = None
         self._servicer, self._access = servicer, access
+        self.engine_failed = asyncio.Event()
+        """Set when the engine has ended by itself, so that only a new process can serve again."""
         self._health = health.aio.HealthServicer()
         self._draining = False
 
@@ -124,10 +154,7 @@ class RunningServer:
         self._draining = True
         await self._health.enter_graceful_shutdown()
         self.engine.refuse(DrainingError("the server is shutting down; use another server"))
-        waits = [asyncio.create_task(event.wait()) for event in (self._servicer.idle, stop) if event is not None]
-        await asyncio.wait(waits, timeout=self.settings.server.grace_s, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
+        await _first(self._servicer.idle, stop, timeout_s=self.settings.server.grace_s)
 
     async def watch(self) -> None:
         """Updates health, NOT_SERVING while the engine is stuck, reads access tokens again if their file has changed,
@@ -136,6 +163,8 @@ class RunningServer:
             stuck = self.engine.is_stuck(self.settings.server.stall_timeout_s)
             await self.set_serving(not stuck)
             await asyncio.to_thread(self._access.refresh)
+            if self.engine.failure is not None:
+                self.engine_failed.set()
             if not self.engine.num_in_flight:
                 await asyncio.to_thread(trim)
             await asyncio.sleep(_WATCH_INTERVAL_S)

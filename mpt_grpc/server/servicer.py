@@ -18,9 +18,10 @@ from opentelemetry.trace import format_trace_id, set_span_in_context
 from mpt_grpc import __version__
 from mpt_grpc.caller import Role
 from mpt_grpc.engine.engine import Engine
+from mpt_grpc.engine.fingerprint import differences
 from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.stream import AsyncStream, collect
-from mpt_grpc.errors import FieldViolation, InvalidRequestError, UnknownModelError
+from mpt_grpc.errors import FieldViolation, FingerprintError, InvalidRequestError, UnavailableError, UnknownModelError
 from mpt_grpc.limits import (
     MAX_BYTES,
     MAX_CANCELLED,
@@ -44,6 +45,8 @@ from mpt_grpc_client.proto.v1alpha1 import debug_pb2, debug_pb2_grpc
 
 _MANY_LOGPROBS = 32
 """That many, with alternatives, are converted in a millisecond."""
+_MAX_RESUME_INFO_TOKENS = 1000
+"""They take at most half of the 8 KiB that gRPC allows for the metadata of a response."""
 _Message = TypeVar("_Message")
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -77,9 +80,14 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         async with self._answer(request) as answer:
             is_first = True
-            async for delta in answer.deltas:
-                yield await _built(partial(answer.part, delta, is_first=is_first), _num_logprobs(delta))
-                is_first = False
+            try:
+                async for delta in answer.deltas:
+                    yield await _built(partial(answer.part, delta, is_first=is_first), _num_logprobs(delta))
+                    is_first = False
+            except UnavailableError:
+                if not is_first:
+                    current_call().error_details.append(answer.resume_info())
+                raise
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _CallContext) -> pb.TokenizeResponse:
         if len(request.text) > MAX_TOKENIZED_CHARACTERS:
@@ -136,6 +144,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 max_bytes=MAX_BYTES,
             ),
             load=convert.load(self._engine.load, self._model.num_blocks),
+            fingerprint=self._model.fingerprint,
         )
 
     @asynccontextmanager
@@ -150,7 +159,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 self._calls[stream.request_id] = call
                 deltas = aiter(stream) if meter is None else meter.metered(stream)
                 try:
-                    yield _Answer(stream, deltas, message.output_options, self._engine.preparation.tokenizer)
+                    tokenizer = self._engine.preparation.tokenizer
+                    yield _Answer(stream, deltas, message.output_options, tokenizer, self._model.fingerprint)
                 finally:
                     stream.cancel()
                     if self._calls.get(stream.request_id) is call:  # a new request may have the same ID
@@ -165,6 +175,10 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             wanted = message.model[: MAX_BYTES["model"]]
             raise UnknownModelError(f"model {wanted!r} is not loaded; the loaded model is {self._model.name!r}")
         check_sizes(message, self._engine.preparation.limits)
+        if message.resume_fingerprint not in ("", fingerprint := self._model.fingerprint):
+            differing = ", ".join(differences(fingerprint, message.resume_fingerprint))
+            why = f"this server differs from the one that began the output in {differing or 'its fingerprint'}"
+            raise FingerprintError(f"{why}: its tokens might not be the same")
         call = current_call()
         request = convert.generation_request(message, self._model.defaults, call.caller)
         call.logged["request_id"] = request.request_id
@@ -205,18 +219,22 @@ class _Answer:
         deltas: AsyncIterator[OutputDelta],
         options: pb.OutputOptions,
         tokenizer: Tokenizer,
+        fingerprint: str,
     ) -> None:
         self.request_id, self.deltas = stream.request_id, deltas
         self._stream = stream
         self._options, self._tokenizer = options, tokenizer
         self._returns_token_ids = options.return_token_ids
+        self._fingerprint = fingerprint
+        self._sent: dict[int, list[int]] = {}
+        """The tokens that have been sent of the outputs that have begun and not ended, by their indices."""
 
     def complete(self, deltas: Sequence[OutputDelta]) -> pb.GenerateResponse:
         generation = collect(deltas)
         return pb.GenerateResponse(
             request_id=self.request_id,
             prompt=self._prompt(generation.prompt_logprobs),
-            outputs=[self._output(index, output) for index, output in enumerate(generation.outputs)],
+            outputs=list(map(self._output, self._stream.prepared.request.outputs, generation.outputs)),
             summary=self._summary(generation.stats),
         )
 
@@ -224,9 +242,21 @@ class _Answer:
         response = pb.StreamGenerateResponse(request_id=self.request_id, output=self._output(delta.index, delta))
         if is_first:
             response.prompt.CopyFrom(self._prompt(delta.prompt_logprobs))
+            response.fingerprint = self._fingerprint
+            self._sent = {index: list(resumed) for index, resumed in self._stream.prepared.request.outputs.items()}
+        self._sent[delta.index] += delta.token_ids
+        if delta.finish is not None:
+            del self._sent[delta.index]
         if delta.stats is not None:
             response.summary.CopyFrom(self._summary(delta.stats))
         return response
+
+    def resume_info(self) -> pb.ResumeInfo:
+        """Returns what it takes to continue the stream elsewhere, after its first part."""
+        info = pb.ResumeInfo(seed=self._stream.prepared.request.sampling.seed or 0, fingerprint=self._fingerprint)
+        if sum(map(len, self._sent.values())) <= _MAX_RESUME_INFO_TOKENS:
+            info.outputs.extend(pb.PartialOutput(index=index, token_ids=ids) for index, ids in self._sent.items())
+        return info
 
     def _prompt(self, logprobs: Sequence[TokenLogprob]) -> pb.PromptInfo:
         token_ids = self._stream.prepared.prompt_token_ids

@@ -36,7 +36,7 @@ class MessageLimits:
     """How large a serialized message may be, and how many fields it may have, so that it is parsed in milliseconds."""
 
     def __init__(self, limits: RequestLimits) -> None:
-        num_ids = limits.max_context_tokens + limits.vocab_size
+        num_ids = MAX_TOKEN_IDS + limits.max_context_tokens + limits.vocab_size
         self._max_numbers = MAX_TOKEN_IDS + num_ids
         text = 4 * MAX_TEXT_CHARACTERS  # UTF-8 has up to 4 bytes for a character
         prompt = max(text, limits.max_prompt_bytes, _ID_BYTES * MAX_TOKEN_IDS)
@@ -77,6 +77,8 @@ def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[
         ("token_ids.ids", len(message.token_ids.ids), max_prompt_ids),
         ("conversation.messages", len(message.conversation.messages), MAX_COUNTS["conversation.messages"]),
         ("resume_token_ids", len(message.resume_token_ids), limits.max_context_tokens - 1),
+        ("resume_outputs", len(message.resume_outputs), MAX_COUNTS["resume_outputs"]),
+        ("resume_outputs.token_ids", sum(len(o.token_ids) for o in message.resume_outputs), MAX_TOKEN_IDS),
         ("decoding.allowed_token_ids", len(decoding.allowed_token_ids), limits.vocab_size),
         ("decoding.choice.options", len(decoding.choice.options), MAX_COUNTS["decoding.choice.options"]),
         ("decoding.logit_bias", len(decoding.logit_bias), MAX_COUNTS["decoding.logit_bias"]),
@@ -85,6 +87,9 @@ def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[
     ):
         if count > most:
             yield FieldViolation(field, f"{count} items; at most {most} are allowed")
-    most = MAX_BYTES["conversation.chat_template_kwargs"]
-    if (size := len(message.conversation.chat_template_kwargs.encode())) > most:
-        yield FieldViolation("conversation.chat_template_kwargs", f"{size} bytes; at most {most} are allowed")
+    for field, text in (
+        ("conversation.chat_template_kwargs", message.conversation.chat_template_kwargs),
+        ("resume_fingerprint", message.resume_fingerprint),
+    ):
+        if (size := len(text.encode())) > MAX_BYTES[field]:
+            yield FieldViolation(field, f"{size} bytes; at most {MAX_BYTES[field]} are allowed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -14,6 +14,7 @@ from mpt_grpc.errors import (
     DrainingError,
     DuplicateRequestError,
     EngineStoppedError,
+    FingerprintError,
     InternalError,
     InvalidRequestError,
     MptServerError,
@@ -35,6 +36,7 @@ _TABLE: dict[type[MptServerError], tuple[grpc.StatusCode, str]] = {
     DuplicateRequestError: (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
     UnauthenticatedError: (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     PermissionDeniedError: (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    FingerprintError: (grpc.StatusCode.FAILED_PRECONDITION, "FINGERPRINT_MISMATCH"),
     OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     QuotaExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
     DrainingError: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
@@ -48,11 +50,13 @@ def code_and_reason(error: MptServerError) -> tuple[grpc.StatusCode, str]:
     return _TABLE.get(type(error), _TABLE[InternalError])
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: MptServerError) -> None:
+async def abort(
+    context: grpc.aio.ServicerContext[Any, Any], error: MptServerError, more_details: Iterable[Message] = ()
+) -> None:
     """Ends the call with the status of the error. Always raises."""
     code, reason = code_and_reason(error)
     message = _shortened(str(error), _MAX_MESSAGE_BYTES)
-    details = [_packed(detail) for detail in _details(error, reason)]
+    details = [_packed(detail) for detail in (*_details(error, reason), *more_details)]
     status = status_pb2.Status(code=code.value[0], message=message, details=details)
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", status.SerializeToString())]
     if isinstance(error, OverloadedError):

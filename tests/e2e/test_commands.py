@@ -40,7 +40,8 @@ def test_the_prompt_is_an_argument_or_standard_input(server: Any) -> None:
     assert text.endswith("\n")
     assert output_of(server, "generate", "-", *flags, stdin="Once upon a time") == text
     assert output_of(server, "generate", *flags, stdin="Once upon a time") == text
-    assert output_of(server, "generate", "Once upon a time", "--target", server.target, *flags) == text
+    for targets in (server.target, f"localhost:1,{server.target}"):
+        assert output_of(server, "generate", "Once upon a time", "--target", targets, *flags) == text
 
 
 def test_json_is_the_complete_result(server: Any) -> None:

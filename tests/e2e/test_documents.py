@@ -27,6 +27,7 @@ PAGES = (
     "clients",
     "generation",
     "openai",
+    "guarantees",
     "evaluation",
     "benchmarking",
     "limitations",
@@ -171,6 +172,14 @@ def test_every_flag_in_the_prose_exists(name: str, flags: set[str]) -> None:
     if name == "docs/names.md":
         prose = HISTORICAL.sub(lambda row: row[0].removesuffix(f"{row[1]}|"), prose)
     assert set(re.findall(r"--[a-z][a-z-]+", prose)) <= flags | EXTERNAL_FLAGS
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    page = (ROOT / "docs/guarantees.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .*\.+ \| `([\w/]+\.py)::(test_\w+)` \|$", page, re.MULTILINE)
+    assert len(rows) == page.count(". | `tests/") > 10
+    for file, name in rows:
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
 
 
 def test_everything_that_the_architecture_page_names_exists() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from server_process import running
 from tokenizers import Tokenizer
 from transformers import MptForCausalLM
 
 from mpt_grpc import __version__
-from mpt_grpc_client import Client
+from mpt_grpc_client import Client, DeadlineExceededError, UnavailableError
 
 DEMO = Path(__file__).parents[2] / "mpt_grpc" / "demo"
 PROMPTS = (
@@ -128,3 +129,65 @@ def test_a_model_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
     assert status == 1
     assert len(lines) == 1
     assert str(tmp_path / "nothing") in lines[0]
+
+
+FAULTY = """
+import sys
+from mpt_grpc import cli
+from mpt_grpc.model.runner import Runner
+from mpt_grpc.schedule.scheduler import Scheduler
+from mpt_grpc.server import server
+
+commit, run = Scheduler.commit, Runner.run
+server._STOP_TIMEOUT_S = 0.5
+
+def commit_or_fail(self, plan, result):
+    if any(step.request_id == "fatal" for step in plan.sequences):
+        raise RuntimeError("inconsistent state")
+    return commit(self, plan, result)
+
+def run_or_hang(self, plan):
+    if any(step.request_id == "endless" for step in plan.sequences):
+        __import__("time").sleep(3600)
+    return run(self, plan)
+
+Scheduler.commit, Runner.run = commit_or_fail, run_or_hang
+sys.exit(cli.main())
+"""
+"""A server in whose scheduler thread a request can cause a fault or a hang."""
+
+
+def test_a_server_whose_scheduler_thread_dies_ends_its_streams_and_exits_with_an_error() -> None:
+    with running(cli=(sys.executable, "-c", FAULTY)) as faulty, Client(faulty.target, retries=False) as client:
+        neighbour = client.stream("The fox", max_new_tokens=2000, ignore_eos=True)
+        next(neighbour)
+        for stream in (client.stream("The fox", request_id="fatal"), neighbour):
+            with pytest.raises(UnavailableError, match="the engine has stopped") as caught:
+                list(stream)
+            assert caught.value.reason == "ENGINE_STOPPED"
+        assert faulty.wait() == 1
+    assert faulty.stderr.splitlines()[-1].startswith("mpt-grpc: the engine has stopped: RuntimeError")
+
+
+def is_refused(client: Client) -> bool:
+    try:
+        client.generate("The fox", timeout=0.5)
+    except (DeadlineExceededError, UnavailableError) as error:
+        return "shutting down" in str(error)
+    raise AssertionError("the model hangs")
+
+
+def test_a_second_signal_ends_a_server_whose_model_hangs() -> None:
+    with running("--grace", "1h", cli=(sys.executable, "-c", FAULTY)) as faulty:
+        with Client(faulty.target, retries=False) as client:
+            stream = client.stream("The fox", request_id="endless")
+            with pytest.raises(DeadlineExceededError):
+                client.generate("The fox", timeout=1)
+            faulty.terminate()
+            while not is_refused(client):
+                pass  # it has not got the signal yet
+            faulty.terminate()
+            with pytest.raises(UnavailableError):
+                list(stream)
+        assert faulty.wait() == 1
+    assert "the engine has not stopped within 0.5 s" in faulty.stderr

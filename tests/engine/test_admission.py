@@ -19,6 +19,7 @@ from mpt_grpc.request import (
     GenerationRequest,
     LogprobOptions,
     Message,
+    PartialOutput,
     Regex,
     RepetitionGuard,
     SamplingParameters,
@@ -171,6 +172,7 @@ def test_token_ids_are_those_of_the_vocabulary(field: str, place: str) -> None:
         assert violation == FieldViolation(field + place.format(token), why)
 
 
+TWO = SamplingParameters(seed=1, num_sequences=2)
 TOO_MANY_RESUMED = {"resume_token_ids": (1,) * 6, "sampling": SamplingParameters(seed=1)}
 SAMPLED, GREEDY = SamplingParameters(), SamplingParameters(temperature=0)
 PROMPT_ONLY = StoppingCriteria(max_new_tokens=0)
@@ -204,7 +206,7 @@ REGEX = DecodingOptions(constraint=Regex("a"))
         ({"stopping": PROMPT_ONLY, "sampling": SamplingParameters(num_sequences=2)}, "sampling.num_sequences", "be 1"),
         ({"resume_token_ids": (1,), "sampling": GREEDY}, None, ""),
         ({"resume_token_ids": (1,), "sampling": replace(SAMPLED, seed=0)}, None, ""),
-        ({"resume_token_ids": (1,), "sampling": SAMPLED}, "sampling.seed", "required with resume_token_ids"),
+        ({"resume_token_ids": (1,), "sampling": SAMPLED}, "sampling.seed", "required to resume an output"),
         (
             {"resume_token_ids": (1,), "sampling": replace(GREEDY, temperature=TINY)},
             "sampling.seed",
@@ -214,6 +216,20 @@ REGEX = DecodingOptions(constraint=Regex("a"))
             {"resume_token_ids": (1,), "sampling": SamplingParameters(seed=1, num_sequences=2)},
             "resume_token_ids",
             "num_sequences above 1",
+        ),
+        ({"resume_outputs": (PartialOutput(1, ()), PartialOutput(0, (1,))), "sampling": TWO}, None, ""),
+        ({"resume_outputs": (PartialOutput(2, ()),), "sampling": TWO}, "resume_outputs[0].index", "not in [0, 2)"),
+        ({"resume_outputs": (PartialOutput(1, ()),) * 2, "sampling": TWO}, "resume_outputs", "twice"),
+        ({"resume_outputs": (PartialOutput(0, ()),), "sampling": SAMPLED}, "sampling.seed", "required to resume"),
+        (
+            {"resume_outputs": (PartialOutput(0, ()),), "resume_token_ids": (1,), "sampling": GREEDY},
+            "resume_token_ids",
+            "combined with resume_outputs",
+        ),
+        (
+            {"resume_outputs": (PartialOutput(1, (1,) * 51), PartialOutput(0, ())), "sampling": TWO},
+            "resume_outputs[0].token_ids",
+            "which is 50",
         ),
         ({"stopping": StoppingCriteria(max_new_tokens=6), **TOO_MANY_RESUMED}, None, ""),
         ({"stopping": StoppingCriteria(max_new_tokens=5), **TOO_MANY_RESUMED}, "resume_token_ids", "6 tokens exceed"),

@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from mpt_grpc.request import (
     GenerationRequest,
     JsonObject,
     LogprobOptions,
+    PartialOutput,
     RepetitionGuard,
     SamplingParameters,
     StoppingCriteria,
@@ -434,3 +436,13 @@ def test_a_closed_engine_without_references_frees_its_model_at_once() -> None:
         assert freed() is None
     finally:
         gc.enable()
+
+
+def test_outputs_are_resumed_beside_the_first_one_even_if_that_has_already_ended(shared_engine: Engine) -> None:
+    request = generation(sampling=SamplingParameters(seed=5, num_sequences=3), max_new_tokens=8)
+    whole = shared_engine.generate(request)
+    ended, begun = PartialOutput(0, whole.outputs[0].token_ids), PartialOutput(2, whole.outputs[2].token_ids[:3])
+    rest = shared_engine.generate(replace(request, resume_outputs=(begun, ended)))
+    assert [output.token_ids for output in rest.outputs] == [(), whole.outputs[2].token_ids[3:]]
+    assert [output.finish for output in rest.outputs] == [whole.outputs[0].finish, whole.outputs[2].finish]
+    assert rest.stats.num_output_tokens == 5

@@ -31,6 +31,7 @@ from mpt_grpc.request import (
     LogprobOptions,
     Message,
     OutputDelta,
+    PartialOutput,
     Regex,
     RepetitionGuard,
     SamplingParameters,
@@ -136,15 +137,24 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> list[ArrivingRunner]:
     return made
 
 
-def split_for_resuming(deltas: list[OutputDelta], num_tokens: int) -> tuple[tuple[int, ...], Generation]:
-    """Splits a streamed output into the tokens to resume with and the expected result of the resumed request."""
+def resumed_after(
+    request: GenerationRequest, deltas: list[OutputDelta], num_tokens: int
+) -> tuple[GenerationRequest, Generation]:
+    """Returns the request that resumes one which was interrupted after `num_tokens` tokens, and its expected result."""
+    received = {index: list[int]() for index in request.outputs}
     num_received = 0
     for position, delta in enumerate(deltas):
         if num_received >= num_tokens:
             rest = replace(collect(deltas[position:]), prompt_logprobs=deltas[0].prompt_logprobs)
-            return tuple(t for d in deltas[:position] for t in d.token_ids), rest
+            if request.sampling.num_sequences == 1:
+                return replace(request, resume_token_ids=tuple(received[0])), rest
+            outputs = [PartialOutput(index, tuple(token_ids)) for index, token_ids in received.items()]
+            return replace(request, resume_outputs=tuple(outputs[::-1])), rest
+        received[delta.index] += delta.token_ids
         num_received += len(delta.token_ids)
-    return (), collect(deltas)
+        if delta.finish is not None:
+            del received[delta.index]
+    return request, collect(deltas)
 
 
 def assert_same(name: str, actual: Generation, expected: Generation) -> None:
@@ -176,9 +186,8 @@ def test_16_concurrent_requests_yield_the_same_results_as_alone(
             request = GenerationRequest("r0", PROMPTS[0], SamplingParameters(seed=seed), stopping=stopping, priority=2)
         deltas = list(shared_engine.stream(request))
         expected[request.request_id] = collect(deltas)
-        if number and request.sampling.num_sequences == 1 and rng.random() < 0.4:
-            resumed, expected[request.request_id] = split_for_resuming(deltas, rng.randint(1, 20))
-            request = replace(request, resume_token_ids=resumed)
+        if number and rng.random() < 0.4:
+            request, expected[request.request_id] = resumed_after(request, deltas, rng.randint(1, 20))
         requests.append(request)
 
     engine = make_engine(

@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from grpc_status.rpc_status import from_call
 
-from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, RANGES
+from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, MAX_TOKEN_IDS, RANGES
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 VOCAB, CONTEXT = 4096, 2048
@@ -39,6 +39,11 @@ def resumed(count: int) -> pb.GenerateRequest:
     )
 
 
+def resumed_outputs(token_ids: list[list[int]]) -> pb.GenerateRequest:
+    outputs = [pb.PartialOutput(index=index, token_ids=ids) for index, ids in enumerate(token_ids)]
+    return request(resume_outputs=outputs, sampling=pb.SamplingParameters(seed=1, num_sequences=16))
+
+
 def decoding(**fields: Any) -> pb.GenerateRequest:
     return request(decoding=pb.DecodingOptions(**fields))
 
@@ -51,6 +56,7 @@ COUNTED = {
     "token_ids.ids": (CONTEXT - 1, lambda n: request(token_ids=pb.TokenIds(ids=[5] * n))),
     "conversation.messages": (MAX_COUNTS["conversation.messages"], conversation),
     "resume_token_ids": (CONTEXT - 1, lambda n: resumed(n)),
+    "resume_outputs": (MAX_COUNTS["resume_outputs"], lambda n: resumed_outputs([[5]] * n)),
     "decoding.allowed_token_ids": (VOCAB, lambda n: decoding(allowed_token_ids=[i % VOCAB for i in range(n)])),
     "decoding.choice.options": (
         MAX_COUNTS["decoding.choice.options"],
@@ -171,6 +177,13 @@ async def test_absurd_counts_are_refused_while_a_stream_goes_on(make_service: An
         assert await violations(service.stub, message) == {field}
     await stream
     assert len(gaps) > 100
+
+
+async def test_resumed_tokens_are_counted_over_all_outputs(make_service: Any) -> None:
+    service, half = await make_service(), [5] * (MAX_TOKEN_IDS // 2)
+    assert await violations(service.stub, resumed_outputs([half, [*half, 5]])) == {"resume_outputs.token_ids"}
+    too_long = {"resume_outputs[0].token_ids", "resume_outputs[1].token_ids"}
+    assert await violations(service.stub, resumed_outputs([half, half])) == too_long
 
 
 async def test_a_message_larger_than_any_legal_request_is_refused_before_it_is_parsed(make_service: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypedDict
 
@@ -23,6 +24,17 @@ _TLS_SCHEME = "grpcs://"
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 """The variables that gRPC reads, in its order of precedence."""
 
+_BALANCED_SERVICE_CONFIG = {
+    # A server that drains or is stuck gets no calls, and neither does an address of the target that does not respond.
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": "mpt.v1.TextGenerationService"},
+}
+_QUICK_DETECTION = (
+    # How long gRPC waits for the answers to its other pings, and for a connection: by default 60 s and 20 s.
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+)
+"""How soon a stream notices that its server's machine has vanished, and goes on elsewhere."""
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -72,30 +84,35 @@ class Endpoint:
     metadata: Metadata
     """What every call sends."""
 
-    def channel(self, retries: bool) -> grpc.Channel:
-        options = channel_options(self.target, retries)
+    def channel(self, retries: bool, *, balanced: bool) -> grpc.Channel:
+        options = channel_options(self.target, retries, balanced=balanced)
         if self.credentials is None:
             return grpc.insecure_channel(self.target, options)
         return grpc.secure_channel(self.target, self.credentials, options)
 
-    def aio_channel(self, retries: bool) -> grpc.aio.Channel:
-        options = channel_options(self.target, retries)
+    def aio_channel(self, retries: bool, *, balanced: bool) -> grpc.aio.Channel:
+        options = channel_options(self.target, retries, balanced=balanced)
         if self.credentials is None:
             return grpc.aio.insecure_channel(self.target, options)
         return grpc.aio.secure_channel(self.target, self.credentials, options)
 
 
-def resolve(target: str | None, options: ConnectionOptions, *, has_channel: bool = False) -> Endpoint:
-    """Returns the server for a target as in `resolve_target`.
+def resolve(
+    target: str | Sequence[str] | None, options: ConnectionOptions, *, has_channel: bool = False
+) -> tuple[Endpoint, ...]:
+    """Returns the servers of the targets that `resolve_targets` returns.
 
     has_channel: whether another channel than the endpoint's is used, whose security is unknown.
     Raises InvalidTargetError for such a target or one to which the token must not be sent, TypeError for an unknown
     option or one of a wrong type, and ValueError for options that do not go together.
     """
+    return tuple(_endpoint(resolved, options, has_channel) for resolved in resolve_targets(target))
+
+
+def _endpoint(resolved: str, options: ConnectionOptions, has_channel: bool) -> Endpoint:
     known = ConnectionOptions.__optional_keys__
     if unknown := options.keys() - known:
         raise TypeError(f"unknown option {min(unknown)!r}; those of a connection are {', '.join(sorted(known))}")
-    resolved = resolve_target(target)
     address = resolved.removeprefix(_TLS_SCHEME)
     credentials = _credentials(options, has_scheme=resolved != address)
     is_safe = credentials is not None or _is_local(address) or options.get("allow_insecure_token", False)
@@ -154,6 +171,26 @@ def resolve_target(target: str | None) -> str:
     return resolved
 
 
+def resolve_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the targets in a list, or in a string in which commas separate them; see `resolve_target`."""
+    if target is None or isinstance(target, str):
+        target = (target or os.environ.get("MPT_GRPC_TARGET") or "").split(",")
+    targets = tuple(dict.fromkeys(map(resolve_target, target if isinstance(target, Sequence) else [target])))
+    if not targets:
+        raise InvalidTargetError("target: the list is empty")
+    return targets
+
+
+def is_balanced(endpoints: Sequence[Endpoint], channel: object | None) -> bool:
+    """Whether there may be several servers: several targets, or a name in DNS, which may have several addresses.
+
+    channel: one that the client is given, which requires a single target.
+    """
+    if channel is not None and len(endpoints) > 1:
+        raise InvalidTargetError(f"channel: requires one target, which it connects to, not {len(endpoints)}")
+    return channel is None and (len(endpoints) > 1 or endpoints[0].target.startswith("dns:"))
+
+
 def check_timeout(timeout: float | None) -> float | None:
     """Returns the timeout. Raises TypeError if it is not a number."""
     if timeout is not None and not isinstance(timeout, int | float):
@@ -171,22 +208,26 @@ def proxy_variable(target: str) -> str | None:
     return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
 
 
-def channel_options(target: str, retries: bool) -> tuple[tuple[str, str | int], ...]:
-    """Returns the options of a channel to this target."""
+def channel_options(target: str, retries: bool, *, balanced: bool = False) -> tuple[tuple[str, str | int], ...]:
+    """Returns the options of a channel to this target.
+
+    balanced: whether it is one of several servers, so that the client's own code makes the retries.
+    """
     return (
         # gRPC would send calls to this machine through a proxy too, unless no_proxy lists them.
         ("grpc.enable_http_proxy", int(not _is_local(target))),
         ("grpc.primary_user_agent", f"mpt-grpc-client/{__version__}"),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-        ("grpc.enable_retries", int(retries)),
+        ("grpc.service_config", json.dumps(_BALANCED_SERVICE_CONFIG if balanced else _SERVICE_CONFIG)),
+        ("grpc.enable_retries", int(retries and not balanced)),
         # A call is retried only if this buffer can hold it; the default of 256 KiB would exclude long prompts.
         ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
         # By default gRPC takes up to two minutes to notice that a server is back.
         ("grpc.max_reconnect_backoff_ms", 5_000),
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_time_ms", 10_000 if balanced else 30_000),
+        ("grpc.keepalive_timeout_ms", 5_000 if balanced else 10_000),
+        *(_QUICK_DETECTION if balanced else ()),
         # Without this, pings stop during a long unary call, and a server that has vanished goes unnoticed.
         ("grpc.http2.max_pings_without_data", 0),
     )

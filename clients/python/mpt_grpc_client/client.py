@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from typing import Self, TypeVar, Unpack
+from typing import Self, TypeAlias, TypeVar, Unpack
 
 import grpc
 
 from mpt_grpc_client import debug, responses
-from mpt_grpc_client.channel import (
-    ConnectionOptions,
-    check_timeout,
-    proxy_variable,
-    resolve,
-    trace_metadata,
-)
-from mpt_grpc_client.errors import closed_error, from_rpc_error
+from mpt_grpc_client.channel import ConnectionOptions, Endpoint, check_timeout, is_balanced, resolve, trace_metadata
+from mpt_grpc_client.continuation import UNSEEN_CHUNK_TOKENS, Continuation
+from mpt_grpc_client.errors import MptGrpcError, UnavailableError, closed_error
+from mpt_grpc_client.failover import Attempts, Rotation, Server
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
@@ -27,34 +24,47 @@ from mpt_grpc_client.results import Delta, Generation, ModelInfo, ServerInfo, To
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
+_StreamCall: TypeAlias = "grpc._CallIterator[pb.StreamGenerateResponse]"
 
 
 class Client:
-    """A connection to a server, which threads may share. Every call that fails raises `MptGrpcError`."""
+    """A connection to one server or several, which threads may share. Every call that fails raises `MptGrpcError`.
+
+    With several servers, calls are spread over them. If one fails, another continues what it has begun: its text and
+    tokens are the same, provided that the fingerprints of the servers are.
+    """
 
     def __init__(
         self,
-        target: str | None = None,
+        target: str | Sequence[str] | None = None,
         *,
         timeout: float | None = None,
         retries: bool = True,
+        resume_inexact: bool = False,
         channel: grpc.Channel | None = None,
         **connection: Unpack[ConnectionOptions],
     ) -> None:
         """Creates a client, which connects at its first call.
 
         target: `host:port`, `grpcs://host:port` with TLS, or `unix:path`; defaults to the environment variable
-            MPT_GRPC_TARGET, then to `localhost:50051`.
+            MPT_GRPC_TARGET, then to `localhost:50051`. Several are a list, or separated by commas; `dns:///host:port`
+            stands for all addresses of the host.
         timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
-        retries: whether to retry calls up to three times while the server is unavailable or overloaded.
+        retries: whether to retry calls up to three times while all servers are unavailable or overloaded.
+        resume_inexact: whether a server with another fingerprint may continue a generation.
         channel: a channel to the target instead of the client's own; it has its own options, so `retries` and those of
             the connection have no effect. The client closes it.
         connection: see `ConnectionOptions`.
         """
-        endpoint = resolve(target, connection, has_channel=channel is not None)
-        self._target, self._timeout = endpoint.target, check_timeout(timeout)
-        self._metadata = endpoint.metadata
-        self._connection = _Connection(channel or endpoint.channel(retries))
+        endpoints = resolve(target, connection, has_channel=channel is not None)
+        self._timeout, self._metadata = check_timeout(timeout), endpoints[0].metadata
+        self._retries, self._resume_inexact = retries, resume_inexact
+        balanced = is_balanced(endpoints, channel)
+
+        def server(endpoint: Endpoint) -> Server[_Connection]:
+            return Server(endpoint.target, _Connection(channel or endpoint.channel(retries, balanced=balanced)))
+
+        self._rotation = Rotation(map(server, endpoints), is_balanced=balanced)
 
     def __enter__(self) -> Self:
         return self
@@ -64,11 +74,12 @@ class Client:
 
     def close(self) -> None:
         """Cancels the calls in progress and disconnects."""
-        self._connection.is_closed = True
-        self._connection.channel.close()
+        self._rotation.is_closed = True
+        for server in self._rotation.servers:
+            server.connection.channel.close()
 
     def with_metadata(self, *metadata: tuple[str, str]) -> Self:
-        """Returns a client whose calls also send this metadata, on the connection of this client."""
+        """Returns a client whose calls also send this metadata, on the connections of this client."""
         client = copy(self)
         client._metadata = (*self._metadata, *metadata)
         return client
@@ -83,7 +94,13 @@ class Client:
         options: see `GenerateOptions`.
         """
         request = build_request(prompt, **options)
-        return responses.generation(self._call(self._connected.service.Generate, request, timeout))
+        if not self._rotation.is_balanced:
+            return responses.generation(self._call(lambda connection: connection.service.Generate, request, timeout))
+        request.output_options.chunk_tokens = UNSEEN_CHUNK_TOKENS
+        with self._stream(request, timeout) as stream:
+            for _ in stream.deltas():
+                pass
+        return stream.result
 
     def stream(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> TextStream:
         """Generates a continuation of the prompt and streams it. The request is sent immediately.
@@ -91,68 +108,100 @@ class Client:
         timeout: the timeout of the whole stream in seconds; None uses the client's.
         options: see `GenerateOptions`.
         """
-        request = build_request(prompt, **options)
-        timeout = self._timeout if timeout is None else check_timeout(timeout)
-        metadata = trace_metadata() + self._metadata
-        call = self._connected.service.StreamGenerate(request, timeout=timeout, metadata=metadata)
-        return TextStream(call, request.sampling.num_sequences, self._target, timeout)
+        return self._stream(build_request(prompt, **options), timeout)
 
     def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[Token, ...]:
         """Returns the tokens of a text."""
-        return responses.tokens(self._call(self._connected.service.Tokenize, pb.TokenizeRequest(text=text), timeout))
+        return responses.tokens(self._call(lambda c: c.service.Tokenize, pb.TokenizeRequest(text=text), timeout))
 
     def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, timeout: float | None = None
     ) -> str:
         """Returns the text of token IDs. Invalid UTF-8 is replaced by U+FFFD."""
         request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
-        return self._call(self._connected.service.Detokenize, request, timeout).text
+        return self._call(lambda c: c.service.Detokenize, request, timeout).text
 
     def cancel(self, *request_ids: str, timeout: float | None = None) -> tuple[str, ...]:
         """Cancels requests of this or, with the role `admin`, any caller. Their calls return their partial output.
 
-        Returns the IDs that were in progress.
+        Returns the IDs that were in progress. Of several targets, those that are unavailable are skipped.
         """
-        response = self._call(self._connected.service.Cancel, pb.CancelRequest(request_ids=request_ids), timeout)
-        return tuple(response.request_ids)
+        request, failures, found = pb.CancelRequest(request_ids=request_ids), list[UnavailableError](), list[str]()
+        for server in self._rotation.servers:
+            try:
+                found += self._call(lambda c: c.service.Cancel, request, timeout, server).request_ids
+            except UnavailableError as error:
+                failures.append(error)
+        if len(failures) == len(self._rotation.servers):
+            raise failures[0]
+        return tuple(dict.fromkeys(found))
 
     def get_model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns information about the loaded model."""
-        return responses.model_info(self._call(self._connected.service.GetModelInfo, pb.GetModelInfoRequest(), timeout))
+        return responses.model_info(self._call(lambda c: c.service.GetModelInfo, pb.GetModelInfoRequest(), timeout))
 
     def get_server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Returns the server's version, limits and load."""
-        return responses.server_info(
-            self._call(self._connected.service.GetServerInfo, pb.GetServerInfoRequest(), timeout)
-        )
+        request = pb.GetServerInfoRequest()
+        return responses.server_info(self._call(lambda c: c.service.GetServerInfo, request, timeout))
 
     def get_engine_state(self, *, timeout: float | None = None) -> debug.EngineState:
         """Returns the requests in progress and the KV cache blocks they hold. It may change in any release."""
         request = debug_pb2.GetEngineStateRequest()
-        return debug.engine_state(self._call(self._connected.debug_service.GetEngineState, request, timeout))
+        return debug.engine_state(self._call(lambda c: c.debug_service.GetEngineState, request, timeout))
 
     def _call(
-        self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request, timeout: float | None
+        self,
+        method: Callable[[_Connection], grpc.UnaryUnaryMultiCallable[_Request, _Response]],
+        request: _Request,
+        timeout: float | None,
+        server: Server[_Connection] | None = None,
     ) -> _Response:
-        timeout = self._timeout if timeout is None else check_timeout(timeout)
-        try:
-            return method(request, timeout=timeout, metadata=trace_metadata() + self._metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._target, timeout, proxy_variable(self._target)) from error
+        """Calls the given server, or the next one in turn that responds."""
+        attempts = self._attempts(timeout, server)
+        while True:
+            self._check_open()
+            try:
+                response = method(attempts.server.connection)(
+                    request, timeout=attempts.timeout, metadata=trace_metadata() + self._metadata
+                )
+            except grpc.RpcError as error:
+                pause = attempts.after(attempts.translated(error))
+                if isinstance(pause, MptGrpcError):
+                    raise pause from error
+                time.sleep(pause)
+            else:
+                attempts.succeeded()
+                return response
 
-    @property
-    def _connected(self) -> _Connection:
-        """The connection. Raises MptGrpcError once the client is closed."""
-        if self._connection.is_closed:
+    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> TextStream:
+        metadata = trace_metadata() + self._metadata
+
+        def call(server: Server[_Connection], timeout: float | None) -> _StreamCall:
+            self._check_open()
+            wanted = request if continuation is None else continuation.request()
+            return server.connection.service.StreamGenerate(wanted, timeout=timeout, metadata=metadata)
+
+        continuation = None
+        if self._rotation.is_balanced:
+            continuation = Continuation(request, resume_inexact=self._resume_inexact)
+        return TextStream(call, request.sampling.num_sequences, self._attempts(timeout), continuation)
+
+    def _attempts(self, timeout: float | None, server: Server[_Connection] | None = None) -> Attempts[_Connection]:
+        timeout = self._timeout if timeout is None else check_timeout(timeout)
+        rotation = self._rotation if server is None else Rotation([server], is_balanced=False)
+        return Attempts(rotation, timeout, retries=self._retries)
+
+    def _check_open(self) -> None:
+        if self._rotation.is_closed:
             raise closed_error()
-        return self._connection
 
 
 class _Connection:
-    """A channel, which several clients may share."""
+    """A channel to a server, and its services."""
 
     def __init__(self, channel: grpc.Channel) -> None:
-        self.channel, self.is_closed = channel, False
+        self.channel = channel
         self.service = TextGenerationServiceStub(channel)
         self.debug_service = DebugServiceStub(channel)
 
@@ -165,14 +214,19 @@ class TextStream(responses.PartialGeneration):
 
     def __init__(
         self,
-        call: grpc._CallIterator[pb.StreamGenerateResponse],
+        call: Callable[[Server[_Connection], float | None], _StreamCall],
         num_sequences: int,
-        target: str,
-        timeout: float | None,
+        attempts: Attempts[_Connection],
+        continuation: Continuation | None,
     ) -> None:
+        """`call` starts the call of a server, with a timeout."""
         super().__init__()
-        self._call, self._num_sequences, self._target, self._timeout = call, num_sequences, target, timeout
+        self._start_call, self._num_sequences, self._attempts = call, num_sequences, attempts
+        self._continuation = continuation
+        if continuation is not None:
+            self._resumptions = continuation.resumptions
         self._cancelled = False
+        self._call = call(attempts.server, attempts.timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -206,10 +260,31 @@ class TextStream(responses.PartialGeneration):
         self._call.cancel()
 
     def _next_delta(self) -> Delta | None:
-        try:
-            chunk = next(self._call, None)
-        except grpc.RpcError as error:
-            if self._cancelled:
-                return None
-            raise from_rpc_error(error, self._target, self._timeout, proxy_variable(self._target)) from error
-        return None if chunk is None else self._add(chunk)
+        continuation = self._continuation
+        while True:
+            try:
+                chunk = next(self._call, None)
+                if chunk is not None and continuation is not None:
+                    chunk = continuation.receive(chunk, self._attempts.server.target)
+            except grpc.RpcError as error:
+                if self._cancelled or (continuation is not None and continuation.has_ended):
+                    return None
+                self._go_on(self._attempts.translated(error), error)
+            except UnavailableError as error:
+                self._call.cancel()
+                self._go_on(error, error)
+            else:
+                if chunk is None:
+                    return None
+                self._attempts.succeeded()
+                return self._add(chunk)
+
+    def _go_on(self, failure: MptGrpcError, cause: Exception) -> None:
+        """Calls the next server. Raises the failure if there is none."""
+        pause = self._attempts.after(failure)
+        if isinstance(pause, MptGrpcError):
+            raise pause from cause
+        time.sleep(pause)
+        self._call = self._start_call(self._attempts.server, self._attempts.timeout)
+        if self._cancelled:
+            self._call.cancel()

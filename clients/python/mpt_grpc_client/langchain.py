@@ -23,7 +23,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, fi
 
 from mpt_grpc_client import langchain_values as values
 from mpt_grpc_client.async_client import AsyncClient
-from mpt_grpc_client.channel import resolve_target
+from mpt_grpc_client.channel import resolve_targets
 from mpt_grpc_client.client import Client
 from mpt_grpc_client.constraints import JsonSchema
 from mpt_grpc_client.request import GenerateOptions, unknown_option
@@ -35,8 +35,9 @@ class _Model(BaseLanguageModel[Any]):
     A keyword argument of a call overrides the field; None selects the server's default.
     """
 
-    target: str = Field(default_factory=lambda: resolve_target(None))
-    """As for `Client`; defaults to the environment variable MPT_GRPC_TARGET, then to `localhost:50051`."""
+    target: str | list[str] = Field(default_factory=lambda: ",".join(resolve_targets(None)))
+    """As for `Client`; defaults to the environment variable MPT_GRPC_TARGET, then to `localhost:50051`. Several are a
+    list, or separated by commas: each continues what another one began and could not complete."""
     connection: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     """`ConnectionOptions`, such as the access token. Neither printed nor serialized, since they contain secrets."""
     timeout: float | None = None
@@ -88,16 +89,20 @@ class _Model(BaseLanguageModel[Any]):
 
     def _connect(self) -> tuple[Client, str]:
         """Returns the client and the name of the server's model."""
-        client, names = self._connections.client(self.target, self.connection), self._connections.model_names
-        if self.target not in names:
-            names[self.target] = client.get_model_info(timeout=self.timeout).name
-        return client, names[self.target]
+        client, names = self._connections.client(self._targets, self.connection), self._connections.model_names
+        if self._targets not in names:
+            names[self._targets] = client.get_model_info(timeout=self.timeout).name
+        return client, names[self._targets]
 
     async def _connect_async(self) -> tuple[AsyncClient, str]:
-        client, names = self._connections.async_client(self.target, self.connection), self._connections.model_names
-        if self.target not in names:
-            names[self.target] = (await client.get_model_info(timeout=self.timeout)).name
-        return client, names[self.target]
+        client, names = self._connections.async_client(self._targets, self.connection), self._connections.model_names
+        if self._targets not in names:
+            names[self._targets] = (await client.get_model_info(timeout=self.timeout)).name
+        return client, names[self._targets]
+
+    @property
+    def _targets(self) -> tuple[str, ...]:
+        return resolve_targets(self.target)
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
@@ -290,28 +295,28 @@ class _Connections:
     """The clients of one model, created on first use: one for threads and one for each event loop."""
 
     def __init__(self) -> None:
-        self.model_names: dict[str, str] = {}
-        """The name of the server's model by target."""
+        self.model_names: dict[tuple[str, ...], str] = {}
+        """The name of the servers' model by their targets."""
         self._lock = threading.Lock()
-        self._clients: dict[str, Client] = {}
-        self._async_clients: dict[tuple[asyncio.AbstractEventLoop, str], AsyncClient] = {}
+        self._clients: dict[tuple[str, ...], Client] = {}
+        self._async_clients: dict[tuple[asyncio.AbstractEventLoop, tuple[str, ...]], AsyncClient] = {}
 
     def __reduce__(self) -> tuple[type[_Connections], tuple[()]]:
         """Copies and unpickled models create their own connections."""
         return _Connections, ()
 
-    def client(self, target: str, options: dict[str, Any]) -> Client:
+    def client(self, targets: tuple[str, ...], options: dict[str, Any]) -> Client:
         with self._lock:
-            if target not in self._clients:
-                self._clients[target] = Client(target, **options)
-            return self._clients[target]
+            if targets not in self._clients:
+                self._clients[targets] = Client(targets, **options)
+            return self._clients[targets]
 
-    def async_client(self, target: str, options: dict[str, Any]) -> AsyncClient:
+    def async_client(self, targets: tuple[str, ...], options: dict[str, Any]) -> AsyncClient:
         """Returns the client of the running loop. Clients of closed loops are discarded."""
-        key = asyncio.get_running_loop(), target
+        key = asyncio.get_running_loop(), targets
         with self._lock:
             for ended in [key for key in self._async_clients if key[0].is_closed()]:
                 del self._async_clients[ended]
             if key not in self._async_clients:
-                self._async_clients[key] = AsyncClient(target, **options)
+                self._async_clients[key] = AsyncClient(targets, **options)
             return self._async_clients[key]

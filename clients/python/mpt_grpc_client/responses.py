@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -17,6 +18,7 @@ from mpt_grpc_client.results import (
     Load,
     ModelInfo,
     Output,
+    Resumption,
     ServerInfo,
     Timings,
     Token,
@@ -37,6 +39,12 @@ class PartialGeneration:
         self._prompt_token_ids: tuple[int, ...] = ()
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._result: Generation | None = None
+        self._resumptions: Sequence[Resumption] = ()
+
+    @property
+    def resumptions(self) -> tuple[Resumption, ...]:
+        """The servers that have continued the generation so far."""
+        return tuple(self._resumptions)
 
     @property
     def text(self) -> str:
@@ -107,6 +115,7 @@ class PartialGeneration:
             timings=timings(summary.timings),
             seed=summary.seed,
             trace_id=summary.trace_id,
+            resumptions=self.resumptions,
         )
 
 
@@ -166,6 +175,7 @@ def server_info(response: pb.GetServerInfoResponse) -> ServerInfo:
             max_bytes=dict(limits.max_bytes),
         ),
         load=load(response.load),
+        fingerprint=response.fingerprint,
     )
 
 

@@ -133,6 +133,17 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Resumption:
+    """A server that continued a generation which another one began."""
+
+    target: str
+    num_tokens: int
+    """The number of tokens of all outputs that had been received by then."""
+    is_exact: bool
+    """Whether the tokens are certainly the same as without the change; False only with `resume_inexact`."""
+
+
+@dataclass(frozen=True)
 class Generation:
     """The outputs of a request, with its usage, timings, seed and trace ID."""
 
@@ -149,6 +160,9 @@ class Generation:
     """The seed of the first output."""
     trace_id: str
     """The W3C trace ID, 32 hexadecimal digits; empty if the request was not traced."""
+    resumptions: tuple[Resumption, ...] = ()
+    """The servers that continued the generation after another one had failed. `timings`, and of `usage` the cached
+    tokens and the preemptions, are those of the last."""
 
     @property
     def text(self) -> str:
@@ -267,3 +281,5 @@ class ServerInfo:
     uptime: float
     limits: Limits
     load: Load
+    fingerprint: str = ""
+    """What the tokens depend on besides the request. Servers with the same one continue each other's outputs."""

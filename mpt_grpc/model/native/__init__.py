@@ -75,7 +75,7 @@ class Kernels:
     """The kernels for one instruction set. If two threads call at once, the second computes without the workers."""
 
     def __init__(self, instruction_set: str, library: Path) -> None:
-        self.instruction_set = instruction_set
+        self.instruction_set, self.library = instruction_set, library
         functions = ctypes.CDLL(str(library))
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(functions, name)

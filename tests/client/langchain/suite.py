@@ -416,6 +416,11 @@ class TestConnections:
         with pytest.raises(UnavailableError):
             chat.model_copy(update={"target": "localhost:1"}).invoke("Hi")
 
+    def test_of_several_targets_one_that_responds_is_used(self, chat: ChatMpt) -> None:
+        several = chat.model_copy(update={"target": ["localhost:1", TARGET]})
+        assert several.invoke("Hi").content == chat.invoke("Hi").content
+        assert "".join(chunk.text for chunk in several.stream("Hi")) == chat.invoke("Hi").content
+
     def test_models_can_be_serialized_and_loaded(self, chat: ChatMpt, llm: MptLLM) -> None:
         for model in (chat, llm):
             kind, serialized = type(model), dumps(model)

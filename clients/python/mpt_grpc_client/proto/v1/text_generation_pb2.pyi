@@ -121,6 +121,8 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    RESUME_OUTPUTS_FIELD_NUMBER: _builtins.int
+    RESUME_FINGERPRINT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Identifies the request in Cancel, traces and logs. At most 128 bytes; must be unique among the requests in progress.
     If empty, the server generates an ID and returns it.
@@ -136,6 +138,11 @@ class GenerateRequest(_message.Message):
     truncate_prompt_tokens: _builtins.int
     """Keep only the last N prompt tokens. Must be at least 1. Default: keep all. Not supported for conversations. The prompt
     may then be longer than the context: up to 262,144 characters or token IDs.
+    """
+    resume_fingerprint: _builtins.str
+    """The fingerprint of the server that generated the tokens to resume. A server with another one refuses the request with
+    FAILED_PRECONDITION. At most 256 bytes. Default: empty, and any server continues, without a promise that the tokens are
+    the same.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -173,6 +180,13 @@ class GenerateRequest(_message.Message):
         single sequence.
         """
 
+    @_builtins.property
+    def resume_outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartialOutput]:
+        """The partial outputs to resume, for a request with several sequences: as `resume_token_ids`, but for each output. Those
+        that are not listed have ended and are not generated. Requires `sampling.seed` unless decoding is greedy. Cannot be
+        combined with `resume_token_ids`. At most 16.
+        """
+
     def __init__(
         self,
         *,
@@ -189,10 +203,12 @@ class GenerateRequest(_message.Message):
         priority: _builtins.int | None = ...,
         truncate_prompt_tokens: _builtins.int | None = ...,
         resume_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        resume_outputs: _abc.Iterable[Global___PartialOutput] | None = ...,
+        resume_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "cache", b"cache", "conversation", b"conversation", "decoding", b"decoding", "output_options", b"output_options", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "cache", b"cache", "conversation", b"conversation", "decoding", b"decoding", "model", b"model", "output_options", b"output_options", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "cache", b"cache", "conversation", b"conversation", "decoding", b"decoding", "model", b"model", "output_options", b"output_options", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume_fingerprint", b"resume_fingerprint", "resume_outputs", b"resume_outputs", "resume_token_ids", b"resume_token_ids", "sampling", b"sampling", "stopping", b"stopping", "text", b"text", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
@@ -208,6 +224,68 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class PartialOutput(_message.Message):
+    """The beginning of an output."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """The index of the output, below `sampling.num_sequences`; each at most once."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens so far. If empty, the output is generated from its beginning. All lists together have at most 262,144."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PartialOutput: _TypeAlias = PartialOutput  # noqa: Y015
+
+@_typing.final
+class ResumeInfo(_message.Message):
+    """What it takes to continue an interrupted stream on another server. It is a detail of the error that ended the stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEED_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    seed: _builtins.int
+    """The seed of the request, to be sent as `sampling.seed`."""
+    fingerprint: _builtins.str
+    """The server's fingerprint, to be sent as `resume_fingerprint`."""
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartialOutput]:
+        """The outputs that have not ended, with all their tokens sent so far, to be sent as `resume_outputs`. Empty if there are
+        more than 1000 tokens: request the token IDs with `output_options.return_token_ids`, and collect them.
+        """
+
+    def __init__(
+        self,
+        *,
+        seed: _builtins.int = ...,
+        fingerprint: _builtins.str = ...,
+        outputs: _abc.Iterable[Global___PartialOutput] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "outputs", b"outputs", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeInfo: _TypeAlias = ResumeInfo  # noqa: Y015
 
 @_typing.final
 class Conversation(_message.Message):
@@ -840,8 +918,11 @@ class StreamGenerateResponse(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The ID of the request, as sent or as generated by the server."""
+    fingerprint: _builtins.str
+    """The server's fingerprint, as in GetServerInfo. Set in the first chunk only."""
     @_builtins.property
     def prompt(self) -> Global___PromptInfo:
         """Information about the prompt. Set in the first chunk only."""
@@ -861,10 +942,11 @@ class StreamGenerateResponse(_message.Message):
         prompt: Global___PromptInfo | None = ...,
         output: Global___Output | None = ...,
         summary: Global___Summary | None = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "prompt", b"prompt", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "prompt", b"prompt", "request_id", b"request_id", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "output", b"output", "prompt", b"prompt", "request_id", b"request_id", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1514,8 +1596,16 @@ class GetServerInfoResponse(_message.Message):
     UPTIME_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version of the server."""
+    fingerprint: _builtins.str
+    """What the server's tokens depend on besides the request, as `name:value` pairs separated by spaces, in a fixed order:
+    `model` (the configuration and the weights), `text` (the tokenizer, the chat template and the guards), `defaults` (of
+    options, and the context length), `precision` (of the weights and the KV cache), `numerics` (the device and the code
+    that computes) and `sampler` (its version). Servers with the same fingerprint generate the same tokens for the same
+    request and seed, to the extent that one server does. Of large weight files only a sample of the bytes is covered.
+    """
     @_builtins.property
     def uptime(self) -> _duration_pb2.Duration:
         """How long the server has been running."""
@@ -1535,10 +1625,11 @@ class GetServerInfoResponse(_message.Message):
         uptime: _duration_pb2.Duration | None = ...,
         limits: Global___Limits | None = ...,
         load: Global___Load | None = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "limits", b"limits", "load", b"load", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,11 +34,15 @@ class TextGenerationServiceStub(object):
     PROMPT_REFUSED: a guard configured on the server refused the prompt
     NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
     ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
+    FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
     RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
     google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
     UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
     ENGINE_STOPPED: the engine has failed and the server must be restarted
     INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
+
+    A stream that ends with UNAVAILABLE after it has begun also carries a ResumeInfo, with which it can be continued on
+    another server.
     """
 
     def __init__(self, channel):
@@ -93,11 +97,15 @@ class TextGenerationServiceServicer(object):
     PROMPT_REFUSED: a guard configured on the server refused the prompt
     NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
     ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
+    FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
     RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
     google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
     UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
     ENGINE_STOPPED: the engine has failed and the server must be restarted
     INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
+
+    A stream that ends with UNAVAILABLE after it has begun also carries a ResumeInfo, with which it can be continued on
+    another server.
     """
 
     def Generate(self, request, context):
@@ -206,11 +214,15 @@ class TextGenerationService(object):
     PROMPT_REFUSED: a guard configured on the server refused the prompt
     NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
     ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
+    FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
     RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
     google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
     UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
     ENGINE_STOPPED: the engine has failed and the server must be restarted
     INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
+
+    A stream that ends with UNAVAILABLE after it has begun also carries a ResumeInfo, with which it can be continued on
+    another server.
     """
 
     @staticmethod

@@ -35,11 +35,15 @@ class TextGenerationServiceStub:
                           PROMPT_REFUSED: a guard configured on the server refused the prompt
       NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
       ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
+      FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
       RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
                           google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
       UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
                           ENGINE_STOPPED: the engine has failed and the server must be restarted
       INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
+
+    A stream that ends with UNAVAILABLE after it has begun also carries a ResumeInfo, with which it can be continued on
+    another server.
     """
 
     @_typing.overload
@@ -75,11 +79,15 @@ class TextGenerationServiceAsyncStub(TextGenerationServiceStub):
                           PROMPT_REFUSED: a guard configured on the server refused the prompt
       NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
       ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
+      FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
       RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
                           google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
       UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
                           ENGINE_STOPPED: the engine has failed and the server must be restarted
       INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
+
+    A stream that ends with UNAVAILABLE after it has begun also carries a ResumeInfo, with which it can be continued on
+    another server.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -111,11 +119,15 @@ class TextGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
                           PROMPT_REFUSED: a guard configured on the server refused the prompt
       NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
       ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
+      FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
       RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
                           google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
       UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
                           ENGINE_STOPPED: the engine has failed and the server must be restarted
       INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
+
+    A stream that ends with UNAVAILABLE after it has begun also carries a ResumeInfo, with which it can be continued on
+    another server.
     """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,150 @@
+"""Which server a call goes to: round robin over a client's servers, and on to the next one when one fails.
+
+No I/O happens here; the synchronous and the asynchronous client share it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import grpc
+
+from mpt_grpc_client.channel import proxy_variable
+from mpt_grpc_client.errors import MptGrpcError, OverloadedError, UnavailableError, from_rpc_error
+
+_MAX_ROUNDS = 4
+_FIRST_PAUSE_S = 0.1
+_MAX_ASIDE_S = 30.0
+_Connection = TypeVar("_Connection")
+
+
+@dataclass
+class Server(Generic[_Connection]):
+    """A target, the connection to it, and how it has fared."""
+
+    target: str
+    connection: _Connection
+    num_failures: int = 0
+    """The number of times it was set aside since it last responded."""
+    aside_until_s: float = 0.0
+    """Until then, by the monotonic clock, it is tried only after the others."""
+
+
+class Rotation(Generic[_Connection]):
+    """The servers of a client, which take turns. One that fails is set aside: for 1 s at first, for up to 30 s later.
+
+    Any thread may use it.
+    """
+
+    def __init__(self, servers: Iterable[Server[_Connection]], *, is_balanced: bool) -> None:
+        """`is_balanced`: whether a call that fails is tried again, for which gRPC may choose another address."""
+        self.servers = tuple(servers)
+        self.is_balanced = is_balanced
+        self.is_closed = False
+        """Whether their connections are."""
+        self._lock = threading.Lock()
+        self._turn = 0
+
+    def order(self) -> list[Server[_Connection]]:
+        """Returns the servers in the order in which a call is to try them, and passes the turn on."""
+        with self._lock:
+            start, self._turn = self._turn, (self._turn + 1) % len(self.servers)
+        now_s = time.monotonic()
+        in_turn = self.servers[start:] + self.servers[:start]
+        return sorted(in_turn, key=lambda server: max(0.0, server.aside_until_s - now_s))
+
+    def set_aside(self, server: Server[_Connection]) -> None:
+        """Notes that a server has failed; calls that fail together count once."""
+        with self._lock:
+            if (now_s := time.monotonic()) >= server.aside_until_s:
+                server.aside_until_s = now_s + min(2.0**server.num_failures, _MAX_ASIDE_S)
+                server.num_failures += 1
+
+    def put_back(self, server: Server[_Connection]) -> None:
+        """Notes that a server has responded."""
+        if server.num_failures:
+            with self._lock:
+                server.num_failures, server.aside_until_s = 0, 0.0
+
+
+class Attempts(Generic[_Connection]):
+    """The attempts of one call. `server` is the one to call now."""
+
+    def __init__(self, rotation: Rotation[_Connection], timeout: float | None, *, retries: bool) -> None:
+        """timeout: that of all attempts together, in seconds.
+
+        retries: whether to try all servers again, up to three times, after they have failed.
+        """
+        self._rotation, self._timeout = rotation, timeout
+        self._deadline_s = None if timeout is None else time.monotonic() + timeout
+        self._max_rounds = _MAX_ROUNDS if retries else 1
+        self._num_rounds = 1
+        self._remaining = rotation.order()
+        self._failures: dict[str, MptGrpcError] = {}
+        """The last failure of each server since one responded."""
+        self.server = self._remaining.pop(0)
+
+    @property
+    def timeout(self) -> float | None:
+        """The seconds that are left."""
+        return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+
+    def succeeded(self) -> None:
+        """Notes that the server has responded; if it fails later, all servers are tried anew."""
+        self._rotation.put_back(self.server)
+        if self._rotation.is_balanced:
+            self._num_rounds, self._remaining = 0, []
+            self._failures.clear()
+
+    def translated(self, error: grpc.RpcError) -> MptGrpcError:
+        """Returns the client's exception for an attempt that failed."""
+        target = self.server.target
+        return from_rpc_error(error, target, self._timeout, proxy_variable(target))
+
+    def after(self, failure: MptGrpcError) -> float | MptGrpcError:
+        """Moves on to the next server; returns the seconds to wait before, or the error to raise if there is none."""
+        if not (self._rotation.is_balanced and self._may_succeed_elsewhere(failure)):
+            return failure
+        self._failures[self.server.target] = failure
+        if failure.code in _BROKEN:
+            self._rotation.set_aside(self.server)
+        pause = 0.0
+        if not self._remaining:
+            self._num_rounds += 1
+            if self._num_rounds > self._max_rounds or all(f.reason == _DIFFERS for f in self._failures.values()):
+                return self._summary(failure)
+            self._remaining = self._rotation.order()
+            pause = self._pause()
+        self.server = self._remaining.pop(0)
+        return pause if self.timeout is None else min(pause, self.timeout)
+
+    def _may_succeed_elsewhere(self, failure: MptGrpcError) -> bool:
+        if failure.reason:
+            is_own_request = failure.reason == "DUPLICATE_REQUEST_ID" and bool(self._failures)
+            return failure.code is grpc.StatusCode.UNAVAILABLE or failure.reason in _ELSEWHERE or is_own_request
+        return failure.code in _BROKEN or "RST_STREAM" in str(failure)
+
+    def _pause(self) -> float:
+        """Returns the time to wait before a round: none before the first, and as servers that are all busy ask for."""
+        if self._num_rounds < 2:
+            return 0.0
+        pauses = [f.retry_after or 0.0 for f in self._failures.values() if isinstance(f, OverloadedError)]
+        asked = min(pauses) if len(pauses) == len(self._failures) else 0.0
+        return float(max(asked, _FIRST_PAUSE_S * 2 ** (self._num_rounds - 2)))
+
+    def _summary(self, failure: MptGrpcError) -> MptGrpcError:
+        """Returns the error that says why each server failed."""
+        if len(self._failures) == 1:
+            return failure
+        whys = "; ".join(f"{target}: {why}" for target, why in self._failures.items())
+        return UnavailableError(f"all servers failed: {whys}", code=failure.code, reason=failure.reason)
+
+
+_DIFFERS = "FINGERPRINT_MISMATCH"
+_ELSEWHERE = ("OVERLOADED", _DIFFERS)
+_BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+"""The codes of a connection that broke, unless the caller cancelled the call."""

@@ -1,0 +1,111 @@
+"""Which server a call goes to, and what a client of several servers sends."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from mpt_grpc_client import AsyncClient, Client, InvalidTargetError, OverloadedError, UnavailableError
+from mpt_grpc_client.channel import resolve_targets
+from mpt_grpc_client.errors import MptGrpcError
+from mpt_grpc_client.failover import Attempts, Rotation, Server
+
+GONE = UnavailableError("gone", code=grpc.StatusCode.UNAVAILABLE)
+BUSY = OverloadedError("busy", reason="OVERLOADED", retry_after=0.25)
+DIFFERS = MptGrpcError("differs", code=grpc.StatusCode.FAILED_PRECONDITION, reason="FINGERPRINT_MISMATCH")
+INVALID = MptGrpcError("invalid", code=grpc.StatusCode.INVALID_ARGUMENT, reason="INVALID_REQUEST")
+
+
+def rotation(*targets: str) -> Rotation[None]:
+    return Rotation([Server(target, None) for target in targets], is_balanced=True)
+
+
+def order(servers: Rotation[None]) -> str:
+    return "".join(server.target for server in servers.order())
+
+
+def tried(attempts: Attempts[None], failure: MptGrpcError) -> tuple[str, list[float], MptGrpcError]:
+    """Returns the servers that are tried while all fail like this, the pauses between them, and the error at last."""
+    targets, pauses = "", list[float]()
+    while True:
+        targets += attempts.server.target
+        pause = attempts.after(failure)
+        if isinstance(pause, MptGrpcError):
+            return targets, pauses, pause
+        pauses.append(pause)
+
+
+def test_servers_take_turns_and_those_that_failed_come_last():
+    servers = rotation("a", "b", "c")
+    assert [order(servers) for _ in range(4)] == ["abc", "bca", "cab", "abc"]
+    servers.set_aside(servers.servers[1])
+    assert [order(servers) for _ in range(3)] == ["cab", "cab", "acb"]
+    servers.put_back(servers.servers[1])
+    assert order(servers) == "bca"
+
+
+def test_failures_at_the_same_time_count_once():
+    servers = rotation("a", "b")
+    for _ in range(30):
+        servers.set_aside(servers.servers[0])
+    assert servers.servers[0].num_failures == 1
+
+
+def test_all_servers_are_tried_four_times_with_growing_pauses():
+    targets, pauses, error = tried(Attempts(rotation("a", "b"), None, retries=True), GONE)
+    assert targets[:2] == "ab"
+    assert sorted(targets) == list("aaaabbbb")
+    assert pauses == [0, 0.1, 0, 0.2, 0, 0.4, 0]
+    assert str(error) == "all servers failed: a: gone; b: gone"
+
+
+def test_without_retries_each_server_is_tried_once():
+    assert tried(Attempts(rotation("a", "b", "c"), None, retries=False), GONE)[0] == "abc"
+
+
+def test_servers_that_are_all_busy_are_given_the_time_that_they_ask_for():
+    targets, pauses, error = tried(Attempts(rotation("a", "b"), None, retries=True), BUSY)
+    assert targets == "abbaabba"
+    assert pauses == [0, 0.25, 0, 0.25, 0, 0.4, 0]
+    assert isinstance(error, UnavailableError)
+
+
+def test_a_server_that_differs_is_not_asked_again():
+    assert tried(Attempts(rotation("a", "b"), None, retries=True), DIFFERS)[0] == "ab"
+
+
+def test_an_invalid_request_is_not_tried_elsewhere():
+    assert tried(Attempts(rotation("a", "b"), None, retries=True), INVALID) == ("a", [], INVALID)
+
+
+def test_after_a_response_all_servers_are_tried_anew_the_failed_one_last():
+    attempts = Attempts(rotation("a", "b", "c"), None, retries=False)
+    attempts.succeeded()
+    assert tried(attempts, GONE)[0] == "abca"
+
+
+def test_a_pause_is_no_longer_than_what_is_left_of_the_timeout():
+    _, pauses, _ = tried(Attempts(rotation("a"), 0.05, retries=True), GONE)
+    assert max(pauses) <= 0.05
+
+
+def test_targets_are_a_list_or_separated_by_commas(monkeypatch: pytest.MonkeyPatch):
+    assert resolve_targets("a:1,unix:/b,a:1") == resolve_targets(["a:1", "unix:/b"]) == ("a:1", "unix:/b")
+    monkeypatch.setenv("MPT_GRPC_TARGET", "a:1,b:2")
+    assert resolve_targets(None) == ("a:1", "b:2")
+    with pytest.raises(InvalidTargetError, match="target 'b' has no port"):
+        Client("a:1,b")
+    with pytest.raises(InvalidTargetError, match="target: the list is empty"):
+        AsyncClient([])
+
+
+def test_a_channel_of_the_callers_own_requires_one_target():
+    with grpc.insecure_channel("a:1") as channel, pytest.raises(InvalidTargetError, match="requires one target"):
+        Client(["a:1", "b:2"], channel=channel)
+
+
+def test_a_client_of_one_server_requests_what_the_caller_did(scripted, client):
+    list(client.stream("Once"))
+    (request,) = scripted.requests
+    assert not request.output_options.HasField("return_token_ids")
+    assert not request.sampling.HasField("seed")
