@@ -208,7 +208,7 @@ class GenerationRequest:
     chunks: ChunkOptions = field(default_factory=ChunkOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     priority: int = 0
-    """Requests with higher values run first; equal priorities are served in order of arrival."""
+    """Requests with higher values run first; those of one caller with equal priorities run in order of arrival."""
     skip_special_tokens: bool = True
     """Whether to omit special tokens, such as the end-of-sequence token, from the text."""
     truncate_prompt_tokens: int | None = None

@@ -1,8 +1,9 @@
 """Decides what each step computes and applies the results.
 
-`plan` serves the sequences in one pass, by priority and then by arrival; `commit` applies the chosen tokens. When
-blocks run short, the lowest-ranked running sequence is preempted: its blocks are freed and it is recomputed later. The
-first sequence of a request is its primary; its siblings start once the prompt is computed and share its full blocks.
+`plan` serves the sequences in one pass, by priority and then in the order of the fair queue; `commit` applies the
+chosen tokens. When blocks run short, the lowest-ranked running sequence is preempted: its blocks are freed and it is
+recomputed later. The first sequence of a request is its primary; its siblings start once the prompt is computed and
+share its full blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.request import Finish, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.drafts import Drafter, TokenIds, most_useful
+from mpt_grpc.schedule.fair_queue import FairQueue
 from mpt_grpc.schedule.sequence import Sequence
 from mpt_grpc.schedule.step_times import StepTimes
 from mpt_grpc.step import Matcher, SequenceStep, StepPlan, StepResult
@@ -63,6 +65,7 @@ class Scheduler:
         self._started: list[int] = []
         """The sequences that run for the first time in the step that is being planned."""
         self._times = StepTimes()
+        self._fair_queue = FairQueue()
         self._drafters: dict[int, Drafter] = {}
         """By sequence; empty without speculation."""
 
@@ -102,6 +105,9 @@ class Scheduler:
         """
         primary: Sequence | None = None
         added: list[tuple[Sequence, Finish | None]] = []
+        max_new_tokens = request.stopping.max_new_tokens or 0
+        num_tokens = sum(max_new_tokens - len(resumed) for resumed in request.outputs.values())
+        start = self._fair_queue.start(request.caller.name, len(prompt_token_ids) + num_tokens)
         for number, (index, resumed) in enumerate(request.outputs.items()):
             sequence = Sequence(
                 self._num_arrivals,
@@ -111,6 +117,7 @@ class Scheduler:
                 self._eos_token_ids,
                 matchers[number] if matchers else None,
                 primary,
+                start=start,
             )
             self._num_arrivals += 1
             finish = None
@@ -246,6 +253,7 @@ class Scheduler:
                 while self._lacks_capacity_for(head, hits):
                     self._preempt(self._running[-1])
             self._waiting.remove(head)
+            self._fair_queue.advance(head.fair_start)
             self._pool.share(hits)
             if head.num_cached_tokens is None:
                 self._started.append(head.sequence_id)

@@ -26,11 +26,16 @@ class Sequence:
         eos_token_ids: frozenset[int] = frozenset(),
         matcher: Matcher | None = None,
         primary: Sequence | None = None,
+        *,
+        start: int = 0,
     ) -> None:
-        """`primary` is the sequence of the same request that computes the prompt for this one; None on the primary."""
-        self.sequence_id, self.request, self.index = sequence_id, request, index
-        self.rank = (-request.priority, sequence_id)
-        """The sort key for scheduling: lower runs first, by priority and then by arrival."""
+        """`primary` is the sequence of the same request that computes the prompt for this one; None on the primary.
+
+        `start` is that of the request in the fair queue.
+        """
+        self.sequence_id, self.request, self.index, self.fair_start = sequence_id, request, index, start
+        self.rank = (-request.priority, start, sequence_id)
+        """The sort key for scheduling: lower runs first, by priority, then in the order of the fair queue."""
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self._prompt_token_ids = prompt_token_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -291,7 +292,7 @@ def test_duplicate_request_id_is_rejected_while_in_flight(
 def test_aborted_request_frees_its_blocks_within_one_step(
     state: str, make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
 ) -> None:
-    engine = make_engine(num_blocks=64, max_running_requests=2, max_step_tokens=32)
+    engine = make_engine(num_blocks=64, max_running_requests=2, max_step_tokens=32, prefill_slowdown=math.inf)
     runner = stepped[0]
     other = submit(engine, generation("other", (3,) * 8, max_new_tokens=400))
     runner.wait_for_step()

@@ -132,8 +132,8 @@ class GenerateRequest(_message.Message):
     text: _builtins.str
     """Plain text. It is tokenized unchanged; no special tokens are added."""
     priority: _builtins.int
-    """Scheduling priority. Requests with higher values run first and are preempted last; equal priorities are served in
-    order of arrival. Range: -100 to 100. Default: 0.
+    """Scheduling priority. Requests with higher values run first and are preempted last; with equal priorities,
+    callers take turns, and the requests of one caller run in order of arrival. Range: -100 to 100. Default: 0.
     """
     truncate_prompt_tokens: _builtins.int
     """Keep only the last N prompt tokens. Must be at least 1. Default: keep all. Not supported for conversations. The prompt
