@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,11 +25,14 @@ DEMO_BLOCK_BYTES = 2 * 8 * 16 * 256 * 4
 
 
 def demo_settings(num_blocks: int = 512, **scheduler: Any) -> Settings:
-    """Returns settings for the demo model in float32 with a cache of `num_blocks`, on a free port."""
+    """Returns settings for the demo model in float32 with a cache of `num_blocks`, on a free port.
+
+    The steps do not depend on the time that others took.
+    """
     return Settings(
         model=ModelSettings(device="cpu", dtype="float32"),
         cache=CacheSettings(kv_cache_bytes=num_blocks * DEMO_BLOCK_BYTES),
-        scheduler=replace(SchedulerSettings(), **scheduler),
+        scheduler=replace(SchedulerSettings(prefill_slowdown=math.inf), **scheduler),
         server=ServerSettings(grpc_port=0, grace_s=20),
         http=HttpSettings(port=None),
     )

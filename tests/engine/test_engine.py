@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -93,6 +92,13 @@ def test_concurrent_requests_have_the_same_outputs_as_when_run_alone(
     shared_engine: Engine, alone: dict[str, Generation]
 ) -> None:
     assert_same_tokens(run_concurrently(shared_engine, mixed_requests(16)), alone)
+
+
+def test_prompts_in_parts_beside_running_outputs_do_not_change_outputs(
+    make_engine: Callable[..., Engine], alone: dict[str, Generation]
+) -> None:
+    engine = make_engine(prefill_slowdown=1.2)
+    assert_same_tokens(run_concurrently(engine, mixed_requests(len(alone))), alone)
 
 
 def test_preemption_does_not_change_outputs(make_engine: Callable[..., Engine], alone: dict[str, Generation]) -> None:
@@ -292,7 +298,7 @@ def test_duplicate_request_id_is_rejected_while_in_flight(
 def test_aborted_request_frees_its_blocks_within_one_step(
     state: str, make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
 ) -> None:
-    engine = make_engine(num_blocks=64, max_running_requests=2, max_step_tokens=32, prefill_slowdown=math.inf)
+    engine = make_engine(num_blocks=64, max_running_requests=2, max_step_tokens=32)
     runner = stepped[0]
     other = submit(engine, generation("other", (3,) * 8, max_new_tokens=400))
     runner.wait_for_step()
