@@ -141,10 +141,10 @@ from mpt_grpc.server import server
 commit, run = Scheduler.commit, Runner.run
 server._STOP_TIMEOUT_S = 0.5
 
-def commit_or_fail(self, plan, result):
+def commit_or_fail(self, plan, *outcome):
     if any(step.request_id == "fatal" for step in plan.sequences):
         raise RuntimeError("inconsistent state")
-    return commit(self, plan, result)
+    return commit(self, plan, *outcome)
 
 def run_or_hang(self, plan):
     if any(step.request_id == "endless" for step in plan.sequences):
