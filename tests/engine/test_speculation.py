@@ -61,7 +61,7 @@ def test_all_sampling_options_give_the_same_tokens_in_fewer_steps(
 @pytest.mark.parametrize("decoding", ["plain", "schema"])
 def test_a_text_that_repeats_its_prompt_takes_fewer_steps(make_engine: Callable[..., Engine], decoding: str) -> None:
     engine = make_engine(speculate="ngram")
-    whole = engine.generate(replace(request(decoding, 0), decoding=DECODING[decoding]))
+    whole = engine.generate(request(decoding, 0))
     load = engine.load
     assert load.num_steps < len(whole.token_ids)
     assert load.num_draft_tokens >= load.num_accepted_tokens > 0
