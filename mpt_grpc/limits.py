@@ -61,13 +61,16 @@ RANGES: Mapping[str, Range] = {
 
 MAX_COUNTS: Mapping[str, int] = {
     "conversation.messages": 1024,
+    "conversation.messages.tool_calls": 512,
+    "conversation.tools": 128,
+    "conversation.allowed_tools": 128,
     "decoding.choice.options": 4096,
     "decoding.logit_bias": 1024,
     "resume_outputs": 16,
     "stopping.stop_strings": 16,
     "stopping.stop_token_ids": 64,
 }
-"""The largest numbers of items of lists and maps."""
+"""The largest numbers of items of lists and maps; of calls, those of all messages together."""
 
 MAX_BYTES: Mapping[str, int] = {
     "request_id": 128,
@@ -75,13 +78,21 @@ MAX_BYTES: Mapping[str, int] = {
     "resume_fingerprint": 256,
     "cache.salt": 128,
     "conversation.chat_template_kwargs": 16 << 10,
+    "conversation.messages.tool_call_id": 256,
+    "conversation.messages.tool_calls": 262_144,
+    "conversation.tools": 65_536,
     "decoding.choice.options": 65_536,
     "decoding.json_schema": 65_536,
     "decoding.lark_grammar": 65_536,
     "decoding.regex": 65_536,
     "stopping.stop_strings": 256,
 }
-"""The largest sizes of texts in UTF-8; of choices together, of stop strings each."""
+"""The largest sizes of texts in UTF-8; of choices, tools and calls together, of stop strings each."""
+
+MAX_TOOL_NAME_CHARACTERS = 64
+"""The longest name of a tool."""
+MAX_PARALLEL_CALLS = 16
+"""The most calls of tools that one output makes."""
 
 MAX_TEXT_CHARACTERS = 1 << 18
 """The longest text that may be truncated, even if fewer of its tokens are kept."""

@@ -10,6 +10,19 @@ from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from mpt_grpc.caller import ANONYMOUS, Caller
+from mpt_grpc.limits import MAX_PARALLEL_CALLS
+
+
+class ToolCall(NamedTuple):
+    """A call of a tool by the model, or in a delta the new part of one."""
+
+    id: str
+    name: str
+    """In a delta, the ID and the name are in the first part of a call, and empty in the others."""
+    arguments: str
+    """A JSON object, unless a limit cut it short."""
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index
+    """The place of the call among those of its output."""
 
 
 @dataclass(frozen=True)
@@ -17,13 +30,35 @@ class Message:
     """One message of a conversation."""
 
     role: str
-    """'system', 'user' or 'assistant'."""
+    """'system', 'user', 'assistant' or 'tool'."""
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The calls that the assistant made."""
+    tool_call_id: str = ""
+    """The call to which a tool replies with this message."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call. Calling it is up to the caller of the server."""
+
+    name: str
+    description: str
+    parameters: str
+    """The JSON Schema of the arguments, as JSON text."""
+
+
+class ToolChoice(enum.Enum):
+    """Whether the model calls tools."""
+
+    AUTO = enum.auto()
+    NONE = enum.auto()
+    REQUIRED = enum.auto()
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that the model's chat template turns into a prompt."""
+    """Messages that the model's chat template turns into a prompt, and the tools that the model may call."""
 
     messages: tuple[Message, ...]
     drop_oldest_turns: bool = False
@@ -32,6 +67,25 @@ class Conversation:
     """Whether the prompt ends with the beginning of the assistant's message."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Further variables of the chat template."""
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice.AUTO
+    allowed_tools: tuple[str, ...] = ()
+    """The names of the tools that may be called; empty allows all."""
+    parallel_tool_calls: bool = True
+    """Whether an output may have several calls."""
+
+    @property
+    def shown_tools(self) -> tuple[Tool, ...]:
+        """The tools that the model knows of."""
+        return () if self.tool_choice is ToolChoice.NONE else self.tools
+
+    def tool_calls(self, content: Constraint | None) -> ToolCalls | None:
+        """Returns the constraint on an output that may call tools, or None if it may not; `content` is that on text."""
+        if not self.shown_tools:
+            return None
+        callable_ = tuple(tool for tool in self.tools if not self.allowed_tools or tool.name in self.allowed_tools)
+        is_required = self.tool_choice is ToolChoice.REQUIRED
+        return ToolCalls(callable_, is_required, MAX_PARALLEL_CALLS if self.parallel_tool_calls else 1, content)
 
 
 @dataclass(frozen=True)
@@ -103,6 +157,20 @@ class LarkGrammar:
 
 
 Constraint = JsonSchema | JsonObject | Regex | Choice | LarkGrammar
+
+
+@dataclass(frozen=True)
+class ToolCalls:
+    """Constrains the output to calls of tools or, unless they are required, to text."""
+
+    tools: tuple[Tool, ...]
+    is_required: bool
+    max_calls: int
+    content: Constraint | None
+    """The constraint on an output without calls. If there is none, text may also precede the calls."""
+
+
+OutputConstraint = Constraint | ToolCalls
 
 
 @dataclass(frozen=True)
@@ -220,6 +288,13 @@ class GenerationRequest:
     """The same for several outputs; those that are not listed are not generated."""
 
     @cached_property
+    def constraint(self) -> OutputConstraint | None:
+        """What restricts the outputs to a formal language: the constraint that was asked for, or calls of tools."""
+        content = self.decoding.constraint
+        calls = self.prompt.tool_calls(content) if isinstance(self.prompt, Conversation) else None
+        return calls or content
+
+    @cached_property
     def outputs(self) -> Mapping[int, tuple[int, ...]]:
         """The indices of the outputs to generate, in order, each with the tokens to resume."""
         if self.resume_outputs:
@@ -253,6 +328,7 @@ class FinishReason(enum.Enum):
     TIME_LIMIT = enum.auto()
     REPETITION = enum.auto()
     CONTENT_FILTER = enum.auto()
+    TOOL_CALLS = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -316,6 +392,7 @@ class OutputDelta(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
     stats: RequestStats | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -326,6 +403,7 @@ class Output:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish: Finish
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -153,11 +153,11 @@ def _combinations(request: GenerationRequest, limits: RequestLimits) -> Iterator
     if not 0 <= stopping.min_new_tokens <= max_new_tokens:
         why = f"{stopping.min_new_tokens} is not in [0, {max_new_tokens}], where the upper bound is max_new_tokens"
         yield FieldViolation("stopping.min_new_tokens", why)
-    if decoding.constraint is not None and decoding.allowed_token_ids:
-        why = "cannot be combined with a constraint: the two might have no token in common"
+    if request.constraint is not None and decoding.allowed_token_ids:
+        why = "cannot be combined with a constraint or tools: the two might have no token in common"
         yield FieldViolation("decoding.allowed_token_ids", why)
-    if decoding.constraint is not None and stopping.ignore_eos:
-        why = "cannot be combined with a constraint: the output ends once the constraint is complete"
+    if request.constraint is not None and stopping.ignore_eos:
+        why = "cannot be combined with a constraint or tools: the output ends once the constraint is complete"
         yield FieldViolation("stopping.ignore_eos", why)
     if max_new_tokens == 0 and sampling.num_sequences > 1:
         yield FieldViolation("sampling.num_sequences", "must be 1 if max_new_tokens is 0: there is no output")

@@ -29,6 +29,7 @@ from mpt_grpc.engine.prepare import Preparation, PreparedRequest, Preparers
 from mpt_grpc.engine.request_table import RequestRecord, RequestTable
 from mpt_grpc.engine.state import EngineLoad, EngineState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream, collect
+from mpt_grpc.engine.tool_output import ToolOutput
 from mpt_grpc.errors import (
     DeviceLostError,
     DrainingError,
@@ -46,6 +47,7 @@ from mpt_grpc.request import (
     GenerationRequest,
     OutputDelta,
     TokenEvent,
+    ToolCalls,
 )
 from mpt_grpc.schedule.scheduler import Scheduler
 from mpt_grpc.schedule.sequence import Sequence
@@ -377,20 +379,29 @@ class Engine:
         request, preparation = prepared.request, self.preparation
         stopping, guards = request.stopping, preparation.guards
 
-        def output(index: int, resumed: tuple[int, ...]) -> OutputAssembly:
-            text = TextAssembler(
+        def assembler() -> TextAssembler:
+            return TextAssembler(
                 preparation.tokenizer.detokenizer(prepared.prompt_token_ids, request.skip_special_tokens),
                 stopping.stop_strings,
                 stopping.include_stop_string,
                 stopping.min_new_tokens,
             )
 
+        def output(index: int, resumed: tuple[int, ...]) -> OutputAssembly:
             def end_output(finish: Finish) -> None:
                 end(finish, index)
 
+            output: OutputAssembly
             if guards:
-                return GuardedOutput(index, text, watch_all(guards), end_output, resumed)
-            return PlainOutput(index, text, end_output, resumed)
+                output = GuardedOutput(index, assembler(), watch_all(guards), end_output, resumed)
+            else:
+                output = PlainOutput(index, assembler(), end_output, resumed)
+            if not isinstance(request.constraint, ToolCalls):
+                return output
+            text = assembler()
+            # Under a guard, text that a stop string may begin has been sent, too.
+            resumed_text = [*map(text.feed, resumed), text.finish() if guards else ""]
+            return ToolOutput(output, request.request_id, index, request.constraint, resumed_text)
 
         outputs = {index: output(index, resumed) for index, resumed in request.outputs.items()}
         return RequestAssembly(outputs, request.chunks, is_guarded=bool(guards))

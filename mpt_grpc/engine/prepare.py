@@ -49,7 +49,7 @@ class Preparers:
 
     def run(self, request: GenerationRequest, prepare: Callable[[], None]) -> None:
         """Runs `prepare`, which handles its own errors, when it is the request's turn; never after `close`."""
-        threads = self._texts if request.decoding.constraint is None else self._constraints
+        threads = self._texts if request.constraint is None else self._constraints
         with suppress(RuntimeError):  # closed
             threads.submit(prepare)
 
@@ -73,7 +73,7 @@ class Preparation:
         is_short = not isinstance(request.prompt, Conversation) and len(request.prompt) <= _LONG_TEXT
         num_resumed = sum(len(token_ids) for _, token_ids in resumed_lists(request))
         is_short = is_short and len(request.decoding.allowed_token_ids) + num_resumed <= _LONG_TEXT
-        return is_short and request.decoding.constraint is None and not self.guards
+        return is_short and request.constraint is None and not self.guards
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Returns the request ready for the scheduler.
@@ -94,8 +94,9 @@ class Preparation:
             raise InvalidRequestError(*violations)
         self._check_with_guards(prompt_token_ids)
         _ = request.decoding.allowed_mask  # computed here, and not in the scheduler thread
+        request = self._resolved(request)
         matchers, complete = self._matchers(request)
-        return PreparedRequest(self._resolved(request), prompt_token_ids, matchers, complete)
+        return PreparedRequest(request, prompt_token_ids, matchers, complete)
 
     def _prompt_token_ids(self, request: GenerationRequest) -> tuple[int, ...]:
         prompt, stopping = request.prompt, request.stopping
@@ -143,10 +144,11 @@ class Preparation:
 
     def _matchers(self, request: GenerationRequest) -> tuple[tuple[Matcher, ...], frozenset[int]]:
         """Returns one matcher per sequence, and the indices of the outputs that the resumed tokens complete."""
-        constraint = request.decoding.constraint
+        constraint = request.constraint
         if constraint is None:
             return (), frozenset()
-        matchers = tuple(self._constraints.compile(constraint) for _ in request.outputs)
+        ends = self.tokenizer.special_token_ids.intersection(request.stopping.stop_token_ids)
+        matchers = tuple(self._constraints.compile(constraint, ends) for _ in request.outputs)
         complete = set()
         for matcher, (index, resumed) in zip(matchers, request.outputs.items(), strict=True):
             is_complete = False

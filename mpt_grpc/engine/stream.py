@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from mpt_grpc.engine.assembly import RequestAssembly
 from mpt_grpc.engine.prepare import PreparedRequest
-from mpt_grpc.request import Generation, Output, OutputDelta, TokenEvent, TokenLogprob
+from mpt_grpc.request import Generation, Output, OutputDelta, TokenEvent, TokenLogprob, ToolCall
 
 
 class _Stream:
@@ -122,4 +122,14 @@ def _output(deltas: list[OutputDelta]) -> Output:
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
         logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
         finish=finish,
+        tool_calls=_joined(part for delta in deltas for part in delta.tool_calls),
     )
+
+
+def _joined(parts: Iterable[ToolCall]) -> tuple[ToolCall, ...]:
+    """Returns the calls of which these are the parts."""
+    calls: dict[int, ToolCall] = {}
+    for part in parts:
+        begun = calls.get(part.index)
+        calls[part.index] = part if begun is None else begun._replace(arguments=begun.arguments + part.arguments)
+    return tuple(calls.values())

@@ -39,6 +39,9 @@ from mpt_grpc.request import (
     SamplingParameters,
     StoppingCriteria,
     TokenLogprob,
+    Tool,
+    ToolCall,
+    ToolChoice,
 )
 from mpt_grpc.text.tokenizer import Tokenizer
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -57,11 +60,19 @@ _FINISH_REASONS = {
     FinishReason.TIME_LIMIT: pb.FINISH_REASON_TIME_LIMIT,
     FinishReason.REPETITION: pb.FINISH_REASON_REPETITION,
     FinishReason.CONTENT_FILTER: pb.FINISH_REASON_CONTENT_FILTER,
+    FinishReason.TOOL_CALLS: pb.FINISH_REASON_TOOL_CALLS,
 }
 _ROLES: dict[int, str] = {
     pb.ROLE_SYSTEM: "system",
     pb.ROLE_USER: "user",
     pb.ROLE_ASSISTANT: "assistant",
+    pb.ROLE_TOOL: "tool",
+}
+_TOOL_CHOICES: dict[int, ToolChoice] = {
+    pb.TOOL_CHOICE_UNSPECIFIED: ToolChoice.AUTO,
+    pb.TOOL_CHOICE_AUTO: ToolChoice.AUTO,
+    pb.TOOL_CHOICE_NONE: ToolChoice.NONE,
+    pb.TOOL_CHOICE_REQUIRED: ToolChoice.REQUIRED,
 }
 
 
@@ -110,6 +121,10 @@ def logprobs(values: Iterable[TokenLogprob], tokenizer: Tokenizer) -> list[pb.To
         )
         for value in values
     ]
+
+
+def tool_calls(values: Iterable[ToolCall]) -> list[pb.ToolCall]:
+    return [pb.ToolCall(index=value.index, id=value.id, name=value.name, arguments=value.arguments) for value in values]
 
 
 def finish(value: Finish) -> pb.Finish:
@@ -200,12 +215,24 @@ def _prompt(message: pb.GenerateRequest) -> str | tuple[int, ...] | Conversation
 
 
 def _conversation(message: pb.Conversation) -> Conversation:
+    if message.tool_choice not in _TOOL_CHOICES:
+        why = f"{message.tool_choice} is not a choice: use TOOL_CHOICE_AUTO, _NONE or _REQUIRED"
+        raise InvalidRequestError(FieldViolation("conversation.tool_choice", why))
     return Conversation(
-        messages=tuple(Message(_ROLES.get(turn.role, ""), turn.content) for turn in message.messages),
+        messages=tuple(map(_message, message.messages)),
         drop_oldest_turns=message.drop_oldest_turns,
         add_generation_prompt=message.add_generation_prompt if message.HasField("add_generation_prompt") else True,
         chat_template_kwargs=_template_kwargs(message.chat_template_kwargs or "{}"),
+        tools=tuple(Tool(tool.name, tool.description, tool.parameters) for tool in message.tools),
+        tool_choice=_TOOL_CHOICES[message.tool_choice],
+        allowed_tools=tuple(message.allowed_tools),
+        parallel_tool_calls=message.parallel_tool_calls if message.HasField("parallel_tool_calls") else True,
     )
+
+
+def _message(message: pb.Message) -> Message:
+    calls = tuple(ToolCall(call.id, call.name, call.arguments) for call in message.tool_calls)
+    return Message(_ROLES.get(message.role, ""), message.content, calls, message.tool_call_id)
 
 
 def _template_kwargs(text: str) -> dict[str, Any]:

@@ -272,6 +272,8 @@ class _Answer:
             message.token_ids.extend(output.token_ids)
         if output.logprobs:
             message.logprobs.extend(convert.logprobs(output.logprobs, self._tokenizer))
+        if output.tool_calls:
+            message.tool_calls.extend(convert.tool_calls(output.tool_calls))
         if output.finish is not None:
             message.finish.CopyFrom(convert.finish(output.finish))
             message.seed = sequence_seed(self._stream.prepared.request.sampling.seed or 0, index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from google.protobuf.descriptor import MethodDescriptor
 
@@ -22,8 +22,9 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 _SMALL_MESSAGE_BYTES = 32 << 10
 """The size of the largest message of a method without long fields, and room for the short fields of the others."""
 _MAX_MESSAGE_BYTES = 3 << 20
-_MAX_FIELDS = 12_000
-"""More than the fields of any legal message: 4,096 options, 1,024 messages and 1,024 biases have 10,240 together.
+_MAX_FIELDS = 15_000
+"""More than the fields of any legal message: 4,096 options, 1,024 messages, 1,024 biases, 512 calls and 128 tools have
+14,464 together.
 
 Lists of numbers are one field each, as every generated stub packs them.
 """
@@ -71,11 +72,13 @@ def check_sizes(message: pb.GenerateRequest, limits: RequestLimits) -> None:
 
 
 def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
-    decoding, stopping = message.decoding, message.stopping
+    decoding, stopping, conversation = message.decoding, message.stopping, message.conversation
     max_prompt_ids = MAX_TOKEN_IDS if message.HasField("truncate_prompt_tokens") else limits.max_context_tokens
     for field, count, most in (
         ("token_ids.ids", len(message.token_ids.ids), max_prompt_ids),
-        ("conversation.messages", len(message.conversation.messages), MAX_COUNTS["conversation.messages"]),
+        ("conversation.messages", len(conversation.messages), MAX_COUNTS["conversation.messages"]),
+        ("conversation.tools", len(conversation.tools), MAX_COUNTS["conversation.tools"]),
+        ("conversation.allowed_tools", len(conversation.allowed_tools), MAX_COUNTS["conversation.allowed_tools"]),
         ("resume_token_ids", len(message.resume_token_ids), limits.max_context_tokens - 1),
         ("resume_outputs", len(message.resume_outputs), MAX_COUNTS["resume_outputs"]),
         ("resume_outputs.token_ids", sum(len(o.token_ids) for o in message.resume_outputs), MAX_TOKEN_IDS),
@@ -87,9 +90,32 @@ def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[
     ):
         if count > most:
             yield FieldViolation(field, f"{count} items; at most {most} are allowed")
-    for field, text in (
-        ("conversation.chat_template_kwargs", message.conversation.chat_template_kwargs),
-        ("resume_fingerprint", message.resume_fingerprint),
-    ):
-        if (size := len(text.encode())) > MAX_BYTES[field]:
+    sizes = {
+        "conversation.chat_template_kwargs": len(conversation.chat_template_kwargs.encode()),
+        "conversation.tools": sum(tool.ByteSize() for tool in conversation.tools[: MAX_COUNTS["conversation.tools"]]),
+        "resume_fingerprint": len(message.resume_fingerprint.encode()),
+    }
+    for field, size in sizes.items():
+        if size > MAX_BYTES[field]:
             yield FieldViolation(field, f"{size} bytes; at most {MAX_BYTES[field]} are allowed")
+    yield from _call_violations(conversation.messages[: MAX_COUNTS["conversation.messages"]])
+
+
+def _call_violations(messages: Iterable[pb.Message]) -> Iterator[FieldViolation]:
+    num_calls = size = 0
+    longest, most = 0, MAX_BYTES["conversation.messages.tool_call_id"]
+    for message in messages:
+        longest = max(longest, len(message.tool_call_id.encode()))
+        if calls := message.tool_calls:
+            num_calls += len(calls)
+            if num_calls > MAX_COUNTS["conversation.messages.tool_calls"]:
+                why = f"more than {MAX_COUNTS['conversation.messages.tool_calls']} items in all messages"
+                yield FieldViolation("conversation.messages.tool_calls", why)
+                return
+            size += sum(call.ByteSize() for call in calls)
+            longest = max(longest, *(len(call.id.encode()) for call in calls))
+    if size > MAX_BYTES["conversation.messages.tool_calls"]:
+        why = f"{size} bytes in all messages; at most {MAX_BYTES['conversation.messages.tool_calls']} are allowed"
+        yield FieldViolation("conversation.messages.tool_calls", why)
+    if longest > most:
+        yield FieldViolation("conversation.messages.tool_call_id", f"{longest} bytes; at most {most} are allowed")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from itertools import accumulate, dropwhile
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.limits import MAX_COUNTS
 from mpt_grpc.request import Conversation, Message
 from mpt_grpc.text.chat_template import ChatTemplate
-from mpt_grpc.text.literals import applied, literal_token_ids, strings
+from mpt_grpc.text.literals import literal_token_ids, strings
+from mpt_grpc.text.tools import argument_values, as_plain_messages, tool_texts, tool_violations, without_tags
 
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", "tool")
 _FIELD = "conversation.messages"
 _MAX_ERROR = 1
 """How many tokens an estimate may be off that was corrected by the tokens of a neighbour."""
@@ -39,18 +39,22 @@ def conversation_token_ids(
     _check(conversation, template)
     num_new_tokens = 1 if max_new_tokens is None else max_new_tokens
     max_prompt_tokens = max_context_tokens - num_new_tokens
-    kwargs = conversation.chat_template_kwargs
+    kwargs, tools = conversation.chat_template_kwargs, conversation.shown_tools
+    messages: Sequence[Message] = _with_one_leading_system_message(conversation.messages)
+    uses_tools = bool(tools) or any(message.role == "tool" or message.tool_calls for message in messages)
+    is_plain = uses_tools and not template.takes_tools
+    if uses_tools:
+        messages = without_tags(messages)
 
     def rendered(turns: int, change: Callable[[str], str] = str) -> str:
         """Returns the conversation without a number of its oldest turns."""
-        changed = [replace(message, content=change(message.content)) for message in candidates[turns]]
-        return template.render(changed, conversation.add_generation_prompt, applied(change, kwargs))
+        shown = as_plain_messages(candidates[turns], tools) if is_plain else candidates[turns]
+        return template.render(shown, conversation.add_generation_prompt, kwargs, () if is_plain else tools, change)
 
     def tokens_without(turns: int) -> tuple[int, ...]:
-        texts = [*(message.content for message in candidates[turns]), *strings(kwargs)]
+        texts = [*_texts(candidates[turns]), *strings(kwargs), *(text for tool in tools for text in tool_texts(tool))]
         return literal_token_ids(lambda change: rendered(turns, change), texts, special_texts, encode)
 
-    messages = _with_one_leading_system_message(conversation.messages)
     candidates = _not_certainly_too_long(_shortened(messages), conversation, max_context_tokens, max_token_bytes)
     token_ids = tokens_without(0)
     if len(token_ids) > max_prompt_tokens and len(candidates) > 1 and conversation.drop_oldest_turns:
@@ -121,13 +125,24 @@ def _check(conversation: Conversation, template: ChatTemplate) -> None:
         if message.role not in _ROLES:
             violations.append(FieldViolation(field, f"unknown role: use one of {', '.join(_ROLES)}"))
     if conversation.add_generation_prompt and messages[-1].role in ("system", "assistant"):
-        why = "the last message must have the role 'user', unless add_generation_prompt is false"
+        why = "the last message must have the role 'user' or 'tool', unless add_generation_prompt is false"
         violations.append(FieldViolation(f"{_FIELD}[{len(messages) - 1}].role", why))
     for name in sorted(template.reserved_names & conversation.chat_template_kwargs.keys()):
         why = f"{name!r} is set by the server, from the field of this name or the model's files: leave it out"
         violations.append(FieldViolation(f"conversation.chat_template_kwargs[{name}]", why))
+    violations += tool_violations(conversation)
     if violations:
         raise InvalidRequestError(*violations)
+
+
+def _texts(messages: Sequence[Message]) -> list[str]:
+    """Returns all that the caller wrote in these messages."""
+    texts = [message.content for message in messages]
+    for message in messages:
+        texts.append(message.tool_call_id)
+        for call in message.tool_calls:
+            texts += [call.id, *strings(argument_values(call), with_names=True)]
+    return [text for text in texts if text]
 
 
 def _with_one_leading_system_message(messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -140,15 +155,15 @@ def _with_one_leading_system_message(messages: tuple[Message, ...]) -> tuple[Mes
 
 
 def _not_certainly_too_long(
-    candidates: list[tuple[Message, ...]], conversation: Conversation, max_context_tokens: int, max_token_bytes: int
-) -> list[tuple[Message, ...]]:
+    candidates: list[Sequence[Message]], conversation: Conversation, max_context_tokens: int, max_token_bytes: int
+) -> list[Sequence[Message]]:
     """Returns the candidates from the first one that may fit in the context. Raises InvalidRequestError if none may."""
     most = max_context_tokens * max_token_bytes
     if not conversation.drop_oldest_turns:
         candidates = candidates[:1]
     size = 0
     for number, messages in enumerate(candidates):
-        size = sum(len(message.content) for message in messages)
+        size = sum(map(len, _texts(messages)))
         if size <= most:
             return candidates[number:]
     why = f"{size} characters are too many for the context of {max_context_tokens} tokens: {_remedy(conversation)}"
@@ -161,11 +176,11 @@ def _remedy(conversation: Conversation) -> str:
     )
 
 
-def _shortened(messages: tuple[Message, ...]) -> list[tuple[Message, ...]]:
+def _shortened(messages: Sequence[Message]) -> list[Sequence[Message]]:
     """Returns the messages without their 0, 1, 2, ... oldest turns.
 
     A turn is a user message and everything up to the next user message.
     """
     system = messages[:1] if messages[0].role == "system" else ()
     starts = [i for i, message in enumerate(messages) if message.role == "user" and i > len(system)]
-    return [messages, *(system + messages[start:] for start in starts)]
+    return [messages, *([*system, *messages[start:]] for start in starts)]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import Template, nodes
+from jinja2 import Template, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.request import Message
+from mpt_grpc.request import Message, Tool
+from mpt_grpc.text.literals import applied
+from mpt_grpc.text.tools import CALL_START, argument_values, function
 
 
 class _RefusedByTemplateError(Exception):
@@ -33,6 +35,8 @@ class ChatTemplate:
     template: Template
     tokens: Mapping[str, str]
     """The special tokens that the template may refer to, such as `eos_token`."""
+    takes_tools: bool = False
+    """Whether the template itself shows tools, calls and results, in the format that the server reads."""
 
     @property
     def reserved_names(self) -> frozenset[str]:
@@ -40,18 +44,26 @@ class ChatTemplate:
         return frozenset(("messages", "add_generation_prompt", *_FUNCTIONS, *self.tokens))
 
     def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, kwargs: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] = (),
+        change: Callable[[str], str] = str,
     ) -> str:
         """Returns the prompt for the assistant's next message, whose beginning `add_generation_prompt` adds.
 
-        `kwargs` are further variables of the template. Raises InvalidRequestError if the template fails.
+        `kwargs` are further variables of the template. `change` is applied to all that the caller wrote. Raises
+        InvalidRequestError if the template fails.
         """
+        names = {call.id: call.name for message in messages for call in message.tool_calls}
         variables = {
             # Templates check for tools and documents, and many distinguish None from undefined.
             **dict.fromkeys(("tools", "documents")),
-            **(kwargs or {}),
+            **applied(change, kwargs or {}),
             **self.tokens,
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            **({"tools": [applied(change, function(tool)) for tool in tools]} if tools else {}),
+            "messages": [_variables(message, names, change) for message in messages],
             "add_generation_prompt": add_generation_prompt,
         }
         try:
@@ -65,16 +77,42 @@ class ChatTemplate:
             raise InvalidRequestError(FieldViolation("conversation.messages", why)) from error
 
 
+def _variables(message: Message, names: Mapping[str, str], change: Callable[[str], str]) -> dict[str, Any]:
+    """Returns a message as transformers passes it; `names` maps IDs of calls to names of tools."""
+    variables: dict[str, Any] = {"role": message.role, "content": change(message.content)}
+    if message.tool_calls:
+        variables["tool_calls"] = [
+            {
+                "id": change(call.id),
+                "type": "function",
+                "function": {"name": call.name, "arguments": applied(change, argument_values(call), to_names=True)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.role == "tool":
+        variables |= {"tool_call_id": change(message.tool_call_id), "name": names.get(message.tool_call_id, "")}
+    return variables
+
+
+def takes_tools(source: str) -> bool:
+    """Whether a template uses the variable `tools`, and writes calls in the format that the server reads."""
+    return CALL_START in source and "tools" in meta.find_undeclared_variables(_environment().parse(source))
+
+
 def compiled(source: str) -> Template:
     """Compiles a template as transformers does, in a sandbox because templates come from untrusted sources.
 
     Raises jinja2.TemplateSyntaxError.
     """
+    return _environment().from_string(source)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
     extensions = [loopcontrols, _GenerationTag]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json
     environment.globals.update(_FUNCTIONS)
-    return environment.from_string(source)
+    return environment
 
 
 class _GenerationTag(Extension):

@@ -13,15 +13,17 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from copy import copy
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, OverloadedError
-from mpt_grpc.request import Constraint
+from mpt_grpc.request import OutputConstraint
 from mpt_grpc.text.grammar import TOO_COSTLY, constraint_field, make_grammar, refusal_reason
 from mpt_grpc.text.tokenizer import Tokenizer
 
@@ -56,27 +58,30 @@ class ConstraintCompiler:
         self._tokens = _Tokens(tokenizer)
         self._vocabulary: LLTokenizer | None = None
         self._probe = _Probe()
-        self._verdicts: OrderedDict[Constraint, str | FieldViolation] = OrderedDict()
+        self._verdicts: OrderedDict[OutputConstraint, str | FieldViolation] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
 
-    def compile(self, constraint: Constraint) -> ConstraintMatcher:
+    def compile(self, constraint: OutputConstraint, ends: Collection[int] = ()) -> ConstraintMatcher:
         """Returns a new matcher. A constraint not in the cache takes a few milliseconds, and at worst a few seconds.
 
+        ends: special tokens that may end the output, besides the end-of-sequence tokens, where the constraint allows an
+            end.
         Raises InvalidRequestError, which names the field, if the constraint is malformed, unsupported, impossible to
         satisfy, or too costly; OverloadedError, if the machine is too busy to find out.
         """
         # Every output gets a new matcher, because copies of a matcher share a lexer with its lock and its budget.
-        return self._matcher(self._verified_grammar(constraint), constraint_field(constraint))
+        tokens = self._tokens.with_ends(ends) if ends else self._tokens
+        return self._matcher(self._verified_grammar(constraint), constraint_field(constraint), tokens)
 
-    def _verified_grammar(self, constraint: Constraint) -> str:
+    def _verified_grammar(self, constraint: OutputConstraint) -> str:
         with self._lock:
             verdict = self._verdicts.get(constraint)
         if verdict is None:
             try:
                 verdict = make_grammar(constraint)
                 self._probe.check(verdict, constraint_field(constraint))
-                _try_two_steps(self._matcher(verdict, constraint_field(constraint)))
+                _try_two_steps(self._matcher(verdict, constraint_field(constraint), self._tokens))
             except InvalidRequestError as error:
                 verdict = error.violations[0]
         self._remember(constraint, verdict)
@@ -84,9 +89,9 @@ class ConstraintCompiler:
             raise InvalidRequestError(verdict)
         return verdict
 
-    def _matcher(self, grammar: str, field: str) -> ConstraintMatcher:
+    def _matcher(self, grammar: str, field: str, tokens: _Tokens) -> ConstraintMatcher:
         matcher = LLMatcher(self._shared_vocabulary(), grammar, limits=LLParserLimits(**PARSER_LIMITS), log_level=0)
-        return ConstraintMatcher(matcher, self._tokens, field)
+        return ConstraintMatcher(matcher, tokens, field)
 
     def _shared_vocabulary(self) -> LLTokenizer:
         with self._lock:
@@ -94,7 +99,7 @@ class ConstraintCompiler:
                 self._vocabulary = _vocabulary(self._tokenizer, sorted(self._tokens.ends))
             return self._vocabulary
 
-    def _remember(self, constraint: Constraint, verdict: str | FieldViolation) -> None:
+    def _remember(self, constraint: OutputConstraint, verdict: str | FieldViolation) -> None:
         size = _num_bytes(constraint, verdict)
         if size > _MAX_ENTRY_BYTES:
             return
@@ -163,8 +168,8 @@ class ConstraintMatcher:
         allowed = int.from_bytes(self._matcher.compute_bitmask(), "little")
         self._check()  # after an error, the mask would only allow the output to end
         # A Lark grammar may refer to special tokens, even to those that end the output where it may not end.
-        ends = self._tokens.end_bits if self._matcher.is_accepting() else 0
-        return allowed & (self._tokens.text_bits | ends)
+        allowed &= self._tokens.text_bits
+        return allowed | self._tokens.end_bits if self._matcher.is_accepting() else allowed
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -172,7 +177,7 @@ class ConstraintMatcher:
 
 
 class _Tokens:
-    """Bit sets of a vocabulary's text tokens and end-of-sequence tokens; bit i represents token i."""
+    """Bit sets of a vocabulary's text tokens and of those that end an output; bit i represents token i."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.size = tokenizer.vocab_size
@@ -180,6 +185,13 @@ class _Tokens:
         self.end_bits = sum(1 << token_id for token_id in self.ends)
         special = sum(1 << token_id for token_id in tokenizer.special_token_ids | self.ends)
         self.text_bits = ((1 << self.size) - 1) & ~special
+
+    def with_ends(self, ends: Collection[int]) -> _Tokens:
+        """Returns these sets with more tokens that end an output, none of which is text."""
+        tokens = copy(self)
+        tokens.ends = self.ends.union(ends)
+        tokens.end_bits = sum(1 << token_id for token_id in tokens.ends)
+        return tokens
 
 
 class _Vocabulary:
@@ -274,11 +286,18 @@ def _stop_probe(control: socket.socket, process: subprocess.Popen[bytes]) -> Non
     process.wait()
 
 
-def _num_bytes(constraint: Constraint, verdict: str | FieldViolation) -> int:
+def _num_bytes(constraint: OutputConstraint, verdict: str | FieldViolation) -> int:
     """Returns the size of an entry of the cache."""
     texts = [verdict if isinstance(verdict, str) else verdict.description]
-    for value in vars(constraint).values():
-        texts += [value] if isinstance(value, str) else value
+    parts: list[Any] = [constraint]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, tuple):
+            parts += part
+        elif is_dataclass(part):
+            parts += vars(part).values()
     return sum(map(sys.getsizeof, texts)) + _ENTRY_BYTES
 
 

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.limits import MAX_BYTES
-from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, Regex
+from mpt_grpc.request import Choice, JsonObject, JsonSchema, OutputConstraint, Regex, ToolCalls
 from mpt_grpc.text.json_schema import UnsupportedSchemaError, rewrite
 from mpt_grpc.text.regex_syntax import unsupported_syntax
+from mpt_grpc.text.tools import CALL_END, CALL_START, NO_PARAMETERS
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 MAX_SOURCE_BYTES = max(MAX_BYTES[f"decoding.{name}"] for name in ("json_schema", "regex", "lark_grammar"))
 TOO_COSTLY = "exceeds the server's limits on the cost of a constraint: simplify it"
 # A weak model may generate whitespace forever if it is unbounded; this allows a line break and an indent.
-_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,8}"
+_WHITE_SPACE: JsonCompileOptions = {"lenient": False, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"}
+_ONE_LINE: JsonCompileOptions = {
+    "lenient": False,
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
+"""The form of the arguments of calls: that of the calls in the prompt, and of those that models are trained on."""
 _COSTLY = re.compile(
     r"fuel|limit (for|exceeded)|too (big|large|complex)|too many (expressions|states|items)"
     r"|row has|Unable to determine|decimal literal",
@@ -24,16 +36,18 @@ _COSTLY = re.compile(
 )
 
 
-def make_grammar(constraint: Constraint) -> str:
+def make_grammar(constraint: OutputConstraint) -> str:
     """Returns a constraint as an llguidance grammar. Raises InvalidRequestError for errors apparent from its text."""
+    field = constraint_field(constraint)
+    if isinstance(constraint, ToolCalls):
+        return _tool_grammar(constraint)
     if isinstance(constraint, JsonObject):
-        return _json_grammar('{"type": "object"}')
+        return _json_grammar('{"type": "object"}', field)
     if isinstance(constraint, Choice):
         return _choice_grammar(constraint.options)
-    field = constraint_field(constraint)
     if isinstance(constraint, JsonSchema):
         _check_source(constraint.schema, field)
-        return _json_grammar(constraint.schema)
+        return _json_grammar(constraint.schema, field)
     if isinstance(constraint, Regex):
         _check_source(constraint.pattern, field)
         if (reason := unsupported_syntax(constraint.pattern)) is not None:
@@ -44,8 +58,10 @@ def make_grammar(constraint: Constraint) -> str:
     return json.dumps({"grammars": [{"lark_grammar": constraint.grammar}]})
 
 
-def constraint_field(constraint: Constraint) -> str:
+def constraint_field(constraint: OutputConstraint) -> str:
     """Returns the constraint's field path in the API."""
+    if isinstance(constraint, ToolCalls):
+        return "conversation.tools"
     if isinstance(constraint, JsonSchema):
         return "decoding.json_schema"
     if isinstance(constraint, JsonObject):
@@ -111,18 +127,46 @@ def _escaped(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else f"\\u{{{ord(c):x}}}" for c in text)
 
 
-def _json_grammar(schema: str) -> str:
+def _tool_grammar(constraint: ToolCalls) -> str:
+    """Returns the grammar of calls, each exactly in the form that `tool_calls.py` reads, or of text."""
+    # Templates and models differ in whether a space follows the prompt.
+    start = f'(" " | "\\n")? "{CALL_START}" calls'
+    rules, grammars = [], []
+    if not constraint.is_required:
+        if constraint.content is None:
+            start = "TEXT | before calls"
+            rules.append(f"TEXT: /(?s:.*)/ & ~/(?s:.*){CALL_START}(?s:.*)/")
+            rules.append(f'before[suffix="{CALL_START}"]: /(?s:.*)/')
+        else:
+            start = f"@content | {start}"
+            grammars.append({**json.loads(make_grammar(constraint.content))["grammars"][0], "name": "content"})
+    more = f' ("\\n{CALL_START}" call){{0,{constraint.max_calls - 1}}}' if constraint.max_calls > 1 else ""
+    heads = []
+    for index, tool in enumerate(constraint.tools):
+        grammar = _json_grammar(tool.parameters or NO_PARAMETERS, f"conversation.tools[{index}].parameters", _ONE_LINE)
+        grammars.append({**json.loads(grammar)["grammars"][0], "name": f"arguments_{index}"})
+        heads.append(f'"{tool.name}\\", \\"arguments\\": " @arguments_{index}')
+    rules += [
+        f"start: {start}",
+        f"calls: call{more}",
+        f'call: "\\n{{\\"name\\": \\"" tool "}}\\n{CALL_END}"',
+        "tool: " + " | ".join(heads),
+    ]
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}, *grammars]})
+
+
+def _json_grammar(schema: str, field: str, form: JsonCompileOptions = _WHITE_SPACE) -> str:
     try:
         # llguidance parses it first, because it rejects JSON that is nested too deeply for Python.
-        _compile(schema)
+        _compile(schema, form)
         content = json.loads(schema)
         if "x-guidance" in content:
             raise UnsupportedSchemaError('"x-guidance" is not supported: remove it')
         if (rewritten := rewrite(content)) is False:
             raise UnsupportedSchemaError("no output can satisfy it: change it")
-        return _compile(json.dumps(rewritten))
+        return _compile(json.dumps(rewritten), form)
     except UnsupportedSchemaError as error:
-        raise InvalidRequestError(FieldViolation("decoding.json_schema", str(error))) from error
+        raise InvalidRequestError(FieldViolation(field, str(error))) from error
     except ValueError as error:
         if "recursion limit" in str(error):
             why = "nested too deeply: at most 127 levels"
@@ -130,11 +174,11 @@ def _json_grammar(schema: str) -> str:
             why = "a schema must be a JSON object"
         else:
             why = f"invalid JSON: {_short(str(error))}"
-        raise InvalidRequestError(FieldViolation("decoding.json_schema", why)) from error
+        raise InvalidRequestError(FieldViolation(field, why)) from error
 
 
-def _compile(schema: str) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, overrides={"lenient": False, "whitespace_pattern": _WHITE_SPACE})
+def _compile(schema: str, form: JsonCompileOptions) -> str:
+    return LLMatcher.grammar_from_json_schema(schema, overrides=form)
 
 
 def _short(text: str, max_length: int = 160) -> str:

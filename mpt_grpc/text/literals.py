@@ -43,24 +43,27 @@ def literal_token_ids(
     return tuple(token_id for piece in marked.split(mark) if piece for token_id in encode(piece))
 
 
-def applied(function: Callable[[str], str], value: Any) -> Any:
-    """Returns a JSON value with the function applied to all of its strings, except the names of members."""
+def applied(function: Callable[[str], str], value: Any, *, to_names: bool = False) -> Any:
+    """Returns a JSON value with the function applied to all of its strings; to the names of members if `to_names`."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, Mapping):
-        return {name: applied(function, member) for name, member in value.items()}
+        members = ((name, applied(function, member, to_names=to_names)) for name, member in value.items())
+        return {function(name) if to_names else name: member for name, member in members}
     if isinstance(value, list):
-        return [applied(function, item) for item in value]
+        return [applied(function, item, to_names=to_names) for item in value]
     return value
 
 
-def strings(value: Any) -> Iterator[str]:
-    """Yields the strings of a JSON value, except the names of members."""
+def strings(value: Any, *, with_names: bool = False) -> Iterator[str]:
+    """Yields the strings of a JSON value; the names of members if `with_names`."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):
+        if with_names and isinstance(value, Mapping):
+            yield from value
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from strings(item)
+            yield from strings(item, with_names=with_names)
 
 
 def _may_form(text: str, special_texts: Collection[str], pattern: re.Pattern[str]) -> bool:

@@ -11,7 +11,7 @@ from jinja2 import TemplateSyntaxError
 
 from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.model_files import read_text
-from mpt_grpc.text.chat_template import ChatTemplate, compiled
+from mpt_grpc.text.chat_template import ChatTemplate, compiled, takes_tools
 from mpt_grpc.text.tokenizer_config import read_tokenizer_config
 
 _log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _given(name: str, source: str, tokens: Mapping[str, str], where: str) -> Cha
 
 def _from_source(name: str, source: str, tokens: Mapping[str, str]) -> ChatTemplate:
     stop_strings = ("<|im_end|>",) if "<|im_end|>" in source else ()
-    return ChatTemplate(name, stop_strings, compiled(source), tokens)
+    return ChatTemplate(name, stop_strings, compiled(source), tokens, takes_tools(source))
 
 
 def _built_in(name: str, tokens: Mapping[str, str]) -> ChatTemplate:

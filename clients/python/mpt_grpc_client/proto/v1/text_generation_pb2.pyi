@@ -20,6 +20,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ToolChoice:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ToolChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolChoice.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOOL_CHOICE_UNSPECIFIED: _ToolChoice.ValueType  # 0
+    """The same as TOOL_CHOICE_AUTO."""
+    TOOL_CHOICE_AUTO: _ToolChoice.ValueType  # 1
+    """The model decides between text and calls."""
+    TOOL_CHOICE_NONE: _ToolChoice.ValueType  # 2
+    """The model replies with text, and is not shown the tools."""
+    TOOL_CHOICE_REQUIRED: _ToolChoice.ValueType  # 3
+    """The model calls at least one tool."""
+
+class ToolChoice(_ToolChoice, metaclass=_ToolChoiceEnumTypeWrapper):
+    """Whether the model calls tools."""
+
+TOOL_CHOICE_UNSPECIFIED: ToolChoice.ValueType  # 0
+"""The same as TOOL_CHOICE_AUTO."""
+TOOL_CHOICE_AUTO: ToolChoice.ValueType  # 1
+"""The model decides between text and calls."""
+TOOL_CHOICE_NONE: ToolChoice.ValueType  # 2
+"""The model replies with text, and is not shown the tools."""
+TOOL_CHOICE_REQUIRED: ToolChoice.ValueType  # 3
+"""The model calls at least one tool."""
+Global___ToolChoice: _TypeAlias = ToolChoice  # noqa: Y015
+
 class _Role:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -34,6 +62,8 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     """The user."""
     ROLE_ASSISTANT: _Role.ValueType  # 3
     """The model."""
+    ROLE_TOOL: _Role.ValueType  # 4
+    """A tool, with the result of a call."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """The author of a message."""
@@ -46,6 +76,8 @@ ROLE_USER: Role.ValueType  # 2
 """The user."""
 ROLE_ASSISTANT: Role.ValueType  # 3
 """The model."""
+ROLE_TOOL: Role.ValueType  # 4
+"""A tool, with the result of a call."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 class _FinishReason:
@@ -74,6 +106,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The `repetition_guard` detected repetition."""
     FINISH_REASON_CONTENT_FILTER: _FinishReason.ValueType  # 9
     """A guard configured on the server ended the output. The offending text was not sent."""
+    FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 10
+    """The model ended the output with calls of tools, which are complete."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """The reason an output ended. Clients must accept values that are not listed here."""
@@ -98,6 +132,8 @@ FINISH_REASON_REPETITION: FinishReason.ValueType  # 8
 """The `repetition_guard` detected repetition."""
 FINISH_REASON_CONTENT_FILTER: FinishReason.ValueType  # 9
 """A guard configured on the server ended the output. The offending text was not sent."""
+FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 10
+"""The model ended the output with calls of tools, which are complete."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -297,6 +333,10 @@ class Conversation(_message.Message):
     DROP_OLDEST_TURNS_FIELD_NUMBER: _builtins.int
     ADD_GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    TOOL_CHOICE_FIELD_NUMBER: _builtins.int
+    ALLOWED_TOOLS_FIELD_NUMBER: _builtins.int
+    PARALLEL_TOOL_CALLS_FIELD_NUMBER: _builtins.int
     drop_oldest_turns: _builtins.bool
     """Whether to drop the oldest turns if the conversation and `max_new_tokens` do not fit in the context together. The
     system message and the last message are always kept. Default: false, and a conversation that is too long is refused.
@@ -311,10 +351,27 @@ class Conversation(_message.Message):
     variables that it does not use. At most 16 KiB, nested at most 32 levels deep. Default: none; `tools` and `documents`
     are then None, as in transformers.
     """
+    tool_choice: Global___ToolChoice.ValueType
+    """Whether the model calls tools. Default: TOOL_CHOICE_AUTO."""
+    parallel_tool_calls: _builtins.bool
+    """Whether an output may have several calls, at most 16. Default: true."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """The messages in order, at most 1024. The last one must have ROLE_USER, unless `add_generation_prompt` is false. Some
-        chat templates impose further rules, such as alternating roles.
+        """The messages in order, at most 1024. The last one must have ROLE_USER or ROLE_TOOL, unless `add_generation_prompt` is
+        false. Some chat templates impose further rules, such as alternating roles.
+        """
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]:
+        """The tools that the model may call, at most 128. All of them together have at most 65,536 bytes. An output is then text,
+        or calls in `Output.tool_calls`, perhaps after text; `decoding.constraint` only applies to an output without calls.
+        Calling the tools is up to the client, which returns the results in messages with ROLE_TOOL.
+        """
+
+    @_builtins.property
+    def allowed_tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names of the tools that may be called, at most 128. Default: all of `tools`. With TOOL_CHOICE_REQUIRED and a single
+        name, the model must call this tool.
         """
 
     def __init__(
@@ -324,10 +381,14 @@ class Conversation(_message.Message):
         drop_oldest_turns: _builtins.bool | None = ...,
         add_generation_prompt: _builtins.bool | None = ...,
         chat_template_kwargs: _builtins.str | None = ...,
+        tools: _abc.Iterable[Global___Tool] | None = ...,
+        tool_choice: Global___ToolChoice.ValueType = ...,
+        allowed_tools: _abc.Iterable[_builtins.str] | None = ...,
+        parallel_tool_calls: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_chat_template_kwargs", b"_chat_template_kwargs", "_drop_oldest_turns", b"_drop_oldest_turns", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "drop_oldest_turns", b"drop_oldest_turns"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_chat_template_kwargs", b"_chat_template_kwargs", "_drop_oldest_turns", b"_drop_oldest_turns", "_parallel_tool_calls", b"_parallel_tool_calls", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "drop_oldest_turns", b"drop_oldest_turns", "parallel_tool_calls", b"parallel_tool_calls"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_chat_template_kwargs", b"_chat_template_kwargs", "_drop_oldest_turns", b"_drop_oldest_turns", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "drop_oldest_turns", b"drop_oldest_turns", "messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_chat_template_kwargs", b"_chat_template_kwargs", "_drop_oldest_turns", b"_drop_oldest_turns", "_parallel_tool_calls", b"_parallel_tool_calls", "add_generation_prompt", b"add_generation_prompt", "allowed_tools", b"allowed_tools", "chat_template_kwargs", b"chat_template_kwargs", "drop_oldest_turns", b"drop_oldest_turns", "messages", b"messages", "parallel_tool_calls", b"parallel_tool_calls", "tool_choice", b"tool_choice", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_generation_prompt: _TypeAlias = _typing.Literal["add_generation_prompt"]  # noqa: Y015
     _WhichOneofArgType__add_generation_prompt: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]  # noqa: Y015
@@ -335,14 +396,86 @@ class Conversation(_message.Message):
     _WhichOneofArgType__chat_template_kwargs: _TypeAlias = _typing.Literal["_chat_template_kwargs", b"_chat_template_kwargs"]  # noqa: Y015
     _WhichOneofReturnType__drop_oldest_turns: _TypeAlias = _typing.Literal["drop_oldest_turns"]  # noqa: Y015
     _WhichOneofArgType__drop_oldest_turns: _TypeAlias = _typing.Literal["_drop_oldest_turns", b"_drop_oldest_turns"]  # noqa: Y015
+    _WhichOneofReturnType__parallel_tool_calls: _TypeAlias = _typing.Literal["parallel_tool_calls"]  # noqa: Y015
+    _WhichOneofArgType__parallel_tool_calls: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__add_generation_prompt) -> _WhichOneofReturnType__add_generation_prompt | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chat_template_kwargs) -> _WhichOneofReturnType__chat_template_kwargs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__drop_oldest_turns) -> _WhichOneofReturnType__drop_oldest_turns | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parallel_tool_calls) -> _WhichOneofReturnType__parallel_tool_calls | None: ...
 
 Global___Conversation: _TypeAlias = Conversation  # noqa: Y015
+
+@_typing.final
+class Tool(_message.Message):
+    """A function that the model may call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Required. The name: 1 to 64 letters, digits, underscores or dashes."""
+    description: _builtins.str
+    """What the function does, for the model."""
+    parameters: _builtins.str
+    """The JSON Schema of the arguments, of the type "object". Calls conform to it. As in the standard, arguments that it does
+    not list are allowed unless it sets `additionalProperties` to false. Default: there are no arguments.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        parameters: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tool: _TypeAlias = Tool  # noqa: Y015
+
+@_typing.final
+class ToolCall(_message.Message):
+    """A call of a tool by the model. In a stream, the parts of a call have the same index and are concatenated."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """The place of the call among those of its output, starting at 0. Ignored in a request."""
+    id: _builtins.str
+    """Identifies the call in the message with its result. In a stream, set in the first part of the call only. At most 256
+    bytes.
+    """
+    name: _builtins.str
+    """The name of the tool. In a stream, set in the first part of the call only."""
+    arguments: _builtins.str
+    """The arguments, a JSON object. It is complete unless a limit or a stop string ended the output before."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        arguments: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "id", b"id", "index", b"index", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
 
 @_typing.final
 class Message(_message.Message):
@@ -352,21 +485,33 @@ class Message(_message.Message):
 
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
     """Required. The role of the author. Leading messages with ROLE_SYSTEM are merged into one; the chat template decides
     about later ones.
     """
     content: _builtins.str
     """The text of the message."""
+    tool_call_id: _builtins.str
+    """With ROLE_TOOL: the ID of the call whose result this message is. At most 256 bytes."""
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
+        """The calls that the assistant made with this message, with ROLE_ASSISTANT. All messages together have at most 512, of
+        at most 262,144 bytes.
+        """
+
     def __init__(
         self,
         *,
         role: Global___Role.ValueType = ...,
         content: _builtins.str = ...,
+        tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
+        tool_call_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1071,6 +1216,7 @@ class Output(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """The index of the output, starting at 0."""
     text: _builtins.str
@@ -1091,6 +1237,10 @@ class Output(_message.Message):
     def finish(self) -> Global___Finish:
         """Why the output ended. In a stream, set in the last chunk of the output only."""
 
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
+        """The calls of `Conversation.tools`; in a stream, their new parts."""
+
     def __init__(
         self,
         *,
@@ -1101,10 +1251,11 @@ class Output(_message.Message):
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         finish: Global___Finish | None = ...,
         seed: _builtins.int = ...,
+        tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "index", b"index", "logprobs", b"logprobs", "num_tokens", b"num_tokens", "seed", b"seed", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish", b"finish", "index", b"index", "logprobs", b"logprobs", "num_tokens", b"num_tokens", "seed", b"seed", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,144 @@
+"""Reads calls of tools out of an output's text while it grows.
+
+The grammar that constrains the output (`grammar.py`) guarantees their form; only the end may be missing, if a limit cut
+it off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from mpt_grpc.request import ToolCall
+from mpt_grpc.text.tools import CALL_END, CALL_START
+
+_HEAD = re.compile(r'\n\{"name": "([\w-]+)", "arguments": ', re.ASCII)
+_TAIL = f"}}\n{CALL_END}"
+_MAX_SPACE = 16
+"""The most whitespace before a call that does not belong to the text."""
+
+
+class ToolCallReader:
+    """Splits the text of one output into plain text and calls. The result does not depend on how the text is split.
+
+    Whitespace before a call, and the tags around it, belong to neither.
+    """
+
+    def __init__(self, make_id: Callable[[int], str], *, follows_text: bool = True) -> None:
+        """`make_id` returns the ID of a call, given its index. `follows_text`: whether text may precede the calls."""
+        self._make_id, self._follows_text = make_id, follows_text
+        self._read: Callable[[], bool] = self._read_text
+        """Reads one part of the held text; returns whether another one may follow in what is left of it."""
+        self._held = ""
+        self._num_calls = 0
+        self._nesting = _Nesting()
+        self._text: list[str] = []
+        self._calls: dict[int, ToolCall] = {}
+
+    @property
+    def has_complete_calls(self) -> bool:
+        """Whether the text so far ends with a call whose arguments are complete."""
+        return self._read in (self._read_tail, self._read_start)
+
+    def feed(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+        """Adds text; returns the plain text and the parts of calls that are new."""
+        self._held += text
+        while self._read():
+            pass
+        plain, calls = "".join(self._text), tuple(self._calls.values())
+        self._text, self._calls = [], {}
+        return plain, calls
+
+    def finish(self) -> str:
+        """Returns the plain text that was held back, after all text was fed."""
+        return self._held if self._read in (self._read_text, self._read_only_text) else ""
+
+    def _read_text(self) -> bool:
+        before, start, after = self._held.partition(CALL_START)
+        beginning = self._held.lstrip()[: len(CALL_START)]
+        if not self._follows_text and not CALL_START.startswith(beginning):
+            self._read = self._read_only_text
+            return True
+        if start:
+            self._text.append(before[: _end_of_text(before)])
+            self._held, self._read = after, self._read_head
+            return True
+        end = _start_of_tail(self._held)
+        self._text.append(self._held[:end])
+        self._held = self._held[end:]
+        return False
+
+    def _read_only_text(self) -> bool:
+        self._text.append(self._held)
+        self._held = ""
+        return False
+
+    def _read_head(self) -> bool:
+        if (head := _HEAD.match(self._held)) is None:
+            return False
+        index = self._num_calls
+        self._calls[index] = ToolCall(self._make_id(index), head[1], "", index)
+        self._num_calls += 1
+        self._held, self._read = self._held[head.end() :], self._read_arguments
+        self._nesting = _Nesting()
+        return True
+
+    def _read_arguments(self) -> bool:
+        length, is_complete = self._nesting.feed(self._held)
+        index = self._num_calls - 1
+        part = self._calls.get(index, ToolCall("", "", "", index))
+        if length:
+            self._calls[index] = part._replace(arguments=part.arguments + self._held[:length])
+        self._held = self._held[length:]
+        if is_complete:
+            self._read = self._read_tail
+        return is_complete
+
+    def _read_tail(self) -> bool:
+        if len(self._held) < len(_TAIL):
+            return False
+        self._held, self._read = self._held[len(_TAIL) :], self._read_start
+        return True
+
+    def _read_start(self) -> bool:
+        _, start, after = self._held.partition(CALL_START)
+        if start:
+            self._held, self._read = after, self._read_head
+        return bool(start)
+
+
+class _Nesting:
+    """Finds the end of a JSON object in a growing text."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._is_in_string = self._is_escaped = False
+
+    def feed(self, text: str) -> tuple[int, bool]:
+        """Adds text; returns how much of it belongs to the object, and whether the object ends there."""
+        for position, character in enumerate(text):
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._is_in_string:
+                self._is_escaped, self._is_in_string = character == "\\", character != '"'
+            elif character == '"':
+                self._is_in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    return position + 1, True
+        return len(text), False
+
+
+def _start_of_tail(text: str) -> int:
+    """Returns where the end of a text begins that may belong to a call: whitespace, then the beginning of its tag."""
+    length = min(len(CALL_START) - 1, len(text))
+    while length and not text.endswith(CALL_START[:length]):
+        length -= 1
+    return _end_of_text(text[: len(text) - length])
+
+
+def _end_of_text(text: str) -> int:
+    return max(len(text.rstrip()), len(text) - _MAX_SPACE)
