@@ -129,10 +129,9 @@ class _Gateway:
         request.state.field_names = body.field_names
         with _callers_trace(request):
             messages = [message.message() for message in body.messages]
-            function_name = None if body.function is None else body.function.name
             request_id = _request_id(request)
             client = self._callers.client(request)
-            response = ChatResponse(await self._model_name(request, body.model), request_id, function_name)
+            response = ChatResponse(await self._model_name(request, body.model), request_id)
             options = body.options()
             options["request_id"] = request_id
             if body.stream:
@@ -238,7 +237,7 @@ async def _stream_chat(
             if delta.index not in started:
                 started.add(delta.index)
                 yield response.first_chunk(delta.index)
-            if delta.text or delta.logprobs or delta.finish:
+            if delta.text or delta.tool_calls or delta.logprobs or delta.finish:
                 yield response.chunk(delta, bool(body.logprobs))
         if body.includes_usage:
             yield response.usage_chunk([stream.result.usage])

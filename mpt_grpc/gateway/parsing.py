@@ -14,8 +14,9 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from mpt_grpc.gateway.errors import BadRequestError, shortened
+from mpt_grpc.gateway.messages import MAX_ITEMS, TOO_MANY_ITEMS
 from mpt_grpc.gateway.reading import read
-from mpt_grpc.gateway.requests import MAX_ITEMS, TOO_MANY_ITEMS, GenerationFields
+from mpt_grpc.gateway.requests import GenerationFields
 from mpt_grpc.limits import is_deeper_than
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
@@ -29,7 +30,7 @@ _parser = ThreadPoolExecutor(1, thread_name_prefix="parse")
 _STRING_OR_VALUE = re.compile(rb'"[^"]*"?|[\[{,]')
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 IGNORED = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls"
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention"
     " reasoning_effort verbosity modalities".split()
 )
 """Fields that SDKs send and that do not affect what is generated here."""
@@ -50,10 +51,10 @@ _EXPECTED = {
     "logit_bias": "must map token IDs to numbers",
     "guided_json": "must be a JSON schema",
     "structured_outputs.json": "must be a JSON schema",
-    "tool_choice": "must be none, auto, required, or a function in tools",
+    "tool_choice": "must be none, auto, required, a function in tools, or allowed_tools",
     "messages": "must be a list of at least one message, each with a role and content",
-    "messages.role": "must be system, developer, user or assistant; tool messages are not supported",
-    "messages.content": "must be text, or a list of parts of type text; images, audio and tool calls are not supported",
+    "messages.role": "must be system, developer, user, assistant or tool",
+    "messages.content": "must be text, or a list of parts of type text; images and audio are not supported",
 }
 """The valid values of fields with several types, for each of which Pydantic would report its own error."""
 

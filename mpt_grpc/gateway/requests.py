@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field
 
 from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError
-from mpt_grpc.gateway.tools import Function, Tool, ToolChoice, forced_function
+from mpt_grpc.gateway.messages import ChatMessage
+from mpt_grpc.gateway.tools import Tool, ToolChoice, tool_options
 from mpt_grpc_client import (
     Choice,
     Constraint,
@@ -21,14 +21,9 @@ from mpt_grpc_client import (
     JsonObject,
     JsonSchema,
     LarkGrammar,
-    Message,
     Regex,
-    Role,
 )
 
-MAX_ITEMS = 1024
-"""The maximum number of items of a field, except for token IDs."""
-TOO_MANY_ITEMS = "too_many_items"
 Uint = Annotated[int, Field(ge=0, lt=1 << 32)]
 """An integer that fits in the gRPC API's uint32 fields."""
 _Item = TypeVar("_Item")
@@ -44,9 +39,9 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = False
-    include_obfuscation: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class StructuredOutputs(_Strict):
@@ -122,7 +117,7 @@ class GenerationFields(_Strict):
 
     @property
     def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def options(self) -> GenerateOptions:
         """Returns the client library's options. Raises BadRequestError."""
@@ -184,32 +179,6 @@ class GenerationFields(_Strict):
             yield f"{prefix}grammar", None if grammar is None else LarkGrammar(grammar)
 
 
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Many[TextPart]
-    name: str | None = None
-    refusal: str | None = None
-
-    # Between two messages, this Python code also lets other threads run, which Pydantic's own does not.
-    @field_validator("content", mode="before")
-    @classmethod
-    def _check_num_parts(cls, content: Any) -> Any:
-        if isinstance(content, list) and len(content) > MAX_ITEMS:
-            why = f"{len(content)} items; at most {MAX_ITEMS} are allowed in one request"
-            raise PydanticCustomError(TOO_MANY_ITEMS, "{why}", {"why": why})
-        return content
-
-    def message(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        role = {"user": Role.USER, "assistant": Role.ASSISTANT}.get(self.role, Role.SYSTEM)
-        return Message(role, text)
-
-
 class ChatCompletionRequest(GenerationFields):
     messages: Some[ChatMessage]
     max_completion_tokens: Uint | None = None
@@ -221,21 +190,13 @@ class ChatCompletionRequest(GenerationFields):
     chat_template_kwargs: dict[str, Any] | None = None
     tools: Many[Tool] | None = None
     tool_choice: ToolChoice | None = None
-
-    @property
-    def function(self) -> Function | None:
-        """The function that the output must call, if any. Raises BadRequestError."""
-        return forced_function(self.tools, self.tool_choice)
+    parallel_tool_calls: bool | None = None
 
     @property
     def field_names(self) -> Mapping[str, str]:
         # The limit has two names; errors use the one that was sent.
         newer = {} if self.max_completion_tokens is None else {"max_new_tokens": "max_completion_tokens"}
-        return {**super().field_names, "prompt": "messages", **newer}
-
-    def _constraints(self) -> Iterator[tuple[str, Constraint | None]]:
-        yield from super()._constraints()
-        yield "tools", None if self.function is None else JsonSchema(self.function.arguments_schema)
+        return {**super().field_names, "prompt": "messages", "allowed_tools": "tool_choice", **newer}
 
     def options(self) -> GenerateOptions:
         options = super().options()
@@ -246,6 +207,7 @@ class ChatCompletionRequest(GenerationFields):
         options["drop_oldest_turns"] = self.drop_oldest_turns
         options["add_generation_prompt"] = self.add_generation_prompt
         options["chat_template_kwargs"] = self.chat_template_kwargs
+        options.update(tool_options(self.tools, self.tool_choice, self.parallel_tool_calls))
         options["return_logprobs"] = bool(self.logprobs)
         options["top_logprobs"] = self.top_logprobs
         return options

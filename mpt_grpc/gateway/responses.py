@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from mpt_grpc_client import Delta, Finish, FinishReason, Generation, TokenLogprob, Usage
+from mpt_grpc_client import (
+    Delta,
+    Finish,
+    FinishReason,
+    Generation,
+    Output,
+    TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
 
 Json = dict[str, Any]
 
@@ -47,38 +56,37 @@ class _Completion(JSONResponse):
 
 
 class ChatResponse:
-    """Builds the response to a chat completion: messages, or calls of the forced function."""
+    """Builds the response to a chat completion."""
 
-    def __init__(self, model: str, request_id: str, function_name: str | None = None) -> None:
+    def __init__(self, model: str, request_id: str) -> None:
         self._envelope = _envelope_for("chatcmpl", model, request_id)
-        self._function_name = function_name
 
     def complete(self, generation: Generation, with_logprobs: bool) -> Json:
         """Returns the response for a finished generation."""
         choices = [
             {
                 "index": output.index,
-                "message": {"role": "assistant", "refusal": None, **self._content(output.text)},
+                "message": {"role": "assistant", "refusal": None, **_content(output)},
                 "logprobs": _chat_logprobs(output.logprobs) if with_logprobs else None,
-                "finish_reason": self._finish_reason(output.finish),
+                "finish_reason": finish_reason(output.finish),
             }
             for output in generation.outputs
         ]
         return {**self._envelope, "object": "chat.completion", "choices": choices, "usage": usage([generation.usage])}
 
     def first_chunk(self, index: int) -> Json:
-        """Returns the chunk that opens a choice: the role, and the name of the forced function."""
-        content: Json = {"content": ""}
-        if self._function_name is not None:
-            content = {"content": None, "tool_calls": [{"index": 0, **_call(self._function_name, "")}]}
-        return self._chunk(index, {"role": "assistant", **content}, None, None)
+        """Returns the chunk that opens a choice, with the role."""
+        return self._chunk(index, {"role": "assistant", "content": ""}, None, None)
 
     def chunk(self, delta: Delta, with_logprobs: bool) -> Json:
         logprobs = _chat_logprobs(delta.logprobs) if with_logprobs and delta.logprobs else None
-        content: Json = {"content": delta.text}
-        if self._function_name is not None:
-            content = {"tool_calls": [{"index": 0, "function": {"arguments": delta.text}}]}
-        return self._chunk(delta.index, content if delta.text else {}, logprobs, delta.finish)
+        content: Json = {"content": delta.text} if delta.text else {}
+        if delta.tool_calls:
+            content["tool_calls"] = [
+                {"index": part.index, **(_call(part) if part.id else {"function": {"arguments": part.arguments}})}
+                for part in delta.tool_calls
+            ]
+        return self._chunk(delta.index, content, logprobs, delta.finish)
 
     def empty_chunk(self) -> Json:
         """Returns a chunk without content, which keeps an idle stream alive."""
@@ -88,23 +96,14 @@ class ChatResponse:
         """Returns the last chunk of a stream with `include_usage`."""
         return {**self._envelope, "object": "chat.completion.chunk", "choices": [], "usage": usage(usages)}
 
-    def _content(self, text: str) -> Json:
-        if self._function_name is None:
-            return {"content": text}
-        return {"content": None, "tool_calls": [_call(self._function_name, text)]}
-
     def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish: Finish | None) -> Json:
         choice = {
             "index": index,
             "delta": delta,
             "logprobs": logprobs,
-            "finish_reason": None if finish is None else self._finish_reason(finish),
+            "finish_reason": None if finish is None else finish_reason(finish),
         }
         return {**self._envelope, "object": "chat.completion.chunk", "choices": [choice]}
-
-    def _finish_reason(self, finish: Finish) -> str:
-        reason = finish_reason(finish)
-        return "tool_calls" if reason == "stop" and self._function_name is not None else reason
 
 
 class TextResponse:
@@ -166,15 +165,19 @@ def finish_reason(finish: Finish) -> str:
     """Returns OpenAI's name for the reason an output ended."""
     if finish.reason is FinishReason.CONTENT_FILTER:
         return "content_filter"
+    if finish.reason is FinishReason.TOOL_CALLS:
+        return "tool_calls"
     return "length" if finish.reason in _LENGTH else "stop"
 
 
-def _call(name: str, arguments: str) -> Json:
-    return {
-        "id": f"call_{uuid.uuid4().hex}",
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
+def _content(output: Output) -> Json:
+    if not output.tool_calls:
+        return {"content": output.text}
+    return {"content": output.text or None, "tool_calls": [_call(call) for call in output.tool_calls]}
+
+
+def _call(call: ToolCall | ToolCallDelta) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _chat_logprobs(logprobs: Iterable[TokenLogprob]) -> Json:

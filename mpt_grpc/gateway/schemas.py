@@ -39,7 +39,7 @@ class AssistantMessage(_Strict):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: list[ToolCall] = Field(default=[], description="The call of the forced function.")
+    tool_calls: list[ToolCall] = Field(default=[], description="The calls of `tools`.")
 
 
 class ChatChoice(_Strict):

@@ -1,7 +1,4 @@
-"""Forced functions: the output is constrained to the parameters of a function and returned as a call of it.
-
-The model is not trained to choose among tools, so nothing else is supported.
-"""
+"""Tools and calls of them, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -10,9 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from mpt_grpc.gateway.errors import BadRequestError
-from mpt_grpc_client.constraints import closed_schema
-
-_REMEDY = "force one function with tool_choice, or ask for JSON with response_format"
+from mpt_grpc_client import GenerateOptions, ToolCall
 
 
 class _Strict(BaseModel):
@@ -22,14 +17,9 @@ class _Strict(BaseModel):
 class Function(_Strict):
     name: str
     description: str | None = None
-    parameters: dict[str, Any] = {"type": "object", "properties": {}}
+    parameters: dict[str, Any] | None = None
     strict: bool | None = None
-
-    @property
-    def arguments_schema(self) -> dict[str, Any]:
-        """The schema of the arguments. Parameters that are not listed are excluded unless the schema allows them."""
-        closed: dict[str, Any] = closed_schema(self.parameters)
-        return closed
+    """Ignored: arguments always conform to the parameters."""
 
 
 class Tool(_Strict):
@@ -46,18 +36,55 @@ class ToolName(_Strict):
     function: FunctionName
 
 
-ToolChoice = Literal["none", "auto", "required"] | ToolName
+class AllowedTools(_Strict):
+    mode: Literal["auto", "required"]
+    tools: list[ToolName]
 
 
-def forced_function(tools: list[Tool] | None, choice: ToolChoice | None) -> Function | None:
-    """Returns the function that must be called, if any. Raises BadRequestError if the model would have to choose."""
-    functions = {tool.function.name: tool.function for tool in tools or ()}
-    if isinstance(choice, ToolName):
-        if choice.function.name not in functions:
-            raise BadRequestError(f"tool_choice: no function in tools is named {choice.function.name!r}", "tool_choice")
-        return functions[choice.function.name]
-    if choice == "none" or not functions:
-        return None
-    if choice == "required" and len(functions) == 1:
-        return next(iter(functions.values()))
-    raise BadRequestError(f"tools: the model cannot choose among tools; {_REMEDY}", "tools")
+class AllowedToolChoice(_Strict):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | ToolName | AllowedToolChoice
+
+
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(BaseModel):
+    """A call in a message, as this or another server has sent it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def call(self) -> ToolCall:
+        return ToolCall(self.id, self.function.name, self.function.arguments)
+
+
+def tool_options(tools: list[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> GenerateOptions:
+    """Returns the client library's options. Raises BadRequestError for a choice of tools that do not exist."""
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise BadRequestError("tool_choice: there are no tools to call; set tools", "tool_choice")
+        return GenerateOptions()
+    options = GenerateOptions(tools=[tool.function.model_dump() for tool in tools], parallel_tool_calls=parallel)
+    if isinstance(choice, str):
+        options["tool_choice"] = choice
+    elif isinstance(choice, ToolName):
+        options["tool_choice"], options["allowed_tools"] = "required", [choice.function.name]
+    elif isinstance(choice, AllowedToolChoice):
+        options["tool_choice"] = choice.allowed_tools.mode
+        options["allowed_tools"] = [tool.function.name for tool in choice.allowed_tools.tools]
+    names = {tool.function.name for tool in tools}
+    for name in options.get("allowed_tools") or ():
+        if name not in names:
+            raise BadRequestError(f"tool_choice: no function in tools is named {name!r}", "tool_choice")
+    return options

@@ -40,6 +40,7 @@ from mpt_grpc_client.results import (
     TopLogprob,
     Usage,
 )
+from mpt_grpc_client.tools import Tool, ToolCall, ToolCallDelta
 from mpt_grpc_client.version import __version__
 
 __all__ = [
@@ -84,6 +85,9 @@ __all__ = [
     "Timings",
     "Token",
     "TokenLogprob",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
     "TopLogprob",
     "UnauthenticatedError",
     "UnavailableError",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from operator import itemgetter
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, BaseLanguageModel, BaseLLM, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, GenerationChunk, LLMResult
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.tools import BaseTool
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 
 from mpt_grpc_client import langchain_values as values
@@ -120,7 +121,7 @@ class _Model(BaseLanguageModel[Any]):
 
 
 class ChatMpt(_Model, BaseChatModel):
-    """A chat model. The server's chat template turns the messages, which must be text, into a prompt. No tool calling.
+    """A chat model. The server's chat template turns the messages, which must be text, into a prompt.
 
     A keyword argument of a call, one of `GenerateOptions` or `timeout`, overrides the model's field.
     """
@@ -133,6 +134,22 @@ class ChatMpt(_Model, BaseChatModel):
     @property
     def _llm_type(self) -> str:
         return "mpt-grpc-chat"
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: dict[str, Any] | str | bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Returns a model that may call these tools: functions, pydantic classes, LangChain's tools or schemas.
+
+        tool_choice: `auto`, `none`, `any` or `required`, or the name of the tool that must be called.
+        kwargs: `GenerateOptions` such as `parallel_tool_calls`. `strict` is accepted and ignored; the arguments always
+        conform to the tool's schema.
+        """
+        kwargs.pop("strict", None)
+        return self.bind(**values.tool_options(tools, tool_choice), **kwargs)
 
     def with_structured_output(
         self, schema: dict[str, Any] | type, *, include_raw: bool = False, **kwargs: Any

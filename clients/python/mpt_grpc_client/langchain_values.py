@@ -13,13 +13,15 @@ from langchain_core.messages import (
     BaseMessage,
     HumanMessage,
     SystemMessage,
+    ToolMessage,
     merge_message_runs,
 )
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, GenerationChunk, LLMResult
 from langchain_core.outputs import Generation as TextGeneration
-from langchain_core.utils.function_calling import convert_to_json_schema
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
@@ -27,20 +29,48 @@ from mpt_grpc_client.constraints import closed_schema
 from mpt_grpc_client.prompts import Message, Role
 from mpt_grpc_client.responses import PartialGeneration
 from mpt_grpc_client.results import Delta, Generation, Output, TokenLogprob, TopLogprob, Usage
+from mpt_grpc_client.tools import ToolCall
+
+_ROLES = (
+    (SystemMessage, Role.SYSTEM),
+    (HumanMessage, Role.USER),
+    (AIMessage, Role.ASSISTANT),
+    (ToolMessage, Role.TOOL),
+)
 
 
 def conversation(messages: Sequence[BaseMessage]) -> list[Message]:
     """Returns the client's messages. Consecutive messages of one role are merged, since chat templates expect
     alternation.
 
-    Raises ValueError for content other than text and for roles other than system, user and assistant.
+    Raises ValueError for content other than text and for roles other than system, user, assistant and tool.
     """
-    return [Message(_role(message), _text(message)) for message in merge_message_runs(messages)]
+    return [
+        Message(_role(message), _text(message), _calls(message), getattr(message, "tool_call_id", ""))
+        for message in merge_message_runs(messages)
+    ]
+
+
+def tool_options(tools: Sequence[Any], tool_choice: Any) -> dict[str, Any]:
+    """Returns the client's options for tools as LangChain describes them. Raises ValueError for an unknown choice."""
+    options: dict[str, Any] = {"tools": [convert_to_openai_tool(tool) for tool in tools]}
+    names = [tool["function"]["name"] for tool in options["tools"]]
+    if isinstance(tool_choice, dict):
+        tool_choice = tool_choice.get("function", {}).get("name")
+    if tool_choice in (None, False):
+        return options
+    if tool_choice in ("auto", "none"):
+        return options | {"tool_choice": tool_choice}
+    if tool_choice in (True, "any", "required"):
+        return options | {"tool_choice": "required"}
+    if tool_choice not in names:
+        raise ValueError(f"tool_choice: {tool_choice!r} is none of the tools: {', '.join(names)}")
+    return options | {"tool_choice": "required", "allowed_tools": [tool_choice]}
 
 
 def chat_result(generation: Generation, model_name: str) -> ChatResult:
     """Returns one generation for each output; the first carries the usage of all."""
-    messages = [AIMessage(output.text) for output in generation.outputs]
+    messages = [_message(output) for output in generation.outputs]
     messages[0].usage_metadata = _usage(generation.usage)
     return ChatResult(
         generations=[
@@ -71,9 +101,14 @@ def chat_chunk(delta: Delta, stream: PartialGeneration, model_name: str) -> Chat
     if delta.finish:
         generation = stream.result
         info, usage = info | _end(generation, generation.outputs[0], model_name), _usage(generation.usage)
-    if not (delta.text or info):
+    if not (delta.text or delta.tool_calls or info):
         return None
-    message = AIMessageChunk(content=delta.text, usage_metadata=usage, chunk_position="last" if delta.finish else None)
+    calls = [
+        tool_call_chunk(index=call.index, id=call.id or None, name=call.name or None, args=call.arguments)
+        for call in delta.tool_calls
+    ]
+    position: Literal[last] | None = "last" if delta.finish else None
+    message = AIMessageChunk(content=delta.text, tool_call_chunks=calls, usage_metadata=usage, chunk_position=position)
     return ChatGenerationChunk(message=message, generation_info=info or None)
 
 
@@ -126,15 +161,32 @@ class _WholePydanticParser(_WholeJsonParser, PydanticOutputParser[Any]):
 
 
 def _role(message: BaseMessage) -> Role:
-    for kind, role in ((SystemMessage, Role.SYSTEM), (HumanMessage, Role.USER), (AIMessage, Role.ASSISTANT)):
+    for kind, role in _ROLES:
         if isinstance(message, kind):
             return role
-    raise ValueError(f"messages of type {message.type!r} are not supported; use system, human or ai messages")
+    raise ValueError(f"messages of type {message.type!r} are not supported; use system, human, ai or tool messages")
+
+
+def _calls(message: BaseMessage) -> list[ToolCall]:
+    """Returns the calls of a message; those whose arguments are not valid JSON as they are."""
+    if not isinstance(message, AIMessage):
+        return []
+    calls = [ToolCall(call["id"] or "", call["name"], json.dumps(call["args"])) for call in message.tool_calls]
+    invalid = message.invalid_tool_calls
+    return calls + [ToolCall(c["id"] or "", c["name"] or "", c["args"] or "") for c in invalid if c["name"]]
+
+
+def _message(output: Output) -> AIMessage:
+    calls, invalid = [], []
+    for call in output.tool_calls:
+        try:
+            calls.append(tool_call(name=call.name, args=call.values, id=call.id))
+        except ValueError as error:
+            invalid.append(invalid_tool_call(name=call.name, args=call.arguments, id=call.id, error=str(error)))
+    return AIMessage(output.text, tool_calls=calls, invalid_tool_calls=invalid)
 
 
 def _text(message: BaseMessage) -> str:
-    if isinstance(message, AIMessage) and message.tool_calls:
-        raise ValueError("messages with tool calls are not supported")
     parts = [message.content] if isinstance(message.content, str) else message.content
     return "".join(map(_part_text, parts))
 
@@ -142,6 +194,8 @@ def _text(message: BaseMessage) -> str:
 def _part_text(part: str | dict[str, Any]) -> str:
     if isinstance(part, str):
         return part
+    if part.get("type") == "tool_use":  # the calls of a message, which are also its `tool_calls`
+        return ""
     if part.get("type") != "text":
         raise ValueError(f"content of type {part.get('type')!r} is not supported; use text")
     text: str = part["text"]

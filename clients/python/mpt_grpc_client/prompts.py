@@ -5,6 +5,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from mpt_grpc_client.tools import ToolCall
 
 
 class Role(enum.Enum):
@@ -13,6 +16,7 @@ class Role(enum.Enum):
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
+    TOOL = "tool"
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,12 @@ class Message:
     role: Role | str
     """A `Role`, or its value."""
     content: str
+    tool_calls: Sequence[ToolCall] = ()
+    """The calls that the assistant made with this message."""
+    tool_call_id: str = ""
+    """The ID of the call whose result a tool's message is."""
 
 
-Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, str]]
-"""Text, token IDs, or the messages of a conversation, the last of which is the user's. A mapping has the keys `role`
-and `content`."""
+Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, Any]]
+"""Text, token IDs, or the messages of a conversation, the last of which is the user's or a tool's. A mapping has the
+keys `role` and `content`, and may have `tool_calls` and `tool_call_id`."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 from google.protobuf.duration_pb2 import Duration
 
 from mpt_grpc_client.constraints import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
+from mpt_grpc_client.conversation import conversation
 from mpt_grpc_client.errors import FieldViolation, InvalidRequestError
-from mpt_grpc_client.prompts import Message, Prompt, Role
+from mpt_grpc_client.prompts import Message, Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.tools import ToolLike
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,15 @@ class GenerateOptions(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None
     """Variables of the chat template, as JSON values of at most 16 KiB. Default: none. Names that the server sets, such
     as `messages` and `eos_token`, are refused."""
+    tools: Sequence[ToolLike] | None
+    """Up to 128 tools that the model may call: functions, pydantic models, `Tool`s or mappings in OpenAI's format.
+    Default: none."""
+    tool_choice: Literal["auto", "none", "required"] | None
+    """Whether the model may call tools, must not, or must. Default: auto."""
+    allowed_tools: Sequence[str] | None
+    """The names of the tools that may be called. Default: all."""
+    parallel_tool_calls: bool | None
+    """Whether an output may have several calls. Default: True."""
     resume_token_ids: Sequence[int] | None
     """The tokens of a partial output to resume, with the same request and seed. The result has only what follows."""
     request_id: str | None
@@ -209,15 +219,8 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, options: GenerateOp
     elif isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
         raise TypeError(f"must be a string, token IDs or messages, not {type(prompt).__name__}")
     elif any(isinstance(part, Message | Mapping) for part in prompt):
-        kwargs = options.get("chat_template_kwargs")
-        request.conversation.CopyFrom(
-            pb.Conversation(
-                messages=map(_message, cast(Sequence[Message | Mapping[str, str]], prompt)),
-                drop_oldest_turns=options.get("drop_oldest_turns"),
-                add_generation_prompt=options.get("add_generation_prompt"),
-                chat_template_kwargs=None if kwargs is None else _json_object(kwargs),
-            )
-        )
+        messages = cast(Sequence[Message | Mapping[str, Any]], prompt)
+        request.conversation.CopyFrom(conversation(messages, options))
         return
     elif any(isinstance(part, str) for part in prompt):
         raise TypeError("must be one string, token IDs, or messages such as Message(Role.USER, 'Hello')")
@@ -225,36 +228,9 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, options: GenerateOp
         request.token_ids.CopyFrom(pb.TokenIds(ids=cast(Sequence[int], prompt)))
     if options.get("drop_oldest_turns"):
         raise ValueError("requires a prompt of messages; use truncate_prompt_tokens for other prompts")
-    if options.get("add_generation_prompt") is not None or options.get("chat_template_kwargs"):
+    of_messages = ("add_generation_prompt", "chat_template_kwargs", "tools", "tool_choice", "allowed_tools")
+    if any(options.get(name) not in (None, (), [], {}) for name in (*of_messages, "parallel_tool_calls")):
         raise ValueError("requires a prompt of messages, to which the chat template applies")
-
-
-def _json_object(values: Mapping[str, Any]) -> str:
-    """Returns a mapping as JSON. Raises TypeError or ValueError for what JSON cannot express."""
-    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
-        raise TypeError("must be a mapping of names to values")
-    try:
-        return json.dumps(dict(values), ensure_ascii=False, allow_nan=False, default=_plain)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def _plain(value: object) -> dict[Any, Any]:
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"a value must be JSON: text, a number, true, false, null, a list or a mapping, not {value!r}")
-
-
-def _message(message: Message | Mapping[str, str]) -> pb.Message:
-    if not isinstance(message, Message):
-        if unknown := message.keys() - {"role", "content"}:
-            raise TypeError(f"a message has the keys 'role' and 'content', not {', '.join(sorted(unknown))}")
-        message = Message(message["role"], message["content"])
-    try:
-        role = Role(message.role)
-    except ValueError as error:
-        raise ValueError(f"{message.role!r} is not a role: use 'system', 'user' or 'assistant'") from error
-    return pb.Message(role=pb.Role.Value(f"ROLE_{role.name}"), content=message.content)
 
 
 def _decoding(options: GenerateOptions) -> pb.DecodingOptions:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -26,6 +27,7 @@ from mpt_grpc_client.results import (
     TopLogprob,
     Usage,
 )
+from mpt_grpc_client.tools import ToolCall, ToolCallDelta
 
 
 class PartialGeneration:
@@ -100,6 +102,7 @@ class PartialGeneration:
             token_ids=tuple(output.token_ids),
             logprobs=tuple(map(_logprob, output.logprobs)),
             finish=_finish(output.finish) if output.HasField("finish") else None,
+            tool_calls=tuple(ToolCallDelta(c.index, c.id, c.name, c.arguments) for c in output.tool_calls),
         )
         self._deltas[output.index].append(delta)
         self._seeds[output.index] = output.seed
@@ -225,7 +228,17 @@ def _output(deltas: list[Delta], seed: int) -> Output:
         logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
         finish=finish,
         seed=seed,
+        tool_calls=_tool_calls(part for delta in deltas for part in delta.tool_calls),
     )
+
+
+def _tool_calls(parts: Iterable[ToolCallDelta]) -> tuple[ToolCall, ...]:
+    """Returns the calls of which these are the parts."""
+    calls: dict[int, ToolCall] = {}
+    for part in parts:
+        begun = calls.get(part.index, ToolCall(part.id, part.name, ""))
+        calls[part.index] = replace(begun, arguments=begun.arguments + part.arguments)
+    return tuple(calls.values())
 
 
 def _logprob(message: pb.TokenLogprob) -> TokenLogprob:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from mpt_grpc_client.prompts import Message, Role
+from mpt_grpc_client.tools import ToolCall, ToolCallDelta
+
 
 class FinishReason(enum.Enum):
     """The reason an output ended."""
@@ -25,6 +28,8 @@ class FinishReason(enum.Enum):
     """The repetition guard detected repetition."""
     CONTENT_FILTER = 9
     """A guard configured on the server ended the output. The offending text was not sent."""
+    TOOL_CALLS = 10
+    """The model ended the output with calls of tools, which are complete."""
 
     @classmethod
     def _missing_(cls, value: object) -> FinishReason | None:
@@ -113,6 +118,8 @@ class Delta:
     """Empty unless requested by `return_logprobs`."""
     finish: Finish | None
     """Set in the last delta of the output."""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    """The new parts of calls."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,13 @@ class Output:
     finish: Finish
     seed: int
     """The seed with which a request for a single output returns the same output."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The calls of the option `tools`."""
+
+    @property
+    def message(self) -> Message:
+        """The output as the assistant's message, to be added to the conversation."""
+        return Message(Role.ASSISTANT, self.text, self.tool_calls)
 
 
 @dataclass(frozen=True)
@@ -168,6 +182,16 @@ class Generation:
     def text(self) -> str:
         """The text of the first output."""
         return self.outputs[0].text
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of tools in the first output."""
+        return self.outputs[0].tool_calls
+
+    @property
+    def message(self) -> Message:
+        """The first output as the assistant's message, to be added to the conversation."""
+        return self.outputs[0].message
 
     @property
     def num_tokens(self) -> int:

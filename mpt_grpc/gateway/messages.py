@@ -1,0 +1,81 @@
+"""The messages of a chat completion, as callers write them and as clients send back those that they received."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from mpt_grpc.gateway.tools import MessageToolCall
+from mpt_grpc_client import Message, Role
+
+MAX_ITEMS = 1024
+"""The maximum number of items of a field, except for token IDs."""
+TOO_MANY_ITEMS = "too_many_items"
+_ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT, "tool": Role.TOOL}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+    # Sent for other providers.
+    cache_control: Any = None
+    annotations: Any = None
+
+
+class RefusalPart(_Strict):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+ContentPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
+class ChatMessage(_Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+    # What SDKs and other servers add to the messages that they return.
+    refusal: str | None = None
+    id: str | None = None
+    annotations: Any = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+    cache_control: Any = None
+    parsed: Any = None
+    audio: None = None
+    function_call: None = None
+
+    # Between two messages, this Python code also lets other threads run, which Pydantic's own does not.
+    @field_validator("content", "tool_calls", mode="before")
+    @classmethod
+    def _check_num_parts(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) > MAX_ITEMS:
+            why = f"{len(value)} items; at most {MAX_ITEMS} are allowed in one request"
+            raise PydanticCustomError(TOO_MANY_ITEMS, "{why}", {"why": why})
+        return value
+
+    @model_validator(mode="after")
+    def _check_content(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("missing_content", "content: required unless the assistant calls tools")
+        return self
+
+    def message(self) -> Message:
+        """Returns the client library's message."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        calls = [call.call() for call in self.tool_calls or ()]
+        call_id = self.tool_call_id if self.role == "tool" else None
+        return Message(_ROLES.get(self.role, Role.SYSTEM), text, calls, call_id or "")
