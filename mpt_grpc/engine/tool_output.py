@@ -27,7 +27,7 @@ class ToolOutput:
             """Returns the same ID on every server that continues the request."""
             return f"call_{blake2b(f'{request_id}/{index}/{number}'.encode(), digest_size=12).hexdigest()}"
 
-        self._reader = ToolCallReader(call_id, follows_text=constraint.content is None)
+        self._reader = ToolCallReader(constraint, call_id)
         for text in resumed_text:
             self._reader.feed(text)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from mpt_grpc.request import ToolCall
+from mpt_grpc.request import ToolCall, ToolCalls
 from mpt_grpc.text.tools import CALL_END, CALL_START
 
 _HEAD = re.compile(r'\n\{"name": "([\w-]+)", "arguments": ', re.ASCII)
@@ -24,9 +24,9 @@ class ToolCallReader:
     Whitespace before a call, and the tags around it, belong to neither.
     """
 
-    def __init__(self, make_id: Callable[[int], str], *, follows_text: bool = True) -> None:
-        """`make_id` returns the ID of a call, given its index. `follows_text`: whether text may precede the calls."""
-        self._make_id, self._follows_text = make_id, follows_text
+    def __init__(self, constraint: ToolCalls, make_id: Callable[[int], str]) -> None:
+        """`make_id` returns the ID of a call, given its index."""
+        self._constraint, self._make_id = constraint, make_id
         self._read: Callable[[], bool] = self._read_text
         """Reads one part of the held text; returns whether another one may follow in what is left of it."""
         self._held = ""
@@ -51,12 +51,12 @@ class ToolCallReader:
 
     def finish(self) -> str:
         """Returns the plain text that was held back, after all text was fed."""
-        return self._held if self._read in (self._read_text, self._read_only_text) else ""
+        return self._held if self._read == self._read_text and not self._constraint.is_required else ""
 
     def _read_text(self) -> bool:
         before, start, after = self._held.partition(CALL_START)
         beginning = self._held.lstrip()[: len(CALL_START)]
-        if not self._follows_text and not CALL_START.startswith(beginning):
+        if self._constraint.content is not None and not CALL_START.startswith(beginning):
             self._read = self._read_only_text
             return True
         if start:

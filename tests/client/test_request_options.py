@@ -19,6 +19,7 @@ from mpt_grpc_client import (
     Regex,
     RepetitionGuard,
     Role,
+    Tool,
 )
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
@@ -59,6 +60,14 @@ OPTIONS = {
     "drop_oldest_turns": (True, "conversation.drop_oldest_turns", True),
     "add_generation_prompt": (False, "conversation.add_generation_prompt", False),
     "chat_template_kwargs": ({"n": 2}, "conversation.chat_template_kwargs", '{"n": 2}'),
+    "tools": (
+        [Tool("add", "Adds.", {"type": "object"})],
+        "conversation.tools",
+        [pb.Tool(name="add", description="Adds.", parameters='{"type": "object"}')],
+    ),
+    "tool_choice": ("required", "conversation.tool_choice", pb.TOOL_CHOICE_REQUIRED),
+    "allowed_tools": (("add",), "conversation.allowed_tools", ["add"]),
+    "parallel_tool_calls": (False, "conversation.parallel_tool_calls", False),
     "resume_token_ids": ((8, 9), "resume_token_ids", [8, 9]),
     "request_id": ("mine", "request_id", "mine"),
     "model": ("demo", "model", "demo"),
@@ -189,9 +198,9 @@ def test_a_prompt_of_another_type_is_a_type_error(scripted, client, prompt, erro
 
 def test_an_unknown_role_is_refused_with_the_known_ones(scripted, client):
     with pytest.raises(
-        InvalidRequestError, match=r"^prompt: 'tool' is not a role: use 'system', 'user' or 'assistant'"
+        InvalidRequestError, match=r"^prompt: 'robot' is not a role: use 'system', 'user', 'assistant' or 'tool'"
     ):
-        client.generate([{"role": "tool", "content": "Hi"}])
+        client.generate([{"role": "robot", "content": "Hi"}])
     assert not scripted.requests
 
 

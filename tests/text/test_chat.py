@@ -45,7 +45,7 @@ def prompt_text(*messages: Message, context: int = 1000, new: int | None = None,
         ((HI, HELLO), ["conversation.messages[1].role"]),
         ((SYSTEM,), ["conversation.messages[0].role"]),
         (
-            (Message("", "a"), HI, Message("tool", "b"), HI),
+            (Message("", "a"), HI, Message("robot", "b"), HI),
             ["conversation.messages[0].role", "conversation.messages[2].role"],
         ),
         ((HI, Message("", "a")), ["conversation.messages[1].role"]),

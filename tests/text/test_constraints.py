@@ -15,15 +15,16 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from json_schemas import conforms, schemas
+from json_schemas import conforms, objects, schemas
 
 import mpt_grpc
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
+from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex, Tool, ToolCall, ToolCalls
 from mpt_grpc.step import Matcher
 from mpt_grpc.text.constraints import CACHE_BYTES, ConstraintCompiler
 from mpt_grpc.text.grammar import MAX_SOURCE_BYTES
 from mpt_grpc.text.tokenizer import Tokenizer
+from mpt_grpc.text.tool_calls import ToolCallReader
 
 DEMO = Path(mpt_grpc.__file__).parent / "demo"
 TOKENIZER = Tokenizer.from_folder(DEMO)
@@ -125,6 +126,101 @@ def test_lark_grammar_produces_its_sentences(seed: int) -> None:
     grammar = 'start: "let " NAME "=" sum ";"\nsum: N ("+" N)*\nNAME: /[a-z]{1,5}/\nN: /[1-9][0-9]{0,2}/'
     output = walk(COMPILER.compile(LarkGrammar(grammar)), seed).decode()
     assert re.fullmatch(r"let [a-z]{1,5}=[1-9]\d{0,2}(\+[1-9]\d{0,2})*;", output)
+
+
+def read_calls(output: bytes) -> tuple[str, list[ToolCall], bool]:
+    """Returns the text and the calls of an output, and whether it ends with calls."""
+    reader = ToolCallReader(ToolCalls((), False, 16, None), str)
+    text, calls = reader.feed(output.decode())
+    return text + reader.finish(), list(calls), reader.has_complete_calls
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(schema=objects(schemas), max_calls=st.integers(1, 3), seed=st.integers(0, 1 << 32))
+def test_required_calls_have_a_name_of_the_list_and_arguments_that_conform(
+    schema: dict[str, Any], max_calls: int, seed: int
+) -> None:
+    tools = Tool("first", "", json.dumps(schema)), Tool("second", "", "")
+    text, calls, is_complete = read_calls(walk(COMPILER.compile(ToolCalls(tools, True, max_calls, None)), seed))
+    assert text == ""
+    assert is_complete
+    assert 1 <= len(calls) <= max_calls
+    for call in calls:
+        arguments = json.loads(call.arguments)
+        assert conforms(arguments, schema) if call.name == "first" else arguments == {}
+
+
+CALL = '<tool_call>\n{"name": "run", "arguments": {}}\n</tool_call>'
+RUN = (Tool("run", "", ""),)
+
+
+@pytest.mark.parametrize(
+    ("output", "content", "num_calls"),
+    [
+        ("Once upon a time", None, 0),
+        ("a < b, and <tool_calls>", None, 0),
+        (CALL, None, 1),
+        (f"Let me see.\n{CALL}", None, 1),
+        (f" {CALL}\n{CALL}", None, 2),
+        ('{"a": "<tool_call>"}', JsonObject(), 0),
+        (f"\n{CALL}", JsonObject(), 1),
+        ("yes", Choice(("yes", "no")), 0),
+        (CALL, Choice(("yes", "no")), 1),
+    ],
+)
+def test_text_and_calls_are_both_allowed_unless_calls_are_required(
+    output: str, content: Constraint | None, num_calls: int
+) -> None:
+    matcher = COMPILER.compile(ToolCalls(RUN, False, 2, content))
+    for token_id in TOKENIZER.encode(output):
+        assert token_id in allowed(matcher)
+        matcher.advance(token_id)
+    assert END in allowed(matcher)
+    required = COMPILER.compile(ToolCalls(RUN, True, 2, content))
+    if num_calls and not output.startswith("Let"):
+        feed(required, output)
+        assert END in allowed(required)
+    else:
+        with pytest.raises(InvalidRequestError):
+            feed(required, output)
+
+
+@pytest.mark.parametrize(
+    "output", ["<tool_call>", f"{CALL} Done.", f"{CALL}{CALL}", f"{CALL}\n{CALL}\n{CALL}", CALL.replace("run", "walk")]
+)
+def test_no_other_text_has_the_form_of_a_call(output: str) -> None:
+    matcher = COMPILER.compile(ToolCalls(RUN, False, 2, None))
+    try:
+        is_complete = feed(matcher, output)
+    except InvalidRequestError:
+        return
+    assert not is_complete
+    assert END not in allowed(matcher)
+
+
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [('{"not": {"type": "object"}}', "not supported"), ('{"type": "object", "x-guidance": {}}', "x-guidance")],
+)
+def test_a_schema_that_cannot_be_enforced_is_refused_with_its_tool(schema: str, why: str) -> None:
+    tools = (*RUN, Tool("other", "", schema))
+    field, description = refusal(lambda: COMPILER.compile(ToolCalls(tools, False, 1, None)))
+    assert field == "conversation.tools[1].parameters"
+    assert why in description
+
+
+def test_special_tokens_that_stop_an_output_end_it_where_the_constraint_allows_an_end() -> None:
+    backend = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    backend.add_special_tokens(["<|im_end|>"])
+    compiler, stop = ConstraintCompiler(Tokenizer(backend, frozenset([END]))), backend.token_to_id("<|im_end|>")
+    text = compiler.compile(ToolCalls(RUN, False, 1, None), ends=[stop])
+    feed(text, "Yes.")
+    assert {stop, END} <= set(allowed(text))
+    assert text.advance(stop)
+    call = compiler.compile(ToolCalls(RUN, False, 1, None), ends=[stop])
+    feed(call, "<tool_call>")
+    assert not {stop, END} & set(allowed(call))
+    assert stop not in allowed(compiler.compile(ToolCalls(RUN, False, 1, None)))
 
 
 def test_json_may_be_indented_but_white_space_is_bounded() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import (
@@ -107,7 +107,7 @@ def chat_chunk(delta: Delta, stream: PartialGeneration, model_name: str) -> Chat
         tool_call_chunk(index=call.index, id=call.id or None, name=call.name or None, args=call.arguments)
         for call in delta.tool_calls
     ]
-    position: Literal[last] | None = "last" if delta.finish else None
+    position: Literal["last"] | None = "last" if delta.finish else None
     message = AIMessageChunk(content=delta.text, tool_call_chunks=calls, usage_metadata=usage, chunk_position=position)
     return ChatGenerationChunk(message=message, generation_info=info or None)
 
