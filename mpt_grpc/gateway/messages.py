@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from mpt_grpc.gateway.tools import MessageToolCall
@@ -37,12 +37,16 @@ class RefusalPart(_Strict):
         return self.refusal
 
 
-ContentPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+ContentParts = Annotated[
+    list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)
+]
 
 
 class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
+    content: str | ContentParts | None = Field(
+        default=None, validate_default=True
+    )
     name: str | None = None
     tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
@@ -66,11 +70,12 @@ class ChatMessage(_Strict):
             raise PydanticCustomError(TOO_MANY_ITEMS, "{why}", {"why": why})
         return value
 
-    @model_validator(mode="after")
-    def _check_content(self) -> ChatMessage:
-        if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("missing_content", "content: required unless the assistant calls tools")
-        return self
+    @field_validator("content")
+    @classmethod
+    def _check_content(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("role") != "assistant":
+            raise PydanticCustomError("missing_content", "required")
+        return value
 
     def message(self) -> Message:
         """Returns the client library's message."""

@@ -54,6 +54,7 @@ _EXPECTED = {
     "tool_choice": "must be none, auto, required, a function in tools, or allowed_tools",
     "messages": "must be a list of at least one message, each with a role and content",
     "messages.role": "must be system, developer, user, assistant or tool",
+    "messages.tool_calls": "must be a list of calls, each with an id and a function with its name and arguments",
     "messages.content": "must be text, or a list of parts of type text; images and audio are not supported",
 }
 """The valid values of fields with several types, for each of which Pydantic would report its own error."""

@@ -171,9 +171,9 @@ def _not_certainly_too_long(
 
 
 def _remedy(conversation: Conversation) -> str:
-    return (
-        f"shorten {'the last message' if conversation.drop_oldest_turns else 'the messages or set drop_oldest_turns'}"
-    )
+    tools = "the tools or " if conversation.shown_tools else ""
+    messages = "the last message" if conversation.drop_oldest_turns else "the messages or set drop_oldest_turns"
+    return f"shorten {tools}{messages}"
 
 
 def _shortened(messages: Sequence[Message]) -> list[Sequence[Message]]:

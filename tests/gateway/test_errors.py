@@ -11,6 +11,8 @@ from http_calls import call
 
 USER = {"role": "user", "content": "Hi"}
 BAD_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+NAMED = {"type": "function", "function": {"name": "g"}}
 FUNCTION = {"type": "function", "function": {"name": "f"}}
 
 
@@ -47,9 +49,21 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
     ("fields", "message"),
     [
         ({"messages": []}, "messages: must be a list of at least one message"),
-        ({"messages": [USER, {"role": "tool", "content": "3"}]}, "messages[1].role: must be system, developer,"),
+        ({"messages": [USER, {"role": "robot", "content": "3"}]}, "messages[1].role: must be system, developer,"),
         ({"messages": [USER, {**USER, "content": [{"type": "image_url"}]}]}, "messages[1].content: must be text"),
-        ({"messages": [USER, {**USER, "tool_calls": []}]}, "messages[1]: unknown field 'tool_calls'"),
+        (
+            {"messages": [USER, {**USER, "tool_cals": []}]},
+            "messages[1]: unknown field 'tool_cals'; did you mean 'tool_",
+        ),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content: must be text"),
+        ({"messages": [{"role": "tool"}]}, "messages[0].content: must be text"),
+        ({"messages": [{**USER, "tool_calls": [CALL]}]}, "messages: only messages with the role 'assistant' have"),
+        ({"messages": [{**USER, "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0]: must be a list of calls"),
+        ({"messages": [USER], "tool_choice": "required"}, "tool_choice: there are no tools"),
+        ({"tools": [{**FUNCTION, "function": {"name": "a b"}}]}, "tools: must have 1 to 64 letters"),
+        ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0]"),
+        ({"tools": [FUNCTION], "tool_choice": NAMED}, "tool_choice: no function in tools is named 'g'"),
+        ({"tools": [FUNCTION] * 129}, "tools: 129 items; at most 128 are allowed"),
         ({"max_completion_tokens": 5000}, "messages: "),
         ({"min_tokens": 500}, "min_tokens: 500 is not in [0, 256]"),
         ({"top_logprobs": 2}, "top_logprobs: requires logprobs"),
@@ -60,7 +74,7 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex: unclosed group"),
         ({"structured_outputs": {"json": 3}}, "structured_outputs.json: must be a JSON schema"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "more than one constraint: guided_regex, guided_choice"),
-        ({"tools": [FUNCTION], "tool_choice": "maybe"}, "tool_choice: must be none, auto, required, or a function"),
+        ({"tools": [FUNCTION], "tool_choice": "maybe"}, "tool_choice: must be none, auto, required, a function"),
         ({"temprature": 1}, "unknown field 'temprature'; did you mean 'temperature'?"),
         ({"metdata": {}}, "unknown field 'metdata'; did you mean 'metadata'?"),
         (

@@ -18,10 +18,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mpt_grpc.gateway import protocol, reading
+from mpt_grpc.gateway.messages import MAX_ITEMS
 from mpt_grpc.gateway.middleware import SMALL_BODY_BYTES, BodyMemoryMiddleware
 from mpt_grpc.gateway.parsing import MAX_VALUES
 from mpt_grpc.gateway.reading import MAX_BODY_BYTES
-from mpt_grpc.gateway.requests import MAX_ITEMS
 from mpt_grpc.limits import MAX_TEXT_CHARACTERS
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings

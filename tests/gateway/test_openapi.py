@@ -46,7 +46,7 @@ def test_every_schema_that_is_referred_to_exists(document: Any) -> None:
     [
         ("/v1/chat/completions", CHAT),
         ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2, "n": 2}),
-        ("/v1/chat/completions", {**CHAT, "tools": [FUNCTION], "tool_choice": "required"}),
+        ("/v1/chat/completions", {**CHAT, "tools": [FUNCTION], "tool_choice": "required", "max_tokens": 99}),
         ("/v1/completions", {"prompt": "Once", "max_tokens": 4}),
         ("/v1/completions", {"prompt": "Once upon", "max_tokens": 4, "logprobs": 2, "echo": True}),
     ],

@@ -30,6 +30,20 @@ def conversation(count: int) -> pb.GenerateRequest:
     return request(conversation=pb.Conversation(messages=turns, drop_oldest_turns=True))
 
 
+def with_tools(**fields: Any) -> pb.GenerateRequest:
+    turns = [pb.Message(role=pb.ROLE_USER, content="x")]
+    return request(conversation=pb.Conversation(messages=turns, tool_choice=pb.TOOL_CHOICE_NONE, **fields))
+
+
+def called(count: int, size: int = 1, **call: Any) -> pb.GenerateRequest:
+    """Returns a request whose messages have that many calls together, with arguments of that size."""
+    half = [pb.ToolCall(name="f", arguments="1" * size, **call)] * (count // 2)
+    rest = [pb.ToolCall(name="f", arguments="1" * size, **call)] * (count - count // 2)
+    turns = [pb.Message(role=pb.ROLE_ASSISTANT, tool_calls=calls) for calls in (half, rest)]
+    turns.append(pb.Message(role=pb.ROLE_USER, content="x"))
+    return request(conversation=pb.Conversation(messages=turns, drop_oldest_turns=True))
+
+
 def resumed(count: int) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=[5]),
@@ -55,6 +69,15 @@ def stopping(**fields: Any) -> pb.GenerateRequest:
 COUNTED = {
     "token_ids.ids": (CONTEXT - 1, lambda n: request(token_ids=pb.TokenIds(ids=[5] * n))),
     "conversation.messages": (MAX_COUNTS["conversation.messages"], conversation),
+    "conversation.messages.tool_calls": (MAX_COUNTS["conversation.messages.tool_calls"], called),
+    "conversation.tools": (
+        MAX_COUNTS["conversation.tools"],
+        lambda n: with_tools(tools=[pb.Tool(name=f"f{i}") for i in range(n)]),
+    ),
+    "conversation.allowed_tools": (
+        MAX_COUNTS["conversation.allowed_tools"],
+        lambda n: with_tools(tools=[pb.Tool(name="f")], allowed_tools=["f"] * n),
+    ),
     "resume_token_ids": (CONTEXT - 1, lambda n: resumed(n)),
     "resume_outputs": (MAX_COUNTS["resume_outputs"], lambda n: resumed_outputs([[5]] * n)),
     "decoding.allowed_token_ids": (VOCAB, lambda n: decoding(allowed_token_ids=[i % VOCAB for i in range(n)])),
@@ -78,6 +101,9 @@ SIZED = {
     "decoding.json_schema": lambda n: decoding(json_schema=f'{{"const": "{"a" * (n - 13)}"}}'),
     "decoding.choice.options": lambda n: decoding(choice=pb.Choice(options=["a" * (n // 2), "b" * (n - n // 2)])),
     "stopping.stop_strings": lambda n: stopping(stop_strings=["z" * n]),
+    "conversation.tools": lambda n: with_tools(tools=[pb.Tool(name="f", description="d" * (n - 7))]),
+    "conversation.messages.tool_calls": lambda n: called(1, n - 7),
+    "conversation.messages.tool_call_id": lambda n: called(1, id="i" * n),
 }
 """For each text: a request with a given size in bytes."""
 
@@ -161,7 +187,7 @@ async def test_absurd_counts_are_refused_while_a_stream_goes_on(make_service: An
     """The message is as large as the server takes at all; parsing it is all that it costs."""
     service = await make_service()
     make = COUNTED[field][1]
-    message = make(VOCAB if field == "decoding.logit_bias" else 200_000)
+    message = make(4096 if field in ("decoding.logit_bias", "conversation.messages.tool_calls") else 200_000)
     gaps: list[float] = []
 
     async def neighbour() -> None:
@@ -199,6 +225,7 @@ async def test_a_message_larger_than_any_legal_request_is_refused_before_it_is_p
 
 MANY_FIELDS = {
     "conversation.messages": request(conversation=pb.Conversation(messages=[pb.Message()] * 300_000)),
+    "conversation.tools": with_tools(tools=[pb.Tool()] * 300_000),
     "decoding.choice.options": decoding(choice=pb.Choice(options=[""] * 300_000)),
     "decoding.logit_bias": decoding(logit_bias=dict.fromkeys(range(30_000), 1)),
     "stopping.stop_strings": stopping(stop_strings=[""] * 300_000),

@@ -16,7 +16,7 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.exceptions import OutputParserException
 from langchain_core.load import dumps, loads
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import LLMResult
 from langchain_core.prompts import ChatPromptTemplate
@@ -38,6 +38,11 @@ from mpt_grpc_client.langchain import ChatMpt, MptLLM
 TARGET = os.environ["MPT_GRPC_TARGET"]
 STORY = "Once upon a time"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12}
+TEXT = {
+    "type": "object",
+    "properties": {"text": {"type": "string", "minLength": 500}, "to": {"type": "string"}},
+    "required": ["text", "to"],
+}
 LONG: dict[str, Any] = {"max_new_tokens": 1500, "ignore_eos": True, "temperature": 0}
 
 
@@ -146,8 +151,7 @@ class TestMessages:
         ("message", "named"),
         [
             (HumanMessage([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]), "image"),
-            (ToolMessage("4", tool_call_id="1"), "tool"),
-            (AIMessage("", tool_calls=[{"name": "add", "args": {}, "id": "1"}]), "tool calls"),
+            (ChatMessage("4", role="robot"), "chat"),
         ],
     )
     def test_messages_other_than_text_are_refused_by_type(
@@ -156,9 +160,58 @@ class TestMessages:
         with pytest.raises(ValueError, match=f"{named}.* not supported"):
             chat.invoke([HumanMessage("Hi"), message, HumanMessage("And?")])
 
-    def test_tools_cannot_be_bound(self, chat: ChatMpt) -> None:
-        with pytest.raises(NotImplementedError):
-            chat.bind_tools([])
+
+
+def count_legs(animal: Literal["dog", "hen"]) -> int:
+    """Count the legs of an animal."""
+    return {"dog": 4, "hen": 2}[animal]
+
+
+class Sleep(BaseModel):
+    """Sleep for some hours."""
+
+    hours: Literal[1, 2, 3]
+
+
+class TestTools:
+    @pytest.fixture
+    def chat(self) -> ChatMpt:
+        return ChatMpt(target=TARGET, max_new_tokens=200, seed=1)
+
+    @pytest.mark.parametrize("choice", ["any", "required", True])
+    def test_a_bound_model_calls_tools_and_streams_the_same_calls(self, choice: Any, chat: ChatMpt) -> None:
+        model = chat.bind_tools([count_legs, Sleep], tool_choice=choice, parallel_tool_calls=False, strict=True)
+        message = model.invoke("How many legs has a hen?", request_id="langchain")
+        (call,) = message.tool_calls
+        assert call["args"] in [{"animal": "dog"}, {"animal": "hen"}, {"hours": 1}, {"hours": 2}, {"hours": 3}]
+        assert message.response_metadata["finish_reason"] == "tool_calls"
+        chunks = list(model.stream("How many legs has a hen?", request_id="langchain"))
+        assert sum(chunks[1:], chunks[0]).tool_calls == message.tool_calls
+
+    @pytest.mark.parametrize("choice", ["Sleep", {"type": "function", "function": {"name": "Sleep"}}])
+    async def test_one_tool_can_be_forced(self, choice: Any, chat: ChatMpt) -> None:
+        message = await chat.bind_tools([count_legs, Sleep], tool_choice=choice).ainvoke("Good night!")
+        assert {call["name"] for call in message.tool_calls} == {"Sleep"}
+
+    def test_an_unknown_tool_cannot_be_forced(self, chat: ChatMpt) -> None:
+        with pytest.raises(ValueError, match="tool_choice: 'dance' is none of the tools: count_legs"):
+            chat.bind_tools([count_legs], tool_choice="dance")
+
+    def test_calls_and_results_are_sent_back(self, chat: ChatMpt) -> None:
+        bound = chat.bind_tools([count_legs])
+        call = chat.bind_tools([count_legs], tool_choice="any").invoke("Legs?")
+        results = [ToolMessage("2", tool_call_id=made["id"]) for made in call.tool_calls]
+        invalid = AIMessage("", invalid_tool_calls=[{"name": "count_legs", "args": "{", "id": "x", "error": None}])
+        for made in (call, invalid):
+            reply = bound.invoke([HumanMessage("Legs?"), made, *results, HumanMessage("So?")], max_new_tokens=3)
+            assert reply.content
+
+    def test_a_call_that_was_cut_short_is_invalid(self, chat: ChatMpt) -> None:
+        model = chat.bind_tools([{"name": "say", "description": "", "parameters": TEXT}], tool_choice="any")
+        message = model.invoke("Hi", max_new_tokens=70)
+        (call,) = message.invalid_tool_calls
+        assert call["name"] == "say"
+        assert message.response_metadata["finish_reason"] == "max_new_tokens"
 
 
 class TestMetadata:
