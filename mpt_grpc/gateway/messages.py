@@ -37,16 +37,12 @@ class RefusalPart(_Strict):
         return self.refusal
 
 
-ContentParts = Annotated[
-    list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)
-]
+ContentParts = Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)]
 
 
 class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | ContentParts | None = Field(
-        default=None, validate_default=True
-    )
+    content: str | ContentParts | None = Field(default=None, validate_default=True)
     name: str | None = None
     tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None

@@ -1,4 +1,4 @@
-"""Runs released versions of OpenAI's SDK, LangChain and LiteLLM against a real server."""
+"""Runs released versions of OpenAI's SDK, LangChain, LiteLLM and agent frameworks against a real server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-ENVIRONMENTS = {"scenarios.py": "sdks", "scenarios_litellm.py": "litellm"}
+ENVIRONMENTS = {"scenarios.py": "sdks", "scenarios_agents.py": "sdks", "scenarios_litellm.py": "litellm"}
 SCENARIOS = [
     (file, name)
     for file in ENVIRONMENTS

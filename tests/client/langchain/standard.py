@@ -18,6 +18,13 @@ from mpt_grpc_client.langchain import ChatMpt
 TARGET = os.environ["MPT_GRPC_TARGET"]
 
 
+needs_understanding = pytest.mark.xfail(
+    reason="the demo model does not understand the question: it calls no tool unless it must, or with other arguments",
+    raises=AssertionError,
+    strict=True,
+)
+
+
 class TestUnit(ChatModelUnitTests):
     chat_model_class = ChatMpt
     chat_model_params: ClassVar = {"target": "localhost:50051"}
@@ -44,7 +51,25 @@ class TestIntegration(ChatModelIntegrationTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
         options = {"logit_bias": logit_bias()}
-        return {"target": TARGET, "temperature": 0, "max_new_tokens": 40, "options": options}
+        return {"target": TARGET, "temperature": 0, "max_new_tokens": 160, "options": options}
+
+    @needs_understanding
+    @pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
+    def test_tool_calling(self, model: ChatMpt) -> None:
+        super().test_tool_calling(model)
+
+    @needs_understanding
+    async def test_tool_calling_async(self, model: ChatMpt) -> None:
+        await super().test_tool_calling_async(model)
+
+    @needs_understanding
+    @pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
+    def test_agent_loop(self, model: ChatMpt) -> None:
+        super().test_agent_loop(model)
+
+    @needs_understanding
+    def test_unicode_tool_call_integration(self, model: ChatMpt) -> None:
+        super().test_unicode_tool_call_integration(model)
 
     def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
         model = ChatMpt(target=TARGET, max_new_tokens=2, streaming=stream)

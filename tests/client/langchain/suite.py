@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 from typing import Any, Literal, TypedDict
 
 import pytest
+from langchain.agents import create_agent
+from langchain.agents.middleware import wrap_model_call
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.exceptions import OutputParserException
@@ -161,7 +163,6 @@ class TestMessages:
             chat.invoke([HumanMessage("Hi"), message, HumanMessage("And?")])
 
 
-
 def count_legs(animal: Literal["dog", "hen"]) -> int:
     """Count the legs of an animal."""
     return {"dog": 4, "hen": 2}[animal]
@@ -205,6 +206,23 @@ class TestTools:
         for made in (call, invalid):
             reply = bound.invoke([HumanMessage("Legs?"), made, *results, HumanMessage("So?")], max_new_tokens=3)
             assert reply.content
+
+    def test_an_agent_runs_to_its_end(self, chat: ChatMpt) -> None:
+        @wrap_model_call
+        def ask_first(request: Any, answer: Any) -> Any:
+            is_question = isinstance(request.messages[-1], HumanMessage)
+            return answer(request.override(tool_choice="any" if is_question else None))
+
+        agent = create_agent(chat, [count_legs], system_prompt="Be brief.", middleware=[ask_first])
+        messages = agent.invoke({"messages": [HumanMessage("How many legs has a hen?")]})["messages"]
+        assert [messages[0].type, messages[1].type, messages[2].type, messages[-1].type] == [
+            "human",
+            "ai",
+            "tool",
+            "ai",
+        ]
+        assert messages[2].content in ("2", "4")
+        assert messages[-1].content
 
     def test_a_call_that_was_cut_short_is_invalid(self, chat: ChatMpt) -> None:
         model = chat.bind_tools([{"name": "say", "description": "", "parameters": TEXT}], tool_choice="any")
