@@ -22,13 +22,8 @@ MAX_SOURCE_BYTES = max(MAX_BYTES[f"decoding.{name}"] for name in ("json_schema",
 TOO_COSTLY = "exceeds the server's limits on the cost of a constraint: simplify it"
 # A weak model may generate whitespace forever if it is unbounded; this allows a line break and an indent.
 _WHITE_SPACE: JsonCompileOptions = {"lenient": False, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"}
-_ONE_LINE: JsonCompileOptions = {
-    "lenient": False,
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}
-"""The form of the arguments of calls: that of the calls in the prompt, and of those that models are trained on."""
+# Calls in the prompt, and those that models are trained on, have single spaces. A weak model ends a number by one.
+_SPACE: JsonCompileOptions = {"lenient": False, "whitespace_pattern": r"\x20"}
 _COSTLY = re.compile(
     r"fuel|limit (for|exceeded)|too (big|large|complex)|too many (expressions|states|items)"
     r"|row has|Unable to determine|decimal literal",
@@ -143,7 +138,7 @@ def _tool_grammar(constraint: ToolCalls) -> str:
     more = f' ("\\n{CALL_START}" call){{0,{constraint.max_calls - 1}}}' if constraint.max_calls > 1 else ""
     heads = []
     for index, tool in enumerate(constraint.tools):
-        grammar = _json_grammar(tool.parameters or NO_PARAMETERS, f"conversation.tools[{index}].parameters", _ONE_LINE)
+        grammar = _json_grammar(tool.parameters or NO_PARAMETERS, f"conversation.tools[{index}].parameters", _SPACE)
         grammars.append({**json.loads(grammar)["grammars"][0], "name": f"arguments_{index}"})
         heads.append(f'"{tool.name}\\", \\"arguments\\": " @arguments_{index}')
     rules += [
