@@ -73,7 +73,7 @@ def tool_options(tools: list[Tool] | None, choice: ToolChoice | None, parallel: 
     """Returns the client library's options. Raises BadRequestError for a choice of tools that do not exist."""
     if not tools:
         if choice not in (None, "none", "auto"):
-            raise BadRequestError("tool_choice: there are no tools to call; set tools", "tool_choice")
+            raise BadRequestError("tool_choice: no tool to call; set tools", "tool_choice")
         return GenerateOptions()
     options = GenerateOptions(tools=[tool.function.model_dump() for tool in tools], parallel_tool_calls=parallel)
     if isinstance(choice, str):

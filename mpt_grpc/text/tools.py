@@ -55,7 +55,7 @@ def tool_violations(conversation: Conversation) -> Iterator[FieldViolation]:
             why = f"{name[:MAX_TOOL_NAME_CHARACTERS]!r} is not the name of a tool in tools"
             yield FieldViolation(f"conversation.allowed_tools[{index}]", why)
     if conversation.tool_choice is ToolChoice.REQUIRED and not names:
-        yield FieldViolation("conversation.tool_choice", "a call is required, but there are no tools: set tools")
+        yield FieldViolation("conversation.tool_choice", "no tool to call: set tools")
     if conversation.tools and "tools" in conversation.chat_template_kwargs:
         yield FieldViolation("conversation.chat_template_kwargs[tools]", "set by the field of this name: leave it out")
     for index, message in enumerate(conversation.messages):

@@ -26,6 +26,7 @@ PAGES = (
     "checkpoints",
     "clients",
     "generation",
+    "tools",
     "openai",
     "guarantees",
     "evaluation",

@@ -59,7 +59,7 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"messages": [{"role": "tool"}]}, "messages[0].content: must be text"),
         ({"messages": [{**USER, "tool_calls": [CALL]}]}, "messages: only messages with the role 'assistant' have"),
         ({"messages": [{**USER, "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0]: must be a list of calls"),
-        ({"messages": [USER], "tool_choice": "required"}, "tool_choice: there are no tools"),
+        ({"messages": [USER], "tool_choice": "required"}, "tool_choice: no tool to call; set tools"),
         ({"tools": [{**FUNCTION, "function": {"name": "a b"}}]}, "tools: must have 1 to 64 letters"),
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0]"),
         ({"tools": [FUNCTION], "tool_choice": NAMED}, "tool_choice: no function in tools is named 'g'"),
