@@ -74,7 +74,10 @@ def as_tool(tool: ToolLike) -> Tool:
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
-    hints = get_type_hints(function, include_extras=True)
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise TypeError(f"the annotations of {function!r} cannot be resolved: {error}") from error
     properties, required = {}, []
     for name, parameter in inspect.signature(function).parameters.items():
         where = f"parameter {name!r} of {getattr(function, '__name__', function)}"
