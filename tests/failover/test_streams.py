@@ -30,6 +30,7 @@ from mpt_grpc_client import (
     Regex,
     RepetitionGuard,
     Role,
+    Tool,
     UnavailableError,
 )
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -64,6 +65,10 @@ CASES: dict[str, dict[str, Any]] = {
     "several outputs": {"num_sequences": 4, "ignore_eos": False, "logit_bias": {0: 3.0}, **LOGPROBS},
     "several outputs with a schema": {"num_sequences": 2, "constraint": JsonSchema(PERSON), "ignore_eos": None},
     "several outputs without the cache": {"num_sequences": 2, "cache_bypass": True, "stop_strings": ["zebra"]},
+    "calls of tools": {
+        "prompt": [Message(Role.USER, "Who is there?")], "tools": [Tool("tell", "", PERSON)], "tool_choice": "required",
+        "request_id": "calls", "num_sequences": 2, "max_new_tokens": 90, "ignore_eos": None,
+    },
     "a resumed output": {
         "resume_token_ids": [50, 60, 70], "return_token_ids": True, "request_id": "mine", "cache_salt": "tenant",
     },
