@@ -89,8 +89,10 @@ def _variables(message: Message, names: Mapping[str, str], change: Callable[[str
             }
             for call in message.tool_calls
         ]
-    if message.role == "tool":
-        variables |= {"tool_call_id": change(message.tool_call_id), "name": names.get(message.tool_call_id, "")}
+    if message.tool_call_id:
+        variables["tool_call_id"] = change(message.tool_call_id)
+    if message.tool_call_id in names:
+        variables["name"] = names[message.tool_call_id]
     return variables
 
 

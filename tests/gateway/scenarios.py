@@ -137,7 +137,8 @@ def tools(url: str) -> None:
 def calls_and_results_sent_back(url: str) -> None:
     """The messages are those of the SDK, as it dumps them, of complete responses and of streams."""
     tools: Any = [openai.pydantic_function_tool(CountLegs)]
-    request: dict[str, Any] = {"model": "demo", "tools": tools, "max_tokens": 300, "seed": 1, "tool_choice": "required"}
+    request: dict[str, Any] = {"model": "demo", "tools": tools, "max_tokens": 200, "seed": 1, "tool_choice": "required"}
+    request["parallel_tool_calls"] = False
     messages: list[Any] = [*HELLO]
     created = sdk(url).chat.completions.create(messages=messages, **request).choices[0].message
     messages.append(created.model_dump())

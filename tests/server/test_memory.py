@@ -56,6 +56,18 @@ MESSAGES = {
     "nested template arguments": lambda: pb.GenerateRequest(
         conversation=pb.Conversation(chat_template_kwargs="[" * MAX_BYTES["conversation.chat_template_kwargs"])
     ),
+    "900,000 tools": lambda: pb.GenerateRequest(conversation=pb.Conversation(tools=[pb.Tool()] * 900_000)),
+    "nested parameters of a tool": lambda: pb.GenerateRequest(
+        conversation=pb.Conversation(tools=[pb.Tool(name="f", parameters="[" * (MAX_BYTES["conversation.tools"] - 9))])
+    ),
+    "nested arguments of a call": lambda: pb.GenerateRequest(
+        conversation=pb.Conversation(
+            messages=[
+                pb.Message(role=pb.ROLE_ASSISTANT, tool_calls=[pb.ToolCall(name="f", arguments='{"a":' * 50_000)]),
+                pb.Message(role=pb.ROLE_USER, content="Hi"),
+            ]
+        )
+    ),
     "the longest text": lambda: pb.GenerateRequest(
         text="a " * (MAX_TEXT_CHARACTERS // 2), truncate_prompt_tokens=5, stopping=pb.StoppingCriteria(max_new_tokens=1)
     ),

@@ -10,7 +10,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.request import Message
+from mpt_grpc.request import Message, Tool, ToolCall
 from mpt_grpc.text.template_sources import find_chat_template
 
 DOLLY = Path(__file__).parents[2].parent / "shared" / "data" / "traces" / "dolly_hhrlhf_train_small.jsonl"
@@ -155,6 +155,51 @@ def test_templates_are_rendered_as_by_transformers(
         [turns], chat_template=source, add_generation_prompt=begins, bos_token="<s>", eos_token="</s>", **variables
     )
     assert find_chat_template(source, folder, "demo").render(messages, begins, kwargs) == expected
+
+
+HERMES_LIKE = """{% if tools %}<tools>
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}</tools>
+{% endif %}
+{% for message in messages %}
+{% if message.role == 'tool' %}<tool_response>
+{{ {'name': message.name, 'content': message.content, 'id': message.tool_call_id} | tojson }}
+</tool_response>
+{% else %}{{ message.role }}: {{ message.content }}
+{% for call in message.tool_calls or [] %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{% endfor %}{% endif %}{% endfor %}"""
+
+
+def test_tools_calls_and_results_are_rendered_as_by_transformers(folder: Path) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string", "description": "é <b>"}}}
+    function = {"name": "weather", "description": "Tell the weather.", "parameters": schema}
+    arguments = {"city": "Rome", "days": [1, 2.5, None, True]}
+    called = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    (expected,), _ = render_jinja_template(
+        [
+            [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Sure.", "tool_calls": [called, called]},
+                {"role": "tool", "content": "sunny", "tool_call_id": "1", "name": "weather"},
+            ]
+        ],
+        tools=[{"type": "function", "function": function}],
+        chat_template=HERMES_LIKE,
+    )
+    call = ToolCall("1", "weather", json.dumps(arguments))
+    messages = (HI, Message("assistant", "Sure.", (call, call)), Message("tool", "sunny", tool_call_id="1"))
+    template = find_chat_template(HERMES_LIKE, folder, "demo")
+    assert template.takes_tools
+    tool = Tool("weather", "Tell the weather.", json.dumps(schema))
+    assert template.render(messages, tools=[tool]) == expected
+
+
+@pytest.mark.parametrize("source", ["base", "instruct", "chatml", LLAMA_LIKE, WITH_KWARGS, "<tool_call>{{ messages }}"])
+def test_other_templates_do_not_take_tools(source: str) -> None:
+    assert not find_chat_template(source, Path("none"), "demo").takes_tools
 
 
 @pytest.mark.parametrize("name", ["base", "instruct", "chatml"])
