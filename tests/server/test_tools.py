@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from conftest import demo_settings
 
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
@@ -119,7 +122,7 @@ async def test_calls_are_resumed_wherever_they_were_interrupted(service: Any) ->
     message = request(seed=2, tool_choice=pb.TOOL_CHOICE_REQUIRED, request_id="resumed")
     chunks = [chunk.output async for chunk in service.stub.StreamGenerate(message)]
     expected = joined(part for chunk in chunks for part in chunk.tool_calls)
-    for received in range(1, len(chunks), 7):
+    for received in range(1, len(chunks), 1 + len(chunks) // 8):
         sent = [i for chunk in chunks[:received] for i in chunk.token_ids]
         message.resume_token_ids[:] = sent
         rest = [chunk.output async for chunk in service.stub.StreamGenerate(message)]
@@ -151,3 +154,45 @@ async def test_invalid_tools_are_refused_by_name(service: Any, fields: dict[str,
         await service.stub.Generate(request(**fields))
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert field in str(refused.value.trailing_metadata())
+
+
+HERMES = """{% if tools %}<tools>{{ tools | map(attribute='function.name') | join(' ') }}</tools>
+{% endif %}{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% for call in message.tool_calls or [] %}<tool_call>
+{{ call.function | tojson }}
+</tool_call>
+{% endfor %}{% endfor %}assistant:"""
+
+
+async def test_a_template_that_takes_tools_is_used_as_it_is(make_service: Any) -> None:
+    settings = demo_settings()
+    service = await make_service(replace(settings, model=replace(settings.model, chat_template=HERMES)))
+    message = request(tool_choice=pb.TOOL_CHOICE_REQUIRED, parallel_tool_calls=False)
+    (output,) = (await service.stub.Generate(message)).outputs
+    assert output.finish.reason == pb.FINISH_REASON_TOOL_CALLS
+    called = pb.Message(role=pb.ROLE_ASSISTANT, tool_calls=output.tool_calls)
+    result = pb.Message(role=pb.ROLE_TOOL, content="<tool_call>", tool_call_id=output.tool_calls[0].id)
+    message = request(ASK, called, result, max_new_tokens=1)
+    message.output_options.return_prompt_token_ids = True
+    token_ids = (await service.stub.Generate(message)).prompt.token_ids
+    function = {"name": output.tool_calls[0].name, "arguments": json.loads(output.tool_calls[0].arguments)}
+    assert (await service.stub.Detokenize(pb.DetokenizeRequest(token_ids=token_ids))).text == (
+        f"<tools>get_weather get_time</tools>\nuser: {ASK.content}\n"
+        f"assistant: \n<tool_call>\n{json.dumps(function)}\n</tool_call>\ntool: &lt;tool_call>\nassistant:"
+    )
+
+
+async def test_a_guard_checks_calls_as_it_checks_text(make_service: Any, tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text('/"city" ?: ?"Rome/\n')
+    service = await make_service(replace(demo_settings(), guards=(f"words={words}",)))
+    ask = pb.Message(role=pb.ROLE_USER, content="Is it sunny?")
+    found = set()
+    for seed in range(8):
+        message = request(ask, seed=seed, tool_choice=pb.TOOL_CHOICE_REQUIRED, allowed_tools=["get_weather"])
+        message.conversation.parallel_tool_calls = False
+        (output,) = (await service.stub.Generate(message)).outputs
+        (call,) = output.tool_calls
+        found.add((output.finish.reason, call.arguments.rstrip() == "{"))
+        assert "Rome" not in call.arguments
+    assert found == {(pb.FINISH_REASON_TOOL_CALLS, False), (pb.FINISH_REASON_CONTENT_FILTER, True)}
