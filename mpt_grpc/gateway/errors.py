@@ -57,8 +57,8 @@ def error_body(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> tupl
     if isinstance(error, BadRequestError):
         return error.status, _body(str(error), "invalid_request_error", error.param, error.code)
     if isinstance(error, InvalidRequestError) and error.violations:
-        wrong = [(_name(violation.field, names), violation.description) for violation in error.violations]
-        message = "; ".join(f"{name}: {description}" for name, description in wrong)
+        wrong = [(*_name(violation.field, names), violation.description) for violation in error.violations]
+        message = "; ".join(f"{name}{rest}: {description}" for name, rest, description in wrong)
         return 400, _body(message, "invalid_request_error", wrong[0][0], _reason_code(error))
     for kind, status, type_, code in _TABLE:
         if isinstance(error, kind):
@@ -103,6 +103,7 @@ def _reason_code(error: MptGrpcError) -> str | None:
     return "content_filter" if error.reason == "PROMPT_REFUSED" else None
 
 
-def _name(field: str, names: Mapping[str, str]) -> str:
+def _name(field: str, names: Mapping[str, str]) -> tuple[str, str]:
+    """Returns the endpoint's name for the option that a path begins with, and the rest of the path."""
     option = re.split(r"[.\[]", field)[0]
-    return names.get(option, option)
+    return names.get(option, option), field.removeprefix(option)
