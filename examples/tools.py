@@ -29,7 +29,7 @@ with Client(timeout=60) as client:
             tool_choice="required",
             allowed_tools=["answer"] if turn == MAX_TURNS - 1 else None,
             parallel_tool_calls=False,
-            seed=turn,
+            seed=2 + turn,
         )
         messages.append(result.message)
         for call in result.tool_calls:

@@ -168,6 +168,8 @@ class ToolCalls:
     max_calls: int
     content: Constraint | None
     """The constraint on an output without calls. If there is none, text may also precede the calls."""
+    stop_strings: tuple[str, ...] = ()
+    """What may follow the calls, besides the end: with many templates, it is by these that the model ends its turn."""
 
 
 OutputConstraint = Constraint | ToolCalls

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from mpt_grpc.engine.admission import RequestLimits, prompt_violations, request_violations, resumed_lists
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, PromptRefusedError
 from mpt_grpc.limits import MAX_TEXT_CHARACTERS
-from mpt_grpc.request import Conversation, GenerationRequest, StoppingCriteria
+from mpt_grpc.request import Conversation, GenerationRequest, StoppingCriteria, ToolCalls
 from mpt_grpc.step import Matcher
 from mpt_grpc.text.chat import conversation_token_ids
 from mpt_grpc.text.chat_template import ChatTemplate
@@ -147,6 +147,8 @@ class Preparation:
         constraint = request.constraint
         if constraint is None:
             return (), frozenset()
+        if isinstance(constraint, ToolCalls):
+            constraint = replace(constraint, stop_strings=request.stopping.stop_strings)
         ends = self.tokenizer.special_token_ids.intersection(request.stopping.stop_token_ids)
         matchers = tuple(self._constraints.compile(constraint, ends) for _ in request.outputs)
         complete = set()

@@ -135,7 +135,10 @@ def _tool_grammar(constraint: ToolCalls) -> str:
         else:
             start = f"@content | {start}"
             grammars.append({**json.loads(make_grammar(constraint.content))["grammars"][0], "name": "content"})
-    more = f' ("\\n{CALL_START}" call){{0,{constraint.max_calls - 1}}}' if constraint.max_calls > 1 else ""
+    more = stop = ""
+    if constraint.max_calls > 1:
+        more = f' ("\\n{CALL_START}" call){{0,{constraint.max_calls - 1}}}'
+        stop = f" /{'|'.join(map(_escaped, constraint.stop_strings))}/?" if constraint.stop_strings else ""
     heads = []
     for index, tool in enumerate(constraint.tools):
         grammar = _json_grammar(tool.parameters or NO_PARAMETERS, f"conversation.tools[{index}].parameters", _SPACE)
@@ -143,7 +146,7 @@ def _tool_grammar(constraint: ToolCalls) -> str:
         heads.append(f'"{tool.name}\\", \\"arguments\\": " @arguments_{index}')
     rules += [
         f"start: {start}",
-        f"calls: call{more}",
+        f"calls: call{more}{stop}",
         f'call: "\\n{{\\"name\\": \\"" tool "}}\\n{CALL_END}"',
         "tool: " + " | ".join(heads),
     ]

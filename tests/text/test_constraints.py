@@ -198,6 +198,14 @@ def test_no_other_text_has_the_form_of_a_call(output: str) -> None:
     assert END not in allowed(matcher)
 
 
+def test_a_stop_string_may_follow_calls() -> None:
+    stops = "\nUser:", "a/b|c"
+    for output in (f"{CALL}\nUser:", f"{CALL}\n{CALL}a/b|c"):
+        assert feed(COMPILER.compile(ToolCalls(RUN, True, 2, None, stops)), output)
+        with pytest.raises(InvalidRequestError):
+            feed(COMPILER.compile(ToolCalls(RUN, True, 2, None)), output)
+
+
 @pytest.mark.parametrize(
     ("schema", "why"),
     [('{"not": {"type": "object"}}', "not supported"), ('{"type": "object", "x-guidance": {}}', "x-guidance")],
