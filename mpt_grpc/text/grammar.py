@@ -13,7 +13,7 @@ from mpt_grpc.limits import MAX_BYTES
 from mpt_grpc.request import Choice, JsonObject, JsonSchema, OutputConstraint, Regex, ToolCalls
 from mpt_grpc.text.json_schema import UnsupportedSchemaError, rewrite
 from mpt_grpc.text.regex_syntax import unsupported_syntax
-from mpt_grpc.text.tools import CALL_END, CALL_START, NO_PARAMETERS
+from mpt_grpc.text.tools import CALL_END, CALL_START, parameters
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -22,8 +22,8 @@ MAX_SOURCE_BYTES = max(MAX_BYTES[f"decoding.{name}"] for name in ("json_schema",
 TOO_COSTLY = "exceeds the server's limits on the cost of a constraint: simplify it"
 # A weak model may generate whitespace forever if it is unbounded; this allows a line break and an indent.
 _WHITE_SPACE: JsonCompileOptions = {"lenient": False, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"}
-# Calls in the prompt, and those that models are trained on, have single spaces. A weak model ends a number by one.
-_SPACE: JsonCompileOptions = {"lenient": False, "whitespace_pattern": r"\x20"}
+# Calls in the prompt, and in the data of models, have single spaces. Without any, a weak model does not end a number.
+_LITTLE_SPACE: JsonCompileOptions = {"lenient": False, "whitespace_pattern": r"[\x20\x0A]"}
 _COSTLY = re.compile(
     r"fuel|limit (for|exceeded)|too (big|large|complex)|too many (expressions|states|items)"
     r"|row has|Unable to determine|decimal literal",
@@ -141,7 +141,9 @@ def _tool_grammar(constraint: ToolCalls) -> str:
         stop = f" /{'|'.join(map(_escaped, constraint.stop_strings))}/?" if constraint.stop_strings else ""
     heads = []
     for index, tool in enumerate(constraint.tools):
-        grammar = _json_grammar(tool.parameters or NO_PARAMETERS, f"conversation.tools[{index}].parameters", _SPACE)
+        field = f"conversation.tools[{index}].parameters"
+        schema = {"type": "object"} | parameters(tool, field)
+        grammar = _json_grammar(json.dumps(schema), field, _LITTLE_SPACE)
         grammars.append({**json.loads(grammar)["grammars"][0], "name": f"arguments_{index}"})
         heads.append(f'"{tool.name}\\", \\"arguments\\": " @arguments_{index}')
     rules += [

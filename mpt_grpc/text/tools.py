@@ -20,7 +20,7 @@ from mpt_grpc.request import Conversation, Message, Tool, ToolCall, ToolChoice
 from mpt_grpc.text.literals import applied, strings
 
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
-NO_PARAMETERS = '{"type": "object", "properties": {}, "additionalProperties": false}'
+_NO_PARAMETERS = '{"type": "object", "properties": {}, "additionalProperties": false}'
 _TAG = re.compile(r"<(?=/?(?:tool_call|tool_response|tools)>)")
 _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME_CHARACTERS}}}")
 _WRONG_NAME = f"must have 1 to {MAX_TOOL_NAME_CHARACTERS} letters, digits, underscores or dashes"
@@ -72,7 +72,7 @@ def tool_violations(conversation: Conversation) -> Iterator[FieldViolation]:
 def parameters(tool: Tool, field: str) -> dict[str, Any]:
     """Returns the schema of a tool's arguments. Raises InvalidRequestError, which names the field."""
     try:
-        schema = json.loads(tool.parameters or NO_PARAMETERS)
+        schema = json.loads(tool.parameters or _NO_PARAMETERS)
         tool.parameters.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequestError(FieldViolation(field, "not valid Unicode: remove lone surrogates")) from error

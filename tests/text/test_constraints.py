@@ -198,6 +198,15 @@ def test_no_other_text_has_the_form_of_a_call(output: str) -> None:
     assert END not in allowed(matcher)
 
 
+@pytest.mark.parametrize("schema", ["{}", '{"properties": {"a": {"const": 1}}}', '{"anyOf": [{"type": "object"}, {}]}'])
+def test_arguments_are_an_object_even_if_the_schema_does_not_say_so(schema: str) -> None:
+    for seed in range(5):
+        matcher = COMPILER.compile(ToolCalls((Tool("f", "", schema),), True, 1, None))
+        _, [call], is_complete = read_calls(walk(matcher, seed))
+        assert isinstance(json.loads(call.arguments), dict)
+        assert is_complete
+
+
 def test_a_stop_string_may_follow_calls() -> None:
     stops = "\nUser:", "a/b|c"
     for output in (f"{CALL}\nUser:", f"{CALL}\n{CALL}a/b|c"):
