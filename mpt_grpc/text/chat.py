@@ -161,9 +161,13 @@ def _not_certainly_too_long(
     most = max_context_tokens * max_token_bytes
     if not conversation.drop_oldest_turns:
         candidates = candidates[:1]
+    sizes = {
+        id(message): len(message.content) + sum(len(call.arguments) for call in message.tool_calls)
+        for message in candidates[0]
+    }
     size = 0
     for number, messages in enumerate(candidates):
-        size = sum(map(len, _texts(messages)))
+        size = sum(sizes[id(message)] for message in messages)
         if size <= most:
             return candidates[number:]
     why = f"{size} characters are too many for the context of {max_context_tokens} tokens: {_remedy(conversation)}"
