@@ -52,6 +52,7 @@ RANGES: Mapping[str, Range] = {
     "decoding.frequency_penalty": Range(-2, 2),
     "decoding.presence_penalty": Range(-2, 2),
     "decoding.logit_bias": Range(-100, 100),
+    "decoding.max_whitespace": Range(0, 8),
     "stopping.repetition_guard.min_repeats": Range(2, 1000),
     "stopping.repetition_guard.max_cycle_tokens": Range(1, 256),
     "output_options.top_logprobs": Range(0, 20),

@@ -128,11 +128,15 @@ class JsonSchema:
 
     schema: str
     """The schema as JSON text."""
+    max_whitespace: int = 1
+    """The most consecutive whitespace characters between the elements of the output."""
 
 
 @dataclass(frozen=True)
 class JsonObject:
     """Constrains the output to a JSON object."""
+
+    max_whitespace: int = 1
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ def add_stopping(parser: argparse.ArgumentParser) -> None:
 
 def add_constraint(parser: argparse.ArgumentParser) -> None:
     """Adds constraints on the output."""
-    constraint = parser.add_argument_group("constraint on the output").add_mutually_exclusive_group()
+    group = parser.add_argument_group("constraint on the output")
+    constraint = group.add_mutually_exclusive_group()
     constraint.add_argument(
         "--json-schema", type=_schema, metavar="JSON|FILE", help="JSON that conforms to this schema"
     )
@@ -118,6 +119,9 @@ def add_constraint(parser: argparse.ArgumentParser) -> None:
     constraint.add_argument("--regex", metavar="PATTERN", help="text that matches this pattern")
     constraint.add_argument("--choice", action="append", metavar="TEXT", help="one of these texts; may be repeated")
     constraint.add_argument("--lark-grammar", type=_grammar, metavar="TEXT|FILE", help="a sentence of this grammar")
+    group.add_argument(
+        "--max-whitespace", type=int, metavar="N", help="most whitespace between elements of JSON; 0 to 8 (default: 1)"
+    )
 
 
 def add_request(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,8 @@ from mpt_grpc.request import (
     Conversation,
     DecodingOptions,
     GenerationRequest,
+    JsonObject,
+    JsonSchema,
     LogprobOptions,
     SamplingParameters,
     StoppingCriteria,
@@ -112,6 +114,8 @@ def _decoding(decoding: DecodingOptions, limits: RequestLimits) -> Iterator[Fiel
         why = f"{len(decoding.allowed_token_ids)} items; at most {limits.vocab_size} are allowed"
         yield FieldViolation("decoding.allowed_token_ids", why)
     yield from _token_ids("decoding.allowed_token_ids", decoding.allowed_token_ids, limits)
+    if isinstance(decoding.constraint, JsonSchema | JsonObject):
+        yield from _number("decoding.max_whitespace", decoding.constraint.max_whitespace)
 
 
 def _stopping(stopping: StoppingCriteria, limits: RequestLimits) -> Iterator[FieldViolation]:

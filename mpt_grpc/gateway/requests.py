@@ -106,6 +106,7 @@ class GenerationFields(_Strict):
     allowed_token_ids: Many[Uint] | None = None
     truncate_prompt_tokens: Uint | None = None
     cache_salt: str | None = None
+    max_whitespace: Uint | None = None
     chunk_tokens: Uint | None = None
     chunk_interval: Annotated[float, Field(gt=0, le=86_400)] | None = None
     priority: Annotated[int, Field(gt=-(1 << 31), lt=1 << 31)] | None = None
@@ -138,6 +139,7 @@ class GenerationFields(_Strict):
             logit_bias=self.logit_bias,
             allowed_token_ids=self.allowed_token_ids,
             constraint=self.constraint[1] if self.constraint else None,
+            max_whitespace=self.max_whitespace,
             stop_strings=self.stop,
             stop_token_ids=self.stop_token_ids,
             include_stop_string=self.include_stop_str_in_output,

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 MAX_SOURCE_BYTES = max(MAX_BYTES[f"decoding.{name}"] for name in ("json_schema", "regex", "lark_grammar"))
 TOO_COSTLY = "exceeds the server's limits on the cost of a constraint: simplify it"
-# A weak model may generate whitespace forever if it is unbounded; this allows a line break and an indent.
-_WHITE_SPACE: JsonCompileOptions = {"lenient": False, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"}
-# Calls in the prompt, and in the data of models, have single spaces. Without any, a weak model does not end a number.
-_LITTLE_SPACE: JsonCompileOptions = {"lenient": False, "whitespace_pattern": r"[\x20\x0A]"}
 _COSTLY = re.compile(
     r"fuel|limit (for|exceeded)|too (big|large|complex)|too many (expressions|states|items)"
     r"|row has|Unable to determine|decimal literal",
@@ -37,12 +33,12 @@ def make_grammar(constraint: OutputConstraint) -> str:
     if isinstance(constraint, ToolCalls):
         return _tool_grammar(constraint)
     if isinstance(constraint, JsonObject):
-        return _json_grammar('{"type": "object"}', field)
+        return _json_grammar('{"type": "object"}', field, constraint.max_whitespace)
     if isinstance(constraint, Choice):
         return _choice_grammar(constraint.options)
     if isinstance(constraint, JsonSchema):
         _check_source(constraint.schema, field)
-        return _json_grammar(constraint.schema, field)
+        return _json_grammar(constraint.schema, field, constraint.max_whitespace)
     if isinstance(constraint, Regex):
         _check_source(constraint.pattern, field)
         if (reason := unsupported_syntax(constraint.pattern)) is not None:
@@ -143,7 +139,7 @@ def _tool_grammar(constraint: ToolCalls) -> str:
     for index, tool in enumerate(constraint.tools):
         field = f"conversation.tools[{index}].parameters"
         schema = {"type": "object"} | parameters(tool, field)
-        grammar = _json_grammar(json.dumps(schema), field, _LITTLE_SPACE)
+        grammar = _json_grammar(json.dumps(schema), field)
         grammars.append({**json.loads(grammar)["grammars"][0], "name": f"arguments_{index}"})
         heads.append(f'"{tool.name}\\", \\"arguments\\": " @arguments_{index}')
     rules += [
@@ -155,7 +151,11 @@ def _tool_grammar(constraint: ToolCalls) -> str:
     return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}, *grammars]})
 
 
-def _json_grammar(schema: str, field: str, form: JsonCompileOptions = _WHITE_SPACE) -> str:
+def _json_grammar(schema: str, field: str, max_whitespace: int = 1) -> str:
+    # A weak model may generate whitespace forever if it is unbounded; without any, it goes on with a number forever.
+    form: JsonCompileOptions = {"lenient": False, "whitespace_flexible": False}
+    if max_whitespace:
+        form = {"lenient": False, "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{max_whitespace}}}"}
     try:
         # llguidance parses it first, because it rejects JSON that is nested too deeply for Python.
         _compile(schema, form)

@@ -40,6 +40,7 @@ OPTIONS = {
     "logit_bias": ({5: -100, 7: 1.5}, "decoding.logit_bias", {5: -100.0, 7: 1.5}),
     "allowed_token_ids": ((5, 7), "decoding.allowed_token_ids", [5, 7]),
     "constraint": (Regex("[ab]+"), "decoding.regex", "[ab]+"),
+    "max_whitespace": (0, "decoding.max_whitespace", 0),
     "stop_strings": (["END", "\n\n"], "stopping.stop_strings", ["END", "\n\n"]),
     "stop_token_ids": ([1, 2], "stopping.stop_token_ids", [1, 2]),
     "include_stop_string": (True, "stopping.include_stop_string", True),

@@ -79,6 +79,8 @@ def test_every_flag_sets_an_option_that_the_server_accepts(server: Any, tmp_path
     ):
         assert re.fullmatch(pattern, output_of(server, "generate", "Say:", *constraint)), constraint
     assert output_of(server, "generate", "Say:", "--json-object", "--max-new-tokens", "5").lstrip().startswith("{")
+    compact = ("--json-object", "--max-whitespace", "0", "--max-new-tokens", "2")
+    assert re.match(r'\{["}]', output_of(server, "generate", "Say:", *compact))
     allowed = json.loads(
         output_of(server, "generate", "x", "--allowed-token-ids", "77", "--max-new-tokens", "3", "--json")
     )

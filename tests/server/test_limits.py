@@ -162,6 +162,8 @@ async def test_the_bounds_of_each_range_are_accepted_and_what_is_beyond_refused(
         if name == "logit_bias":
             part.logit_bias[5] = value
             return message
+        if name == "max_whitespace":
+            part.json_object.SetInParent()
         if name == "top_logprobs":
             part.return_logprobs = True
         is_float = part.DESCRIPTOR.fields_by_name[name].cpp_type == part.DESCRIPTOR.fields_by_name[name].CPPTYPE_FLOAT
@@ -169,8 +171,8 @@ async def test_the_bounds_of_each_range_are_accepted_and_what_is_beyond_refused(
         return message
 
     step = 1 if isinstance(numbers.high, int) and numbers.high > 10 else 0.001
-    unsigned = ("sampling.num_sequences", "output_options.top_logprobs", "output_options.chunk_tokens")
-    is_unsigned = field in unsigned or "repetition_guard" in field
+    unsigned = "num_sequences", "max_whitespace", "top_logprobs", "chunk_tokens"
+    is_unsigned = field.rpartition(".")[2] in unsigned or "repetition_guard" in field
     low = numbers.low + (0.01 if numbers.excludes_low else 0)
     accepted, refused = [low, numbers.high], [numbers.high + max(step, 1 if is_unsigned else step)]
     if numbers.excludes_low or not (is_unsigned and numbers.low == 0):

@@ -240,11 +240,13 @@ def test_special_tokens_that_stop_an_output_end_it_where_the_constraint_allows_a
     assert stop not in allowed(compiler.compile(ToolCalls(RUN, False, 1, None)))
 
 
-def test_json_may_be_indented_but_white_space_is_bounded() -> None:
-    matcher = COMPILER.compile(JsonObject())
-    assert not feed(matcher, "{")
-    assert not feed(matcher, "\n  ")
-    assert refusal(lambda: [feed(matcher, "\n") for _ in range(40)])[0] == "resume_token_ids"
+@pytest.mark.parametrize("constraint", [JsonObject, lambda n: JsonSchema('{"type": "object"}', n)])
+@pytest.mark.parametrize("most", range(9))
+def test_whitespace_between_the_elements_of_json_is_bounded(constraint: Callable[[int], Constraint], most: int) -> None:
+    for space in (" ", "\n", "\t"):
+        feed(COMPILER.compile(constraint(most)), "{" + space * most + '"a"' + space * most + ":1" + space * most + "}")
+        with pytest.raises(InvalidRequestError):
+            feed(COMPILER.compile(constraint(most)), "{" + space * (most + 1) + '"a"')
 
 
 # The end of an output.

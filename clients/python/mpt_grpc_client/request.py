@@ -66,6 +66,9 @@ class GenerateOptions(TypedDict, total=False):
     """Restricts the output to these token IDs. Default: all. Cannot be combined with a constraint."""
     constraint: Constraint | None
     """Restricts the output to a JsonSchema, JsonObject, Regex, Choice or LarkGrammar."""
+    max_whitespace: int | None
+    """The most consecutive whitespace characters between the elements of JSON, with JsonSchema or JsonObject. With 0,
+    some models do not end a number. Range: 0 to 8. Default: 1."""
     stop_strings: str | Sequence[str] | None
     """A string, or up to 16 strings, that end the output. Each has 1 to 256 bytes."""
     stop_token_ids: Sequence[int] | None
@@ -240,6 +243,7 @@ def _decoding(options: GenerateOptions) -> pb.DecodingOptions:
         presence_penalty=options.get("presence_penalty"),
         logit_bias=options.get("logit_bias") or {},
         allowed_token_ids=options.get("allowed_token_ids") or (),
+        max_whitespace=options.get("max_whitespace"),
     )
     match options.get("constraint"):
         case JsonSchema(schema=schema):

@@ -665,6 +665,7 @@ class DecodingOptions(_message.Message):
     REGEX_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     LARK_GRAMMAR_FIELD_NUMBER: _builtins.int
+    MAX_WHITESPACE_FIELD_NUMBER: _builtins.int
     repetition_penalty: _builtins.float
     """Divides positive logits, and multiplies negative logits, of tokens in the prompt or the output. Range: above 0, up to
     10. Default: 1, which has no effect.
@@ -679,6 +680,10 @@ class DecodingOptions(_message.Message):
     """The whole output matches this regular expression, in the syntax of Rust's regex crate."""
     lark_grammar: _builtins.str
     """The output is derived from the rule `start` of this grammar, in llguidance's variant of Lark."""
+    max_whitespace: _builtins.int
+    """The most consecutive whitespace characters between the elements of an output that `json_schema` or `json_object`
+    constrains. 0 makes it compact, but some models then do not end a number. Range: 0 to 8. Default: 1.
+    """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """Added to the logits of the given token IDs. At most 1024 entries. Range: -100 to 100."""
@@ -710,13 +715,16 @@ class DecodingOptions(_message.Message):
         regex: _builtins.str = ...,
         choice: Global___Choice | None = ...,
         lark_grammar: _builtins.str = ...,
+        max_whitespace: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "choice", b"choice", "constraint", b"constraint", "frequency_penalty", b"frequency_penalty", "json_object", b"json_object", "json_schema", b"json_schema", "lark_grammar", b"lark_grammar", "presence_penalty", b"presence_penalty", "regex", b"regex", "repetition_penalty", b"repetition_penalty"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_max_whitespace", b"_max_whitespace", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "choice", b"choice", "constraint", b"constraint", "frequency_penalty", b"frequency_penalty", "json_object", b"json_object", "json_schema", b"json_schema", "lark_grammar", b"lark_grammar", "max_whitespace", b"max_whitespace", "presence_penalty", b"presence_penalty", "regex", b"regex", "repetition_penalty", b"repetition_penalty"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "allowed_token_ids", b"allowed_token_ids", "choice", b"choice", "constraint", b"constraint", "frequency_penalty", b"frequency_penalty", "json_object", b"json_object", "json_schema", b"json_schema", "lark_grammar", b"lark_grammar", "logit_bias", b"logit_bias", "presence_penalty", b"presence_penalty", "regex", b"regex", "repetition_penalty", b"repetition_penalty"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_max_whitespace", b"_max_whitespace", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "allowed_token_ids", b"allowed_token_ids", "choice", b"choice", "constraint", b"constraint", "frequency_penalty", b"frequency_penalty", "json_object", b"json_object", "json_schema", b"json_schema", "lark_grammar", b"lark_grammar", "logit_bias", b"logit_bias", "max_whitespace", b"max_whitespace", "presence_penalty", b"presence_penalty", "regex", b"regex", "repetition_penalty", b"repetition_penalty"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__frequency_penalty: _TypeAlias = _typing.Literal["frequency_penalty"]  # noqa: Y015
     _WhichOneofArgType__frequency_penalty: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__max_whitespace: _TypeAlias = _typing.Literal["max_whitespace"]  # noqa: Y015
+    _WhichOneofArgType__max_whitespace: _TypeAlias = _typing.Literal["_max_whitespace", b"_max_whitespace"]  # noqa: Y015
     _WhichOneofReturnType__presence_penalty: _TypeAlias = _typing.Literal["presence_penalty"]  # noqa: Y015
     _WhichOneofArgType__presence_penalty: _TypeAlias = _typing.Literal["_presence_penalty", b"_presence_penalty"]  # noqa: Y015
     _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
@@ -725,6 +733,8 @@ class DecodingOptions(_message.Message):
     _WhichOneofArgType_constraint: _TypeAlias = _typing.Literal["constraint", b"constraint"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__frequency_penalty) -> _WhichOneofReturnType__frequency_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_whitespace) -> _WhichOneofReturnType__max_whitespace | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__presence_penalty) -> _WhichOneofReturnType__presence_penalty | None: ...
     @_typing.overload
