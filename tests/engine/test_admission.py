@@ -17,6 +17,7 @@ from mpt_grpc.request import (
     Conversation,
     DecodingOptions,
     GenerationRequest,
+    JsonObject,
     LogprobOptions,
     Message,
     PartialOutput,
@@ -46,6 +47,8 @@ def request(field: str, value: Any, **others: Any) -> GenerationRequest:
             return replace(
                 base, stopping=StoppingCriteria(repetition_guard=replace(RepetitionGuard(), **{name: value}))
             )
+        case "decoding" if name == "max_whitespace":
+            return replace(base, decoding=DecodingOptions(constraint=JsonObject(value)))
         case "output_options" if name == "chunk_tokens":
             return replace(base, chunks=ChunkOptions(num_tokens=value))
         case "output_options":
