@@ -33,6 +33,7 @@ from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.local_channel import LocalChannel
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.server.sizes import MessageLimits
+from mpt_grpc.server.writes import PendingWrites
 from mpt_grpc.settings import ServerSettings, Settings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import make_tracer_provider, shut_down
@@ -134,12 +135,13 @@ class RunningServer:
         model: LoadedModel,
         servicer: TextGenerationServicer,
         access: Access,
+        writes: PendingWrites,
     ) -> None:
         self.settings, self.target, self.engine, self.model = settings, target, engine, model
         self.channel = channel
         """A channel to this server for callers on its event loop, who need no connection."""
         self.http_port: int | None = None
-        self._servicer, self._access = servicer, access
+        self._servicer, self._access, self._writes = servicer, access, writes
         self.engine_failed = asyncio.Event()
         """Set when the engine has ended by itself, so that only a new process can serve again."""
         self._health = health.aio.HealthServicer()
@@ -158,11 +160,12 @@ class RunningServer:
 
     async def watch(self) -> None:
         """Updates health, NOT_SERVING while the engine is stuck, reads access tokens again if their file has changed,
-        and frees memory when idle. Runs until cancelled."""
-        while not self._draining:
+        ends streams that are not read, and frees memory when idle. Runs until cancelled."""
+        while True:
             stuck = self.engine.is_stuck(self.settings.server.stall_timeout_s)
             await self.set_serving(not stuck)
             await asyncio.to_thread(self._access.refresh)
+            self._writes.end_unread(self.settings.server.read_timeout_s)
             if self.engine.failure is not None:
                 self.engine_failed.set()
             if not self.engine.num_in_flight:
@@ -206,7 +209,7 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
         interceptor.message_limits = MessageLimits(limits)
         servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.message_limits)
         channel = LocalChannel(interceptor)
-        running = RunningServer(settings, target, channel, engine, model, servicer, access)
+        running = RunningServer(settings, target, channel, engine, model, servicer, access, interceptor.writes)
         services: Any
         for services in (server, channel):
             pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, services)
@@ -248,7 +251,10 @@ async def _http(
     from mpt_grpc.gateway.serve import running_gateway
 
     host = settings.server.host
-    async with running_gateway(target, host, settings.http, certificate=certificate, channel=channel) as port:
+    read_timeout_s = settings.server.read_timeout_s
+    async with running_gateway(
+        target, host, settings.http, read_timeout_s=read_timeout_s, certificate=certificate, channel=channel
+    ) as port:
         yield port
 
 

@@ -37,6 +37,7 @@ class TextGenerationServiceStub(object):
     FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
     RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
     google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
+    ABORTED             NOT_READ: nothing could be sent for some minutes, because the client does not read the stream
     UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
     ENGINE_STOPPED: the engine has failed and the server must be restarted
     INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
@@ -100,6 +101,7 @@ class TextGenerationServiceServicer(object):
     FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
     RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
     google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
+    ABORTED             NOT_READ: nothing could be sent for some minutes, because the client does not read the stream
     UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
     ENGINE_STOPPED: the engine has failed and the server must be restarted
     INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
@@ -217,6 +219,7 @@ class TextGenerationService(object):
     FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
     RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
     google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
+    ABORTED             NOT_READ: nothing could be sent for some minutes, because the client does not read the stream
     UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
     ENGINE_STOPPED: the engine has failed and the server must be restarted
     INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
