@@ -42,6 +42,8 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
 
 _log = logging.getLogger(__name__)
+LIVE = "live"
+"""The service whose health is NOT_SERVING if the process should be replaced."""
 _WATCH_INTERVAL_S = 1.0
 # After a drain only idle calls, such as Health.Watch, remain.
 _STOP_GRACE_S = 0.5
@@ -154,16 +156,15 @@ class RunningServer:
     async def drain(self, stop: asyncio.Event | None = None) -> None:
         """Refuses new requests and waits for those in progress, up to the grace period or until `stop` is set."""
         self._draining = True
-        await self._health.enter_graceful_shutdown()
+        await self._update_health()
         self.engine.refuse(DrainingError("the server is shutting down; use another server"))
         await _first(self._servicer.idle, stop, timeout_s=self.settings.server.grace_s)
 
     async def watch(self) -> None:
-        """Updates health, NOT_SERVING while the engine is stuck, reads access tokens again if their file has changed,
-        ends streams that are not read, and frees memory when idle. Runs until cancelled."""
+        """Updates health, reads access tokens again if their file has changed, ends streams that are not read, and
+        frees memory when idle. Runs until cancelled."""
         while True:
-            stuck = self.engine.is_stuck(self.settings.server.stall_timeout_s)
-            await self.set_serving(not stuck)
+            await self._update_health()
             await asyncio.to_thread(self._access.refresh)
             self._writes.end_unread(self.settings.server.read_timeout_s)
             if self.engine.failure is not None:
@@ -172,11 +173,12 @@ class RunningServer:
                 await asyncio.to_thread(trim)
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
-    async def set_serving(self, serving: bool) -> None:
-        """Sets the health of the whole server and of the text generation service."""
+    async def _update_health(self) -> None:
+        """Sets the health of the process, and of the server and its service, which also stop serving in a drain."""
+        is_live = not self.engine.is_stuck(self.settings.server.stall_timeout_s)
         statuses = health_pb2.HealthCheckResponse
-        for service in ("", SERVICE):
-            await self._health.set(service, statuses.SERVING if serving else statuses.NOT_SERVING)
+        for service, serves in ((LIVE, is_live), *((name, is_live and not self._draining) for name in ("", SERVICE))):
+            await self._health.set(service, statuses.SERVING if serves else statuses.NOT_SERVING)
 
 
 @asynccontextmanager
