@@ -108,6 +108,10 @@ mutate: .venv/mutate ## Show which small changes to the code no test notices, in
 torture: .venv/dev ## Break servers in the middle of streams, which must not differ; ARGS="--rounds 100" for an hour of it
 	$(BIN)/python tools/torture.py $(ARGS)
 
+.PHONY: fuzz
+fuzz: .venv/dev ## Send a server messages, bodies and bytes that no client would; ARGS="-k body" for one kind, until it fails
+	$(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz --timeout=0 $(ARGS)
+
 .PHONY: sanitize
 sanitize: ## Run the kernels for CPUs with the sanitizers for addresses, undefined behaviour and threads
 	@mkdir -p build

@@ -22,6 +22,7 @@ from typing import TypeVar
 from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
 
+from mpt_grpc.engine.admission import num_sequences_violations
 from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
 from mpt_grpc.engine.masks import MaskWorkers
 from mpt_grpc.engine.outbox import Outbox
@@ -34,6 +35,7 @@ from mpt_grpc.errors import (
     DrainingError,
     EngineStoppedError,
     InternalError,
+    InvalidRequestError,
     MptServerError,
     UnavailableError,
 )
@@ -131,12 +133,16 @@ class Engine:
         """Takes a place for a request, has it prepared, and returns its stream.
 
         `context` is the parent of the request's spans. A request that would take longer than `timeout_s`, after which
-        its caller gives up, is refused. Raises DuplicateRequestError, OverloadedError or
-        UnavailableError, and RuntimeError for a stream that could never be read. The errors of preparing, and later
-        ones, are raised by the stream.
+        its caller gives up, is refused. Raises DuplicateRequestError, OverloadedError or UnavailableError,
+        InvalidRequestError if the number of outputs is wrong, and RuntimeError for a stream that could never be read.
+        The errors of preparing, and later ones, are raised by the stream.
         """
         self._check_can_be_read(kind)
         wanted = request.request if isinstance(request, PreparedRequest) else request
+        if violations := list(num_sequences_violations(wanted.sampling, self.preparation.limits)):
+            if self.preparation.is_short(wanted):
+                self.preparation.prepare(wanted)  # raises the error with all that is wrong
+            raise InvalidRequestError(*violations)
         stream = kind(wanted.request_id, lambda: self._send_end(reference, _CANCELLED))
         record: RequestRecord = RequestRecord(wanted, stream, context, self._now_s())
         reference: weakref.ref[RequestRecord] = weakref.ref(record)
