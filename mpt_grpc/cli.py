@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from mpt_grpc import __version__
 from mpt_grpc.commands import bench_options, connection, options, server_options
-from mpt_grpc.commands.logs import add_log_level
+from mpt_grpc.commands.logs import add_log
 from mpt_grpc.commands.units import positive_int
 from mpt_grpc.errors import MptServerError
 from mpt_grpc.settings import HttpSettings
@@ -137,7 +137,7 @@ def _parser() -> _Parser:
     server_options.add_http(gateway)
     server_options.add_tls(gateway)
     server_options.add_grace(gateway)
-    add_log_level(gateway)
+    add_log(gateway)
 
     generate = add("generate", "continue a prompt", "Continue a prompt and print the text as it is generated.")
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="omit or pass '-' to read standard input")

@@ -25,7 +25,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     Raises SettingsError for an invalid setting or a port in use.
     """
-    logs.configure(parsed.log_level)
+    logs.configure(parsed.log_level, parsed.log_format)
     server = ServerSettings(host=parsed.host, grace_s=parsed.grace, tls=server_options.tls_settings(parsed))
     http, connection = server_options.http_settings(parsed, parsed.http_port), connection_options(parsed)
     if warning := exposure(server.host, {"TLS (--tls-cert)": server.tls is None}):

@@ -1,5 +1,5 @@
 """The interceptor of all calls: identifies the caller and checks its roles, adds a server span to the caller's trace,
-logs a line, and maps errors to statuses."""
+logs and measures it, and maps errors to statuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
+from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from mpt_grpc.access import Access, check_role
@@ -28,6 +28,7 @@ from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, 
 from mpt_grpc.server import status
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.telemetry import names
+from mpt_grpc.telemetry.observer import Telemetry
 from mpt_grpc.turnstile import Turnstile
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
@@ -50,7 +51,11 @@ _ROLES: Mapping[str, tuple[Role, ...]] = {
     "ServerReflectionInfo": tuple(Role),
 }
 """The roles of which a caller needs one, by method. No other method can be called, except health."""
+_GENERATIONS = ("Generate", "StreamGenerate")
 _MAX_LOGGED_CHARACTERS = 300
+_DEADLINE_TOLERANCE, _DEADLINE_TOLERANCE_S = 0.015, 0.010
+"""How much earlier than its deadline a call may be cancelled and still count as having passed it, by the clock of the
+caller: gRPC rounds the time that it sends up by up to a hundredth."""
 
 # grpc.aio's types describe the messages of one method; an interceptor handles those of all methods.
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -64,8 +69,10 @@ class Call:
 
     peer: str
     span: Span | None
-    """None unless the server traces."""
+    """None unless the server traces, and the call is sampled."""
     caller: Caller
+    operation: str | None = None
+    """What a generation does, by its name in GenAI's conventions; None until its message has been read."""
     logged: dict[str, Any] = field(default_factory=dict)
     """What its line in the log contains in addition to the method, the status and the duration."""
     error_details: list[Message] = field(default_factory=list)
@@ -84,11 +91,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the methods of this project's services and reflection; health passes through unchanged."""
 
     message_limits: MessageLimits
-    """To be set before the server starts."""
+    telemetry: Telemetry
+    """Both are to be set before the server starts."""
 
-    def __init__(self, tracer: Tracer | None, access: Access) -> None:
+    def __init__(self, access: Access) -> None:
         self._arrivals = Turnstile()
-        self._tracer, self._access = tracer, access
+        self._access = access
         self._propagator = TraceContextTextMapPropagator()
 
     async def intercept_service(
@@ -139,41 +147,61 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call = Call(peer, self._start_span(method, caller, context), caller)
         if caller.name:
             call.logged["caller"] = caller.name
+        if call.span is not None:
+            call.logged["trace_id"] = format_trace_id(call.span.get_span_context().trace_id)
         # Each call runs in a task of its own, so the variable need not be reset.
         _call.set(call)
-        start_s = time.monotonic()
-        code = grpc.StatusCode.OK
+        start_s, timeout_s = time.monotonic(), context.time_remaining()
+        code, reason = grpc.StatusCode.OK, None
         try:
             await self._arrivals.wait()
             check_role(caller, _ROLES[method.rpartition("/")[2]])
             yield
         except MptServerError as error:
-            code, _ = status.code_and_reason(error)
+            code, reason = status.code_and_reason(error)
             await self._fail(context, call, error)
         except (asyncio.CancelledError, GeneratorExit):
             code = grpc.StatusCode.CANCELLED
+            if timeout_s is not None and _is_passed(timeout_s, time.monotonic() - start_s):
+                code = grpc.StatusCode.DEADLINE_EXCEEDED
+                reason = code.name
+                if call.span is not None:
+                    call.span.set_attribute(names.ERROR_TYPE, reason)
+                    call.span.set_status(StatusCode.ERROR, "the deadline has passed")
             raise
         except Exception:
             _log.exception("%s failed", method)
-            code = grpc.StatusCode.INTERNAL
-            await self._fail(context, call, InternalError("internal error; see the server's log for details"))
+            fault = InternalError("internal error; see the server's log for details")
+            code, reason = status.code_and_reason(fault)
+            await self._fail(context, call, fault)
         finally:
-            _log_call(method.rpartition("/")[2], call, code, time.monotonic() - start_s)
+            duration_s, name = time.monotonic() - start_s, method.rpartition("/")[2]
+            _log_call(name, call, code, duration_s)
+            self.telemetry.metrics.record_call(
+                method,
+                code.name,
+                reason,
+                duration_s,
+                is_generation=name in _GENERATIONS,
+                operation=call.operation,
+                context=None if call.span is None else set_span_in_context(call.span),
+            )
             if call.span is not None:
                 call.span.set_attribute(names.RPC_STATUS_CODE, code.name)
                 call.span.end()
 
     def _start_span(self, method: str, caller: Caller, context: _CallContext) -> Span | None:
-        if self._tracer is None:
+        if self.telemetry.tracer is None:
             return None
         carrier = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         named = {names.CALLER: caller.name} if caller.name else {}
-        return self._tracer.start_span(
+        span = self.telemetry.tracer.start_span(
             method,
             context=self._propagator.extract(carrier, context=Context()),
             kind=SpanKind.SERVER,
             attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method, **named},
         )
+        return span if span.is_recording() else None
 
     @staticmethod
     async def _fail(context: _CallContext, call: Call, error: MptServerError) -> None:
@@ -233,13 +261,27 @@ def _certified_name(identity: Mapping[str, Iterable[bytes]]) -> str:
     return next((name.decode(errors="replace") for name in names if name), "")
 
 
+def _is_passed(timeout_s: float, duration_s: float) -> bool:
+    """Whether a call that was ended after `duration_s` has passed its deadline, rather than being cancelled before."""
+    return duration_s >= timeout_s - max(_DEADLINE_TOLERANCE_S, _DEADLINE_TOLERANCE * timeout_s)
+
+
 def _log_call(method: str, call: Call, code: grpc.StatusCode, duration_s: float) -> None:
     level = logging.DEBUG if method in _POLLED and code is grpc.StatusCode.OK else logging.INFO
     if _log.isEnabledFor(level):
-        details = "".join(f" {name}={_shortened(value)}" for name, value in call.logged.items())
-        _log.log(level, "%s %s %.3f s peer=%s%s", method, code.name, duration_s, call.peer, details)
+        fields = {name: _shortened(value) for name, value in call.logged.items()}
+        # Text of callers is quoted, so that it cannot forge a line of the log.
+        details = "".join(f" {name}={value!r}" for name, value in fields.items())
+        fields = {
+            "method": method,
+            "status": code.name,
+            "duration_s": round(duration_s, 6),
+            "peer": call.peer,
+            **fields,
+        }
+        message = "%s %s %.3f s peer=%s%s"
+        _log.log(level, message, method, code.name, duration_s, call.peer, details, extra={"fields": fields})
 
 
-def _shortened(value: Any) -> str:
-    """Returns the value on one line; text of callers is quoted, so that it cannot forge a line of the log."""
-    return repr(value[:_MAX_LOGGED_CHARACTERS]) if isinstance(value, str) else str(value)
+def _shortened(value: Any) -> Any:
+    return value[:_MAX_LOGGED_CHARACTERS] if isinstance(value, str) else value

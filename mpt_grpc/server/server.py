@@ -19,7 +19,10 @@ from urllib.parse import quote
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Tracer
+from prometheus_client import CollectorRegistry
 
 from mpt_grpc.access import Access
 from mpt_grpc.engine.engine import Engine
@@ -31,11 +34,11 @@ from mpt_grpc.server.allocator import trim
 from mpt_grpc.server.credentials import server_credentials
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.local_channel import LocalChannel
+from mpt_grpc.server.observing import make_telemetry, measure_lag
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.settings import ServerSettings, Settings
-from mpt_grpc.telemetry import names
-from mpt_grpc.telemetry.tracing import make_tracer_provider, shut_down
+from mpt_grpc.telemetry.exporting import make_meter_provider, make_tracer_provider, shut_down
 from mpt_grpc.tls import ServerCertificate, server_certificate
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
@@ -139,6 +142,7 @@ class RunningServer:
         self.channel = channel
         """A channel to this server for callers on its event loop, who need no connection."""
         self.http_port: int | None = None
+        self.metrics_port: int | None = None
         self._servicer, self._access = servicer, access
         self.engine_failed = asyncio.Event()
         """Set when the engine has ended by itself, so that only a new process can serve again."""
@@ -179,19 +183,27 @@ class RunningServer:
 @asynccontextmanager
 async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
     """Listens, loads the model, warms it up and serves inside the block; then cancels the remaining requests."""
-    provider = make_tracer_provider(settings.trace_file)
+    has_metrics_page = settings.http.port is not None or settings.telemetry.metrics_port is not None
+    registry = CollectorRegistry() if has_metrics_page else None
+    meters = make_meter_provider(registry)
+    tracers = make_tracer_provider(settings.telemetry.trace_file, meters)
     try:
-        async with _serving(settings, None if provider is None else provider.get_tracer(names.SCOPE)) as server:
+        async with _serving(settings, tracers, meters, None if meters is None else registry) as server:
             yield server
     finally:
-        if provider is not None:
-            await asyncio.to_thread(shut_down, provider, _EXPORT_TIMEOUT_S)
+        providers = [provider for provider in (tracers, meters) if provider is not None]
+        await asyncio.to_thread(shut_down, providers, _EXPORT_TIMEOUT_S)
 
 
 @asynccontextmanager
-async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[RunningServer]:
+async def _serving(
+    settings: Settings,
+    tracers: TracerProvider | None,
+    meters: MeterProvider | None,
+    registry: CollectorRegistry | None,
+) -> AsyncIterator[RunningServer]:
     access, tls = Access(settings.server.tokens_file), settings.server.tls
-    interceptor = CallInterceptor(tracer, access)
+    interceptor = CallInterceptor(access)
     certificate = None if tls is None else server_certificate(tls)
     identifies_callers = access.requires_token or (tls is not None and tls.client_ca is not None)
     missing = {"TLS (--tls-cert)": tls is None, "access tokens (--tokens-file)": not identifies_callers}
@@ -201,9 +213,12 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
     server = grpc.aio.server(interceptors=[interceptor], options=_CHANNEL_OPTIONS)
     with _listening(server, settings.server, certificate) as target:
         loop = asyncio.get_running_loop()
-        engine, model = await asyncio.to_thread(load_engine, settings, tracer=tracer, loop=loop)
+        engine, model = await asyncio.to_thread(load_engine, settings, loop=loop)
         limits = engine.preparation.limits
         interceptor.message_limits = MessageLimits(limits)
+        interceptor.telemetry = telemetry = make_telemetry(
+            engine, model, tracers, meters, settings.telemetry.trace_steps
+        )
         servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.message_limits)
         channel = LocalChannel(interceptor)
         running = RunningServer(settings, target, channel, engine, model, servicer, access)
@@ -222,15 +237,16 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
             except MptServerError as error:
                 why = f"the model failed to generate its first tokens: {error.__cause__ or error}"
                 raise ModelError(why) from error
+            engine.observe(telemetry)
             await server.start()
-            watch = asyncio.create_task(running.watch())
+            tasks = [asyncio.create_task(running.watch()), asyncio.create_task(measure_lag(telemetry.metrics))]
             try:
-                async with channel, _http(settings, target, channel, certificate) as running.http_port:
+                async with channel, _http(running, certificate, telemetry.tracer, registry, access):
                     yield running
             finally:
-                watch.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await watch
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
                 # The engine stops first, so that the remaining calls end with its error, which gives the reason.
                 await asyncio.to_thread(engine.close)
                 await server.stop(_STOP_GRACE_S)
@@ -238,18 +254,42 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
 
 @asynccontextmanager
 async def _http(
-    settings: Settings, target: str, channel: grpc.aio.Channel, certificate: ServerCertificate | None
-) -> AsyncIterator[int | None]:
-    """Serves the OpenAI-compatible API as a client of this server; yields its port, or None if it is disabled."""
-    if settings.http.port is None:
-        yield None
+    running: RunningServer,
+    certificate: ServerCertificate | None,
+    tracer: Tracer | None,
+    registry: CollectorRegistry | None,
+    access: Access,
+) -> AsyncIterator[None]:
+    """Serves the OpenAI-compatible API, as a client of this server, and `/metrics`, on the ports that are set."""
+    settings = running.settings
+    http_port, metrics_port = settings.http.port, settings.telemetry.metrics_port
+    if http_port is None and metrics_port is None:
+        yield
         return
     # Imported here, so that a server without HTTP does not wait for it.
-    from mpt_grpc.gateway.serve import running_gateway
+    from mpt_grpc.gateway.metrics import MetricsPage
+    from mpt_grpc.gateway.serve import running_gateway, running_metrics
 
     host = settings.server.host
-    async with running_gateway(target, host, settings.http, certificate=certificate, channel=channel) as port:
-        yield port
+    page = None if registry is None else MetricsPage(registry, access)
+    async with contextlib.AsyncExitStack() as stack:
+        if metrics_port is not None and page is not None:
+            running.metrics_port = await stack.enter_async_context(
+                running_metrics(host, metrics_port, page, certificate)
+            )
+        if http_port is not None:
+            running.http_port = await stack.enter_async_context(
+                running_gateway(
+                    running.target,
+                    host,
+                    settings.http,
+                    certificate=certificate,
+                    channel=running.channel,
+                    tracer=tracer,
+                    metrics=page,
+                )
+            )
+        yield
 
 
 def _warm_up(max_context_tokens: int) -> GenerationRequest:

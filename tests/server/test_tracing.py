@@ -22,7 +22,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.server.server import running_server
-from mpt_grpc.telemetry.tracing import make_tracer_provider, shut_down
+from mpt_grpc.settings import TelemetrySettings
+from mpt_grpc.telemetry.exporting import make_tracer_provider, shut_down
 from mpt_grpc_client import AsyncClient
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
@@ -40,7 +41,7 @@ def generate_request(max_new_tokens: int = 5, **fields: Any) -> pb.GenerateReque
 @asynccontextmanager
 async def stub_of_server(trace_file: Path | None) -> AsyncIterator[tuple[Any, str]]:
     """Yields a stub and the target of a server. Its spans are in the file after the block."""
-    async with running_server(replace(demo_settings(), trace_file=trace_file)) as server:
+    async with running_server(replace(demo_settings(), telemetry=TelemetrySettings(trace_file=trace_file))) as server:
         async with grpc.aio.insecure_channel(server.target) as channel:
             yield TextGenerationServiceStub(channel), server.target
 
@@ -88,7 +89,11 @@ async def test_the_callers_trace_contains_the_call_and_its_phases(tmp_path: Path
     }
     assert {spans[phase]["parent_id"] for phase in ("queue", "prefill", "decode")} == {rpc["context"]["span_id"]}
     assert spans["prefill"]["attributes"] == {"gen_ai.usage.input_tokens": num_prompt_tokens, "mpt.cached_tokens": 0}
-    assert spans["decode"]["attributes"] == {"gen_ai.usage.output_tokens": 5, "mpt.preemptions": 0}
+    assert spans["decode"]["attributes"] == {
+        "gen_ai.usage.output_tokens": 5,
+        "mpt.preemptions": 0,
+        "gen_ai.response.finish_reasons": ["max_new_tokens"],
+    }
     assert spans["queue"]["end_time"] == spans["prefill"]["start_time"]
     assert spans["prefill"]["end_time"] == spans["decode"]["start_time"]
 
@@ -257,7 +262,7 @@ def test_a_collector_that_does_not_respond_does_not_delay_the_exit() -> None:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(Stuck()))
     provider.get_tracer("test").start_span("left over").end()
-    shut_down(provider, 0.1)
+    shut_down([provider], 0.1)
     assert exporting.wait(10)
     assert not responded.is_set()
     responded.set()
