@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import grpc
 from fastapi import FastAPI, Request
@@ -24,7 +22,7 @@ from mpt_grpc import __version__
 from mpt_grpc.gateway import openapi, schemas, tokens
 from mpt_grpc.gateway.callers import CallerMiddleware, Callers, KnownServer
 from mpt_grpc.gateway.completions import complete, stream_completion
-from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, error_response, shortened
+from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, error_response, log_refusal, shortened
 from mpt_grpc.gateway.events import DONE, EventStream, disconnected, event
 from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.parsing import parse
@@ -33,8 +31,6 @@ from mpt_grpc.gateway.responses import ChatResponse, Json, TextResponse, rendere
 from mpt_grpc_client import AsyncClient, Client, GenerateOptions, Message, MptGrpcError
 
 _Result = TypeVar("_Result")
-_log = logging.getLogger("mpt_grpc.access")
-_MAX_LOGGED_CHARACTERS = 300
 MAX_OUTPUTS = 256
 """The maximum number of outputs of one text completion, prompts times n: they all start at once."""
 _EVENTS = "text/event-stream"
@@ -291,9 +287,8 @@ async def _next(chunks: AsyncIterator[Json]) -> Json | None:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, BadRequestError):  # the gRPC server logs what it refuses itself
-        why, path = repr(str(error))[:_MAX_LOGGED_CHARACTERS], quote(shortened(request.url.path))
-        _log.info("%s %s %d request_id=%r error=%s", request.method, path, error.status, _request_id(request), why)
+    if isinstance(error, BadRequestError):
+        log_refusal(request.scope, error)
     return error_response(error, _field_names(request))
 
 

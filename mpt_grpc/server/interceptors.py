@@ -5,27 +5,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id, set_span_in_context
+from opentelemetry.trace import Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from mpt_grpc.access import Access, check_role
 from mpt_grpc.caller import ANONYMOUS, Caller, Role
 from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptServerError, UnauthenticatedError
 from mpt_grpc.server import status
+from mpt_grpc.server.call import Call, begin_call
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.observer import Telemetry
@@ -37,8 +35,7 @@ _SERVICES: Mapping[str, ServiceDescriptor] = {
     service.full_name: service for module in (pb, debug_pb2) for service in module.DESCRIPTOR.services_by_name.values()
 }
 SERVICE, DEBUG_SERVICE = _SERVICES
-_log = logging.getLogger("mpt_grpc.access")
-_POLLED = ("GetEngineState", "GetModelInfo", "GetServerInfo")
+_log = logging.getLogger(__name__)
 _ROLES: Mapping[str, tuple[Role, ...]] = {
     "Generate": (Role.GENERATE,),
     "StreamGenerate": (Role.GENERATE,),
@@ -51,40 +48,11 @@ _ROLES: Mapping[str, tuple[Role, ...]] = {
     "ServerReflectionInfo": tuple(Role),
 }
 """The roles of which a caller needs one, by method. No other method can be called, except health."""
-_GENERATIONS = ("Generate", "StreamGenerate")
-_MAX_LOGGED_CHARACTERS = 300
-_DEADLINE_TOLERANCE, _DEADLINE_TOLERANCE_S = 0.015, 0.010
-"""How much earlier than its deadline a call may be cancelled and still count as having passed it, by the clock of the
-caller: gRPC rounds the time that it sends up by up to a hundredth."""
 
 # grpc.aio's types describe the messages of one method; an interceptor handles those of all methods.
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Serving: TypeAlias = Callable[[_CallContext], AbstractAsyncContextManager[None]]
-
-
-@dataclass
-class Call:
-    """The call being served."""
-
-    peer: str
-    span: Span | None
-    """None unless the server traces, and the call is sampled."""
-    caller: Caller
-    operation: str | None = None
-    """What a generation does, by its name in GenAI's conventions; None until its message has been read."""
-    logged: dict[str, Any] = field(default_factory=dict)
-    """What its line in the log contains in addition to the method, the status and the duration."""
-    error_details: list[Message] = field(default_factory=list)
-    """What the status of an error carries in addition to the details of the error itself."""
-
-
-_call: ContextVar[Call] = ContextVar("call")
-
-
-def current_call() -> Call:
-    """Returns the call that this coroutine serves."""
-    return _call.get()
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -144,51 +112,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Read now: grpc crashes if the peer of a cancelled call is read at its end.
         peer = context.peer()
         caller = caller or self._access.certified_caller(_certified_name(context.auth_context()))
-        call = Call(peer, self._start_span(method, caller, context), caller)
-        if caller.name:
-            call.logged["caller"] = caller.name
-        if call.span is not None:
-            call.logged["trace_id"] = format_trace_id(call.span.get_span_context().trace_id)
-        # Each call runs in a task of its own, so the variable need not be reset.
-        _call.set(call)
-        start_s, timeout_s = time.monotonic(), context.time_remaining()
-        code, reason = grpc.StatusCode.OK, None
+        call = Call(method, peer, self._start_span(method, caller, context), caller, context.time_remaining())
+        begin_call(call)
+        metrics = self.telemetry.metrics
         try:
             await self._arrivals.wait()
             check_role(caller, _ROLES[method.rpartition("/")[2]])
             yield
         except MptServerError as error:
-            code, reason = status.code_and_reason(error)
-            await self._fail(context, call, error)
+            failure = error
         except (asyncio.CancelledError, GeneratorExit):
-            code = grpc.StatusCode.CANCELLED
-            if timeout_s is not None and _is_passed(timeout_s, time.monotonic() - start_s):
-                code = grpc.StatusCode.DEADLINE_EXCEEDED
-                reason = code.name
-                if call.span is not None:
-                    call.span.set_attribute(names.ERROR_TYPE, reason)
-                    call.span.set_status(StatusCode.ERROR, "the deadline has passed")
+            call.cancel(metrics)
             raise
         except Exception:
             _log.exception("%s failed", method)
-            fault = InternalError("internal error; see the server's log for details")
-            code, reason = status.code_and_reason(fault)
-            await self._fail(context, call, fault)
-        finally:
-            duration_s, name = time.monotonic() - start_s, method.rpartition("/")[2]
-            _log_call(name, call, code, duration_s)
-            self.telemetry.metrics.record_call(
-                method,
-                code.name,
-                reason,
-                duration_s,
-                is_generation=name in _GENERATIONS,
-                operation=call.operation,
-                context=None if call.span is None else set_span_in_context(call.span),
-            )
-            if call.span is not None:
-                call.span.set_attribute(names.RPC_STATUS_CODE, code.name)
-                call.span.end()
+            failure = InternalError("internal error; see the server's log for details")
+        else:
+            call.end(metrics)
+            return
+        # gRPC keeps the exception of a status, and with it these frames and their messages, until garbage is collected.
+        traceback.clear_frames(failure.__traceback__)
+        call.fail(metrics, failure)
+        await status.abort(context, failure, call.error_details)
 
     def _start_span(self, method: str, caller: Caller, context: _CallContext) -> Span | None:
         if self.telemetry.tracer is None:
@@ -202,16 +147,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method, **named},
         )
         return span if span.is_recording() else None
-
-    @staticmethod
-    async def _fail(context: _CallContext, call: Call, error: MptServerError) -> None:
-        # gRPC keeps the exception of a status, and with it these frames and their messages, until garbage is collected.
-        traceback.clear_frames(error.__traceback__)
-        call.logged["error"] = str(error)
-        if call.span is not None:
-            call.span.set_attribute(names.ERROR_TYPE, status.code_and_reason(error)[1])
-            call.span.set_status(StatusCode.ERROR, str(error))
-        await status.abort(context, error, call.error_details)
 
 
 def _unary(serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
@@ -259,29 +194,3 @@ def _certified_name(identity: Mapping[str, Iterable[bytes]]) -> str:
     """Returns the name in a client's certificate, as `mpt_grpc.tls.subject_name` does; empty without a certificate."""
     names = (*identity.get("x509_common_name", ()), *identity.get("x509_subject_alternative_name", ()))
     return next((name.decode(errors="replace") for name in names if name), "")
-
-
-def _is_passed(timeout_s: float, duration_s: float) -> bool:
-    """Whether a call that was ended after `duration_s` has passed its deadline, rather than being cancelled before."""
-    return duration_s >= timeout_s - max(_DEADLINE_TOLERANCE_S, _DEADLINE_TOLERANCE * timeout_s)
-
-
-def _log_call(method: str, call: Call, code: grpc.StatusCode, duration_s: float) -> None:
-    level = logging.DEBUG if method in _POLLED and code is grpc.StatusCode.OK else logging.INFO
-    if _log.isEnabledFor(level):
-        fields = {name: _shortened(value) for name, value in call.logged.items()}
-        # Text of callers is quoted, so that it cannot forge a line of the log.
-        details = "".join(f" {name}={value!r}" for name, value in fields.items())
-        fields = {
-            "method": method,
-            "status": code.name,
-            "duration_s": round(duration_s, 6),
-            "peer": call.peer,
-            **fields,
-        }
-        message = "%s %s %.3f s peer=%s%s"
-        _log.log(level, message, method, code.name, duration_s, call.peer, details, extra={"fields": fields})
-
-
-def _shortened(value: Any) -> Any:
-    return value[:_MAX_LOGGED_CHARACTERS] if isinstance(value, str) else value

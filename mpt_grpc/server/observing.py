@@ -10,6 +10,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from mpt_grpc import __version__
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel
+from mpt_grpc.server.status import REASONS
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.metrics import Metrics
 from mpt_grpc.telemetry.observer import Telemetry
@@ -25,7 +26,7 @@ def make_telemetry(
     trace_interval: int | None,
 ) -> Telemetry:
     """Returns what records the spans and the metrics of a server, including gauges of its engine."""
-    metrics = Metrics((meters or NoOpMeterProvider()).get_meter(names.SCOPE), model.name)
+    metrics = Metrics((meters or NoOpMeterProvider()).get_meter(names.SCOPE), model.name, REASONS)
     _observe_load(metrics, engine, model)
     tracer = None if tracers is None else tracers.get_tracer(names.SCOPE)
     return Telemetry(metrics, tracer, trace_interval)

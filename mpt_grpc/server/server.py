@@ -38,7 +38,7 @@ from mpt_grpc.server.observing import make_telemetry, measure_lag
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.settings import ServerSettings, Settings
-from mpt_grpc.telemetry.exporting import make_meter_provider, make_tracer_provider, shut_down
+from mpt_grpc.telemetry.exporting import EXPORT_TIMEOUT_S, make_meter_provider, make_tracer_provider, shut_down
 from mpt_grpc.tls import ServerCertificate, server_certificate
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
@@ -49,7 +49,6 @@ _WATCH_INTERVAL_S = 1.0
 _STOP_GRACE_S = 0.5
 _STOP_TIMEOUT_S = 5.0
 _MAX_PENDING_CALLS = 100_000
-_EXPORT_TIMEOUT_S = 2.0
 _MAX_RECEIVED_BYTES = 8 << 20
 """The largest message that is received; smaller ones that are still too large get an error with details."""
 _MAX_SENT_BYTES = 32 << 20
@@ -192,7 +191,7 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
             yield server
     finally:
         providers = [provider for provider in (tracers, meters) if provider is not None]
-        await asyncio.to_thread(shut_down, providers, _EXPORT_TIMEOUT_S)
+        await asyncio.to_thread(shut_down, providers, EXPORT_TIMEOUT_S)
 
 
 @asynccontextmanager

@@ -32,7 +32,7 @@ from mpt_grpc.limits import (
 )
 from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
 from mpt_grpc.server import convert
-from mpt_grpc.server.interceptors import Call, current_call
+from mpt_grpc.server.call import Call, current_call
 from mpt_grpc.server.quotas import Quotas
 from mpt_grpc.server.sizes import MessageLimits, check_sizes
 from mpt_grpc.settings import SchedulerSettings

@@ -26,6 +26,8 @@ from prometheus_client import CollectorRegistry
 from mpt_grpc import __version__
 from mpt_grpc.errors import SettingsError
 
+EXPORT_TIMEOUT_S = 2.0
+"""How long a process waits for collectors when it ends."""
 _Signal = Literal["TRACES", "METRICS"]
 
 

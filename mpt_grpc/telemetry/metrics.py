@@ -32,7 +32,9 @@ _INPUT, _OUTPUT = {names.TOKEN_TYPE: names.TOKEN_TYPE_INPUT}, {names.TOKEN_TYPE:
 class Metrics:
     """All instruments. Their names, units and descriptions are what Prometheus shows."""
 
-    def __init__(self, meter: Meter, model: str) -> None:
+    def __init__(self, meter: Meter, model: str, failures: Iterable[str] = ()) -> None:
+        """failures: the reasons of failures that are known, which are counted from zero."""
+
         def histogram(name: str, unit: str, what: str, buckets: Iterable[float]) -> Callable[..., None]:
             return meter.create_histogram(name, unit, what, explicit_bucket_boundaries_advisory=list(buckets)).record
 
@@ -62,6 +64,8 @@ class Metrics:
         self._request_tokens = histogram(names.REQUEST_TOKENS, "{token}", "Tokens of a request", _TOKEN_BUCKETS)
         self._ended = counter(names.REQUESTS_ENDED, "{request}", "Requests that have ended, by their finish reason")
         self._failed = counter(names.REQUESTS_FAILED, "{request}", "Requests refused or failed, by the reason")
+        for reason in failures:
+            self._failed(0, {names.ERROR_TYPE: reason})
         self._prompt_tokens = counter(names.PROMPT_TOKENS, "{token}", "Tokens of prompts")
         self._cached_tokens = counter(
             names.PROMPT_CACHED_TOKENS, "{token}", "Tokens of prompts that were in the prefix cache"

@@ -89,8 +89,6 @@ def record_phases(tracer: Tracer, report: RequestReport, timeline: Timeline) -> 
     assert report.context is not None
     stats = report.stats
     parent = get_current_span(report.context)
-    if not parent.is_recording() and not isinstance(parent, ReadableSpan):
-        return  # not sampled
     call_end = parent.end_time if isinstance(parent, ReadableSpan) else None
     phases = _Phases(tracer, report.context, call_end)
     phases.add(names.SPAN_QUEUE, stats.arrival_time_s, stats.scheduled_time_s or stats.end_time_s, {})
