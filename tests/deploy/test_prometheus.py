@@ -99,12 +99,10 @@ async def prometheus(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
             )
             try:
                 assert process.stderr is not None
-                while not (
-                    found := re.search(r'"Listening on" address=(\S+)', (await process.stderr.readline()).decode())
-                ):
-                    pass
+                start = (await process.stderr.readuntil(b"Server is ready to receive web requests")).decode()
+                address = re.findall(r'"Listening on" address=(\S+)', start)[0]
                 reading = asyncio.create_task(process.stderr.read())
-                running = Prometheus(f"http://{found[1]}")
+                running = Prometheus(f"http://{address}")
                 scrapes = "count_over_time(mpt_requests_ended_total[1m])"
                 while max(await running.query(scrapes), default=0) < 6:
                     await _send_load(TextGenerationServiceStub(channel))
