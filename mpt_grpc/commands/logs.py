@@ -38,6 +38,8 @@ def configure(level: str, line_format: str = "text") -> None:
     access.setLevel(level.upper())
     if level != "debug":
         access.addFilter(_is_not_polling)
+    # While a collector is down, one line for each failed export is enough, without its repetitions.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
     # A caller who disconnects during a send is not an error; failures of a method are logged by our interceptor.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
 

@@ -257,6 +257,7 @@ async def _unless_disconnected(request: Request, call: Awaitable[_Result]) -> _R
     finally:
         calling.cancel()
         disconnecting.cancel()
+        await asyncio.wait({calling, disconnecting})  # so that the call does not outlive the request
 
 
 async def _events(request: Request, chunks: AsyncIterator[Json], empty_chunk: Json) -> Response:

@@ -186,6 +186,8 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
     registry = CollectorRegistry() if has_metrics_page else None
     meters = make_meter_provider(registry)
     tracers = make_tracer_provider(settings.telemetry.trace_file, meters)
+    if settings.telemetry.trace_steps is not None and tracers is None:
+        _log.warning("--trace-steps has no effect without --trace-file or OTEL_EXPORTER_OTLP_ENDPOINT")
     try:
         async with _serving(settings, tracers, meters, None if meters is None else registry) as server:
             yield server
@@ -206,7 +208,8 @@ async def _serving(
     certificate = None if tls is None else server_certificate(tls)
     identifies_callers = access.requires_token or (tls is not None and tls.client_ca is not None)
     missing = {"TLS (--tls-cert)": tls is None, "access tokens (--tokens-file)": not identifies_callers}
-    listens_on_host = settings.server.grpc_socket is None or settings.http.port is not None
+    has_port = settings.http.port is not None or settings.telemetry.metrics_port is not None
+    listens_on_host = settings.server.grpc_socket is None or has_port
     if listens_on_host and (warning := exposure(settings.server.host, missing)):
         _log.warning("%s", warning)
     server = grpc.aio.server(interceptors=[interceptor], options=_CHANNEL_OPTIONS)

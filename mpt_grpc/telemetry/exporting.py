@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol
@@ -93,14 +94,12 @@ def make_meter_provider(registry: CollectorRegistry | None) -> MeterProvider | N
 
 def shut_down(providers: Iterable[Provider], timeout_s: float) -> None:
     """Exports what remains, and gives up after `timeout_s`: a collector that is down must not delay the exit."""
-
-    def shut_down_all() -> None:
-        for provider in providers:
-            provider.shutdown()
-
-    thread = threading.Thread(target=shut_down_all, name="export", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
+    end_s = time.monotonic() + timeout_s
+    threads = [threading.Thread(target=provider.shutdown, name="export", daemon=True) for provider in providers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end_s - time.monotonic()))
 
 
 def _is_disabled() -> bool:

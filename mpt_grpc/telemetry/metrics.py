@@ -5,6 +5,7 @@ Values are recorded on the event loop, once for each request, call or step. Gaug
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from opentelemetry.context import Context
@@ -62,7 +63,7 @@ class Metrics:
             names.DECODE_DURATION, "s", "Time from a request's first token to its end", _REQUEST_BUCKETS
         )
         self._request_tokens = histogram(names.REQUEST_TOKENS, "{token}", "Tokens of a request", _TOKEN_BUCKETS)
-        self._ended = counter(names.REQUESTS_ENDED, "{request}", "Requests that have ended, by their finish reason")
+        self._ended = counter(names.REQUESTS_ENDED, "{request}", "Outputs that have ended, by their finish reason")
         self._failed = counter(names.REQUESTS_FAILED, "{request}", "Requests refused or failed, by the reason")
         for reason in failures:
             self._failed(0, {names.ERROR_TYPE: reason})
@@ -105,8 +106,8 @@ class Metrics:
         """Records the end of a request that the engine had accepted."""
         stats, context = report.stats, report.context
         attributes = {**self._model, names.OPERATION: operation}
-        for reason in set(report.finish_reasons) if report.error is None else ():
-            self._ended(1, {names.FINISH_REASON: reason.name.lower()})
+        for reason, count in Counter(report.finish_reasons).items():
+            self._ended(count, {names.FINISH_REASON: reason.name.lower()})
         self._prompt_tokens(stats.num_prompt_tokens)
         self._cached_tokens(stats.num_cached_tokens)
         caller = {names.CALLER: self._caller(report.request.caller.name)}

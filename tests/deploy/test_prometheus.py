@@ -126,8 +126,9 @@ async def test_every_value_that_an_alert_compares_exists(prometheus: Prometheus)
 
 
 @needs_prometheus
-async def test_the_rules_are_valid() -> None:
-    process = await create_subprocess_exec("promtool", "check", "rules", str(ALERTS), stdout=PIPE, stderr=PIPE)
+async def test_alerts_fire_for_a_server_in_trouble_and_for_no_other() -> None:
+    tests = str(Path(__file__).with_name("alerts.yaml"))
+    process = await create_subprocess_exec("promtool", "test", "rules", tests, stdout=PIPE, stderr=PIPE)
     output = b"".join(await process.communicate())
     assert process.returncode == 0, output
 

@@ -6,7 +6,6 @@ import gzip
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,9 +15,10 @@ from typing import Any
 import grpc
 import pytest
 from conftest import demo_settings
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from otlp_collector import Collector, running_collector
 
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.server.server import running_server
@@ -152,40 +152,20 @@ async def test_nothing_is_traced_by_default(monkeypatch: pytest.MonkeyPatch) -> 
     assert response.summary.trace_id == ""
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Records the spans that it receives over OTLP."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.trace_ids: set[str] = set()
-
-    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        for resource in request.resource_spans:
-            for scope in resource.scope_spans:
-                self.names += [span.name for span in scope.spans]
-                self.trace_ids |= {span.trace_id.hex() for span in scope.spans}
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
     """A collector whose address is in the environment."""
-    collector = Collector()
-    with ThreadPoolExecutor(1) as pool:
-        server = grpc.server(pool)
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
-        server.start()
+    with running_collector() as (collector, endpoint):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
         yield collector
-        server.stop(None).wait()
 
 
 async def test_spans_are_exported_to_the_collector_in_the_environment(collector: Collector) -> None:
     async with stub_of_server(None) as (stub, _):
         response = await stub.Generate(generate_request(), metadata=FROM_CALLER)
     assert response.summary.trace_id == TRACE_ID
-    assert collector.trace_ids == {TRACE_ID}
-    assert sorted(collector.names) == ["decode", f"{RPC}Generate", "prefill", "queue"]
+    assert {span.trace_id.hex() for span in collector.spans} == {TRACE_ID}
+    assert sorted(span.name for span in collector.spans) == ["decode", f"{RPC}Generate", "prefill", "queue"]
 
 
 @pytest.fixture
@@ -197,9 +177,10 @@ def http_collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             body = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
-            request = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
-            received.extend(s.name for r in request.resource_spans for scope in r.scope_spans for s in scope.spans)
-            received.extend(a.value.string_value for r in request.resource_spans for a in r.resource.attributes)
+            if self.path == "/v1/traces":
+                request = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
+                received.extend(s.name for r in request.resource_spans for scope in r.scope_spans for s in scope.spans)
+                received.extend(a.value.string_value for r in request.resource_spans for a in r.resource.attributes)
             self.send_response(200)
             self.end_headers()
 

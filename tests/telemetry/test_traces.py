@@ -166,6 +166,19 @@ async def test_an_http_request_is_traced_through_the_gateway(traced: Traced) -> 
     assert spans["POST /v1/completions"].parent_span_id.hex() == CALLER_ID
 
 
+async def test_the_span_of_an_http_request_whose_caller_leaves_ends_last(traced: Traced) -> None:
+    trace_id = next(_trace_ids)
+    ((_, parent),) = from_caller(trace_id)
+    body = {"prompt": "Once", "max_tokens": 200, "ignore_eos": True}
+    _, writer = await send(traced.server, "POST", "/v1/completions", body, traceparent=parent)
+    while not (await asyncio.wrap_future(traced.server.engine.state())).in_flight:
+        pass
+    writer.close()
+    spans = await traced.trace(trace_id, has("POST /v1/completions", f"{RPC}Generate", *PHASES))
+    assert end_in_order(spans, "POST /v1/completions", f"{RPC}Generate")
+    assert attributes(spans["POST /v1/completions"])["http.response.status_code"] == 499
+
+
 async def test_a_call_that_its_caller_does_not_sample_is_not_traced(traced: Traced) -> None:
     trace_id, later_id = next(_trace_ids), next(_trace_ids)
     response = await traced.stub.Generate(request(1), metadata=from_caller(trace_id, flags="00"))
