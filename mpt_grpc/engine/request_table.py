@@ -241,7 +241,7 @@ class RequestTable:
 
     def _report_end(self, record: RequestRecord, stats: RequestStats, error: Exception | None = None) -> None:
         if (observer := self.observer) is not None:
-            reasons = tuple(record.finish_reasons.values())
+            reasons = tuple(reason for _, reason in sorted(record.finish_reasons.items()))
             report = RequestReport(record.request, stats, reasons, error, record.context)
             # The outbox takes each for a reader of its own, so that many that end at once do not hold up the loop.
             self._undelivered.append((partial(observer.observe_request), report))

@@ -1,6 +1,10 @@
-"""Turns the reports of the engine, and the ends of calls, into metrics and spans. Belongs to the event loop."""
+"""Turns the reports of the engine into metrics and spans. Belongs to the event loop."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from opentelemetry.trace import Tracer
 
@@ -8,9 +12,11 @@ from mpt_grpc.reports import RequestReport, StepReport
 from mpt_grpc.telemetry.metrics import Metrics
 from mpt_grpc.telemetry.tracing import Timelines, operation, record_phases, record_step, step_kind
 
+_log = logging.getLogger(__name__)
+
 
 class Telemetry:
-    """An `Observer` of the engine that records spans, if `tracer` is given, and metrics."""
+    """An `Observer` of the engine that records metrics, and spans if `tracer` is given."""
 
     def __init__(self, metrics: Metrics, tracer: Tracer | None, trace_interval: int | None = None) -> None:
         """trace_interval: that of `Observer`."""
@@ -19,16 +25,27 @@ class Telemetry:
         self._timelines = Timelines()
 
     def observe_step(self, report: StepReport) -> None:
-        kind = step_kind(report.plan)
-        self.metrics.record_step(report, kind)
-        if self.tracer is not None:
-            self._timelines.add(report)
-            if report.contexts:
-                record_step(self.tracer, report, kind)
+        with _only_logged():
+            kind = step_kind(report.plan)
+            self.metrics.record_step(report, kind)
+            if self.tracer is not None:
+                self._timelines.add(report)
+                if report.contexts:
+                    record_step(self.tracer, report, kind)
 
     def observe_request(self, report: RequestReport) -> None:
-        self.metrics.record_request(report, operation(report.request))
-        if self.tracer is not None:
-            timeline = self._timelines.take(report.request.request_id)
-            if report.context is not None:
-                record_phases(self.tracer, report, timeline)
+        with _only_logged():
+            self.metrics.record_request(report, operation(report.request))
+            if self.tracer is not None:
+                timeline = self._timelines.take(report.request.request_id)
+                if report.context is not None:
+                    record_phases(self.tracer, report, timeline)
+
+
+@contextmanager
+def _only_logged() -> Iterator[None]:
+    """Logs an exception instead of raising it: the tokens of all requests are delivered behind the reports."""
+    try:
+        yield
+    except Exception:
+        _log.exception("a report was not recorded")
