@@ -62,7 +62,7 @@ class _JsonFormatter(logging.Formatter):
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     if record.name == "uvicorn.access":
-        names = ("peer", "method", "path", "http_version", "status")
+        names = ("peer", "method", "path", "http_version", "http_status")
         return dict(zip(names, cast(tuple[Any, ...], record.args), strict=True))
     fields: dict[str, Any] = getattr(record, "fields", {})
     return fields

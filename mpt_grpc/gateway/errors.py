@@ -98,7 +98,7 @@ def log_refusal(scope: Scope, error: BadRequestError) -> None:
     """Logs a request that the gateway refuses itself; the gRPC server logs what it refuses."""
     method, path, request_id = scope["method"], quote(shortened(scope["path"])), scope["state"]["request_id"]
     summary, why = f"{method} {path} {error.status}", str(error)[:_MAX_LOGGED]
-    fields = {"method": method, "path": path, "status": error.status, "request_id": request_id, "error": why}
+    fields = {"method": method, "path": path, "http_status": error.status, "request_id": request_id, "error": why}
     extra = {"summary": summary, "fields": fields}
     _log.info("%s request_id=%r error=%r", summary, request_id, why, extra=extra)
 
