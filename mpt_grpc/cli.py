@@ -137,6 +137,7 @@ def _parser() -> _Parser:
     server_options.add_http(gateway)
     server_options.add_tls(gateway)
     server_options.add_grace(gateway)
+    server_options.add_read_timeout(gateway)
     add_log(gateway)
 
     generate = add("generate", "continue a prompt", "Continue a prompt and print the text as it is generated.")

@@ -116,6 +116,8 @@ class ServerSettings:
     """Whether gRPC's reflection describes the API."""
     grace_s: float = 30.0
     """How long running requests may take to finish after SIGTERM."""
+    read_timeout_s: float = 600.0
+    """Streams end when nothing could be sent for this long, because their callers do not read."""
     stall_timeout_s: float = 120.0
     """Health reports NOT_SERVING when requests wait or run and no step has completed for this long."""
 
@@ -127,8 +129,9 @@ class ServerSettings:
         if self.host.startswith("unix:") or "/" in self.host:
             why = "not a host name or an IP address; serve --grpc-socket PATH listens on a Unix socket"
             raise SettingsError(f"--host: {self.host!r}: {why}")
-        if not self.stall_timeout_s > 0:
-            raise SettingsError("--stall-timeout: must be above 0")
+        for name, timeout_s in {"--read-timeout": self.read_timeout_s, "--stall-timeout": self.stall_timeout_s}.items():
+            if not timeout_s > 0:
+                raise SettingsError(f"{name}: must be above 0")
 
     @property
     def reachable_host(self) -> str:

@@ -28,7 +28,12 @@ def run(parsed: argparse.Namespace) -> None:
     Raises SettingsError for an invalid setting or a port in use.
     """
     logs.configure(parsed.log_level, parsed.log_format)
-    server = ServerSettings(host=parsed.host, grace_s=parsed.grace, tls=server_options.tls_settings(parsed))
+    server = ServerSettings(
+        host=parsed.host,
+        tls=server_options.tls_settings(parsed),
+        grace_s=parsed.grace,
+        read_timeout_s=parsed.read_timeout,
+    )
     http, connection = server_options.http_settings(parsed, parsed.http_port), connection_options(parsed)
     if warning := exposure(server.host, {"TLS (--tls-cert)": server.tls is None}):
         _log.warning("%s", warning)
@@ -48,7 +53,14 @@ async def _serve(target: str, server: ServerSettings, http: HttpSettings, connec
     tracers = make_tracer_provider(None, service="mpt-grpc-gateway")
     tracer = None if tracers is None else tracers.get_tracer(names.SCOPE)
     async with running_gateway(
-        target, server.host, http, server.grace_s, certificate=certificate, tracer=tracer, **connection
+        target,
+        server.host,
+        http,
+        server.grace_s,
+        read_timeout_s=server.read_timeout_s,
+        certificate=certificate,
+        tracer=tracer,
+        **connection,
     ) as port:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)

@@ -179,6 +179,7 @@ def add_server(serve: argparse.ArgumentParser) -> None:
     )
     server.add_argument("--no-reflection", action="store_true", help="serve no description of the API over gRPC")
     add_grace(server)
+    add_read_timeout(server)
     server.add_argument(
         "--stall-timeout",
         type=seconds,
@@ -276,6 +277,17 @@ def add_grace(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_read_timeout(parser: argparse._ActionsContainer) -> None:
+    """Adds how long callers may leave a stream unread."""
+    parser.add_argument(
+        "--read-timeout",
+        type=seconds,
+        default="600s",
+        metavar="TIME",
+        help="end streams to which nothing could be sent for this long, because their callers do not read",
+    )
+
+
 def model_settings(parsed: argparse.Namespace) -> ModelSettings:
     """Returns the settings given by the flags that `serve` and `verify` share. Raises SettingsError."""
     return ModelSettings(
@@ -340,6 +352,7 @@ def settings(parsed: argparse.Namespace) -> Settings:
             tokens_file=parsed.tokens_file,
             reflection=not parsed.no_reflection,
             grace_s=parsed.grace,
+            read_timeout_s=parsed.read_timeout,
             stall_timeout_s=parsed.stall_timeout,
         ),
         http=http_settings(parsed, port=None if parsed.no_http else parsed.http_port),

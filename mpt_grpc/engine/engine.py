@@ -124,11 +124,17 @@ class Engine:
         self._requests.observer = observer
 
     def submit(
-        self, request: GenerationRequest | PreparedRequest, kind: type[Stream], *, context: Context | None = None
+        self,
+        request: GenerationRequest | PreparedRequest,
+        kind: type[Stream],
+        *,
+        context: Context | None = None,
+        timeout_s: float | None = None,
     ) -> Stream:
         """Takes a place for a request, has it prepared, and returns its stream.
 
-        `context` is the parent of the request's spans. Raises DuplicateRequestError, OverloadedError or
+        `context` is the parent of the request's spans. A request that would take longer than `timeout_s`, after which
+        its caller gives up, is refused. Raises DuplicateRequestError, OverloadedError or
         UnavailableError, and RuntimeError for a stream that could never be read. The errors of preparing, and later
         ones, are raised by the stream.
         """
@@ -140,7 +146,7 @@ class Engine:
         with self._lock:
             if self._refusal is not None:
                 raise type(self._refusal)(str(self._refusal))
-            self._requests.add(record)
+            self._requests.add(record, self.load, timeout_s)
         if wanted.stopping.time_limit_s is not None:
             self._commands.put(_wake_up)  # the thread may wait for a later time
         if isinstance(request, PreparedRequest):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from opentelemetry.context import Context
 
 from mpt_grpc.engine.outbox import Delivery
 from mpt_grpc.engine.prepare import PreparedRequest
-from mpt_grpc.engine.state import RequestState, SequenceState
+from mpt_grpc.engine.service_times import ServiceTimes
+from mpt_grpc.engine.state import EngineLoad, RequestState, SequenceState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream
 from mpt_grpc.errors import DuplicateRequestError, OverloadedError
 from mpt_grpc.reports import Observer, RequestReport, StepReport
@@ -99,26 +99,46 @@ class RequestTable:
         self._time_limited: dict[str, RequestRecord] = {}
         self._undelivered: list[Delivery] = []
         self._ended: deque[RequestState] = deque(maxlen=_NUM_ENDED)
-        self._end_times_s: deque[float] = deque(maxlen=_NUM_ENDED)
-        """When the last requests ended, by the monotonic clock."""
+        self._times = ServiceTimes()
 
     def __len__(self) -> int:
         return len(self._by_request_id)
 
-    def add(self, record: RequestRecord) -> None:
-        """Adds a request. Raises DuplicateRequestError or OverloadedError."""
+    def add(self, record: RequestRecord, load: EngineLoad, timeout_s: float | None) -> None:
+        """Adds a request, whose caller waits for `timeout_s`. Raises DuplicateRequestError or OverloadedError."""
         request = record.request
         with self._lock:
             if request.request_id in self._by_request_id:
                 raise DuplicateRequestError(f"request_id {request.request_id!r} is already in progress: use another ID")
             if self._num_sequences + request.sampling.num_sequences > self._max_sequences:
                 why = f"the queue is full, with {self._num_sequences} outputs in progress: retry later"
-                raise OverloadedError(why, self._retry_after_s())
+                raise OverloadedError(why, _jittered(self._times.wait_s(1, load.num_running)))
+            if timeout_s is not None and load.num_waiting:
+                self._check_timeout(request, load, timeout_s)
             self._by_request_id[request.request_id] = record
             self._num_sequences += request.sampling.num_sequences
             self.num_preparing += 1
             if (request.stopping.time_limit_s or 0) > 0:
                 self._time_limited[request.request_id] = record
+
+    def _check_timeout(self, request: GenerationRequest, load: EngineLoad, timeout_s: float) -> None:
+        """Raises OverloadedError if the request would end too late, even if its caller's own came before all others.
+
+        The lock must be held.
+        """
+        num_ahead = sum(
+            other.request.sampling.num_sequences
+            for other in self._by_request_id.values()
+            if other.scheduled_time_s is None
+            and other.request.caller.name == request.caller.name
+            and other.request.priority >= request.priority
+        )
+        wait_s = self._times.wait_s(num_ahead, load.num_running)
+        needed_s = wait_s + self._times.run_s(request.stopping.max_new_tokens)
+        if needed_s > timeout_s:
+            why = f"the request would take about {needed_s:.1f} s, {wait_s:.1f} s of them in the queue"
+            message = f"{why}, and its timeout leaves {timeout_s:.1f} s: retry later"
+            raise OverloadedError(message, _jittered(needed_s - timeout_s))
 
     def get(self, request_id: str) -> RequestRecord | None:
         with self._lock:
@@ -236,7 +256,9 @@ class RequestTable:
         self._report_end(record, stats, error)
         with self._lock:
             self._forget(record)
-            self._end_times_s.append(time.monotonic())
+            if record.prepared is not None and FinishReason.CANCELLED not in record.finish_reasons.values():
+                request = record.prepared.request
+                self._times.record(stats, len(request.outputs) * (request.stopping.max_new_tokens or 0))
         return stats
 
     def _report_end(self, record: RequestRecord, stats: RequestStats, error: Exception | None = None) -> None:
@@ -253,15 +275,10 @@ class RequestTable:
         self._num_sequences -= record.request.sampling.num_sequences
         self.num_preparing -= not record.sequences
 
-    def _retry_after_s(self) -> float:
-        """Returns about how long it takes until a request ends, measured over the last ones, and never twice the same.
 
-        Callers that are refused at the same time then do not return at the same time.
-        """
-        mean_s = 1.0
-        if len(self._end_times_s) > 1:
-            mean_s = (time.monotonic() - self._end_times_s[0]) / len(self._end_times_s)
-        return min(max(mean_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S) * random.uniform(1, 2)
+def _jittered(wait_s: float) -> float:
+    """Returns about this time, never twice the same: callers that are refused together do not return together."""
+    return min(max(wait_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S) * random.uniform(1, 2)
 
 
 def _end_time_s(record: RequestRecord) -> float:

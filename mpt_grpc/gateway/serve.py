@@ -8,8 +8,9 @@ import errno
 import math
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from ipaddress import ip_address
 from typing import Unpack
 
@@ -35,6 +36,8 @@ from mpt_grpc_client import AsyncClient, Client, ConnectionOptions
 from mpt_grpc_client.channel import resolve
 
 KEEP_ALIVE_TIMEOUT_S = 5
+_PAGE_TIMEOUT_S = 10
+"""The time in which the caller of `/metrics` on its own port reads a part of the page."""
 _ERROR_TIMEOUT_S = 3
 """The time for the errors of requests that are in progress at the end of the grace period."""
 
@@ -46,6 +49,7 @@ async def running_gateway(
     settings: HttpSettings,
     grace_s: float = 1,
     *,
+    read_timeout_s: float = 600,
     certificate: ServerCertificate | None = None,
     channel: grpc.aio.Channel | None = None,
     tracer: Tracer | None = None,
@@ -57,6 +61,7 @@ async def running_gateway(
     The gRPC server need not be running yet. Requests in progress at the end of the block have `grace_s` to finish.
     Raises SettingsError if it cannot listen on the port.
 
+    read_timeout_s: a connection is closed when nothing could be sent for this long, because the caller does not read.
     certificate: the gateway's own; None serves without TLS.
     channel: a channel to the target that passes responses as objects, instead of a connection; it is closed at the end.
     tracer: records spans of requests.
@@ -87,7 +92,8 @@ async def running_gateway(
             hosts = _accepted_hosts(listeners, [host, *settings.allow_hosts])
             bounded = BodyMemoryMiddleware(HeaderMiddleware(app, hosts, settings.allow_origins))
             context = None if certificate is None else http_context(certificate)
-            async with _serving(ArrivalMiddleware(bounded), listeners, grace_s, context):
+            protocol = partial(BoundedProtocol, read_timeout_s=read_timeout_s)
+            async with _serving(ArrivalMiddleware(bounded), protocol, listeners, grace_s, context):
                 yield listeners[0].getsockname()[1]
 
 
@@ -101,7 +107,8 @@ async def running_metrics(
     with _listening(host, port, "--metrics-port") as listeners:
         context = None if certificate is None else http_context(certificate)
         checked = HeaderMiddleware(app, _accepted_hosts(listeners, [host]), ())
-        async with _serving(checked, listeners, 0, context):
+        protocol = partial(BoundedProtocol, read_timeout_s=_PAGE_TIMEOUT_S)
+        async with _serving(checked, protocol, listeners, 0, context):
             yield listeners[0].getsockname()[1]
 
 
@@ -113,12 +120,16 @@ def _accepted_hosts(listeners: list[socket.socket], hosts: list[str]) -> list[st
 
 @asynccontextmanager
 async def _serving(
-    app: ASGIApp, listeners: list[socket.socket], grace_s: float, tls: ssl.SSLContext | None
+    app: ASGIApp,
+    protocol: Callable[..., asyncio.Protocol],
+    listeners: list[socket.socket],
+    grace_s: float,
+    tls: ssl.SSLContext | None,
 ) -> AsyncIterator[None]:
     requests = GracePeriodMiddleware(app)
     config = uvicorn.Config(
         requests,
-        http=BoundedProtocol,
+        http=protocol,  # type: ignore[arg-type]  # uvicorn only calls it
         ws="none",
         log_config=None,
         timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,

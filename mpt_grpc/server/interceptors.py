@@ -25,6 +25,7 @@ from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, 
 from mpt_grpc.server import status
 from mpt_grpc.server.call import Call, begin_call
 from mpt_grpc.server.sizes import MessageLimits
+from mpt_grpc.server.writes import PendingWrites
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.observer import Telemetry
 from mpt_grpc.turnstile import Turnstile
@@ -61,9 +62,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     message_limits: MessageLimits
     telemetry: Telemetry
     """Both are to be set before the server starts."""
+    writes: PendingWrites
+    """The streams that wait for their callers to read."""
 
     def __init__(self, access: Access) -> None:
-        self._arrivals = Turnstile()
+        self._arrivals, self.writes = Turnstile(), PendingWrites()
         self._access = access
         self._propagator = TraceContextTextMapPropagator()
 
@@ -93,7 +96,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Messages are parsed where errors become statuses, and not by gRPC, which would report UNKNOWN.
         codecs = (None, handler.response_serializer)
         if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(_stream(serving, parse, handler.unary_stream), *codecs)
+            stream = _stream(serving, parse, handler.unary_stream, self.writes)
+            return grpc.unary_stream_rpc_method_handler(stream, *codecs)
         assert handler.unary_unary is not None
         return grpc.unary_unary_rpc_method_handler(_unary(serving, parse, handler.unary_unary), *codecs)
 
@@ -159,12 +163,21 @@ def _unary(serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[...
     return unary
 
 
-def _stream(serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
+def _stream(
+    serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any], writes: PendingWrites
+) -> Callable[..., Any]:
     async def stream(data: bytes, context: _CallContext) -> AsyncIterator[Any]:
+        task = asyncio.current_task()
+        assert task is not None
         async with serving(context), aclosing(serve(parse(data), context)) as responses:
             del data
-            async for response in responses:
-                yield response
+            try:
+                async for response in responses:
+                    writes.begin(task, context)
+                    yield response
+                    writes.end(task)
+            finally:
+                writes.end(task)
 
     return stream
 

@@ -37,6 +37,7 @@ from mpt_grpc.server.local_channel import LocalChannel
 from mpt_grpc.server.observing import make_telemetry, measure_lag
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.server.sizes import MessageLimits
+from mpt_grpc.server.writes import PendingWrites
 from mpt_grpc.settings import ServerSettings, Settings
 from mpt_grpc.telemetry.exporting import EXPORT_TIMEOUT_S, make_meter_provider, make_tracer_provider, shut_down
 from mpt_grpc.tls import ServerCertificate, server_certificate
@@ -44,6 +45,8 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
 
 _log = logging.getLogger(__name__)
+LIVE = "live"
+"""The service whose health is NOT_SERVING if the process should be replaced."""
 _WATCH_INTERVAL_S = 1.0
 # After a drain only idle calls, such as Health.Watch, remain.
 _STOP_GRACE_S = 0.5
@@ -136,13 +139,14 @@ class RunningServer:
         model: LoadedModel,
         servicer: TextGenerationServicer,
         access: Access,
+        writes: PendingWrites,
     ) -> None:
         self.settings, self.target, self.engine, self.model = settings, target, engine, model
         self.channel = channel
         """A channel to this server for callers on its event loop, who need no connection."""
         self.http_port: int | None = None
         self.metrics_port: int | None = None
-        self._servicer, self._access = servicer, access
+        self._servicer, self._access, self._writes = servicer, access, writes
         self.engine_failed = asyncio.Event()
         """Set when the engine has ended by itself, so that only a new process can serve again."""
         self._health = health.aio.HealthServicer()
@@ -155,28 +159,29 @@ class RunningServer:
     async def drain(self, stop: asyncio.Event | None = None) -> None:
         """Refuses new requests and waits for those in progress, up to the grace period or until `stop` is set."""
         self._draining = True
-        await self._health.enter_graceful_shutdown()
+        await self._update_health()
         self.engine.refuse(DrainingError("the server is shutting down; use another server"))
         await _first(self._servicer.idle, stop, timeout_s=self.settings.server.grace_s)
 
     async def watch(self) -> None:
-        """Updates health, NOT_SERVING while the engine is stuck, reads access tokens again if their file has changed,
-        and frees memory when idle. Runs until cancelled."""
-        while not self._draining:
-            stuck = self.engine.is_stuck(self.settings.server.stall_timeout_s)
-            await self.set_serving(not stuck)
+        """Updates health, reads access tokens again if their file has changed, ends streams that are not read, and
+        frees memory when idle. Runs until cancelled."""
+        while True:
+            await self._update_health()
             await asyncio.to_thread(self._access.refresh)
+            self._writes.end_unread(self.settings.server.read_timeout_s)
             if self.engine.failure is not None:
                 self.engine_failed.set()
             if not self.engine.num_in_flight:
                 await asyncio.to_thread(trim)
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
-    async def set_serving(self, serving: bool) -> None:
-        """Sets the health of the whole server and of the text generation service."""
+    async def _update_health(self) -> None:
+        """Sets the health of the process, and of the server and its service, which also stop serving in a drain."""
+        is_live = not self.engine.is_stuck(self.settings.server.stall_timeout_s)
         statuses = health_pb2.HealthCheckResponse
-        for service in ("", SERVICE):
-            await self._health.set(service, statuses.SERVING if serving else statuses.NOT_SERVING)
+        for service, serves in ((LIVE, is_live), *((name, is_live and not self._draining) for name in ("", SERVICE))):
+            await self._health.set(service, statuses.SERVING if serves else statuses.NOT_SERVING)
 
 
 @asynccontextmanager
@@ -223,7 +228,7 @@ async def _serving(
         )
         servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.message_limits)
         channel = LocalChannel(interceptor)
-        running = RunningServer(settings, target, channel, engine, model, servicer, access)
+        running = RunningServer(settings, target, channel, engine, model, servicer, access, interceptor.writes)
         services: Any
         for services in (server, channel):
             pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, services)
@@ -285,6 +290,7 @@ async def _http(
                     running.target,
                     host,
                     settings.http,
+                    read_timeout_s=settings.server.read_timeout_s,
                     certificate=certificate,
                     channel=running.channel,
                     tracer=tracer,

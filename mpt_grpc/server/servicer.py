@@ -69,7 +69,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         self.idle.set()
 
     async def Generate(self, request: pb.GenerateRequest, context: _CallContext) -> pb.GenerateResponse:
-        async with self._answer(request) as answer:
+        async with self._answer(request, context) as answer:
             deltas = [delta async for delta in answer.deltas]
             return await _built(lambda: answer.complete(deltas), sum(map(_num_logprobs, deltas)))
 
@@ -78,7 +78,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         request: pb.GenerateRequest,
         context: _CallContext,
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
-        async with self._answer(request) as answer:
+        async with self._answer(request, context) as answer:
             is_first = True
             try:
                 async for delta in answer.deltas:
@@ -148,14 +148,14 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         )
 
     @asynccontextmanager
-    async def _answer(self, message: pb.GenerateRequest) -> AsyncIterator[_Answer]:
+    async def _answer(self, message: pb.GenerateRequest, context: _CallContext) -> AsyncIterator[_Answer]:
         """Submits a request, which ends with the block: by return, error, cancellation or deadline."""
         self._num_answers += 1
         self.idle.clear()
         call = current_call()
         try:
             with self._quotas.request(call.caller) as meter:
-                stream = self._submit(message)
+                stream = self._submit(message, context.time_remaining())
                 self._calls[stream.request_id] = call
                 deltas = aiter(stream) if meter is None else meter.metered(stream)
                 try:
@@ -171,7 +171,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             if not self._num_answers:
                 self.idle.set()
 
-    def _submit(self, message: pb.GenerateRequest) -> AsyncStream:
+    def _submit(self, message: pb.GenerateRequest, timeout_s: float | None) -> AsyncStream:
         if message.model not in ("", self._model.name):
             wanted = message.model[: MAX_BYTES["model"]]
             raise UnknownModelError(f"model {wanted!r} is not loaded; the loaded model is {self._model.name!r}")
@@ -188,7 +188,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         if span is not None:
             span.set_attributes(request_attributes(request, self._model.name))
             parent = set_span_in_context(span)
-        return self._engine.submit(request, AsyncStream, context=parent)
+        return self._engine.submit(request, AsyncStream, context=parent, timeout_s=timeout_s)
 
 
 class DebugServicer(debug_pb2_grpc.DebugServiceServicer):
