@@ -21,7 +21,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 
 from mpt_grpc.access import Access
@@ -32,6 +31,7 @@ from mpt_grpc.listening import address, claim_socket, exposure, port_error
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.allocator import trim
 from mpt_grpc.server.credentials import server_credentials
+from mpt_grpc.server.http import serving_http
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.local_channel import LocalChannel
 from mpt_grpc.server.observing import make_telemetry, measure_lag
@@ -248,7 +248,12 @@ async def _serving(
             await server.start()
             tasks = [asyncio.create_task(running.watch()), asyncio.create_task(measure_lag(telemetry.metrics))]
             try:
-                async with channel, _http(running, certificate, telemetry.tracer, registry, access):
+                page = None if registry is None else (registry, access)
+                async with (
+                    channel,
+                    serving_http(settings, target, channel, certificate, telemetry.tracer, page) as ports,
+                ):
+                    running.http_port, running.metrics_port = ports
                     yield running
             finally:
                 for task in tasks:
@@ -257,47 +262,6 @@ async def _serving(
                 # The engine stops first, so that the remaining calls end with its error, which gives the reason.
                 await asyncio.to_thread(engine.close)
                 await server.stop(_STOP_GRACE_S)
-
-
-@asynccontextmanager
-async def _http(
-    running: RunningServer,
-    certificate: ServerCertificate | None,
-    tracer: Tracer | None,
-    registry: CollectorRegistry | None,
-    access: Access,
-) -> AsyncIterator[None]:
-    """Serves the OpenAI-compatible API, as a client of this server, and `/metrics`, on the ports that are set."""
-    settings = running.settings
-    http_port, metrics_port = settings.http.port, settings.telemetry.metrics_port
-    if http_port is None and metrics_port is None:
-        yield
-        return
-    # Imported here, so that a server without HTTP does not wait for it.
-    from mpt_grpc.gateway.metrics import MetricsPage
-    from mpt_grpc.gateway.serve import running_gateway, running_metrics
-
-    host = settings.server.host
-    page = None if registry is None else MetricsPage(registry, access)
-    async with contextlib.AsyncExitStack() as stack:
-        if metrics_port is not None and page is not None:
-            running.metrics_port = await stack.enter_async_context(
-                running_metrics(host, metrics_port, page, certificate)
-            )
-        if http_port is not None:
-            running.http_port = await stack.enter_async_context(
-                running_gateway(
-                    running.target,
-                    host,
-                    settings.http,
-                    read_timeout_s=settings.server.read_timeout_s,
-                    certificate=certificate,
-                    channel=running.channel,
-                    tracer=tracer,
-                    metrics=page,
-                )
-            )
-        yield
 
 
 def _warm_up(max_context_tokens: int) -> GenerationRequest:
