@@ -94,6 +94,7 @@ check: protos ## Check format, lint, types, layers, protos, prose and links
 	$(BIN)/buf breaking protos --against $(BASELINE)
 	@test -z "$$(git status --porcelain $(STUBS))" || { echo 'stale stubs: run make protos and commit'; exit 1; }
 	$(BIN)/python tools/check_prose.py
+	@if command -v promtool >/dev/null; then promtool check rules deploy/prometheus/alerts.yaml; fi
 	$(BIN)/lychee --offline --include-fragments --no-progress $$(git ls-files '*.md')
 
 .PHONY: test

@@ -165,6 +165,23 @@ class HttpSettings:
 
 
 @dataclass(frozen=True)
+class TelemetrySettings:
+    """What is recorded of the server's work; OpenTelemetry's variables say where it is exported."""
+
+    metrics_port: int | None = None
+    """The port of `/metrics`, apart from that on the HTTP port; 0 selects a free port, None serves none."""
+    trace_file: Path | None = None
+    """The file to which spans are appended, one JSON object per line."""
+    trace_steps: int | None = None
+    """Trace one in this many steps; None traces none."""
+
+    def __post_init__(self) -> None:
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise SettingsError(f"--metrics-port: {self.metrics_port} is not in [0, 65535]")
+        _at_least(1, trace_steps=self.trace_steps)
+
+
+@dataclass(frozen=True)
 class Settings:
     """All settings of a server."""
 
@@ -175,8 +192,7 @@ class Settings:
     http: HttpSettings = field(default_factory=HttpSettings)
     guards: tuple[str, ...] = ()
     """The guards on prompts and outputs: names of entry points, each optionally followed by `=` and an argument."""
-    trace_file: Path | None = None
-    """The file to which spans are appended, one JSON object per line."""
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
 
 def _at_least(minimum: int, **values: float | None) -> None:

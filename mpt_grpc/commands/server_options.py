@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from mpt_grpc.commands.logs import add_log_level
+from mpt_grpc.commands.logs import add_log
 from mpt_grpc.commands.units import num_bytes, seconds
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.settings import (
@@ -16,6 +16,7 @@ from mpt_grpc.settings import (
     SchedulerSettings,
     ServerSettings,
     Settings,
+    TelemetrySettings,
     TlsSettings,
 )
 
@@ -186,20 +187,37 @@ def add_server(serve: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="report NOT_SERVING when requests are pending and no step has completed for this long",
     )
-    add_log_level(server)
-    server.add_argument(
-        "--trace-file",
-        type=Path,
-        metavar="FILE",
-        help="append spans to this file as JSON lines; OTEL_EXPORTER_OTLP_ENDPOINT exports them over OTLP (default: no"
-        " tracing)",
-    )
     server.add_argument(
         "--guard",
         action="append",
         metavar="NAME[=ARGUMENT]",
         help="check prompts and outputs with this guard; words=FILE blocks the words listed in a file; may be repeated"
         " (default: none)",
+    )
+    _add_telemetry(serve.add_argument_group("telemetry"))
+
+
+def _add_telemetry(telemetry: argparse._ActionsContainer) -> None:
+    add_log(telemetry)
+    telemetry.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="N",
+        help="port on which only /metrics is served, which the HTTP port also has; 0 selects a free port (default:"
+        " none)",
+    )
+    telemetry.add_argument(
+        "--trace-file",
+        type=Path,
+        metavar="FILE",
+        help="append spans to this file as JSON lines; OTEL_EXPORTER_OTLP_ENDPOINT exports them over OTLP (default: no"
+        " tracing)",
+    )
+    telemetry.add_argument(
+        "--trace-steps",
+        type=int,
+        metavar="N",
+        help="trace one in N steps of the engine, with links to its requests (default: none)",
     )
 
 
@@ -339,5 +357,7 @@ def settings(parsed: argparse.Namespace) -> Settings:
         ),
         http=http_settings(parsed, port=None if parsed.no_http else parsed.http_port),
         guards=tuple(parsed.guard or ()),
-        trace_file=parsed.trace_file,
+        telemetry=TelemetrySettings(
+            metrics_port=parsed.metrics_port, trace_file=parsed.trace_file, trace_steps=parsed.trace_steps
+        ),
     )

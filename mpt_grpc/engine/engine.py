@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import TypeVar
 
 from opentelemetry.context import Context
-from opentelemetry.trace import Tracer
 
 from mpt_grpc.engine.admission import num_sequences_violations
 from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
@@ -41,6 +40,7 @@ from mpt_grpc.errors import (
 )
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
+from mpt_grpc.reports import Observer
 from mpt_grpc.request import (
     Finish,
     FinishReason,
@@ -75,7 +75,6 @@ class Engine:
         sampler: Sampler,
         *,
         max_in_flight: int,
-        tracer: Tracer | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         """Takes the components that `load.py` builds. Events are delivered on `loop`, or else by the thread itself."""
@@ -89,7 +88,7 @@ class Engine:
         self._masks = MaskWorkers(on_ready=lambda: commands.put(_wake_up))
         self._waits_for_masks = False
         """Whether no token can be chosen until a mask is ready, which a command will signal."""
-        self._requests = RequestTable(max_in_flight, tracer)
+        self._requests = RequestTable(max_in_flight)
         self._preparers = Preparers()
         self._state_futures: list[Future[EngineState]] = []
         self._lock = threading.Lock()
@@ -121,6 +120,10 @@ class Engine:
             yield from stream
         finally:
             stream.cancel()
+
+    def observe(self, observer: Observer) -> None:
+        """Reports the steps and the requests that end from now on."""
+        self._requests.observer = observer
 
     def submit(
         self,
@@ -257,9 +260,11 @@ class Engine:
                     self._mark_scheduled(plan)
                     start_s = time.monotonic()
                     result = self._compute(plan)
-                    seconds = None if result.errors else time.monotonic() - start_s
+                    duration_s = time.monotonic() - start_s
                     self._waits_for_masks = all(result.is_deferred(sequence) for sequence in plan.sequences)
-                    self._record_step(plan, result, self._scheduler.commit(plan, result, seconds))
+                    self._requests.report_step(plan, result, start_s + self._epoch_s, duration_s, self.load.num_steps)
+                    events = self._scheduler.commit(plan, result, None if result.errors else duration_s)
+                    self._record_step(plan, result, events)
                 self._deliver()
         except BaseException as error:
             _log.exception("the engine has stopped")
@@ -368,6 +373,7 @@ class Engine:
             num_batched_sequences=self.load.num_batched_sequences + len(plan.sequences),
             num_draft_tokens=self.load.num_draft_tokens + plan.num_drafts,
             num_accepted_tokens=self.load.num_accepted_tokens + sum(map(len, chosen)) - len(chosen),
+            num_preemptions=self.load.num_preemptions + len(plan.preempted),
         )
 
     def _measure_load(self) -> None:

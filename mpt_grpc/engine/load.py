@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from opentelemetry.trace import Tracer
 
 from mpt_grpc.checkpoint import Checkpoint, find_checkpoint
 from mpt_grpc.engine.admission import RequestLimits
@@ -76,9 +75,7 @@ class LoadedModel:
         return self.num_blocks * BLOCK_SIZE
 
 
-def load_engine(
-    settings: Settings, *, tracer: Tracer | None = None, loop: asyncio.AbstractEventLoop | None = None
-) -> tuple[Engine, LoadedModel]:
+def load_engine(settings: Settings, *, loop: asyncio.AbstractEventLoop | None = None) -> tuple[Engine, LoadedModel]:
     """Loads the model and returns an engine that is not yet started. Raises ModelError or SettingsError.
 
     On a CPU, it sets the number of threads of PyTorch and of the compiled kernels for the whole process: one thread for
@@ -111,7 +108,7 @@ def load_engine(
             guards=settings.guards,
         ),
     )
-    return _assemble(settings.scheduler, parts, model, cache, tracer, loop), loaded
+    return _assemble(settings.scheduler, parts, model, cache, loop), loaded
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,6 @@ def _assemble(
     parts: _Parts,
     model: MPT,
     cache: KVCache,
-    tracer: Tracer | None,
     loop: asyncio.AbstractEventLoop | None,
 ) -> Engine:
     tokenizer, weight_format = parts.tokenizer, parts.weight_format
@@ -231,7 +227,6 @@ def _assemble(
         Runner(model, cache, attention, weight_format.device, tokenizer.vocab_size),
         Sampler(tokenizer.vocab_size),
         max_in_flight=max_in_flight,
-        tracer=tracer,
         loop=loop,
     )
 

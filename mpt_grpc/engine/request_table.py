@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from opentelemetry.context import Context
-from opentelemetry.trace import Tracer
 
 from mpt_grpc.engine.outbox import Delivery
 from mpt_grpc.engine.prepare import PreparedRequest
@@ -18,9 +17,10 @@ from mpt_grpc.engine.service_times import ServiceTimes
 from mpt_grpc.engine.state import EngineLoad, RequestState, SequenceState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream
 from mpt_grpc.errors import DuplicateRequestError, OverloadedError
+from mpt_grpc.reports import Observer, RequestReport, StepReport
 from mpt_grpc.request import Finish, FinishReason, GenerationRequest, RequestStats, TokenEvent
 from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
-from mpt_grpc.telemetry.tracing import record_phases
+from mpt_grpc.step import StepPlan, StepResult
 
 _NUM_ENDED = 64
 _MIN_RETRY_AFTER_S, _MAX_RETRY_AFTER_S = 0.1, 30.0
@@ -84,9 +84,11 @@ class RequestTable:
     belongs to the scheduler thread.
     """
 
-    def __init__(self, max_sequences: int, tracer: Tracer | None) -> None:
+    def __init__(self, max_sequences: int) -> None:
         """`max_sequences` limits the sequences in flight, counted over all requests."""
-        self._max_sequences, self._tracer = max_sequences, tracer
+        self._max_sequences = max_sequences
+        self.observer: Observer | None = None
+        """Receives the reports of steps and requests."""
         self._lock = threading.Lock()
         self._by_request_id: dict[str, RequestRecord] = {}
         self._num_sequences = 0
@@ -195,9 +197,23 @@ class RequestTable:
                 event = event._replace(stats=self._remove(record, now_s))
         self._undelivered.append((record.stream.receive, event))
 
+    def report_step(
+        self, plan: StepPlan, result: StepResult, start_time_s: float, duration_s: float, number: int
+    ) -> None:
+        """Queues the report of a step, before those of the requests that end with it."""
+        if (observer := self.observer) is None:
+            return
+        contexts: tuple[Context, ...] = ()
+        if observer.trace_interval is not None and number % observer.trace_interval == 0:
+            records = {id(r): r for s in plan.sequences if (r := self.by_sequence(s.sequence_id)) is not None}
+            contexts = tuple(record.context for record in records.values() if record.context is not None)
+        self._undelivered.append((observer.observe_step, StepReport(plan, result, start_time_s, duration_s, contexts)))
+
     def report_unprepared(self, record: RequestRecord, finish: Finish, now_s: float) -> None:
         """Queues the end of a request that was removed while it was preparing: it has no output."""
         stats, last = record.stats(now_s), max(record.request.outputs)
+        record.finish_reasons = dict.fromkeys(record.request.outputs, finish.reason)
+        self._report_end(record, stats)
         for index in record.request.outputs:
             event = TokenEvent(index, finish=finish, stats=stats if index == last else None)
             self._undelivered.append((record.stream.receive, event))
@@ -206,7 +222,7 @@ class RequestTable:
         """Ends a request with an error, whatever the state of its sequences."""
         for sequence in record.sequences:
             self._by_sequence_id.pop(sequence.sequence_id, None)
-        stats = self._remove(record, now_s)
+        stats = self._remove(record, now_s, error)
         self._undelivered.append((record.stream.receive, TokenEvent(0, error=error, stats=stats)))
 
     def fail_all(self, make_error: Callable[[], Exception]) -> None:
@@ -233,20 +249,24 @@ class RequestTable:
         batch, self._undelivered = self._undelivered, []
         return batch
 
-    def _remove(self, record: RequestRecord, now_s: float) -> RequestStats:
+    def _remove(self, record: RequestRecord, now_s: float, error: Exception | None = None) -> RequestStats:
         """Removes an ended request and returns its statistics."""
         stats = record.stats(now_s)
         self._ended.append(record.state(stats))
-        if self._tracer is not None and record.context is not None:
-            # Spans are recorded where events are received, before the span of the call ends.
-            record_spans = partial(record_phases, self._tracer, record.context, stats)
-            self._undelivered.append((lambda _: record_spans(), TokenEvent(0)))
+        self._report_end(record, stats, error)
         with self._lock:
             self._forget(record)
             if record.prepared is not None and FinishReason.CANCELLED not in record.finish_reasons.values():
                 request = record.prepared.request
                 self._times.record(stats, len(request.outputs) * (request.stopping.max_new_tokens or 0))
         return stats
+
+    def _report_end(self, record: RequestRecord, stats: RequestStats, error: Exception | None = None) -> None:
+        if (observer := self.observer) is not None:
+            reasons = tuple(reason for _, reason in sorted(record.finish_reasons.items()))
+            report = RequestReport(record.request, stats, reasons, error, record.context)
+            # The outbox takes each for a reader of its own, so that many that end at once do not hold up the loop.
+            self._undelivered.append((partial(observer.observe_request), report))
 
     def _forget(self, record: RequestRecord) -> None:
         """Gives the request's place up. The lock must be held."""

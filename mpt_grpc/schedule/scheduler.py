@@ -65,6 +65,9 @@ class Scheduler:
         """The number of steps since that one; not set before."""
         self._started: list[int] = []
         """The sequences that run for the first time in the step that is being planned."""
+        self._preempted: list[str] = []
+        self._resumed: list[str] = []
+        """The requests of the sequences that this step preempts, and that run again."""
         self._times = StepTimes()
         self._drafters: dict[int, Drafter] = {}
         """By sequence; empty without speculation."""
@@ -152,8 +155,9 @@ class Scheduler:
         steps = self._steps(max(budget, len(self._running)))
         if self._limits.speculates:
             self._add_drafts(steps)
-        started, self._started = tuple(self._started), []
-        return StepPlan(tuple(steps), started)
+        plan = StepPlan(tuple(steps), tuple(self._started), tuple(self._preempted), tuple(self._resumed))
+        self._started, self._preempted, self._resumed = [], [], []
+        return plan
 
     def shrink_steps(self) -> None:
         """Halves the tokens of a step, because one did not fit in memory; each `_SMALL_STEPS` steps double them
@@ -257,6 +261,8 @@ class Scheduler:
             self._pool.share(hits)
             if is_new:
                 self._started.append(head.sequence_id)
+            else:
+                self._resumed.append(head.request.request_id)
             head.start(hits, len(hits) * self._pool.block_size)
             insort(self._running, head, key=_rank)
 
@@ -381,6 +387,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._pool.free(sequence.release())
         sequence.num_preemptions += 1
+        self._preempted.append(sequence.request.request_id)
         self._waiting.add(sequence)
 
     def _advance_computed(self, sequence: Sequence, num_computed: int) -> None:

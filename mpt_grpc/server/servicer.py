@@ -32,12 +32,12 @@ from mpt_grpc.limits import (
 )
 from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
 from mpt_grpc.server import convert
-from mpt_grpc.server.interceptors import Call, current_call
+from mpt_grpc.server.call import Call, current_call
 from mpt_grpc.server.quotas import Quotas
 from mpt_grpc.server.sizes import MessageLimits, check_sizes
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry import names
-from mpt_grpc.telemetry.tracing import request_attributes
+from mpt_grpc.telemetry.tracing import operation, request_attributes
 from mpt_grpc.text.tokenizer import Tokenizer
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
@@ -162,6 +162,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                     tokenizer = self._engine.preparation.tokenizer
                     yield _Answer(stream, deltas, message.output_options, tokenizer, self._model.fingerprint)
                 finally:
+                    _log_tokens(call, stream)
                     stream.cancel()
                     if self._calls.get(stream.request_id) is call:  # a new request may have the same ID
                         del self._calls[stream.request_id]
@@ -182,6 +183,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         call = current_call()
         request = convert.generation_request(message, self._model.defaults, call.caller)
         call.logged["request_id"] = request.request_id
+        call.operation = operation(request)
         span, parent = call.span, None
         if span is not None:
             span.set_attributes(request_attributes(request, self._model.name))
@@ -208,6 +210,15 @@ async def _built(build: Callable[[], _Message], num_logprobs: int) -> _Message:
 
 def _num_logprobs(delta: OutputDelta) -> int:
     return len(delta.logprobs) + len(delta.prompt_logprobs)
+
+
+def _log_tokens(call: Call, stream: AsyncStream) -> None:
+    """Adds what the caller has got to the line of the call in the log, however it ends."""
+    call.logged |= {"prompt_tokens": stream.num_prompt_tokens, "output_tokens": stream.num_output_tokens}
+
+
+def _elapsed_s(start_s: float, end_s: float | None) -> float | None:
+    return None if end_s is None else round(end_s - start_s, 6)
 
 
 class _Answer:
@@ -281,9 +292,10 @@ class _Answer:
         call = current_call()
         reasons = [finish.reason.name.lower() for finish in stats.finishes]
         call.logged |= {
-            "prompt_tokens": stats.num_prompt_tokens,
             "cached_tokens": stats.num_cached_tokens,
-            "output_tokens": stats.num_output_tokens,
+            "queue_s": _elapsed_s(stats.arrival_time_s, stats.scheduled_time_s),
+            "first_token_s": _elapsed_s(stats.arrival_time_s, stats.first_token_time_s),
+            "preemptions": stats.num_preemptions,
             "finish": ",".join(reasons),
         }
         span = call.span

@@ -47,6 +47,10 @@ _TABLE: dict[type[MptServerError], tuple[grpc.StatusCode, str]] = {
 }
 
 
+REASONS = tuple(reason for _, reason in _TABLE.values())
+"""The stable names of all errors."""
+
+
 def code_and_reason(error: MptServerError) -> tuple[grpc.StatusCode, str]:
     """Returns the status code of an error and its stable name in `ErrorInfo.reason`."""
     return _TABLE.get(type(error), _TABLE[InternalError])
