@@ -45,6 +45,8 @@ class Call:
     """What its line in the log contains in addition to the method, the status and the duration."""
     error_details: list[Message] = field(default_factory=list)
     """What the status of an error carries in addition to the details of the error itself."""
+    failure: MptServerError | None = None
+    """Why the server cancels its handler."""
     _start_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -58,7 +60,10 @@ class Call:
         self._end(metrics, grpc.StatusCode.OK, None)
 
     def cancel(self, metrics: Metrics) -> None:
-        """Records that the call was cancelled, or that its deadline has passed."""
+        """Records that the call was cancelled, by its caller or by the server, or that its deadline has passed."""
+        if self.failure is not None:
+            self.fail(metrics, self.failure)
+            return
         code, reason = grpc.StatusCode.CANCELLED, None
         if self.timeout_s is not None and self._duration_s >= self.timeout_s - _tolerance_s(self.timeout_s):
             code = grpc.StatusCode.DEADLINE_EXCEEDED

@@ -23,7 +23,7 @@ from mpt_grpc.access import Access, check_role
 from mpt_grpc.caller import ANONYMOUS, Caller, Role
 from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptServerError, UnauthenticatedError
 from mpt_grpc.server import status
-from mpt_grpc.server.call import Call, begin_call
+from mpt_grpc.server.call import Call, begin_call, current_call
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.server.writes import PendingWrites
 from mpt_grpc.telemetry import names
@@ -173,7 +173,7 @@ def _stream(
             del data
             try:
                 async for response in responses:
-                    writes.begin(task, context)
+                    writes.begin(task, context, current_call())
                     yield response
                     writes.end(task)
             finally:

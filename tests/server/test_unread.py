@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,7 +34,10 @@ def many_logprobs() -> pb.GenerateRequest:
     )
 
 
-async def test_a_stream_that_is_not_read_frees_its_handler_and_says_so_when_it_is_read(make_service: Any) -> None:
+async def test_a_stream_that_is_not_read_frees_its_handler_and_says_so_when_it_is_read(
+    make_service: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mpt_grpc.access")
     # A small HTTP/2 window, which the log probabilities fill.
     service = await make_service(settings(), [("grpc.http2.lookahead_bytes", 16_384), ("grpc.http2.bdp_probe", 0)])
     unread = service.stub.StreamGenerate(many_logprobs())
@@ -41,6 +45,7 @@ async def test_a_stream_that_is_not_read_frees_its_handler_and_says_so_when_it_i
 
     await service.server.drain()  # waits for all handlers, for much longer than the test may take
 
+    assert "StreamGenerate ABORTED" in caplog.text
     with pytest.raises(grpc.aio.AioRpcError, match="nothing could be sent") as caught:
         async for _ in unread:
             pass
