@@ -109,6 +109,10 @@ mutate: .venv/mutate ## Show which small changes to the code no test notices, in
 torture: .venv/dev ## Break servers in the middle of streams, which must not differ; ARGS="--rounds 100" for an hour of it
 	$(BIN)/python tools/torture.py $(ARGS)
 
+.PHONY: soak
+soak: .venv/dev ## Load a server with all that callers do, for 30 minutes, and see what is left; ARGS="--minutes 600" for more
+	$(BIN)/python -m tools.soak $(ARGS)
+
 .PHONY: fuzz
 fuzz: .venv/dev ## Send a server messages, bodies and bytes that no client would; ARGS="-k body" for one kind, until it fails
 	$(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz --timeout=0 $(ARGS)
