@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpt_grpc.model.attention import AttentionBackend
 from mpt_grpc.model.attention.native_backend import NativeAttention
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
@@ -139,11 +140,14 @@ class Stepper:
         block_size: int = 4,
         vocab_size: int | None = None,
         cache_dtype: torch.dtype | None = None,
+        attention: AttentionBackend | None = None,
     ) -> None:
+        """Without `attention`, the model's kernels attend, or PyTorch."""
         config, kernels = model.config, model.weight_format.kernels
         block_size = block_size if kernels is None else KERNELS_BLOCK_SIZE
         cache = KVCache(config, num_blocks, block_size, cache_dtype or model.weight_format.dtype, CPU)
-        attention = NativeAttention(config, kernels) if kernels else TorchAttention(config, CPU)
+        if attention is None:
+            attention = NativeAttention(config, kernels) if kernels else TorchAttention(config, CPU)
         self._runner = Runner(model, cache, attention, CPU, vocab_size or config.vocab_size)
         self._block_size = block_size
         self._ids: dict[str, int] = {}

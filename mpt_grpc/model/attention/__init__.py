@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +35,12 @@ class AttentionMetadata:
     """[num_tokens], int64: each token's position within its block."""
     block_tables: Tensor
     """[num_sequences, blocks of the longest sequence], int64; padded with any blocks."""
+    query_starts_tensor: Tensor
+    """[num_sequences + 1], int64: `query_starts` on the device."""
+    starts_tensor: Tensor
+    """[num_sequences], int64: `starts` on the device."""
+    chosen: Tensor
+    """[number of choices], int64: the tokens of the step after which a token is chosen, in the plan's order."""
 
 
 class MetadataBuilder:
@@ -49,26 +56,35 @@ class MetadataBuilder:
         """Concatenates the plan's sequences, in the plan's order."""
         steps = plan.sequences
         tables = self._block_tables([step.block_table for step in steps])
-        starts = [step.start for step in steps]
+        starts = np.array([step.start for step in steps])
         counts = np.array([len(step.token_ids) for step in steps])
-        query_ends = counts.cumsum()
+        query_starts = np.zeros(len(steps) + 1, dtype=np.int64)
+        query_ends = counts.cumsum(out=query_starts[1:])
         owners = np.arange(len(steps)).repeat(counts)
         positions = np.arange(query_ends[-1]) + (starts - query_ends + counts).repeat(counts)
-        # One transfer for all.
         rows = np.empty((4, len(positions)), dtype=np.int64)
         rows[0] = [token_id for step in steps for token_id in step.token_ids]
         rows[1] = positions
         rows[2] = tables[owners, positions // self._block_size]
         rows[3] = positions % self._block_size
-        token_ids, positions, blocks, offsets = torch.from_numpy(rows).to(self._device)
+        choices = np.array([len(step.choices) for step in steps])
+        first_choices = query_ends - choices.cumsum()
+        chosen = np.arange(choices.sum()) + first_choices.repeat(choices)
+        rows, tables, query_starts_tensor, starts_tensor, chosen = to_device(
+            [rows, tables, query_starts, starts, chosen], self._device
+        )
+        token_ids, positions, blocks, offsets = rows
         return AttentionMetadata(
-            query_starts=(0, *query_ends.tolist()),
-            starts=tuple(starts),
+            query_starts=tuple(query_starts.tolist()),
+            starts=tuple(starts.tolist()),
             token_ids=token_ids,
             positions=positions,
             blocks=blocks,
             offsets=offsets,
-            block_tables=torch.from_numpy(tables).to(self._device),
+            block_tables=tables,
+            query_starts_tensor=query_starts_tensor,
+            starts_tensor=starts_tensor,
+            chosen=chosen,
         )
 
     def _block_tables(self, tables: list[tuple[int, ...]]) -> Array:
@@ -84,6 +100,17 @@ class MetadataBuilder:
                 self._array[row, : len(table)] = table
                 self._tables[row] = table
         return self._array[: len(tables), :width]
+
+
+def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
+    """Returns the arrays as tensors; to an accelerator they go in one transfer, for which nothing waits."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=True).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 class AttentionBackend(Protocol):
