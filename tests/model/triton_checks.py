@@ -49,7 +49,7 @@ class Step:
     key: Tensor
     value: Tensor
 
-    def run(self, backend: AttentionBackend, *, sequences: Sequence[int] | None = None) -> Tensor:
+    def run(self, backend: AttentionBackend) -> Tensor:
         return backend.bind(self.cache, self.metadata)(LAYER, self.query, self.key, self.value)
 
 
@@ -120,10 +120,10 @@ def restored(cache: Tensor, head_dim: int) -> Tensor:
     return units.unflatten(-1, (BLOCK_SIZE, head_dim)).to(torch.float32) * scale[..., None]
 
 
-def triton_attention(config: MPTConfig, dtype: torch.dtype) -> AttentionBackend:
+def triton_attention(config: MPTConfig) -> AttentionBackend:
     from mpt_grpc.model.attention.triton_backend import TritonAttention  # only this process interprets Triton
 
-    return TritonAttention(config, dtype, CPU)
+    return TritonAttention(config, CPU)
 
 
 def check_reference(
@@ -138,7 +138,7 @@ def check_reference(
     config = make_config(attn_config, **fields)
     step = make_step(config, spans, dtype, cache_dtype, seed)
     before = step.cache.keys.clone(), step.cache.values.clone()
-    context = step.run(triton_attention(config, dtype))
+    context = step.run(triton_attention(config))
 
     reference = KVCache(config, step.cache.num_blocks, BLOCK_SIZE, torch.float32, CPU)
     blocks, offsets = step.metadata.blocks, step.metadata.offsets
@@ -167,7 +167,7 @@ def check_batch_invariance(spans: Sequence[tuple[int, int]]) -> None:
     """A sequence's context has the same bits alone and beside others, whose contexts are longer."""
     config = make_config({"attn_type": "grouped_query_attention", "kv_n_heads": 2})
     step = make_step(config, spans, torch.float16, torch.float16)
-    together = step.run(triton_attention(config, torch.float16))
+    together = step.run(triton_attention(config))
     plan, _ = make_plan(spans, random.Random(0))
     builder = MetadataBuilder(BLOCK_SIZE, CPU)
     for sequence, first, end in zip(
@@ -182,14 +182,14 @@ def check_batch_invariance(spans: Sequence[tuple[int, int]]) -> None:
             step.key[part],
             step.value[part],
         )
-        assert torch.equal(alone.run(triton_attention(config, torch.float16)), together[part])
+        assert torch.equal(alone.run(triton_attention(config)), together[part])
 
 
 def check_non_finite_values(cache_dtype: torch.dtype) -> None:
-    """A token with a key or value that is not finite gets no finite context; its block holds 0; others are as before."""
+    """A token with a key or value that is not finite gets no finite context, and its block holds 0."""
     config = make_config({"attn_type": "grouped_query_attention", "kv_n_heads": 2})
     spans = [(20, 1), (300, 1), (30, 1), (10, 40)]
-    backend = triton_attention(config, torch.float16)
+    backend = triton_attention(config)
     sound = make_step(config, spans, torch.float16, cache_dtype)
     expected = sound.run(backend)
     step = make_step(config, spans, torch.float16, cache_dtype)
@@ -219,7 +219,7 @@ def check_model(attn_config: dict[str, Any], fields: dict[str, Any], seed: int) 
         )
     steppers = [
         Stepper(model, block_size=BLOCK_SIZE),
-        Stepper(model, block_size=BLOCK_SIZE, attention=triton_attention(model.config, torch.float32)),
+        Stepper(model, block_size=BLOCK_SIZE, attention=triton_attention(model.config)),
     ]
     for number in range(4):
         chunks = {name: random_tokens(rng.choice([1, 1, 3, 40]), seed=number) for name in ("a", "b", "c")}

@@ -70,22 +70,8 @@ class MetadataBuilder:
         choices = np.array([len(step.choices) for step in steps])
         first_choices = query_ends - choices.cumsum()
         chosen = np.arange(choices.sum()) + first_choices.repeat(choices)
-        rows, tables, query_starts_tensor, starts_tensor, chosen = to_device(
-            [rows, tables, query_starts, starts, chosen], self._device
-        )
-        token_ids, positions, blocks, offsets = rows
-        return AttentionMetadata(
-            query_starts=tuple(query_starts.tolist()),
-            starts=tuple(starts.tolist()),
-            token_ids=token_ids,
-            positions=positions,
-            blocks=blocks,
-            offsets=offsets,
-            block_tables=tables,
-            query_starts_tensor=query_starts_tensor,
-            starts_tensor=starts_tensor,
-            chosen=chosen,
-        )
+        tensors = to_device([*rows, tables, query_starts, starts, chosen], self._device)
+        return AttentionMetadata(tuple(query_starts.tolist()), tuple(starts.tolist()), *tensors)
 
     def _block_tables(self, tables: list[tuple[int, ...]]) -> Array:
         """Returns the tables as an array, valid until the next call."""

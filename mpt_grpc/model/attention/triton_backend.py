@@ -22,12 +22,11 @@ _LOG2_E = math.log2(math.e)
 class TritonAttention:
     """An `AttentionBackend` for a cache of the queries' type or of int8, and heads of at most 128 dimensions."""
 
-    def __init__(self, config: MPTConfig, dtype: torch.dtype, device: torch.device) -> None:
-        """`dtype` is that of the queries."""
+    def __init__(self, config: MPTConfig, device: torch.device) -> None:
         self._config, self._device = config, device
         group = config.n_heads // config.n_kv_heads
-        self._decode_tokens = decode_tiling(group, dtype).tokens
-        self._prefill_tokens = prefill_tiling(group, dtype).tokens
+        self._decode_tokens = decode_tiling(group).tokens
+        self._prefill_tokens = prefill_tiling(group).tokens
         slopes = alibi_slopes(config.n_heads, config.alibi_bias_max) if config.alibi else torch.zeros(config.n_heads)
         self._slopes = (slopes * _LOG2_E).to(device)
 

@@ -1,4 +1,4 @@
-"""Attention over the paged cache on a GPU, in Triton: `store` writes a step's keys and values, `attend` and `merge` read.
+"""Attention over the paged cache on a GPU, in Triton: `store` writes a step's keys and values, the others attend.
 
 The rows of a tile are the queries of consecutive tokens of one sequence, one row for each head that shares a key head.
 Scores are in base 2: `slopes` and `scale` are multiplied by log2(e). The oracle is `TorchAttention`.
@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import triton
 import triton.language as tl
-
 
 _VARYING = ("layer", "table_stride", "window", "max_count", "splits")
 _METADATA = ("blocks", "offsets", "query_starts", "starts", "tables", "tiles")
@@ -47,7 +46,7 @@ def store(
 ):
     """Stores a token's key and value of one head; grid [num_tokens, N_KV_HEADS].
 
-    What is not finite is stored as 0, and `faults` [num_tokens, N_KV_HEADS], float32, says so by NaN; it is 0 otherwise.
+    What is not finite is stored as 0, and its `faults` [num_tokens, N_KV_HEADS], float32, are NaN; others are 0.
     """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dims = tl.arange(0, PADDED_DIM)
@@ -118,9 +117,10 @@ def attend(
     """Attends from one tile of queries to one key head.
 
     With SPLIT_KEYS, the grid is [num_sequences, N_KV_HEADS, splits]: a program attends to one split of a sequence's
-    context, for the sequences whose queries fit into one tile; `merge` combines the splits. A split has a fixed number of
-    keys, so a sequence's result does not depend on others. Without, the grid is [num_tiles, N_KV_HEADS]; `tiles`
+    context, for the sequences whose queries fit into one tile; `merge` combines the splits. A split has a fixed number
+    of keys, so a sequence's result does not depend on others. Without, the grid is [num_tiles, N_KV_HEADS]; `tiles`
     [num_tiles, 2] has the sequence of each tile and its first token within the sequence's part of the step.
+    Tokens attend to at most `window` tokens before them, if HAS_WINDOW.
     """
     TILE_TOKENS: tl.constexpr = TILE_ROWS // GROUP
     kv_head = tl.program_id(1)
@@ -223,8 +223,8 @@ def merge(
 ):
     """Combines the splits of `attend`; grid [num_sequences, n_heads].
 
-    `sums` [num_sequences, max_count, n_heads, splits, HEAD_DIM] are weighted by 2^(score - maximum), and `totals` are the
-    sums of these weights; both of the splits that a sequence does not have are undefined.
+    `sums` [num_sequences, max_count, n_heads, splits, HEAD_DIM] are those of values weighted by 2^(score - maximum);
+    `maxima` and `totals`, the sums of the weights, have no last dimension. What a sequence does not have is undefined.
     """
     LANES: tl.constexpr = 8
     sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -245,7 +245,6 @@ def merge(
             split = at + tl.arange(0, LANES)
             is_split = split < num_splits
             maximum = tl.load(maxima + part + split, mask=is_split, other=float("-inf"))
-            is_split &= maximum > float("-inf")
             raised = tl.maximum(highest, maximum)
             base = tl.where(raised == float("-inf"), 0.0, raised)
             decay, weight = tl.exp2(highest - base), tl.exp2(maximum - base)

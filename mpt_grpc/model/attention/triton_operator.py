@@ -55,6 +55,7 @@ def launches(
     sums: Tensor,
     maxima: Tensor,
     totals: Tensor,
+    *,
     context: Tensor,
 ) -> Iterator[Launch]:
     """Yields the launches that write `key` and `value` to the cache and compute the context, as `query` is shaped.
@@ -86,21 +87,28 @@ def launches(
     read = {"context": context, "faults": faults, "query_starts": query_starts, "starts": starts, **heads}
     parts = {"sums": sums, "maxima": maxima, "totals": totals, "max_count": max_count}
     attending = {
-        **{"query": query, "query_stride": query.stride(0), "slopes": slopes, "scale": scale, "window": window},
-        **{"tables": tables, "table_stride": tables.stride(0), "tiles": tiles, "GROUP": group},
+        "query": query,
+        "query_stride": query.stride(0),
+        "tables": tables,
+        "table_stride": tables.stride(0),
+        "tiles": tiles,
+        "slopes": slopes,
+        "scale": scale,
+        "window": window,
+        "GROUP": group,
         "HAS_WINDOW": window >= 0,
     }
     for tiling, split_keys, grid in (
-        (prefill_tiling(group, query.dtype), 0, (len(tiles), n_kv_heads)),
-        (decode_tiling(group, query.dtype), SPLIT_KEYS, (num_sequences, n_kv_heads, splits)),
+        (prefill_tiling(group), 0, (len(tiles), n_kv_heads)),
+        (decode_tiling(group), SPLIT_KEYS, (num_sequences, n_kv_heads, splits)),
     ):
         if min(grid) > 0:
             sizes = {"TILE_ROWS": tiling.rows, "TILE_KEYS": tiling.keys, "SPLIT_KEYS": split_keys}
             arguments = {**attending, **cache, **read, **parts, **sizes}
             yield Launch(kernels.attend, grid, arguments, tiling.num_warps, tiling.num_stages)
-            if split_keys:
-                sizes = {"splits": splits, "TILE_TOKENS": tiling.tokens, "GROUP": group, "SPLIT_KEYS": split_keys}
-                yield Launch(kernels.merge, (num_sequences, n_heads), {**read, **parts, **sizes}, num_warps=1)
+    if splits:
+        sizes = {"splits": splits, "TILE_TOKENS": decode_tiling(group).tokens, "GROUP": group, "SPLIT_KEYS": SPLIT_KEYS}
+        yield Launch(kernels.merge, (num_sequences, n_heads), {**read, **parts, **sizes}, num_warps=1)
 
 
 def _paged_attention(query: Tensor, *arguments: Any) -> Tensor:
