@@ -2,8 +2,8 @@
 
 python -m benchmarks.gpu_kernels [--capability 8.0 9.0]
 
-The configurations are those that `model/attention/tiling.py` can choose, for the shapes of published checkpoints. Nothing
-is run or timed.
+The tiles are those of `model/attention/tiling.py`, for the shapes of published checkpoints and others. Nothing is
+run or timed.
 """
 
 from __future__ import annotations
@@ -119,8 +119,7 @@ def launches_of(shape: Shape) -> Iterator[tuple[str, Launch]]:
         *(_tensor(num_tokens, shape.n_kv_heads), _tensor(*splits, shape.head_dim), _tensor(*splits), _tensor(*splits)),
         context=query.contiguous(),
     )
-    for name, launch in zip(("store", "attend, prefill", "attend, decode", "merge"), kernels, strict=True):
-        yield name, launch
+    yield from zip(("store", "attend, prefill", "attend, decode", "merge"), kernels, strict=True)
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
@@ -178,7 +177,9 @@ def main() -> None:
     choices = [f"{capability // 10}.{capability % 10}" for capability in CARDS]
     parser.add_argument("--capability", nargs="+", choices=choices, default=choices)
     parsed = parser.parse_args()
-    print("| card | shape | kernel | registers | spilled bytes | shared KiB | tensor cores | programs at once | warps |")
+    print(
+        "| card | shape | kernel | registers | spilled bytes | shared KiB | tensor cores | programs at once | warps |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for capability in (round(10 * float(text)) for text in parsed.capability):
         card = CARDS[capability]

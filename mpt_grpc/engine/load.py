@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
 from mpt_grpc.checkpoint import Checkpoint, find_checkpoint
+from mpt_grpc.engine.accelerator import Gpu
 from mpt_grpc.engine.admission import RequestLimits
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.fingerprint import fingerprint
@@ -22,6 +23,7 @@ from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.generation_config import generation_defaults
 from mpt_grpc.limits import RANGES
 from mpt_grpc.model.adapters import Adapter
+from mpt_grpc.model.attention import AttentionBackend
 from mpt_grpc.model.attention.native_backend import NativeAttention
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
@@ -42,6 +44,7 @@ from mpt_grpc.text.template_sources import find_chat_template
 from mpt_grpc.text.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
+AttentionName = Literal["native", "triton", "torch"]
 _log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16
@@ -50,6 +53,7 @@ _DEFAULT_CPU_CACHE_BYTES = 1 << 30
 _MIN_SUGGESTED_BLOCKS = 32
 _SMALL_MODEL_BYTES = 32 << 20
 _NEEDS_KERNELS = "int8 needs the compiled kernels, a CPU without --dtype float16, and widths divisible by 4"
+_OR_TRITON = ", or a GPU with Triton"
 _NUM_THREADS = torch.get_num_threads()
 """PyTorch's own choice: one for each core, or OMP_NUM_THREADS."""
 
@@ -102,6 +106,7 @@ def load_engine(settings: Settings, *, loop: asyncio.AbstractEventLoop | None = 
             parts.checkpoint.folder,
             parts.weight_format,
             parts.cache_dtype,
+            attention=parts.attention,
             defaults=parts.defaults,
             max_context_tokens=_max_context_tokens(parts, num_blocks),
             chat_template=parts.chat_template.name,
@@ -123,6 +128,7 @@ class _Parts:
     guards: Sequence[Guard]
     defaults: GenerationDefaults
     weight_format: WeightFormat
+    attention: AttentionName
     cache_dtype: torch.dtype
     max_context_tokens: int
 
@@ -148,6 +154,7 @@ def _resolve(settings: Settings) -> _Parts:
         why = f"{max_context_tokens} exceeds the model's {config.max_seq_len} positions"
         raise SettingsError(f"--max-context-tokens: {why}")
     weight_format = _weight_format(wanted, config)
+    attention = _attention(wanted, config, weight_format)
     return _Parts(
         checkpoint=checkpoint,
         config=config,
@@ -158,7 +165,8 @@ def _resolve(settings: Settings) -> _Parts:
         # As in transformers, a larger value keeps all tokens.
         defaults=replace(defaults, top_k=min(defaults.top_k, tokenizer.vocab_size)),
         weight_format=weight_format,
-        cache_dtype=_cache_dtype(settings.cache, weight_format),
+        attention=attention,
+        cache_dtype=_cache_dtype(settings.cache, weight_format, attention),
         max_context_tokens=max_context_tokens,
     )
 
@@ -197,11 +205,7 @@ def _assemble(
     loop: asyncio.AbstractEventLoop | None,
 ) -> Engine:
     tokenizer, weight_format = parts.tokenizer, parts.weight_format
-    attention = (
-        TorchAttention(parts.config, weight_format.device)
-        if weight_format.kernels is None
-        else NativeAttention(parts.config, weight_format.kernels)
-    )
+    attention = _attention_backend(parts.attention, parts.config, weight_format)
     max_context_tokens = _max_context_tokens(parts, cache.num_blocks)
     max_in_flight = limits.max_running_requests + limits.max_waiting_requests
     request_limits = RequestLimits(
@@ -250,7 +254,11 @@ def _in_own_thread(make: Callable[[], Result]) -> Result:
 def _device(wanted: ModelSettings) -> torch.device:
     if wanted.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("--device: cuda is not available on this machine; use cpu")
-    return torch.device("cuda" if wanted.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if (why := Gpu.present().why_unsupported) is not None:
+        raise SettingsError(f"--device: {why}")
+    return torch.device("cuda")
 
 
 def _weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightFormat:
@@ -269,11 +277,35 @@ def _weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightFormat:
     return WeightFormat(dtype, device, kernels, quantize=wanted.quantize == "int8")
 
 
-def _cache_dtype(wanted: CacheSettings, weight_format: WeightFormat) -> torch.dtype:
+def _attention(wanted: ModelSettings, config: MPTConfig, weight_format: WeightFormat) -> AttentionName:
+    """Returns who attends, and says so of a GPU."""
+    if weight_format.device.type == "cpu":
+        if wanted.attention != "auto":
+            why = "the compiled kernels attend, or PyTorch where there are none or MPT_GRPC_ISA is none"
+            raise SettingsError(f"--attention: {wanted.attention} is a choice for a GPU; on a CPU {why}")
+        return "torch" if weight_format.kernels is None else "native"
+    gpu = Gpu.present()
+    attention = gpu.attention(wanted.attention, config, weight_format.dtype)
+    _log.info("computing on %s; attention by %s", gpu, attention)
+    return attention
+
+
+def _attention_backend(name: AttentionName, config: MPTConfig, weight_format: WeightFormat) -> AttentionBackend:
+    if name == "triton":
+        from mpt_grpc.model.attention.triton_backend import TritonAttention  # Triton is not installed everywhere
+
+        return TritonAttention(config, weight_format.device)
+    if name == "native":
+        assert weight_format.kernels is not None
+        return NativeAttention(config, weight_format.kernels)
+    return TorchAttention(config, weight_format.device)
+
+
+def _cache_dtype(wanted: CacheSettings, weight_format: WeightFormat, attention: AttentionName) -> torch.dtype:
     if wanted.kv_cache_dtype == "auto":
         return weight_format.dtype
-    if weight_format.kernels is None:
-        raise SettingsError(f"--kv-cache-dtype: {_NEEDS_KERNELS}")
+    if attention == "torch":
+        raise SettingsError(f"--kv-cache-dtype: {_NEEDS_KERNELS}{_OR_TRITON}")
     return torch.int8
 
 

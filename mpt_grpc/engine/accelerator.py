@@ -1,0 +1,94 @@
+"""What an NVIDIA GPU can compute with: whether PyTorch's build has kernels for it, and who attends."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mpt_grpc.errors import SettingsError
+from mpt_grpc.model.attention.tiling import MAX_GROUP, MAX_HEAD_DIM
+from mpt_grpc.model.config import MPTConfig
+
+GpuAttention = Literal["triton", "torch"]
+_TRITON_CAPABILITY = (8, 0)
+"""The oldest compute capability for which the Triton kernels are compiled by a test."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card and the build of PyTorch that is to compute on it."""
+
+    name: str
+    capability: tuple[int, int]
+    """The compute capability, major and minor."""
+    architectures: Sequence[str]
+    """What the build has kernels for, such as sm_90, or compute_90 for those that the driver compiles further."""
+    torch_version: str
+
+    @classmethod
+    def present(cls) -> Gpu:
+        """Returns the GPU on which PyTorch computes; there must be one."""
+        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        return cls(name, capability, torch.cuda.get_arch_list(), torch.__version__)
+
+    def __str__(self) -> str:
+        return f"{self.name} (compute capability {_text(self.capability)}, PyTorch {self.torch_version})"
+
+    @property
+    def why_unsupported(self) -> str | None:
+        """Why the build cannot compute on the card, with a remedy; None if it can."""
+        if any(_runs_on(architecture, self.capability) for architecture in self.architectures):
+            return None
+        has = ", ".join(self.architectures) or "no GPU"
+        return (
+            f"this build of PyTorch ({self.torch_version}) has kernels for {has}, but not for {self.name}, whose"
+            f" compute capability is {_text(self.capability)}: install a build that has them (docs/install.md), or"
+            " use --device cpu"
+        )
+
+    def attention(
+        self, wanted: Literal["auto", "triton", "torch"], config: MPTConfig, dtype: torch.dtype
+    ) -> GpuAttention:
+        """Returns who attends. Raises SettingsError if Triton is wanted but cannot."""
+        why_not = self._why_no_triton(config, dtype)
+        if wanted == "triton" and why_not is not None:
+            raise SettingsError(f"--attention: triton {why_not}; use torch")
+        return "torch" if wanted == "torch" or why_not is not None else "triton"
+
+    def _why_no_triton(self, config: MPTConfig, dtype: torch.dtype) -> str | None:
+        if self.capability < _TRITON_CAPABILITY:
+            needed = f"needs compute capability {_text(_TRITON_CAPABILITY)} or newer"
+            return f"{needed}, and {self.name} has {_text(self.capability)}"
+        if importlib.util.find_spec("triton") is None:
+            return "is not installed"
+        if dtype == torch.float32:
+            return "computes in float16 or bfloat16, not in float32"
+        if config.head_dim > MAX_HEAD_DIM:
+            return f"has heads of at most {MAX_HEAD_DIM} dimensions, and the model's have {config.head_dim}"
+        if config.n_heads // config.n_kv_heads > MAX_GROUP:
+            return f"shares a key head among at most {MAX_GROUP} heads"
+        return None
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether what was compiled for an architecture runs on a card.
+
+    Machine code runs on cards of the same generation that are not older; `compute_` stands for code that the driver
+    compiles for any newer card. A letter at the end binds it to that card or its family.
+    """
+    kind, _, number = architecture.partition("_")
+    digits = number.rstrip("abcdefghijklmnopqrstuvwxyz")
+    if not digits.isdecimal():
+        return False
+    built = divmod(int(digits), 10)
+    if kind == "compute":
+        return built <= capability
+    return built == capability if digits != number else built[0] == capability[0] and built[1] <= capability[1]
+
+
+def _text(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
