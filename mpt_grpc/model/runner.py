@@ -15,6 +15,7 @@ from mpt_grpc.model.attention import AttentionBackend, AttentionMetadata, Metada
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.mpt import MPT
+from mpt_grpc.model.transfer import send
 from mpt_grpc.request import TokenLogprob
 from mpt_grpc.step import StepPlan
 
@@ -30,6 +31,8 @@ class StepOutput:
     """Float32 [n, at least vocab_size], one row for each of the sequences' choices, in the plan's order."""
     prompt_logprobs: Mapping[int, tuple[TokenLogprob, ...]]
     """Prompt log probabilities by sequence ID, for the sequences with `scoring`."""
+    are_finite: Tensor
+    """Bool []: whether the activations of all tokens are finite; if not, the step has failed. The sampler reads it."""
 
 
 class Runner:
@@ -48,7 +51,7 @@ class Runner:
         """Computes one step. Idempotent: running a plan again writes the same values to the same cache positions.
 
         Raises DeviceLostError if the accelerator has failed permanently, MemoryError if the step does not fit in
-        memory, FloatingPointError if a token's activations or a prompt token's log probability are not finite.
+        memory, FloatingPointError if a prompt token's log probability is not finite.
         """
         try:
             return self._run(plan)
@@ -63,16 +66,19 @@ class Runner:
 
     def _run(self, plan: StepPlan) -> StepOutput:
         metadata = self._metadata.build(plan)
-        hidden = self._model(metadata.token_ids, metadata.positions, self._attention.bind(self._cache, metadata))
-        if not hidden.isfinite().all():
-            raise FloatingPointError("the model's activations are not finite")
-        ends = [
-            token
-            for s, end in zip(plan.sequences, metadata.query_starts[1:], strict=True)
-            for token in range(end - len(s.choices), end)
-        ]
-        logits = self._logits(hidden, ends) if ends else hidden.new_empty((0, self._vocab_size), dtype=torch.float32)
-        return StepOutput(logits, self._prompt_logprobs(plan, metadata, hidden))
+        hidden, logits, are_finite = self.compute(metadata)
+        return StepOutput(logits, self._prompt_logprobs(plan, metadata, hidden), are_finite)
+
+    def compute(self, metadata: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor]:
+        """Queues a step's work on the device, without waiting for it.
+
+        Returns the hidden states [num_tokens, d_model], the logits of the chosen tokens, and `are_finite`.
+        """
+        attend = self._attention.bind(self._cache, metadata)
+        hidden = self._model(metadata.token_ids, metadata.positions, attend)
+        chosen = hidden[metadata.chosen]
+        logits = self._model.logits(chosen) if len(chosen) else chosen.new_empty(0, self._vocab_size).float()
+        return hidden, logits, hidden.isfinite().all()
 
     def _prompt_logprobs(
         self, plan: StepPlan, metadata: AttentionMetadata, hidden: Tensor
@@ -97,4 +103,4 @@ class Runner:
         return {sequence_id: tuple(islice(remaining, len(scoring.token_ids))) for sequence_id, _, scoring in scored}
 
     def _logits(self, hidden: Tensor, indices: Sequence[int]) -> Tensor:
-        return self._model.logits(hidden[torch.tensor(indices, dtype=torch.int64, device=self._device)])
+        return self._model.logits(hidden[send(torch.tensor(indices), self._device)])

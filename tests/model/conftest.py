@@ -195,7 +195,10 @@ class Stepper:
             steps.append(
                 SequenceStep(sequence_id, name, tuple(chunk), start, tuple(table), inputs, scoring=scoring.get(name))
             )
-        return self._runner.run(StepPlan(tuple(steps)))
+        output = self._runner.run(StepPlan(tuple(steps)))
+        if not output.are_finite:
+            raise FloatingPointError("the model's activations are not finite")  # as the sampler does
+        return output
 
 
 def run_prompt(

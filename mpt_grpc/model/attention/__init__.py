@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.mpt import Attend
+from mpt_grpc.model.transfer import send_all
 from mpt_grpc.step import StepPlan
 
 Array = NDArray[np.int64]
@@ -70,7 +70,7 @@ class MetadataBuilder:
         choices = np.array([len(step.choices) for step in steps])
         first_choices = query_ends - choices.cumsum()
         chosen = np.arange(choices.sum()) + first_choices.repeat(choices)
-        tensors = to_device([*rows, tables, query_starts, starts, chosen], self._device)
+        tensors = send_all([*rows, tables, query_starts, starts, chosen], self._device)
         return AttentionMetadata(tuple(query_starts.tolist()), tuple(starts.tolist()), *tensors)
 
     def _block_tables(self, tables: list[tuple[int, ...]]) -> Array:
@@ -86,17 +86,6 @@ class MetadataBuilder:
                 self._array[row, : len(table)] = table
                 self._tables[row] = table
         return self._array[: len(tables), :width]
-
-
-def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
-    """Returns the arrays as tensors; to an accelerator they go in one transfer, for which nothing waits."""
-    if device.type == "cpu":
-        return [torch.from_numpy(array) for array in arrays]
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    parts = flat.to(device, non_blocking=True).split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 class AttentionBackend(Protocol):

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpt_grpc.model.attention import AttentionMetadata, to_device
+from mpt_grpc.model.attention import AttentionMetadata
 from mpt_grpc.model.attention.tiling import SPLIT_KEYS, decode_tiling, prefill_tiling
 from mpt_grpc.model.attention.triton_operator import paged_attention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.mpt import Attend, alibi_slopes
+from mpt_grpc.model.transfer import send_all
 
 _LOG2_E = math.log2(math.e)
 
@@ -52,7 +53,7 @@ class TritonAttention:
             torch.empty(shape, device=device)
             for shape in ((len(metadata.token_ids), config.n_kv_heads), (*parts, config.head_dim), parts, parts)
         ]
-        (tile_array,) = to_device([np.array(tiles, dtype=np.int64).reshape(-1, 2)], device)
+        (tile_array,) = send_all([np.array(tiles, dtype=np.int64).reshape(-1, 2)], device)
         step = (
             metadata.blocks,
             metadata.offsets,

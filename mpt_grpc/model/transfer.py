@@ -1,0 +1,27 @@
+"""Transfers from the host to the device that computes; on an accelerator the host does not wait for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor of the CPU on the device."""
+    if device.type == "cuda":
+        # From other memory, the copy would first wait for all work that is queued.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def send_all(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[Tensor]:
+    """Returns arrays as tensors on the device: on an accelerator in one transfer, on the CPU without a copy."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    flat = send(torch.from_numpy(np.concatenate([array.ravel() for array in arrays])), device)
+    parts = flat.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
