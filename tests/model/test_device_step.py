@@ -1,4 +1,4 @@
-"""What a step queues on a GPU, counted without one: the tensors are on PyTorch's meta device, which computes nothing."""
+"""What a step queues on a GPU, counted without one: on PyTorch's meta device, which computes nothing."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def make_runner(attention: type[TritonAttention] | type[TorchAttention], n_layer
 
 
 def calls_of_a_step(runner: Runner, plan: StepPlan) -> list[str]:
-    """Returns the calls of the model and the sampler up to the first result that the host reads, which must be the tokens.
+    """Returns the calls of the model and the sampler up to the first result that the host reads, which are the tokens.
 
-    What is read after them are log probabilities, if they are requested.
+    After them it only reads log probabilities, if they are requested.
     """
     calls = Calls()
     with calls:

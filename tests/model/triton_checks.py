@@ -221,8 +221,8 @@ def check_model(attn_config: dict[str, Any], fields: dict[str, Any], seed: int) 
         Stepper(model, block_size=BLOCK_SIZE),
         Stepper(model, block_size=BLOCK_SIZE, attention=triton_attention(model.config)),
     ]
-    for number in range(4):
-        chunks = {name: random_tokens(rng.choice([1, 1, 3, 40]), seed=number) for name in ("a", "b", "c")}
+    for number in range(3):
+        chunks = {name: random_tokens(rng.choice([1, 3, 20]), seed=number) for name in ("a", "b", "c")}
         expected, logits = (stepper.step(chunks) for stepper in steppers)
         for name, row in expected.items():
             torch.testing.assert_close(logits[name], row, rtol=0, atol=1e-4)
