@@ -27,6 +27,7 @@ from mpt_grpc.model.attention import AttentionBackend
 from mpt_grpc.model.attention.native_backend import NativeAttention
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.graphs import CudaRecorder
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.mpt import MPT
@@ -228,7 +229,14 @@ def _assemble(
             BlockPool(cache.num_blocks, BLOCK_SIZE),
             tokenizer.eos_token_ids,
         ),
-        Runner(model, cache, attention, weight_format.device, tokenizer.vocab_size),
+        Runner(
+            model,
+            cache,
+            attention,
+            weight_format.device,
+            tokenizer.vocab_size,
+            CudaRecorder() if parts.attention == "triton" else None,
+        ),
         Sampler(tokenizer.vocab_size),
         max_in_flight=max_in_flight,
         loop=loop,

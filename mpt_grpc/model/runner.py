@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpt_grpc.errors import DeviceLostError
 from mpt_grpc.model.attention import AttentionBackend, AttentionMetadata, MetadataBuilder
+from mpt_grpc.model.graphs import DecodeGraphs, Recorder
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.mpt import MPT
@@ -39,12 +40,24 @@ class Runner:
     """Owns the model and its cache."""
 
     def __init__(
-        self, model: MPT, cache: KVCache, attention: AttentionBackend, device: torch.device, vocab_size: int
+        self,
+        model: MPT,
+        cache: KVCache,
+        attention: AttentionBackend,
+        device: torch.device,
+        vocab_size: int,
+        recorder: Recorder | None = None,
     ) -> None:
-        """`vocab_size` is that of the tokenizer: log probabilities are normalized over these tokens only."""
+        """`vocab_size` is that of the tokenizer: log probabilities are normalized over these tokens only.
+
+        With a `recorder`, decoding steps are recorded; then `bind` of the attention must wait for nothing.
+        """
         self._model, self._cache, self._attention, self._device = model, cache, attention, device
         self._vocab_size = vocab_size
         self._metadata = MetadataBuilder(cache.block_size, device)
+        self._graphs = None
+        if recorder is not None:
+            self._graphs = DecodeGraphs(recorder, lambda m: self.compute(m)[1:], self._metadata, device)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
@@ -65,6 +78,9 @@ class Runner:
             raise MemoryError(str(error)) from error
 
     def _run(self, plan: StepPlan) -> StepOutput:
+        if self._graphs is not None and (results := self._graphs.run(plan)) is not None:
+            logits, are_finite = results
+            return StepOutput(logits, {}, are_finite)
         metadata = self._metadata.build(plan)
         hidden, logits, are_finite = self.compute(metadata)
         return StepOutput(logits, self._prompt_logprobs(plan, metadata, hidden), are_finite)

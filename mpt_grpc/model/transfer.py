@@ -22,6 +22,15 @@ def send_all(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[
     """Returns arrays as tensors on the device: on an accelerator in one transfer, on the CPU without a copy."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    flat = send(torch.from_numpy(np.concatenate([array.ravel() for array in arrays])), device)
+    return split_like(send(flattened(arrays), device), arrays)
+
+
+def flattened(arrays: Sequence[NDArray[np.int64]]) -> Tensor:
+    """Returns the items of all arrays, one array after the other, on the CPU."""
+    return torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+
+
+def split_like(flat: Tensor, arrays: Sequence[NDArray[np.int64]]) -> list[Tensor]:
+    """Returns the parts of `flattened` arrays in their shapes; they share its memory."""
     parts = flat.split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]

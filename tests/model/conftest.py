@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from mpt_grpc.model.attention import AttentionBackend
 from mpt_grpc.model.attention.native_backend import NativeAttention
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.graphs import Recorder, Work
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.mpt import MPT
@@ -129,6 +130,27 @@ def random_tokens(count: int, vocab_size: int = 96, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(vocab_size), k=count)
 
 
+class Repeating:
+    """A `Recorder` on the CPU: it replays work by calling it again, into the results of the first call."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.num_recordings = self.num_replays = 0
+        self._failures = failures
+
+    def record(self, work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        if self._failures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.num_recordings += 1
+        results = work()
+
+        def replay() -> None:
+            self.num_replays += 1
+            for old, new in zip(results, work(), strict=True):
+                old.copy_(new)
+
+        return replay, results
+
+
 class Stepper:
     """Steps a Runner as a scheduler would, with shuffled block tables; block 0 belongs to an unrelated sequence."""
 
@@ -141,6 +163,7 @@ class Stepper:
         vocab_size: int | None = None,
         cache_dtype: torch.dtype | None = None,
         attention: AttentionBackend | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """Without `attention`, the model's kernels attend, or PyTorch."""
         config, kernels = model.config, model.weight_format.kernels
@@ -148,7 +171,7 @@ class Stepper:
         cache = KVCache(config, num_blocks, block_size, cache_dtype or model.weight_format.dtype, CPU)
         if attention is None:
             attention = NativeAttention(config, kernels) if kernels else TorchAttention(config, CPU)
-        self._runner = Runner(model, cache, attention, CPU, vocab_size or config.vocab_size)
+        self._runner = Runner(model, cache, attention, CPU, vocab_size or config.vocab_size, recorder)
         self._block_size = block_size
         self._ids: dict[str, int] = {}
         self._new_ids = itertools.count()

@@ -41,14 +41,18 @@ DATA_DEPENDENT = {
 
 
 class Calls(TorchDispatchMode):
-    """The names of the operators that were called."""
+    """The names of the operators that were called, and how many of them took tensors of the host to the device."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.num_transfers = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func._schema.name)
+        devices = {argument.device for argument in args if isinstance(argument, Tensor)}
+        is_copy = func._schema.name in {"aten::to", "aten::_to_copy"} and DEVICE in (*args, *(kwargs or {}).values())
+        self.num_transfers += torch.device("cpu") in devices and (is_copy or len(devices) > 1)
         return func(*args, **(kwargs or {}))
 
 
@@ -72,17 +76,17 @@ def make_runner(attention: type[TritonAttention] | type[TorchAttention], n_layer
     return Runner(model, cache, backend, DEVICE, VOCAB_SIZE)
 
 
-def calls_of_a_step(runner: Runner, plan: StepPlan) -> list[str]:
+def calls_of_a_step(runner: Runner, plan: StepPlan, sampler: Sampler | None = None) -> Calls:
     """Returns the calls of the model and the sampler up to the first result that the host reads, which are the tokens.
 
     After them it only reads log probabilities, if they are requested.
     """
-    calls = Calls()
+    calls, sampler = Calls(), sampler or Sampler(VOCAB_SIZE)
     with calls:
         output = runner.run(plan)
     with calls, pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
-        Sampler(VOCAB_SIZE).sample(output.logits, plan.sequences, are_finite=output.are_finite)
-    return calls.names
+        sampler.sample(output.logits, plan.sequences, are_finite=output.are_finite)
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ def calls_of_a_step(runner: Runner, plan: StepPlan) -> list[str]:
 def test_a_decoding_step_makes_few_calls_however_many_sequences_there_are(fields: dict[str, Any]) -> None:
     def count(n_layers: int, spans: Sequence[tuple[int, int]]) -> int:
         runner = make_runner(TritonAttention, n_layers, **fields)
-        return len(calls_of_a_step(runner, make_plan(spans, SamplingParameters(temperature=0, seed=0))))
+        return len(calls_of_a_step(runner, make_plan(spans, SamplingParameters(temperature=0, seed=0))).names)
 
     few, many = count(2, LONG), count(6, LONG)
     a_layer = (many - few) / 4
@@ -107,18 +111,40 @@ def test_a_decoding_step_makes_few_calls_however_many_sequences_there_are(fields
 @pytest.mark.parametrize("parameters", [SamplingParameters(temperature=0, seed=0), SAMPLED], ids=["greedy", "sampled"])
 def test_a_decoding_step_is_read_back_once(parameters: SamplingParameters) -> None:
     calls = calls_of_a_step(make_runner(TritonAttention, 2), make_plan(LONG, parameters))
-    assert not DATA_DEPENDENT & set(calls)
+    assert not DATA_DEPENDENT & set(calls.names)
+
+
+def test_a_decoding_step_takes_one_transfer_and_one_more_for_random_numbers() -> None:
+    runner = make_runner(TritonAttention, 2)
+    sampler = Sampler(VOCAB_SIZE)
+    for parameters, num_transfers in (
+        (SamplingParameters(temperature=0, seed=0), 1),
+        (SamplingParameters(temperature=1, seed=0), 2),
+    ):
+        plan = make_plan(LONG, parameters)
+        calls_of_a_step(runner, plan, sampler)  # what stays the same from step to step
+        assert calls_of_a_step(runner, plan, sampler).num_transfers == num_transfers
+
+
+def test_the_model_takes_nothing_from_the_host() -> None:
+    """So that it can be recorded as a CUDA graph."""
+    runner = make_runner(TritonAttention, 2)
+    metadata = MetadataBuilder(BLOCK_SIZE, DEVICE).build(make_plan(LONG, SAMPLED))
+    with torch.inference_mode(), Calls() as calls:
+        runner.compute(metadata)
+    assert len(calls.names) > 2 * 10
+    assert calls.num_transfers == 0
 
 
 def test_a_step_with_chunks_is_read_back_once() -> None:
     calls = calls_of_a_step(make_runner(TritonAttention, 2), make_plan([*LONG[:4], (100, 300)], SAMPLED))
-    assert not DATA_DEPENDENT & set(calls)
+    assert not DATA_DEPENDENT & set(calls.names)
 
 
 def test_the_torch_backend_makes_many_more_calls() -> None:
     """So that the counts above mean something."""
     plan = make_plan(LONG, SamplingParameters(temperature=0, seed=0))
-    counts = [len(calls_of_a_step(make_runner(kind, 2), plan)) for kind in (TorchAttention, TritonAttention)]
+    counts = [len(calls_of_a_step(make_runner(kind, 2), plan).names) for kind in (TorchAttention, TritonAttention)]
     assert counts[0] > counts[1] + 2 * MAX_CALLS_A_LAYER
 
 

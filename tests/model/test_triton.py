@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -68,14 +69,14 @@ def test_non_finite_values_do_not_spread(interpreted: Run, cache_dtype: torch.dt
 
 
 @pytest.mark.parametrize(
-    ("attn_config", "fields"),
+    ("attn_config", "fields", "records"),
     [
-        pytest.param({}, {}, id="plain"),
-        pytest.param({**GQA, "kv_n_heads": 2, "qk_ln": True, "clip_qkv": 6}, {"no_bias": False}, id="gqa-qk_ln"),
-        pytest.param({"rope": True, "sliding_window_size": 7}, {}, id="rope-sliding-window"),
+        pytest.param({}, {}, True, id="plain-recorded"),
+        pytest.param({**GQA, "kv_n_heads": 2, "qk_ln": True}, {"no_bias": False}, False, id="gqa-qk_ln"),
+        pytest.param({"rope": True, "sliding_window_size": 7}, {}, False, id="rope-sliding-window"),
     ],
 )
 def test_a_model_has_the_logits_of_the_torch_backend(
-    interpreted: Run, attn_config: dict[str, Any], fields: dict[str, Any]
+    interpreted: Run, attn_config: dict[str, Any], fields: dict[str, Any], records: bool
 ) -> None:
-    interpreted(checks.check_model, attn_config, fields, 0)
+    interpreted(partial(checks.check_model, records=records), attn_config, fields)

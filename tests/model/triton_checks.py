@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model.conftest import CPU, GREEDY, Stepper, make_checkpoint, random_tokens, random_weights, tiny_config
+from model.conftest import CPU, GREEDY, Repeating, Stepper, make_checkpoint, random_tokens, random_weights, tiny_config
 from torch import Tensor
 
 from mpt_grpc.model.attention import AttentionBackend, AttentionMetadata, MetadataBuilder
@@ -208,10 +208,10 @@ def check_non_finite_values(cache_dtype: torch.dtype) -> None:
     assert torch.equal(context[others], expected[others])
 
 
-def check_model(attn_config: dict[str, Any], fields: dict[str, Any], seed: int) -> None:
-    """A whole model has the logits that it has with the torch backend, at every step of a random schedule."""
+def check_model(attn_config: dict[str, Any], fields: dict[str, Any], *, records: bool) -> None:
+    """A whole model has the logits that it has with the torch backend, in chunks and in steps that decode."""
+    recorder = Repeating() if records else None
     config = tiny_config(attn_config, **fields)
-    rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder), config, random_weights(config))
         model = load_model(
@@ -219,10 +219,11 @@ def check_model(attn_config: dict[str, Any], fields: dict[str, Any], seed: int) 
         )
     steppers = [
         Stepper(model, block_size=BLOCK_SIZE),
-        Stepper(model, block_size=BLOCK_SIZE, attention=triton_attention(model.config)),
+        Stepper(model, block_size=BLOCK_SIZE, attention=triton_attention(model.config), recorder=recorder),
     ]
-    for number in range(3):
-        chunks = {name: random_tokens(rng.choice([1, 3, 20]), seed=number) for name in ("a", "b", "c")}
+    for number, sizes in enumerate([(20, 3, 1), (1, 1, 1), (1, 1, 1), (1, 18, 2)]):
+        chunks = {name: random_tokens(size, seed=number) for name, size in zip("abc", sizes, strict=True)}
         expected, logits = (stepper.step(chunks) for stepper in steppers)
         for name, row in expected.items():
             torch.testing.assert_close(logits[name], row, rtol=0, atol=1e-4)
+    assert recorder is None or (recorder.num_recordings, recorder.num_replays) == (1, 1)

@@ -47,15 +47,24 @@ class MetadataBuilder:
     """Makes the metadata of each step. Keeps the block tables as one array, written only where they change."""
 
     def __init__(self, block_size: int, device: torch.device) -> None:
-        self._block_size, self._device = block_size, device
+        self.block_size, self._device = block_size, device
         self._tables: list[tuple[int, ...]] = []
         """The tables in the rows of `_array`."""
         self._array = np.zeros((0, 0), dtype=np.int64)
 
     def build(self, plan: StepPlan) -> AttentionMetadata:
         """Concatenates the plan's sequences, in the plan's order."""
+        arrays = self.arrays(plan)
+        *_, query_starts, starts, _ = arrays
+        return AttentionMetadata(tuple(query_starts.tolist()), tuple(starts.tolist()), *send_all(arrays, self._device))
+
+    def arrays(self, plan: StepPlan, num_blocks: int = 0) -> list[Array]:
+        """Returns the tensors of the metadata as arrays, in the order of its fields, valid until the next call.
+
+        The block tables have at least `num_blocks` columns.
+        """
         steps = plan.sequences
-        tables = self._block_tables([step.block_table for step in steps])
+        tables = self._block_tables([step.block_table for step in steps], num_blocks)
         starts = np.array([step.start for step in steps])
         counts = np.array([len(step.token_ids) for step in steps])
         query_starts = np.zeros(len(steps) + 1, dtype=np.int64)
@@ -65,17 +74,15 @@ class MetadataBuilder:
         rows = np.empty((4, len(positions)), dtype=np.int64)
         rows[0] = [token_id for step in steps for token_id in step.token_ids]
         rows[1] = positions
-        rows[2] = tables[owners, positions // self._block_size]
-        rows[3] = positions % self._block_size
+        rows[2] = tables[owners, positions // self.block_size]
+        rows[3] = positions % self.block_size
         choices = np.array([len(step.choices) for step in steps])
         first_choices = query_ends - choices.cumsum()
         chosen = np.arange(choices.sum()) + first_choices.repeat(choices)
-        tensors = send_all([*rows, tables, query_starts, starts, chosen], self._device)
-        return AttentionMetadata(tuple(query_starts.tolist()), tuple(starts.tolist()), *tensors)
+        return [*rows, tables, query_starts, starts, chosen]
 
-    def _block_tables(self, tables: list[tuple[int, ...]]) -> Array:
-        """Returns the tables as an array, valid until the next call."""
-        width = max(map(len, tables))
+    def _block_tables(self, tables: list[tuple[int, ...]], min_width: int) -> Array:
+        width = max(min_width, *map(len, tables))
         if len(tables) > self._array.shape[0] or width > self._array.shape[1]:
             self._array = np.zeros((2 * len(tables), 2 * width), dtype=np.int64)
             self._tables = []

@@ -30,6 +30,7 @@ class TritonAttention:
         self._prefill_tokens = prefill_tiling(group).tokens
         slopes = alibi_slopes(config.n_heads, config.alibi_bias_max) if config.alibi else torch.zeros(config.n_heads)
         self._slopes = (slopes * _LOG2_E).to(device)
+        self._no_tiles = torch.empty((0, 2), dtype=torch.int64, device=device)
 
     def bind(self, cache: KVCache, metadata: AttentionMetadata) -> Attend:
         config, device = self._config, self._device
@@ -53,7 +54,9 @@ class TritonAttention:
             torch.empty(shape, device=device)
             for shape in ((len(metadata.token_ids), config.n_kv_heads), (*parts, config.head_dim), parts, parts)
         ]
-        (tile_array,) = send_all([np.array(tiles, dtype=np.int64).reshape(-1, 2)], device)
+        tile_array = self._no_tiles
+        if tiles:
+            (tile_array,) = send_all([np.array(tiles, dtype=np.int64)], device)
         step = (
             metadata.blocks,
             metadata.offsets,
