@@ -5,10 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is only built for Linux")
 
+
+import triton
+from model import triton_checks as checks
+from triton.backends.compiler import GPUTarget
+
 from benchmarks.gpu_kernels import CARDS, SHAPES, Shape, compile_launch, launches_of
+from mpt_grpc.model.attention.triton_backend import TritonAttention
+from mpt_grpc.model.attention.triton_operator import Launch
 
 SMALLEST_SHARED_BYTES = 99 << 10
 """What a program may have on any card with compute capability 8.0 or newer."""
@@ -34,3 +42,37 @@ def test_no_kernel_spills_registers_and_attention_uses_tensor_cores(shape: Shape
         assert compiled.shared_bytes <= SMALLEST_SHARED_BYTES
         assert compiled.programs(CARDS[capability], launch.num_warps) >= 2
     assert instructions == expected
+
+
+class Driver:
+    """What Triton asks about a card before it compiles for it."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+def test_steps_of_all_sizes_run_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles for the values and addresses of arguments, unless it is told not to, while requests wait."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    compiled = []
+
+    def compile_only(launch: Launch) -> None:
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        compiled.append(launch.kernel.warmup(**launch.arguments, grid=launch.grid, **options))
+
+    monkeypatch.setattr(Launch, "__call__", compile_only)
+    config = checks.make_config({})
+    backend = TritonAttention(config, torch.device("cpu"))
+    for spans in ([(0, 1)], [(300, 1), (5, 1), (16, 1)], [(255, 1)] * 16, [(3, 70)], [(40, 3), (1, 1), (10, 200)]):
+        step = checks.make_step(config, spans, torch.float16, torch.float16)
+        for layer in (0, 1):
+            backend.bind(step.cache, step.metadata)(layer, step.query, step.key, step.value)
+    assert len(compiled) > 20
+    names = sorted(kernel.name for kernel in set(compiled))
+    assert names == ["attend", "attend", "merge", "store"], "attend has one form for chunks and one for decoding"
