@@ -58,7 +58,7 @@ class Driver:
 
 
 def test_steps_of_all_sizes_run_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton compiles for the values and addresses of arguments, unless it is told not to, while requests wait."""
+    """Triton compiles for the values and addresses of arguments, while requests wait, unless they are exempt."""
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     compiled = []
 
