@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -72,6 +73,21 @@ class Gpu:
         if config.n_heads // config.n_kv_heads > MAX_GROUP:
             return f"shares a key head among at most {MAX_GROUP} heads"
         return None
+
+
+def why_unused(root: Path = Path("/")) -> str | None:
+    """Why PyTorch, which sees no GPU, does not use the one whose driver is loaded; None if there is no such driver.
+
+    `root` is that of the file system.
+    """
+    if not (root / "proc/driver/nvidia/version").exists():
+        return None
+    if torch.version.cuda is None:
+        return f"this machine has an NVIDIA GPU, but PyTorch {torch.__version__} is a build for CPUs (docs/install.md)"
+    return (
+        f"this machine has an NVIDIA GPU, but PyTorch {torch.__version__} cannot use it: its driver may be too old for"
+        f" CUDA {torch.version.cuda} (docs/install.md)"
+    )
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:

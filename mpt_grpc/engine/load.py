@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 
 from mpt_grpc.checkpoint import Checkpoint, find_checkpoint
-from mpt_grpc.engine.accelerator import Gpu
+from mpt_grpc.engine.accelerator import Gpu, why_unused
 from mpt_grpc.engine.admission import RequestLimits
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.fingerprint import fingerprint
@@ -260,9 +260,14 @@ def _in_own_thread(make: Callable[[], Result]) -> Result:
 
 
 def _device(wanted: ModelSettings) -> torch.device:
-    if wanted.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("--device: cuda is not available on this machine; use cpu")
-    if wanted.device == "cpu" or not torch.cuda.is_available():
+    if wanted.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        why = why_unused()
+        if wanted.device == "cuda":
+            raise SettingsError(f"--device: cuda is not available: {why or 'this machine has no GPU'}; use cpu")
+        if why is not None:
+            _log.warning("%s; the CPU computes", why)
         return torch.device("cpu")
     if (why := Gpu.present().why_unsupported) is not None:
         raise SettingsError(f"--device: {why}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mpt_grpc.engine.accelerator import Gpu
+from mpt_grpc.engine.accelerator import Gpu, why_unused
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.model.config import MPTConfig
 
@@ -59,7 +60,18 @@ def test_the_reason_names_the_card_the_build_and_the_remedy() -> None:
     assert "\n" not in why
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is only built for Linux")
+def test_a_gpu_that_pytorch_does_not_see_is_named(tmp_path: Path) -> None:
+    assert why_unused(tmp_path) is None
+    driver = tmp_path / "proc/driver/nvidia/version"
+    driver.parent.mkdir(parents=True)
+    driver.touch()
+    why = why_unused(tmp_path)
+    assert why is not None
+    assert torch.__version__ in why
+    assert "docs/install.md" in why
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is built for Linux")
 def test_triton_attends_from_8_0_on_in_16_bit_types() -> None:
     assert gpu(8, 0).attention("auto", config(), torch.float16) == "triton"
     assert gpu(9, 0).attention("triton", config(), torch.bfloat16) == "triton"
@@ -80,7 +92,7 @@ def test_triton_attends_from_8_0_on_in_16_bit_types() -> None:
         ),
     ],
 )
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is only built for Linux")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is built for Linux")
 def test_where_triton_cannot_attend_torch_does_and_a_wish_for_triton_is_refused(
     card: Gpu, fields: dict[str, Any], dtype: torch.dtype, why: str
 ) -> None:

@@ -23,7 +23,7 @@ from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.request import SamplingParameters
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepPlan
 
-pytest.importorskip("triton", reason="Triton is only built for Linux")
+pytest.importorskip("triton", reason="needs Triton, which is built for Linux")
 
 from mpt_grpc.model.attention.triton_backend import TritonAttention
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is only built for Linux")
+pytest.importorskip("triton", reason="needs Triton, which is built for Linux")
 
 
 import triton

@@ -12,7 +12,7 @@ import pytest
 import torch
 from model import triton_checks as checks
 
-pytest.importorskip("triton", reason="Triton is only built for Linux on x86-64 and Arm")
+pytest.importorskip("triton", reason="needs Triton, which is built for Linux")
 
 Run = Callable[..., None]
 GQA, MQA = {"attn_type": "grouped_query_attention"}, {"attn_type": "multiquery_attention"}
