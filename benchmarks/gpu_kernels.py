@@ -76,7 +76,6 @@ SHAPES = (
     Shape("MPT-30B", 64, 64, 112),
     Shape("8 heads of 64, sliding window", 8, 8, 64, window=4096),
     Shape("24 heads over 8", 24, 8, 128),
-    Shape("24 heads over 8, int8 cache", 24, 8, 128, cache_dtype=torch.int8),
     Shape("32 heads over 1", 32, 1, 128, torch.bfloat16, torch.bfloat16),
     Shape("32 heads over 1, int8 cache", 32, 1, 128, cache_dtype=torch.int8),
 )

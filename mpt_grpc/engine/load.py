@@ -207,6 +207,11 @@ def _assemble(
 ) -> Engine:
     tokenizer, weight_format = parts.tokenizer, parts.weight_format
     attention = _attention_backend(parts.attention, parts.config, weight_format)
+    is_triton = parts.attention == "triton"
+    recorder = CudaRecorder() if is_triton else None
+    runner = Runner(model, cache, attention, weight_format.device, tokenizer.vocab_size, recorder)
+    if is_triton:
+        runner.warm_up()  # the server's own warm-up has a single token
     max_context_tokens = _max_context_tokens(parts, cache.num_blocks)
     max_in_flight = limits.max_running_requests + limits.max_waiting_requests
     request_limits = RequestLimits(
@@ -229,14 +234,7 @@ def _assemble(
             BlockPool(cache.num_blocks, BLOCK_SIZE),
             tokenizer.eos_token_ids,
         ),
-        Runner(
-            model,
-            cache,
-            attention,
-            weight_format.device,
-            tokenizer.vocab_size,
-            CudaRecorder() if parts.attention == "triton" else None,
-        ),
+        runner,
         Sampler(tokenizer.vocab_size),
         max_in_flight=max_in_flight,
         loop=loop,

@@ -18,10 +18,13 @@ from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.transfer import send
 from mpt_grpc.request import TokenLogprob
-from mpt_grpc.step import StepPlan
+from mpt_grpc.step import SequenceStep, StepPlan
 
 _SCORING_CHUNK_TOKENS = 64
 """How many prompt tokens are scored at once: their logits take 13 MB with a vocabulary of 50,000 tokens."""
+
+_WARM_UP_TOKENS = 64
+"""More than a sequence that decodes has, so that the kernels for chunks compute them."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,12 @@ class Runner:
             if "can't allocate memory" not in str(error):  # torch has no narrower class for it on a CPU
                 raise
             raise MemoryError(str(error)) from error
+
+    def warm_up(self) -> None:
+        """Computes a chunk, so that no request waits for what its kernels need first. All blocks must be free."""
+        num_tokens = min(_WARM_UP_TOKENS, self._cache.num_blocks * self._cache.block_size)
+        blocks = tuple(range(-(-num_tokens // self._cache.block_size)))
+        self.run(StepPlan((SequenceStep(-1, "warm-up", (0,) * num_tokens, 0, blocks, ()),)))
 
     def _run(self, plan: StepPlan) -> StepOutput:
         if self._graphs is not None and (results := self._graphs.run(plan)) is not None:

@@ -199,6 +199,10 @@ class Stepper:
         names = {sequence_id: name for name, sequence_id in self._ids.items()}
         return {names[sequence_id]: logprobs for sequence_id, logprobs in output.prompt_logprobs.items()}
 
+    def warm_up(self) -> None:
+        """Warms the runner up."""
+        self._runner.warm_up()
+
     def release(self, name: str) -> None:
         """Ends a sequence; its blocks are the next to be reused."""
         del self._known[name], self._ids[name]

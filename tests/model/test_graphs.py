@@ -80,3 +80,11 @@ def test_a_device_that_cannot_record_computes(model: MPT, caplog: pytest.LogCapt
         torch.testing.assert_close(stepper.step({"a": [token]})["a"], expected.step({"a": [token]})["a"])
     warnings = [record.message for record in caplog.records if "CUDA graphs" in record.message]
     assert len(warnings) == 1
+
+
+def test_a_warm_up_leaves_nothing_behind(model: MPT) -> None:
+    prompt = {"a": random_tokens(20)}
+    for num_blocks in (8, 512):
+        stepper, warm = (Stepper(model, num_blocks=num_blocks) for _ in range(2))
+        warm.warm_up()
+        assert torch.equal(warm.step(prompt)["a"], stepper.step(prompt)["a"])
