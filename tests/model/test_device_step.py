@@ -17,6 +17,7 @@ from mpt_grpc.model.attention import AttentionBackend, MetadataBuilder
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
+from mpt_grpc.model.linear import Linear, WeightFormat
 from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
@@ -71,6 +72,9 @@ def make_runner(attention: type[TritonAttention] | type[TorchAttention], n_layer
     config = MPTConfig.from_dict(tiny_config(fields.pop("attn_config", None), n_layers=n_layers, **fields))
     with DEVICE:
         model = MPT(config).to(torch.float16)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.prepack(WeightFormat(torch.float16, torch.device("cuda")))
     cache = KVCache(config, 16_384, BLOCK_SIZE, torch.float16, DEVICE)
     backend: AttentionBackend = attention(config, DEVICE)
     return Runner(model, cache, backend, DEVICE, VOCAB_SIZE)
@@ -160,3 +164,20 @@ def test_a_decoding_step_is_traced_as_one_graph() -> None:
     trace = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)
     targets = [node.target for node in trace(metadata.token_ids, metadata.positions).graph.nodes]
     assert targets.count(torch.ops.mpt_grpc.paged_attention.default) == 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_residual_is_added_within_the_product(bias: bool) -> None:
+    """The matrix is told that it is on a GPU."""
+    linear = Linear(8, 6, bias)
+    torch.nn.init.normal_(linear.weight)
+    if linear.bias is not None:
+        torch.nn.init.normal_(linear.bias)
+    x, residual = torch.randn(5, 8), torch.randn(5, 6)
+    with torch.inference_mode():
+        expected = linear(x, residual.clone())
+        linear.prepack(WeightFormat(torch.float32, torch.device("cuda")))
+        with Calls() as calls:
+            actual = linear(x, residual)
+    torch.testing.assert_close(actual, expected)
+    assert ("aten::add" in calls.names) == bias
