@@ -8,13 +8,19 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
 from mpt_grpc.checkpoint import Checkpoint, find_checkpoint
-from mpt_grpc.engine.accelerator import Gpu, why_unused
 from mpt_grpc.engine.admission import RequestLimits
+from mpt_grpc.engine.computation import (
+    AttentionName,
+    attention_backend,
+    choose_attention,
+    choose_cache_dtype,
+    choose_weight_format,
+)
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.fingerprint import fingerprint
 from mpt_grpc.engine.memory import STEP_BYTES, MemoryNeeds, dtype_name, free_memory, why_too_large
@@ -23,29 +29,24 @@ from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.generation_config import generation_defaults
 from mpt_grpc.limits import RANGES
 from mpt_grpc.model.adapters import Adapter
-from mpt_grpc.model.attention import AttentionBackend
-from mpt_grpc.model.attention.native_backend import NativeAttention
-from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.graphs import CudaRecorder
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.mpt import MPT
-from mpt_grpc.model.native import Kernels, load_kernels
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.model.weights import load_model, num_parameters, parameter_shapes, random_model
 from mpt_grpc.request import GenerationDefaults
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
-from mpt_grpc.settings import CacheSettings, ModelSettings, SchedulerSettings, Settings
+from mpt_grpc.settings import CacheSettings, SchedulerSettings, Settings
 from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.guards import Guard, load_guards
 from mpt_grpc.text.template_sources import find_chat_template
 from mpt_grpc.text.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
-AttentionName = Literal["native", "triton", "torch"]
 _log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16
@@ -53,8 +54,6 @@ BLOCK_SIZE = 16
 _DEFAULT_CPU_CACHE_BYTES = 1 << 30
 _MIN_SUGGESTED_BLOCKS = 32
 _SMALL_MODEL_BYTES = 32 << 20
-_NEEDS_KERNELS = "int8 needs the compiled kernels, a CPU without --dtype float16, and widths divisible by 4"
-_OR_TRITON = ", or a GPU with Triton"
 _NUM_THREADS = torch.get_num_threads()
 """PyTorch's own choice: one for each core, or OMP_NUM_THREADS."""
 
@@ -154,8 +153,8 @@ def _resolve(settings: Settings) -> _Parts:
     if config.learned_positions and max_context_tokens > config.max_seq_len:
         why = f"{max_context_tokens} exceeds the model's {config.max_seq_len} positions"
         raise SettingsError(f"--max-context-tokens: {why}")
-    weight_format = _weight_format(wanted, config)
-    attention = _attention(wanted, config, weight_format)
+    weight_format = choose_weight_format(wanted, config)
+    attention = choose_attention(wanted, config, weight_format)
     return _Parts(
         checkpoint=checkpoint,
         config=config,
@@ -167,7 +166,7 @@ def _resolve(settings: Settings) -> _Parts:
         defaults=replace(defaults, top_k=min(defaults.top_k, tokenizer.vocab_size)),
         weight_format=weight_format,
         attention=attention,
-        cache_dtype=_cache_dtype(settings.cache, weight_format, attention),
+        cache_dtype=choose_cache_dtype(settings.cache, weight_format, attention),
         max_context_tokens=max_context_tokens,
     )
 
@@ -206,7 +205,7 @@ def _assemble(
     loop: asyncio.AbstractEventLoop | None,
 ) -> Engine:
     tokenizer, weight_format = parts.tokenizer, parts.weight_format
-    attention = _attention_backend(parts.attention, parts.config, weight_format)
+    attention = attention_backend(parts.attention, parts.config, weight_format)
     is_triton = parts.attention == "triton"
     recorder = CudaRecorder() if is_triton else None
     runner = Runner(model, cache, attention, weight_format.device, tokenizer.vocab_size, recorder)
@@ -255,80 +254,6 @@ def _in_own_thread(make: Callable[[], Result]) -> Result:
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(make).result()
-
-
-def _device(wanted: ModelSettings) -> torch.device:
-    if wanted.device == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        why = why_unused()
-        if wanted.device == "cuda":
-            raise SettingsError(f"--device: cuda is not available: {why or 'this machine has no GPU'}; use cpu")
-        if why is not None:
-            _log.warning("%s; the CPU computes", why)
-        return torch.device("cpu")
-    if (why := Gpu.present().why_unsupported) is not None:
-        raise SettingsError(f"--device: {why}")
-    return torch.device("cuda")
-
-
-def _weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightFormat:
-    device = _device(wanted)
-    kernels = _kernels(config) if device.type == "cpu" and wanted.dtype != "float16" else None
-    if wanted.quantize == "int8" and kernels is None:
-        raise SettingsError(f"--quantize: {_NEEDS_KERNELS}")
-    if wanted.dtype != "auto":
-        dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[wanted.dtype]
-    elif device.type == "cuda":
-        dtype = torch.float16
-    elif kernels is not None or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        dtype = torch.bfloat16
-    else:
-        dtype = torch.float32
-    return WeightFormat(dtype, device, kernels, quantize=wanted.quantize == "int8")
-
-
-def _attention(wanted: ModelSettings, config: MPTConfig, weight_format: WeightFormat) -> AttentionName:
-    """Returns who attends, and says so of a GPU."""
-    if weight_format.device.type == "cpu":
-        if wanted.attention != "auto":
-            why = "the compiled kernels attend, or PyTorch where there are none or MPT_GRPC_ISA is none"
-            raise SettingsError(f"--attention: {wanted.attention} is a choice for a GPU; on a CPU {why}")
-        return "torch" if weight_format.kernels is None else "native"
-    gpu = Gpu.present()
-    attention = gpu.attention(wanted.attention, config, weight_format.dtype)
-    _log.info("computing on %s; attention by %s", gpu, attention)
-    return attention
-
-
-def _attention_backend(name: AttentionName, config: MPTConfig, weight_format: WeightFormat) -> AttentionBackend:
-    if name == "triton":
-        from mpt_grpc.model.attention.triton_backend import TritonAttention  # Triton is not installed everywhere
-
-        return TritonAttention(config, weight_format.device)
-    if name == "native":
-        assert weight_format.kernels is not None
-        return NativeAttention(config, weight_format.kernels)
-    return TorchAttention(config, weight_format.device)
-
-
-def _cache_dtype(wanted: CacheSettings, weight_format: WeightFormat, attention: AttentionName) -> torch.dtype:
-    if wanted.kv_cache_dtype == "auto":
-        return weight_format.dtype
-    if attention == "torch":
-        raise SettingsError(f"--kv-cache-dtype: {_NEEDS_KERNELS}{_OR_TRITON}")
-    return torch.int8
-
-
-def _kernels(config: MPTConfig) -> Kernels | None:
-    """Returns the compiled kernels, if there are any and the model's sizes suit them."""
-    kernels = load_kernels()
-    if kernels is None:
-        _log.warning(
-            "PyTorch computes, which is slower, because there are no compiled kernels or MPT_GRPC_ISA is none;"
-            " to compile them, install a C++ compiler, such as g++, and install mpt-grpc again"
-        )
-    return kernels if config.d_model % 4 == 0 and config.d_ffn % 4 == 0 else None
 
 
 def _memory_needs(
