@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +58,18 @@ class Gpu:
         self, wanted: Literal["auto", "triton", "torch"], config: MPTConfig, dtype: torch.dtype
     ) -> GpuAttention:
         """Returns who attends. Raises SettingsError if Triton is wanted but cannot."""
-        why_not = self._why_no_triton(config, dtype)
+        why_not = self.why_no_triton(config, dtype)
         if wanted == "triton" and why_not is not None:
             raise SettingsError(f"--attention: triton {why_not}; use torch")
         return "torch" if wanted == "torch" or why_not is not None else "triton"
 
-    def _why_no_triton(self, config: MPTConfig, dtype: torch.dtype) -> str | None:
+    def why_no_triton(self, config: MPTConfig, dtype: torch.dtype) -> str | None:
+        """What Triton needs or lacks, as the end of a sentence that begins with its name; None if it can attend."""
         if self.capability < _TRITON_CAPABILITY:
             needed = f"needs compute capability {_text(_TRITON_CAPABILITY)} or newer"
             return f"{needed}, and {self.name} has {_text(self.capability)}"
-        if importlib.util.find_spec("triton") is None:
-            return "is not installed"
+        if (why_not := why_triton_cannot_start()) is not None:
+            return why_not
         if dtype == torch.float32:
             return "computes in float16 or bfloat16, not in float32"
         if config.head_dim > MAX_HEAD_DIM:
@@ -73,6 +77,18 @@ class Gpu:
         if config.n_heads // config.n_kv_heads > MAX_GROUP:
             return f"shares a key head among at most {MAX_GROUP} heads"
         return None
+
+
+def why_triton_cannot_start() -> str | None:
+    """What Triton lacks on this machine, as the end of a sentence that begins with its name; None if nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "is not installed"
+    # It compiles what starts its kernels when the first one runs.
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "needs a C compiler, such as gcc"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "needs the headers of Python, which Linux distributions have in a package such as python3-dev"
+    return None
 
 
 def why_unused(root: Path = Path("/")) -> str | None:

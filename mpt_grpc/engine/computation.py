@@ -52,7 +52,8 @@ def choose_attention(wanted: ModelSettings, config: MPTConfig, weight_format: We
         return "torch" if weight_format.kernels is None else "native"
     gpu = Gpu.present()
     attention = gpu.attention(wanted.attention, config, weight_format.dtype)
-    _log.info("computing on %s; attention by %s", gpu, attention)
+    why_not = gpu.why_no_triton(config, weight_format.dtype) if wanted.attention == "auto" else None
+    _log.info("computing on %s; attention by %s", gpu, attention if why_not is None else f"torch: triton {why_not}")
     return attention
 
 

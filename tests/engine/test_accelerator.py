@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from mpt_grpc.engine.accelerator import Gpu, why_unused
+from mpt_grpc.engine.accelerator import Gpu, why_triton_cannot_start, why_unused
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.model.config import MPTConfig
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+
+needs_triton = pytest.mark.skipif(
+    why_triton_cannot_start() is not None, reason="needs Triton, which is built for Linux, and a C compiler"
+)
 
 
 def gpu(*capability: int, architectures: Sequence[str] = CUDA_13) -> Gpu:
@@ -71,7 +75,7 @@ def test_a_gpu_that_pytorch_does_not_see_is_named(tmp_path: Path) -> None:
     assert "docs/install.md" in why
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is built for Linux")
+@needs_triton
 def test_triton_attends_from_8_0_on_in_16_bit_types() -> None:
     assert gpu(8, 0).attention("auto", config(), torch.float16) == "triton"
     assert gpu(9, 0).attention("triton", config(), torch.bfloat16) == "triton"
@@ -92,7 +96,7 @@ def test_triton_attends_from_8_0_on_in_16_bit_types() -> None:
         ),
     ],
 )
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is built for Linux")
+@needs_triton
 def test_where_triton_cannot_attend_torch_does_and_a_wish_for_triton_is_refused(
     card: Gpu, fields: dict[str, Any], dtype: torch.dtype, why: str
 ) -> None:
@@ -106,3 +110,11 @@ def test_without_triton_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu(9, 0).attention("auto", config(), torch.float16) == "torch"
     with pytest.raises(SettingsError, match="--attention: triton is not installed; use torch"):
         gpu(9, 0).attention("triton", config(), torch.float16)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is built for Linux")
+def test_triton_needs_a_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert gpu(9, 0).attention("auto", config(), torch.float16) == "torch"
+    assert gpu(9, 0).why_no_triton(config(), torch.float16) == "needs a C compiler, such as gcc"
