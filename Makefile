@@ -138,6 +138,10 @@ bench-quick: .venv/dev ## The same in minutes: a small model, one round
 	$(BIN)/python -m benchmarks.peers --d-model 1024 --layers 12 --rounds 1 \
 		--peers openvino-16 openvino-8 ctranslate2-8 transformers-16 $(ARGS)
 
+.PHONY: bench-gpu
+bench-gpu: ## Check and measure the kernels on this machine's GPU, in 8 minutes; PYTHON needs torch and safetensors
+	PYTHONPATH=.:clients/python $(PYTHON) -m benchmarks.gpu_speed $(ARGS)
+
 .PHONY: dist
 dist: .venv/dev ## Build wheels and source distributions of the server and the client into dist/
 	rm -rf dist $(filter-out build/bench,$(wildcard build/*)) clients/python/build *.egg-info clients/python/*.egg-info

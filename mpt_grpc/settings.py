@@ -25,6 +25,8 @@ class ModelSettings:
     """Folders of LoRA adapters, which are merged into the model in turn."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    attention: Literal["auto", "triton", "torch"] = "auto"
+    """Who attends on a GPU; 'auto' is Triton where it can."""
     quantize: Literal["none", "int8"] = "none"
     """'int8' rounds the matrices to 8 bits when they are loaded, with one scale for each output."""
     load_format: Literal["auto", "random"] = "auto"

@@ -52,6 +52,13 @@ def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> 
         " compiled kernels or native support, float32 on others",
     )
     model.add_argument(
+        "--attention",
+        choices=("auto", "triton", "torch"),
+        default=defaults.attention,
+        help="what attends on a GPU; auto is Triton from compute capability 8.0 on, PyTorch on older cards and in"
+        " float32",
+    )
+    model.add_argument(
         "--quantize",
         choices=("none", "int8"),
         default=defaults.quantize,
@@ -96,7 +103,7 @@ def add_scheduling(serve: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype",
         choices=("auto", "int8"),
         default=defaults.cache.kv_cache_dtype,
-        help="int8 holds almost twice the tokens, on a CPU; auto is the type of the weights",
+        help="int8 holds almost twice the tokens, on a CPU or a GPU with Triton; auto is the type of the weights",
     )
     memory.add_argument(
         "--kv-cache",
@@ -296,6 +303,7 @@ def model_settings(parsed: argparse.Namespace) -> ModelSettings:
         adapters=tuple(folder.expanduser() for folder in parsed.adapter or ()),
         device=parsed.device,
         dtype=parsed.dtype,
+        attention=parsed.attention,
         quantize=parsed.quantize,
         chat_template=parsed.chat_template,
     )

@@ -326,7 +326,7 @@ class Engine:
             logits = output.logits
             if len(ready) < len(choosing):
                 logits = logits[[masks.is_ready(sequence) for sequence in choosing for _ in sequence.choices]]
-            result = self._sampler.sample(logits, ready, masks.bits)
+            result = self._sampler.sample(logits, ready, masks.bits, are_finite=output.are_finite)
             errors = {**result.errors, **masks.errors}
             return replace(result, prompt_logprobs=output.prompt_logprobs, errors=errors)
         except DeviceLostError:
