@@ -94,6 +94,7 @@ check: protos ## Check format, lint, types, layers, protos, prose and links
 	$(BIN)/buf breaking protos --against $(BASELINE)
 	@test -z "$$(git status --porcelain $(STUBS))" || { echo 'stale stubs: run make protos and commit'; exit 1; }
 	$(BIN)/python tools/check_prose.py
+	@if command -v promtool >/dev/null; then promtool check rules deploy/prometheus/alerts.yaml; fi
 	$(BIN)/lychee --offline --include-fragments --no-progress $$(git ls-files '*.md')
 
 .PHONY: test
@@ -107,6 +108,14 @@ mutate: .venv/mutate ## Show which small changes to the code no test notices, in
 .PHONY: torture
 torture: .venv/dev ## Break servers in the middle of streams, which must not differ; ARGS="--rounds 100" for an hour of it
 	$(BIN)/python tools/torture.py $(ARGS)
+
+.PHONY: soak
+soak: .venv/dev ## Load a server with all that callers do, for 30 minutes, and see what is left; ARGS="--minutes 600" for more
+	$(BIN)/python -m tools.soak $(ARGS)
+
+.PHONY: fuzz
+fuzz: .venv/dev ## Send a server messages, bodies and bytes that no client would; ARGS="-k body" for one kind, until it fails
+	$(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz --timeout=0 $(ARGS)
 
 .PHONY: sanitize
 sanitize: ## Run the kernels for CPUs with the sanitizers for addresses, undefined behaviour and threads
@@ -128,6 +137,10 @@ bench-quick: .venv/dev ## The same in minutes: a small model, one round
 	-@$(MAKE) --keep-going $(filter-out %llama_cpp/ready,$(PEERS))
 	$(BIN)/python -m benchmarks.peers --d-model 1024 --layers 12 --rounds 1 \
 		--peers openvino-16 openvino-8 ctranslate2-8 transformers-16 $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: ## Check and measure the kernels on this machine's GPU, in 8 minutes; PYTHON needs torch and safetensors
+	PYTHONPATH=.:clients/python $(PYTHON) -m benchmarks.gpu_speed $(ARGS)
 
 .PHONY: dist
 dist: .venv/dev ## Build wheels and source distributions of the server and the client into dist/

@@ -28,6 +28,8 @@ class Quota:
     """Generations in progress."""
     tokens_per_minute: int | None = None
     """Tokens of prompts and outputs."""
+    weight: int = 1
+    """Its share of the server while others want to use it, relative to theirs."""
 
 
 UNLIMITED = Quota()

@@ -18,8 +18,8 @@ from typing import NoReturn
 
 from mpt_grpc import __version__
 from mpt_grpc.commands import bench_options, connection, options, server_options
-from mpt_grpc.commands.logs import add_log_level
-from mpt_grpc.commands.units import positive_int
+from mpt_grpc.commands.logs import add_log
+from mpt_grpc.commands.units import positive_int, seconds
 from mpt_grpc.errors import MptServerError
 from mpt_grpc.settings import HttpSettings
 
@@ -137,7 +137,8 @@ def _parser() -> _Parser:
     server_options.add_http(gateway)
     server_options.add_tls(gateway)
     server_options.add_grace(gateway)
-    add_log_level(gateway)
+    server_options.add_read_timeout(gateway)
+    add_log(gateway)
 
     generate = add("generate", "continue a prompt", "Continue a prompt and print the text as it is generated.")
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="omit or pass '-' to read standard input")
@@ -175,6 +176,27 @@ def _parser() -> _Parser:
         formatter_class=_HelpFormatter,
     )
     _add_token(token)
+
+    top = add(
+        "top",
+        "show what a server is doing",
+        "Show the load of a server and its oldest requests, until Ctrl-C. With access tokens, that in MPT_GRPC_TOKEN"
+        " needs the role observe.",
+        formatter_class=_HelpFormatter,
+    )
+    connection.add_connection(top)
+    top.add_argument(
+        "--interval", type=seconds, default="1s", metavar="TIME", help="time from one measurement to the next"
+    )
+    top.add_argument("--rows", type=positive_int, default=10, metavar="N", help="maximum requests in the list")
+    top.add_argument("--once", action="store_true", help="print one measurement and exit")
+
+    trace = add("trace", "show a trace", "Show a trace in a file of `serve --trace-file` as bars over time.")
+    trace.add_argument("action", choices=("show",), metavar="show", help="show a trace")
+    trace.add_argument("file", type=Path, metavar="FILE", help="the file")
+    trace.add_argument(
+        "trace_id", nargs="?", metavar="TRACE_ID", help="the beginning of its ID (default: the last one of a request)"
+    )
 
     bench = add(
         "bench",

@@ -18,6 +18,7 @@ MptServerError
 ├── PermissionDeniedError  the caller lacks a role
 ├── OverloadedError        the queue is full or the machine too busy; the caller can retry later
 │   └── QuotaExceededError     the caller uses as much as it may
+├── UnreadResponseError    the caller does not read a stream
 ├── UnavailableError       the engine accepts no requests
 │   ├── DrainingError        the server is shutting down
 │   └── EngineStoppedError   the engine has failed and the server must be restarted
@@ -121,6 +122,10 @@ class QuotaExceededError(OverloadedError):
         """quota: what is limited, 'requests' in progress or 'tokens' per minute, to `limit`."""
         super().__init__(message, retry_after_s)
         self.caller, self.quota, self.limit = caller, quota, limit
+
+
+class UnreadResponseError(MptServerError):
+    """The caller of a stream has not read it for too long."""
 
 
 class UnavailableError(MptServerError):

@@ -15,6 +15,7 @@ WEIGHT_LAYOUTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 """The weights as a single file, and the index of weights in shards; the first layout in the folder is loaded."""
+_MAX_NAME_BYTES = 255
 
 
 def read_text(path: Path) -> str | None:
@@ -46,8 +47,7 @@ def shard_names(index: Path) -> list[str]:
     weight_map = (read_json(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict):
         raise WeightsError(f"{index}: not a shard index: weight_map must be a JSON object")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name:
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or len(name.encode(errors="replace")) > _MAX_NAME_BYTES:
             raise WeightsError(f"{index}: shard {name!r} is not in the folder")
-    return names
+    return sorted(set(weight_map.values()))

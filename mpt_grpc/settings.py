@@ -25,6 +25,8 @@ class ModelSettings:
     """Folders of LoRA adapters, which are merged into the model in turn."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    attention: Literal["auto", "triton", "torch"] = "auto"
+    """Who attends on a GPU; 'auto' is Triton where it can."""
     quantize: Literal["none", "int8"] = "none"
     """'int8' rounds the matrices to 8 bits when they are loaded, with one scale for each output."""
     load_format: Literal["auto", "random"] = "auto"
@@ -116,6 +118,8 @@ class ServerSettings:
     """Whether gRPC's reflection describes the API."""
     grace_s: float = 30.0
     """How long running requests may take to finish after SIGTERM."""
+    read_timeout_s: float = 600.0
+    """Streams end when nothing could be sent for this long, because their callers do not read."""
     stall_timeout_s: float = 120.0
     """Health reports NOT_SERVING when requests wait or run and no step has completed for this long."""
 
@@ -127,8 +131,9 @@ class ServerSettings:
         if self.host.startswith("unix:") or "/" in self.host:
             why = "not a host name or an IP address; serve --grpc-socket PATH listens on a Unix socket"
             raise SettingsError(f"--host: {self.host!r}: {why}")
-        if not self.stall_timeout_s > 0:
-            raise SettingsError("--stall-timeout: must be above 0")
+        for name, timeout_s in {"--read-timeout": self.read_timeout_s, "--stall-timeout": self.stall_timeout_s}.items():
+            if not timeout_s > 0:
+                raise SettingsError(f"{name}: must be above 0")
 
     @property
     def reachable_host(self) -> str:
@@ -162,6 +167,23 @@ class HttpSettings:
 
 
 @dataclass(frozen=True)
+class TelemetrySettings:
+    """What is recorded of the server's work; OpenTelemetry's variables say where it is exported."""
+
+    metrics_port: int | None = None
+    """The port of `/metrics`, apart from that on the HTTP port; 0 selects a free port, None serves none."""
+    trace_file: Path | None = None
+    """The file to which spans are appended, one JSON object per line."""
+    trace_steps: int | None = None
+    """Trace one in this many steps; None traces none."""
+
+    def __post_init__(self) -> None:
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise SettingsError(f"--metrics-port: {self.metrics_port} is not in [0, 65535]")
+        _at_least(1, trace_steps=self.trace_steps)
+
+
+@dataclass(frozen=True)
 class Settings:
     """All settings of a server."""
 
@@ -172,8 +194,7 @@ class Settings:
     http: HttpSettings = field(default_factory=HttpSettings)
     guards: tuple[str, ...] = ()
     """The guards on prompts and outputs: names of entry points, each optionally followed by `=` and an argument."""
-    trace_file: Path | None = None
-    """The file to which spans are appended, one JSON object per line."""
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
 
 def _at_least(minimum: int, **values: float | None) -> None:

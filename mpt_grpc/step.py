@@ -95,6 +95,10 @@ class StepPlan:
     sequences: tuple[SequenceStep, ...]
     started: tuple[int, ...] = ()
     """The IDs of the sequences that run for the first time."""
+    preempted: tuple[str, ...] = ()
+    """The request ID of each sequence that was preempted for this step."""
+    resumed: tuple[str, ...] = ()
+    """The request ID of each sequence that runs again after it was preempted."""
 
     @property
     def num_tokens(self) -> int:

@@ -17,8 +17,9 @@ SERVE = ("serve", "--http-port", "0", "--dtype", "float32", "--kv-cache", "256Mi
 class ServerProcess:
     """A running `mpt-grpc serve` or `mpt-grpc gateway` that has printed its welcome."""
 
-    def __init__(self, *arguments: str, cli: Sequence[str] = CLI) -> None:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}
+    def __init__(self, *arguments: str, cli: Sequence[str] = CLI, **variables: str) -> None:
+        """variables: environment variables, in addition to those of this process other than OpenTelemetry's."""
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")} | variables
         self._process = subprocess.Popen(
             (*cli, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
@@ -74,9 +75,9 @@ def running(*flags: str, cli: Sequence[str] = CLI) -> Iterator[ServerProcess]:
 
 
 @contextmanager
-def running_gateway(*flags: str) -> Iterator[ServerProcess]:
-    """Runs a gateway on a free port."""
-    with _killed_at_exit(ServerProcess("gateway", "--http-port", "0", *flags)) as gateway:
+def running_gateway(*flags: str, **variables: str) -> Iterator[ServerProcess]:
+    """Runs a gateway on a free port, with additional flags and environment variables."""
+    with _killed_at_exit(ServerProcess("gateway", "--http-port", "0", *flags, **variables)) as gateway:
         yield gateway
 
 

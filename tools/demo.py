@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
 from rich.columns import Columns
@@ -20,6 +18,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 
+from mpt_grpc.commands.trace import print_waterfall
 from mpt_grpc_client import Client, Generation, Load
 
 PROMPTS = (
@@ -35,7 +34,6 @@ PROMPTS = (
     " very much surprised when they saw smoke coming out of the chimney. They crept nearer, and",
 )
 MAX_NEW_TOKENS = 120
-BAR_WIDTH = 48
 
 
 def main() -> None:
@@ -48,6 +46,7 @@ def main() -> None:
             generations = stream_all(client, console)
             after = client.get_server_info().load
         print_table(console, generations, before, after)
+        console.print()
         print_waterfall(console, trace_file, generations[-1].trace_id)
 
 
@@ -144,25 +143,6 @@ def print_table(console: Console, generations: list[Generation], before: Load, a
         f" mean batch size {(after.num_batched_sequences - before.num_batched_sequences) / steps:.1f}",
         highlight=False,
     )
-
-
-def print_waterfall(console: Console, trace_file: Path, trace_id: str) -> None:
-    """Prints the spans of one request as bars over time."""
-    lines = trace_file.read_text(encoding="utf-8").splitlines()
-    spans = [span for span in map(json.loads, lines) if span["context"]["trace_id"] == f"0x{trace_id}"]
-    times = {
-        span["name"].rpartition("/")[2]: [
-            datetime.fromisoformat(span[key]).timestamp() for key in ("start_time", "end_time")
-        ]
-        for span in spans
-    }
-    first = min(start for start, _ in times.values())
-    length = max(end for _, end in times.values()) - first
-    console.print(f"\ntrace {trace_id}", highlight=False)
-    for name, (start, end) in sorted(times.items(), key=lambda item: (item[1][0], -item[1][1])):
-        left = round((start - first) / length * BAR_WIDTH)
-        bar = " " * left + "█" * max(1, round((end - start) / length * BAR_WIDTH))
-        console.print(f"  {name:<15}{bar:<{BAR_WIDTH + 1}} {(end - start) * 1e3:8.1f} ms", highlight=False)
 
 
 if __name__ == "__main__":

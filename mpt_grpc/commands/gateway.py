@@ -13,6 +13,8 @@ from mpt_grpc.errors import SettingsError
 from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.listening import address, exposure
 from mpt_grpc.settings import HttpSettings, ServerSettings
+from mpt_grpc.telemetry import names
+from mpt_grpc.telemetry.exporting import EXPORT_TIMEOUT_S, make_tracer_provider, shut_down
 from mpt_grpc.tls import server_certificate
 from mpt_grpc_client import ConnectionOptions
 from mpt_grpc_client.channel import resolve, resolve_targets
@@ -25,8 +27,13 @@ def run(parsed: argparse.Namespace) -> None:
 
     Raises SettingsError for an invalid setting or a port in use.
     """
-    logs.configure(parsed.log_level)
-    server = ServerSettings(host=parsed.host, grace_s=parsed.grace, tls=server_options.tls_settings(parsed))
+    logs.configure(parsed.log_level, parsed.log_format)
+    server = ServerSettings(
+        host=parsed.host,
+        tls=server_options.tls_settings(parsed),
+        grace_s=parsed.grace,
+        read_timeout_s=parsed.read_timeout,
+    )
     http, connection = server_options.http_settings(parsed, parsed.http_port), connection_options(parsed)
     if warning := exposure(server.host, {"TLS (--tls-cert)": server.tls is None}):
         _log.warning("%s", warning)
@@ -43,8 +50,17 @@ def run(parsed: argparse.Namespace) -> None:
 async def _serve(target: str, server: ServerSettings, http: HttpSettings, connection: ConnectionOptions) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     certificate = None if server.tls is None else server_certificate(server.tls)
+    tracers = make_tracer_provider(None, service="mpt-grpc-gateway")
+    tracer = None if tracers is None else tracers.get_tracer(names.SCOPE)
     async with running_gateway(
-        target, server.host, http, server.grace_s, certificate=certificate, **connection
+        target,
+        server.host,
+        http,
+        server.grace_s,
+        read_timeout_s=server.read_timeout_s,
+        certificate=certificate,
+        tracer=tracer,
+        **connection,
     ) as port:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
@@ -59,3 +75,5 @@ async def _serve(target: str, server: ServerSettings, http: HttpSettings, connec
         await stop.wait()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+    if tracers is not None:
+        shut_down([tracers], EXPORT_TIMEOUT_S)

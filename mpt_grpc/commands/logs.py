@@ -3,33 +3,69 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-from typing import cast
+import sys
+from datetime import UTC, datetime
+from typing import Any, cast
 
 LEVELS = ("debug", "info", "warning", "error")
-_POLLED_PATHS = ("/debug/engine", "/health", "/ready")
+FORMATS = ("text", "json")
+_POLLED_PATHS = ("/debug/engine", "/health", "/metrics", "/ready")
+_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def add_log_level(parser: argparse._ActionsContainer) -> None:
-    """Adds the flag for the log level."""
+def add_log(parser: argparse._ActionsContainer) -> None:
+    """Adds the flags for the log."""
     parser.add_argument(
         "--log-level",
         choices=LEVELS,
         default="info",
         help="info logs a line for each call; debug also logs calls that clients make periodically",
     )
+    parser.add_argument(
+        "--log-format", choices=FORMATS, default="text", help="json logs one JSON object per line, with named fields"
+    )
 
 
-def configure(level: str) -> None:
+def configure(level: str, line_format: str = "text") -> None:
     """Sets up the log of this process."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if line_format == "json" else logging.Formatter(_TEXT))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("mpt_grpc").setLevel(level.upper())
     access = logging.getLogger("uvicorn.access")
     access.setLevel(level.upper())
     if level != "debug":
         access.addFilter(_is_not_polling)
+    # While a collector is down, one line for each failed export is enough, without its repetitions.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
     # A caller who disconnects during a send is not an error; failures of a method are logged by our interceptor.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
+
+
+class _JsonFormatter(logging.Formatter):
+    """Formats a record as one line of JSON, with the fields that it was logged with."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": getattr(record, "summary", None) or record.getMessage(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    if record.name == "uvicorn.access":
+        names = ("peer", "method", "path", "http_version", "http_status")
+        return dict(zip(names, cast(tuple[Any, ...], record.args), strict=True))
+    fields: dict[str, Any] = getattr(record, "fields", {})
+    return fields
 
 
 def _is_not_polling(record: logging.LogRecord) -> bool:

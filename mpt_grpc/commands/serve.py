@@ -17,7 +17,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     Raises SettingsError for an invalid flag or a port in use, and ModelError for a model that cannot be loaded.
     """
-    logs.configure(parsed.log_level)
+    logs.configure(parsed.log_level, parsed.log_format)
     # Until the server is ready, Ctrl-C ends it immediately; from then on it drains.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     settings = server_options.settings(parsed)

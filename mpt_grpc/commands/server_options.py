@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from mpt_grpc.commands.logs import add_log_level
+from mpt_grpc.commands.logs import add_log
 from mpt_grpc.commands.units import num_bytes, seconds
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.settings import (
@@ -16,6 +16,7 @@ from mpt_grpc.settings import (
     SchedulerSettings,
     ServerSettings,
     Settings,
+    TelemetrySettings,
     TlsSettings,
 )
 
@@ -49,6 +50,13 @@ def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> 
         default="auto",
         help="type of the weights and the KV cache; auto is float16 on a GPU, and bfloat16 on a CPU with"
         " compiled kernels or native support, float32 on others",
+    )
+    model.add_argument(
+        "--attention",
+        choices=("auto", "triton", "torch"),
+        default=defaults.attention,
+        help="what attends on a GPU; auto is Triton from compute capability 8.0 on, PyTorch on older cards and in"
+        " float32",
     )
     model.add_argument(
         "--quantize",
@@ -95,7 +103,7 @@ def add_scheduling(serve: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype",
         choices=("auto", "int8"),
         default=defaults.cache.kv_cache_dtype,
-        help="int8 holds almost twice the tokens, on a CPU; auto is the type of the weights",
+        help="int8 holds almost twice the tokens, on a CPU or a GPU with Triton; auto is the type of the weights",
     )
     memory.add_argument(
         "--kv-cache",
@@ -178,6 +186,7 @@ def add_server(serve: argparse.ArgumentParser) -> None:
     )
     server.add_argument("--no-reflection", action="store_true", help="serve no description of the API over gRPC")
     add_grace(server)
+    add_read_timeout(server)
     server.add_argument(
         "--stall-timeout",
         type=seconds,
@@ -185,20 +194,37 @@ def add_server(serve: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="report NOT_SERVING when requests are pending and no step has completed for this long",
     )
-    add_log_level(server)
-    server.add_argument(
-        "--trace-file",
-        type=Path,
-        metavar="FILE",
-        help="append spans to this file as JSON lines; OTEL_EXPORTER_OTLP_ENDPOINT exports them over OTLP (default: no"
-        " tracing)",
-    )
     server.add_argument(
         "--guard",
         action="append",
         metavar="NAME[=ARGUMENT]",
         help="check prompts and outputs with this guard; words=FILE blocks the words listed in a file; may be repeated"
         " (default: none)",
+    )
+    _add_telemetry(serve.add_argument_group("telemetry"))
+
+
+def _add_telemetry(telemetry: argparse._ActionsContainer) -> None:
+    add_log(telemetry)
+    telemetry.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="N",
+        help="port on which only /metrics is served, which the HTTP port also has; 0 selects a free port (default:"
+        " none)",
+    )
+    telemetry.add_argument(
+        "--trace-file",
+        type=Path,
+        metavar="FILE",
+        help="append spans to this file as JSON lines; OTEL_EXPORTER_OTLP_ENDPOINT exports them over OTLP (default: no"
+        " tracing)",
+    )
+    telemetry.add_argument(
+        "--trace-steps",
+        type=int,
+        metavar="N",
+        help="trace one in N steps of the engine, with links to its requests (default: none)",
     )
 
 
@@ -258,6 +284,17 @@ def add_grace(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_read_timeout(parser: argparse._ActionsContainer) -> None:
+    """Adds how long callers may leave a stream unread."""
+    parser.add_argument(
+        "--read-timeout",
+        type=seconds,
+        default="600s",
+        metavar="TIME",
+        help="end streams to which nothing could be sent for this long, because their callers do not read",
+    )
+
+
 def model_settings(parsed: argparse.Namespace) -> ModelSettings:
     """Returns the settings given by the flags that `serve` and `verify` share. Raises SettingsError."""
     return ModelSettings(
@@ -266,6 +303,7 @@ def model_settings(parsed: argparse.Namespace) -> ModelSettings:
         adapters=tuple(folder.expanduser() for folder in parsed.adapter or ()),
         device=parsed.device,
         dtype=parsed.dtype,
+        attention=parsed.attention,
         quantize=parsed.quantize,
         chat_template=parsed.chat_template,
     )
@@ -322,9 +360,12 @@ def settings(parsed: argparse.Namespace) -> Settings:
             tokens_file=parsed.tokens_file,
             reflection=not parsed.no_reflection,
             grace_s=parsed.grace,
+            read_timeout_s=parsed.read_timeout,
             stall_timeout_s=parsed.stall_timeout,
         ),
         http=http_settings(parsed, port=None if parsed.no_http else parsed.http_port),
         guards=tuple(parsed.guard or ()),
-        trace_file=parsed.trace_file,
+        telemetry=TelemetrySettings(
+            metrics_port=parsed.metrics_port, trace_file=parsed.trace_file, trace_steps=parsed.trace_steps
+        ),
     )

@@ -42,6 +42,13 @@ class RequestLimits:
         return self.max_context_tokens * self.max_token_bytes
 
 
+def num_sequences_violations(sampling: SamplingParameters, limits: RequestLimits) -> Iterator[FieldViolation]:
+    """Yields a violation if a request cannot take as many places as it has outputs."""
+    if not 1 <= sampling.num_sequences <= limits.max_num_sequences:
+        why = f"{sampling.num_sequences} is not in [1, {limits.max_num_sequences}]"
+        yield FieldViolation("sampling.num_sequences", why)
+
+
 def request_violations(request: GenerationRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
     """Yields the violations that do not depend on the prompt's tokens."""
     yield from _text("request_id", request.request_id)
@@ -96,9 +103,7 @@ def _sampling(sampling: SamplingParameters, limits: RequestLimits) -> Iterator[F
         yield FieldViolation("sampling.top_k", f"{sampling.top_k} is not in [0, {limits.vocab_size}]")
     if sampling.seed is not None and not 0 <= sampling.seed < 1 << 64:
         yield FieldViolation("sampling.seed", f"{sampling.seed} is not in [0, 2^64)")
-    if not 1 <= sampling.num_sequences <= limits.max_num_sequences:
-        why = f"{sampling.num_sequences} is not in [1, {limits.max_num_sequences}]"
-        yield FieldViolation("sampling.num_sequences", why)
+    yield from num_sequences_violations(sampling, limits)
 
 
 def _decoding(decoding: DecodingOptions, limits: RequestLimits) -> Iterator[FieldViolation]:

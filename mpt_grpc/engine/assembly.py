@@ -49,7 +49,8 @@ class RequestAssembly:
         """Whether `advance` runs guard code, which may be slow."""
         self.ended = False
         self._outputs, self._pace = outputs, _Pace(chunks)
-        self._num_tokens = 0
+        self.num_tokens = 0
+        """The number of tokens in the deltas so far."""
 
     def advance(self, events: Iterable[TokenEvent]) -> list[OutputDelta]:
         """Processes events and returns the deltas to send, at most one per output; the last of all has `stats`."""
@@ -64,11 +65,11 @@ class RequestAssembly:
         due = self._pace.due(has_failed=self.error is not None)
         deltas = [delta for index in due if (delta := self._outputs[index].take()) is not None]
         for delta in deltas:
-            self._num_tokens += len(delta.token_ids)
+            self.num_tokens += len(delta.token_ids)
         if stats is not None:
             self.ended = True
             finishes = tuple(output.finish for output in self._outputs.values() if output.finish is not None)
-            stats = replace(stats, num_output_tokens=self._num_tokens, finishes=finishes)
+            stats = replace(stats, num_output_tokens=self.num_tokens, finishes=finishes)
             deltas[-1] = deltas[-1]._replace(stats=stats)
         return deltas
 

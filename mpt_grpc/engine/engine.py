@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import TypeVar
 
 from opentelemetry.context import Context
-from opentelemetry.trace import Tracer
 
+from mpt_grpc.engine.admission import num_sequences_violations
 from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
 from mpt_grpc.engine.masks import MaskWorkers
 from mpt_grpc.engine.outbox import Outbox
@@ -35,11 +35,13 @@ from mpt_grpc.errors import (
     DrainingError,
     EngineStoppedError,
     InternalError,
+    InvalidRequestError,
     MptServerError,
     UnavailableError,
 )
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
+from mpt_grpc.reports import Observer
 from mpt_grpc.request import (
     Finish,
     FinishReason,
@@ -75,7 +77,6 @@ class Engine:
         sampler: Sampler,
         *,
         max_in_flight: int,
-        tracer: Tracer | None = None,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         """Takes the components that `load.py` builds. Events are delivered on `loop`, or else by the thread itself."""
@@ -89,7 +90,7 @@ class Engine:
         self._masks = MaskWorkers(on_ready=lambda: commands.put(_wake_up))
         self._waits_for_masks = False
         """Whether no token can be chosen until a mask is ready, which a command will signal."""
-        self._requests = RequestTable(max_in_flight, tracer)
+        self._requests = RequestTable(max_in_flight)
         self._preparers = Preparers()
         self._state_futures: list[Future[EngineState]] = []
         self._lock = threading.Lock()
@@ -122,24 +123,38 @@ class Engine:
         finally:
             stream.cancel()
 
+    def observe(self, observer: Observer) -> None:
+        """Reports the steps and the requests that end from now on."""
+        self._requests.observer = observer
+
     def submit(
-        self, request: GenerationRequest | PreparedRequest, kind: type[Stream], *, context: Context | None = None
+        self,
+        request: GenerationRequest | PreparedRequest,
+        kind: type[Stream],
+        *,
+        context: Context | None = None,
+        timeout_s: float | None = None,
     ) -> Stream:
         """Takes a place for a request, has it prepared, and returns its stream.
 
-        `context` is the parent of the request's spans. Raises DuplicateRequestError, OverloadedError or
-        UnavailableError, and RuntimeError for a stream that could never be read. The errors of preparing, and later
-        ones, are raised by the stream.
+        `context` is the parent of the request's spans. A request that would take longer than `timeout_s`, after which
+        its caller gives up, is refused. Raises DuplicateRequestError, OverloadedError or UnavailableError,
+        InvalidRequestError if the number of outputs is wrong, and RuntimeError for a stream that could never be read.
+        The errors of preparing, and later ones, are raised by the stream.
         """
         self._check_can_be_read(kind)
         wanted = request.request if isinstance(request, PreparedRequest) else request
+        if violations := list(num_sequences_violations(wanted.sampling, self.preparation.limits)):
+            if self.preparation.is_short(wanted):
+                self.preparation.prepare(wanted)  # raises the error with all that is wrong
+            raise InvalidRequestError(*violations)
         stream = kind(wanted.request_id, lambda: self._send_end(reference, _CANCELLED))
         record: RequestRecord = RequestRecord(wanted, stream, context, self._now_s())
         reference: weakref.ref[RequestRecord] = weakref.ref(record)
         with self._lock:
             if self._refusal is not None:
                 raise type(self._refusal)(str(self._refusal))
-            self._requests.add(record)
+            self._requests.add(record, self.load, timeout_s)
         if wanted.stopping.time_limit_s is not None:
             self._commands.put(_wake_up)  # the thread may wait for a later time
         if isinstance(request, PreparedRequest):
@@ -247,9 +262,11 @@ class Engine:
                     self._mark_scheduled(plan)
                     start_s = time.monotonic()
                     result = self._compute(plan)
-                    seconds = None if result.errors else time.monotonic() - start_s
+                    duration_s = time.monotonic() - start_s
                     self._waits_for_masks = all(result.is_deferred(sequence) for sequence in plan.sequences)
-                    self._record_step(plan, result, self._scheduler.commit(plan, result, seconds))
+                    self._requests.report_step(plan, result, start_s + self._epoch_s, duration_s, self.load.num_steps)
+                    events = self._scheduler.commit(plan, result, None if result.errors else duration_s)
+                    self._record_step(plan, result, events)
                 self._deliver()
         except BaseException as error:
             _log.exception("the engine has stopped")
@@ -311,7 +328,7 @@ class Engine:
             logits = output.logits
             if len(ready) < len(choosing):
                 logits = logits[[masks.is_ready(sequence) for sequence in choosing for _ in sequence.choices]]
-            result = self._sampler.sample(logits, ready, masks.bits)
+            result = self._sampler.sample(logits, ready, masks.bits, are_finite=output.are_finite)
             errors = {**result.errors, **masks.errors}
             return replace(result, prompt_logprobs=output.prompt_logprobs, errors=errors)
         except DeviceLostError:
@@ -358,6 +375,7 @@ class Engine:
             num_batched_sequences=self.load.num_batched_sequences + len(plan.sequences),
             num_draft_tokens=self.load.num_draft_tokens + plan.num_drafts,
             num_accepted_tokens=self.load.num_accepted_tokens + sum(map(len, chosen)) - len(chosen),
+            num_preemptions=self.load.num_preemptions + len(plan.preempted),
         )
 
     def _measure_load(self) -> None:

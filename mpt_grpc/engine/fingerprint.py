@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def fingerprint(
     weight_format: WeightFormat,
     cache_dtype: torch.dtype,
     *,
+    attention: str,
     defaults: GenerationDefaults,
     max_context_tokens: int,
     chat_template: str,
@@ -44,6 +46,7 @@ def fingerprint(
     """Returns the fingerprint as the proto describes it: `name:value` pairs, separated by spaces.
 
     folder: the checkpoint's.
+    attention: the name of the backend, which is that of its library on a GPU.
     chat_template: the name of the template in use.
     guards: as they were given. Of an argument that is a file, its content counts.
     """
@@ -58,7 +61,7 @@ def fingerprint(
         "text": _digest(chain(_contents(texts), *(_content_or_text(text) for text in given))),
         "defaults": _digest([repr((defaults, max_context_tokens)).encode()]),
         "precision": f"{dtype_name(weight_format.stored_dtype)}/{dtype_name(cache_dtype)}",
-        "numerics": _numerics(weight_format),
+        "numerics": _numerics(weight_format, attention),
         "sampler": str(SAMPLER_VERSION),
     }
     return " ".join(f"{name}:{value}" for name, value in parts.items())
@@ -70,12 +73,13 @@ def differences(own: str, other: str) -> list[str]:
     return [part.partition(":")[0] for part in own.split() if part not in others]
 
 
-def _numerics(weight_format: WeightFormat) -> str:
+def _numerics(weight_format: WeightFormat, attention: str) -> str:
     """Returns the name of what computes, and a digest of the code that it runs."""
     code = [torch.__version__.encode()]
     if weight_format.device.type == "cuda":
         name = "cuda"
         code += [torch.cuda.get_device_name(weight_format.device).encode(), str(torch.version.cuda).encode()]
+        code.append(f"{attention} {version(attention)}".encode())
     elif weight_format.kernels is not None:
         name = weight_format.kernels.instruction_set
         # Compilers differ in how they round: the file counts, not the version of its source.

@@ -11,10 +11,16 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from opentelemetry.trace import Tracer
 
 from mpt_grpc.checkpoint import Checkpoint, find_checkpoint
 from mpt_grpc.engine.admission import RequestLimits
+from mpt_grpc.engine.computation import (
+    AttentionName,
+    attention_backend,
+    choose_attention,
+    choose_cache_dtype,
+    choose_weight_format,
+)
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.fingerprint import fingerprint
 from mpt_grpc.engine.memory import STEP_BYTES, MemoryNeeds, dtype_name, free_memory, why_too_large
@@ -23,20 +29,18 @@ from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.generation_config import generation_defaults
 from mpt_grpc.limits import RANGES
 from mpt_grpc.model.adapters import Adapter
-from mpt_grpc.model.attention.native_backend import NativeAttention
-from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.graphs import CudaRecorder
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.mpt import MPT
-from mpt_grpc.model.native import Kernels, load_kernels
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.model.weights import load_model, num_parameters, parameter_shapes, random_model
 from mpt_grpc.request import GenerationDefaults
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
-from mpt_grpc.settings import CacheSettings, ModelSettings, SchedulerSettings, Settings
+from mpt_grpc.settings import CacheSettings, SchedulerSettings, Settings
 from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.guards import Guard, load_guards
 from mpt_grpc.text.template_sources import find_chat_template
@@ -50,7 +54,6 @@ BLOCK_SIZE = 16
 _DEFAULT_CPU_CACHE_BYTES = 1 << 30
 _MIN_SUGGESTED_BLOCKS = 32
 _SMALL_MODEL_BYTES = 32 << 20
-_NEEDS_KERNELS = "int8 needs the compiled kernels, a CPU without --dtype float16, and widths divisible by 4"
 _NUM_THREADS = torch.get_num_threads()
 """PyTorch's own choice: one for each core, or OMP_NUM_THREADS."""
 
@@ -76,9 +79,7 @@ class LoadedModel:
         return self.num_blocks * BLOCK_SIZE
 
 
-def load_engine(
-    settings: Settings, *, tracer: Tracer | None = None, loop: asyncio.AbstractEventLoop | None = None
-) -> tuple[Engine, LoadedModel]:
+def load_engine(settings: Settings, *, loop: asyncio.AbstractEventLoop | None = None) -> tuple[Engine, LoadedModel]:
     """Loads the model and returns an engine that is not yet started. Raises ModelError or SettingsError.
 
     On a CPU, it sets the number of threads of PyTorch and of the compiled kernels for the whole process: one thread for
@@ -105,13 +106,14 @@ def load_engine(
             parts.checkpoint.folder,
             parts.weight_format,
             parts.cache_dtype,
+            attention=parts.attention,
             defaults=parts.defaults,
             max_context_tokens=_max_context_tokens(parts, num_blocks),
             chat_template=parts.chat_template.name,
             guards=settings.guards,
         ),
     )
-    return _assemble(settings.scheduler, parts, model, cache, tracer, loop), loaded
+    return _assemble(settings.scheduler, parts, model, cache, loop), loaded
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class _Parts:
     guards: Sequence[Guard]
     defaults: GenerationDefaults
     weight_format: WeightFormat
+    attention: AttentionName
     cache_dtype: torch.dtype
     max_context_tokens: int
 
@@ -150,7 +153,8 @@ def _resolve(settings: Settings) -> _Parts:
     if config.learned_positions and max_context_tokens > config.max_seq_len:
         why = f"{max_context_tokens} exceeds the model's {config.max_seq_len} positions"
         raise SettingsError(f"--max-context-tokens: {why}")
-    weight_format = _weight_format(wanted, config)
+    weight_format = choose_weight_format(wanted, config)
+    attention = choose_attention(wanted, config, weight_format)
     return _Parts(
         checkpoint=checkpoint,
         config=config,
@@ -161,7 +165,8 @@ def _resolve(settings: Settings) -> _Parts:
         # As in transformers, a larger value keeps all tokens.
         defaults=replace(defaults, top_k=min(defaults.top_k, tokenizer.vocab_size)),
         weight_format=weight_format,
-        cache_dtype=_cache_dtype(settings.cache, weight_format),
+        attention=attention,
+        cache_dtype=choose_cache_dtype(settings.cache, weight_format, attention),
         max_context_tokens=max_context_tokens,
     )
 
@@ -197,15 +202,15 @@ def _assemble(
     parts: _Parts,
     model: MPT,
     cache: KVCache,
-    tracer: Tracer | None,
     loop: asyncio.AbstractEventLoop | None,
 ) -> Engine:
     tokenizer, weight_format = parts.tokenizer, parts.weight_format
-    attention = (
-        TorchAttention(parts.config, weight_format.device)
-        if weight_format.kernels is None
-        else NativeAttention(parts.config, weight_format.kernels)
-    )
+    attention = attention_backend(parts.attention, parts.config, weight_format)
+    is_triton = parts.attention == "triton"
+    recorder = CudaRecorder() if is_triton else None
+    runner = Runner(model, cache, attention, weight_format.device, tokenizer.vocab_size, recorder)
+    if is_triton:
+        runner.warm_up()  # the server's own warm-up has a single token
     max_context_tokens = _max_context_tokens(parts, cache.num_blocks)
     max_in_flight = limits.max_running_requests + limits.max_waiting_requests
     request_limits = RequestLimits(
@@ -228,10 +233,9 @@ def _assemble(
             BlockPool(cache.num_blocks, BLOCK_SIZE),
             tokenizer.eos_token_ids,
         ),
-        Runner(model, cache, attention, weight_format.device, tokenizer.vocab_size),
+        runner,
         Sampler(tokenizer.vocab_size),
         max_in_flight=max_in_flight,
-        tracer=tracer,
         loop=loop,
     )
 
@@ -250,47 +254,6 @@ def _in_own_thread(make: Callable[[], Result]) -> Result:
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(make).result()
-
-
-def _device(wanted: ModelSettings) -> torch.device:
-    if wanted.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("--device: cuda is not available on this machine; use cpu")
-    return torch.device("cuda" if wanted.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightFormat:
-    device = _device(wanted)
-    kernels = _kernels(config) if device.type == "cpu" and wanted.dtype != "float16" else None
-    if wanted.quantize == "int8" and kernels is None:
-        raise SettingsError(f"--quantize: {_NEEDS_KERNELS}")
-    if wanted.dtype != "auto":
-        dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[wanted.dtype]
-    elif device.type == "cuda":
-        dtype = torch.float16
-    elif kernels is not None or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        dtype = torch.bfloat16
-    else:
-        dtype = torch.float32
-    return WeightFormat(dtype, device, kernels, quantize=wanted.quantize == "int8")
-
-
-def _cache_dtype(wanted: CacheSettings, weight_format: WeightFormat) -> torch.dtype:
-    if wanted.kv_cache_dtype == "auto":
-        return weight_format.dtype
-    if weight_format.kernels is None:
-        raise SettingsError(f"--kv-cache-dtype: {_NEEDS_KERNELS}")
-    return torch.int8
-
-
-def _kernels(config: MPTConfig) -> Kernels | None:
-    """Returns the compiled kernels, if there are any and the model's sizes suit them."""
-    kernels = load_kernels()
-    if kernels is None:
-        _log.warning(
-            "PyTorch computes, which is slower, because there are no compiled kernels or MPT_GRPC_ISA is none;"
-            " to compile them, install a C++ compiler, such as g++, and install mpt-grpc again"
-        )
-    return kernels if config.d_model % 4 == 0 and config.d_ffn % 4 == 0 else None
 
 
 def _memory_needs(

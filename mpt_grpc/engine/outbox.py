@@ -10,11 +10,10 @@ import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from mpt_grpc.request import TokenEvent
-
-Delivery = tuple[Callable[[TokenEvent], None], TokenEvent]
-"""An event, and the method of the reader's stream that receives it."""
+Delivery = tuple[Callable[[Any], None], Any]
+"""An event or a report, and the method of the reader's stream or of the observer that receives it."""
 
 MAX_DELAY_S = 0.020
 """How long an event waits at most while the loop could take it."""
@@ -22,8 +21,8 @@ _BUSY_S = 0.001
 """Readers that take less time than this for a hand-over do not delay the next one."""
 _READERS_A_TURN = 8
 """The readers that run in one turn of the loop: about a millisecond of work."""
-_Reader = tuple[Callable[[TokenEvent], None], list[TokenEvent]]
-"""The method of a stream that receives its events, and these."""
+_Reader = tuple[Callable[[Any], None], list[Any]]
+"""A method that receives deliveries, and what these are."""
 
 
 class Outbox:
@@ -56,7 +55,7 @@ class Outbox:
             if not events:
                 self._is_scheduled = False
                 return
-        by_reader: defaultdict[Callable[[TokenEvent], None], list[TokenEvent]] = defaultdict(list)
+        by_reader: defaultdict[Callable[[Any], None], list[Any]] = defaultdict(list)
         for receive, event in events:
             by_reader[receive].append(event)
         self._pass_on(loop, list(by_reader.items()), loop.time())

@@ -70,10 +70,14 @@ class Preparation:
 
     def is_quick(self, request: GenerationRequest) -> bool:
         """Whether `prepare` takes less than about a millisecond."""
-        is_short = not isinstance(request.prompt, Conversation) and len(request.prompt) <= _LONG_TEXT
-        num_resumed = sum(len(token_ids) for _, token_ids in resumed_lists(request))
-        is_short = is_short and len(request.decoding.allowed_token_ids) + num_resumed <= _LONG_TEXT
-        return is_short and request.constraint is None and not self.guards
+        return self.is_short(request) and request.constraint is None and not self.guards
+
+    def is_short(self, request: GenerationRequest) -> bool:
+        """Whether `prepare` takes less than about a millisecond if the request is invalid."""
+        num_listed = sum(len(token_ids) for _, token_ids in resumed_lists(request))
+        num_listed += len(request.decoding.allowed_token_ids)
+        is_long = isinstance(request.prompt, Conversation) or len(request.prompt) > _LONG_TEXT
+        return not is_long and num_listed <= _LONG_TEXT
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Returns the request ready for the scheduler.

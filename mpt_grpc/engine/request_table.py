@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from opentelemetry.context import Context
-from opentelemetry.trace import Tracer
 
 from mpt_grpc.engine.outbox import Delivery
 from mpt_grpc.engine.prepare import PreparedRequest
-from mpt_grpc.engine.state import RequestState, SequenceState
+from mpt_grpc.engine.service_times import ServiceTimes
+from mpt_grpc.engine.state import EngineLoad, RequestState, SequenceState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream
 from mpt_grpc.errors import DuplicateRequestError, OverloadedError
+from mpt_grpc.reports import Observer, RequestReport, StepReport
 from mpt_grpc.request import Finish, FinishReason, GenerationRequest, RequestStats, TokenEvent
 from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
-from mpt_grpc.telemetry.tracing import record_phases
+from mpt_grpc.step import StepPlan, StepResult
 
 _NUM_ENDED = 64
 _MIN_RETRY_AFTER_S, _MAX_RETRY_AFTER_S = 0.1, 30.0
@@ -84,9 +84,11 @@ class RequestTable:
     belongs to the scheduler thread.
     """
 
-    def __init__(self, max_sequences: int, tracer: Tracer | None) -> None:
+    def __init__(self, max_sequences: int) -> None:
         """`max_sequences` limits the sequences in flight, counted over all requests."""
-        self._max_sequences, self._tracer = max_sequences, tracer
+        self._max_sequences = max_sequences
+        self.observer: Observer | None = None
+        """Receives the reports of steps and requests."""
         self._lock = threading.Lock()
         self._by_request_id: dict[str, RequestRecord] = {}
         self._num_sequences = 0
@@ -97,26 +99,46 @@ class RequestTable:
         self._time_limited: dict[str, RequestRecord] = {}
         self._undelivered: list[Delivery] = []
         self._ended: deque[RequestState] = deque(maxlen=_NUM_ENDED)
-        self._end_times_s: deque[float] = deque(maxlen=_NUM_ENDED)
-        """When the last requests ended, by the monotonic clock."""
+        self._times = ServiceTimes()
 
     def __len__(self) -> int:
         return len(self._by_request_id)
 
-    def add(self, record: RequestRecord) -> None:
-        """Adds a request. Raises DuplicateRequestError or OverloadedError."""
+    def add(self, record: RequestRecord, load: EngineLoad, timeout_s: float | None) -> None:
+        """Adds a request, whose caller waits for `timeout_s`. Raises DuplicateRequestError or OverloadedError."""
         request = record.request
         with self._lock:
             if request.request_id in self._by_request_id:
                 raise DuplicateRequestError(f"request_id {request.request_id!r} is already in progress: use another ID")
             if self._num_sequences + request.sampling.num_sequences > self._max_sequences:
                 why = f"the queue is full, with {self._num_sequences} outputs in progress: retry later"
-                raise OverloadedError(why, self._retry_after_s())
+                raise OverloadedError(why, _jittered(self._times.wait_s(1, load.num_running)))
+            if timeout_s is not None and load.num_waiting:
+                self._check_timeout(request, load, timeout_s)
             self._by_request_id[request.request_id] = record
             self._num_sequences += request.sampling.num_sequences
             self.num_preparing += 1
             if (request.stopping.time_limit_s or 0) > 0:
                 self._time_limited[request.request_id] = record
+
+    def _check_timeout(self, request: GenerationRequest, load: EngineLoad, timeout_s: float) -> None:
+        """Raises OverloadedError if the request would end too late, even if its caller's own came before all others.
+
+        The lock must be held.
+        """
+        num_ahead = sum(
+            other.request.sampling.num_sequences
+            for other in self._by_request_id.values()
+            if other.scheduled_time_s is None
+            and other.request.caller.name == request.caller.name
+            and other.request.priority >= request.priority
+        )
+        wait_s = self._times.wait_s(num_ahead, load.num_running)
+        needed_s = wait_s + self._times.run_s(request.stopping.max_new_tokens)
+        if needed_s > timeout_s:
+            why = f"the request would take about {needed_s:.1f} s, {wait_s:.1f} s of them in the queue"
+            message = f"{why}, and its timeout leaves {timeout_s:.1f} s: retry later"
+            raise OverloadedError(message, _jittered(needed_s - timeout_s))
 
     def get(self, request_id: str) -> RequestRecord | None:
         with self._lock:
@@ -175,9 +197,23 @@ class RequestTable:
                 event = event._replace(stats=self._remove(record, now_s))
         self._undelivered.append((record.stream.receive, event))
 
+    def report_step(
+        self, plan: StepPlan, result: StepResult, start_time_s: float, duration_s: float, number: int
+    ) -> None:
+        """Queues the report of a step, before those of the requests that end with it."""
+        if (observer := self.observer) is None:
+            return
+        contexts: tuple[Context, ...] = ()
+        if observer.trace_interval is not None and number % observer.trace_interval == 0:
+            records = {id(r): r for s in plan.sequences if (r := self.by_sequence(s.sequence_id)) is not None}
+            contexts = tuple(record.context for record in records.values() if record.context is not None)
+        self._undelivered.append((observer.observe_step, StepReport(plan, result, start_time_s, duration_s, contexts)))
+
     def report_unprepared(self, record: RequestRecord, finish: Finish, now_s: float) -> None:
         """Queues the end of a request that was removed while it was preparing: it has no output."""
         stats, last = record.stats(now_s), max(record.request.outputs)
+        record.finish_reasons = dict.fromkeys(record.request.outputs, finish.reason)
+        self._report_end(record, stats)
         for index in record.request.outputs:
             event = TokenEvent(index, finish=finish, stats=stats if index == last else None)
             self._undelivered.append((record.stream.receive, event))
@@ -186,7 +222,7 @@ class RequestTable:
         """Ends a request with an error, whatever the state of its sequences."""
         for sequence in record.sequences:
             self._by_sequence_id.pop(sequence.sequence_id, None)
-        stats = self._remove(record, now_s)
+        stats = self._remove(record, now_s, error)
         self._undelivered.append((record.stream.receive, TokenEvent(0, error=error, stats=stats)))
 
     def fail_all(self, make_error: Callable[[], Exception]) -> None:
@@ -213,18 +249,24 @@ class RequestTable:
         batch, self._undelivered = self._undelivered, []
         return batch
 
-    def _remove(self, record: RequestRecord, now_s: float) -> RequestStats:
+    def _remove(self, record: RequestRecord, now_s: float, error: Exception | None = None) -> RequestStats:
         """Removes an ended request and returns its statistics."""
         stats = record.stats(now_s)
         self._ended.append(record.state(stats))
-        if self._tracer is not None and record.context is not None:
-            # Spans are recorded where events are received, before the span of the call ends.
-            record_spans = partial(record_phases, self._tracer, record.context, stats)
-            self._undelivered.append((lambda _: record_spans(), TokenEvent(0)))
+        self._report_end(record, stats, error)
         with self._lock:
             self._forget(record)
-            self._end_times_s.append(time.monotonic())
+            if record.prepared is not None and FinishReason.CANCELLED not in record.finish_reasons.values():
+                request = record.prepared.request
+                self._times.record(stats, len(request.outputs) * (request.stopping.max_new_tokens or 0))
         return stats
+
+    def _report_end(self, record: RequestRecord, stats: RequestStats, error: Exception | None = None) -> None:
+        if (observer := self.observer) is not None:
+            reasons = tuple(reason for _, reason in sorted(record.finish_reasons.items()))
+            report = RequestReport(record.request, stats, reasons, error, record.context)
+            # The outbox takes each for a reader of its own, so that many that end at once do not hold up the loop.
+            self._undelivered.append((partial(observer.observe_request), report))
 
     def _forget(self, record: RequestRecord) -> None:
         """Gives the request's place up. The lock must be held."""
@@ -233,15 +275,10 @@ class RequestTable:
         self._num_sequences -= record.request.sampling.num_sequences
         self.num_preparing -= not record.sequences
 
-    def _retry_after_s(self) -> float:
-        """Returns about how long it takes until a request ends, measured over the last ones, and never twice the same.
 
-        Callers that are refused at the same time then do not return at the same time.
-        """
-        mean_s = 1.0
-        if len(self._end_times_s) > 1:
-            mean_s = (time.monotonic() - self._end_times_s[0]) / len(self._end_times_s)
-        return min(max(mean_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S) * random.uniform(1, 2)
+def _jittered(wait_s: float) -> float:
+    """Returns about this time, never twice the same: callers that are refused together do not return together."""
+    return min(max(wait_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S) * random.uniform(1, 2)
 
 
 def _end_time_s(record: RequestRecord) -> float:

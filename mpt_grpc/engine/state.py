@@ -42,6 +42,7 @@ class EngineLoad:
     num_batched_sequences: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_preemptions: int = 0
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,11 @@ class _Stream:
         """The number of tokens of the prompt; 0 until the request has begun."""
         return 0 if self._begun is None else len(self._begun[0].prompt_token_ids)
 
+    @property
+    def num_output_tokens(self) -> int:
+        """The number of tokens of all outputs that the reader has got."""
+        return 0 if self._begun is None else self._begun[1].num_tokens
+
     def cancel(self) -> None:
         """Cancels the request; has no effect once it has ended. May be called from any thread."""
         if self._begun is None or not self._begun[1].ended:

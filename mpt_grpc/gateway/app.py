@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import grpc
 from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from opentelemetry import context as trace_context
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -26,7 +22,7 @@ from mpt_grpc import __version__
 from mpt_grpc.gateway import openapi, schemas, tokens
 from mpt_grpc.gateway.callers import CallerMiddleware, Callers, KnownServer
 from mpt_grpc.gateway.completions import complete, stream_completion
-from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, error_response, shortened
+from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, error_response, log_refusal, shortened
 from mpt_grpc.gateway.events import DONE, EventStream, disconnected, event
 from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.parsing import parse
@@ -35,12 +31,8 @@ from mpt_grpc.gateway.responses import ChatResponse, Json, TextResponse, rendere
 from mpt_grpc_client import AsyncClient, Client, GenerateOptions, Message, MptGrpcError
 
 _Result = TypeVar("_Result")
-_log = logging.getLogger("mpt_grpc.access")
-_MAX_LOGGED_CHARACTERS = 300
 MAX_OUTPUTS = 256
 """The maximum number of outputs of one text completion, prompts times n: they all start at once."""
-_PROPAGATOR = TraceContextTextMapPropagator()
-_MAX_TRACE_HEADER = 512
 _EVENTS = "text/event-stream"
 _JSON = "application/json"
 
@@ -127,19 +119,18 @@ class _Gateway:
         """Replies to a conversation, in one response or as server-sent events."""
         body = await parse(request, ChatCompletionRequest)
         request.state.field_names = body.field_names
-        with _callers_trace(request):
-            messages = [message.message() for message in body.messages]
-            request_id = _request_id(request)
-            client = self._callers.client(request)
-            response = ChatResponse(await self._model_name(request, body.model), request_id)
-            options = body.options()
-            options["request_id"] = request_id
-            if body.stream:
-                chunks = _stream_chat(client, body, messages, options, response)
-                return await _events(request, chunks, response.empty_chunk())
-            generation = await _unless_disconnected(request, client.generate(messages, **options))
-            has_logprobs = bool(body.logprobs)
-            return await rendered(lambda: response.complete(generation, has_logprobs), has_logprobs=has_logprobs)
+        messages = [message.message() for message in body.messages]
+        request_id = _request_id(request)
+        client = self._callers.client(request)
+        response = ChatResponse(await self._model_name(request, body.model), request_id)
+        options = body.options()
+        options["request_id"] = request_id
+        if body.stream:
+            chunks = _stream_chat(client, body, messages, options, response)
+            return await _events(request, chunks, response.empty_chunk())
+        generation = await _unless_disconnected(request, client.generate(messages, **options))
+        has_logprobs = bool(body.logprobs)
+        return await rendered(lambda: response.complete(generation, has_logprobs), has_logprobs=has_logprobs)
 
     async def completions(self, request: Request) -> Response:
         """Continues one or several prompts, in one response or as server-sent events."""
@@ -147,13 +138,12 @@ class _Gateway:
         body = await parse(request, CompletionRequest, max_prompts=max_outputs)
         request.state.field_names = body.field_names
         body.check_num_outputs(max_outputs)
-        with _callers_trace(request):
-            request_id, client = _request_id(request), self._callers.client(request)
-            response = TextResponse(await self._model_name(request, body.model), request_id)
-            if body.stream:
-                chunks = stream_completion(client, body, response, request_id)
-                return await _events(request, chunks, response.empty_chunk())
-            return await _unless_disconnected(request, complete(client, body, response, request_id))
+        request_id, client = _request_id(request), self._callers.client(request)
+        response = TextResponse(await self._model_name(request, body.model), request_id)
+        if body.stream:
+            chunks = stream_completion(client, body, response, request_id)
+            return await _events(request, chunks, response.empty_chunk())
+        return await _unless_disconnected(request, complete(client, body, response, request_id))
 
     async def embeddings(self) -> Response:
         """Not supported: the model only generates text."""
@@ -253,19 +243,6 @@ def _request_id(request: Request) -> str:
     return request_id
 
 
-@contextlib.contextmanager
-def _callers_trace(request: Request) -> Iterator[None]:
-    """Makes calls inside the block part of the HTTP caller's trace."""
-    carrier = {name: value for name in _PROPAGATOR.fields if (value := request.headers.get(name))}
-    # OpenTelemetry logs an invalid header whole.
-    carrier = {name: value for name, value in carrier.items() if len(value) <= _MAX_TRACE_HEADER}
-    token = trace_context.attach(_PROPAGATOR.extract(carrier))
-    try:
-        yield
-    finally:
-        trace_context.detach(token)
-
-
 async def _unless_disconnected(request: Request, call: Awaitable[_Result]) -> _Result:
     """Awaits a call, and cancels it if the HTTP caller disconnects in the meantime."""
     calling = asyncio.ensure_future(call)
@@ -279,6 +256,7 @@ async def _unless_disconnected(request: Request, call: Awaitable[_Result]) -> _R
     finally:
         calling.cancel()
         disconnecting.cancel()
+        await asyncio.wait({calling, disconnecting})  # so that the call does not outlive the request
 
 
 async def _events(request: Request, chunks: AsyncIterator[Json], empty_chunk: Json) -> Response:
@@ -309,9 +287,8 @@ async def _next(chunks: AsyncIterator[Json]) -> Json | None:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, BadRequestError):  # the gRPC server logs what it refuses itself
-        why, path = repr(str(error))[:_MAX_LOGGED_CHARACTERS], quote(shortened(request.url.path))
-        _log.info("%s %s %d request_id=%r error=%s", request.method, path, error.status, _request_id(request), why)
+    if isinstance(error, BadRequestError):
+        log_refusal(request.scope, error)
     return error_response(error, _field_names(request))
 
 

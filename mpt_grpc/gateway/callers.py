@@ -49,8 +49,8 @@ class Callers:
         metadata = []
         if self._passes_tokens and (authorization := Headers(scope=scope).get("authorization")) is not None:
             # Of what gRPC could not send, enough remains to be refused.
-            bearer = re.sub(r"[^ -~]", "?", _bearer(authorization))[:_MAX_AUTHORIZATION]
-            metadata.append(("authorization", bearer))
+            sendable = re.sub(r"[^ -~]", "?", bearer(authorization))[:_MAX_AUTHORIZATION]
+            metadata.append(("authorization", sendable))
         if self._passes_certificates and (name := scope["state"].get("certified_name")):
             metadata.append((CERTIFIED_NAME, name))
         return tuple(metadata)
@@ -97,7 +97,7 @@ class CallerMiddleware:
         await self._app(scope, receive, send)
 
 
-def _bearer(authorization: str) -> str:
+def bearer(authorization: str) -> str:
     """Returns the header that the gRPC server expects. Browsers ask for a password, which is the token, and send it as
     'Basic', in Base64 after a user name and a colon."""
     scheme, _, credentials = authorization.partition(" ")

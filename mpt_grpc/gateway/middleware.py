@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import logging
 import re
 import socket
 import uuid
 from collections.abc import Collection
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mpt_grpc.gateway.errors import BadRequestError, error_body, error_response, shortened
+from mpt_grpc.gateway.errors import BadRequestError, error_body, error_response, log_refusal, shortened
 from mpt_grpc.gateway.events import event
 from mpt_grpc.gateway.protocol import MAX_HEAD_BYTES
 from mpt_grpc.turnstile import Turnstile
@@ -24,7 +23,6 @@ from mpt_grpc_client import OverloadedError, UnavailableError
 MAX_HEADERS = 100
 MAX_BODIES_BYTES = 128 << 20
 SMALL_BODY_BYTES = 64 << 10
-_log = logging.getLogger("mpt_grpc.access")
 _CORRELATION_ID = re.compile(r"[!-~]{1,128}")
 _MAX_PREFIX = 64
 _HEADERS = {
@@ -87,8 +85,7 @@ class HeaderMiddleware:
         if error is None:
             await self._app(scope, receive, send_with_headers)
             return
-        path = quote(shortened(scope["path"]))
-        _log.info("%s %s %d request_id=%r error=%r", scope["method"], path, error.status, request_id, str(error))
+        log_refusal(scope, error)
         await error_response(error)(scope, receive, send_with_headers)
 
     def _refusal(self, headers: Headers) -> BadRequestError | None:

@@ -1,5 +1,5 @@
-"""The HTTP/1.1 protocol of uvicorn, with limits on what a caller may send before it is served, time and size, and the
-name in the caller's certificate.
+"""The HTTP/1.1 protocol of uvicorn, with limits on the time and the size of what a caller sends before it is served, on
+the time in which it reads, and with the name in its certificate.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ MAX_HEAD_BYTES = 64 << 10
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Closes connections whose request does not arrive in time, or sends more than a head without a body's bytes.
+    """Closes connections whose request does not arrive in time, or sends more than a head without a body's bytes, and
+    those to which nothing could be sent for `read_timeout_s`, because the caller does not read.
 
     Between requests, uvicorn's keep-alive timeout applies; the time for a body that is read is limited where it is
     read.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, read_timeout_s: float, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._read_timeout_s = read_timeout_s
         self._timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
         self._certified_name = ""
         self._num_unparsed = 0
         """The bytes since the last complete head or piece of a body: headers, trailers or chunk extensions."""
@@ -40,7 +43,19 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_unread_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Called when as much is unread as is buffered."""
+        super().pause_writing()
+        # Not `close`, which waits until the caller has read.
+        self._unread_timer = self.loop.call_later(self._read_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Called when the caller has read most of it."""
+        self._stop_unread_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self._is_idle:
@@ -85,6 +100,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _stop_unread_timer(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def _time_out(self) -> None:
         if self.cycle is None:

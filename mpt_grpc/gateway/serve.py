@@ -8,22 +8,27 @@ import errno
 import math
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from ipaddress import ip_address
 from typing import Unpack
 
 import grpc
 import uvicorn
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from opentelemetry.trace import Tracer
+from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from mpt_grpc.gateway.app import make_app
 from mpt_grpc.gateway.callers import Callers
 from mpt_grpc.gateway.errors import RATE_LIMIT_HEADERS
+from mpt_grpc.gateway.metrics import MetricsPage
 from mpt_grpc.gateway.middleware import ArrivalMiddleware, BodyMemoryMiddleware, GracePeriodMiddleware, HeaderMiddleware
 from mpt_grpc.gateway.protocol import BoundedProtocol
+from mpt_grpc.gateway.tracing import TraceMiddleware
 from mpt_grpc.listening import port_error
 from mpt_grpc.settings import ALL_ADDRESSES, HttpSettings
 from mpt_grpc.tls import ServerCertificate, http_context
@@ -31,6 +36,8 @@ from mpt_grpc_client import AsyncClient, Client, ConnectionOptions
 from mpt_grpc_client.channel import resolve
 
 KEEP_ALIVE_TIMEOUT_S = 5
+_PAGE_TIMEOUT_S = 10
+"""The time in which the caller of `/metrics` on its own port reads a part of the page."""
 _ERROR_TIMEOUT_S = 3
 """The time for the errors of requests that are in progress at the end of the grace period."""
 
@@ -42,8 +49,11 @@ async def running_gateway(
     settings: HttpSettings,
     grace_s: float = 1,
     *,
+    read_timeout_s: float = 600,
     certificate: ServerCertificate | None = None,
     channel: grpc.aio.Channel | None = None,
+    tracer: Tracer | None = None,
+    metrics: MetricsPage | None = None,
     **connection: Unpack[ConnectionOptions],
 ) -> AsyncIterator[int]:
     """Serves the OpenAI-compatible API for the gRPC server at `target` inside the block and yields the port.
@@ -51,8 +61,11 @@ async def running_gateway(
     The gRPC server need not be running yet. Requests in progress at the end of the block have `grace_s` to finish.
     Raises SettingsError if it cannot listen on the port.
 
+    read_timeout_s: a connection is closed when nothing could be sent for this long, because the caller does not read.
     certificate: the gateway's own; None serves without TLS.
     channel: a channel to the target that passes responses as objects, instead of a connection; it is closed at the end.
+    tracer: records spans of requests.
+    metrics: the page at `/metrics`.
     connection: how the gateway connects to the target.
     """
     (endpoint,), is_in_process = resolve(target, connection), channel is not None
@@ -60,12 +73,15 @@ async def running_gateway(
     blocking = nullcontext() if is_in_process else Client(target, retries=False, **connection)
     channel = channel or endpoint.aio_channel(retries=False, balanced=False)
     async with AsyncClient(target, channel=channel) as client:
-        with blocking as blocking_client, _listening(host, settings.port or 0) as listeners:
+        with blocking as blocking_client, _listening(host, settings.port or 0, "--http-port") as listeners:
             passes_tokens = is_in_process or endpoint.may_send_tokens
             callers = Callers(client, passes_tokens=passes_tokens, passes_certificates=is_in_process)
             app = make_app(
                 callers, blocking_client, HealthStub(channel), strict_model_names=settings.strict_model_names
             )
+            if metrics is not None:
+                metrics.add_to(app)
+            app.add_middleware(TraceMiddleware, tracer=tracer)
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=settings.allow_origins,
@@ -73,22 +89,47 @@ async def running_gateway(
                 allow_headers=["*"],
                 expose_headers=["retry-after", "retry-after-ms", "x-request-id", *RATE_LIMIT_HEADERS],
             )
-            is_local = all(ip_address(listener.getsockname()[0]).is_loopback for listener in listeners)
-            hosts = [host, *settings.allow_hosts] if is_local else None
+            hosts = _accepted_hosts(listeners, [host, *settings.allow_hosts])
             bounded = BodyMemoryMiddleware(HeaderMiddleware(app, hosts, settings.allow_origins))
             context = None if certificate is None else http_context(certificate)
-            async with _serving(ArrivalMiddleware(bounded), listeners, grace_s, context):
+            protocol = partial(BoundedProtocol, read_timeout_s=read_timeout_s)
+            async with _serving(ArrivalMiddleware(bounded), protocol, listeners, grace_s, context):
                 yield listeners[0].getsockname()[1]
 
 
 @asynccontextmanager
+async def running_metrics(
+    host: str, port: int, page: MetricsPage, certificate: ServerCertificate | None = None
+) -> AsyncIterator[int]:
+    """Serves only `/metrics` inside the block and yields the port. Raises SettingsError if it cannot listen on it."""
+    app = Starlette()
+    page.add_to(app)
+    with _listening(host, port, "--metrics-port") as listeners:
+        context = None if certificate is None else http_context(certificate)
+        checked = HeaderMiddleware(app, _accepted_hosts(listeners, [host]), ())
+        protocol = partial(BoundedProtocol, read_timeout_s=_PAGE_TIMEOUT_S)
+        async with _serving(checked, protocol, listeners, 0, context):
+            yield listeners[0].getsockname()[1]
+
+
+def _accepted_hosts(listeners: list[socket.socket], hosts: list[str]) -> list[str] | None:
+    """Returns the names to accept in `Host`, or None for all if other machines reach the port."""
+    is_local = all(ip_address(listener.getsockname()[0]).is_loopback for listener in listeners)
+    return hosts if is_local else None
+
+
+@asynccontextmanager
 async def _serving(
-    app: ASGIApp, listeners: list[socket.socket], grace_s: float, tls: ssl.SSLContext | None
+    app: ASGIApp,
+    protocol: Callable[..., asyncio.Protocol],
+    listeners: list[socket.socket],
+    grace_s: float,
+    tls: ssl.SSLContext | None,
 ) -> AsyncIterator[None]:
     requests = GracePeriodMiddleware(app)
     config = uvicorn.Config(
         requests,
-        http=BoundedProtocol,
+        http=protocol,  # type: ignore[arg-type]  # uvicorn only calls it
         ws="none",
         log_config=None,
         timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
@@ -112,8 +153,9 @@ async def _serving(
 
 
 @contextlib.contextmanager
-def _listening(host: str, port: int) -> Iterator[list[socket.socket]]:
-    listeners = _listen(host, port)
+def _listening(host: str, port: int, flag: str) -> Iterator[list[socket.socket]]:
+    """Listens inside the block. Raises SettingsError, which names the flag of the port."""
+    listeners = _listen(host, port, flag)
     try:
         yield listeners
     finally:
@@ -121,7 +163,7 @@ def _listening(host: str, port: int) -> Iterator[list[socket.socket]]:
             listener.close()
 
 
-def _listen(host: str, port: int) -> list[socket.socket]:
+def _listen(host: str, port: int, flag: str) -> list[socket.socket]:
     """Returns sockets on all addresses of the host, on one port, as gRPC listens on them."""
     listeners: list[socket.socket] = []
     try:
@@ -144,7 +186,7 @@ def _listen(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         for listener in listeners:
             listener.close()
-        raise port_error(error, host, port, "--http-port") from error
+        raise port_error(error, host, port, flag) from error
     return listeners
 
 

@@ -6,6 +6,7 @@ accepted whether or not the field is known.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from typing import Any
 
 MAX_SIZE = 1 << 24
 """The largest width, number of layers or vocabulary; far beyond any model, and small enough to multiply."""
+
+_NAME = re.compile(r"[\w.\-]{1,100}")
+_MAX_SHOWN = 500
+"""How many characters of a value an error shows."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ class Fields:
         self.obstacles: list[str] = []
 
     def refuse(self, name: str, value: object, why: str) -> None:
-        self.obstacles.append(f"{name}: {value!r}: {why}")
+        shown = repr(value)
+        shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}…"
+        self.obstacles.append(f"{name if _NAME.fullmatch(name) else repr(name[:_MAX_SHOWN])}: {shown}: {why}")
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.values.get(name, default)

@@ -54,8 +54,12 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
         self._activation, self._clip = activation, clip
         self._packed: PackedMatrix | Tensor | None = None
+        self._adds_in_place = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`x` is [n, d_in], and `residual` [n, d_out], which may be overwritten by the result."""
+        if self._adds_in_place and residual is not None:
+            return residual.addmm_(x, self.weight.t())
         if isinstance(self._packed, PackedMatrix):
             return self._packed.linear(x, self.bias, self._activation, self._clip, residual)
         if self._packed is None:
@@ -74,6 +78,9 @@ class Linear(nn.Module):
         5.0 ms for one row and 9.4 ms instead of 12.8 ms for 64 rows.
         """
         weight = self.weight.detach()
+        # A GPU adds the residual within the product, which is a kernel less to start.
+        plain = self._activation == "none" and self._clip is None and self.bias is None
+        self._adds_in_place = plain and weight_format.device.type == "cuda"
         if weight_format.kernels is not None:
             self._packed = weight_format.kernels.pack(weight, quantize=weight_format.quantize)
         elif weight.is_cpu and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():

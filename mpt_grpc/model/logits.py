@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mpt_grpc.model.transfer import send
 from mpt_grpc.request import SamplingParameters
 from mpt_grpc.step import SamplingInputs
 
@@ -71,7 +72,7 @@ def apply_filters(logits: Tensor, parameters: Sequence[SamplingParameters]) -> N
     for is_enabled, apply in filters:
         rows = [row for row, p in enumerate(parameters) if is_enabled(p)]
         if rows:
-            indices = torch.tensor(rows, device=logits.device)
+            indices = send(torch.tensor(rows), logits.device)
             filtered = apply(logits.index_select(0, indices), [parameters[row] for row in rows])
             logits.index_copy_(0, indices, filtered)
 
@@ -101,8 +102,8 @@ def _penalize_repetition(logits: Tensor, tokens: _Tokens, penalties: Sequence[fl
     cells, rows = _cells(logits, tokens)
     limits = torch.finfo(torch.float32)
     # A penalty close to 0 must not make logits infinite, since they could then no longer be compared.
-    penalty = torch.tensor([max(p, limits.tiny) for p in penalties])[rows].to(logits.device)
-    flat, indices = logits.view(-1), cells.to(logits.device)
+    penalty = send(torch.tensor([max(p, limits.tiny) for p in penalties])[rows], logits.device)
+    flat, indices = logits.view(-1), send(cells, logits.device)
     logit = flat[indices]
     flat[indices] = torch.where(logit < 0, logit * penalty, logit / penalty).clamp_(limits.min, limits.max)
 
@@ -111,42 +112,42 @@ def _penalize_frequency(logits: Tensor, tokens: _Tokens, penalties: Sequence[flo
     """Penalizes as specified in https://platform.openai.com/docs/advanced-usage (frequency and presence penalties)."""
     cells, counts = _cells(logits, tokens)[0].unique(return_counts=True)
     penalty = torch.tensor(penalties)[cells // logits.shape[1]] * counts
-    logits.view(-1)[cells.to(logits.device)] -= penalty.to(logits.device)
+    logits.view(-1)[send(cells, logits.device)] -= send(penalty, logits.device)
 
 
 def _penalize_presence(logits: Tensor, tokens: _Tokens, penalties: Sequence[float]) -> None:
     cells, rows = _cells(logits, tokens)
     # A token that occurs twice is written twice, with the same logit.
-    logits.view(-1)[cells.to(logits.device)] -= torch.tensor(penalties)[rows].to(logits.device)
+    logits.view(-1)[send(cells, logits.device)] -= send(torch.tensor(penalties)[rows], logits.device)
 
 
 def _add(logits: Tensor, tokens: _Tokens, biases: Sequence[float]) -> None:
     cells, _ = _cells(logits, tokens)
-    logits.view(-1)[cells.to(logits.device)] += torch.tensor(biases, device=logits.device)
+    logits.view(-1)[send(cells, logits.device)] += send(torch.tensor(biases), logits.device)
 
 
 def _mask(logits: Tensor, masks: Mapping[int, bytes]) -> None:
     device, vocab_size = logits.device, logits.shape[1]
     num_bytes = (vocab_size + 7) // 8
     packed = bytearray().join(mask[:num_bytes].ljust(num_bytes, b"\0") for mask in masks.values())
-    octets = torch.frombuffer(packed, dtype=torch.uint8).to(device).to(torch.int32)
+    octets = send(torch.frombuffer(packed, dtype=torch.uint8), device).to(torch.int32)
     # For each value of an octet, what it adds to the logits of its eight tokens.
     bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
     addends = torch.zeros(256, 8, device=device).masked_fill_(bits == 0, -torch.inf)
     addend = addends.index_select(0, octets).view(len(masks), 8 * num_bytes)[:, :vocab_size]
-    logits.index_add_(0, torch.tensor(list(masks), device=device), addend)
+    logits.index_add_(0, send(torch.tensor(list(masks)), device), addend)
 
 
 def _forbid(logits: Tensor, tokens: _Tokens) -> None:
     cells, rows = _cells(logits, tokens)
-    flat, indices = logits.view(-1), cells.to(logits.device)
+    flat, indices = logits.view(-1), send(cells, logits.device)
     before = flat[indices]
     flat[indices] = -torch.inf
     # A row with no other token left keeps its forbidden tokens.
-    affected = torch.tensor(list(tokens), device=logits.device)
+    affected = send(torch.tensor(list(tokens)), logits.device)
     is_empty = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     is_empty[affected] = logits.index_select(0, affected).amax(dim=-1) == -torch.inf
-    flat[indices] = torch.where(is_empty[rows.to(logits.device)], before, -torch.inf)
+    flat[indices] = torch.where(is_empty[send(rows, logits.device)], before, -torch.inf)
 
 
 def _tokens(inputs: Sequence[SamplingInputs], select: Callable[[SamplingInputs], Collection[int]]) -> _Tokens:
@@ -171,7 +172,7 @@ def _top_k(logits: Tensor, parameters: Sequence[SamplingParameters]) -> Tensor:
     top_k = [p.top_k for p in parameters]
     tokens = top_tokens(logits, max(top_k))
     ranks = torch.arange(tokens.shape[1], device=logits.device)
-    return _keep(logits, tokens, ranks < torch.tensor(top_k, device=logits.device)[:, None])
+    return _keep(logits, tokens, ranks < send(torch.tensor(top_k), logits.device)[:, None])
 
 
 def _top_p(logits: Tensor, parameters: Sequence[SamplingParameters]) -> Tensor:
@@ -181,7 +182,7 @@ def _top_p(logits: Tensor, parameters: Sequence[SamplingParameters]) -> Tensor:
 
 def _min_p(logits: Tensor, parameters: Sequence[SamplingParameters]) -> Tensor:
     """Drops tokens with p < min_p x p_max, computed in logarithms: https://arxiv.org/abs/2407.01082."""
-    log_min_p = torch.tensor([p.min_p for p in parameters], device=logits.device).log()
+    log_min_p = send(torch.tensor([p.min_p for p in parameters]), logits.device).log()
     return torch.where(logits < logits.amax(dim=-1, keepdim=True) + log_min_p[:, None], -torch.inf, logits)
 
 
@@ -196,7 +197,10 @@ def _typical(logits: Tensor, parameters: Sequence[SamplingParameters]) -> Tensor
 
 def _keep_sum(logits: Tensor, order: Tensor, sums: Sequence[float]) -> Tensor:
     """Keeps the fewest tokens of each row, in descending `order`, whose probabilities reach the row's sum."""
-    targets = torch.tensor(sums, dtype=torch.float64, device=logits.device)
+    targets = send(torch.tensor(sums, dtype=torch.float64), logits.device)
+    if not logits.is_cpu:
+        # Sorting all tokens is cheap there; reading back whether fewer suffice would stop the host.
+        return _keep_sum_among(logits.shape[1], logits, order, targets)[0]
     kept, reached = _keep_sum_among(_NUCLEUS_WIDTH, logits, order, targets)
     short = (reached < targets).nonzero()[:, 0]
     if len(short):

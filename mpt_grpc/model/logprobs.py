@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mpt_grpc.model.logits import top_tokens
+from mpt_grpc.model.transfer import send
 from mpt_grpc.request import TokenLogprob
 
 
@@ -18,7 +19,7 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[i
     """
     if not token_ids:
         return []
-    own = torch.tensor(token_ids, device=logits.device)[:, None]
+    own = send(torch.tensor(token_ids), logits.device)[:, None]
     ranks = (logits > logits.gather(1, own)).sum(dim=-1) + 1
     count = min(max(num_top), logits.shape[1])
     tokens = torch.cat([own, top_tokens(logits, count)], dim=1) if count else own

@@ -12,14 +12,19 @@ from torch import Tensor
 
 from mpt_grpc.errors import DeviceLostError
 from mpt_grpc.model.attention import AttentionBackend, AttentionMetadata, MetadataBuilder
+from mpt_grpc.model.graphs import DecodeGraphs, Recorder
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.mpt import MPT
+from mpt_grpc.model.transfer import send
 from mpt_grpc.request import TokenLogprob
-from mpt_grpc.step import StepPlan
+from mpt_grpc.step import SequenceStep, StepPlan
 
 _SCORING_CHUNK_TOKENS = 64
 """How many prompt tokens are scored at once: their logits take 13 MB with a vocabulary of 50,000 tokens."""
+
+_WARM_UP_TOKENS = 64
+"""More than a sequence that decodes has, so that the kernels for chunks compute them."""
 
 
 @dataclass(frozen=True)
@@ -30,25 +35,39 @@ class StepOutput:
     """Float32 [n, at least vocab_size], one row for each of the sequences' choices, in the plan's order."""
     prompt_logprobs: Mapping[int, tuple[TokenLogprob, ...]]
     """Prompt log probabilities by sequence ID, for the sequences with `scoring`."""
+    are_finite: Tensor
+    """Bool []: whether the activations of all tokens are finite; if not, the step has failed. The sampler reads it."""
 
 
 class Runner:
     """Owns the model and its cache."""
 
     def __init__(
-        self, model: MPT, cache: KVCache, attention: AttentionBackend, device: torch.device, vocab_size: int
+        self,
+        model: MPT,
+        cache: KVCache,
+        attention: AttentionBackend,
+        device: torch.device,
+        vocab_size: int,
+        recorder: Recorder | None = None,
     ) -> None:
-        """`vocab_size` is that of the tokenizer: log probabilities are normalized over these tokens only."""
+        """`vocab_size` is that of the tokenizer: log probabilities are normalized over these tokens only.
+
+        With a `recorder`, decoding steps are recorded; then `bind` of the attention must wait for nothing.
+        """
         self._model, self._cache, self._attention, self._device = model, cache, attention, device
         self._vocab_size = vocab_size
         self._metadata = MetadataBuilder(cache.block_size, device)
+        self._graphs = None
+        if recorder is not None:
+            self._graphs = DecodeGraphs(recorder, lambda m: self.compute(m)[1:], self._metadata, device)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
         """Computes one step. Idempotent: running a plan again writes the same values to the same cache positions.
 
         Raises DeviceLostError if the accelerator has failed permanently, MemoryError if the step does not fit in
-        memory, FloatingPointError if a token's activations or a prompt token's log probability are not finite.
+        memory, FloatingPointError if a prompt token's log probability is not finite.
         """
         try:
             return self._run(plan)
@@ -61,18 +80,30 @@ class Runner:
                 raise
             raise MemoryError(str(error)) from error
 
+    def warm_up(self) -> None:
+        """Computes a chunk, so that no request waits for what its kernels need first. All blocks must be free."""
+        num_tokens = min(_WARM_UP_TOKENS, self._cache.num_blocks * self._cache.block_size)
+        blocks = tuple(range(-(-num_tokens // self._cache.block_size)))
+        self.run(StepPlan((SequenceStep(-1, "warm-up", (0,) * num_tokens, 0, blocks, ()),)))
+
     def _run(self, plan: StepPlan) -> StepOutput:
+        if self._graphs is not None and (results := self._graphs.run(plan)) is not None:
+            logits, are_finite = results
+            return StepOutput(logits, {}, are_finite)
         metadata = self._metadata.build(plan)
-        hidden = self._model(metadata.token_ids, metadata.positions, self._attention.bind(self._cache, metadata))
-        if not hidden.isfinite().all():
-            raise FloatingPointError("the model's activations are not finite")
-        ends = [
-            token
-            for s, end in zip(plan.sequences, metadata.query_starts[1:], strict=True)
-            for token in range(end - len(s.choices), end)
-        ]
-        logits = self._logits(hidden, ends) if ends else hidden.new_empty((0, self._vocab_size), dtype=torch.float32)
-        return StepOutput(logits, self._prompt_logprobs(plan, metadata, hidden))
+        hidden, logits, are_finite = self.compute(metadata)
+        return StepOutput(logits, self._prompt_logprobs(plan, metadata, hidden), are_finite)
+
+    def compute(self, metadata: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor]:
+        """Queues a step's work on the device, without waiting for it.
+
+        Returns the hidden states [num_tokens, d_model], the logits of the chosen tokens, and `are_finite`.
+        """
+        attend = self._attention.bind(self._cache, metadata)
+        hidden = self._model(metadata.token_ids, metadata.positions, attend)
+        chosen = hidden[metadata.chosen]
+        logits = self._model.logits(chosen) if len(chosen) else chosen.new_empty(0, self._vocab_size).float()
+        return hidden, logits, hidden.isfinite().all()
 
     def _prompt_logprobs(
         self, plan: StepPlan, metadata: AttentionMetadata, hidden: Tensor
@@ -97,4 +128,4 @@ class Runner:
         return {sequence_id: tuple(islice(remaining, len(scoring.token_ids))) for sequence_id, _, scoring in scored}
 
     def _logits(self, hidden: Tensor, indices: Sequence[int]) -> Tensor:
-        return self._model.logits(hidden[torch.tensor(indices, dtype=torch.int64, device=self._device)])
+        return self._model.logits(hidden[send(torch.tensor(indices), self._device)])

@@ -28,6 +28,7 @@ from torch import Tensor
 from mpt_grpc.errors import InternalError
 from mpt_grpc.model.logits import adjust, apply_filters, is_adjusted, rows_per_chunk
 from mpt_grpc.model.logprobs import token_logprobs
+from mpt_grpc.model.transfer import send
 from mpt_grpc.request import TokenLogprob
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepResult
 
@@ -45,7 +46,12 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(
-        self, logits: Tensor, sequences: Sequence[SequenceStep], masks: Mapping[int, Sequence[bytes]] = _NO_MASKS
+        self,
+        logits: Tensor,
+        sequences: Sequence[SequenceStep],
+        masks: Mapping[int, Sequence[bytes]] = _NO_MASKS,
+        *,
+        are_finite: Tensor | None = None,
     ) -> StepResult:
         """Samples from the rows of `logits` [n, at least vocab_size], float32; `logits` is not modified.
 
@@ -53,6 +59,8 @@ class Sampler:
         choices: token i is allowed if bit i % 8 of byte i // 8 is set. A sequence gets the tokens of its choices up to
         the first that differs from the draft. If the first row of a sequence is not finite or its mask allows no token,
         an InternalError is returned for that sequence only.
+
+        `are_finite` is that of the step's `StepOutput`; raises FloatingPointError if it is false.
         """
         logits = logits[:, : self._vocab_size]
         batch = self._batch(tuple([inputs for sequence in sequences for inputs in sequence.choices]), logits)
@@ -62,8 +70,12 @@ class Sampler:
         chosen = _choose(processed, batch, positions)
         is_finite = logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite()  # both propagate NaN
         is_allowed = processed.gather(1, chosen[:, None])[:, 0] > -torch.inf
-        # One transfer instead of three: on an accelerator each transfer waits for all work queued before it.
-        token_ids, finite, allowed = torch.stack([chosen, is_finite, is_allowed]).tolist()
+        # The only transfer to the host: on an accelerator it waits for all work queued before it.
+        results = [chosen, is_finite, is_allowed, *(() if are_finite is None else (are_finite[None],))]
+        num, values = len(chosen), torch.cat(results).tolist()
+        token_ids, finite, allowed = values[:num], values[num : 2 * num], values[2 * num : 3 * num]
+        if not all(values[3 * num :]):
+            raise FloatingPointError("the model's activations are not finite")
         rows: dict[int, range] = {}
         errors: dict[int, Exception] = {}
         first = 0
@@ -115,11 +127,11 @@ class _SampledRows:
     def __init__(self, rows: list[int], inputs: Sequence[SamplingInputs], device: torch.device) -> None:
         self.numbers = rows
         self.parameters = [inputs[row].parameters for row in rows]
-        self.indices = torch.tensor(rows, device=device)
+        self.indices = send(torch.tensor(rows), device)
         # Below the smallest normal float32 a temperature would round to 0.
         tiny = torch.finfo(torch.float32).tiny
-        self.temperatures = torch.tensor([max(p.temperature, tiny) for p in self.parameters], device=device)
-        self.seeds = torch.tensor([_signed(p.seed or 0) for p in self.parameters], device=device)
+        self.temperatures = send(torch.tensor([max(p.temperature, tiny) for p in self.parameters]), device)
+        self.seeds = send(torch.tensor([_signed(p.seed or 0) for p in self.parameters]), device)
 
 
 def _by_row(sequences: Sequence[SequenceStep], masks: Mapping[int, Sequence[bytes]]) -> dict[int, bytes]:
@@ -139,7 +151,7 @@ def _logprobs(
     """Returns the log probabilities of the chosen tokens, by sequence ID, for the sequences that requested them."""
     wanted = {sequence_id: part for sequence_id, part in rows.items() if part.start in batch.num_top}
     flat = [row for part in wanted.values() for row in part]
-    selected = logits.index_select(0, torch.tensor(flat, dtype=torch.int64, device=logits.device))
+    selected = logits.index_select(0, send(torch.tensor(flat, dtype=torch.int64), logits.device))
     num_top = [batch.num_top[row] for row in flat]
     logprobs = iter(token_logprobs(selected, [token_ids[row] for row in flat], num_top))
     return {sequence_id: tuple(islice(logprobs, len(part))) for sequence_id, part in wanted.items()}
@@ -152,7 +164,7 @@ def _choose(logits: Tensor, batch: _Batch, positions: Sequence[int]) -> Tensor:
     """
     chosen = _argmax(logits) if batch.has_greedy_rows else logits.new_empty(len(logits), dtype=torch.int64)
     for rows in batch.chunks:
-        counters = torch.tensor([positions[row] for row in rows.numbers], device=logits.device)
+        counters = send(torch.tensor([positions[row] for row in rows.numbers]), logits.device)
         chosen[rows.indices] = _sample(logits.index_select(0, rows.indices), rows, counters)
     return chosen
 

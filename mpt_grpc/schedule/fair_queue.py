@@ -1,32 +1,81 @@
-"""Start-time fair queueing: an order of requests in which no caller waits for all that another one has sent.
+"""The waiting sequences, in an order in which no caller waits for all that another one has sent.
 
-Each request starts, in units of tokens, where the caller's last one ends, but not before the present. Requests run in
-the order of their starts: callers with requests waiting get equal numbers of tokens, and the requests of one caller
-stay in their order. See https://doi.org/10.1145/248156.248171.
+The next one is of the highest priority, and among these of the caller that has been served the fewest tokens, by its
+weight: callers with sequences waiting get the same numbers of tokens, and those of one caller stay in their order. A
+caller is charged for all tokens that a sequence may have when it starts, and gets those back that it did not have. See
+the virtual token counter of https://arxiv.org/abs/2401.00588.
 """
 
 from __future__ import annotations
 
+from bisect import insort
+from operator import attrgetter
+
+from mpt_grpc.caller import Caller
+from mpt_grpc.schedule.sequence import Sequence
+
 _MAX_IDLE_CALLERS = 1000
+_sequence_id = attrgetter("sequence_id")
 
 
 class FairQueue:
-    """The starts of requests. Their unit has nothing to do with the time."""
+    """The sequences that wait, and what their callers have been served. Its unit has nothing to do with the time."""
 
     def __init__(self) -> None:
-        self._now = 0
-        """The start of the latest request that runs or has run."""
-        self._ends: dict[str, int] = {}
-        """Where the last request of each caller ends."""
+        self._waiting: dict[int, dict[str, list[Sequence]]] = {}
+        """By priority and caller, in the order of arrival; without empty lists."""
+        self._served: dict[str, float] = {}
+        """The tokens of each caller, divided by its weight."""
+        self._now = 0.0
+        """The least that a caller has been served when one of its sequences has started. Who was idle starts there."""
 
-    def start(self, caller: str, num_tokens: int) -> int:
-        """Returns the start of a caller's next request, of which this is the largest number of tokens."""
-        start = max(self._now, self._ends.get(caller, 0))
-        self._ends[caller] = start + num_tokens
-        return start
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
 
-    def advance(self, start: int) -> None:
-        """Notes that a request with this start has begun to run."""
-        self._now = max(self._now, start)
-        if len(self._ends) > _MAX_IDLE_CALLERS:
-            self._ends = {caller: end for caller, end in self._ends.items() if end > self._now}
+    def add(self, sequence: Sequence) -> None:
+        """Adds a sequence that has arrived or was preempted."""
+        caller = sequence.request.caller.name
+        if not any(caller in callers for callers in self._waiting.values()):
+            self._served[caller] = max(self._served.get(caller, 0.0), self._now)
+        callers = self._waiting.setdefault(sequence.request.priority, {})
+        insort(callers.setdefault(caller, []), sequence, key=_sequence_id)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Removes a sequence; has no effect if it does not wait."""
+        priority, caller = sequence.request.priority, sequence.request.caller.name
+        callers = self._waiting.get(priority, {})
+        if sequence not in (queue := callers.get(caller, [])):
+            return
+        queue.remove(sequence)
+        if not queue:
+            del callers[caller]
+        if not callers:
+            del self._waiting[priority]
+
+    @property
+    def first(self) -> Sequence:
+        """The sequence that is to start next. There must be one."""
+        callers = self._waiting[max(self._waiting)]
+        return min((queue[0] for queue in callers.values()), key=self._order)
+
+    def _order(self, sequence: Sequence) -> tuple[float, int]:
+        return self._served[sequence.request.caller.name], sequence.sequence_id
+
+    def start(self, sequence: Sequence, num_tokens: int) -> None:
+        """Removes a sequence because it starts to run, and charges its caller."""
+        caller = sequence.request.caller
+        self.remove(sequence)
+        self._now = max(self._now, self._served[caller.name])
+        self.charge(caller, num_tokens)
+        if len(self._served) > _MAX_IDLE_CALLERS:
+            waiting = {name for callers in self._waiting.values() for name in callers}
+            self._served = {name: self._served[name] for name in waiting}
+
+    def charge(self, caller: Caller, num_tokens: int) -> None:
+        """Counts tokens as served, or gives them back if their number is negative."""
+        if caller.name in self._served:
+            self._served[caller.name] += num_tokens / caller.quota.weight
+
+    def served(self, caller: Caller) -> float:
+        """Returns how many tokens a caller has been served, by its weight, or as many as anyone if it is idle."""
+        return self._served.get(caller.name, self._now)

@@ -1,15 +1,16 @@
 """Decides what each step computes and applies the results.
 
-`plan` serves the sequences in one pass, by priority and then in the order of the fair queue; `commit` applies the
-chosen tokens. When blocks run short, the lowest-ranked running sequence is preempted: its blocks are freed and it is
-recomputed later. The first sequence of a request is its primary; its siblings start once the prompt is computed and
-share its full blocks.
+`plan` serves the sequences in one pass, by priority and then by arrival; `commit` applies the chosen tokens. The fair
+queue decides which one starts next. When blocks run short, the lowest-ranked running sequence is preempted: its blocks
+are freed and it is recomputed later. The first sequence of a request is its primary; its siblings start once the prompt
+is computed and share its full blocks.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import insort
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from operator import attrgetter
@@ -55,7 +56,7 @@ class Scheduler:
         )
         self._limits, self._pool, self._eos_token_ids = limits, pool, eos_token_ids
         self._running: list[Sequence] = []
-        self._waiting: list[Sequence] = []
+        self._waiting = FairQueue()
         self._sequences: dict[int, Sequence] = {}
         self._num_arrivals = 0
         self._max_step_tokens = limits.max_step_tokens
@@ -64,8 +65,10 @@ class Scheduler:
         """The number of steps since that one; not set before."""
         self._started: list[int] = []
         """The sequences that run for the first time in the step that is being planned."""
+        self._preempted: list[str] = []
+        self._resumed: list[str] = []
+        """The requests of the sequences that this step preempts, and that run again."""
         self._times = StepTimes()
-        self._fair_queue = FairQueue()
         self._drafters: dict[int, Drafter] = {}
         """By sequence; empty without speculation."""
 
@@ -105,9 +108,6 @@ class Scheduler:
         """
         primary: Sequence | None = None
         added: list[tuple[Sequence, Finish | None]] = []
-        max_new_tokens = request.stopping.max_new_tokens or 0
-        num_tokens = sum(max_new_tokens - len(resumed) for resumed in request.outputs.values())
-        start = self._fair_queue.start(request.caller.name, len(prompt_token_ids) + num_tokens)
         for number, (index, resumed) in enumerate(request.outputs.items()):
             sequence = Sequence(
                 self._num_arrivals,
@@ -117,7 +117,6 @@ class Scheduler:
                 self._eos_token_ids,
                 matchers[number] if matchers else None,
                 primary,
-                start=start,
             )
             self._num_arrivals += 1
             finish = None
@@ -127,7 +126,7 @@ class Scheduler:
             if finish is None:
                 self._sequences[sequence.sequence_id] = sequence
                 if primary is None:
-                    insort(self._waiting, sequence, key=_rank)
+                    self._waiting.add(sequence)
                 else:
                     primary.siblings.append(sequence)
                 primary = primary or sequence
@@ -138,9 +137,12 @@ class Scheduler:
         """Removes a sequence and frees its blocks immediately; returns False if it has already been removed."""
         if self._sequences.pop(sequence.sequence_id, None) is None:
             return False
-        for queue in (self._running, self._waiting, sequence.primary.siblings if sequence.primary else []):
+        self._waiting.remove(sequence)
+        for queue in (self._running, sequence.primary.siblings if sequence.primary else []):
             if sequence in queue:
                 queue.remove(sequence)
+        if sequence.num_cached_tokens is not None:  # it has run
+            self._waiting.charge(sequence.request.caller, -sequence.num_remaining)
         self._pool.free(sequence.release())
         self._drafters.pop(sequence.sequence_id, None)
         self._release_siblings(sequence)
@@ -153,8 +155,9 @@ class Scheduler:
         steps = self._steps(max(budget, len(self._running)))
         if self._limits.speculates:
             self._add_drafts(steps)
-        started, self._started = tuple(self._started), []
-        return StepPlan(tuple(steps), started)
+        plan = StepPlan(tuple(steps), tuple(self._started), tuple(self._preempted), tuple(self._resumed))
+        self._started, self._preempted, self._resumed = [], [], []
+        return plan
 
     def shrink_steps(self) -> None:
         """Halves the tokens of a step, because one did not fit in memory; each `_SMALL_STEPS` steps double them
@@ -221,7 +224,7 @@ class Scheduler:
 
     def _release_siblings(self, primary: Sequence) -> None:
         while primary.siblings:
-            insort(self._waiting, primary.siblings.pop(), key=_rank)
+            self._waiting.add(primary.siblings.pop())
 
     def _budget(self) -> int:
         """Returns how many tokens the step may compute, drafts apart.
@@ -239,26 +242,53 @@ class Scheduler:
         return max(len(running), min(num_tokens, self._max_step_tokens))
 
     def _admit(self, budget: int) -> None:
-        """Starts waiting sequences, strictly by rank, while budget, batch slots and blocks for their tokens last.
+        """Starts waiting sequences, strictly in their order, while budget, slots and blocks for their tokens last.
 
-        A sequence of higher priority preempts running ones of lower priority if it fits once they are gone.
+        A sequence preempts those that must make way for it if it fits once they are gone.
         """
-        while self._waiting and self._has_budget_for(self._waiting[0], budget):
-            head = self._waiting[0]
+        while self._waiting and self._has_budget_for(head := self._waiting.first, budget):
             hits = self._cached_blocks(head)
             if self._lacks_capacity_for(head, hits):
-                staying = [s for s in self._running if s.request.priority >= head.request.priority]
-                if len(staying) == len(self._running) or not self._fits_beside(staying, head, hits):
+                preemptible = self._preemptible_for(head)
+                staying = [s for s in self._running if s not in preemptible]
+                if not preemptible or not self._fits_beside(staying, head, hits):
                     return
                 while self._lacks_capacity_for(head, hits):
-                    self._preempt(self._running[-1])
-            self._waiting.remove(head)
-            self._fair_queue.advance(head.fair_start)
+                    self._preempt(preemptible.pop(0))
+            is_new = head.num_cached_tokens is None
+            prompt = 0 if head.primary else head.num_prompt_tokens
+            self._waiting.start(head, prompt + head.num_remaining if is_new else 0)
             self._pool.share(hits)
-            if head.num_cached_tokens is None:
+            if is_new:
                 self._started.append(head.sequence_id)
+            else:
+                self._resumed.append(head.request.request_id)
             head.start(hits, len(hits) * self._pool.block_size)
             insort(self._running, head, key=_rank)
+
+    def _preemptible_for(self, head: Sequence) -> list[Sequence]:
+        """Returns the running sequences that must make way for `head`, in their order.
+
+        They are those of lower priority, and, if its caller runs fewer than its share and has been served less, of the
+        same priority those that other callers run beyond theirs.
+        """
+        priority, caller = head.request.priority, head.request.caller
+        num_running = Counter(s.request.caller.name for s in self._running)
+        weights = {s.request.caller.name: s.request.caller.quota.weight for s in (head, *self._running)}
+        num_slots = self._limits.max_running_requests / sum(weights.values())
+        is_short = num_running[caller.name] + 1 <= num_slots * caller.quota.weight
+        served = self._waiting.served(caller)
+        preemptible = []
+        for s in reversed(self._running):
+            other = s.request.caller
+            if s.request.priority < priority:
+                preemptible.append(s)
+            elif s.request.priority > priority or not is_short:
+                break
+            elif num_running[other.name] > num_slots * other.quota.weight and self._waiting.served(other) > served:
+                num_running[other.name] -= 1
+                preemptible.append(s)
+        return preemptible
 
     def _has_budget_for(self, head: Sequence, budget: int) -> bool:
         """Whether the sequences ranked before `head` leave it at least one token of the step's budget.
@@ -357,7 +387,8 @@ class Scheduler:
         self._running.remove(sequence)
         self._pool.free(sequence.release())
         sequence.num_preemptions += 1
-        insort(self._waiting, sequence, key=_rank)
+        self._preempted.append(sequence.request.request_id)
+        self._waiting.add(sequence)
 
     def _advance_computed(self, sequence: Sequence, num_computed: int) -> None:
         """Records the number of computed tokens; new full blocks enter the prefix cache."""

@@ -26,16 +26,11 @@ class Sequence:
         eos_token_ids: frozenset[int] = frozenset(),
         matcher: Matcher | None = None,
         primary: Sequence | None = None,
-        *,
-        start: int = 0,
     ) -> None:
-        """`primary` is the sequence of the same request that computes the prompt for this one; None on the primary.
-
-        `start` is that of the request in the fair queue.
-        """
-        self.sequence_id, self.request, self.index, self.fair_start = sequence_id, request, index, start
-        self.rank = (-request.priority, start, sequence_id)
-        """The sort key for scheduling: lower runs first, by priority, then in the order of the fair queue."""
+        """`primary` is the sequence of the same request that computes the prompt for this one; None on the primary."""
+        self.sequence_id, self.request, self.index = sequence_id, request, index
+        self.rank = (-request.priority, sequence_id)
+        """The sort key of running sequences: lower is served first, by priority, then by arrival."""
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self._prompt_token_ids = prompt_token_ids
@@ -77,9 +72,14 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_remaining(self) -> int:
+        """The number of tokens that the output may still get."""
+        return (self.request.stopping.max_new_tokens or 0) - self.num_output_tokens
+
+    @property
     def wants_token(self) -> bool:
         """Whether a token is to be chosen after the known ones; False if only the prompt is to be computed."""
-        return self.num_output_tokens != self.request.stopping.max_new_tokens
+        return self.num_remaining != 0
 
     @property
     def num_required(self) -> int:

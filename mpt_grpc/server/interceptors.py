@@ -1,33 +1,33 @@
 """The interceptor of all calls: identifies the caller and checks its roles, adds a server span to the caller's trace,
-logs a line, and maps errors to statuses."""
+logs and measures it, and maps errors to statuses."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
+from opentelemetry.trace import Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from mpt_grpc.access import Access, check_role
 from mpt_grpc.caller import ANONYMOUS, Caller, Role
 from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptServerError, UnauthenticatedError
 from mpt_grpc.server import status
+from mpt_grpc.server.call import Call, begin_call, current_call
 from mpt_grpc.server.sizes import MessageLimits
+from mpt_grpc.server.writes import PendingWrites
 from mpt_grpc.telemetry import names
+from mpt_grpc.telemetry.observer import Telemetry
 from mpt_grpc.turnstile import Turnstile
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
@@ -36,8 +36,7 @@ _SERVICES: Mapping[str, ServiceDescriptor] = {
     service.full_name: service for module in (pb, debug_pb2) for service in module.DESCRIPTOR.services_by_name.values()
 }
 SERVICE, DEBUG_SERVICE = _SERVICES
-_log = logging.getLogger("mpt_grpc.access")
-_POLLED = ("GetEngineState", "GetModelInfo", "GetServerInfo")
+_log = logging.getLogger(__name__)
 _ROLES: Mapping[str, tuple[Role, ...]] = {
     "Generate": (Role.GENERATE,),
     "StreamGenerate": (Role.GENERATE,),
@@ -50,7 +49,6 @@ _ROLES: Mapping[str, tuple[Role, ...]] = {
     "ServerReflectionInfo": tuple(Role),
 }
 """The roles of which a caller needs one, by method. No other method can be called, except health."""
-_MAX_LOGGED_CHARACTERS = 300
 
 # grpc.aio's types describe the messages of one method; an interceptor handles those of all methods.
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -58,37 +56,18 @@ _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Serving: TypeAlias = Callable[[_CallContext], AbstractAsyncContextManager[None]]
 
 
-@dataclass
-class Call:
-    """The call being served."""
-
-    peer: str
-    span: Span | None
-    """None unless the server traces."""
-    caller: Caller
-    logged: dict[str, Any] = field(default_factory=dict)
-    """What its line in the log contains in addition to the method, the status and the duration."""
-    error_details: list[Message] = field(default_factory=list)
-    """What the status of an error carries in addition to the details of the error itself."""
-
-
-_call: ContextVar[Call] = ContextVar("call")
-
-
-def current_call() -> Call:
-    """Returns the call that this coroutine serves."""
-    return _call.get()
-
-
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the methods of this project's services and reflection; health passes through unchanged."""
 
     message_limits: MessageLimits
-    """To be set before the server starts."""
+    telemetry: Telemetry
+    """Both are to be set before the server starts."""
+    writes: PendingWrites
+    """The streams that wait for their callers to read."""
 
-    def __init__(self, tracer: Tracer | None, access: Access) -> None:
-        self._arrivals = Turnstile()
-        self._tracer, self._access = tracer, access
+    def __init__(self, access: Access) -> None:
+        self._arrivals, self.writes = Turnstile(), PendingWrites()
+        self._access = access
         self._propagator = TraceContextTextMapPropagator()
 
     async def intercept_service(
@@ -117,7 +96,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Messages are parsed where errors become statuses, and not by gRPC, which would report UNKNOWN.
         codecs = (None, handler.response_serializer)
         if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(_stream(serving, parse, handler.unary_stream), *codecs)
+            stream = _stream(serving, parse, handler.unary_stream, self.writes)
+            return grpc.unary_stream_rpc_method_handler(stream, *codecs)
         assert handler.unary_unary is not None
         return grpc.unary_unary_rpc_method_handler(_unary(serving, parse, handler.unary_unary), *codecs)
 
@@ -136,54 +116,41 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Read now: grpc crashes if the peer of a cancelled call is read at its end.
         peer = context.peer()
         caller = caller or self._access.certified_caller(_certified_name(context.auth_context()))
-        call = Call(peer, self._start_span(method, caller, context), caller)
-        if caller.name:
-            call.logged["caller"] = caller.name
-        # Each call runs in a task of its own, so the variable need not be reset.
-        _call.set(call)
-        start_s = time.monotonic()
-        code = grpc.StatusCode.OK
+        call = Call(method, peer, self._start_span(method, caller, context), caller, context.time_remaining())
+        begin_call(call)
+        metrics = self.telemetry.metrics
         try:
             await self._arrivals.wait()
             check_role(caller, _ROLES[method.rpartition("/")[2]])
             yield
         except MptServerError as error:
-            code, _ = status.code_and_reason(error)
-            await self._fail(context, call, error)
+            failure = error
         except (asyncio.CancelledError, GeneratorExit):
-            code = grpc.StatusCode.CANCELLED
+            call.cancel(metrics)
             raise
         except Exception:
             _log.exception("%s failed", method)
-            code = grpc.StatusCode.INTERNAL
-            await self._fail(context, call, InternalError("internal error; see the server's log for details"))
-        finally:
-            _log_call(method.rpartition("/")[2], call, code, time.monotonic() - start_s)
-            if call.span is not None:
-                call.span.set_attribute(names.RPC_STATUS_CODE, code.name)
-                call.span.end()
+            failure = InternalError("internal error; see the server's log for details")
+        else:
+            call.end(metrics)
+            return
+        # gRPC keeps the exception of a status, and with it these frames and their messages, until garbage is collected.
+        traceback.clear_frames(failure.__traceback__)
+        call.fail(metrics, failure)
+        await status.abort(context, failure, call.error_details)
 
     def _start_span(self, method: str, caller: Caller, context: _CallContext) -> Span | None:
-        if self._tracer is None:
+        if self.telemetry.tracer is None:
             return None
         carrier = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         named = {names.CALLER: caller.name} if caller.name else {}
-        return self._tracer.start_span(
+        span = self.telemetry.tracer.start_span(
             method,
             context=self._propagator.extract(carrier, context=Context()),
             kind=SpanKind.SERVER,
             attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method, **named},
         )
-
-    @staticmethod
-    async def _fail(context: _CallContext, call: Call, error: MptServerError) -> None:
-        # gRPC keeps the exception of a status, and with it these frames and their messages, until garbage is collected.
-        traceback.clear_frames(error.__traceback__)
-        call.logged["error"] = str(error)
-        if call.span is not None:
-            call.span.set_attribute(names.ERROR_TYPE, status.code_and_reason(error)[1])
-            call.span.set_status(StatusCode.ERROR, str(error))
-        await status.abort(context, error, call.error_details)
+        return span if span.is_recording() else None
 
 
 def _unary(serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
@@ -196,12 +163,21 @@ def _unary(serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[...
     return unary
 
 
-def _stream(serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
+def _stream(
+    serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any], writes: PendingWrites
+) -> Callable[..., Any]:
     async def stream(data: bytes, context: _CallContext) -> AsyncIterator[Any]:
+        task = asyncio.current_task()
+        assert task is not None
         async with serving(context), aclosing(serve(parse(data), context)) as responses:
             del data
-            async for response in responses:
-                yield response
+            try:
+                async for response in responses:
+                    writes.begin(task, context, current_call())
+                    yield response
+                    writes.end(task)
+            finally:
+                writes.end(task)
 
     return stream
 
@@ -231,15 +207,3 @@ def _certified_name(identity: Mapping[str, Iterable[bytes]]) -> str:
     """Returns the name in a client's certificate, as `mpt_grpc.tls.subject_name` does; empty without a certificate."""
     names = (*identity.get("x509_common_name", ()), *identity.get("x509_subject_alternative_name", ()))
     return next((name.decode(errors="replace") for name in names if name), "")
-
-
-def _log_call(method: str, call: Call, code: grpc.StatusCode, duration_s: float) -> None:
-    level = logging.DEBUG if method in _POLLED and code is grpc.StatusCode.OK else logging.INFO
-    if _log.isEnabledFor(level):
-        details = "".join(f" {name}={_shortened(value)}" for name, value in call.logged.items())
-        _log.log(level, "%s %s %.3f s peer=%s%s", method, code.name, duration_s, call.peer, details)
-
-
-def _shortened(value: Any) -> str:
-    """Returns the value on one line; text of callers is quoted, so that it cannot forge a line of the log."""
-    return repr(value[:_MAX_LOGGED_CHARACTERS]) if isinstance(value, str) else str(value)

@@ -19,7 +19,9 @@ from urllib.parse import quote
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from opentelemetry.trace import Tracer
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.trace import TracerProvider
+from prometheus_client import CollectorRegistry
 
 from mpt_grpc.access import Access
 from mpt_grpc.engine.engine import Engine
@@ -29,24 +31,27 @@ from mpt_grpc.listening import address, claim_socket, exposure, port_error
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.allocator import trim
 from mpt_grpc.server.credentials import server_credentials
+from mpt_grpc.server.http import serving_http
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.local_channel import LocalChannel
+from mpt_grpc.server.observing import make_telemetry, measure_lag
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.server.sizes import MessageLimits
+from mpt_grpc.server.writes import PendingWrites
 from mpt_grpc.settings import ServerSettings, Settings
-from mpt_grpc.telemetry import names
-from mpt_grpc.telemetry.tracing import make_tracer_provider, shut_down
+from mpt_grpc.telemetry.exporting import EXPORT_TIMEOUT_S, make_meter_provider, make_tracer_provider, shut_down
 from mpt_grpc.tls import ServerCertificate, server_certificate
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
 
 _log = logging.getLogger(__name__)
+LIVE = "live"
+"""The service whose health is NOT_SERVING if the process should be replaced."""
 _WATCH_INTERVAL_S = 1.0
 # After a drain only idle calls, such as Health.Watch, remain.
 _STOP_GRACE_S = 0.5
 _STOP_TIMEOUT_S = 5.0
 _MAX_PENDING_CALLS = 100_000
-_EXPORT_TIMEOUT_S = 2.0
 _MAX_RECEIVED_BYTES = 8 << 20
 """The largest message that is received; smaller ones that are still too large get an error with details."""
 _MAX_SENT_BYTES = 32 << 20
@@ -134,12 +139,14 @@ class RunningServer:
         model: LoadedModel,
         servicer: TextGenerationServicer,
         access: Access,
+        writes: PendingWrites,
     ) -> None:
         self.settings, self.target, self.engine, self.model = settings, target, engine, model
         self.channel = channel
         """A channel to this server for callers on its event loop, who need no connection."""
         self.http_port: int | None = None
-        self._servicer, self._access = servicer, access
+        self.metrics_port: int | None = None
+        self._servicer, self._access, self._writes = servicer, access, writes
         self.engine_failed = asyncio.Event()
         """Set when the engine has ended by itself, so that only a new process can serve again."""
         self._health = health.aio.HealthServicer()
@@ -152,61 +159,76 @@ class RunningServer:
     async def drain(self, stop: asyncio.Event | None = None) -> None:
         """Refuses new requests and waits for those in progress, up to the grace period or until `stop` is set."""
         self._draining = True
-        await self._health.enter_graceful_shutdown()
+        await self._update_health()
         self.engine.refuse(DrainingError("the server is shutting down; use another server"))
         await _first(self._servicer.idle, stop, timeout_s=self.settings.server.grace_s)
 
     async def watch(self) -> None:
-        """Updates health, NOT_SERVING while the engine is stuck, reads access tokens again if their file has changed,
-        and frees memory when idle. Runs until cancelled."""
-        while not self._draining:
-            stuck = self.engine.is_stuck(self.settings.server.stall_timeout_s)
-            await self.set_serving(not stuck)
+        """Updates health, reads access tokens again if their file has changed, ends streams that are not read, and
+        frees memory when idle. Runs until cancelled."""
+        while True:
+            await self._update_health()
             await asyncio.to_thread(self._access.refresh)
+            self._writes.end_unread(self.settings.server.read_timeout_s)
             if self.engine.failure is not None:
                 self.engine_failed.set()
             if not self.engine.num_in_flight:
                 await asyncio.to_thread(trim)
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
-    async def set_serving(self, serving: bool) -> None:
-        """Sets the health of the whole server and of the text generation service."""
+    async def _update_health(self) -> None:
+        """Sets the health of the process, and of the server and its service, which also stop serving in a drain."""
+        is_live = not self.engine.is_stuck(self.settings.server.stall_timeout_s)
         statuses = health_pb2.HealthCheckResponse
-        for service in ("", SERVICE):
-            await self._health.set(service, statuses.SERVING if serving else statuses.NOT_SERVING)
+        for service, serves in ((LIVE, is_live), *((name, is_live and not self._draining) for name in ("", SERVICE))):
+            await self._health.set(service, statuses.SERVING if serves else statuses.NOT_SERVING)
 
 
 @asynccontextmanager
 async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
     """Listens, loads the model, warms it up and serves inside the block; then cancels the remaining requests."""
-    provider = make_tracer_provider(settings.trace_file)
+    has_metrics_page = settings.http.port is not None or settings.telemetry.metrics_port is not None
+    registry = CollectorRegistry() if has_metrics_page else None
+    meters = make_meter_provider(registry)
+    tracers = make_tracer_provider(settings.telemetry.trace_file, meters)
+    if settings.telemetry.trace_steps is not None and tracers is None:
+        _log.warning("--trace-steps has no effect without --trace-file or OTEL_EXPORTER_OTLP_ENDPOINT")
     try:
-        async with _serving(settings, None if provider is None else provider.get_tracer(names.SCOPE)) as server:
+        async with _serving(settings, tracers, meters, None if meters is None else registry) as server:
             yield server
     finally:
-        if provider is not None:
-            await asyncio.to_thread(shut_down, provider, _EXPORT_TIMEOUT_S)
+        providers = [provider for provider in (tracers, meters) if provider is not None]
+        await asyncio.to_thread(shut_down, providers, EXPORT_TIMEOUT_S)
 
 
 @asynccontextmanager
-async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[RunningServer]:
+async def _serving(
+    settings: Settings,
+    tracers: TracerProvider | None,
+    meters: MeterProvider | None,
+    registry: CollectorRegistry | None,
+) -> AsyncIterator[RunningServer]:
     access, tls = Access(settings.server.tokens_file), settings.server.tls
-    interceptor = CallInterceptor(tracer, access)
+    interceptor = CallInterceptor(access)
     certificate = None if tls is None else server_certificate(tls)
     identifies_callers = access.requires_token or (tls is not None and tls.client_ca is not None)
     missing = {"TLS (--tls-cert)": tls is None, "access tokens (--tokens-file)": not identifies_callers}
-    listens_on_host = settings.server.grpc_socket is None or settings.http.port is not None
+    has_port = settings.http.port is not None or settings.telemetry.metrics_port is not None
+    listens_on_host = settings.server.grpc_socket is None or has_port
     if listens_on_host and (warning := exposure(settings.server.host, missing)):
         _log.warning("%s", warning)
     server = grpc.aio.server(interceptors=[interceptor], options=_CHANNEL_OPTIONS)
     with _listening(server, settings.server, certificate) as target:
         loop = asyncio.get_running_loop()
-        engine, model = await asyncio.to_thread(load_engine, settings, tracer=tracer, loop=loop)
+        engine, model = await asyncio.to_thread(load_engine, settings, loop=loop)
         limits = engine.preparation.limits
         interceptor.message_limits = MessageLimits(limits)
+        interceptor.telemetry = telemetry = make_telemetry(
+            engine, model, tracers, meters, settings.telemetry.trace_steps
+        )
         servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.message_limits)
         channel = LocalChannel(interceptor)
-        running = RunningServer(settings, target, channel, engine, model, servicer, access)
+        running = RunningServer(settings, target, channel, engine, model, servicer, access, interceptor.writes)
         services: Any
         for services in (server, channel):
             pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, services)
@@ -222,34 +244,24 @@ async def _serving(settings: Settings, tracer: Tracer | None) -> AsyncIterator[R
             except MptServerError as error:
                 why = f"the model failed to generate its first tokens: {error.__cause__ or error}"
                 raise ModelError(why) from error
+            engine.observe(telemetry)
             await server.start()
-            watch = asyncio.create_task(running.watch())
+            tasks = [asyncio.create_task(running.watch()), asyncio.create_task(measure_lag(telemetry.metrics))]
             try:
-                async with channel, _http(settings, target, channel, certificate) as running.http_port:
+                page = None if registry is None else (registry, access)
+                async with (
+                    channel,
+                    serving_http(settings, target, channel, certificate, telemetry.tracer, page) as ports,
+                ):
+                    running.http_port, running.metrics_port = ports
                     yield running
             finally:
-                watch.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await watch
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
                 # The engine stops first, so that the remaining calls end with its error, which gives the reason.
                 await asyncio.to_thread(engine.close)
                 await server.stop(_STOP_GRACE_S)
-
-
-@asynccontextmanager
-async def _http(
-    settings: Settings, target: str, channel: grpc.aio.Channel, certificate: ServerCertificate | None
-) -> AsyncIterator[int | None]:
-    """Serves the OpenAI-compatible API as a client of this server; yields its port, or None if it is disabled."""
-    if settings.http.port is None:
-        yield None
-        return
-    # Imported here, so that a server without HTTP does not wait for it.
-    from mpt_grpc.gateway.serve import running_gateway
-
-    host = settings.server.host
-    async with running_gateway(target, host, settings.http, certificate=certificate, channel=channel) as port:
-        yield port
 
 
 def _warm_up(max_context_tokens: int) -> GenerationRequest:

@@ -32,12 +32,12 @@ from mpt_grpc.limits import (
 )
 from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
 from mpt_grpc.server import convert
-from mpt_grpc.server.interceptors import Call, current_call
+from mpt_grpc.server.call import Call, current_call
 from mpt_grpc.server.quotas import Quotas
 from mpt_grpc.server.sizes import MessageLimits, check_sizes
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry import names
-from mpt_grpc.telemetry.tracing import request_attributes
+from mpt_grpc.telemetry.tracing import operation, request_attributes
 from mpt_grpc.text.tokenizer import Tokenizer
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
@@ -69,7 +69,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         self.idle.set()
 
     async def Generate(self, request: pb.GenerateRequest, context: _CallContext) -> pb.GenerateResponse:
-        async with self._answer(request) as answer:
+        async with self._answer(request, context) as answer:
             deltas = [delta async for delta in answer.deltas]
             return await _built(lambda: answer.complete(deltas), sum(map(_num_logprobs, deltas)))
 
@@ -78,7 +78,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         request: pb.GenerateRequest,
         context: _CallContext,
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
-        async with self._answer(request) as answer:
+        async with self._answer(request, context) as answer:
             is_first = True
             try:
                 async for delta in answer.deltas:
@@ -148,20 +148,21 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         )
 
     @asynccontextmanager
-    async def _answer(self, message: pb.GenerateRequest) -> AsyncIterator[_Answer]:
+    async def _answer(self, message: pb.GenerateRequest, context: _CallContext) -> AsyncIterator[_Answer]:
         """Submits a request, which ends with the block: by return, error, cancellation or deadline."""
         self._num_answers += 1
         self.idle.clear()
         call = current_call()
         try:
             with self._quotas.request(call.caller) as meter:
-                stream = self._submit(message)
+                stream = self._submit(message, context.time_remaining())
                 self._calls[stream.request_id] = call
                 deltas = aiter(stream) if meter is None else meter.metered(stream)
                 try:
                     tokenizer = self._engine.preparation.tokenizer
                     yield _Answer(stream, deltas, message.output_options, tokenizer, self._model.fingerprint)
                 finally:
+                    _log_tokens(call, stream)
                     stream.cancel()
                     if self._calls.get(stream.request_id) is call:  # a new request may have the same ID
                         del self._calls[stream.request_id]
@@ -170,7 +171,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             if not self._num_answers:
                 self.idle.set()
 
-    def _submit(self, message: pb.GenerateRequest) -> AsyncStream:
+    def _submit(self, message: pb.GenerateRequest, timeout_s: float | None) -> AsyncStream:
         if message.model not in ("", self._model.name):
             wanted = message.model[: MAX_BYTES["model"]]
             raise UnknownModelError(f"model {wanted!r} is not loaded; the loaded model is {self._model.name!r}")
@@ -182,11 +183,12 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         call = current_call()
         request = convert.generation_request(message, self._model.defaults, call.caller)
         call.logged["request_id"] = request.request_id
+        call.operation = operation(request)
         span, parent = call.span, None
         if span is not None:
             span.set_attributes(request_attributes(request, self._model.name))
             parent = set_span_in_context(span)
-        return self._engine.submit(request, AsyncStream, context=parent)
+        return self._engine.submit(request, AsyncStream, context=parent, timeout_s=timeout_s)
 
 
 class DebugServicer(debug_pb2_grpc.DebugServiceServicer):
@@ -208,6 +210,15 @@ async def _built(build: Callable[[], _Message], num_logprobs: int) -> _Message:
 
 def _num_logprobs(delta: OutputDelta) -> int:
     return len(delta.logprobs) + len(delta.prompt_logprobs)
+
+
+def _log_tokens(call: Call, stream: AsyncStream) -> None:
+    """Adds what the caller has got to the line of the call in the log, however it ends."""
+    call.logged |= {"prompt_tokens": stream.num_prompt_tokens, "output_tokens": stream.num_output_tokens}
+
+
+def _elapsed_s(start_s: float, end_s: float | None) -> float | None:
+    return None if end_s is None else round(end_s - start_s, 6)
 
 
 class _Answer:
@@ -283,9 +294,10 @@ class _Answer:
         call = current_call()
         reasons = [finish.reason.name.lower() for finish in stats.finishes]
         call.logged |= {
-            "prompt_tokens": stats.num_prompt_tokens,
             "cached_tokens": stats.num_cached_tokens,
-            "output_tokens": stats.num_output_tokens,
+            "queue_s": _elapsed_s(stats.arrival_time_s, stats.scheduled_time_s),
+            "first_token_s": _elapsed_s(stats.arrival_time_s, stats.first_token_time_s),
+            "preemptions": stats.num_preemptions,
             "finish": ",".join(reasons),
         }
         span = call.span

@@ -24,6 +24,7 @@ from mpt_grpc.errors import (
     QuotaExceededError,
     UnauthenticatedError,
     UnknownModelError,
+    UnreadResponseError,
 )
 
 _DOMAIN = "mpt-grpc"
@@ -39,10 +40,15 @@ _TABLE: dict[type[MptServerError], tuple[grpc.StatusCode, str]] = {
     FingerprintError: (grpc.StatusCode.FAILED_PRECONDITION, "FINGERPRINT_MISMATCH"),
     OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     QuotaExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
+    UnreadResponseError: (grpc.StatusCode.ABORTED, "NOT_READ"),
     DrainingError: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     EngineStoppedError: (grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPED"),
     InternalError: (grpc.StatusCode.INTERNAL, "ENGINE_FAULT"),
 }
+
+
+REASONS = tuple(reason for _, reason in _TABLE.values())
+"""The stable names of all errors."""
 
 
 def code_and_reason(error: MptServerError) -> tuple[grpc.StatusCode, str]:

@@ -26,5 +26,8 @@ def welcome(server: RunningServer) -> str:
         listening = server.settings.server
         url = f"http{'s' if listening.tls else ''}://{address(listening.reachable_host, server.http_port)}"
         lines += [f"  OpenAI    {url}/v1", f"  web page  {url}/"]
+    if server.metrics_port is not None:
+        scheme, host = "https" if server.settings.server.tls else "http", server.settings.server.reachable_host
+        lines.append(f"  metrics   {scheme}://{address(host, server.metrics_port)}/metrics")
     lines.append(f'  try       mpt-grpc generate "Once upon a time" --target {server.target}')
     return "\n".join(lines)

@@ -1,16 +1,32 @@
-"""All span and attribute names. RPC and GenAI names follow OpenTelemetry's semantic conventions 1.44."""
+"""All names of spans, events, metrics and attributes.
+
+Those that begin with rpc, http, gen_ai or error follow OpenTelemetry's semantic conventions 1.44. Those that begin with
+mpt are this project's own.
+"""
 
 SCOPE = "mpt-grpc"
 
+# Spans and their events
 SPAN_QUEUE = "queue"
 SPAN_PREFILL = "prefill"
 SPAN_DECODE = "decode"
+SPAN_STEP = "step"
+EVENT_CHUNK = "chunk"
+EVENT_FIRST_TOKEN = "first token"
+EVENT_SPECULATION = "speculation"
+EVENT_PREEMPTION = "preemption"
+EVENT_RESUMPTION = "resumption"
 
+# Attributes of calls
 RPC_SYSTEM = "rpc.system.name"
 RPC_METHOD = "rpc.method"
 RPC_STATUS_CODE = "rpc.response.status_code"
+HTTP_METHOD = "http.request.method"
+HTTP_ROUTE = "http.route"
+HTTP_STATUS_CODE = "http.response.status_code"
 ERROR_TYPE = "error.type"
 
+# Attributes of requests
 OPERATION = "gen_ai.operation.name"
 PROVIDER = "gen_ai.provider.name"
 REQUEST_MODEL = "gen_ai.request.model"
@@ -26,8 +42,54 @@ RESPONSE_ID = "gen_ai.response.id"
 RESPONSE_FINISH_REASONS = "gen_ai.response.finish_reasons"
 USAGE_INPUT_TOKENS = "gen_ai.usage.input_tokens"
 USAGE_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
-
+TOKEN_TYPE = "gen_ai.token.type"
+TOKEN_TYPE_INPUT = "input"
+TOKEN_TYPE_OUTPUT = "output"
 CALLER = "mpt.caller"
 REQUEST_ID = "mpt.request_id"
+RESUMED_TOKENS = "mpt.resumed_tokens"
 CACHED_TOKENS = "mpt.cached_tokens"
 PREEMPTIONS = "mpt.preemptions"
+DRAFT_TOKENS = "mpt.draft_tokens"
+ACCEPTED_TOKENS = "mpt.accepted_tokens"
+FINISH_REASON = "mpt.finish_reason"
+
+# Attributes of steps and chunks
+STEP_KIND = "mpt.step.kind"
+NUM_SEQUENCES = "mpt.sequences"
+NUM_TOKENS = "mpt.tokens"
+
+# Metrics of calls and requests
+RPC_DURATION = "rpc.server.call.duration"
+REQUEST_DURATION = "gen_ai.server.request.duration"
+TIME_TO_FIRST_TOKEN = "gen_ai.server.time_to_first_token"
+TIME_PER_OUTPUT_TOKEN = "gen_ai.server.time_per_output_token"
+QUEUE_DURATION = "mpt.request.queue.duration"
+PREFILL_DURATION = "mpt.request.prefill.duration"
+DECODE_DURATION = "mpt.request.decode.duration"
+REQUEST_TOKENS = "mpt.request.tokens"
+REQUESTS_ENDED = "mpt.requests.ended"
+REQUESTS_FAILED = "mpt.requests.failed"
+PROMPT_TOKENS = "mpt.prompt.tokens"
+PROMPT_CACHED_TOKENS = "mpt.prompt.cached_tokens"
+CALLER_REQUESTS = "mpt.caller.requests"
+CALLER_TOKENS = "mpt.caller.tokens"
+
+# Metrics of the engine and the process
+REQUESTS_RUNNING = "mpt.requests.running"
+REQUESTS_WAITING = "mpt.requests.waiting"
+REQUESTS_PREPARING = "mpt.requests.preparing"
+KV_CACHE_USAGE = "mpt.kv_cache.usage"
+KV_CACHE_BLOCKS = "mpt.kv_cache.blocks"
+GENERATED_TOKENS = "mpt.generated.tokens"
+STEPS = "mpt.steps"
+STEP_DURATION = "mpt.step.duration"
+STEP_SEQUENCES = "mpt.step.sequences"
+PREEMPTED = "mpt.preempted.sequences"
+SPECULATION_DRAFTS = "mpt.speculation.draft_tokens"
+SPECULATION_ACCEPTED = "mpt.speculation.accepted_tokens"
+LOOP_LAG = "mpt.event_loop.lag"
+BUILD = "mpt.build.info"
+BUILD_VERSION = "mpt.version"
+BUILD_DEVICE = "mpt.device"
+BUILD_DTYPE = "mpt.dtype"

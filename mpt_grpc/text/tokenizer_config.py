@@ -47,6 +47,8 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
             raise ModelError(f"{path}: {key}: expected a token, not {config[key]!r}")
     named = _texts({key: value for key, value in config.items() if key.endswith("_token")})
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or {}
+    if not isinstance(extra, dict | list):
+        raise ModelError(f"{path}: additional_special_tokens: expected a list of tokens, not {extra!r}")
     extra = extra if isinstance(extra, dict) else dict(enumerate(extra))
     special = dict.fromkeys((*named.values(), *_texts(extra).values()))
     added = _from_decoder(path, config["added_tokens_decoder"], special) if has_decoder else _legacy(folder, special)

@@ -22,6 +22,7 @@ BIN = Path(sys.executable).parent
 PAGES = (
     "install",
     "serving",
+    "telemetry",
     "security",
     "checkpoints",
     "clients",
@@ -160,7 +161,7 @@ def test_every_link_to_a_file_has_a_target(name: str) -> None:
 @pytest.fixture(scope="module")
 def flags(server: Any) -> set[str]:
     """The flags of all commands."""
-    commands = ("", "serve", "gateway", "generate", "chat", "token", "eval", "bench")
+    commands = ("", "serve", "gateway", "generate", "chat", "token", "top", "trace", "eval", "bench")
     help_text = "".join(
         run([sys.executable, "-m", "mpt_grpc", *filter(None, (command,)), "--help"], server) for command in commands
     )

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from otlp_collector import running_collector
+from server_process import running_gateway
 
 BODY = {"prompt": "The fox", "temperature": 0, "max_tokens": 300, "ignore_eos": True}
 
@@ -101,3 +103,20 @@ def test_a_port_in_use_is_one_line(start_gateway: Callable[..., Any]) -> None:
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"mpt-grpc: --http-port: cannot listen on 127.0.0.1:{port}")
+
+
+def test_a_gateway_exports_the_spans_of_its_requests(server: Any) -> None:
+    trace_id, caller_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with (
+        running_collector() as (collector, endpoint),
+        running_gateway("--target", server.target, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as gateway,
+    ):
+        body = json.dumps({**BODY, "max_tokens": 3}).encode()
+        headers = {"traceparent": f"00-{trace_id}-{caller_id}-01"}
+        request = urllib.request.Request(f"{gateway.openai_url}/completions", body, headers)
+        with urllib.request.urlopen(request, timeout=120) as response:
+            assert response.status == 200
+        gateway.terminate()
+        assert gateway.wait() == 0
+    (span,) = collector.spans
+    assert (span.name, span.parent_span_id.hex()) == ("POST /v1/completions", caller_id)

@@ -110,6 +110,7 @@ def test_a_port_in_use_is_one_line_with_a_remedy(server: Any) -> None:
         ("--max-step-tokens", "3", 1),
         ("--max-context-tokens", "-1", 1),
         ("--grace", "30", 2),
+        ("--read-timeout", "0s", 1),
         ("--stall-timeout", "nan", 2),
         ("--stall-timeout", "0s", 1),
         ("--log-level", "loud", 2),

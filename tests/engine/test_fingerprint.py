@@ -27,6 +27,7 @@ def taken(folder: Path, settings: ModelSettings | None = None, **changes: Any) -
     arguments: dict[str, Any] = {
         "weight_format": WeightFormat(torch.float32, CPU, load_kernels()),
         "cache_dtype": torch.float32,
+        "attention": "torch",
         "defaults": GenerationDefaults(),
         "max_context_tokens": 2048,
         "chat_template": "base",

@@ -136,3 +136,19 @@ def test_a_caller_that_no_longer_waits_for_the_state_does_not_stop_the_engine(en
         engine.state().cancel()
     assert len(collect(stream).token_ids) == 200
     assert engine.state().result(30).load.num_running == 0
+
+
+@pytest.mark.parametrize("num_sequences", [0, 17, (1 << 32) - 1])
+@pytest.mark.parametrize("prompt", ["Once", "Once upon a time " * 1000])
+def test_a_wrong_number_of_outputs_is_refused_before_a_place_is_taken(
+    engine: Engine, num_sequences: int, prompt: str
+) -> None:
+    wrong = generation("wrong", prompt)
+    wrong = replace(
+        wrong,
+        sampling=replace(wrong.sampling, num_sequences=num_sequences),
+        stopping=replace(wrong.stopping, time_limit_s=1e-9),
+    )
+    with pytest.raises(InvalidRequestError, match=r"sampling.num_sequences: \d+ is not in \[1, 4\]"):
+        submit(engine, wrong)
+    assert engine.num_in_flight == 0

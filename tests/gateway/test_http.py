@@ -18,7 +18,7 @@ from http_calls import fetch, read_response, send
 from mpt_grpc.gateway import events
 from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.server.server import RunningServer, running_server
-from mpt_grpc.settings import HttpSettings, ServerSettings
+from mpt_grpc.settings import HttpSettings, ServerSettings, TelemetrySettings
 
 ENDLESS = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True}
 
@@ -90,7 +90,8 @@ def _text(choice: Any) -> str:
 @pytest.mark.parametrize("prompt", ["x", ["x", "y"]])
 async def test_calls_of_the_gateway_continue_the_callers_trace(tmp_path: Path, stream: bool, prompt: Any) -> None:
     trace_file, trace_id = tmp_path / "spans.jsonl", "0af7651916cd43dd8448eb211c80319c"
-    async with running_server(replace(demo_settings(), http=HttpSettings(port=0), trace_file=trace_file)) as server:
+    telemetry = TelemetrySettings(trace_file=trace_file)
+    async with running_server(replace(demo_settings(), http=HttpSettings(port=0), telemetry=telemetry)) as server:
         body = {"prompt": prompt, "max_tokens": 2, "stream": stream}
         parent = f"00-{trace_id}-b7ad6b7169203331-01"
         reader, writer = await send(server, "POST", "/v1/completions", body, traceparent=parent)
@@ -101,6 +102,11 @@ async def test_calls_of_the_gateway_continue_the_callers_trace(tmp_path: Path, s
     decodes = [span for span in spans if span["name"] == "decode"]
     of_caller = [span for span in decodes if span["context"]["trace_id"] == f"0x{trace_id}"]
     assert len(of_caller) == (2 if isinstance(prompt, list) else 1)
+    (http,) = [span for span in spans if span["name"] == "POST /v1/completions"]
+    assert (http["context"]["trace_id"], http["parent_id"]) == (f"0x{trace_id}", "0xb7ad6b7169203331")
+    assert http["attributes"]["http.response.status_code"] == 200
+    calls = [span for span in spans if span["name"].endswith("StreamGenerate" if stream else "/Generate")]
+    assert {call["parent_id"] for call in calls} == {http["context"]["span_id"]}
 
 
 async def test_several_prompts_of_a_stream_are_generated_concurrently(gateway: RunningServer) -> None:

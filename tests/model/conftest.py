@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpt_grpc.model.attention import AttentionBackend
 from mpt_grpc.model.attention.native_backend import NativeAttention
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.graphs import Recorder, Work
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.mpt import MPT
@@ -128,6 +130,27 @@ def random_tokens(count: int, vocab_size: int = 96, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(vocab_size), k=count)
 
 
+class Repeating:
+    """A `Recorder` on the CPU: it replays work by calling it again, into the results of the first call."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.num_recordings = self.num_replays = 0
+        self._failures = failures
+
+    def record(self, work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        if self._failures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.num_recordings += 1
+        results = work()
+
+        def replay() -> None:
+            self.num_replays += 1
+            for old, new in zip(results, work(), strict=True):
+                old.copy_(new)
+
+        return replay, results
+
+
 class Stepper:
     """Steps a Runner as a scheduler would, with shuffled block tables; block 0 belongs to an unrelated sequence."""
 
@@ -139,12 +162,16 @@ class Stepper:
         block_size: int = 4,
         vocab_size: int | None = None,
         cache_dtype: torch.dtype | None = None,
+        attention: AttentionBackend | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
+        """Without `attention`, the model's kernels attend, or PyTorch."""
         config, kernels = model.config, model.weight_format.kernels
         block_size = block_size if kernels is None else KERNELS_BLOCK_SIZE
         cache = KVCache(config, num_blocks, block_size, cache_dtype or model.weight_format.dtype, CPU)
-        attention = NativeAttention(config, kernels) if kernels else TorchAttention(config, CPU)
-        self._runner = Runner(model, cache, attention, CPU, vocab_size or config.vocab_size)
+        if attention is None:
+            attention = NativeAttention(config, kernels) if kernels else TorchAttention(config, CPU)
+        self._runner = Runner(model, cache, attention, CPU, vocab_size or config.vocab_size, recorder)
         self._block_size = block_size
         self._ids: dict[str, int] = {}
         self._new_ids = itertools.count()
@@ -172,6 +199,10 @@ class Stepper:
         names = {sequence_id: name for name, sequence_id in self._ids.items()}
         return {names[sequence_id]: logprobs for sequence_id, logprobs in output.prompt_logprobs.items()}
 
+    def warm_up(self) -> None:
+        """Warms the runner up."""
+        self._runner.warm_up()
+
     def release(self, name: str) -> None:
         """Ends a sequence; its blocks are the next to be reused."""
         del self._known[name], self._ids[name]
@@ -191,7 +222,10 @@ class Stepper:
             steps.append(
                 SequenceStep(sequence_id, name, tuple(chunk), start, tuple(table), inputs, scoring=scoring.get(name))
             )
-        return self._runner.run(StepPlan(tuple(steps)))
+        output = self._runner.run(StepPlan(tuple(steps)))
+        if not output.are_finite:
+            raise FloatingPointError("the model's activations are not finite")  # as the sampler does
+        return output
 
 
 def run_prompt(

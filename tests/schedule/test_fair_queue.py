@@ -7,37 +7,73 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from scheduler_machine import Machine, machine, request
+from scheduler_machine import Machine, expected_output, machine, request
 
-from mpt_grpc.caller import Caller
+from mpt_grpc.caller import Caller, Quota
 from mpt_grpc.request import StoppingCriteria
 from mpt_grpc.schedule.fair_queue import FairQueue
+from mpt_grpc.schedule.sequence import Sequence
+
+ANY_TOKEN = tuple(range(50))
 
 
-def add(m: Machine, name: str, caller: str, max_new_tokens: int = 8, priority: int = 0) -> None:
-    stopping = StoppingCriteria(max_new_tokens=max_new_tokens, ignore_eos=True)
-    prompt = (len(m.prompts) + 1,) * 5  # not in the prefix cache
-    m.add(replace(request(name, priority=priority), stopping=stopping, caller=Caller(caller)), prompt)
+def add(
+    m: Machine, name: str, caller: str, max_new_tokens: int = 8, priority: int = 0, weight: int = 1, **stopping: object
+) -> None:
+    criteria = StoppingCriteria(max_new_tokens=max_new_tokens, ignore_eos=True, **stopping)  # type: ignore[arg-type]
+    prompt = (len(m.prompts) + 4,) * 5  # not in the prefix cache
+    quota = Quota(weight=weight)
+    m.add(replace(request(name, priority=priority), stopping=criteria, caller=Caller(caller, quota=quota)), prompt)
 
 
 def run(m: Machine, until: str) -> Counter[str]:
     """Runs until a request has ended; returns the tokens that the model computed for each caller."""
     tokens: Counter[str] = Counter()
     while until not in m.ended:
-        plan = m.step()
-        for s in plan.sequences:
-            tokens[m.sequences[m.names[s.sequence_id]].request.caller.name] += len(s.token_ids)
+        tokens += step(m)
     return tokens
 
 
-def test_a_caller_with_many_requests_lets_another_go_first() -> None:
+def step(m: Machine) -> Counter[str]:
+    """Returns the tokens of a step by caller."""
+    plan, tokens = m.step(), Counter[str]()
+    for s in plan.sequences:
+        tokens[m.sequences[m.names[s.sequence_id]].request.caller.name] += len(s.token_ids)
+    return tokens
+
+
+def test_a_caller_with_many_requests_lets_another_start_at_once() -> None:
     m = machine(max_running=4)
     for number in range(50):
-        add(m, f"flood{number}", "flood")
+        add(m, f"flood{number}", "flood", max_new_tokens=30)
     m.step()
     add(m, "quick", "other")
+    assert "quick" in m.planned(m.step())
     run(m, until="quick")
-    assert len([name for name in m.ended if name.startswith("flood")]) <= 8, "those that ran, and no more"
+    assert not m.ended.keys() - {"quick"}
+    m.finish()
+    flood = m.outputs["flood3"]  # it was preempted
+    assert m.sequences["flood3"].num_preemptions == 1
+    assert flood == expected_without_eos(m.prompts["flood3"], 30)
+
+
+def expected_without_eos(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+    output: list[int] = []
+    while len(output) < num_tokens:
+        output += expected_output(prompt + tuple(output), num_tokens - len(output), 1000)
+    return output
+
+
+def test_a_caller_takes_no_more_slots_from_others_than_its_share() -> None:
+    m = machine(max_running=4)
+    for number in range(4):
+        add(m, f"first{number}", "first", max_new_tokens=30)
+    m.step()
+    for number in range(4):
+        add(m, f"second{number}", "second", max_new_tokens=2)
+    m.step()
+    assert sum(sequence.num_preemptions for sequence in m.sequences.values()) <= 2
+    m.finish()
 
 
 def test_callers_with_many_requests_get_the_same_number_of_tokens() -> None:
@@ -49,6 +85,54 @@ def test_callers_with_many_requests_get_the_same_number_of_tokens() -> None:
     run(m, until="other3")
     tokens = run(m, until="other39")
     assert 0.8 < tokens["flood"] / tokens["other"] < 1.25
+
+
+def test_tokens_that_a_request_could_have_had_do_not_count() -> None:
+    m = machine(max_running=2)
+    for number in range(60):
+        add(m, f"exact{number}", "exact", max_new_tokens=10)
+        add(m, f"brief{number}", "brief", max_new_tokens=100, stop_token_ids=ANY_TOKEN)
+    tokens = run(m, until="brief59")
+    assert 0.8 < tokens["exact"] / tokens["brief"] < 1.25
+
+
+def test_callers_get_tokens_by_their_weight() -> None:
+    m = machine(max_running=4)
+    for number in range(80):
+        add(m, f"heavy{number}", "heavy", weight=3)
+        add(m, f"light{number}", "light")
+    tokens = run(m, until="heavy79")
+    assert 2.5 < tokens["heavy"] / tokens["light"] < 3.5
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=1, max_size=30),
+    st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=1, max_size=30),
+    st.integers(1, 5),
+)
+def test_while_two_callers_wait_neither_is_served_much_more(
+    first: list[tuple[int, bool]], second: list[tuple[int, bool]], max_running: int
+) -> None:
+    m = machine(max_running=max_running)
+    requests = {"first": first, "second": second}
+    for caller, own in requests.items():
+        for number, (max_new_tokens, is_brief) in enumerate(own):
+            stops = ANY_TOKEN if is_brief else ()
+            add(m, f"{caller}{number}", caller, max_new_tokens, stop_token_ids=stops)
+    tokens: Counter[str] = Counter()
+    while all(any(s.num_cached_tokens is None for s in waiting(m, caller)) for caller in requests):
+        tokens += step(m)
+        most = max_running * (5 + 20) * 2  # what runs has been charged and not been served
+        assert abs(tokens["first"] - tokens["second"]) <= most
+        for caller in requests:
+            has_run = [s.num_cached_tokens is not None for s in waiting(m, caller)]
+            assert has_run == sorted(has_run, reverse=True), "the requests of a caller start in their order"
+    m.finish()
+
+
+def waiting(m: Machine, caller: str) -> list[Sequence]:
+    """Returns a caller's sequences, of which those that wait for the first time have no cached tokens."""
+    return [sequence for sequence in m.sequences.values() if sequence.request.caller.name == caller]
 
 
 def test_priority_comes_before_fairness() -> None:
@@ -72,20 +156,12 @@ def test_a_caller_who_was_idle_has_no_credit() -> None:
     assert len([name for name in m.ended if name.startswith("idle")]) in (4, 5, 6)
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 100), st.booleans()), max_size=200))
-def test_the_requests_of_each_caller_stay_in_their_order(arrivals: list[tuple[str, int, bool]]) -> None:
-    queue, starts = FairQueue(), dict[str, list[int]]()
-    for caller, num_tokens, runs in arrivals:
-        starts.setdefault(caller, []).append(queue.start(caller, num_tokens))
-        if runs:
-            queue.advance(min(start for own in starts.values() for start in own))
-    assert all(own == sorted(own) for own in starts.values())
-
-
 def test_callers_who_are_idle_are_forgotten() -> None:
     queue = FairQueue()
     for number in range(1500):
-        queue.advance(queue.start(f"caller {number}", 10))
-        queue.advance(10 * number)
-    assert queue.start("caller 1499", 1) > queue.start("caller 0", 1) - 30
-    assert len(vars(queue)["_ends"]) <= 1001
+        wanted = replace(request(f"{number}"), caller=Caller(f"caller {number}"))
+        sequence = Sequence(number, wanted, 0, (1,))
+        queue.add(sequence)
+        queue.start(sequence, 10)
+        queue.charge(wanted.caller, -9)
+    assert len(vars(queue)["_served"]) <= 1001

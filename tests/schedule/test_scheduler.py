@@ -178,7 +178,11 @@ def test_a_request_of_higher_priority_takes_the_batch_slot_of_a_lower_one() -> N
     m.add(request("equal", 1), (4, 5, 6))
     assert [s.request_id for s in m.step().sequences] == ["low"]
     m.add(request("high", 1, priority=1), (7, 8, 9))
-    assert [s.request_id for s in m.step().sequences] == ["high"]
+    plan = m.step()
+    assert [s.request_id for s in plan.sequences] == ["high"]
+    assert (plan.preempted, plan.resumed) == (("low",), ())
+    plan = m.step()
+    assert (plan.preempted, plan.resumed) == ((), ("low",))
     m.finish()
     assert m.sequences["low"].num_preemptions == 1
     assert m.outputs["low"] == expected_output((1, 2, 3), 20, 100)

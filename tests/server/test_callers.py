@@ -24,7 +24,7 @@ from http_calls import fetch, read_response, send
 from mpt_grpc.errors import ModelError
 from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.server.server import RunningServer, running_server
-from mpt_grpc.settings import HttpSettings, ModelSettings
+from mpt_grpc.settings import HttpSettings, ModelSettings, TelemetrySettings
 from mpt_grpc_client import AsyncClient, Client, PermissionDeniedError, UnauthenticatedError
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
@@ -37,7 +37,7 @@ PROMPT = "Once upon a time there was a fox who lived in a wood by the river, and
 
 @asynccontextmanager
 async def serving(trace_file: Path | None = None, **changes: Any) -> AsyncIterator[RunningServer]:
-    settings = replace(demo_settings(), trace_file=trace_file)
+    settings = replace(demo_settings(), telemetry=TelemetrySettings(trace_file=trace_file))
     changed = replace(settings, server=replace(settings.server, **changes), http=HttpSettings(port=0))
     async with running_server(changed) as server:
         yield server

@@ -54,8 +54,8 @@ async def unavailable_message(call: Any, reason: str) -> str:
 class HealthWatch:
     """An open call of `Health.Watch`."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        request = health_pb2.HealthCheckRequest(service="mpt.v1.TextGenerationService")
+    def __init__(self, channel: grpc.aio.Channel, service: str = "mpt.v1.TextGenerationService") -> None:
+        request = health_pb2.HealthCheckRequest(service=service)
         self.call = health_pb2_grpc.HealthStub(channel).Watch(request)
         self._changes = aiter(self.call)
 
@@ -78,8 +78,9 @@ async def test_a_drain_refuses_new_requests_and_lets_a_running_stream_finish(
     assert "shutting down" in await unavailable_message(service.stub.Generate(generate_request(1)), "DRAINING")
     stream = aiter(service.stub.StreamGenerate(generate_request(1)))
     assert "shutting down" in await unavailable_message(anext(stream), "DRAINING")
-    overall = await health_pb2_grpc.HealthStub(service.channel).Check(health_pb2.HealthCheckRequest())
-    assert overall.status == NOT_SERVING
+    health = health_pb2_grpc.HealthStub(service.channel)
+    assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
+    assert (await health.Check(health_pb2.HealthCheckRequest(service="live"))).status == SERVING
     assert not drain.done()
 
     stepped[0].run_free()
@@ -127,9 +128,12 @@ async def test_health_reports_a_stalled_engine_and_its_recovery(
     await watch.until(SERVING)
     call = service.stub.Generate(generate_request(1))
     await watch.until(NOT_SERVING)
+    live = HealthWatch(service.channel, "live")
+    await live.until(NOT_SERVING)
     stepped[0].run_free()
     assert (await call).outputs[0].num_tokens == 1
     await watch.until(SERVING)
+    await live.until(SERVING)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -205,3 +205,22 @@ async def test_a_caller_who_reads_nothing_gets_the_output_in_a_few_pieces_later(
 async def test_waiting_on_the_event_loop_for_its_own_outputs_is_refused(service: Any) -> None:
     with pytest.raises(RuntimeError, match="use another thread"):
         service.server.engine.generate(generation())
+
+
+async def test_a_call_whose_deadline_cannot_be_met_is_refused_while_others_wait(
+    make_service: Any, stepped: list[SteppedRunner]
+) -> None:
+    service = await make_service(max_running_requests=1)
+    runner = stepped[0]
+    for _ in range(8):  # which measure how long a token takes
+        runner.allow()
+        await service.stub.Generate(generate_request([300], max_new_tokens=1))
+        runner.wait_for_step()
+    for name in ("running", "waiting"):
+        service.server.engine.submit(generation(name), AsyncStream)
+    await step_until(runner, lambda _: service.server.engine.load.num_waiting == 1)
+
+    late = generate_request([300], max_new_tokens=2000)
+    with pytest.raises(grpc.aio.AioRpcError, match="its timeout leaves") as refused:
+        await service.stub.Generate(late, timeout=DEADLINE_S)
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -6,7 +6,6 @@ import gzip
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,13 +15,15 @@ from typing import Any
 import grpc
 import pytest
 from conftest import demo_settings
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from otlp_collector import Collector, running_collector
 
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.server.server import running_server
-from mpt_grpc.telemetry.tracing import make_tracer_provider, shut_down
+from mpt_grpc.settings import TelemetrySettings
+from mpt_grpc.telemetry.exporting import make_tracer_provider, shut_down
 from mpt_grpc_client import AsyncClient
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
@@ -40,7 +41,7 @@ def generate_request(max_new_tokens: int = 5, **fields: Any) -> pb.GenerateReque
 @asynccontextmanager
 async def stub_of_server(trace_file: Path | None) -> AsyncIterator[tuple[Any, str]]:
     """Yields a stub and the target of a server. Its spans are in the file after the block."""
-    async with running_server(replace(demo_settings(), trace_file=trace_file)) as server:
+    async with running_server(replace(demo_settings(), telemetry=TelemetrySettings(trace_file=trace_file))) as server:
         async with grpc.aio.insecure_channel(server.target) as channel:
             yield TextGenerationServiceStub(channel), server.target
 
@@ -88,7 +89,11 @@ async def test_the_callers_trace_contains_the_call_and_its_phases(tmp_path: Path
     }
     assert {spans[phase]["parent_id"] for phase in ("queue", "prefill", "decode")} == {rpc["context"]["span_id"]}
     assert spans["prefill"]["attributes"] == {"gen_ai.usage.input_tokens": num_prompt_tokens, "mpt.cached_tokens": 0}
-    assert spans["decode"]["attributes"] == {"gen_ai.usage.output_tokens": 5, "mpt.preemptions": 0}
+    assert spans["decode"]["attributes"] == {
+        "gen_ai.usage.output_tokens": 5,
+        "mpt.preemptions": 0,
+        "gen_ai.response.finish_reasons": ["max_new_tokens"],
+    }
     assert spans["queue"]["end_time"] == spans["prefill"]["start_time"]
     assert spans["prefill"]["end_time"] == spans["decode"]["start_time"]
 
@@ -147,40 +152,20 @@ async def test_nothing_is_traced_by_default(monkeypatch: pytest.MonkeyPatch) -> 
     assert response.summary.trace_id == ""
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Records the spans that it receives over OTLP."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.trace_ids: set[str] = set()
-
-    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        for resource in request.resource_spans:
-            for scope in resource.scope_spans:
-                self.names += [span.name for span in scope.spans]
-                self.trace_ids |= {span.trace_id.hex() for span in scope.spans}
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
     """A collector whose address is in the environment."""
-    collector = Collector()
-    with ThreadPoolExecutor(1) as pool:
-        server = grpc.server(pool)
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
-        server.start()
+    with running_collector() as (collector, endpoint):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
         yield collector
-        server.stop(None).wait()
 
 
 async def test_spans_are_exported_to_the_collector_in_the_environment(collector: Collector) -> None:
     async with stub_of_server(None) as (stub, _):
         response = await stub.Generate(generate_request(), metadata=FROM_CALLER)
     assert response.summary.trace_id == TRACE_ID
-    assert collector.trace_ids == {TRACE_ID}
-    assert sorted(collector.names) == ["decode", f"{RPC}Generate", "prefill", "queue"]
+    assert {span.trace_id.hex() for span in collector.spans} == {TRACE_ID}
+    assert sorted(span.name for span in collector.spans) == ["decode", f"{RPC}Generate", "prefill", "queue"]
 
 
 @pytest.fixture
@@ -192,9 +177,10 @@ def http_collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             body = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
-            request = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
-            received.extend(s.name for r in request.resource_spans for scope in r.scope_spans for s in scope.spans)
-            received.extend(a.value.string_value for r in request.resource_spans for a in r.resource.attributes)
+            if self.path == "/v1/traces":
+                request = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
+                received.extend(s.name for r in request.resource_spans for scope in r.scope_spans for s in scope.spans)
+                received.extend(a.value.string_value for r in request.resource_spans for a in r.resource.attributes)
             self.send_response(200)
             self.end_headers()
 
@@ -257,7 +243,7 @@ def test_a_collector_that_does_not_respond_does_not_delay_the_exit() -> None:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(Stuck()))
     provider.get_tracer("test").start_span("left over").end()
-    shut_down(provider, 0.1)
+    shut_down([provider], 0.1)
     assert exporting.wait(10)
     assert not responded.is_set()
     responded.set()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.mpt import Attend
+from mpt_grpc.model.transfer import send_all
 from mpt_grpc.step import StepPlan
 
 Array = NDArray[np.int64]
@@ -34,46 +35,54 @@ class AttentionMetadata:
     """[num_tokens], int64: each token's position within its block."""
     block_tables: Tensor
     """[num_sequences, blocks of the longest sequence], int64; padded with any blocks."""
+    query_starts_tensor: Tensor
+    """[num_sequences + 1], int64: `query_starts` on the device."""
+    starts_tensor: Tensor
+    """[num_sequences], int64: `starts` on the device."""
+    chosen: Tensor
+    """[number of choices], int64: the tokens of the step after which a token is chosen, in the plan's order."""
 
 
 class MetadataBuilder:
     """Makes the metadata of each step. Keeps the block tables as one array, written only where they change."""
 
     def __init__(self, block_size: int, device: torch.device) -> None:
-        self._block_size, self._device = block_size, device
+        self.block_size, self._device = block_size, device
         self._tables: list[tuple[int, ...]] = []
         """The tables in the rows of `_array`."""
         self._array = np.zeros((0, 0), dtype=np.int64)
 
     def build(self, plan: StepPlan) -> AttentionMetadata:
         """Concatenates the plan's sequences, in the plan's order."""
+        arrays = self.arrays(plan)
+        *_, query_starts, starts, _ = arrays
+        return AttentionMetadata(tuple(query_starts.tolist()), tuple(starts.tolist()), *send_all(arrays, self._device))
+
+    def arrays(self, plan: StepPlan, num_blocks: int = 0) -> list[Array]:
+        """Returns the tensors of the metadata as arrays, in the order of its fields, valid until the next call.
+
+        The block tables have at least `num_blocks` columns.
+        """
         steps = plan.sequences
-        tables = self._block_tables([step.block_table for step in steps])
-        starts = [step.start for step in steps]
+        tables = self._block_tables([step.block_table for step in steps], num_blocks)
+        starts = np.array([step.start for step in steps])
         counts = np.array([len(step.token_ids) for step in steps])
-        query_ends = counts.cumsum()
+        query_starts = np.zeros(len(steps) + 1, dtype=np.int64)
+        query_ends = counts.cumsum(out=query_starts[1:])
         owners = np.arange(len(steps)).repeat(counts)
         positions = np.arange(query_ends[-1]) + (starts - query_ends + counts).repeat(counts)
-        # One transfer for all.
         rows = np.empty((4, len(positions)), dtype=np.int64)
         rows[0] = [token_id for step in steps for token_id in step.token_ids]
         rows[1] = positions
-        rows[2] = tables[owners, positions // self._block_size]
-        rows[3] = positions % self._block_size
-        token_ids, positions, blocks, offsets = torch.from_numpy(rows).to(self._device)
-        return AttentionMetadata(
-            query_starts=(0, *query_ends.tolist()),
-            starts=tuple(starts),
-            token_ids=token_ids,
-            positions=positions,
-            blocks=blocks,
-            offsets=offsets,
-            block_tables=torch.from_numpy(tables).to(self._device),
-        )
+        rows[2] = tables[owners, positions // self.block_size]
+        rows[3] = positions % self.block_size
+        choices = np.array([len(step.choices) for step in steps])
+        first_choices = query_ends - choices.cumsum()
+        chosen = np.arange(choices.sum()) + first_choices.repeat(choices)
+        return [*rows, tables, query_starts, starts, chosen]
 
-    def _block_tables(self, tables: list[tuple[int, ...]]) -> Array:
-        """Returns the tables as an array, valid until the next call."""
-        width = max(map(len, tables))
+    def _block_tables(self, tables: list[tuple[int, ...]], min_width: int) -> Array:
+        width = max(min_width, *map(len, tables))
         if len(tables) > self._array.shape[0] or width > self._array.shape[1]:
             self._array = np.zeros((2 * len(tables), 2 * width), dtype=np.int64)
             self._tables = []

@@ -36,8 +36,10 @@ class TextGenerationServiceStub:
       NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
       ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
       FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
-      RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
+      RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, the deadline cannot be met, or the server is too busy to check a
+                          new constraint;
                           google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
+      ABORTED             NOT_READ: nothing could be sent for some minutes, because the client does not read the stream
       UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
                           ENGINE_STOPPED: the engine has failed and the server must be restarted
       INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
@@ -80,8 +82,10 @@ class TextGenerationServiceAsyncStub(TextGenerationServiceStub):
       NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
       ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
       FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
-      RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
+      RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, the deadline cannot be met, or the server is too busy to check a
+                          new constraint;
                           google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
+      ABORTED             NOT_READ: nothing could be sent for some minutes, because the client does not read the stream
       UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
                           ENGINE_STOPPED: the engine has failed and the server must be restarted
       INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected
@@ -120,8 +124,10 @@ class TextGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
       NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
       ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
       FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
-      RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, or the server is too busy to check a new constraint;
+      RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, the deadline cannot be met, or the server is too busy to check a
+                          new constraint;
                           google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
+      ABORTED             NOT_READ: nothing could be sent for some minutes, because the client does not read the stream
       UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
                           ENGINE_STOPPED: the engine has failed and the server must be restarted
       INTERNAL            ENGINE_FAULT: an internal failure while processing this request; other requests are unaffected

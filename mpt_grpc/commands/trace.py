@@ -1,0 +1,99 @@
+"""`mpt-grpc trace show`: the spans of a trace in a file of `serve --trace-file`, as bars over time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from mpt_grpc.errors import SettingsError
+
+_BAR_WIDTH = 48
+_NAME_WIDTH = 28
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Prints a trace. Raises SettingsError if the file has no such trace."""
+    print_waterfall(Console(highlight=False), parsed.file, parsed.trace_id)
+
+
+def print_waterfall(console: Console, file: Path, trace_id: str | None = None) -> None:
+    """Prints the trace whose ID begins with `trace_id`, by default the last one of a request.
+
+    Raises SettingsError if the file has no such trace.
+    """
+    spans = _spans(file)
+    found = [span.trace_id for span in spans if span.trace_id.startswith(trace_id or "") and span.name != "step"]
+    if not found:
+        raise SettingsError(f"{file}: has no trace {trace_id or 'of a request'}")
+    chosen = [span for span in spans if span.trace_id == found[-1]]
+    first_s = min(span.start_s for span in chosen)
+    length_s = max(max(span.end_s for span in chosen) - first_s, 1e-6)
+    console.print(f"trace {found[-1]}")
+    for span, depth in _in_order(chosen):
+        left = round((span.start_s - first_s) / length_s * _BAR_WIDTH)
+        bar = " " * left + "█" * max(1, round((span.end_s - span.start_s) / length_s * _BAR_WIDTH))
+        name = f"{'  ' * depth}{span.name.rpartition('Service/')[2]}"[:_NAME_WIDTH]
+        duration = f"{(span.end_s - span.start_s) * 1e3:8.1f} ms"
+        line = f"{name:<{_NAME_WIDTH}} {bar:<{_BAR_WIDTH + 1}} {duration}  {span.summary}"
+        console.print(Text(line.rstrip(), style="red" if span.has_failed else ""), soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Span:
+    span_id: str
+    parent_id: str | None
+    trace_id: str
+    name: str
+    start_s: float
+    end_s: float
+    has_failed: bool
+    summary: str
+    """Its events, counted by name, or why it failed."""
+
+
+def _spans(file: Path) -> list[_Span]:
+    """Returns the spans in a file. Raises SettingsError."""
+    try:
+        return [_span(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{file}: is not a file of serve --trace-file") from error
+
+
+def _span(span: Mapping[str, Any]) -> _Span:
+    context, status = span["context"], span["status"]
+    events = Counter(event["name"] for event in span["events"])
+    summary = ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in events.items())
+    return _Span(
+        span_id=context["span_id"],
+        parent_id=span["parent_id"],
+        trace_id=context["trace_id"].removeprefix("0x"),
+        name=span["name"],
+        start_s=datetime.fromisoformat(span["start_time"]).timestamp(),
+        end_s=datetime.fromisoformat(span["end_time"]).timestamp(),
+        has_failed=status["status_code"] == "ERROR",
+        summary=status.get("description", "") or summary,
+    )
+
+
+def _in_order(spans: Sequence[_Span]) -> Iterator[tuple[_Span, int]]:
+    """Yields spans with their depths: by their start, and each one's children after it."""
+    known = {span.span_id for span in spans}
+
+    def below(parent_id: str | None, depth: int) -> Iterator[tuple[_Span, int]]:
+        children = [s for s in spans if (s.parent_id if s.parent_id in known else None) == parent_id]
+        for span in sorted(children, key=lambda span: span.start_s):
+            yield span, depth
+            yield from below(span.span_id, depth + 1)
+
+    return below(None, 0)

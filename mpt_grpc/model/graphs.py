@@ -1,0 +1,117 @@
+"""Decoding steps as CUDA graphs: recorded once for each size, and then replayed by one call instead of hundreds.
+
+A step is padded to the next size by repeating its last sequence, which writes the same values to the same places again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mpt_grpc.model.attention import AttentionMetadata, MetadataBuilder
+from mpt_grpc.model.attention.tiling import SPLIT_KEYS, power_of_two
+from mpt_grpc.model.transfer import flattened, send, split_like
+from mpt_grpc.step import SequenceStep, StepPlan
+
+_log = logging.getLogger(__name__)
+
+Work = Callable[[], tuple[Tensor, ...]]
+
+
+class Recorder(Protocol):
+    """A device that can record what is queued on it."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        """Runs `work` and records it; returns what replays it, and its results, which each replay overwrites.
+
+        Raises RuntimeError if the device cannot record it.
+        """
+        ...
+
+
+class CudaRecorder:
+    """A `Recorder` of CUDA graphs, which share their memory: one is replayed at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        # Kernels are compiled and loaded by the first run, which cannot be recorded.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            results = work()
+        graph.replay()
+        return graph.replay, results
+
+
+@dataclass(frozen=True)
+class _Recording:
+    inputs: Tensor
+    """The arrays of a step's metadata, one after the other, int64."""
+    replay: Callable[[], None]
+    results: tuple[Tensor, ...]
+
+
+class DecodeGraphs:
+    """Runs steps in which each sequence computes and chooses one token."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        compute: Callable[[AttentionMetadata], tuple[Tensor, ...]],
+        metadata: MetadataBuilder,
+        device: torch.device,
+    ) -> None:
+        """`compute` queues a step without waiting for anything; it returns one row for each sequence, and what follows
+        from all of them.
+        """
+        self._recorder, self._compute, self._metadata, self._device = recorder, compute, metadata, device
+        self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._can_record = True
+
+    def run(self, plan: StepPlan) -> tuple[Tensor, ...] | None:
+        """Returns what `compute` does, valid until the next step; None if the step must be computed without a graph."""
+        if not self._can_record or not all(map(_decodes, plan.sequences)):
+            return None
+        num_sequences = len(plan.sequences)
+        size = _padded(num_sequences)
+        splits = power_of_two(-(-max(sequence.length for sequence in plan.sequences) // SPLIT_KEYS))
+        padding = plan.sequences[-1:] * (size - num_sequences)
+        padded = replace(plan, sequences=plan.sequences + padding)
+        arrays = self._metadata.arrays(padded, num_blocks=splits * SPLIT_KEYS // self._metadata.block_size)
+        inputs = send(flattened(arrays), self._device)
+        if (recording := self._recordings.get((size, splits))) is not None:
+            recording.inputs.copy_(inputs)
+            recording.replay()
+        else:
+            # The lengths stand for all that fit into as many splits.
+            longest = (splits * SPLIT_KEYS - 1,) * size
+            metadata = AttentionMetadata(tuple(range(size + 1)), longest, *split_like(inputs, arrays))
+            try:
+                replay, results = self._recorder.record(lambda: self._compute(metadata))
+            except RuntimeError as error:
+                _log.warning("decoding steps are computed without CUDA graphs, which is slower: %s", error)
+                self._can_record = False
+                return None
+            recording = self._recordings[size, splits] = _Recording(inputs, replay, results)
+        rows, *rest = recording.results
+        return rows[:num_sequences], *rest
+
+
+def _decodes(sequence: SequenceStep) -> bool:
+    return len(sequence.token_ids) == len(sequence.choices) == 1 and sequence.scoring is None
+
+
+def _padded(num_sequences: int) -> int:
+    """Returns the size at which a step is recorded: a power of two, or from 8 on a multiple of 8."""
+    return power_of_two(num_sequences) if num_sequences < 8 else -(-num_sequences // 8) * 8

@@ -1,0 +1,47 @@
+"""What the engine reports of its work, as values, and who receives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from opentelemetry.context import Context
+
+from mpt_grpc.request import FinishReason, GenerationRequest, RequestStats
+from mpt_grpc.step import StepPlan, StepResult
+
+
+class StepReport(NamedTuple):
+    """One step of the engine."""
+
+    plan: StepPlan
+    result: StepResult
+    start_time_s: float
+    """In seconds since the epoch."""
+    duration_s: float
+    contexts: tuple[Context, ...] = ()
+    """The trace contexts of its requests, if the step is to be traced."""
+
+
+@dataclass(frozen=True)
+class RequestReport:
+    """One request that has ended."""
+
+    request: GenerationRequest
+    stats: RequestStats
+    finish_reasons: tuple[FinishReason, ...]
+    """Why its outputs ended, as far as they did not end with an error."""
+    error: Exception | None
+    context: Context | None
+    """The trace context that it was submitted with."""
+
+
+class Observer(Protocol):
+    """Receives the reports of an engine, in order, where its events are received."""
+
+    trace_interval: int | None
+    """Each step whose number is divisible by this is to be traced; None traces no steps."""
+
+    def observe_step(self, report: StepReport) -> None: ...
+
+    def observe_request(self, report: RequestReport) -> None: ...

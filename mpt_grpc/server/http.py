@@ -1,0 +1,64 @@
+"""The HTTP ports of a server: the OpenAI-compatible API, as a client of the server, and the page of the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import NamedTuple
+
+import grpc
+from opentelemetry.trace import Tracer
+from prometheus_client import CollectorRegistry
+
+from mpt_grpc.access import Access
+from mpt_grpc.settings import Settings
+from mpt_grpc.tls import ServerCertificate
+
+
+class HttpPorts(NamedTuple):
+    """The ports that are served; None for those that are not."""
+
+    http: int | None = None
+    metrics: int | None = None
+
+
+@asynccontextmanager
+async def serving_http(
+    settings: Settings,
+    target: str,
+    channel: grpc.aio.Channel,
+    certificate: ServerCertificate | None,
+    tracer: Tracer | None,
+    metrics: tuple[CollectorRegistry, Access] | None,
+) -> AsyncIterator[HttpPorts]:
+    """Serves on the ports in the settings inside the block, and yields them. Raises SettingsError.
+
+    metrics: what `/metrics` shows, and to whom; None serves no such page.
+    """
+    http_port, metrics_port = settings.http.port, settings.telemetry.metrics_port
+    if http_port is None and metrics_port is None:
+        yield HttpPorts()
+        return
+    # Imported here, so that a server without HTTP does not wait for it.
+    from mpt_grpc.gateway.metrics import MetricsPage
+    from mpt_grpc.gateway.serve import running_gateway, running_metrics
+
+    host, ports = settings.server.host, HttpPorts()
+    page = None if metrics is None else MetricsPage(*metrics)
+    async with AsyncExitStack() as stack:
+        if metrics_port is not None and page is not None:
+            port = await stack.enter_async_context(running_metrics(host, metrics_port, page, certificate))
+            ports = ports._replace(metrics=port)
+        if http_port is not None:
+            gateway = running_gateway(
+                target,
+                host,
+                settings.http,
+                read_timeout_s=settings.server.read_timeout_s,
+                certificate=certificate,
+                channel=channel,
+                tracer=tracer,
+                metrics=page,
+            )
+            ports = ports._replace(http=await stack.enter_async_context(gateway))
+        yield ports

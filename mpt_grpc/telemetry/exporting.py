@@ -1,0 +1,134 @@
+"""Where spans and metrics are exported, as OpenTelemetry's standard variables say."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Protocol
+
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpMetricExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpSpanExporter
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.metrics import MeterProvider as AnyMeterProvider
+from opentelemetry.metrics import NoOpMeterProvider
+from opentelemetry.sdk.environment_variables import OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+from prometheus_client import CollectorRegistry
+
+from mpt_grpc import __version__
+from mpt_grpc.errors import SettingsError
+
+EXPORT_TIMEOUT_S = 2.0
+"""How long a process waits for collectors when it ends."""
+_Signal = Literal["TRACES", "METRICS"]
+
+
+class Provider(Protocol):
+    """What has to be shut down at the end."""
+
+    def shutdown(self) -> None: ...
+
+
+def make_tracer_provider(
+    trace_file: Path | None, meter_provider: AnyMeterProvider | None = None, *, service: str = "mpt-grpc"
+) -> TracerProvider | None:
+    """Returns a provider that exports to the OTLP endpoint in the environment, and to `trace_file` if given.
+
+    Returns None, which disables tracing, if there is neither or OTEL_SDK_DISABLED is true. OpenTelemetry itself reads
+    the other standard variables, such as those of the sampler. A thread exports the spans from a queue of bounded size;
+    `meter_provider` counts those that are dropped. Raises SettingsError for an unsupported variable or an unwritable
+    file.
+    """
+    if _is_disabled():
+        return None
+    meters = meter_provider or NoOpMeterProvider()
+    _enable_own_metrics()
+    exporters: list[SpanExporter] = []
+    match _otlp_protocol("TRACES"):
+        case "grpc":
+            exporters.append(GrpcSpanExporter(meter_provider=meters))
+        case "http/protobuf":
+            exporters.append(HttpSpanExporter(meter_provider=meters))
+    if trace_file is not None:
+        try:
+            out = trace_file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise SettingsError(f"--trace-file: cannot write {trace_file}: {error.strerror}") from error
+        exporters.append(ConsoleSpanExporter(out=out, formatter=lambda span: span.to_json(indent=None) + "\n"))
+    if not exporters:
+        return None
+    provider = TracerProvider(resource=_resource(service), shutdown_on_exit=False, meter_provider=meters)
+    for exporter in exporters:
+        provider.add_span_processor(BatchSpanProcessor(exporter, meter_provider=meters))
+    return provider
+
+
+def make_meter_provider(registry: CollectorRegistry | None) -> MeterProvider | None:
+    """Returns a provider that exports to the OTLP endpoint in the environment, and to `registry` if given.
+
+    Returns None, which disables metrics, if there is neither or OTEL_SDK_DISABLED is true. Raises SettingsError for an
+    unsupported variable.
+    """
+    if _is_disabled():
+        return None
+    _enable_own_metrics()
+    readers: list[MetricReader] = []
+    match _otlp_protocol("METRICS"):
+        case "grpc":
+            readers.append(PeriodicExportingMetricReader(GrpcMetricExporter()))
+        case "http/protobuf":
+            readers.append(PeriodicExportingMetricReader(HttpMetricExporter()))
+    if registry is not None:
+        readers.append(PrometheusMetricReader(scope_info_enabled=False, registry=registry))
+    return MeterProvider(readers, _resource("mpt-grpc"), shutdown_on_exit=False) if readers else None
+
+
+def shut_down(providers: Iterable[Provider], timeout_s: float) -> None:
+    """Exports what remains, and gives up after `timeout_s`: a collector that is down must not delay the exit."""
+    end_s = time.monotonic() + timeout_s
+    threads = [threading.Thread(target=provider.shutdown, name="export", daemon=True) for provider in providers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end_s - time.monotonic()))
+
+
+def _is_disabled() -> bool:
+    return os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+
+
+def _enable_own_metrics() -> None:
+    """Has OpenTelemetry count the spans that it drops, which it does only by this variable."""
+    os.environ.setdefault(OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED, "true")
+
+
+def _resource(service: str) -> Resource:
+    # The environment's OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES take precedence.
+    resource = Resource({SERVICE_NAME: service, SERVICE_VERSION: __version__}).merge(OTELResourceDetector().detect())
+    return Resource.create().merge(resource)
+
+
+def _otlp_protocol(signal: _Signal) -> str | None:
+    """Returns the protocol by which a signal is exported, or None if it is not. Raises SettingsError."""
+    if not any(os.environ.get(f"OTEL_EXPORTER_OTLP_{one}ENDPOINT") for one in ("", f"{signal}_")):
+        return None
+    kind = os.environ.get(f"OTEL_{signal}_EXPORTER", "otlp")
+    if kind == "none":
+        return None
+    if kind != "otlp":
+        raise SettingsError(f"OTEL_{signal}_EXPORTER: {kind!r} is not supported; use otlp or none")
+    variables = (f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    name = next((name for name in variables if os.environ.get(name)), variables[1])
+    protocol = os.environ.get(name, "grpc")
+    if protocol not in ("grpc", "http/protobuf"):
+        raise SettingsError(f"{name}: {protocol!r} is not supported; use grpc or http/protobuf")
+    return protocol

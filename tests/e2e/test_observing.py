@@ -1,0 +1,64 @@
+"""The commands that show what a server does and did."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server_process import ServerProcess, running
+
+from mpt_grpc_client import Client
+
+
+@pytest.fixture(scope="module")
+def trace_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces") / "spans.jsonl"
+
+
+@pytest.fixture(scope="module")
+def traced(trace_file: Path) -> Iterator[ServerProcess]:
+    with running("--trace-file", str(trace_file)) as server:
+        yield server
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, "-m", "mpt_grpc.cli", *arguments)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_top_shows_the_load_and_the_requests_in_progress(traced: Any) -> None:
+    with Client(traced.target) as client:
+        client.generate("Once", max_new_tokens=3)
+        client.generate("Twice", max_new_tokens=3)
+        with client.stream("Once", max_new_tokens=1900, ignore_eos=True, request_id="the-long-one") as stream:
+            next(iter(stream))
+            shown = run("top", "--once", "--interval", "100ms", "--target", traced.target)
+            stream.cancel()
+    assert shown.returncode == 0, shown.stderr
+    assert "1 running (at most 64), 0 waiting, 0 preparing" in shown.stdout
+    assert "over the last 3 completed requests" in shown.stdout  # with the warm-up
+    (row,) = [line.split() for line in shown.stdout.splitlines() if "the-long-one" in line]
+    assert "decode" in row
+
+
+def test_trace_show_prints_the_last_trace_of_a_request_or_the_one_that_is_named(traced: Any, trace_file: Path) -> None:
+    with Client(traced.target) as client:
+        ids = [client.generate("Once", max_new_tokens=3).trace_id for _ in range(2)]
+    traced.terminate()
+    assert traced.wait() == 0
+    last, first = run("trace", "show", str(trace_file)), run("trace", "show", str(trace_file), ids[0][:12])
+    assert last.stdout.splitlines()[0] == f"trace {ids[1]}"
+    title, *bars = first.stdout.splitlines()
+    assert title == f"trace {ids[0]}"
+    assert [bar.split()[0] for bar in bars] == ["Generate", "queue", "prefill", "decode"]
+    assert bars[-1].endswith("first token")
+
+
+def test_a_trace_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    ended = run("trace", "show", str(tmp_path / "empty"))
+    assert (ended.returncode, ended.stderr) == (1, f"mpt-grpc: {tmp_path}/empty: has no trace of a request\n")

@@ -1,0 +1,68 @@
+"""Requests that could not end within the timeouts of their callers are refused while others wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from conftest import SteppedRunner, generation
+
+from mpt_grpc.caller import Caller
+from mpt_grpc.engine.engine import Engine
+from mpt_grpc.engine.stream import ThreadStream, collect
+from mpt_grpc.errors import OverloadedError
+
+NO_TIME_S, LONG_S = 1e-9, 1e6
+
+
+@pytest.fixture
+def engine(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> Engine:
+    """An engine that has measured how long requests run, and has one running and one waiting."""
+    engine = make_engine(max_running_requests=1, max_waiting_requests=8)
+    runner = stepped[0]
+    for number in range(8):
+        runner.allow()
+        engine.generate(generation(f"before {number}", max_new_tokens=1))
+        runner.wait_for_step()
+    for name in ("running", "waiting"):
+        engine.submit(generation(name), ThreadStream)
+    for _ in range(2):
+        runner.wait_for_step()
+        runner.allow()
+    runner.wait_for_step()
+    assert (engine.load.num_running, engine.load.num_waiting) == (1, 1)
+    return engine
+
+
+@pytest.mark.parametrize("max_new_tokens", [10, None])
+def test_a_request_that_would_end_too_late_is_refused(engine: Engine, max_new_tokens: int | None) -> None:
+    late = generation("late", max_new_tokens=max_new_tokens)
+    with pytest.raises(OverloadedError, match=r"would take about .* in the queue, and its timeout leaves") as refused:
+        engine.submit(late, ThreadStream, timeout_s=NO_TIME_S)
+    assert refused.value.retry_after_s > 0
+    engine.submit(late, ThreadStream, timeout_s=LONG_S).cancel()
+
+
+def test_a_request_without_a_timeout_waits(engine: Engine, stepped: list[SteppedRunner]) -> None:
+    stream = engine.submit(generation("patient"), ThreadStream)
+    stepped[0].run_free()
+    assert len(collect(stream).token_ids) == 24
+
+
+def test_nothing_is_refused_while_none_waits(engine: Engine, stepped: list[SteppedRunner]) -> None:
+    engine.cancel("waiting")
+    engine.cancel("running")
+    stepped[0].run_free()
+    engine.generate(generation("in between"))
+    assert len(collect(engine.submit(generation("quick"), ThreadStream, timeout_s=NO_TIME_S)).token_ids) == 24
+
+
+def test_only_what_may_run_before_counts(engine: Engine) -> None:
+    """Another caller's request, or one of a higher priority, does not wait for those that wait."""
+    request = generation("other", max_new_tokens=1)
+    first = replace(request, caller=Caller("another"))
+    with pytest.raises(OverloadedError, match=r"would take about .*, 0\.0 s of them in the queue"):
+        engine.submit(first, ThreadStream, timeout_s=NO_TIME_S)
+    with pytest.raises(OverloadedError, match=r"would take about .*, 0\.0 s of them in the queue"):
+        engine.submit(replace(request, priority=1), ThreadStream, timeout_s=NO_TIME_S)

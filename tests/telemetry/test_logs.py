@@ -1,0 +1,76 @@
+"""What a server writes to standard error, as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from http_calls import call
+from server_process import running
+
+from mpt_grpc_client import Client, DeadlineExceededError, InvalidRequestError
+
+PROMPT = "The king of the silver mountain"
+
+
+def leave(server: Any, body: bytes, length: int, *, after: bytes) -> None:
+    """Sends a part of a request over HTTP, and closes the connection once `after` has been received."""
+    address = urlsplit(server.openai_url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {length}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        received = b""
+        while after not in received:
+            received += connection.recv(4096)
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[dict[str, Any]]:
+    """The lines of a server with calls that succeed, fail, pass their deadline, and whose callers leave."""
+    with running("--log-format", "json", "--trace-file", "/dev/null") as server:
+        with Client(server.target) as client:
+            client.generate(PROMPT, max_new_tokens=3, ignore_eos=True, request_id="order-17")
+            with pytest.raises(InvalidRequestError):
+                client.generate(PROMPT, temperature=-1)
+            with pytest.raises(DeadlineExceededError):
+                client.generate(PROMPT, max_new_tokens=1900, ignore_eos=True, timeout=0.2, request_id="late")
+        call(server, "/v1/completions", {"prompt": PROMPT, "max_tokens": 3})
+        body = json.dumps({"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}).encode()
+        leave(server, body[:20], len(body), after=b"")
+        leave(server, body, len(body), after=b"data: ")
+        server.terminate()
+        assert server.wait() == 0
+        return [json.loads(line) for line in server.stderr.splitlines()]
+
+
+def line(lines: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    """Returns the only line with these fields."""
+    (found,) = [one for one in lines if fields.items() <= one.items()]
+    return found
+
+
+def test_a_request_has_one_line_with_its_counts_timings_and_trace(lines: list[dict[str, Any]]) -> None:
+    found = line(lines, request_id="order-17")
+    assert found["message"] == "Generate OK"
+    assert (found["prompt_tokens"], found["output_tokens"], found["finish"]) == (6, 3, "max_new_tokens")
+    assert 0 < found["queue_s"] < found["first_token_s"] < found["duration_s"]
+    assert len(found["trace_id"]) == 32
+
+
+def test_a_refused_request_has_its_error_and_a_late_one_its_status(lines: list[dict[str, Any]]) -> None:
+    assert "sampling.temperature" in line(lines, status="INVALID_ARGUMENT")["error"]
+    late = line(lines, request_id="late")
+    assert late["status"] == "DEADLINE_EXCEEDED"
+    assert (late["prompt_tokens"], late["output_tokens"] > 0) == (6, True)
+
+
+def test_a_caller_who_leaves_is_one_line_and_no_traceback(lines: list[dict[str, Any]]) -> None:
+    assert line(lines, method="StreamGenerate", status="CANCELLED")["peer"] == "inproc"
+    assert not [one for one in lines if "exception" in one or one["level"] in ("warning", "error")]
+
+
+def test_no_line_contains_a_prompt(lines: list[dict[str, Any]]) -> None:
+    assert "silver" not in json.dumps(lines)

@@ -1,0 +1,216 @@
+"""What Prometheus and a collector get of a server's work."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import access_tokens
+import grpc
+import opentelemetry.semconv._incubating.attributes.gen_ai_attributes as gen_ai
+import opentelemetry.semconv._incubating.attributes.http_attributes as http
+import opentelemetry.semconv._incubating.attributes.rpc_attributes as rpc
+import opentelemetry.semconv._incubating.metrics.gen_ai_metrics as gen_ai_metrics
+import opentelemetry.semconv._incubating.metrics.rpc_metrics as rpc_metrics
+import opentelemetry.semconv.attributes.error_attributes as errors
+import pytest
+from conftest import demo_settings
+from http_calls import fetch
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from otlp_collector import attributes, running_collector
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from mpt_grpc.caller import Caller
+from mpt_grpc.reports import RequestReport
+from mpt_grpc.request import FinishReason, GenerationRequest, RequestStats
+from mpt_grpc.server.server import RunningServer, running_server
+from mpt_grpc.settings import HttpSettings, TelemetrySettings
+from mpt_grpc.telemetry import names
+from mpt_grpc.telemetry.metrics import MAX_CALLERS, OTHERS, Metrics
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@dataclass
+class Service:
+    server: RunningServer
+    stub: Any
+
+    async def page(self) -> dict[str, Metric]:
+        """Returns the metrics on `/metrics`, by name."""
+        status, content = await fetch(self.server, "GET", "/metrics")
+        assert status == 200
+        return {family.name: family for family in text_string_to_metric_families(content.decode())}
+
+    async def value(self, name: str, **labels: str) -> float:
+        """Returns the sum of the samples with this name and these labels."""
+        samples = [sample for family in (await self.page()).values() for sample in family.samples]
+        return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
+
+
+@pytest.fixture(scope="module")
+async def service() -> AsyncIterator[Service]:
+    settings = replace(demo_settings(max_waiting_requests=0, max_running_requests=4), http=HttpSettings(port=0))
+    async with running_server(settings) as server, grpc.aio.insecure_channel(server.target) as channel:
+        yield Service(server, TextGenerationServiceStub(channel))
+
+
+def request(max_new_tokens: int = 5, text: str = "Once upon a time", **fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        text=text, stopping=pb.StoppingCriteria(max_new_tokens=max_new_tokens, ignore_eos=True), **fields
+    )
+
+
+async def test_a_request_is_measured_when_it_has_ended(service: Service) -> None:
+    names = (
+        ("gen_ai_server_request_duration_seconds_count", 1),
+        ("gen_ai_server_time_to_first_token_seconds_count", 1),
+        ("gen_ai_server_time_per_output_token_seconds_count", 1),
+        ("mpt_request_queue_duration_seconds_count", 1),
+        ("mpt_requests_ended_total", 1),
+        ("mpt_caller_requests_total", 1),
+        ("mpt_generated_tokens_total", 5),
+        ("mpt_prompt_tokens_total", 4),
+    )
+    before = [await service.value(name) for name, _ in names]
+    await service.stub.Generate(request())
+    after = [await service.value(name) for name, _ in names]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [increase for _, increase in names]
+
+
+async def test_durations_have_the_buckets_of_the_conventions(service: Service) -> None:
+    await service.stub.Generate(request())
+    family = (await service.page())["gen_ai_server_time_to_first_token_seconds"]
+    bounds = {float(sample.labels["le"]) for sample in family.samples if sample.name.endswith("_bucket")}
+    assert bounds == {
+        *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, float("inf"))
+    }
+
+
+async def test_tokens_of_cached_prompts_are_counted(service: Service) -> None:
+    text = "A long prompt, which fills a block of the cache and more than that, for a hit: " * 2
+    await service.stub.Generate(request(1, text))
+    before = await service.value("mpt_prompt_cached_tokens_total")
+    response = await service.stub.Generate(request(1, text))
+    cached = response.summary.usage.num_cached_tokens
+    assert await service.value("mpt_prompt_cached_tokens_total") - before == cached > 0
+
+
+async def test_refused_requests_are_counted_by_the_reason(service: Service) -> None:
+    refused = {
+        "INVALID_REQUEST": request(5000),
+        "UNKNOWN_MODEL": request(model="other"),
+        "OVERLOADED": request(sampling=pb.SamplingParameters(seed=1, num_sequences=4)),
+    }
+    holding = service.stub.StreamGenerate(request(1500))
+    await anext(aiter(holding))
+    for reason, message in refused.items():
+        before = await service.value("mpt_requests_failed_total", error_type=reason)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await service.stub.Generate(message)
+        assert await service.value("mpt_requests_failed_total", error_type=reason) == before + 1
+    assert await service.value("mpt_requests_running") == 1
+    assert await service.value("mpt_kv_cache_usage") > 0
+    holding.cancel()
+
+
+async def test_metrics_need_the_role_to_observe(tmp_path: Path) -> None:
+    settings = demo_settings()
+    server_settings = replace(settings.server, tokens_file=access_tokens.write(tmp_path / "tokens.toml"))
+    async with running_server(
+        replace(
+            settings,
+            server=server_settings,
+            http=HttpSettings(port=0),
+            telemetry=TelemetrySettings(metrics_port=0),
+        )
+    ) as server:
+        own_port = replace_port(server)
+        for target in (server, own_port):
+            assert (await fetch(target, "GET", "/metrics"))[0] == 401
+            for name, status in (("alice", 403), ("eve", 200)):
+                bearer = f"Bearer {access_tokens.SECRETS[name]}"
+                assert (await fetch(target, "GET", "/metrics", authorization=bearer))[0] == status
+        assert (await fetch(own_port, "GET", "/health"))[0] == 404
+
+
+def replace_port(server: RunningServer) -> Any:
+    """Returns what `fetch` needs to call the metrics port instead of the HTTP port."""
+
+    @dataclass
+    class Target:
+        http_port: int | None
+
+    return Target(server.metrics_port)
+
+
+async def test_a_website_cannot_read_metrics_by_another_name_for_this_machine(service: Service) -> None:
+    status, _ = await fetch(service.server, "GET", "/metrics", host="evil.example")
+    assert status == 403
+
+
+async def test_metrics_are_exported_to_a_collector_with_exemplars(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_collector() as (collector, endpoint):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        async with running_server(demo_settings()) as server, grpc.aio.insecure_channel(server.target) as channel:
+            stub: Any = TextGenerationServiceStub(channel)
+            response = await stub.Generate(request())
+        # The last values are exported at the end.
+        await asyncio.to_thread(collector.wait_for, lambda found: names.REQUEST_DURATION in found.metrics)
+    (point,) = collector.metrics[names.REQUEST_DURATION].histogram.data_points
+    assert point.count == 1
+    assert [exemplar.trace_id.hex() for exemplar in point.exemplars] == [response.summary.trace_id]
+    assert attributes(point) == {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "mpt-grpc",
+        "gen_ai.request.model": "demo",
+    }
+
+
+def test_callers_beyond_the_bound_are_counted_together() -> None:
+    reader = InMemoryMetricReader()
+    metrics = Metrics(MeterProvider([reader]).get_meter("test"), "demo")
+    stats = RequestStats(1, 0, 0, 0, 1.0, 2.0, 3.0, 4.0, 2)
+    for number in range(MAX_CALLERS + 5):
+        sent = GenerationRequest("r", (1,), caller=Caller(f"caller-{number}"))
+        metrics.record_request(RequestReport(sent, stats, (FinishReason.EOS_TOKEN,), None, None), "text_completion")
+    data = reader.get_metrics_data()
+    assert data is not None
+    found = {metric.name: metric for r in data.resource_metrics for s in r.scope_metrics for metric in s.metrics}
+    counts = {point.attributes["mpt.caller"]: point.value for point in found[names.CALLER_REQUESTS].data.data_points}
+    assert len(counts) == MAX_CALLERS + 1
+    assert counts[OTHERS] == 5
+
+
+def test_names_are_those_of_the_conventions() -> None:
+    known = {
+        value
+        for module in (gen_ai, http, rpc, errors, gen_ai_metrics, rpc_metrics)
+        for value in vars(module).values()
+        if isinstance(value, str)
+    }
+    ours = {value for key, value in vars(names).items() if key.isupper()}
+    conventional = {name for name in ours if name.startswith(("rpc.", "http.", "gen_ai.", "error."))}
+    assert len(conventional) > 20
+    assert conventional - known == set()
+
+
+async def test_the_page_of_the_documentation_lists_every_metric(service: Service) -> None:
+    await service.stub.Generate(request())
+    page = (DOCS / "telemetry.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\| `((?:mpt|gen_ai|rpc)_\w+)`", page, re.MULTILINE))
+    exposed = {
+        sample.name.removesuffix("_bucket").removesuffix("_count").removesuffix("_sum")
+        for family in (await service.page()).values()
+        for sample in family.samples
+    }
+    ours = {name for name in exposed if name.startswith(("mpt_", "gen_ai_", "rpc_")) and not name.endswith("_created")}
+    assert ours == documented
