@@ -22,7 +22,6 @@ from typing import TypeVar
 
 from opentelemetry.context import Context
 
-from mpt_grpc.engine.admission import num_sequences_violations
 from mpt_grpc.engine.assembly import RequestAssembly
 from mpt_grpc.engine.executor import StepExecutor
 from mpt_grpc.engine.outbox import Outbox
@@ -31,6 +30,7 @@ from mpt_grpc.engine.prepare import Preparation, PreparedRequest, Preparers
 from mpt_grpc.engine.request_table import RequestRecord, RequestTable
 from mpt_grpc.engine.state import EngineLoad, EngineState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream, collect
+from mpt_grpc.engine.validation import num_sequences_violations
 from mpt_grpc.errors import (
     DrainingError,
     EngineStoppedError,
@@ -160,7 +160,7 @@ class Engine:
         if wanted.stopping.time_limit_s is not None:
             self._commands.put(_wake_up)  # the thread may wait for a later time
         if isinstance(request, PreparedRequest):
-            self._start(record, request)
+            self._schedule(record, request)
         elif self.preparation.is_quick(request):
             self._prepare(record)
         else:
@@ -190,9 +190,9 @@ class Engine:
             if self._requests.remove_preparing(record):
                 self._outbox.put([(record.stream.receive, TokenEvent(0, error=refusal))])
         else:
-            self._start(record, prepared)
+            self._schedule(record, prepared)
 
-    def _start(self, record: RequestRecord, prepared: PreparedRequest) -> None:
+    def _schedule(self, record: RequestRecord, prepared: PreparedRequest) -> None:
         reference = weakref.ref(record)
         assembly = request_assembly(
             prepared, self.preparation, lambda finish, index: self._send_end(reference, finish, index)
@@ -248,10 +248,10 @@ class Engine:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def is_stuck(self, timeout_s: float) -> bool:
+    def is_stalled(self, timeout_s: float) -> bool:
         """Whether the thread has died, or requests wait or run but no step has completed for `timeout_s`."""
         idle_s = time.monotonic() - self._progress_time_s
-        return not self._thread.is_alive() or (self._requests.has_started and idle_s > timeout_s)
+        return not self._thread.is_alive() or (self._requests.has_scheduled and idle_s > timeout_s)
 
     def _run(self) -> None:
         try:
@@ -296,13 +296,13 @@ class Engine:
         if not self._requests.is_preparing(record):
             return
         record.stream.begin(prepared, assembly)
-        if not self._requests.has_started:
+        if not self._requests.has_scheduled:
             self._progress_time_s = time.monotonic()
         record.prepared = prepared
         added = self._scheduler.add(
             prepared.request, prepared.prompt_token_ids, prepared.matchers, complete=prepared.complete
         )
-        self._requests.start(record, [sequence for sequence, _ in added])
+        self._requests.schedule(record, [sequence for sequence, _ in added])
         for sequence, finish in added:
             if finish is not None:
                 self._requests.report(sequence, TokenEvent(sequence.index, finish=finish), self._now_s())
