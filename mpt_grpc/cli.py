@@ -151,6 +151,16 @@ def _parser() -> _Parser:
     options.add_constraint(generate)
     options.add_request(generate)
 
+    batch = add(
+        "batch",
+        "respond to a file of requests",
+        "Send the requests in a file of OpenAI's Batch API to a server, at the lowest priority, and add the responses"
+        " to another file. A run that was interrupted continues with the same command. The exit status is 1 if a"
+        " request fails.",
+        formatter_class=_HelpFormatter,
+    )
+    _add_batch(batch)
+
     verify = add(
         "verify",
         "check that a checkpoint is served right",
@@ -206,6 +216,19 @@ def _parser() -> _Parser:
     )
     bench_options.add_flags(bench)
     return parser
+
+
+def _add_batch(batch: argparse.ArgumentParser) -> None:
+    batch.add_argument("input", metavar="INPUT", help="the requests, one JSON object a line; '-' for standard input")
+    batch.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="where to add the responses, one JSON object a line; '-' for standard output",
+    )
+    batch.add_argument("--concurrency", type=positive_int, default=32, metavar="N", help="requests in progress at once")
+    connection.add_connection(batch)
 
 
 def _add_token(token: argparse.ArgumentParser) -> None:

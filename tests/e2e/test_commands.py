@@ -148,7 +148,7 @@ def test_a_reader_that_closes_the_pipe_ends_generate_without_an_error(server: An
     assert (len(ended.stdout), ended.stderr) == (5, "")
 
 
-@pytest.mark.parametrize("command", ["serve", "gateway", "generate", "chat", "verify", "eval", "bench"])
+@pytest.mark.parametrize("command", ["serve", "gateway", "generate", "chat", "batch", "verify", "eval", "bench"])
 def test_help_imports_neither_torch_nor_grpc(command: str) -> None:
     code = f"""
 import sys

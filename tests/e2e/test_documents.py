@@ -29,6 +29,7 @@ PAGES = (
     "generation",
     "tools",
     "openai",
+    "batch",
     "guarantees",
     "evaluation",
     "benchmarking",
@@ -161,7 +162,7 @@ def test_every_link_to_a_file_has_a_target(name: str) -> None:
 @pytest.fixture(scope="module")
 def flags(server: Any) -> set[str]:
     """The flags of all commands."""
-    commands = ("", "serve", "gateway", "generate", "chat", "token", "top", "trace", "eval", "bench")
+    commands = ("", "serve", "gateway", "generate", "chat", "batch", "token", "top", "trace", "eval", "bench")
     help_text = "".join(
         run([sys.executable, "-m", "mpt_grpc", *filter(None, (command,)), "--help"], server) for command in commands
     )
