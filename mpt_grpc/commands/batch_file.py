@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mpt_grpc.errors import BatchError
+from mpt_grpc.gateway.parsing import MAX_DEPTH
+from mpt_grpc.limits import is_deeper_than
 
 STANDARD_STREAM = "-"
 URLS = ("/v1/chat/completions", "/v1/completions")
@@ -83,6 +85,10 @@ def _parsed(id_: str, line: bytes, earlier_custom_ids: set[str]) -> BatchRequest
         return InvalidLine(id_, custom_id, "invalid_url", f"url: must be {' or '.join(URLS)}")
     if not isinstance(body, dict):
         return InvalidLine(id_, custom_id, "invalid_body", "body: must be an object, the body of the request")
+    if is_deeper_than(body, MAX_DEPTH):
+        return InvalidLine(
+            id_, custom_id, "invalid_body", f"body: nested more than {MAX_DEPTH} levels deep; simplify it"
+        )
     if body.get("stream"):
         return InvalidLine(id_, custom_id, "invalid_body", "body.stream: not supported in a batch; omit it")
     return BatchRequest(id_, custom_id, url, body)

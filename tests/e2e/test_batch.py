@@ -104,12 +104,14 @@ def test_a_line_that_fails_has_an_error_and_does_not_end_the_run(server: Any, tm
         line("same"),
         "",
         line("typing", temprature=1),
+        line("deep").replace("0", "[" * 900 + "]" * 900),
+        "[" * 100_000,
     ]
     status, printed = run(server, tmp_path, lines)
     assert status == 1
     assert printed == [
-        "10 of 10 requests: 1 succeeded, 9 failed",
-        "mpt-grpc: 9 requests failed; their lines have the errors",
+        "12 of 12 requests: 1 succeeded, 11 failed",
+        "mpt-grpc: 11 requests failed; their lines have the errors",
     ]
     found = {result["id"]: result for result in results(tmp_path)}
     errors = {id_: result["error"]["code"] for id_, result in found.items() if result["error"]}
@@ -122,6 +124,8 @@ def test_a_line_that_fails_has_an_error_and_does_not_end_the_run(server: Any, tm
         "batch_req_6": "invalid_method",
         "batch_req_7": "invalid_body",
         "batch_req_9": "duplicate_custom_id",
+        "batch_req_12": "invalid_body",
+        "batch_req_13": "invalid_json_line",
     }
     refused = found["batch_req_11"]["response"]
     assert refused["status_code"] == 400
