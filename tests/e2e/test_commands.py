@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from mpt_grpc import __version__
+
 CLI = (sys.executable, "-m", "mpt_grpc.cli")
 
 
@@ -129,6 +131,10 @@ def test_a_failure_is_one_line_and_an_exit_status(
     assert message in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
     assert ended.stdout == ""
+
+
+def test_the_version_is_printed(server: Any) -> None:
+    assert output_of(server, "--version") == f"mpt-grpc {__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
