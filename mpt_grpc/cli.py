@@ -142,7 +142,9 @@ def _parser() -> _Parser:
 
     generate = add("generate", "continue a prompt", "Continue a prompt and print the text as it is generated.")
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="omit or pass '-' to read standard input")
-    chat = add("chat", "chat with the model", "Chat with the model, one message a line. Ctrl-C stops a reply.")
+    chat = add(
+        "chat", "chat with the model", "Chat with the model. Ctrl-C stops a reply; each line of a pipe is a message."
+    )
     chat.add_argument("--system", default="", metavar="TEXT", help="system message (default: the template's)")
     for command in (generate, chat):
         options.add_sampling(command)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from terminal import Terminal
 
 from mpt_grpc import __version__
 
@@ -180,44 +179,6 @@ def test_piped_lines_are_messages_of_one_conversation(server: Any) -> None:
     first = output_of(server, "chat", *flags, stdin=f"{statement}\nAnd now?\n")
     again = output_of(server, "chat", *flags, stdin="And now?\n")
     assert not first.endswith(again), "the reply depends on the earlier messages"
-
-
-class Terminal:
-    """A command in a pseudo-terminal."""
-
-    def __init__(self, server: Any, *arguments: str) -> None:
-        self._terminal, other = pty.openpty()
-        environment = {**os.environ, "MPT_GRPC_TARGET": server.target, "TERM": "dumb"}
-        self.process = subprocess.Popen(
-            [*CLI, *arguments],
-            stdin=other,
-            stdout=other,
-            stderr=other,
-            env=environment,
-            start_new_session=True,
-            # The tests may run where it is ignored, as in the background of a script.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        os.close(other)
-        self.output = ""
-
-    def type(self, text: str) -> None:
-        self.output = ""
-        os.write(self._terminal, text.encode())
-
-    def wait_for(self, pattern: str) -> None:
-        """Blocks until the output since the last input matches."""
-        while not re.search(pattern, self.output, re.DOTALL):
-            self.output += os.read(self._terminal, 4096).decode(errors="replace")
-
-    def interrupt(self) -> None:
-        self.output = ""
-        self.process.send_signal(signal.SIGINT)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._terminal)
 
 
 @pytest.fixture
