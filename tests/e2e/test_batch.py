@@ -137,20 +137,22 @@ def test_a_line_that_fails_has_an_error_and_does_not_end_the_run(server: Any, tm
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
-def test_a_killed_run_continues_without_a_line_lost_or_twice(server: Any, tmp_path: Path) -> None:
-    lines = [line(f"request {number}", 1000 if number == 6 else 4) for number in range(12)]
-    with start(server, tmp_path, lines, "--concurrency", "1") as process:
-        wait_until(lambda: num_results(tmp_path) == 6)
-        process.send_signal(signal.SIGKILL)
-    output = tmp_path / "out.jsonl"
-    before = output.read_bytes()
-    output.write_bytes(before + b'{"id": "batch_req_7", "custom_id": "request 6", "resp')
+def test_killed_runs_continue_without_a_line_lost_or_twice(server: Any, tmp_path: Path) -> None:
+    lines = [line(f"request {number}", 60 + 10 * (number % 5)) for number in range(40)]
+    output, before = tmp_path / "out.jsonl", b""
+    for least in (3, 12, 21):
+        with start(server, tmp_path, lines, "--concurrency", "4") as process:
+            wait_until(lambda least=least: num_results(tmp_path) >= least)
+            process.send_signal(signal.SIGKILL)
+        assert output.read_bytes().startswith(before)
+        assert num_results(tmp_path) < 40
+        before = output.read_bytes()[: output.read_bytes().rindex(b"\n") + 1]
+        output.write_bytes(before + b'{"id": "batch_req_40", "custom_id": "request 39", "resp')
     status, printed = run(server, tmp_path, lines)
-    assert (status, printed) == (0, ["12 of 12 requests: 12 succeeded, 0 failed"])
+    assert (status, printed) == (0, ["40 of 40 requests: 40 succeeded, 0 failed"])
     assert output.read_bytes().startswith(before)
-    assert sorted(result["custom_id"] for result in results(tmp_path)) == sorted(
-        json.loads(request)["custom_id"] for request in lines
-    )
+    found = sorted(result["custom_id"] for result in results(tmp_path))
+    assert found == sorted(f"request {number}" for number in range(40))
 
 
 def test_ctrl_c_ends_the_run_with_status_130_and_how_to_continue(server: Any, tmp_path: Path) -> None:

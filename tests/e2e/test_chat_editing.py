@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from terminal import Terminal
 
+pytest.importorskip("prompt_toolkit", reason="the extra chat is not installed")
+
 ENTER, ALT_ENTER, UP, TAB, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\t", "\x03", "\x04"
 PASTE = "\x1b[200~{}\x1b[201~"
 """What a terminal sends for text from the clipboard."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("shtab", reason="the extra completion is not installed")
+
 CLI = (sys.executable, "-m", "mpt_grpc.cli", "completion")
 COMPLETE = """
 source "$1"; shift
