@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ def run(parsed: argparse.Namespace) -> None:
     print_waterfall(Console(highlight=False), parsed.file, parsed.trace_id)
 
 
-def print_waterfall(console: Console, file: Path, trace_id: str | None = None) -> None:
+def print_waterfall(console: Console, file: str | Path, trace_id: str | None = None) -> None:
     """Prints the trace whose ID begins with `trace_id`, by default the last one of a request.
 
     Raises SettingsError if the file has no such trace.
@@ -60,10 +61,11 @@ class _Span:
     """Its events, counted by name, or why it failed."""
 
 
-def _spans(file: Path) -> list[_Span]:
-    """Returns the spans in a file. Raises SettingsError."""
+def _spans(file: str | Path) -> list[_Span]:
+    """Returns the spans in a file, or in standard input if it is `-`. Raises SettingsError."""
     try:
-        return [_span(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines() if line]
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        return [_span(json.loads(line)) for line in text.splitlines() if line]
     except OSError as error:
         raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,3 +64,26 @@ def test_a_trace_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     ended = run("trace", "show", str(tmp_path / "empty"))
     assert (ended.returncode, ended.stderr) == (1, f"mpt-grpc: {tmp_path}/empty: has no trace of a request\n")
+
+
+SPAN = {
+    "name": "Generate",
+    "context": {"trace_id": "0x1", "span_id": "0x2"},
+    "parent_id": None,
+    "start_time": "2026-11-29T12:00:00Z",
+    "end_time": "2026-11-29T12:00:01Z",
+    "status": {"status_code": "ERROR", "description": "refused"},
+    "events": [],
+}
+
+
+@pytest.mark.parametrize("no_color", [{}, {"NO_COLOR": "1"}])
+def test_a_trace_from_standard_input_has_colors_unless_no_color_is_set(no_color: dict[str, str]) -> None:
+    command = (sys.executable, "-m", "mpt_grpc.cli", "trace", "show", "-")
+    others = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm"}
+    shown = subprocess.run(
+        command, input=json.dumps(SPAN), capture_output=True, text=True, check=True, env=others | terminal | no_color
+    )
+    assert "refused" in shown.stdout
+    assert ("\x1b[31m" in shown.stdout) == (not no_color)
