@@ -181,7 +181,7 @@ class Engine:
         except Exception as error:
             refusal = error
             if not isinstance(error, MptServerError):
-                _log.exception("request %s could not be prepared", record.request.request_id)
+                _log.exception("request %r could not be prepared", record.request.request_id)
                 refusal = InternalError(f"the request could not be prepared: {type(error).__name__}")
             # The frames of a traceback would hold the request, in a cycle.
             refusal.__traceback__ = refusal.__cause__ = refusal.__context__ = None
@@ -335,7 +335,7 @@ class Engine:
             raise
         except Exception as error:
             if len(plan.sequences) == 1:
-                _log.exception("request %s failed", plan.sequences[0].request_id)
+                _log.exception("request %r failed", plan.sequences[0].request_id)
                 fault = InternalError(f"the engine failed: {type(error).__name__}")
                 fault.__cause__ = error
                 return StepResult({}, errors={plan.sequences[0].sequence_id: fault})
