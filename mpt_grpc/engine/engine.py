@@ -257,6 +257,7 @@ class Engine:
                 self._end_overdue()
                 self._deliver()  # the events of requests that have just ended do not wait for the step
                 plan = self._scheduler.plan()
+                self._measure_load()  # before the step, which may be long
                 self._waits_for_masks = False
                 if plan.sequences:
                     self._mark_scheduled(plan)
