@@ -276,7 +276,7 @@ class RequestTable:
 
 
 def _num_new_tokens(request: GenerationRequest) -> int | None:
-    """Returns how many tokens each output may get besides the resumed ones, or None if the request does not say."""
+    """Returns how many tokens each output may get besides the resumed ones, or None if the request does not set it."""
     most = request.stopping.max_new_tokens
     return None if most is None else most - min(map(len, request.outputs.values()))
 
