@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from mpt_grpc.commands.printable import printable
 from mpt_grpc.errors import SettingsError
 
 _BAR_WIDTH = 48
@@ -84,7 +85,7 @@ def _span(span: Mapping[str, Any]) -> _Span:
         start_s=datetime.fromisoformat(span["start_time"]).timestamp(),
         end_s=datetime.fromisoformat(span["end_time"]).timestamp(),
         has_failed=status["status_code"] == "ERROR",
-        summary=status.get("description", "") or summary,
+        summary=printable(status.get("description", "")) or summary,
     )
 
 
