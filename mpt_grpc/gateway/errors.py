@@ -117,6 +117,7 @@ def _reason_code(error: MptGrpcError) -> str | None:
 
 
 def _name(field: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """Returns the endpoint's name for the option that a path begins with, and the rest of the path."""
-    option = re.split(r"[.\[]", field)[0]
-    return names.get(option, option), field.removeprefix(option)
+    """Returns the endpoint's name for what a path begins with, the longest that has one, and the rest of the path."""
+    ends = [*(match.start() for match in re.finditer(r"[.\[]", field)), len(field)]
+    end = next((end for end in reversed(ends) if field[:end] in names), ends[0])
+    return names.get(field[:end], field[:end]), field[end:]
