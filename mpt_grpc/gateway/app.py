@@ -64,6 +64,7 @@ def make_app(
         version=__version__,
         description="OpenAI-compatible API for an MPT model.",
         redoc_url=None,
+        redirect_slashes=False,
         responses={"default": openapi.response("An error, in OpenAI's format", {_JSON: schemas.ErrorResponse})},
     )
     gateway = _Gateway(callers, blocking_client, health, strict_model_names)
@@ -175,8 +176,6 @@ class _Gateway:
 
     async def model(self, request: Request, name: str) -> Response:
         """Returns the model with this name."""
-        if not name:
-            return await self.models(request)
         model = await self._model(request)
         if model["id"] != name:
             raise _unknown_model(name, model["id"])

@@ -63,7 +63,7 @@ def error_body(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> tupl
     if isinstance(error, InvalidRequestError) and error.violations:
         wrong = [(*_name(violation.field, names), violation.description) for violation in error.violations]
         message = "; ".join(f"{name}{rest}: {description}" for name, rest, description in wrong)
-        return 400, _body(message, "invalid_request_error", wrong[0][0], _reason_code(error))
+        return 400, _body(message, "invalid_request_error", wrong[0][0].partition("[")[0], _reason_code(error))
     for kind, status, type_, code in _TABLE:
         if isinstance(error, kind):
             return status, _body(str(error), type_, None, code or _reason_code(error))

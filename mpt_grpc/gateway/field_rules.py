@@ -63,11 +63,14 @@ RESPONSE_RULES = FieldRules(
     {
         **_EXPECTED,
         "background": "must be false, since responses are not stored",
-        "input": "must be text, or a list of at least one item, each of which is a message, function_call,"
-        " function_call_output or reasoning, with all its fields",
+        "input": "must be text, or a list of items of type message, function_call, function_call_output or reasoning,"
+        " and not empty",
         "input.role": "must be system, developer, user or assistant",
         "input.content": "must be text, or a list of parts of type input_text or output_text; images, files and audio"
         " are not supported",
+        "input.call_id": "must be text, the call_id of a call",
+        "input.name": "must be text, the name of a function",
+        "input.arguments": "must be JSON, as text",
         "input.output": "must be text, or a list of parts of type input_text; images and files are not supported",
         "tools.type": "must be function; the server has no tools of its own",
     },

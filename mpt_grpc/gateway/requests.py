@@ -197,15 +197,26 @@ class CompletionFields(GenerationFields):
         yield from super()._constraints()
 
 
-class ChatCompletionRequest(CompletionFields):
+class ConversationFields(GenerationFields):
+    """The fields shared by chat completions and responses; vLLM's."""
+
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def options(self) -> GenerateOptions:
+        templated: GenerateOptions = {
+            "add_generation_prompt": self.add_generation_prompt,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+        return {**super().options(), **templated}
+
+
+class ChatCompletionRequest(ConversationFields, CompletionFields):
     messages: Some[ChatMessage]
     max_completion_tokens: Uint | None = None
     logprobs: bool | None = None
     top_logprobs: Uint | None = None
     drop_oldest_turns: bool = False
-    # Extensions of vLLM.
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
     tools: Many[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -231,8 +242,6 @@ class ChatCompletionRequest(CompletionFields):
         if self.top_logprobs and not self.logprobs:
             raise BadRequestError("top_logprobs: requires logprobs; set it to true", "top_logprobs")
         options["drop_oldest_turns"] = self.drop_oldest_turns
-        options["add_generation_prompt"] = self.add_generation_prompt
-        options["chat_template_kwargs"] = self.chat_template_kwargs
         options.update(tool_options(self.tools, self.tool_choice, self.parallel_tool_calls))
         options["return_logprobs"] = self.has_logprobs
         options["top_logprobs"] = self.top_logprobs

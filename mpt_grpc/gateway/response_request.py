@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.gateway.messages import RefusalPart, check_num_items
-from mpt_grpc.gateway.requests import GenerationFields, Many, Some, Text, Uint, format_constraint
+from mpt_grpc.gateway.requests import ConversationFields, Many, Some, Text, Uint, format_constraint
 from mpt_grpc.gateway.tools import (
     AllowedToolChoice,
     AllowedTools,
@@ -108,8 +108,11 @@ Item = Annotated[
 ]
 
 
-class FunctionTool(Function):
+class _Tool(_Strict):
     type: Literal["function"]
+
+
+class FunctionTool(Function, _Tool):  # in this order, the type is checked first
     # All tools are shown to the model, which calls them directly, and whose results are not checked.
     defer_loading: bool | None = None
     allowed_callers: Any = None
@@ -157,7 +160,7 @@ class TextOptions(_Strict):
     """Ignored."""
 
 
-class ResponseRequest(GenerationFields):
+class ResponseRequest(ConversationFields):
     input: Annotated[Annotated[Text, Tag("text")] | Annotated[Some[Item], Tag("items")], Discriminator(_input_type)]
     instructions: str | None = None
     max_output_tokens: Uint | None = None
