@@ -1,11 +1,7 @@
-"""Uses of OpenAI's Responses by its SDK, LangChain and agents. Run by `test_sdks.py` like `scenarios.py`.
-
-The demo model understands no question: the first call of an agent is required, and what it then says is of no interest.
-"""
+"""Uses of Responses by OpenAI's SDK. Run by `test_sdks.py` like `scenarios.py`."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import sys
@@ -14,14 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import openai
-from agents import Agent, ModelSettings, Runner, function_tool, set_default_openai_client, set_tracing_disabled
-from langchain_openai import ChatOpenAI
-from openai import AsyncOpenAI
 from openai.types.responses import response_create_params
 from pydantic import BaseModel
-from pydantic_ai import Agent as TypedAgent
-from pydantic_ai.models.openai import OpenAIResponsesModel
-from pydantic_ai.providers.openai import OpenAIProvider
 
 QUESTION = "Is it sunny in Rome?"
 City = Literal["Paris", "Rome"]
@@ -32,7 +22,6 @@ WEATHER = {
     "parameters": {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]},
     "strict": False,
 }
-asked: list[str] = []
 
 
 class Forecast(BaseModel):
@@ -40,12 +29,6 @@ class Forecast(BaseModel):
 
     city: City
     days: Literal[1, 2, 3]
-
-
-def get_weather(city: City) -> str:
-    """Tell the weather of a city."""
-    asked.append(city)
-    return "sunny"
 
 
 def sdk(url: str) -> openai.OpenAI:
@@ -200,61 +183,6 @@ def every_field_of_a_response(url: str) -> None:
             assert "unknown" not in str(error)
         else:
             assert call().status == "incomplete", name
-
-
-def openai_agents_by_default(url: str) -> None:
-    set_tracing_disabled(True)
-    set_default_openai_client(AsyncOpenAI(base_url=url, api_key="random-string"))
-    # A response that is cut short is an error for agents, so the text ends with its first sentence.
-    sentence = {"stop": [".", "!", "?", ";"], "seed": 1}
-    settings = ModelSettings(tool_choice="required", max_tokens=400, parallel_tool_calls=False, extra_body=sentence)
-    agent: Any = Agent(
-        name="Reporter",
-        instructions="Be brief.",
-        model="demo",
-        tools=[function_tool(get_weather)],
-        model_settings=settings,
-    )
-
-    async def run() -> None:
-        result = await Runner.run(agent, QUESTION)
-        assert result.final_output
-        assert [item.type for item in result.new_items] == [
-            "tool_call_item", "tool_call_output_item", "message_output_item"
-        ]  # fmt: skip
-        again = [*result.to_input_list(), {"role": "user", "content": "Really?"}]
-        streamed = Runner.run_streamed(agent, again)
-        async for _ in streamed.stream_events():
-            pass
-        assert streamed.final_output
-        forecaster: Any = Agent(name="Forecaster", model="demo", output_type=Forecast)
-        assert (await Runner.run(forecaster, QUESTION)).final_output.days in (1, 2, 3)
-
-    asyncio.run(run())
-    assert len(asked) == 2
-    assert set(asked) <= {"Paris", "Rome"}
-
-
-def pydantic_ai_with_responses(url: str) -> None:
-    model = OpenAIResponsesModel("demo", provider=OpenAIProvider(base_url=url, api_key="random-string"))
-    agent = TypedAgent(model, output_type=Forecast, instructions="Be brief.")
-    result = agent.run_sync(QUESTION, model_settings={"max_tokens": 300, "parallel_tool_calls": False})
-    assert result.output.days in (1, 2, 3)
-
-
-def langchain_with_responses(url: str) -> None:
-    chat = ChatOpenAI(model="demo", base_url=url, api_key="random-string", max_tokens=60, use_responses_api=True)
-    reply = chat.invoke(QUESTION)
-    assert reply.text
-    assert "".join(chunk.text for chunk in chat.stream([("user", QUESTION), reply, ("user", "Really?")]))
-    required = chat.bind_tools([get_weather], tool_choice="required", parallel_tool_calls=False)
-    question = ("user", QUESTION)
-    called = required.invoke([question])
-    (call,) = called.tool_calls
-    assert call["args"]["city"] in ("Paris", "Rome")
-    result = {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}
-    assert chat.invoke([question, called, result]).text
-    assert isinstance(chat.with_structured_output(Forecast).invoke(QUESTION), Forecast)
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ async def test_head_returns_the_status_without_a_body(gateway: RunningServer, pa
     ],
 )
 async def test_a_path_may_end_with_slashes(gateway: RunningServer, method: str, path: str) -> None:
-    body = {"prompt" if "completions" in path else "input": "x", "seed": 1} if method == "POST" else None
+    body = {"prompt" if "completions" in path else "input": "x", "stop": " "} if method == "POST" else None
     (status, response), same = [await fetch(gateway, method, each, body) for each in (path, path.rstrip("/"))]
     assert status == 200
     assert response.keys() == same[1].keys()
