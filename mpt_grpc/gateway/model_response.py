@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mpt_grpc.gateway.response_request import ResponseRequest
@@ -23,34 +24,32 @@ class _Message:
     pieces: list[str] = field(default_factory=list)
     logprobs: list[Json] = field(default_factory=list)
 
-    @property
-    def part(self) -> Json:
-        return _text_part("".join(self.pieces), self.logprobs)
-
     def item(self, status: str) -> Json:
-        return {**self._empty(status), "content": [self.part]}
-
-    def _empty(self, status: str) -> Json:
-        return {"id": self.id, "type": "message", "status": status, "role": "assistant", "content": []}
+        return self._item(status, [_text_part("".join(self.pieces), self.logprobs)])
 
     def first_events(self) -> Iterator[Json]:
-        yield {"type": "response.output_item.added", "item": self._empty("in_progress")}
-        part = _text_part("", [])
-        yield {"type": "response.content_part.added", "item_id": self.id, "content_index": 0, "part": part}
+        yield {"type": "response.output_item.added", "item": self._item("in_progress", [])}
+        yield {"type": "response.content_part.added", **self._place, "part": _text_part("", [])}
 
     def event(self, text: str, logprobs: list[Json]) -> Json:
         """Returns the event that adds text to the message."""
         self.pieces.append(text)
         self.logprobs += logprobs
-        place = {"item_id": self.id, "content_index": 0}
-        return {"type": "response.output_text.delta", **place, "delta": text, "logprobs": logprobs}
+        return {"type": "response.output_text.delta", **self._place, "delta": text, "logprobs": logprobs}
 
     def last_events(self, status: str) -> Iterator[Json]:
-        place, part = {"item_id": self.id, "content_index": 0}, self.part
-        done = {"text": part["text"], "logprobs": part["logprobs"]}
-        yield {"type": "response.output_text.done", **place, **done}
-        yield {"type": "response.content_part.done", **place, "part": part}
-        yield {"type": "response.output_item.done", "item": self.item(status)}
+        """Yields the events of the end. They repeat the text, but not the log probabilities, which are large."""
+        part = _text_part("".join(self.pieces), [])
+        yield {"type": "response.output_text.done", **self._place, "text": part["text"], "logprobs": []}
+        yield {"type": "response.content_part.done", **self._place, "part": part}
+        yield {"type": "response.output_item.done", "item": self._item(status, [part])}
+
+    @property
+    def _place(self) -> Json:
+        return {"item_id": self.id, "content_index": 0}
+
+    def _item(self, status: str, content: list[Json]) -> Json:
+        return {"id": self.id, "type": "message", "status": status, "role": "assistant", "content": content}
 
 
 @dataclass
@@ -86,17 +85,8 @@ class ModelResponse:
     end = b""
 
     def __init__(self, model: str, request_id: str, request: ResponseRequest) -> None:
-        self._request_id, self._has_logprobs = request_id, request.has_logprobs
-        self._envelope = {
-            "id": f"resp_{request_id}",
-            "object": "response",
-            "created_at": int(time.time()),
-            "model": model,
-            "background": False,
-            "previous_response_id": None,
-            "store": False,
-            **request.settings(),
-        }
+        self._model, self._request_id, self._request = model, request_id, request
+        self._created_at = int(time.time())
         self._num_events = 0
         self._items: list[_Message | _Call] = []
         self._logprobs: list[Json] = []
@@ -106,7 +96,7 @@ class ModelResponse:
         """Returns the response for a finished generation."""
         (output,) = generation.outputs
         if output.text or not output.tool_calls:
-            logprobs = token_logprobs(output.logprobs) if self._has_logprobs else []
+            logprobs = token_logprobs(output.logprobs) if self._request.has_logprobs else []
             self._items.append(_Message(self._item_id("msg"), [output.text], logprobs))
         for call in output.tool_calls:
             self._items.append(_Call(self._item_id("fc"), call, [call.arguments]))
@@ -143,7 +133,7 @@ class ModelResponse:
         return self._event("response.in_progress", response=self._response("in_progress"))
 
     def _delta_events(self, delta: Delta) -> Iterator[Json]:
-        if self._has_logprobs:
+        if self._request.has_logprobs:
             self._logprobs += token_logprobs(delta.logprobs)
         message = self._items[-1] if self._items else None
         if delta.text and not isinstance(message, _Message):
@@ -171,6 +161,20 @@ class ModelResponse:
 
     def _item_event(self, event: Json) -> Json:
         return self._event(event.pop("type"), output_index=len(self._items) - 1, **event)
+
+    @cached_property
+    def _envelope(self) -> Json:
+        """What does not change. Built once the server has accepted the request, and so limited its size."""
+        return {
+            "id": f"resp_{self._request_id}",
+            "object": "response",
+            "created_at": self._created_at,
+            "model": self._model,
+            "background": False,
+            "previous_response_id": None,
+            "store": False,
+            **self._request.settings(),
+        }
 
     def _event(self, type_: str, **fields: Any) -> Json:
         number = self._num_events

@@ -185,7 +185,9 @@ async def test_an_unknown_path_is_no_endpoint(gateway: RunningServer, path: str)
     assert response["error"]["message"].startswith(f"no such endpoint: {path}")
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/version", "/v1/models", "/v1/models/demo"])
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/ready", "/version", "/v1/models", "/v1/models/demo", "/debug/engine"]
+)
 async def test_head_returns_the_status_without_a_body(gateway: RunningServer, path: str) -> None:
     reader, writer = await send(gateway, "HEAD", path)
     head, _, content = (await reader.read()).partition(b"\r\n\r\n")

@@ -73,7 +73,7 @@ def test_the_events_of_a_text_add_up_to_the_response(include: list[str], server:
     assert without_ids(last["response"]) == without_ids(complete)
     deltas = [event for event in streamed if event["type"] == "response.output_text.delta"]
     (item,) = last["response"]["output"]
-    assert item == item_done["item"]
+    assert item_done["item"] == {**item, "content": [{**item["content"][0], "logprobs": []}]}
     assert {event["item_id"] for event in deltas} == {item["id"]}
     assert "".join(event["delta"] for event in deltas) == text_done["text"] == item["content"][0]["text"]
     assert [logprob for event in deltas for logprob in event["logprobs"]] == item["content"][0]["logprobs"]
