@@ -25,6 +25,17 @@ def stream(server: Any, path: str, body: dict[str, Any]) -> list[Any]:
     return [json.loads(event) for event in events]
 
 
+def response_events(server: Any, body: dict[str, Any]) -> list[Any]:
+    """Returns the events of a stream of `/v1/responses`, as JSON."""
+    content = json.dumps({**body, "stream": True}).encode()
+    with urllib.request.urlopen(f"{server.openai_url}/responses", content, timeout=60) as response:
+        lines = response.read().decode().splitlines()
+    names = [line.removeprefix("event: ") for line in lines[::3]]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[1::3]]
+    assert [event["type"] for event in events] == names
+    return events
+
+
 async def send(
     server: Any, method: str, path: str, body: Any = None, *, length: int | None = None, **headers: str
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

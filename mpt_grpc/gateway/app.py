@@ -23,12 +23,15 @@ from mpt_grpc.gateway import openapi, schemas, tokens
 from mpt_grpc.gateway.callers import CallerMiddleware, Callers, KnownServer
 from mpt_grpc.gateway.completions import complete, stream_completion
 from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, error_response, log_refusal, shortened
-from mpt_grpc.gateway.events import DONE, EventStream, disconnected, event
+from mpt_grpc.gateway.events import EventStream, disconnected, event
+from mpt_grpc.gateway.field_rules import COMPLETION_RULES, RESPONSE_RULES, TOKENIZATION_RULES
+from mpt_grpc.gateway.model_response import ModelResponse
 from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.parsing import parse
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
+from mpt_grpc.gateway.response_request import ResponseRequest
 from mpt_grpc.gateway.responses import ChatResponse, Json, TextResponse, rendered
-from mpt_grpc_client import AsyncClient, Client, GenerateOptions, Message, MptGrpcError
+from mpt_grpc_client import Client, MptGrpcError
 
 _Result = TypeVar("_Result")
 MAX_OUTPUTS = 256
@@ -61,21 +64,26 @@ def make_app(
         version=__version__,
         description="OpenAI-compatible API for an MPT model.",
         redoc_url=None,
+        redirect_slashes=False,
         responses={"default": openapi.response("An error, in OpenAI's format", {_JSON: schemas.ErrorResponse})},
     )
     gateway = _Gateway(callers, blocking_client, health, strict_model_names)
     models: dict[str, type[BaseModel]] = {_JSON: schemas.ModelList}
     chat: dict[str, type[BaseModel]] = {_JSON: schemas.ChatCompletion, _EVENTS: schemas.ChatCompletionChunk}
+    model_response: dict[str, type[BaseModel]] = {_JSON: schemas.ModelResponse, _EVENTS: schemas.ResponseEvent}
     text = {_JSON: schemas.Completion, _EVENTS: schemas.Completion}
     routes = (
         _Route("POST", "/v1/chat/completions", gateway.chat_completions, ChatCompletionRequest, chat),
         _Route("POST", "/v1/completions", gateway.completions, CompletionRequest, text),
+        _Route("POST", "/v1/responses", gateway.responses, ResponseRequest, model_response),
+        _Route("GET", "/v1/responses/{name}", gateway.stored_response),
         _Route("POST", "/v1/embeddings", gateway.embeddings),
         _Route("GET", "/v1/models", gateway.models, responses=models),
         _Route("GET", "/v1/models/{name:path}", gateway.model, responses={_JSON: schemas.Model}),
         _Route("POST", "/tokenize", gateway.tokenize, tokens.TokenizeRequest),
         _Route("POST", "/detokenize", gateway.detokenize, tokens.DetokenizeRequest),
         _Route("GET", "/tokenizer_info", gateway.tokenizer_info),
+        _Route("GET", "/version", gateway.version),
         _Route("GET", "/health", gateway.health),
         _Route("GET", "/ready", gateway.ready),
     )
@@ -117,32 +125,45 @@ class _Gateway:
 
     async def chat_completions(self, request: Request) -> Response:
         """Replies to a conversation, in one response or as server-sent events."""
-        body = await parse(request, ChatCompletionRequest)
+        body = await parse(request, ChatCompletionRequest, COMPLETION_RULES)
+        model = await self._model_name(request, body.model)
+        response = ChatResponse(
+            model, _request_id(request), has_logprobs=body.has_logprobs, includes_usage=body.includes_usage
+        )
+        return await self._reply(request, body, response)
+
+    async def responses(self, request: Request) -> Response:
+        """Replies to a conversation of items, in one response or as server-sent events. Nothing is stored."""
+        body = await parse(request, ResponseRequest, RESPONSE_RULES)
+        response = ModelResponse(await self._model_name(request, body.model), _request_id(request), body)
+        return await self._reply(request, body, response)
+
+    async def stored_response(self) -> Response:
+        """Not supported: responses are not stored."""
+        raise BadRequestError("responses are not stored; send the conversation as input", status=404)
+
+    async def _reply(
+        self, request: Request, body: ChatCompletionRequest | ResponseRequest, response: ChatResponse | ModelResponse
+    ) -> Response:
         request.state.field_names = body.field_names
-        messages = [message.message() for message in body.messages]
-        request_id = _request_id(request)
-        client = self._callers.client(request)
-        response = ChatResponse(await self._model_name(request, body.model), request_id)
-        options = body.options()
-        options["request_id"] = request_id
+        client, messages, options = self._callers.client(request), body.conversation, body.options()
+        options["request_id"] = _request_id(request)
         if body.stream:
-            chunks = _stream_chat(client, body, messages, options, response)
-            return await _events(request, chunks, response.empty_chunk())
+            return await _events(request, response.chunks(lambda: client.stream(messages, **options)), response)
         generation = await _unless_disconnected(request, client.generate(messages, **options))
-        has_logprobs = bool(body.logprobs)
-        return await rendered(lambda: response.complete(generation, has_logprobs), has_logprobs=has_logprobs)
+        return await rendered(lambda: response.complete(generation), has_logprobs=body.has_logprobs)
 
     async def completions(self, request: Request) -> Response:
         """Continues one or several prompts, in one response or as server-sent events."""
         max_outputs = min((await self._server(request)).max_in_progress, MAX_OUTPUTS)
-        body = await parse(request, CompletionRequest, max_prompts=max_outputs)
+        body = await parse(request, CompletionRequest, COMPLETION_RULES, max_prompts=max_outputs)
         request.state.field_names = body.field_names
         body.check_num_outputs(max_outputs)
         request_id, client = _request_id(request), self._callers.client(request)
         response = TextResponse(await self._model_name(request, body.model), request_id)
         if body.stream:
             chunks = stream_completion(client, body, response, request_id)
-            return await _events(request, chunks, response.empty_chunk())
+            return await _events(request, chunks, response)
         return await _unless_disconnected(request, complete(client, body, response, request_id))
 
     async def embeddings(self) -> Response:
@@ -155,8 +176,6 @@ class _Gateway:
 
     async def model(self, request: Request, name: str) -> Response:
         """Returns the model with this name."""
-        if not name:
-            return await self.models(request)
         model = await self._model(request)
         if model["id"] != name:
             raise _unknown_model(name, model["id"])
@@ -164,19 +183,23 @@ class _Gateway:
 
     async def tokenize(self, request: Request) -> Response:
         """Splits text into tokens."""
-        body = await parse(request, tokens.TokenizeRequest)
+        body = await parse(request, tokens.TokenizeRequest, TOKENIZATION_RULES)
         blocking_client = self._blocking_client and self._blocking_client.with_metadata(*request.state.caller)
         return await tokens.tokenize(self._callers.client(request), blocking_client, body)
 
     async def detokenize(self, request: Request) -> Response:
         """Returns the text of token IDs."""
         request.state.field_names = tokens.DETOKENIZE_FIELD_NAMES
-        body = await parse(request, tokens.DetokenizeRequest)
+        body = await parse(request, tokens.DetokenizeRequest, TOKENIZATION_RULES)
         return JSONResponse(await tokens.detokenize(self._callers.client(request), body))
 
     async def tokenizer_info(self, request: Request) -> Response:
         """Returns the special tokens and the context length."""
         return JSONResponse(await tokens.tokenizer_info(self._callers.client(request)))
+
+    async def version(self) -> Response:
+        """Returns the version of the server, or of the gateway if it runs separately."""
+        return JSONResponse({"version": __version__})
 
     async def health(self) -> Response:
         """Returns 200 while this process runs."""
@@ -214,25 +237,6 @@ class _Gateway:
         return await self._callers.server(request.state.caller)
 
 
-async def _stream_chat(
-    client: AsyncClient,
-    body: ChatCompletionRequest,
-    messages: list[Message],
-    options: GenerateOptions,
-    response: ChatResponse,
-) -> AsyncIterator[Json]:
-    started: set[int] = set()
-    async with client.stream(messages, **options) as stream:
-        async for delta in stream.deltas():
-            if delta.index not in started:
-                started.add(delta.index)
-                yield response.first_chunk(delta.index)
-            if delta.text or delta.tool_calls or delta.logprobs or delta.finish:
-                yield response.chunk(delta, bool(body.logprobs))
-        if body.includes_usage:
-            yield response.usage_chunk([stream.result.usage])
-
-
 def _unknown_model(requested: str, name: str) -> BadRequestError:
     why = f"model {shortened(requested)!r} is not loaded; the loaded model is {name!r}"
     return BadRequestError(why, "model", status=404, code="model_not_found")
@@ -259,10 +263,12 @@ async def _unless_disconnected(request: Request, call: Awaitable[_Result]) -> _R
         await asyncio.wait({calling, disconnecting})  # so that the call does not outlive the request
 
 
-async def _events(request: Request, chunks: AsyncIterator[Json], empty_chunk: Json) -> Response:
+async def _events(
+    request: Request, chunks: AsyncIterator[Json], response: ChatResponse | TextResponse | ModelResponse
+) -> Response:
     """Returns chunks as server-sent events. A failure before the first is an HTTP error, a later one an error event.
 
-    `empty_chunk` is sent whenever the stream has been idle for a while. A comment would not do: LangChain ignores
+    An empty chunk is sent whenever the stream has been idle for a while. A comment would not do: LangChain ignores
     comments and times out.
     """
     first = await _unless_disconnected(request, _next(chunks))
@@ -277,9 +283,9 @@ async def _events(request: Request, chunks: AsyncIterator[Json], empty_chunk: Js
             except MptGrpcError as error:
                 yield event(error_body(error, _field_names(request))[1])
                 return
-            yield DONE
+            yield response.end
 
-    return EventStream(events(), event(empty_chunk))
+    return EventStream(events(), lambda: event(response.empty_chunk()))
 
 
 async def _next(chunks: AsyncIterator[Json]) -> Json | None:

@@ -63,7 +63,7 @@ def error_body(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> tupl
     if isinstance(error, InvalidRequestError) and error.violations:
         wrong = [(*_name(violation.field, names), violation.description) for violation in error.violations]
         message = "; ".join(f"{name}{rest}: {description}" for name, rest, description in wrong)
-        return 400, _body(message, "invalid_request_error", wrong[0][0], _reason_code(error))
+        return 400, _body(message, "invalid_request_error", wrong[0][0].partition("[")[0], _reason_code(error))
     for kind, status, type_, code in _TABLE:
         if isinstance(error, kind):
             return status, _body(str(error), type_, None, code or _reason_code(error))
@@ -117,6 +117,7 @@ def _reason_code(error: MptGrpcError) -> str | None:
 
 
 def _name(field: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """Returns the endpoint's name for the option that a path begins with, and the rest of the path."""
-    option = re.split(r"[.\[]", field)[0]
-    return names.get(option, option), field.removeprefix(option)
+    """Returns the endpoint's name for what a path begins with, the longest that has one, and the rest of the path."""
+    ends = [*(match.start() for match in re.finditer(r"[.\[]", field)), len(field)]
+    end = next((end for end in reversed(ends) if field[:end] in names), ends[0])
+    return names.get(field[:end], field[:end]), field[end:]

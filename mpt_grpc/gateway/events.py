@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -16,8 +16,9 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def event(value: dict[str, Any]) -> bytes:
-    """Returns a JSON value as an event."""
-    return f"data: {_encode(value)}\n\n".encode()
+    """Returns a JSON value as an event. Its `type`, if it has one, is also the event's."""
+    name = f"event: {value['type']}\n" if "type" in value else ""
+    return f"{name}data: {_encode(value)}\n\n".encode()
 
 
 async def disconnected(receive: Receive) -> None:
@@ -31,7 +32,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], idle_event: bytes) -> None:
+    def __init__(self, events: AsyncIterator[bytes], idle_event: Callable[[], bytes]) -> None:
         # The header with "buffering" makes nginx pass on each event at once.
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
@@ -63,7 +64,7 @@ class EventStream(Response):
         while True:
             await asyncio.sleep(self._last_s + KEEPALIVE_S - now())
             if now() >= self._last_s + KEEPALIVE_S:
-                await self._send(send, self._idle_event)
+                await self._send(send, self._idle_event())
 
     async def _send(self, send: Send, event: bytes) -> None:
         self._last_s = asyncio.get_running_loop().time()

@@ -40,6 +40,14 @@ class RefusalPart(_Strict):
 ContentParts = Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)]
 
 
+def check_num_items(value: Any) -> Any:
+    """Refuses a list that is too long before its items are validated."""
+    if isinstance(value, list) and len(value) > MAX_ITEMS:
+        why = f"{len(value)} items; at most {MAX_ITEMS} are allowed in one request"
+        raise PydanticCustomError(TOO_MANY_ITEMS, "{why}", {"why": why})
+    return value
+
+
 class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | ContentParts | None = Field(default=None, validate_default=True)
@@ -58,13 +66,7 @@ class ChatMessage(_Strict):
     function_call: None = None
 
     # Between two messages, this Python code also lets other threads run, which Pydantic's own does not.
-    @field_validator("content", "tool_calls", mode="before")
-    @classmethod
-    def _check_num_parts(cls, value: Any) -> Any:
-        if isinstance(value, list) and len(value) > MAX_ITEMS:
-            why = f"{len(value)} items; at most {MAX_ITEMS} are allowed in one request"
-            raise PydanticCustomError(TOO_MANY_ITEMS, "{why}", {"why": why})
-        return value
+    _check_num_items = field_validator("content", "tool_calls", mode="before")(check_num_items)
 
     @field_validator("content")
     @classmethod

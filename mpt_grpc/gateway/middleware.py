@@ -117,6 +117,21 @@ class HeaderMiddleware:
         return "*" in self._origins or origin.lower() in (*self._origins, *map(str.lower, own))
 
 
+class PathMiddleware:
+    """Serves a path with slashes at its end like the path without them.
+
+    A redirection would lose the body of a request in some clients, and the scheme behind a proxy.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["path"] = scope["path"].rstrip("/") or "/"
+        await self._app(scope, receive, send)
+
+
 class BodyMemoryMiddleware:
     """Refuses to read bodies beyond what those of all requests may hold together until their responses begin.
 

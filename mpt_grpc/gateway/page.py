@@ -40,6 +40,7 @@ def add_page(app: FastAPI, callers: Callers) -> None:
 
     app.add_api_route("/", page, methods=["GET", "HEAD"], response_model=None, include_in_schema=False)
     app.add_api_route("/debug/engine", engine, response_model=None)
+    app.add_api_route("/debug/engine", engine, methods=["HEAD"], response_model=None, include_in_schema=False)
     app.mount("/static", _Files(directory=_FILES))
 
 

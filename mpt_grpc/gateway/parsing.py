@@ -14,9 +14,9 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from mpt_grpc.gateway.errors import BadRequestError, shortened
+from mpt_grpc.gateway.field_rules import FieldRules
 from mpt_grpc.gateway.messages import MAX_ITEMS, TOO_MANY_ITEMS
 from mpt_grpc.gateway.reading import read
-from mpt_grpc.gateway.requests import GenerationFields
 from mpt_grpc.limits import is_deeper_than
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
@@ -29,53 +29,24 @@ _MAX_BYTES_ON_LOOP = 4 << 10
 _parser = ThreadPoolExecutor(1, thread_name_prefix="parse")
 _STRING_OR_VALUE = re.compile(rb'"[^"]*"?|[\[{,]')
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-IGNORED = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention"
-    " reasoning_effort verbosity modalities".split()
-)
-"""Fields that SDKs send and that do not affect what is generated here."""
-REFUSED = {
-    "functions": "functions: not supported; use tools",
-    "function_call": "function_call: not supported; use tool_choice",
-    "suffix": "suffix: not supported; the model can only continue a prompt",
-    "audio": "audio: not supported",
-    "prediction": "prediction: not supported",
-    "web_search_options": "web_search_options: not supported",
-    "chat_template": "chat_template: not supported per request; set it on the server, with --chat-template",
-}
-"""Fields of OpenAI's API, and one of vLLM's, that would change the response and are not supported."""
-_EXPECTED = {
-    "prompt": "must be text, a list of token IDs, or a list of either, and not empty",
-    "stop": "must be a string or a list of strings",
-    "seed": "must be an integer from 0 to 2^64 - 1",
-    "logit_bias": "must map token IDs to numbers",
-    "guided_json": "must be a JSON schema",
-    "structured_outputs.json": "must be a JSON schema",
-    "tool_choice": "must be none, auto, required, a function in tools, or allowed_tools",
-    "messages": "must be a list of at least one message, each with a role and content",
-    "messages.role": "must be system, developer, user, assistant or tool",
-    "messages.tool_calls": "must be a list of calls, each with an id and a function with its name and arguments",
-    "messages.content": "must be text, or a list of parts of type text; images and audio are not supported",
-}
-"""The valid values of fields with several types, for each of which Pydantic would report its own error."""
 
 
-async def parse(request: Request, kind: type[_Parsed], *, max_prompts: int = MAX_ITEMS) -> _Parsed:
+async def parse(request: Request, kind: type[_Parsed], rules: FieldRules, *, max_prompts: int = MAX_ITEMS) -> _Parsed:
     """Returns the body of a request. Raises BadRequestError for the first invalid or unknown field."""
     body = await read(request)
     if len(body) <= _MAX_BYTES_ON_LOOP:
-        return _parsed(body, kind, max_prompts)
-    return await asyncio.get_running_loop().run_in_executor(_parser, _parsed, body, kind, max_prompts)
+        return _parsed(body, kind, rules, max_prompts)
+    return await asyncio.get_running_loop().run_in_executor(_parser, _parsed, body, kind, rules, max_prompts)
 
 
-def _parsed(body: bytes, kind: type[_Parsed], max_prompts: int) -> _Parsed:
+def _parsed(body: bytes, kind: type[_Parsed], rules: FieldRules, max_prompts: int) -> _Parsed:
     _check_num_values(body)
-    fields = _known_fields(body)
+    fields = _known_fields(body, rules)
     _check_counts(fields, max_prompts)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _refusal(error, kind) from error
+        raise _refusal(error, kind, rules) from error
 
 
 def _check_num_values(body: bytes) -> None:
@@ -104,7 +75,7 @@ def _check_counts(fields: Mapping[str, Any], max_prompts: int) -> None:
             raise BadRequestError(f"{shortened(name)}: {why}", shortened(name))
 
 
-def _known_fields(body: bytes) -> dict[str, Any]:
+def _known_fields(body: bytes, rules: FieldRules) -> dict[str, Any]:
     """Returns the fields of a body, except those that are null or ignored. Raises BadRequestError."""
     try:
         fields = json.loads(body.decode())
@@ -116,11 +87,11 @@ def _known_fields(body: bytes) -> dict[str, Any]:
         raise BadRequestError("the body must be a JSON object")
     if sum(map(body.count, b"[{")) > MAX_DEPTH and is_deeper_than(fields, MAX_DEPTH):
         raise _too_deep()
-    fields = {name: value for name, value in fields.items() if value is not None and name not in IGNORED}
+    fields = {name: value for name, value in fields.items() if value is not None and name not in rules.ignored}
     may_have_surrogates = _ESCAPED_SURROGATE.search(body) is not None
     for name, value in fields.items():
-        if name in REFUSED:
-            raise BadRequestError(REFUSED[name], name)
+        if name in rules.refused:
+            raise BadRequestError(f"{name}: {rules.refused[name]}", name)
         if may_have_surrogates and not _is_text(name):
             raise BadRequestError("the name of a field is not valid Unicode; remove lone surrogates")
         if may_have_surrogates and not _is_text(value):
@@ -132,14 +103,14 @@ def _too_deep() -> BadRequestError:
     return BadRequestError(f"the body is nested more than {MAX_DEPTH} levels deep; simplify it")
 
 
-def _refusal(error: ValidationError, kind: type[BaseModel]) -> BadRequestError:
+def _refusal(error: ValidationError, kind: type[BaseModel], rules: FieldRules) -> BadRequestError:
     """Returns the error for the first invalid or unknown field of a body of this kind."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param = shortened(str(first["loc"][0]))
     if first["type"] == "extra_forbidden":
-        return BadRequestError(_unknown_field(first["loc"], kind), param)
-    key, path = _described(first["loc"], _EXPECTED if issubclass(kind, GenerationFields) else {})
-    why = first["msg"] if first["type"] == TOO_MANY_ITEMS else _EXPECTED.get(key, first["msg"])
+        return BadRequestError(_unknown_field(first["loc"], kind, rules), param)
+    key, path = _described(first["loc"], rules.expected)
+    why = first["msg"] if first["type"] == TOO_MANY_ITEMS else rules.expected.get(key, first["msg"])
     return BadRequestError(f"{path}: {why}", param)
 
 
@@ -157,7 +128,7 @@ def _described(loc: Sequence[str | int], expected: Mapping[str, str]) -> tuple[s
     return key, path
 
 
-def _unknown_field(loc: Sequence[str | int], kind: type[BaseModel]) -> str:
+def _unknown_field(loc: Sequence[str | int], kind: type[BaseModel], rules: FieldRules) -> str:
     """Returns the error text for an unknown field, with the closest field that exists."""
     models, path = [kind], ""
     for part in loc[:-1]:
@@ -165,7 +136,7 @@ def _unknown_field(loc: Sequence[str | int], kind: type[BaseModel]) -> str:
             path += f"[{part}]"
         elif nested := [model for parent in models for model in _models(_fields(parent).get(part))]:
             models, path = nested, f"{path}.{part}".lstrip(".")
-    known = [name for model in models for name in _fields(model)] + ([] if path else sorted(IGNORED))
+    known = [name for model in models for name in _fields(model)] + ([] if path else sorted(rules.ignored))
     name = shortened(str(loc[-1]))
     closest = get_close_matches(name, known, n=1)
     suggestion = f"; did you mean {closest[0]!r}?" if closest else ""

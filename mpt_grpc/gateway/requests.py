@@ -21,6 +21,7 @@ from mpt_grpc_client import (
     JsonObject,
     JsonSchema,
     LarkGrammar,
+    Message,
     Regex,
 )
 
@@ -68,31 +69,34 @@ class ResponseFormat(_Strict):
     @property
     def constraint(self) -> Constraint | None:
         """The constraint, or None for plain text. Raises BadRequestError if the schema is missing."""
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return JsonObject()
-        if self.json_schema is None:
-            raise BadRequestError("response_format.json_schema: required if type is json_schema", "response_format")
-        return JsonSchema(self.json_schema.schema_)
+        schema = None if self.json_schema is None else self.json_schema.schema_
+        return format_constraint(self.type, schema, "response_format", "json_schema")
+
+
+def format_constraint(type_: str, schema: dict[str, Any] | None, field: str, schema_field: str) -> Constraint | None:
+    """Returns the constraint of a format, None for plain text. Raises BadRequestError if its schema is missing."""
+    if type_ == "text":
+        return None
+    if type_ == "json_object":
+        return JsonObject()
+    if schema is None:
+        raise BadRequestError(f"{field}.{schema_field}: required if type is json_schema", field)
+    return JsonSchema(schema)
 
 
 class GenerationFields(_Strict):
-    """The fields shared by chat and text completions."""
+    """The fields shared by all endpoints that generate text."""
 
     model: str = ""
     temperature: float | None = None
     top_p: float | None = None
-    n: Uint | None = None
     seed: Seed | None = None
     stop: str | Many[str] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[Uint, float] | None = None
-    max_tokens: Uint | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
     # Extensions of vLLM.
     top_k: Annotated[int, Field(ge=-1, lt=1 << 32)] | None = None
     min_p: float | None = None
@@ -124,7 +128,6 @@ class GenerationFields(_Strict):
         """Returns the client library's options. Raises BadRequestError."""
         top_k = None if self.top_k == -1 else self.top_k  # In vLLM, -1 keeps all tokens.
         return GenerateOptions(
-            max_new_tokens=self.max_tokens,
             min_new_tokens=self.min_tokens,
             temperature=self.temperature,
             top_k=top_k,
@@ -132,7 +135,6 @@ class GenerationFields(_Strict):
             min_p=self.min_p,
             typical_p=self.typical_p,
             seed=self.seed,
-            num_sequences=self.n,
             repetition_penalty=self.repetition_penalty,
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
@@ -167,8 +169,6 @@ class GenerationFields(_Strict):
         return given[0] if given else None
 
     def _constraints(self) -> Iterator[tuple[str, Constraint | None]]:
-        if self.response_format is not None:
-            yield "response_format", self.response_format.constraint
         outputs = self.structured_outputs or StructuredOutputs()
         yield "structured_outputs.json_object", JsonObject() if outputs.json_object else None
         for prefix, schema, regex, choice, grammar in (
@@ -181,18 +181,53 @@ class GenerationFields(_Strict):
             yield f"{prefix}grammar", None if grammar is None else LarkGrammar(grammar)
 
 
-class ChatCompletionRequest(GenerationFields):
+class CompletionFields(GenerationFields):
+    """The fields shared by chat and text completions."""
+
+    n: Uint | None = None
+    max_tokens: Uint | None = None
+    response_format: ResponseFormat | None = None
+
+    def options(self) -> GenerateOptions:
+        return {**super().options(), "num_sequences": self.n, "max_new_tokens": self.max_tokens}
+
+    def _constraints(self) -> Iterator[tuple[str, Constraint | None]]:
+        if self.response_format is not None:
+            yield "response_format", self.response_format.constraint
+        yield from super()._constraints()
+
+
+class ConversationFields(GenerationFields):
+    """The fields shared by chat completions and responses; vLLM's."""
+
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def options(self) -> GenerateOptions:
+        templated: GenerateOptions = {
+            "add_generation_prompt": self.add_generation_prompt,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+        return {**super().options(), **templated}
+
+
+class ChatCompletionRequest(ConversationFields, CompletionFields):
     messages: Some[ChatMessage]
     max_completion_tokens: Uint | None = None
     logprobs: bool | None = None
     top_logprobs: Uint | None = None
     drop_oldest_turns: bool = False
-    # Extensions of vLLM.
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
     tools: Many[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+
+    @property
+    def conversation(self) -> list[Message]:
+        return [message.message() for message in self.messages]
+
+    @property
+    def has_logprobs(self) -> bool:
+        return bool(self.logprobs)
 
     @property
     def field_names(self) -> Mapping[str, str]:
@@ -207,15 +242,13 @@ class ChatCompletionRequest(GenerationFields):
         if self.top_logprobs and not self.logprobs:
             raise BadRequestError("top_logprobs: requires logprobs; set it to true", "top_logprobs")
         options["drop_oldest_turns"] = self.drop_oldest_turns
-        options["add_generation_prompt"] = self.add_generation_prompt
-        options["chat_template_kwargs"] = self.chat_template_kwargs
         options.update(tool_options(self.tools, self.tool_choice, self.parallel_tool_calls))
-        options["return_logprobs"] = bool(self.logprobs)
+        options["return_logprobs"] = self.has_logprobs
         options["top_logprobs"] = self.top_logprobs
         return options
 
 
-class CompletionRequest(GenerationFields):
+class CompletionRequest(CompletionFields):
     prompt: Text | Some[Text] | Some[Uint] | Some[Some[Uint]]
     echo: bool = False
     logprobs: Uint | None = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from mpt_grpc.gateway.events import DONE
 from mpt_grpc_client import (
+    AsyncTextStream,
     Delta,
     Finish,
     FinishReason,
@@ -40,46 +42,63 @@ def usage(usages: Iterable[Usage]) -> Json:
 
 
 async def rendered(build: Callable[[], Json], *, has_logprobs: bool) -> Response:
-    """Returns the HTTP response with the completion that `build` returns.
+    """Returns the HTTP response with the content that `build` returns.
 
-    Log probabilities make it large: then it is built and encoded in a thread, choice by choice, because the encoder
-    holds Python's global lock.
+    Log probabilities make it large: then it is built and encoded in a thread, choice by choice or item by item, because
+    the encoder holds Python's global lock.
     """
-    return await asyncio.to_thread(lambda: _Completion(build())) if has_logprobs else _Completion(build())
+    return await asyncio.to_thread(lambda: _InParts(build())) if has_logprobs else _InParts(build())
 
 
-class _Completion(JSONResponse):
+class _InParts(JSONResponse):
     def render(self, content: Json) -> bytes:
-        encode = super().render
-        rest = encode({name: value for name, value in content.items() if name != "choices"})
-        return b'%b,"choices":[%b]}' % (rest[:-1], b",".join(map(encode, content["choices"])))
+        encode, name = super().render, "choices" if "choices" in content else "output"
+        rest = encode({field: value for field, value in content.items() if field != name})
+        return b'%b,"%b":[%b]}' % (rest[:-1], name.encode(), b",".join(map(encode, content[name])))
 
 
 class ChatResponse:
     """Builds the response to a chat completion."""
 
-    def __init__(self, model: str, request_id: str) -> None:
-        self._envelope = _envelope_for("chatcmpl", model, request_id)
+    end = DONE
 
-    def complete(self, generation: Generation, with_logprobs: bool) -> Json:
+    def __init__(self, model: str, request_id: str, *, has_logprobs: bool, includes_usage: bool) -> None:
+        self._envelope = _envelope_for("chatcmpl", model, request_id)
+        self._has_logprobs, self._includes_usage = has_logprobs, includes_usage
+
+    def complete(self, generation: Generation) -> Json:
         """Returns the response for a finished generation."""
         choices = [
             {
                 "index": output.index,
                 "message": {"role": "assistant", "refusal": None, **_content(output)},
-                "logprobs": _chat_logprobs(output.logprobs) if with_logprobs else None,
+                "logprobs": _chat_logprobs(output.logprobs) if self._has_logprobs else None,
                 "finish_reason": finish_reason(output.finish),
             }
             for output in generation.outputs
         ]
         return {**self._envelope, "object": "chat.completion", "choices": choices, "usage": usage([generation.usage])}
 
-    def first_chunk(self, index: int) -> Json:
-        """Returns the chunk that opens a choice, with the role."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, None, None)
+    async def chunks(self, begin: Callable[[], AsyncTextStream]) -> AsyncIterator[Json]:
+        """Yields the chunks of the stream that `begin` returns. Raises MptGrpcError."""
+        started: set[int] = set()
+        async with begin() as stream:
+            async for delta in stream.deltas():
+                if delta.index not in started:
+                    started.add(delta.index)
+                    yield self._chunk(delta.index, {"role": "assistant", "content": ""}, None, None)
+                if delta.text or delta.tool_calls or delta.logprobs or delta.finish:
+                    yield self._delta_chunk(delta)
+            if self._includes_usage:
+                usages = usage([stream.result.usage])
+                yield {**self._envelope, "object": "chat.completion.chunk", "choices": [], "usage": usages}
 
-    def chunk(self, delta: Delta, with_logprobs: bool) -> Json:
-        logprobs = _chat_logprobs(delta.logprobs) if with_logprobs and delta.logprobs else None
+    def empty_chunk(self) -> Json:
+        """Returns a chunk without content, which keeps an idle stream alive."""
+        return self._chunk(0, {}, None, None)
+
+    def _delta_chunk(self, delta: Delta) -> Json:
+        logprobs = _chat_logprobs(delta.logprobs) if self._has_logprobs and delta.logprobs else None
         content: Json = {"content": delta.text} if delta.text else {}
         if delta.tool_calls:
             content["tool_calls"] = [
@@ -87,14 +106,6 @@ class ChatResponse:
                 for part in delta.tool_calls
             ]
         return self._chunk(delta.index, content, logprobs, delta.finish)
-
-    def empty_chunk(self) -> Json:
-        """Returns a chunk without content, which keeps an idle stream alive."""
-        return self._chunk(0, {}, None, None)
-
-    def usage_chunk(self, usages: Iterable[Usage]) -> Json:
-        """Returns the last chunk of a stream with `include_usage`."""
-        return {**self._envelope, "object": "chat.completion.chunk", "choices": [], "usage": usage(usages)}
 
     def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish: Finish | None) -> Json:
         choice = {
@@ -108,6 +119,8 @@ class ChatResponse:
 
 class TextResponse:
     """Builds the response to a text completion. The choices of several prompts follow one another."""
+
+    end = DONE
 
     def __init__(self, model: str, request_id: str) -> None:
         self._envelope = {**_envelope_for("cmpl", model, request_id), "object": "text_completion"}
@@ -181,7 +194,12 @@ def _call(call: ToolCall | ToolCallDelta) -> Json:
 
 
 def _chat_logprobs(logprobs: Iterable[TokenLogprob]) -> Json:
-    content = [
+    return {"content": token_logprobs(logprobs), "refusal": None}
+
+
+def token_logprobs(logprobs: Iterable[TokenLogprob]) -> list[Json]:
+    """Returns the log probabilities of tokens, each with its most likely alternatives."""
+    return [
         {
             "token": _token(logprob.token_bytes),
             "bytes": list(logprob.token_bytes),
@@ -193,7 +211,6 @@ def _chat_logprobs(logprobs: Iterable[TokenLogprob]) -> Json:
         }
         for logprob in logprobs
     ]
-    return {"content": content, "refusal": None}
 
 
 def _token(token: bytes) -> str:

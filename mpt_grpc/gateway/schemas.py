@@ -99,6 +99,86 @@ class Completion(_Strict):
     )
 
 
+class OutputText(_Strict):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[dict[str, Any]] = Field(description="Empty unless included.")
+
+
+class OutputMessage(_Strict):
+    type: Literal["message"]
+    id: str
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+class OutputFunctionCall(_Strict):
+    type: Literal["function_call"]
+    id: str
+    status: Literal["in_progress", "completed", "incomplete"]
+    call_id: str
+    name: str
+    arguments: str = Field(description="JSON that conforms to the parameters of the function.")
+
+
+class InputTokensDetails(_Strict):
+    cached_tokens: int = Field(description="Input tokens that were read from the prefix cache.")
+    cache_write_tokens: int
+
+
+class OutputTokensDetails(_Strict):
+    reasoning_tokens: int
+
+
+class ResponseUsage(_Strict):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class IncompleteDetails(_Strict):
+    reason: Literal["max_output_tokens", "content_filter"]
+
+
+class ModelResponse(_Strict):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    output: list[OutputMessage | OutputFunctionCall]
+    usage: ResponseUsage | None
+    incomplete_details: IncompleteDetails | None
+    error: dict[str, Any] | None
+    background: Literal[False]
+    previous_response_id: None
+    store: Literal[False] = Field(description="Responses are not stored.")
+    # These repeat the request.
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    parallel_tool_calls: bool
+    temperature: float | None
+    text: dict[str, Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
+    top_logprobs: int
+    top_p: float | None
+    truncation: Literal["auto", "disabled"]
+
+
+class ResponseEvent(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    sequence_number: int
+    response: ModelResponse | None = Field(default=None, description="In events about the whole response.")
+
+
 class Model(_Strict):
     id: str
     object: Literal["model"]

@@ -26,7 +26,13 @@ from mpt_grpc.gateway.app import make_app
 from mpt_grpc.gateway.callers import Callers
 from mpt_grpc.gateway.errors import RATE_LIMIT_HEADERS
 from mpt_grpc.gateway.metrics import MetricsPage
-from mpt_grpc.gateway.middleware import ArrivalMiddleware, BodyMemoryMiddleware, GracePeriodMiddleware, HeaderMiddleware
+from mpt_grpc.gateway.middleware import (
+    ArrivalMiddleware,
+    BodyMemoryMiddleware,
+    GracePeriodMiddleware,
+    HeaderMiddleware,
+    PathMiddleware,
+)
 from mpt_grpc.gateway.protocol import BoundedProtocol
 from mpt_grpc.gateway.tracing import TraceMiddleware
 from mpt_grpc.listening import port_error
@@ -90,7 +96,7 @@ async def running_gateway(
                 expose_headers=["retry-after", "retry-after-ms", "x-request-id", *RATE_LIMIT_HEADERS],
             )
             hosts = _accepted_hosts(listeners, [host, *settings.allow_hosts])
-            bounded = BodyMemoryMiddleware(HeaderMiddleware(app, hosts, settings.allow_origins))
+            bounded = BodyMemoryMiddleware(HeaderMiddleware(PathMiddleware(app), hosts, settings.allow_origins))
             context = None if certificate is None else http_context(certificate)
             protocol = partial(BoundedProtocol, read_timeout_s=read_timeout_s)
             async with _serving(ArrivalMiddleware(bounded), protocol, listeners, grace_s, context):

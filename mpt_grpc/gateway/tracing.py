@@ -16,7 +16,7 @@ from mpt_grpc.telemetry import names
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 _MAX_TRACE_HEADER = 512
-_TRACED_PATHS = ("/v1/chat/completions", "/v1/completions")
+_TRACED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
 class TraceMiddleware:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from server_process import ServerProcess, running
 
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
+from mpt_grpc.gateway.response_request import ResponseRequest
 from mpt_grpc_client import Client
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
@@ -34,10 +35,15 @@ REFUSED = {
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
-MODELS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
+MODELS = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/responses": ResponseRequest,
+}
 MINIMAL = {
-    "/v1/completions": {"prompt": "Once"},
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/completions": {"prompt": "Once", "max_tokens": 2},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
+    "/v1/responses": {"input": [{"role": "user", "content": "Hi"}], "max_output_tokens": 2},
 }
 # The server is shared by all examples, which is what is tested.
 fuzzed = settings(deadline=None, suppress_health_check=list(HealthCheck))
@@ -104,7 +110,7 @@ def test_every_body_is_answered_with_a_documented_status(server: ServerProcess, 
     path = data.draw(st.sampled_from(sorted(MODELS)))
     names = [field.alias or name for name, field in MODELS[path].model_fields.items()]
     fields = data.draw(st.dictionaries(st.sampled_from(names), json_values, max_size=4))
-    body = {**MINIMAL[path], "max_tokens": 2, **fields}
+    body = {**MINIMAL[path], **fields}
     content = json.dumps(body).encode()
     request = urllib.request.Request(f"{server.openai_url.removesuffix('/v1')}{path}", content)
     code, answer = 200, b""

@@ -15,6 +15,7 @@ import pytest
 from conftest import SteppedRunner, demo_settings
 from http_calls import fetch, read_response, send
 
+from mpt_grpc import __version__
 from mpt_grpc.gateway import events
 from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.server.server import RunningServer, running_server
@@ -184,7 +185,9 @@ async def test_an_unknown_path_is_no_endpoint(gateway: RunningServer, path: str)
     assert response["error"]["message"].startswith(f"no such endpoint: {path}")
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/v1/models", "/v1/models/demo"])
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/ready", "/version", "/v1/models", "/v1/models/demo", "/debug/engine"]
+)
 async def test_head_returns_the_status_without_a_body(gateway: RunningServer, path: str) -> None:
     reader, writer = await send(gateway, "HEAD", path)
     head, _, content = (await reader.read()).partition(b"\r\n\r\n")
@@ -193,8 +196,26 @@ async def test_head_returns_the_status_without_a_body(gateway: RunningServer, pa
     assert content == b""
 
 
-async def test_models_with_an_empty_name_are_the_list(gateway: RunningServer) -> None:
-    assert await fetch(gateway, "GET", "/v1/models/") == await fetch(gateway, "GET", "/v1/models")
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/health/"),
+        ("GET", "/version/"),
+        ("GET", "/v1/models/"),
+        ("GET", "/v1/models/demo//"),
+        ("POST", "/v1/completions/"),
+        ("POST", "/v1/responses/"),
+    ],
+)
+async def test_a_path_may_end_with_slashes(gateway: RunningServer, method: str, path: str) -> None:
+    body = {"prompt" if "completions" in path else "input": "x", "stop": " "} if method == "POST" else None
+    (status, response), same = [await fetch(gateway, method, each, body) for each in (path, path.rstrip("/"))]
+    assert status == 200
+    assert response.keys() == same[1].keys()
+
+
+async def test_the_version_is_that_of_the_package(gateway: RunningServer) -> None:
+    assert await fetch(gateway, "GET", "/version") == (200, {"version": __version__})
 
 
 @pytest.mark.parametrize("sent", ["order-17", "x" * 128, "x" * 129, "two words", "é", ""])

@@ -6,29 +6,39 @@ import re
 from pathlib import Path
 
 from mpt_grpc.gateway import app, messages, middleware, parsing, protocol, reading, serve
-from mpt_grpc.gateway.parsing import IGNORED, REFUSED
+from mpt_grpc.gateway.field_rules import COMPLETION_RULES, RESPONSE_RULES
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
+from mpt_grpc.gateway.response_request import ResponseRequest
 
 PAGE = (Path(__file__).parents[2] / "docs/openai.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| `(\w+)` \| (both|chat|text) \| (\w+) \|", PAGE, re.MULTILINE)
+GROUPS = {"all": ("chat", "text", "responses"), "both": ("chat", "text"), "chat, responses": ("chat", "responses")}
+ROWS = [
+    (name, endpoint, support)
+    for name, group, support in re.findall(
+        r"^\| `(\w+)` \| (all|both|chat|text|responses|chat, responses) \| (\w+) \|", PAGE, re.MULTILINE
+    )
+    for endpoint in GROUPS.get(group, (group,))
+]
 
 
-def fields(*, of: str = "both|chat|text", support: str) -> set[str]:
-    return {name for name, kind, level in ROWS if re.fullmatch(of, kind) and re.fullmatch(support, level)}
+def fields(endpoint: str, *support: str) -> set[str]:
+    return {name for name, of, level in ROWS if of == endpoint and level in support}
 
 
 def test_no_field_is_listed_twice() -> None:
-    assert len({name for name, _, _ in ROWS}) == len(ROWS)
+    assert len({(name, endpoint) for name, endpoint, _ in ROWS}) == len(ROWS)
 
 
-def test_supported_fields_are_those_of_the_two_endpoints() -> None:
-    assert fields(of="both|chat", support="supported|differs") == set(ChatCompletionRequest.model_fields)
-    assert fields(of="both|text", support="supported|differs") == set(CompletionRequest.model_fields)
+def test_supported_fields_are_those_of_the_endpoints() -> None:
+    assert fields("chat", "supported", "differs") == set(ChatCompletionRequest.model_fields)
+    assert fields("text", "supported", "differs") == set(CompletionRequest.model_fields)
+    assert fields("responses", "supported", "differs") == set(ResponseRequest.model_fields)
 
 
-def test_ignored_and_refused_fields_are_those_of_the_parser() -> None:
-    assert fields(support="ignored") == set(IGNORED)
-    assert fields(support="refused") == set(REFUSED)
+def test_ignored_and_refused_fields_are_those_of_the_rules() -> None:
+    for endpoint, rules in (("chat", COMPLETION_RULES), ("text", COMPLETION_RULES), ("responses", RESPONSE_RULES)):
+        assert fields(endpoint, "ignored") == set(rules.ignored)
+        assert fields(endpoint, "refused") == set(rules.refused)
 
 
 def test_the_documented_limits_are_those_of_the_code() -> None:

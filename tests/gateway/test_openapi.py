@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from http_calls import call, stream
+from http_calls import call, response_events, stream
 
 from mpt_grpc.gateway import schemas
 
@@ -25,7 +25,9 @@ def schema_name(document: Any, path: str, method: str, media_type: str = "applic
     return content[media_type]["schema"]["$ref"].removeprefix("#/components/schemas/")
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"]
+)
 def test_a_request_body_is_described(document: Any, path: str) -> None:
     body = document["paths"][path]["post"]["requestBody"]
     assert body["required"]
@@ -49,6 +51,8 @@ def test_every_schema_that_is_referred_to_exists(document: Any) -> None:
         ("/v1/chat/completions", {**CHAT, "tools": [FUNCTION], "tool_choice": "required", "max_tokens": 99}),
         ("/v1/completions", {"prompt": "Once", "max_tokens": 4}),
         ("/v1/completions", {"prompt": "Once upon", "max_tokens": 4, "logprobs": 2, "echo": True}),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 4, "include": ["message.output_text.logprobs"]}),
+        ("/v1/responses", {"input": "Hi", "tools": [{"type": "function", "name": "f"}], "tool_choice": "required"}),
     ],
 )
 def test_a_completion_has_the_documented_schema(document: Any, path: str, body: dict[str, Any], server: Any) -> None:
@@ -64,6 +68,12 @@ def test_a_chunk_has_the_documented_schema(document: Any, path: str, server: Any
     assert len(chunks) > 2
     for chunk in chunks:
         schema.model_validate(chunk)
+
+
+def test_an_event_of_a_response_has_the_documented_schema(document: Any, server: Any) -> None:
+    schema = getattr(schemas, schema_name(document, "/v1/responses", "post", "text/event-stream"))
+    for event in response_events(server, {"input": "Hi", "max_output_tokens": 4}):
+        schema.model_validate(event)
 
 
 def test_models_have_the_documented_schemas(document: Any, server: Any) -> None:

@@ -13,7 +13,12 @@ from server_process import running
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-ENVIRONMENTS = {"scenarios.py": "sdks", "scenarios_agents.py": "sdks", "scenarios_litellm.py": "litellm"}
+ENVIRONMENTS = {
+    "scenarios.py": "sdks",
+    "scenarios_agents.py": "sdks",
+    "scenarios_responses.py": "sdks",
+    "scenarios_litellm.py": "litellm",
+}
 SCENARIOS = [
     (file, name)
     for file in ENVIRONMENTS

@@ -1,0 +1,79 @@
+"""How each endpoint handles the fields that its model does not have, and what it says of invalid values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class FieldRules:
+    """How the fields of an endpoint are handled, besides those of its model."""
+
+    ignored: frozenset[str] = frozenset()
+    """Fields that SDKs send and that do not affect what is generated here."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Fields of OpenAI's API, and one of vLLM's, that would change the response and are not supported: the reasons."""
+    expected: Mapping[str, str] = field(default_factory=dict)
+    """The valid values of fields with several types, for each of which Pydantic would report its own error."""
+
+
+_IGNORED = "user store service_tier safety_identifier prompt_cache_key prompt_cache_retention"
+_CHAT_TEMPLATE = "not supported per request; set it on the server, with --chat-template"
+_EXPECTED = {
+    "stop": "must be a string or a list of strings",
+    "seed": "must be an integer from 0 to 2^64 - 1",
+    "logit_bias": "must map token IDs to numbers",
+    "guided_json": "must be a JSON schema",
+    "structured_outputs.json": "must be a JSON schema",
+    "tool_choice": "must be none, auto, required, a function in tools, or allowed_tools",
+}
+COMPLETION_RULES = FieldRules(
+    frozenset(f"{_IGNORED} metadata reasoning_effort verbosity modalities".split()),
+    {
+        "functions": "not supported; use tools",
+        "function_call": "not supported; use tool_choice",
+        "suffix": "not supported; the model can only continue a prompt",
+        "audio": "not supported",
+        "prediction": "not supported",
+        "web_search_options": "not supported",
+        "chat_template": _CHAT_TEMPLATE,
+    },
+    {
+        **_EXPECTED,
+        "prompt": "must be text, a list of token IDs, or a list of either, and not empty",
+        "messages": "must be a list of at least one message, each with a role and content",
+        "messages.role": "must be system, developer, user, assistant or tool",
+        "messages.tool_calls": "must be a list of calls, each with an id and a function with its name and arguments",
+        "messages.content": "must be text, or a list of parts of type text; images and audio are not supported",
+    },
+)
+"""Those of chat and text completions."""
+RESPONSE_RULES = FieldRules(
+    frozenset(f"{_IGNORED} prompt_cache_options reasoning max_tool_calls image access_programs".split()),
+    {
+        "previous_response_id": "not supported, since responses are not stored; send the conversation as input",
+        "conversation": "not supported, since conversations are not stored; send the conversation as input",
+        "prompt": "not supported, since prompts are not stored; send instructions and input",
+        "background_options": "not supported, since responses are not stored; read the response, or its stream",
+        "context_management": "not supported; shorten the input, or set truncation to auto",
+        "moderation": "not supported; set a guard on the server",
+        "chat_template": _CHAT_TEMPLATE,
+    },
+    {
+        **_EXPECTED,
+        "background": "must be false, since responses are not stored",
+        "input": "must be text, or a list of items of type message, function_call, function_call_output or reasoning,"
+        " and not empty",
+        "input.role": "must be system, developer, user or assistant",
+        "input.content": "must be text, or a list of parts of type input_text or output_text; images, files and audio"
+        " are not supported",
+        "input.call_id": "must be text, the call_id of a call",
+        "input.name": "must be text, the name of a function",
+        "input.arguments": "must be JSON, as text",
+        "input.output": "must be text, or a list of parts of type input_text; images and files are not supported",
+        "tools.type": "must be function; the server has no tools of its own",
+    },
+)
+"""Those of responses."""
+TOKENIZATION_RULES = FieldRules(COMPLETION_RULES.ignored)

@@ -1,0 +1,190 @@
+"""Uses of Responses by OpenAI's SDK. Run by `test_sdks.py` like `scenarios.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import openai
+from openai.types.responses import response_create_params
+from pydantic import BaseModel
+
+QUESTION = "Is it sunny in Rome?"
+City = Literal["Paris", "Rome"]
+WEATHER = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Tell the weather of a city.",
+    "parameters": {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]},
+    "strict": False,
+}
+
+
+class Forecast(BaseModel):
+    """The answer."""
+
+    city: City
+    days: Literal[1, 2, 3]
+
+
+def sdk(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key="random-string", max_retries=0)
+
+
+def raised(kind: type[openai.APIStatusError], call: Callable[[], object]) -> Any:
+    try:
+        call()
+    except kind as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def response(url: str) -> None:
+    client, seed = sdk(url), {"seed": 1}
+    created = client.responses.create(
+        model="gpt-5", input=QUESTION, instructions="Be brief.", max_output_tokens=9, extra_body=seed
+    )
+    assert created.model == "demo"
+    assert created.output_text
+    assert (created.status, created.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert created.usage.output_tokens == 9
+    assert created.usage.total_tokens == created.usage.input_tokens + 9
+    messages: Any = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
+    same = client.responses.create(model="demo", input=messages, max_output_tokens=9, extra_body=seed)
+    assert same.output_text == created.output_text
+    completion = client.chat.completions.create(model="demo", messages=messages, max_tokens=9, seed=1)
+    assert completion.choices[0].message.content == created.output_text
+    history: Any = [*messages, *created.output, {"role": "user", "content": "Really?"}]
+    assert client.responses.create(model="demo", input=history, max_output_tokens=3).usage.output_tokens == 3
+    with_logprobs = client.responses.create(
+        model="demo", input=QUESTION, include=["message.output_text.logprobs"], top_logprobs=2, max_output_tokens=4
+    )
+    logprobs = with_logprobs.output[0].content[0].logprobs
+    assert "".join(token.token for token in logprobs) == with_logprobs.output_text
+    assert all(len(token.top_logprobs) == 2 for token in logprobs)
+
+
+def streamed_response(url: str) -> None:
+    request: dict[str, Any] = {"model": "demo", "input": QUESTION, "max_output_tokens": 12, "extra_body": {"seed": 3}}
+    complete = sdk(url).responses.create(**request)
+    events = list(sdk(url).responses.create(**request, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    texts = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(texts) == complete.output_text
+    assert events[-1].type == "response.incomplete"
+    assert events[-1].response.output_text == complete.output_text
+    choices: Any = {"guided_choice": ["yes", "no"]}
+    with sdk(url).responses.stream(model="demo", input=QUESTION, extra_body=choices) as stream:
+        final = stream.get_final_response()
+    assert final.status == "completed"
+    assert final.output_text in ("yes", "no")
+
+
+def structured_response(url: str) -> None:
+    request: dict[str, Any] = {"model": "demo", "input": QUESTION, "text_format": Forecast, "max_output_tokens": 400}
+    parsed = sdk(url).responses.parse(**request).output_parsed
+    assert isinstance(parsed, Forecast)
+    with sdk(url).responses.stream(**request) as stream:
+        assert isinstance(stream.get_final_response().output_parsed, Forecast)
+    free = sdk(url).responses.create(
+        model="demo", input=QUESTION, text={"format": {"type": "json_object"}}, max_output_tokens=400
+    )
+    assert free.status == "incomplete" or isinstance(json.loads(free.output_text), dict)
+
+
+def calls_and_results_in_items(url: str) -> None:
+    """The items are those of the SDK, of complete responses and of streams, as objects and as it dumps them."""
+    request: dict[str, Any] = {"model": "demo", "tools": [WEATHER], "max_output_tokens": 200, "extra_body": {"seed": 1}}
+    once: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
+    items: list[Any] = [{"role": "user", "content": QUESTION}]
+    created = sdk(url).responses.create(input=items, **request, **once)
+    assert created.status == "completed"
+    (call,) = created.output
+    assert json.loads(call.arguments)["city"] in ("Paris", "Rome")
+    items += [call, {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}]
+    named: dict[str, Any] = {"tool_choice": {"type": "function", "name": "get_weather"}, "parallel_tool_calls": False}
+    with sdk(url).responses.stream(input=items, **request, **named) as stream:
+        (streamed,) = stream.get_final_response().output
+    assert json.loads(streamed.arguments)["city"] in ("Paris", "Rome")
+    output = [{"type": "input_text", "text": "sunny"}]
+    items += [streamed.model_dump(), {"type": "function_call_output", "call_id": streamed.call_id, "output": output}]
+    last = sdk(url).responses.create(input=items, **{**request, "max_output_tokens": 5}, tool_choice="none")
+    assert last.output_text
+
+
+def response_errors(url: str) -> None:
+    def bad_request(**fields: Any) -> Any:
+        request = {"model": "demo", "input": QUESTION, **fields}
+        return raised(openai.BadRequestError, lambda: sdk(url).responses.create(**request))
+
+    assert bad_request(max_output_tokens=100_000).param == "input", "the input and the output exceed the context"
+    assert bad_request(stream=True, temperature=-1).param == "temperature"
+    assert bad_request(extra_body={"surprise": 1}).param == "surprise"
+    missing = raised(openai.NotFoundError, lambda: sdk(url).responses.retrieve("resp_1"))
+    assert "not stored" in str(missing)
+
+
+FIELDS: dict[str, Any] = {
+    "access_programs": {"cyber": "standard"},
+    "background": False,
+    "background_options": {"completion_window": "soonest"},
+    "context_management": [{"type": "compaction"}],
+    "conversation": "conv_1",
+    "image": {"context_compression": "auto"},
+    "include": ["reasoning.encrypted_content"],
+    "input": QUESTION,
+    "instructions": "Be brief.",
+    "max_output_tokens": 1,
+    "max_tool_calls": 3,
+    "metadata": {"order": "17"},
+    "model": "demo",
+    "moderation": {"model": "omni-moderation-latest"},
+    "parallel_tool_calls": False,
+    "previous_response_id": "resp_1",
+    "prompt": {"id": "pmpt_1"},
+    "prompt_cache_key": "key",
+    "prompt_cache_options": {"mode": "implicit"},
+    "prompt_cache_retention": "24h",
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "safety_identifier": "me",
+    "service_tier": "auto",
+    "store": True,
+    "stream": False,
+    "stream_options": {"include_obfuscation": False},
+    "temperature": 0.5,
+    "text": {"format": {"type": "text"}, "verbosity": "low"},
+    "tool_choice": "auto",
+    "tools": [WEATHER],
+    "top_logprobs": 0,
+    "top_p": 0.9,
+    "truncation": "auto",
+    "user": "me",
+}
+
+
+def every_field_of_a_response(url: str) -> None:
+    """Each field of the SDK's request is handled as docs/openai.md says."""
+    base = response_create_params.ResponseCreateParamsBase.__annotations__
+    assert {*base, "stream"} == set(FIELDS)
+    page = (Path(__file__).parents[2] / "docs/openai.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (?:all|[\w, ]*responses) \| (\w+) \|", page, re.MULTILINE)
+    support = dict(rows)
+    assert not set(FIELDS) - set(support), "the page lists every field"
+    request = {"model": "demo", "input": QUESTION, "max_output_tokens": 1}
+    for name, value in FIELDS.items():
+        call = lambda name=name, value=value: sdk(url).responses.create(**{**request, name: value})  # noqa: E731
+        if support[name] == "refused":
+            error = raised(openai.BadRequestError, call)
+            assert error.param == name
+            assert "unknown" not in str(error)
+        else:
+            assert call().status == "incomplete", name
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](sys.argv[2])
+    print(json.dumps({"passed": sys.argv[1]}))
