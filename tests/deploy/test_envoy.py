@@ -59,7 +59,15 @@ async def envoy(cluster: Cluster, folder: Path) -> AsyncIterator[int]:
     ]
     (folder / "envoy.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     address = folder / "admin"
-    flags = ("-c", folder / "envoy.yaml", "--admin-address-path", address, "--use-dynamic-base-id", "--concurrency", "1")
+    flags = (
+        "-c",
+        folder / "envoy.yaml",
+        "--admin-address-path",
+        address,
+        "--use-dynamic-base-id",
+        "--concurrency",
+        "1",
+    )
     process = await create_subprocess_exec(program("envoy"), *flags, stderr=DEVNULL)
     try:
         await until(lambda: address.exists() and bool(address.read_text()))
