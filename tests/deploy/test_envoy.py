@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from asyncio.subprocess import DEVNULL, create_subprocess_exec
+from asyncio.subprocess import PIPE, create_subprocess_exec
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -68,27 +68,18 @@ async def envoy(cluster: Cluster, folder: Path) -> AsyncIterator[int]:
         "--concurrency",
         "1",
     )
-    process = await create_subprocess_exec(program("envoy"), *flags, stderr=DEVNULL)
+    process = await create_subprocess_exec(program("envoy"), *flags, stderr=PIPE)
+    assert process.stderr is not None
     try:
-        await until(lambda: address.exists() and bool(address.read_text()))
-        await until(lambda: _admin(address, "clusters").count("health_flags::healthy") == 3)
-        (status,) = json.loads(_admin(address, "listeners?format=json"))["listener_statuses"]
+        await process.stderr.readuntil(b"starting workers")  # after the first check of each server's health
+        reading = asyncio.create_task(process.stderr.read())
+        url = f"http://{address.read_text(encoding='utf-8')}/listeners?format=json"
+        (status,) = json.loads(await asyncio.to_thread(lambda: urlopen(url, timeout=10).read()))["listener_statuses"]
         yield status["local_address"]["socket_address"]["port_value"]
     finally:
         process.kill()
         await process.wait()
-
-
-async def until(condition: Any) -> None:
-    """Waits until the state of another process meets a condition."""
-    while not await asyncio.to_thread(condition):
-        await asyncio.sleep(0.05)
-
-
-def _admin(address: Path, page: str) -> str:
-    with suppress(OSError), urlopen(f"http://{address.read_text()}/{page}", timeout=10) as response:
-        return str(response.read().decode())
-    return ""
+    await reading
 
 
 def request(max_new_tokens: int) -> pb.GenerateRequest:
