@@ -45,8 +45,8 @@ ROOMS = {
     "attention": ("mpt_grpc/model/attention/torch_backend.py", "tests/model/test_parity.py -k none"),
     "detokenizer": ("mpt_grpc/text/detokenizer.py", "tests/text/test_detokenizer.py"),
     "assembly": ("mpt_grpc/engine/assembly.py", "tests/engine/test_assembly.py"),
-    "admission": ("mpt_grpc/engine/admission.py", "tests/engine/test_admission.py"),
-    "limits": ("mpt_grpc/limits.py", "tests/test_limits.py tests/engine/test_admission.py"),
+    "validation": ("mpt_grpc/engine/validation.py", "tests/engine/test_validation.py"),
+    "limits": ("mpt_grpc/limits.py", "tests/test_limits.py tests/engine/test_validation.py"),
 }
 """The modules of each room and pytest's arguments for the tests that are to catch their mutants."""
 SAMPLE = 32

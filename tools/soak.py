@@ -35,7 +35,7 @@ WARM_UP_SHARE = 0.2
 """The part of the time after which memory is measured first: by then each kind of caller has come."""
 MAX_MORE = 8
 """How many more threads and open files are no leak: pools grow up to their limit the first time that all is in use."""
-IDLE_S = 5.0
+IDLE_S = 2.5
 """How long the server is left alone before it is measured; it returns memory when it is idle."""
 
 

@@ -1,4 +1,5 @@
-"""The scheduler thread, which alone accesses the model, the cache and the sequences.
+"""The scheduler thread, which alone accesses the model, the cache and the sequences: it plans a step, has it executed,
+and reports what it did.
 
 Other threads send it commands through a queue: to add a request, to end one or one of its outputs, and to stop. It
 sends back token events through an outbox. docs/architecture.md shows the whole way of a request.
@@ -21,17 +22,16 @@ from typing import TypeVar
 
 from opentelemetry.context import Context
 
-from mpt_grpc.engine.admission import num_sequences_violations
-from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
-from mpt_grpc.engine.masks import MaskWorkers
+from mpt_grpc.engine.assembly import RequestAssembly
+from mpt_grpc.engine.executor import StepExecutor
 from mpt_grpc.engine.outbox import Outbox
+from mpt_grpc.engine.outputs import request_assembly
 from mpt_grpc.engine.prepare import Preparation, PreparedRequest, Preparers
 from mpt_grpc.engine.request_table import RequestRecord, RequestTable
 from mpt_grpc.engine.state import EngineLoad, EngineState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream, collect
-from mpt_grpc.engine.tool_output import ToolOutput
+from mpt_grpc.engine.validation import num_sequences_violations
 from mpt_grpc.errors import (
-    DeviceLostError,
     DrainingError,
     EngineStoppedError,
     InternalError,
@@ -49,13 +49,10 @@ from mpt_grpc.request import (
     GenerationRequest,
     OutputDelta,
     TokenEvent,
-    ToolCalls,
 )
 from mpt_grpc.schedule.scheduler import Scheduler
 from mpt_grpc.schedule.sequence import Sequence
-from mpt_grpc.step import StepPlan, StepResult, merged
-from mpt_grpc.text.detokenizer import TextAssembler
-from mpt_grpc.text.guards import watch_all
+from mpt_grpc.step import StepPlan, StepResult
 
 _log = logging.getLogger(__name__)
 
@@ -82,12 +79,17 @@ class Engine:
         """Takes the components that `load.py` builds. Events are delivered on `loop`, or else by the thread itself."""
         self.preparation = preparation
         self.load = EngineLoad(num_free_blocks=scheduler.num_free_blocks)
-        self._scheduler, self._runner, self._sampler = scheduler, runner, sampler
+        self._scheduler = scheduler
         self._loop = loop
         self._outbox = Outbox(loop)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         commands = self._commands  # instead of `self`: the model of an engine without references is freed at once
-        self._masks = MaskWorkers(on_ready=lambda: commands.put(_wake_up))
+        self._executor = StepExecutor(
+            runner,
+            sampler,
+            on_mask_ready=lambda: commands.put(_wake_up),
+            on_out_of_memory=scheduler.shrink_steps,
+        )
         self._waits_for_masks = False
         """Whether no token can be chosen until a mask is ready, which a command will signal."""
         self._requests = RequestTable(max_in_flight)
@@ -158,7 +160,7 @@ class Engine:
         if wanted.stopping.time_limit_s is not None:
             self._commands.put(_wake_up)  # the thread may wait for a later time
         if isinstance(request, PreparedRequest):
-            self._start(record, request)
+            self._schedule(record, request)
         elif self.preparation.is_quick(request):
             self._prepare(record)
         else:
@@ -188,11 +190,13 @@ class Engine:
             if self._requests.remove_preparing(record):
                 self._outbox.put([(record.stream.receive, TokenEvent(0, error=refusal))])
         else:
-            self._start(record, prepared)
+            self._schedule(record, prepared)
 
-    def _start(self, record: RequestRecord, prepared: PreparedRequest) -> None:
+    def _schedule(self, record: RequestRecord, prepared: PreparedRequest) -> None:
         reference = weakref.ref(record)
-        assembly = self._assembly(prepared, lambda finish, index: self._send_end(reference, finish, index))
+        assembly = request_assembly(
+            prepared, self.preparation, lambda finish, index: self._send_end(reference, finish, index)
+        )
         self._commands.put(lambda: self._add(record, prepared, assembly))
 
     def _send_end(self, reference: weakref.ref[RequestRecord], finish: Finish, index: int | None = None) -> None:
@@ -244,10 +248,10 @@ class Engine:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def is_stuck(self, timeout_s: float) -> bool:
+    def is_stalled(self, timeout_s: float) -> bool:
         """Whether the thread has died, or requests wait or run but no step has completed for `timeout_s`."""
         idle_s = time.monotonic() - self._progress_time_s
-        return not self._thread.is_alive() or (self._requests.has_started and idle_s > timeout_s)
+        return not self._thread.is_alive() or (self._requests.has_scheduled and idle_s > timeout_s)
 
     def _run(self) -> None:
         try:
@@ -261,7 +265,7 @@ class Engine:
                 if plan.sequences:
                     self._mark_scheduled(plan)
                     start_s = time.monotonic()
-                    result = self._compute(plan)
+                    result = self._executor.execute(plan)
                     duration_s = time.monotonic() - start_s
                     self._waits_for_masks = all(result.is_deferred(sequence) for sequence in plan.sequences)
                     self._requests.report_step(plan, result, start_s + self._epoch_s, duration_s, self.load.num_steps)
@@ -292,13 +296,13 @@ class Engine:
         if not self._requests.is_preparing(record):
             return
         record.stream.begin(prepared, assembly)
-        if not self._requests.has_started:
+        if not self._requests.has_scheduled:
             self._progress_time_s = time.monotonic()
         record.prepared = prepared
         added = self._scheduler.add(
             prepared.request, prepared.prompt_token_ids, prepared.matchers, complete=prepared.complete
         )
-        self._requests.start(record, [sequence for sequence, _ in added])
+        self._requests.schedule(record, [sequence for sequence, _ in added])
         for sequence, finish in added:
             if finish is not None:
                 self._requests.report(sequence, TokenEvent(sequence.index, finish=finish), self._now_s())
@@ -311,42 +315,12 @@ class Engine:
         """Ends those of a request's outputs that have not ended, or only the one with the given index."""
         if not record.sequences and self._requests.remove_preparing(record):
             unprepared = PreparedRequest(record.request, (), ())
-            record.stream.begin(unprepared, self._assembly(unprepared, lambda *_: None))
+            record.stream.begin(unprepared, request_assembly(unprepared, self.preparation, lambda *_: None))
             self._requests.report_unprepared(record, finish, self._now_s())
         for sequence in record.sequences:
             if index in (None, sequence.index) and self._scheduler.end(sequence):
-                self._masks.forget(sequence.sequence_id)
+                self._executor.forget(sequence.sequence_id)
                 self._requests.report(sequence, TokenEvent(sequence.index, finish=finish), self._now_s())
-
-    def _compute(self, plan: StepPlan) -> StepResult:
-        try:
-            self._masks.start(plan)
-            output = self._runner.run(plan)
-            masks = self._masks.collect(plan)
-            choosing = [sequence for sequence in plan.sequences if sequence.choices]
-            ready = [sequence for sequence in choosing if masks.is_ready(sequence)]
-            logits = output.logits
-            if len(ready) < len(choosing):
-                logits = logits[[masks.is_ready(sequence) for sequence in choosing for _ in sequence.choices]]
-            result = self._sampler.sample(logits, ready, masks.bits, are_finite=output.are_finite)
-            errors = {**result.errors, **masks.errors}
-            return replace(result, prompt_logprobs=output.prompt_logprobs, errors=errors)
-        except DeviceLostError:
-            raise
-        except Exception as error:
-            if len(plan.sequences) == 1:
-                _log.exception("request %s failed", plan.sequences[0].request_id)
-                fault = InternalError(f"the engine failed: {type(error).__name__}")
-                fault.__cause__ = error
-                return StepResult({}, errors={plan.sequences[0].sequence_id: fault})
-            # Repeating a step is harmless, so its halves are tried, down to the sequences that fail alone.
-            _log.warning("a step of %d sequences failed: its halves are tried", len(plan.sequences), exc_info=error)
-            if isinstance(error, MemoryError):
-                self._scheduler.shrink_steps()
-            middle = len(plan.sequences) // 2
-            return merged(
-                [self._compute(StepPlan(half)) for half in (plan.sequences[:middle], plan.sequences[middle:])]
-            )
 
     def _mark_scheduled(self, plan: StepPlan) -> None:
         for sequence_id in plan.started:
@@ -363,7 +337,7 @@ class Engine:
             elif (record := self._requests.by_sequence(sequence.sequence_id)) is not None:
                 for one in record.sequences:
                     self._scheduler.end(one)
-                    self._masks.forget(one.sequence_id)
+                    self._executor.forget(one.sequence_id)
                 self._requests.fail(record, event.error, now_s)
         if result.token_ids or not result.errors:
             self._progress_time_s = time.monotonic()
@@ -392,38 +366,6 @@ class Engine:
         if events := self._requests.take_undelivered():
             self._outbox.put(events)
 
-    def _assembly(self, prepared: PreparedRequest, end: Callable[[Finish, int], None]) -> RequestAssembly:
-        """`end` ends the output with the given index."""
-        request, preparation = prepared.request, self.preparation
-        stopping, guards = request.stopping, preparation.guards
-
-        def assembler() -> TextAssembler:
-            return TextAssembler(
-                preparation.tokenizer.detokenizer(prepared.prompt_token_ids, request.skip_special_tokens),
-                stopping.stop_strings,
-                stopping.include_stop_string,
-                stopping.min_new_tokens,
-            )
-
-        def output(index: int, resumed: tuple[int, ...]) -> OutputAssembly:
-            def end_output(finish: Finish) -> None:
-                end(finish, index)
-
-            output: OutputAssembly
-            if guards:
-                output = GuardedOutput(index, assembler(), watch_all(guards), end_output, resumed)
-            else:
-                output = PlainOutput(index, assembler(), end_output, resumed)
-            if not isinstance(request.constraint, ToolCalls):
-                return output
-            text = assembler()
-            # Under a guard, text that a stop string may begin has been sent, too.
-            resumed_text = [*map(text.feed, resumed), text.finish() if guards else ""]
-            return ToolOutput(output, request.request_id, index, request.constraint, resumed_text)
-
-        outputs = {index: output(index, resumed) for index, resumed in request.outputs.items()}
-        return RequestAssembly(outputs, request.chunks, is_guarded=bool(guards))
-
     def _report_state(self) -> None:
         if not self._state_futures:
             return
@@ -446,7 +388,7 @@ class Engine:
             if future.set_running_or_notify_cancel():
                 future.set_exception(type(why)(str(why)))
         self._requests.fail_all(lambda: type(why)(str(why)))
-        self._masks.close()
+        self._executor.close()
         self._deliver()
 
     def _now_s(self) -> float:

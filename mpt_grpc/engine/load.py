@@ -13,7 +13,6 @@ from typing import TypeVar
 import torch
 
 from mpt_grpc.checkpoint import Checkpoint, find_checkpoint
-from mpt_grpc.engine.admission import RequestLimits
 from mpt_grpc.engine.computation import (
     AttentionName,
     attention_backend,
@@ -25,6 +24,7 @@ from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.fingerprint import fingerprint
 from mpt_grpc.engine.memory import STEP_BYTES, MemoryNeeds, dtype_name, free_memory, why_too_large
 from mpt_grpc.engine.prepare import Preparation
+from mpt_grpc.engine.validation import RequestLimits
 from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.generation_config import generation_defaults
 from mpt_grpc.limits import RANGES

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from mpt_grpc.engine.admission import RequestLimits, prompt_violations, request_violations, resumed_lists
+from mpt_grpc.engine.validation import RequestLimits, prompt_violations, request_violations, resumed_lists
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, PromptRefusedError
 from mpt_grpc.limits import MAX_TEXT_CHARACTERS
 from mpt_grpc.request import Conversation, GenerationRequest, StoppingCriteria, ToolCalls

@@ -80,7 +80,7 @@ class RequestRecord:
 class RequestTable:
     """All requests in flight.
 
-    Any thread may call `add`, `get`, `is_preparing`, `remove_preparing` and `len`, and read `has_started`; the rest
+    Any thread may call `add`, `get`, `is_preparing`, `remove_preparing` and `len`, and read `has_scheduled`; the rest
     belongs to the scheduler thread.
     """
 
@@ -156,7 +156,7 @@ class RequestTable:
         """Whether the request is in flight, but not yet in the scheduler."""
         return not record.sequences and self.get(record.request.request_id) is record
 
-    def start(self, record: RequestRecord, sequences: Sequence[ScheduledSequence]) -> None:
+    def schedule(self, record: RequestRecord, sequences: Sequence[ScheduledSequence]) -> None:
         """Records that the request was added to the scheduler, as these sequences."""
         with self._lock:
             record.sequences = sequences
@@ -164,7 +164,7 @@ class RequestTable:
         self._by_sequence_id.update((sequence.sequence_id, record) for sequence in sequences)
 
     @property
-    def has_started(self) -> bool:
+    def has_scheduled(self) -> bool:
         """Whether a request is in the scheduler."""
         return bool(self._by_sequence_id)
 

@@ -189,7 +189,7 @@ class _Gateway:
         except grpc.RpcError:
             return JSONResponse({"status": "unavailable", "message": "the gRPC server does not respond"}, 503)
         if response.status != health_pb2.HealthCheckResponse.SERVING:
-            why = "the gRPC server is shutting down or its engine is stuck"
+            why = "the gRPC server is shutting down or its engine has stalled"
             return JSONResponse({"status": "unavailable", "message": why}, 503)
         return JSONResponse({"status": "ready"})
 

@@ -180,7 +180,7 @@ class RunningServer:
 
     async def _update_health(self) -> None:
         """Sets the health of the process, and of the server and its service, which also stop serving in a drain."""
-        is_live = not self.engine.is_stuck(self.settings.server.stall_timeout_s)
+        is_live = not self.engine.is_stalled(self.settings.server.stall_timeout_s)
         statuses = health_pb2.HealthCheckResponse
         for service, serves in ((LIVE, is_live), *((name, is_live and not self._draining) for name in ("", SERVICE))):
             await self._health.set(service, statuses.SERVING if serves else statuses.NOT_SERVING)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from google.protobuf.descriptor import MethodDescriptor
 
-from mpt_grpc.engine.admission import RequestLimits
+from mpt_grpc.engine.validation import RequestLimits
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.limits import (
     MAX_BYTES,

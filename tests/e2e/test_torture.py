@@ -21,7 +21,7 @@ def test_streams_of_killed_servers_go_on_without_a_difference() -> None:
 
 def test_nothing_is_left_of_callers_good_and_bad() -> None:
     # Memory is that of a process that has just started; it is still growing.
-    command = (sys.executable, "-m", "tools.soak", "--minutes", "0.2", "--max-growth", "30")
+    command = (sys.executable, "-m", "tools.soak", "--minutes", "0.12", "--max-growth", "30")
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, (ended.stdout, ended.stderr)
     assert re.search(r"blocks in use +0 +0\n", ended.stdout)

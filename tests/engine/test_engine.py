@@ -366,7 +366,7 @@ def test_failing_request_does_not_affect_others(
         collect(bad)
     assert_same_tokens({stream.request_id: collect(stream) for stream in streams}, alone)
     assert engine.load.num_free_blocks == 512
-    assert not engine.is_stuck(60)
+    assert not engine.is_stalled(60)
 
 
 class LostDevice(Runner):
@@ -398,18 +398,18 @@ def test_closing_fails_requests_in_flight(make_engine: Callable[..., Engine], st
         engine.generate(generation())
 
 
-def test_engine_is_stuck_if_a_step_does_not_complete(
+def test_engine_has_stalled_if_a_step_does_not_complete(
     make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
 ) -> None:
     engine = make_engine()
-    assert not engine.is_stuck(0.0)
+    assert not engine.is_stalled(0.0)
     stream = submit(engine, generation())
     stepped[0].wait_for_step()
-    assert engine.is_stuck(0.0)
-    assert not engine.is_stuck(60.0)
+    assert engine.is_stalled(0.0)
+    assert not engine.is_stalled(60.0)
     stepped[0].run_free()
     collect(stream)
-    assert not engine.is_stuck(0.0)
+    assert not engine.is_stalled(0.0)
 
 
 def test_higher_priority_runs_first(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:

@@ -261,6 +261,15 @@ def langchain(url: str) -> None:
     assert text.invoke("Once upon a time")
 
 
+def keys(url: str, key: str) -> None:
+    """`key` is the access token of a caller."""
+    with openai.OpenAI(base_url=url, api_key=key, max_retries=0) as client:
+        assert client.chat.completions.create(model="demo", messages=HELLO, max_tokens=2).usage is not None
+    with openai.OpenAI(base_url=url, api_key=f"{key}x", max_retries=0) as client:
+        error = raised(openai.AuthenticationError, client.models.list)
+    assert "the access token is not valid" in error.message
+
+
 if __name__ == "__main__":
-    globals()[sys.argv[1]](sys.argv[2])
+    globals()[sys.argv[1]](*sys.argv[2:])
     print(json.dumps({"passed": sys.argv[1]}))

@@ -133,7 +133,7 @@ async def test_a_draining_server_returns_503(gateway: RunningServer) -> None:
     status, body = await fetch(gateway, "POST", "/v1/completions", {"prompt": "x"})
     assert (status, body["error"]["code"]) == (503, "unavailable")
     status, body = await fetch(gateway, "GET", "/ready")
-    assert (status, body["message"]) == (503, "the gRPC server is shutting down or its engine is stuck")
+    assert (status, body["message"]) == (503, "the gRPC server is shutting down or its engine has stalled")
 
 
 async def test_other_model_names_are_refused_with_strict_model_names(gateway: RunningServer) -> None:

@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import access_tokens
 import pytest
+from server_process import running
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -21,12 +23,22 @@ SCENARIOS = [
 
 @pytest.mark.parametrize(("file", "name"), SCENARIOS, ids=[name for _, name in SCENARIOS])
 def test_a_released_client_works_with_the_server(file: str, name: str, server: Any) -> None:
+    run(file, name, server.openai_url)
+
+
+def test_a_key_of_openais_client_is_an_access_token(tmp_path: Path) -> None:
+    with running("--tokens-file", str(access_tokens.write(tmp_path / "tokens.toml"))) as server:
+        run("scenarios.py", "keys", server.openai_url, access_tokens.SECRETS["alice"])
+
+
+def run(file: str, name: str, *arguments: str) -> None:
+    """Runs a scenario in its environment."""
     environment = f".venv/{ENVIRONMENTS[file]}"
     python = ROOT / environment / "bin/python"
     if not python.exists():
         pytest.skip(f"the clients are not installed: run make {environment}/ready")
     ended = subprocess.run(
-        [python, HERE / file, name, server.openai_url], capture_output=True, text=True, timeout=120, check=False
+        [python, HERE / file, name, *arguments], capture_output=True, text=True, timeout=120, check=False
     )
     assert ended.returncode == 0, ended.stderr
     assert name in ended.stdout

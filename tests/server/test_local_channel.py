@@ -191,7 +191,7 @@ async def test_a_deadline_ends_the_call_and_its_handler(service: Service, method
         assert await call.read() == b"first"
     assert (await failure(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await service.ended.wait()
-    assert 0 < remaining[0] <= DEADLINE_S
+    assert 0 < remaining[0] <= DEADLINE_S * 1.01  # gRPC rounds the time that it sends up by up to a hundredth
 
 
 @pytest.mark.parametrize("way", ["cancel", "task", "close"])

@@ -25,7 +25,7 @@ _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 """The variables that gRPC reads, in its order of precedence."""
 
 _BALANCED_SERVICE_CONFIG = {
-    # A server that drains or is stuck gets no calls, and neither does an address of the target that does not respond.
+    # A server that drains or stalls gets no calls, and neither does an address of the target that does not respond.
     "loadBalancingConfig": [{"round_robin": {}}],
     "healthCheckConfig": {"serviceName": "mpt.v1.TextGenerationService"},
 }

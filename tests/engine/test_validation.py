@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mpt_grpc.engine.admission import RequestLimits, prompt_violations, request_violations
+from mpt_grpc.engine.validation import RequestLimits, prompt_violations, request_violations
 from mpt_grpc.errors import FieldViolation
 from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, RANGES
 from mpt_grpc.request import (

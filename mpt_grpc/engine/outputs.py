@@ -1,0 +1,47 @@
+"""Chooses how the outputs of a request are assembled: plain, under guards, or with calls of tools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
+from mpt_grpc.engine.prepare import Preparation, PreparedRequest
+from mpt_grpc.engine.tool_output import ToolOutput
+from mpt_grpc.request import Finish, ToolCalls
+from mpt_grpc.text.detokenizer import TextAssembler
+from mpt_grpc.text.guards import watch_all
+
+
+def request_assembly(
+    prepared: PreparedRequest, preparation: Preparation, end: Callable[[Finish, int], None]
+) -> RequestAssembly:
+    """Returns the assembly of a request; `end` ends its output with the given index."""
+    request, guards = prepared.request, preparation.guards
+    stopping = request.stopping
+
+    def assembler() -> TextAssembler:
+        return TextAssembler(
+            preparation.tokenizer.detokenizer(prepared.prompt_token_ids, request.skip_special_tokens),
+            stopping.stop_strings,
+            stopping.include_stop_string,
+            stopping.min_new_tokens,
+        )
+
+    def output(index: int, resumed: tuple[int, ...]) -> OutputAssembly:
+        def end_output(finish: Finish) -> None:
+            end(finish, index)
+
+        output: OutputAssembly
+        if guards:
+            output = GuardedOutput(index, assembler(), watch_all(guards), end_output, resumed)
+        else:
+            output = PlainOutput(index, assembler(), end_output, resumed)
+        if not isinstance(request.constraint, ToolCalls):
+            return output
+        text = assembler()
+        # Under a guard, text that a stop string may begin has been sent, too.
+        resumed_text = [*map(text.feed, resumed), text.finish() if guards else ""]
+        return ToolOutput(output, request.request_id, index, request.constraint, resumed_text)
+
+    outputs = {index: output(index, resumed) for index, resumed in request.outputs.items()}
+    return RequestAssembly(outputs, request.chunks, is_guarded=bool(guards))
