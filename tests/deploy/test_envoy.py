@@ -126,7 +126,7 @@ async def test_streams_are_spread_and_those_that_break_are_not_sent_again(cluste
 
 
 async def test_the_client_continues_a_stream_through_envoy(cluster: Cluster, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 300, "ignore_eos": True, "seed": 5}
+    options: dict[str, Any] = {"max_new_tokens": 200, "ignore_eos": True, "seed": 5}
     async with envoy(cluster, tmp_path) as port, AsyncClient(f"dns:///localhost:{port}", timeout=60) as client:
         whole = await client.generate(PROMPT, **options)
         stream = client.stream(PROMPT, **options)
@@ -157,7 +157,7 @@ async def test_a_server_that_drains_finishes_its_streams_and_gets_no_new_calls(
 
 
 async def test_without_envoy_the_client_spreads_streams_and_continues_those_that_break(cluster: Cluster) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 400, "ignore_eos": True, "seed": 5}
+    options: dict[str, Any] = {"max_new_tokens": 250, "ignore_eos": True, "seed": 5}
     async with AsyncClient([relay.target for relay in cluster.relays], timeout=60) as client:
         whole = await client.generate(PROMPT, **options)
         streams = [client.stream(PROMPT, **options) for _ in range(6)]
