@@ -25,7 +25,7 @@ from mpt_grpc.settings import HttpSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 1 for a failure, 2 for invalid arguments, 130 after Ctrl-C."""
+    """Runs a command and returns its exit status; docs/cli.md lists them."""
     parser = _parser()
     parsed, unknown = parser.parse_known_args(arguments)
     command: _Parser = parsed.parser
@@ -142,7 +142,9 @@ def _parser() -> _Parser:
 
     generate = add("generate", "continue a prompt", "Continue a prompt and print the text as it is generated.")
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="omit or pass '-' to read standard input")
-    chat = add("chat", "chat with the model", "Chat with the model, one message a line. Ctrl-C stops a reply.")
+    chat = add(
+        "chat", "chat with the model", "Chat with the model. Ctrl-C stops a reply; each line of a pipe is a message."
+    )
     chat.add_argument("--system", default="", metavar="TEXT", help="system message (default: the template's)")
     for command in (generate, chat):
         options.add_sampling(command)
@@ -150,6 +152,16 @@ def _parser() -> _Parser:
         options.add_target(command)
     options.add_constraint(generate)
     options.add_request(generate)
+
+    batch = add(
+        "batch",
+        "respond to a file of requests",
+        "Send the requests in a file of OpenAI's Batch API to a server, at the lowest priority, and add the responses"
+        " to another file. A run that was interrupted continues with the same command. The exit status is 1 if a"
+        " request fails.",
+        formatter_class=_HelpFormatter,
+    )
+    _add_batch(batch)
 
     verify = add(
         "verify",
@@ -193,7 +205,7 @@ def _parser() -> _Parser:
 
     trace = add("trace", "show a trace", "Show a trace in a file of `serve --trace-file` as bars over time.")
     trace.add_argument("action", choices=("show",), metavar="show", help="show a trace")
-    trace.add_argument("file", type=Path, metavar="FILE", help="the file")
+    trace.add_argument("file", metavar="FILE", help="the file; '-' for standard input")
     trace.add_argument(
         "trace_id", nargs="?", metavar="TRACE_ID", help="the beginning of its ID (default: the last one of a request)"
     )
@@ -205,7 +217,30 @@ def _parser() -> _Parser:
         " results so far.",
     )
     bench_options.add_flags(bench)
+
+    completion = add(
+        "completion",
+        "print completions for a shell",
+        "Print a script that completes commands and flags of mpt-grpc in a shell. It requires the extra completion.",
+    )
+    completion.add_argument("shell", choices=("bash", "zsh"), help="the shell")
+    completion.set_defaults(root=parser)
     return parser
+
+
+def _add_batch(batch: argparse.ArgumentParser) -> None:
+    batch.add_argument(
+        "input", metavar="INPUT_FILE", help="the requests, one JSON object a line; '-' for standard input"
+    )
+    batch.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUTPUT_FILE",
+        help="where to add the responses, one JSON object a line; '-' for standard output",
+    )
+    batch.add_argument("--concurrency", type=positive_int, default=32, metavar="N", help="requests in progress at once")
+    connection.add_connection(batch)
 
 
 def _add_token(token: argparse.ArgumentParser) -> None:

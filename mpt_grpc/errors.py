@@ -7,6 +7,7 @@ MptServerError
 ├── SettingsError          a flag or a setting is invalid: the server does not start
 ├── EvaluationError        `mpt-grpc eval` cannot run
 ├── BenchmarkError         `mpt-grpc bench` cannot run, or no request succeeds
+├── BatchError             `mpt-grpc batch` cannot run or continue, or a request of it fails
 ├── VerificationError      `mpt-grpc verify` finds a difference, or cannot run
 ├── RequestError           the caller can correct the request
 │   ├── InvalidRequestError    lists every invalid field
@@ -57,6 +58,10 @@ class EvaluationError(MptServerError):
 
 class BenchmarkError(MptServerError):
     """A benchmark cannot run, or no request succeeds."""
+
+
+class BatchError(MptServerError):
+    """A batch cannot run or continue, or a request of it fails."""
 
 
 class VerificationError(MptServerError):

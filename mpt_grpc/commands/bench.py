@@ -11,8 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from random import Random
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import Progress
 
 from mpt_grpc import __version__
 from mpt_grpc.bench import load, report
@@ -23,6 +22,7 @@ from mpt_grpc.bench.load import Lengths, Load, PlannedRequest
 from mpt_grpc.bench.metrics import Timeline
 from mpt_grpc.bench.runner import run_load
 from mpt_grpc.commands.connection import client_options
+from mpt_grpc.commands.progress import make_progress
 from mpt_grpc.errors import BenchmarkError
 from mpt_grpc_client.channel import resolve_target
 
@@ -47,7 +47,7 @@ async def _measure(parsed: argparse.Namespace, trace: Sequence[PlannedRequest] |
         requests = _requests(parsed, trace, endpoint.max_context_tokens)
         measured: list[tuple[Load, list[Timeline]]] = [(planned, []) for planned in _loads(parsed, requests)]
         try:
-            with _progress() as progress:
+            with make_progress() as progress:
                 for planned, timelines in measured:
                     await run_load(endpoint, _warm_up(parsed, planned), lambda _: None)
                     await run_load(endpoint, planned, _recorder(planned, timelines, progress))
@@ -60,12 +60,6 @@ async def _measure(parsed: argparse.Namespace, trace: Sequence[PlannedRequest] |
                 _write(parsed, endpoint, results)
     if failed := [result.load.name for result in results if not result.summary.num_completed]:
         raise BenchmarkError(f"no request succeeded: {', '.join(failed)}")
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def _recorder(planned: Load, timelines: list[Timeline], progress: Progress) -> Callable[[Timeline], None]:

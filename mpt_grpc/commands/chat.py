@@ -9,31 +9,26 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from mpt_grpc.commands.chat_input import COMMANDS, messages
 from mpt_grpc.commands.connection import client_options
 from mpt_grpc.commands.options import generate_options
 from mpt_grpc_client import Client, GenerateOptions, Message, MptGrpcError, Role
 
-_HELP = """\
-/new            start a new conversation
-/system TEXT    start a new conversation with this system message
-/quit           quit, as Ctrl-D does
-Ctrl-C          stop the reply\
-"""
+_KEYS = {"Ctrl-C": "stop the reply", "Alt-Enter": "start a new line, with the extra chat"}
+_HELP = "\n".join(f"{name:<15} {what}" for name, what in {**COMMANDS, **_KEYS}.items())
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Runs the conversation. Raises MptGrpcError if a call fails and input does not come from a terminal."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - input() edits lines with it
         print("Type a message, /help for the commands, or Ctrl-D to quit.")
     options = generate_options(parsed)
     options["drop_oldest_turns"] = True
     with Client(parsed.target, timeout=parsed.timeout, **client_options(parsed)) as client:
         chat = _Chat(client, options, parsed.system, is_terminal)
-        while (line := _read("> " if is_terminal else "")) is not None:
-            command, _, argument = line.partition(" ")
+        for message in messages():
+            command, _, argument = message.partition(" ")
             match command:
                 case "":
                     continue
@@ -48,7 +43,7 @@ def run(parsed: argparse.Namespace) -> None:
                 case _ if command.startswith("/"):
                     print(f"unknown command {command}; /help lists the commands")
                 case _:
-                    chat.ask(line)
+                    chat.ask(message)
 
 
 class _Chat:
@@ -91,16 +86,3 @@ def _on_interrupt(act: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _read(prompt: str) -> str | None:
-    """Returns the next line, or None at the end of the input. Ctrl-C clears the line."""
-    while True:
-        try:
-            return input(prompt).strip()
-        except EOFError:
-            if prompt:
-                print()
-            return None
-        except KeyboardInterrupt:
-            print("\nPress Ctrl-D to quit.")

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpt_grpc.commands.connection import client_options
+from mpt_grpc.commands.printable import printable
 from mpt_grpc.errors import SettingsError
 from mpt_grpc_client import Client, Load, ServerInfo
 from mpt_grpc_client.channel import resolve_targets
@@ -122,7 +123,7 @@ def _requests(state: EngineState, num_rows: int) -> RenderableType:
         usage, timings = request.usage, request.timings
         decode_s = timings.decode_time or 0
         table.add_row(
-            Text(request.request_id[:_MAX_ID]),
+            Text(printable(request.request_id[:_MAX_ID])),
             _duration(state.time - request.arrival_time),
             _phase(request),
             str(usage.num_prompt_tokens),

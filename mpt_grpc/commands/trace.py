@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from mpt_grpc.commands.printable import printable
 from mpt_grpc.errors import SettingsError
 
 _BAR_WIDTH = 48
@@ -25,7 +27,7 @@ def run(parsed: argparse.Namespace) -> None:
     print_waterfall(Console(highlight=False), parsed.file, parsed.trace_id)
 
 
-def print_waterfall(console: Console, file: Path, trace_id: str | None = None) -> None:
+def print_waterfall(console: Console, file: str | Path, trace_id: str | None = None) -> None:
     """Prints the trace whose ID begins with `trace_id`, by default the last one of a request.
 
     Raises SettingsError if the file has no such trace.
@@ -60,10 +62,11 @@ class _Span:
     """Its events, counted by name, or why it failed."""
 
 
-def _spans(file: Path) -> list[_Span]:
-    """Returns the spans in a file. Raises SettingsError."""
+def _spans(file: str | Path) -> list[_Span]:
+    """Returns the spans in a file, or in standard input if it is `-`. Raises SettingsError."""
     try:
-        return [_span(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines() if line]
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        return [_span(json.loads(line)) for line in text.splitlines() if line]
     except OSError as error:
         raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -82,7 +85,7 @@ def _span(span: Mapping[str, Any]) -> _Span:
         start_s=datetime.fromisoformat(span["start_time"]).timestamp(),
         end_s=datetime.fromisoformat(span["end_time"]).timestamp(),
         has_failed=status["status_code"] == "ERROR",
-        summary=status.get("description", "") or summary,
+        summary=printable(status.get("description", "")) or summary,
     )
 
 

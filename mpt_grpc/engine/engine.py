@@ -183,7 +183,7 @@ class Engine:
         except Exception as error:
             refusal = error
             if not isinstance(error, MptServerError):
-                _log.exception("request %s could not be prepared", record.request.request_id)
+                _log.exception("request %r could not be prepared", record.request.request_id)
                 refusal = InternalError(f"the request could not be prepared: {type(error).__name__}")
             # The frames of a traceback would hold the request, in a cycle.
             refusal.__traceback__ = refusal.__cause__ = refusal.__context__ = None
@@ -261,6 +261,7 @@ class Engine:
                 self._end_overdue()
                 self._deliver()  # the events of requests that have just ended do not wait for the step
                 plan = self._scheduler.plan()
+                self._measure_load()  # before the step, which may be long
                 self._waits_for_masks = False
                 if plan.sequences:
                     self._mark_scheduled(plan)

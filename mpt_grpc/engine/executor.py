@@ -40,7 +40,7 @@ class StepExecutor:
             raise
         except Exception as error:
             if len(plan.sequences) == 1:
-                _log.exception("request %s failed", plan.sequences[0].request_id)
+                _log.exception("request %r failed", plan.sequences[0].request_id)
                 fault = InternalError(f"the engine failed: {type(error).__name__}")
                 fault.__cause__ = error
                 return StepResult({}, errors={plan.sequences[0].sequence_id: fault})

@@ -134,7 +134,7 @@ class RequestTable:
             and other.request.priority >= request.priority
         )
         wait_s = self._times.wait_s(num_ahead, load.num_running)
-        needed_s = wait_s + self._times.run_s(request.stopping.max_new_tokens)
+        needed_s = wait_s + self._times.run_s(_num_new_tokens(request))
         if needed_s > timeout_s:
             why = f"the request would take about {needed_s:.1f} s, {wait_s:.1f} s of them in the queue"
             message = f"{why}, and its timeout leaves {timeout_s:.1f} s: retry later"
@@ -257,8 +257,7 @@ class RequestTable:
         with self._lock:
             self._forget(record)
             if record.prepared is not None and FinishReason.CANCELLED not in record.finish_reasons.values():
-                request = record.prepared.request
-                self._times.record(stats, len(request.outputs) * (request.stopping.max_new_tokens or 0))
+                self._times.record(stats, _num_new_tokens(record.prepared.request) or 0)
         return stats
 
     def _report_end(self, record: RequestRecord, stats: RequestStats, error: Exception | None = None) -> None:
@@ -274,6 +273,12 @@ class RequestTable:
         self._time_limited.pop(record.request.request_id, None)
         self._num_sequences -= record.request.sampling.num_sequences
         self.num_preparing -= not record.sequences
+
+
+def _num_new_tokens(request: GenerationRequest) -> int | None:
+    """Returns how many tokens each output may get besides the resumed ones, or None if the request does not set it."""
+    most = request.stopping.max_new_tokens
+    return None if most is None else most - min(map(len, request.outputs.values()))
 
 
 def _jittered(wait_s: float) -> float:

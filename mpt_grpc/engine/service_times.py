@@ -14,27 +14,25 @@ class ServiceTimes:
     """Means over the last requests; estimates are 0 before several have ended."""
 
     def __init__(self) -> None:
-        self._run_s = self._token_s = 0.0
-        self._used = 1.0
-        """The share of `max_new_tokens` that requests generate."""
+        self._prefill_s = self._decode_s = self._num_new_tokens = 0.0
         self._num_measured = 0
 
-    def record(self, stats: RequestStats, max_new_tokens: int) -> None:
-        """Adds a request that has ended by itself."""
-        if stats.scheduled_time_s is None or not stats.num_output_tokens:
+    def record(self, stats: RequestStats, num_new_tokens: int) -> None:
+        """Adds a request that has ended by itself, and of which each output could get `num_new_tokens`."""
+        if stats.scheduled_time_s is None or stats.first_token_time_s is None:
             return
-        run_s = stats.end_time_s - stats.scheduled_time_s
         self._num_measured += 1
         weight = max(_WEIGHT, 1 / self._num_measured)
-        self._run_s += weight * (run_s - self._run_s)
-        self._token_s += weight * (run_s / stats.num_output_tokens - self._token_s)
-        self._used += weight * (stats.num_output_tokens / max_new_tokens - self._used)
+        self._prefill_s += weight * (stats.first_token_time_s - stats.scheduled_time_s - self._prefill_s)
+        self._decode_s += weight * (stats.end_time_s - stats.first_token_time_s - self._decode_s)
+        self._num_new_tokens += weight * (num_new_tokens - self._num_new_tokens)
 
-    def run_s(self, max_new_tokens: int | None) -> float:
-        """Returns how long a request runs that generates up to `max_new_tokens`; None is not known."""
+    def run_s(self, num_new_tokens: int | None) -> float:
+        """Returns how long a request runs whose outputs may get `num_new_tokens` each; None is not known."""
         if self._num_measured < _NUM_NEEDED:
             return 0.0
-        return self._run_s if max_new_tokens is None else self._token_s * self._used * max_new_tokens
+        share = 1.0 if num_new_tokens is None else num_new_tokens / self._num_new_tokens
+        return self._prefill_s + self._decode_s * share
 
     def wait_s(self, num_ahead: int, num_running: int) -> float:
         """Returns how long it takes until `num_ahead` sequences have started, of which `num_running` run at once."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc.limits import MAX_COUNTS
 from mpt_grpc_client import GenerateOptions, ToolCall
+
+_MAX_ALLOWED = MAX_COUNTS["conversation.allowed_tools"]
 
 
 class _Strict(BaseModel):
@@ -38,7 +41,15 @@ class ToolName(_Strict):
 
 class AllowedTools(_Strict):
     mode: Literal["auto", "required"]
-    tools: list[ToolName]
+    tools: Annotated[list[ToolName], Field(fail_fast=True)]
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _check_num_tools(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) > _MAX_ALLOWED:
+            why = f"{len(value)} items; at most {_MAX_ALLOWED} are allowed"
+            raise BadRequestError(f"tool_choice.allowed_tools.tools: {why}", "tool_choice")
+        return value
 
 
 class AllowedToolChoice(_Strict):

@@ -2,8 +2,9 @@
 
 The next one is of the highest priority, and among these of the caller that has been served the fewest tokens, by its
 weight: callers with sequences waiting get the same numbers of tokens, and those of one caller stay in their order. A
-caller is charged for all tokens that a sequence may have when it starts, and gets those back that it did not have. See
-the virtual token counter of https://arxiv.org/abs/2401.00588.
+caller is charged for all tokens that a sequence may have when it starts, and gets those back that it did not have. A
+caller who was idle begins with the tokens that the least served of those who wait at its priority has had, without
+those that it may get back. See the virtual token counter of https://arxiv.org/abs/2401.00588.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ class FairQueue:
         self._waiting: dict[int, dict[str, list[Sequence]]] = {}
         """By priority and caller, in the order of arrival; without empty lists."""
         self._served: dict[str, float] = {}
-        """The tokens of each caller, divided by its weight."""
+        """The tokens of each caller, and those that its started sequences may get, divided by its weight."""
+        self._started: dict[str, set[Sequence]] = {}
+        """Those that have started and not ended, by caller; without empty sets."""
         self._now = 0.0
-        """The least that a caller has been served when one of its sequences has started. Who was idle starts there."""
+        """The most tokens that a caller has had when one of its sequences has started. Who arrives when none waits
+        begins there."""
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -36,7 +40,7 @@ class FairQueue:
         """Adds a sequence that has arrived or was preempted."""
         caller = sequence.request.caller.name
         if not any(caller in callers for callers in self._waiting.values()):
-            self._served[caller] = max(self._served.get(caller, 0.0), self._now)
+            self._served[caller] = max(self._served.get(caller, 0.0), self._level(sequence.request.priority))
         callers = self._waiting.setdefault(sequence.request.priority, {})
         insort(callers.setdefault(caller, []), sequence, key=_sequence_id)
 
@@ -61,21 +65,41 @@ class FairQueue:
     def _order(self, sequence: Sequence) -> tuple[float, int]:
         return self._served[sequence.request.caller.name], sequence.sequence_id
 
-    def start(self, sequence: Sequence, num_tokens: int) -> None:
-        """Removes a sequence because it starts to run, and charges its caller."""
+    def start(self, sequence: Sequence) -> None:
+        """Removes a sequence because it starts to run, and charges its caller unless it has run before."""
         caller = sequence.request.caller
         self.remove(sequence)
-        self._now = max(self._now, self._served[caller.name])
-        self.charge(caller, num_tokens)
+        self._now = max(self._now, self._had(caller.name))
+        started = self._started.setdefault(caller.name, set())
+        if sequence not in started:
+            started.add(sequence)
+            prompt = 0 if sequence.primary else sequence.num_prompt_tokens
+            self._served[caller.name] += (prompt + sequence.num_remaining) / caller.quota.weight
         if len(self._served) > _MAX_IDLE_CALLERS:
-            waiting = {name for callers in self._waiting.values() for name in callers}
-            self._served = {name: self._served[name] for name in waiting}
+            busy = {*self._started, *(name for callers in self._waiting.values() for name in callers)}
+            self._served = {name: self._served[name] for name in busy}
 
-    def charge(self, caller: Caller, num_tokens: int) -> None:
-        """Counts tokens as served, or gives them back if their number is negative."""
-        if caller.name in self._served:
-            self._served[caller.name] += num_tokens / caller.quota.weight
+    def end(self, sequence: Sequence) -> None:
+        """Removes a sequence that has ended, and gives back what it was charged for and did not get."""
+        caller = sequence.request.caller
+        self.remove(sequence)
+        started = self._started.get(caller.name, set())
+        if sequence not in started:
+            return
+        started.remove(sequence)
+        if not started:
+            del self._started[caller.name]
+        self._served[caller.name] -= sequence.num_remaining / caller.quota.weight
 
     def served(self, caller: Caller) -> float:
-        """Returns how many tokens a caller has been served, by its weight, or as many as anyone if it is idle."""
-        return self._served.get(caller.name, self._now)
+        """Returns how many tokens a caller with sequences has been served or may get, by its weight."""
+        return self._served[caller.name]
+
+    def _level(self, priority: int) -> float:
+        """Returns what a caller begins with who was idle."""
+        return min(map(self._had, self._waiting.get(priority, ())), default=self._now)
+
+    def _had(self, caller: str) -> float:
+        """Returns how many tokens a caller has had, by its weight."""
+        pending = sum(s.num_remaining / s.request.caller.quota.weight for s in self._started.get(caller, ()))
+        return self._served[caller] - pending

@@ -137,12 +137,10 @@ class Scheduler:
         """Removes a sequence and frees its blocks immediately; returns False if it has already been removed."""
         if self._sequences.pop(sequence.sequence_id, None) is None:
             return False
-        self._waiting.remove(sequence)
+        self._waiting.end(sequence)
         for queue in (self._running, sequence.primary.siblings if sequence.primary else []):
             if sequence in queue:
                 queue.remove(sequence)
-        if sequence.num_cached_tokens is not None:  # it has run
-            self._waiting.charge(sequence.request.caller, -sequence.num_remaining)
         self._pool.free(sequence.release())
         self._drafters.pop(sequence.sequence_id, None)
         self._release_siblings(sequence)
@@ -255,11 +253,9 @@ class Scheduler:
                     return
                 while self._lacks_capacity_for(head, hits):
                     self._preempt(preemptible.pop(0))
-            is_new = head.num_cached_tokens is None
-            prompt = 0 if head.primary else head.num_prompt_tokens
-            self._waiting.start(head, prompt + head.num_remaining if is_new else 0)
+            self._waiting.start(head)
             self._pool.share(hits)
-            if is_new:
+            if head.num_cached_tokens is None:
                 self._started.append(head.sequence_id)
             else:
                 self._resumed.append(head.request.request_id)

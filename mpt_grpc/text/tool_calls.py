@@ -13,6 +13,7 @@ from mpt_grpc.request import ToolCall, ToolCalls
 from mpt_grpc.text.tools import CALL_END, CALL_START
 
 _HEAD = re.compile(r'\n\{"name": "([\w-]+)", "arguments": ', re.ASCII)
+_HEAD_START = '\n{"name": "'
 _TAIL = f"}}\n{CALL_END}"
 _MAX_SPACE = 16
 """The most whitespace before a call that does not belong to the text."""
@@ -30,6 +31,8 @@ class ToolCallReader:
         self._read: Callable[[], bool] = self._read_text
         """Reads one part of the held text; returns whether another one may follow in what is left of it."""
         self._held = ""
+        self._before_head = ""
+        """What belongs to the text if no call follows: whitespace and the tag."""
         self._num_calls = 0
         self._nesting = _Nesting()
         self._text: list[str] = []
@@ -60,7 +63,9 @@ class ToolCallReader:
             self._read = self._read_only_text
             return True
         if start:
-            self._text.append(before[: _end_of_text(before)])
+            end = _end_of_text(before)
+            self._text.append(before[:end])
+            self._before_head = before[end:] + start
             self._held, self._read = after, self._read_head
             return True
         end = _start_of_tail(self._held)
@@ -75,7 +80,11 @@ class ToolCallReader:
 
     def _read_head(self) -> bool:
         if (head := _HEAD.match(self._held)) is None:
-            return False
+            # Only another constraint lets such a text follow, and only at the beginning.
+            is_call = self._held.startswith(_HEAD_START) or _HEAD_START.startswith(self._held)
+            if not is_call:
+                self._held, self._read = self._before_head + self._held, self._read_only_text
+            return not is_call
         index = self._num_calls
         self._calls[index] = ToolCall(self._make_id(index), head[1], "", index)
         self._num_calls += 1

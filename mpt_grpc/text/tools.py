@@ -73,7 +73,7 @@ def parameters(tool: Tool, field: str) -> dict[str, Any]:
     """Returns the schema of a tool's arguments. Raises InvalidRequestError, which names the field."""
     try:
         schema = json.loads(tool.parameters or _NO_PARAMETERS)
-        tool.parameters.encode()
+        _check_unicode(schema)
     except UnicodeEncodeError as error:
         raise InvalidRequestError(FieldViolation(field, "not valid Unicode: remove lone surrogates")) from error
     except (ValueError, RecursionError) as error:
@@ -148,6 +148,7 @@ def argument_values(call: ToolCall) -> Any:
     """Returns the arguments of a call, or their text if they are not valid JSON, as in a call that was cut short."""
     try:
         values = json.loads(call.arguments or "{}")
+        _check_unicode(values)
     except (ValueError, RecursionError):
         return call.arguments
     return call.arguments if is_deeper_than(values, _MAX_DEPTH) else values
@@ -157,3 +158,8 @@ def _arguments(call: ToolCall) -> str:
     """Returns the arguments as JSON without tags, written as the model writes them."""
     values = applied(lambda text: _TAG.sub("&lt;", text), argument_values(call), to_names=True)
     return json.dumps(values, ensure_ascii=False)
+
+
+def _check_unicode(value: Any) -> None:
+    """Raises UnicodeEncodeError, a ValueError, if a JSON value has lone surrogates, which may have been escaped."""
+    json.dumps(value, ensure_ascii=False).encode()

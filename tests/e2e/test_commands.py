@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from terminal import Terminal
+
+from mpt_grpc import __version__
 
 CLI = (sys.executable, "-m", "mpt_grpc.cli")
 
@@ -131,6 +132,10 @@ def test_a_failure_is_one_line_and_an_exit_status(
     assert ended.stdout == ""
 
 
+def test_the_version_is_printed(server: Any) -> None:
+    assert output_of(server, "--version") == f"mpt-grpc {__version__}\n"
+
+
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_standard_input_that_is_not_utf_8_is_an_error(server: Any, command: str) -> None:
     environment = {**os.environ, "MPT_GRPC_TARGET": server.target, "LC_ALL": "C"}
@@ -148,7 +153,7 @@ def test_a_reader_that_closes_the_pipe_ends_generate_without_an_error(server: An
     assert (len(ended.stdout), ended.stderr) == (5, "")
 
 
-@pytest.mark.parametrize("command", ["serve", "gateway", "generate", "chat", "verify", "eval", "bench"])
+@pytest.mark.parametrize("command", ["serve", "gateway", "generate", "chat", "batch", "verify", "eval", "bench"])
 def test_help_imports_neither_torch_nor_grpc(command: str) -> None:
     code = f"""
 import sys
@@ -174,44 +179,6 @@ def test_piped_lines_are_messages_of_one_conversation(server: Any) -> None:
     first = output_of(server, "chat", *flags, stdin=f"{statement}\nAnd now?\n")
     again = output_of(server, "chat", *flags, stdin="And now?\n")
     assert not first.endswith(again), "the reply depends on the earlier messages"
-
-
-class Terminal:
-    """A command in a pseudo-terminal."""
-
-    def __init__(self, server: Any, *arguments: str) -> None:
-        self._terminal, other = pty.openpty()
-        environment = {**os.environ, "MPT_GRPC_TARGET": server.target, "TERM": "dumb"}
-        self.process = subprocess.Popen(
-            [*CLI, *arguments],
-            stdin=other,
-            stdout=other,
-            stderr=other,
-            env=environment,
-            start_new_session=True,
-            # The tests may run where it is ignored, as in the background of a script.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        os.close(other)
-        self.output = ""
-
-    def type(self, text: str) -> None:
-        self.output = ""
-        os.write(self._terminal, text.encode())
-
-    def wait_for(self, pattern: str) -> None:
-        """Blocks until the output since the last input matches."""
-        while not re.search(pattern, self.output, re.DOTALL):
-            self.output += os.read(self._terminal, 4096).decode(errors="replace")
-
-    def interrupt(self) -> None:
-        self.output = ""
-        self.process.send_signal(signal.SIGINT)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._terminal)
 
 
 @pytest.fixture

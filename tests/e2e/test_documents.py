@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PAGES = (
     "install",
+    "cli",
     "serving",
     "telemetry",
     "scaling",
@@ -30,6 +31,7 @@ PAGES = (
     "generation",
     "tools",
     "openai",
+    "batch",
     "guarantees",
     "evaluation",
     "benchmarking",
@@ -162,7 +164,20 @@ def test_every_link_to_a_file_has_a_target(name: str) -> None:
 @pytest.fixture(scope="module")
 def flags(server: Any) -> set[str]:
     """The flags of all commands."""
-    commands = ("", "serve", "gateway", "generate", "chat", "token", "top", "trace", "eval", "bench")
+    commands = (
+        "",
+        "serve",
+        "gateway",
+        "generate",
+        "chat",
+        "batch",
+        "token",
+        "top",
+        "trace",
+        "eval",
+        "bench",
+        "completion",
+    )
     help_text = "".join(
         run([sys.executable, "-m", "mpt_grpc", *filter(None, (command,)), "--help"], server) for command in commands
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,7 +36,7 @@ def test_top_shows_the_load_and_the_requests_in_progress(traced: Any) -> None:
     with Client(traced.target) as client:
         client.generate("Once", max_new_tokens=3)
         client.generate("Twice", max_new_tokens=3)
-        with client.stream("Once", max_new_tokens=1900, ignore_eos=True, request_id="the-long-one") as stream:
+        with client.stream("Once", max_new_tokens=1900, ignore_eos=True, request_id="the-long-one\x1b[2J\n") as stream:
             next(iter(stream))
             shown = run("top", "--once", "--interval", "100ms", "--target", traced.target)
             stream.cancel()
@@ -43,6 +45,7 @@ def test_top_shows_the_load_and_the_requests_in_progress(traced: Any) -> None:
     assert "over the last 3 completed requests" in shown.stdout  # with the warm-up
     (row,) = [line.split() for line in shown.stdout.splitlines() if "the-long-one" in line]
     assert "decode" in row
+    assert "\x1b" not in shown.stdout, "a caller's text is not obeyed by the terminal"
 
 
 def test_trace_show_prints_the_last_trace_of_a_request_or_the_one_that_is_named(traced: Any, trace_file: Path) -> None:
@@ -62,3 +65,43 @@ def test_a_trace_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     ended = run("trace", "show", str(tmp_path / "empty"))
     assert (ended.returncode, ended.stderr) == (1, f"mpt-grpc: {tmp_path}/empty: has no trace of a request\n")
+
+
+SPAN = {
+    "name": "Generate",
+    "context": {"trace_id": "0x1", "span_id": "0x2"},
+    "parent_id": None,
+    "start_time": "2026-11-29T12:00:00Z",
+    "end_time": "2026-11-29T12:00:01Z",
+    "status": {"status_code": "ERROR", "description": "refused"},
+    "events": [],
+}
+
+
+@pytest.mark.parametrize("no_color", [{}, {"NO_COLOR": "1"}])
+def test_a_trace_from_standard_input_has_colors_unless_no_color_is_set(no_color: dict[str, str]) -> None:
+    command = (sys.executable, "-m", "mpt_grpc.cli", "trace", "show", "-")
+    others = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm"}
+    shown = subprocess.run(
+        command, input=json.dumps(SPAN), capture_output=True, text=True, check=True, env=others | terminal | no_color
+    )
+    assert "refused" in shown.stdout
+    assert ("\x1b[31m" in shown.stdout) == (not no_color)
+
+
+def test_what_a_caller_wrote_is_not_obeyed_by_the_terminal_that_shows_a_trace(tmp_path: Path) -> None:
+    time = "2026-01-01T00:00:00Z"
+    span = {
+        "name": "Generate",
+        "context": {"trace_id": "0x1", "span_id": "0x2"},
+        "parent_id": None,
+        "start_time": time,
+        "end_time": time,
+        "status": {"status_code": "ERROR", "description": "not supported: \x1b[2J\n"},
+        "events": [],
+    }
+    (tmp_path / "spans").write_text(json.dumps(span))
+    assert (
+        run("trace", "show", str(tmp_path / "spans")).stdout.splitlines()[1].endswith("not supported: \ufffd[2J\ufffd")
+    )

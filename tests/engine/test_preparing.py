@@ -11,7 +11,7 @@ from conftest import generation, submit
 
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
-from mpt_grpc.errors import DuplicateRequestError, InvalidRequestError, OverloadedError
+from mpt_grpc.errors import DuplicateRequestError, InternalError, InvalidRequestError, OverloadedError
 from mpt_grpc.request import DecodingOptions, FinishReason, JsonSchema
 from mpt_grpc.text.guards import OutputWatch
 
@@ -40,6 +40,11 @@ class FreeWatch:
 
     def finish(self) -> str:
         return ""
+
+
+class FaultyGuard(SlowGuard):
+    def refusal(self, prompt: str) -> str | None:
+        raise ZeroDivisionError(prompt)
 
 
 @pytest.fixture
@@ -152,3 +157,10 @@ def test_a_wrong_number_of_outputs_is_refused_before_a_place_is_taken(
     with pytest.raises(InvalidRequestError, match=r"sampling.num_sequences: \d+ is not in \[1, 4\]"):
         submit(engine, wrong)
     assert engine.num_in_flight == 0
+
+
+def test_the_id_of_a_request_cannot_forge_a_line_of_the_log(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    engine.preparation.guards = (FaultyGuard(),)
+    with pytest.raises(InternalError):
+        engine.generate(generation("r\nforged"))
+    assert r"'r\nforged' could not be prepared" in caplog.messages[-1]

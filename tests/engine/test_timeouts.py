@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from mpt_grpc.caller import Caller
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream, collect
 from mpt_grpc.errors import OverloadedError
+from mpt_grpc.request import GenerationRequest
 
 NO_TIME_S, LONG_S = 1e-9, 1e6
 
@@ -23,8 +25,10 @@ def engine(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> 
     runner = stepped[0]
     for number in range(8):
         runner.allow()
-        engine.generate(generation(f"before {number}", max_new_tokens=1))
-        runner.wait_for_step()
+        runner.allow()
+        engine.generate(generation(f"before {number}", max_new_tokens=2))
+        for _ in range(2):
+            runner.wait_for_step()
     for name in ("running", "waiting"):
         engine.submit(generation(name), ThreadStream)
     for _ in range(2):
@@ -66,3 +70,32 @@ def test_only_what_may_run_before_counts(engine: Engine) -> None:
         engine.submit(first, ThreadStream, timeout_s=NO_TIME_S)
     with pytest.raises(OverloadedError, match=r"would take about .*, 0\.0 s of them in the queue"):
         engine.submit(replace(request, priority=1), ThreadStream, timeout_s=NO_TIME_S)
+
+
+def test_a_wait_is_estimated_by_the_requests_that_the_step_has_started(
+    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
+) -> None:
+    engine = make_engine(max_running_requests=4, max_waiting_requests=8)
+    runner = stepped[0]
+    engine.submit(generation("first", max_new_tokens=1), ThreadStream)
+    runner.wait_for_step()
+    for number in range(6):
+        engine.submit(generation(f"next {number}"), ThreadStream)
+    runner.allow()
+    runner.wait_for_step()
+    assert (engine.load.num_running, engine.load.num_waiting) == (4, 2)
+
+
+def test_a_resumed_request_needs_time_for_what_is_left_of_it(engine: Engine) -> None:
+    whole = generation("whole", max_new_tokens=1000)
+    resumed = replace(whole, request_id="resumed", resume_token_ids=(5,) * 999)
+    assert 50 * least_timeout_s(engine, resumed) < least_timeout_s(engine, whole)
+
+
+def least_timeout_s(engine: Engine, request: GenerationRequest) -> float:
+    """Returns the least power of two with which the request, of a caller of its own, is not refused."""
+    for timeout_s in (2.0**exponent for exponent in range(-30, 30)):
+        with suppress(OverloadedError):
+            engine.submit(replace(request, caller=Caller(request.request_id)), ThreadStream, timeout_s=timeout_s)
+            return timeout_s
+    raise AssertionError("it is always refused")

@@ -83,6 +83,14 @@ async def test_items_are_counted_before_they_are_validated(
     assert (status, response["error"]["message"], response["error"]["param"]) == (400, why, name)
 
 
+@pytest.mark.parametrize("item", [1, {"type": "function", "function": {"name": "f"}}])
+async def test_allowed_tools_are_counted_before_they_are_validated(gateway: RunningServer, item: Any) -> None:
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [item] * 129}}
+    status, response = await fetch(gateway, "POST", CHAT, {"messages": [USER], "tool_choice": choice})
+    why = "tool_choice.allowed_tools.tools: 129 items; at most 128 are allowed"
+    assert (status, response["error"]["message"]) == (400, why)
+
+
 async def test_the_parts_of_a_message_are_counted(gateway: RunningServer) -> None:
     content = [{"type": "text", "text": "a"}] * (MAX_ITEMS + 1)
     status, response = await fetch(gateway, "POST", CHAT, {"messages": [USER, {**USER, "content": content}]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scheduler_machine import Machine, expected_output, machine, request
@@ -156,12 +157,58 @@ def test_a_caller_who_was_idle_has_no_credit() -> None:
     assert len([name for name in m.ended if name.startswith("idle")]) in (4, 5, 6)
 
 
+@pytest.mark.parametrize("is_early", [True, False])
+def test_what_another_was_charged_for_and_did_not_get_does_not_delay_who_comes_later(is_early: bool) -> None:
+    m = machine(max_running=8)
+    large = [f"large{number}" for number in range(8)]
+    for name in large:
+        add(m, name, "flood", max_new_tokens=1000)
+    for number in range(60):
+        add(m, f"small{number}", "flood")
+    m.step()
+    if is_early:
+        for name in large:
+            m.end(name)
+        m.step()
+    for number in range(10):
+        add(m, f"other{number}", "other")
+    for name in large:
+        m.end(name)
+    tokens = run(m, until="other9")
+    assert tokens["flood"] < 2 * tokens["other"]
+
+
+def test_what_urgent_callers_were_served_does_not_delay_who_comes_later() -> None:
+    m = machine(max_running=1)
+    for number in range(20):
+        add(m, f"urgent{number}", "urgent", priority=1)
+        add(m, f"flood{number}", "flood")
+    run(m, until="urgent18")
+    for number in range(20):
+        add(m, f"other{number}", "other")
+    tokens = run(m, until="other4")
+    assert tokens["flood"] < 2 * tokens["other"]
+
+
+def test_a_caller_who_waits_at_a_lower_priority_gives_others_no_credit() -> None:
+    m = machine(max_running=1)
+    for number in range(20):
+        add(m, f"early{number}", "early")
+    add(m, "low", "low", priority=-1)
+    run(m, until="early18")
+    for number in range(20):
+        add(m, f"other{number}", "other")
+        add(m, f"late{number}", "early")
+    tokens = run(m, until="late4")
+    assert tokens["other"] < 2 * tokens["early"]
+
+
 def test_callers_who_are_idle_are_forgotten() -> None:
     queue = FairQueue()
     for number in range(1500):
         wanted = replace(request(f"{number}"), caller=Caller(f"caller {number}"))
         sequence = Sequence(number, wanted, 0, (1,))
         queue.add(sequence)
-        queue.start(sequence, 10)
-        queue.charge(wanted.caller, -9)
+        queue.start(sequence)
+        queue.end(sequence)
     assert len(vars(queue)["_served"]) <= 1001

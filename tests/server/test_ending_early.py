@@ -213,14 +213,16 @@ async def test_a_call_whose_deadline_cannot_be_met_is_refused_while_others_wait(
     service = await make_service(max_running_requests=1)
     runner = stepped[0]
     for _ in range(8):  # which measure how long a token takes
-        runner.allow()
-        await service.stub.Generate(generate_request([300], max_new_tokens=1))
-        runner.wait_for_step()
+        for _ in range(2):
+            runner.allow()
+        await service.stub.Generate(generate_request([300], max_new_tokens=2))
+        for _ in range(2):
+            runner.wait_for_step()
     for name in ("running", "waiting"):
         service.server.engine.submit(generation(name), AsyncStream)
     await step_until(runner, lambda _: service.server.engine.load.num_waiting == 1)
 
-    late = generate_request([300], max_new_tokens=2000)
+    late = generate_request([300], max_new_tokens=1_000_000)
     with pytest.raises(grpc.aio.AioRpcError, match="its timeout leaves") as refused:
         await service.stub.Generate(late, timeout=DEADLINE_S)
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -79,7 +79,16 @@ def test_an_output_that_was_cut_short_has_the_part_that_is_certain(output: str, 
     assert read(*output) == expected
 
 
-@pytest.mark.parametrize("output", ['{"a": "<tool_call>\\n"}', " [1]<tool_call>", "<tools>"])
+@pytest.mark.parametrize(
+    "output",
+    [
+        '{"a": "<tool_call>\\n"}',
+        " [1]<tool_call>",
+        "<tools>",
+        "\n<tool_call>fox</tool_call>",
+        '<tool_call>\n{"no": 1}',
+    ],
+)
 def test_where_text_does_not_precede_calls_a_tag_in_it_is_text(output: str) -> None:
     assert read(output, constraint=JSON_OR_CALLS) == (output, [], False)
     assert read(*output, constraint=JSON_OR_CALLS) == (output, [], False)

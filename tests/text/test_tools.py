@@ -128,6 +128,13 @@ def test_arguments_that_were_cut_short_are_shown_as_text() -> None:
     assert '"arguments": "{\\"city\\": \\"Ro"' in prompt(ASK, cut, RESULT)
 
 
+@pytest.mark.parametrize("template", ["base", HERMES])
+@pytest.mark.parametrize("arguments", [r'{"city": "\ud800"}', r'{"\ud800": 1}'])
+def test_arguments_that_are_not_valid_unicode_are_shown_as_text(template: str, arguments: str) -> None:
+    call = Message("assistant", "", (ToolCall("1", "get_weather", arguments),))
+    assert json.dumps(arguments) in prompt(ASK, call, RESULT, template=template)
+
+
 def test_dropped_turns_take_their_calls_and_results_along() -> None:
     whole = prompt(ASK, CALL, RESULT, Message("assistant", "Yes."), ASK)
     fields: dict[str, Any] = {"drop_oldest_turns": True}
@@ -148,6 +155,8 @@ def test_dropped_turns_take_their_calls_and_results_along() -> None:
         ({"tools": (TIME, WEATHER, TIME)}, "tools[2].name"),
         ({"tools": (Tool("f", "", "{"),)}, "tools[0].parameters"),
         ({"tools": (Tool("f", "", "[" * 5000),)}, "tools[0].parameters"),
+        ({"tools": (Tool("f", "", r'{"description": "\ud800"}'),)}, "tools[0].parameters"),
+        ({"tools": (Tool("f", "", r'{"properties": {"\ud800": {}}}'),)}, "tools[0].parameters"),
         ({"tools": (Tool("f", "", '{"a": ' * 70 + "1" + "}" * 70),)}, "tools[0].parameters"),
         ({"tools": (Tool("f", "", '{"type": "string"}'),)}, "tools[0].parameters"),
         ({"tools": (Tool("f", "", "[]"),)}, "tools[0].parameters"),

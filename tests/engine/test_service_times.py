@@ -1,0 +1,39 @@
+"""How long a request will run, by those before it."""
+
+from __future__ import annotations
+
+import pytest
+
+from mpt_grpc.engine.service_times import ServiceTimes
+from mpt_grpc.request import RequestStats
+
+
+def stats(prefill_s: float, decode_s: float) -> RequestStats:
+    return RequestStats(
+        num_prompt_tokens=1,
+        num_cached_tokens=0,
+        num_preemptions=0,
+        seed=0,
+        arrival_time_s=0.0,
+        scheduled_time_s=1.0,
+        first_token_time_s=1.0 + prefill_s,
+        end_time_s=1.0 + prefill_s + decode_s,
+        num_output_tokens=1,
+    )
+
+
+def test_long_prompts_with_short_outputs_do_not_make_tokens_seem_slow() -> None:
+    times = ServiceTimes()
+    for _ in range(50):
+        times.record(stats(prefill_s=2.0, decode_s=0.0), 1)
+        times.record(stats(prefill_s=0.0, decode_s=1.0), 100)
+    assert times.run_s(100) == pytest.approx(2, rel=0.1)
+
+
+def test_what_is_decoded_grows_with_what_is_allowed() -> None:
+    times = ServiceTimes()
+    for _ in range(8):
+        times.record(stats(prefill_s=1.0, decode_s=2.0), 100)
+    assert times.run_s(300) == pytest.approx(7)
+    assert times.run_s(None) == pytest.approx(3)
+    assert times.wait_s(6, 2) == pytest.approx(9)
