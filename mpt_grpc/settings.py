@@ -122,6 +122,8 @@ class ServerSettings:
     """Streams end when nothing could be sent for this long, because their callers do not read."""
     stall_timeout_s: float = 120.0
     """Health reports NOT_SERVING when requests wait or run and no step has completed for this long."""
+    max_connection_age_s: float | None = None
+    """gRPC connections older than this get no new calls, and end with their last one; None keeps them."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.grpc_port <= 65535:
@@ -131,8 +133,13 @@ class ServerSettings:
         if self.host.startswith("unix:") or "/" in self.host:
             why = "not a host name or an IP address; serve --grpc-socket PATH listens on a Unix socket"
             raise SettingsError(f"--host: {self.host!r}: {why}")
-        for name, timeout_s in {"--read-timeout": self.read_timeout_s, "--stall-timeout": self.stall_timeout_s}.items():
-            if not timeout_s > 0:
+        times = {
+            "--read-timeout": self.read_timeout_s,
+            "--stall-timeout": self.stall_timeout_s,
+            "--max-connection-age": self.max_connection_age_s,
+        }
+        for name, time_s in times.items():
+            if time_s is not None and not time_s > 0:
                 raise SettingsError(f"{name}: must be above 0")
 
     @property

@@ -195,6 +195,13 @@ def add_server(serve: argparse.ArgumentParser) -> None:
         help="report NOT_SERVING when requests are pending and no step has completed for this long",
     )
     server.add_argument(
+        "--max-connection-age",
+        type=seconds,
+        metavar="TIME",
+        help="give gRPC connections older than this no new calls, so that clients connect again and find servers that"
+        " were added; calls in progress continue (default: no limit)",
+    )
+    server.add_argument(
         "--guard",
         action="append",
         metavar="NAME[=ARGUMENT]",
@@ -362,6 +369,7 @@ def settings(parsed: argparse.Namespace) -> Settings:
             grace_s=parsed.grace,
             read_timeout_s=parsed.read_timeout,
             stall_timeout_s=parsed.stall_timeout,
+            max_connection_age_s=parsed.max_connection_age,
         ),
         http=http_settings(parsed, port=None if parsed.no_http else parsed.http_port),
         guards=tuple(parsed.guard or ()),

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -52,6 +53,7 @@ _WATCH_INTERVAL_S = 1.0
 _STOP_GRACE_S = 0.5
 _STOP_TIMEOUT_S = 5.0
 _MAX_PENDING_CALLS = 100_000
+_MAX_INT = (1 << 31) - 1
 _MAX_RECEIVED_BYTES = 8 << 20
 """The largest message that is received; smaller ones that are still too large get an error with details."""
 _MAX_SENT_BYTES = 32 << 20
@@ -201,6 +203,13 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
         await asyncio.to_thread(shut_down, providers, EXPORT_TIMEOUT_S)
 
 
+def _channel_options(settings: ServerSettings) -> tuple[tuple[str, int], ...]:
+    if settings.max_connection_age_s is None:
+        return _CHANNEL_OPTIONS
+    age_ms = min(math.ceil(1000 * settings.max_connection_age_s), _MAX_INT)
+    return (*_CHANNEL_OPTIONS, ("grpc.max_connection_age_ms", age_ms))
+
+
 @asynccontextmanager
 async def _serving(
     settings: Settings,
@@ -217,7 +226,7 @@ async def _serving(
     listens_on_host = settings.server.grpc_socket is None or has_port
     if listens_on_host and (warning := exposure(settings.server.host, missing)):
         _log.warning("%s", warning)
-    server = grpc.aio.server(interceptors=[interceptor], options=_CHANNEL_OPTIONS)
+    server = grpc.aio.server(interceptors=[interceptor], options=_channel_options(settings.server))
     with _listening(server, settings.server, certificate) as target:
         loop = asyncio.get_running_loop()
         engine, model = await asyncio.to_thread(load_engine, settings, loop=loop)

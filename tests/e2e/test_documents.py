@@ -24,6 +24,7 @@ PAGES = (
     "cli",
     "serving",
     "telemetry",
+    "scaling",
     "security",
     "checkpoints",
     "clients",
@@ -42,13 +43,13 @@ PAGES = (
 SOURCES = (ROOT, ROOT / "mpt_grpc", ROOT / "clients/python/mpt_grpc_client")
 """The folders to which the paths in docs/architecture.md are relative."""
 READMES = ("README.md", "clients/python/README.md", *(f"docs/{name}.md" for name in PAGES))
-EXTERNAL_FLAGS = {"--torch-backend", "--cacert", "--cert", "--key"}
+EXTERNAL_FLAGS = {"--torch-backend", "--cacert", "--cert", "--key", "--share", "--time"}
 """The flags of other programs that the documents name."""
 HISTORICAL = re.compile(r"^\|.*\|.*\|(.*)\|$", re.MULTILINE)
 """The last column of the tables in docs/names.md: names that no longer exist."""
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "benchmarks/*.md", "clients/**/*.md", "docs/**/*.md", "mpt_grpc/**/*.md")
+    for pattern in ("*.md", "benchmarks/*.md", "deploy/*.md", "clients/**/*.md", "docs/**/*.md", "mpt_grpc/**/*.md")
     for path in ROOT.glob(pattern)
 )
 ADDRESS = "localhost:50051"

@@ -113,6 +113,7 @@ def test_a_port_in_use_is_one_line_with_a_remedy(server: Any) -> None:
         ("--read-timeout", "0s", 1),
         ("--stall-timeout", "nan", 2),
         ("--stall-timeout", "0s", 1),
+        ("--max-connection-age", "0s", 1),
         ("--log-level", "loud", 2),
         ("--generation-config", "mine", 2),
         ("--trace-file", "/nowhere/spans.jsonl", 1),

@@ -311,6 +311,21 @@ def server_settings(**changes: Any) -> Settings:
     return replace(settings, server=replace(settings.server, **changes))
 
 
+async def test_old_connections_are_replaced_and_their_streams_continue() -> None:
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(running_server(server_settings(max_connection_age_s=0.1)))
+        relay = await stack.enter_async_context(relaying(server.target))
+        client = await stack.enter_async_context(AsyncClient(relay.target, timeout=60))
+        stream = client.stream(PROMPT, max_new_tokens=600, ignore_eos=True)
+        await anext(stream)
+        while relay.num_connections < 3:
+            await client.get_model_info()
+        assert server.engine.num_in_flight == 1
+        async for _ in stream:
+            pass
+    assert (stream.num_tokens, stream.resumptions) == (600, ())
+
+
 async def test_a_drained_server_hands_its_streams_over(servers: tuple[RunningServer, RunningServer]) -> None:
     options: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True, "seed": 5}
     async with AsyncExitStack() as stack:
