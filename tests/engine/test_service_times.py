@@ -27,7 +27,7 @@ def test_long_prompts_with_short_outputs_do_not_make_tokens_seem_slow() -> None:
     for _ in range(50):
         times.record(stats(prefill_s=2.0, decode_s=0.0), 1)
         times.record(stats(prefill_s=0.0, decode_s=1.0), 100)
-    assert times.run_s(100) == pytest.approx(2, rel=0.1)
+    assert times.run_s(100) <= 2
 
 
 def test_what_is_decoded_grows_with_what_is_allowed() -> None:
@@ -35,5 +35,13 @@ def test_what_is_decoded_grows_with_what_is_allowed() -> None:
     for _ in range(8):
         times.record(stats(prefill_s=1.0, decode_s=2.0), 100)
     assert times.run_s(300) == pytest.approx(7)
-    assert times.run_s(None) == pytest.approx(3)
+    assert times.run_s(None) == pytest.approx(1)
     assert times.wait_s(6, 2) == pytest.approx(9)
+
+
+def test_who_uses_all_tokens_does_not_make_a_high_limit_seem_to_take_long() -> None:
+    times = ServiceTimes()
+    for _ in range(50):
+        times.record(stats(prefill_s=0.0, decode_s=10.0), 100)
+        times.record(stats(prefill_s=0.0, decode_s=0.1), 1000)
+    assert times.run_s(1000) == pytest.approx(0.1)
