@@ -1,8 +1,8 @@
 """A server that is the child of a process that places it: it reports to its parent, and ends with it.
 
-A report is a line of JSON on standard output: first the addresses, then every second whether the server is live, and its
-requests. A start that fails reports the reason. When standard input closes, because the parent is gone, so does the
-server, at once: clients continue their streams elsewhere.
+A report is a line of JSON on standard output: first the addresses, then every second whether the server is live and how
+many requests it has. A start that fails reports the reason. When standard input closes, because the parent is gone, the
+server ends at once, and clients continue their streams elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
@@ -22,7 +22,9 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from mpt_grpc.commands import logs, server_options
 from mpt_grpc.errors import MptServerError, SettingsError
 from mpt_grpc.listening import address
-from mpt_grpc.server.server import LIVE, RunningServer, serve
+
+if TYPE_CHECKING:
+    from mpt_grpc.server.server import RunningServer
 
 REPORT_INTERVAL_S = 1.0
 
@@ -46,6 +48,9 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
 def main() -> int:
     """Serves with the flags of `mpt-grpc serve`, and returns the exit status."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Imported here, since it imports torch, which the parent does without.
+    from mpt_grpc.server.server import serve
+
     tasks = []
 
     def on_ready(server: RunningServer) -> None:
@@ -67,6 +72,8 @@ def _end_with_parent() -> None:
 
 
 async def _report(server: RunningServer) -> None:
+    from mpt_grpc.server.server import LIVE
+
     listening, openai_url = server.settings.server, None
     if server.http_port is not None:
         openai_url = f"http{'s' if listening.tls else ''}://{address(listening.reachable_host, server.http_port)}"

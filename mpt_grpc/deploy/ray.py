@@ -1,19 +1,20 @@
 """Ray Serve places, scales and restarts servers; clients call these directly, by the list of their targets.
 
-Serve's own requests are only those for the list. The stream of a server passes through no proxy, so that all that a server
-promises holds, and a client continues the streams of a replica that is gone on another one.
+Only requests for the list go through Serve. Streams pass through no proxy, so that all that a server promises holds,
+and a client continues those of a replica that is gone on another one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import shlex
+import subprocess
 import sys
+import threading
 import time
-from asyncio.subprocess import PIPE, create_subprocess_exec
 from dataclasses import dataclass
+from subprocess import PIPE
 from typing import Any
 
 from ray import serve
@@ -27,6 +28,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from mpt_grpc.commands.server_options import settings
 from mpt_grpc.deploy.child import parse
 from mpt_grpc.errors import SettingsError
+from mpt_grpc.settings import ALL_ADDRESSES
 
 _STOP_MARGIN_S = 10.0
 """How much longer than its grace period a server may take to stop."""
@@ -45,26 +47,21 @@ class Endpoint:
     """The origin of the OpenAI-compatible API; None with `--no-http`."""
 
 
-# Serve warns if fewer requests than are to be in flight may pass through it, which none do.
-@serve.deployment(name="Server", health_check_period_s=2, health_check_timeout_s=10, max_ongoing_requests=1_000_000)
 class Server:
-    """A replica: it starts one server in a process of its own, reports its health and load, and drains it at the end."""
+    """A replica: it runs one server in a process of its own, reports its health and load, and finally drains it."""
 
-    async def __init__(self, flags: str) -> None:
+    def __init__(self, flags: str) -> None:
         """`flags`: those of `mpt-grpc serve`. Raises RuntimeError with the server's reason if the start fails."""
-        host = get_node_ip_address()
-        # Free ports, since replicas may share a machine; the flags may set others.
-        ports = ("--grpc-port", "0", "--http-port", "0")
-        arguments = (*ports, *shlex.split(flags), "--host", host)
-        self._process = await create_subprocess_exec(
-            sys.executable, "-m", "mpt_grpc.deploy.child", *arguments, stdin=PIPE, stdout=PIPE
-        )
-        started = await self._read()
+        # Free ports, since replicas may share a machine.
+        defaults = ("--host", get_node_ip_address(), "--grpc-port", "0", "--http-port", "0")
+        command = (sys.executable, "-m", "mpt_grpc.deploy.child", *defaults, *shlex.split(flags))
+        self._process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE)
+        started = self._read()
         if "target" not in started:
             raise RuntimeError(f"the server did not start: {started.get('error', 'its log has the reason')}")
         self._endpoint = Endpoint(**started)
         self._is_live, self._num_requests, self._heard_s = True, 0, time.monotonic()
-        self._listening = asyncio.create_task(self._listen())
+        threading.Thread(target=self._listen, daemon=True).start()
 
     async def endpoint(self) -> Endpoint:
         """Returns where the server listens."""
@@ -72,8 +69,8 @@ class Server:
 
     async def check_health(self) -> None:
         """Raises RuntimeError if the server has ended, reports that it is not live, or reports nothing."""
-        if self._listening.done():
-            raise RuntimeError("the server has ended")
+        if self._process.poll() is not None:
+            raise RuntimeError(f"the server has ended with status {self._process.returncode}; its log has the reason")
         if not self._is_live or time.monotonic() - self._heard_s > _MAX_SILENCE_S:
             raise RuntimeError("the server is stalled")
 
@@ -81,25 +78,24 @@ class Server:
         """Returns the requests in flight, for `by_requests`."""
         return {"requests": self._num_requests}
 
-    async def __del__(self) -> None:
-        """Drains the server: health turns to NOT_SERVING, and streams have the grace period to finish."""
-        if self._process.returncode is None:
-            self._process.terminate()
-            await self._process.wait()
+    def __del__(self) -> None:
+        """Drains the server: its health turns to NOT_SERVING, and streams have the grace period to finish."""
+        self._process.terminate()
+        self._process.wait()
 
-    async def _listen(self) -> None:
-        while report := await self._read():
-            self._is_live, self._num_requests = report["is_live"], report["num_requests"]
-            self._heard_s = time.monotonic()
+    def _listen(self) -> None:
+        while report := self._read():
+            if "error" not in report:
+                self._is_live, self._num_requests = report["is_live"], report["num_requests"]
+                self._heard_s = time.monotonic()
 
-    async def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
         """Returns the next report; empty when the server has ended."""
         assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
+        line = self._process.stdout.readline()
         return json.loads(line) if line else {}
 
 
-@serve.deployment(name="Targets", ray_actor_options={"num_cpus": 0})
 class Targets:
     """The HTTP route of the application: `/` lists the targets, and `/v1` redirects to one of the servers in turn."""
 
@@ -146,11 +142,22 @@ def by_requests(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
 def app(args: dict[str, str]) -> serve.Application:
     """Returns the application, for `serve run` and the `import_path` of a file.
 
-    args: `flags`, those of `mpt-grpc serve`; the host is the node's address. Raises SettingsError.
+    args: `flags`, those of `mpt-grpc serve`; by default, the host is the node's address and the ports are free ones.
+    Raises SettingsError.
     """
     if unknown := args.keys() - {"flags"}:
         raise SettingsError(f"args: unknown key {min(unknown)!r}; the only one is flags")
     flags = args.get("flags", "")
-    grace_s = settings(parse(shlex.split(flags))).server.grace_s
-    servers = Server.options(graceful_shutdown_timeout_s=grace_s + _STOP_MARGIN_S).bind(flags)
-    return Targets.bind(servers)
+    server = settings(parse(shlex.split(flags))).server
+    if server.host in ALL_ADDRESSES:
+        raise SettingsError(f"--host {server.host}: name the address that clients call, or omit it for the node's own")
+    servers = serve.deployment(
+        name="Server",
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=server.grace_s + _STOP_MARGIN_S,
+        # No request passes through Serve, which warns if fewer may than are to be in flight.
+        max_ongoing_requests=1_000_000,
+    )(Server)
+    targets = serve.deployment(name="Targets", ray_actor_options={"num_cpus": 0})(Targets)
+    return targets.bind(servers.bind(flags))
