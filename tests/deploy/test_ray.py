@@ -177,7 +177,7 @@ async def test_scaling_by_the_requests_in_flight_cuts_no_stream(
         return await scaled
 
     async def one_remains() -> list[str]:
-        while not (gone := before - set(await cluster.targets_when(1))) or listens(*gone):
+        while not (gone := before - set(await cluster.targets_when(1))) or listens(*gone):  # noqa: ASYNC110
             await asyncio.sleep(0.2)
         return await cluster.targets()
 

@@ -22,6 +22,7 @@ BIN = Path(sys.executable).parent
 PAGES = (
     "install",
     "serving",
+    "scaling",
     "telemetry",
     "security",
     "checkpoints",
