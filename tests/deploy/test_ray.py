@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -17,7 +18,7 @@ from urllib.request import Request, urlopen
 import pytest
 from server_process import ServerProcess
 
-from mpt_grpc_client import AsyncClient, Generation
+from mpt_grpc_client import AsyncClient, Client, Generation
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("MPT_GRPC_RAY_PYTHON", ROOT / ".venv/ray/bin/python"))
@@ -119,6 +120,20 @@ async def test_a_wrong_flag_is_refused_when_the_application_is_built(cluster: Cl
     assert "the only one is flags" in await cluster.command("refusal", {"model": "demo"})
 
 
+async def test_the_client_takes_the_list_as_the_page_says(cluster: Cluster) -> None:
+    await cluster.targets_when(2)
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    (call,) = re.findall(r"`(Client\(urlopen.*?\))`", page)
+
+    def generate() -> str:
+        with eval(
+            call.replace("http://localhost:8452/", cluster.url), {"Client": Client, "urlopen": urlopen}
+        ) as client:
+            return str(client.generate("Once upon a time", max_new_tokens=4).text)
+
+    assert await asyncio.to_thread(generate)
+
+
 async def test_the_route_redirects_openais_clients_to_the_servers_in_turn(cluster: Cluster) -> None:
     await cluster.targets_when(2)
     body = json.dumps({"model": "demo", "prompt": "Once", "max_tokens": 4}).encode()
@@ -165,13 +180,13 @@ async def test_streams_of_a_killed_replica_go_on_without_a_difference_and_serve_
 async def test_scaling_by_the_requests_in_flight_cuts_no_stream(
     cluster: Cluster, client: AsyncClient, server: ServerProcess
 ) -> None:
-    whole = await expected(server, 2, 600)
+    whole = await expected(server, 2, 300)
     before = set(await cluster.targets())
 
     async def load_until(scaled: asyncio.Task[list[str]], *, streams: int) -> list[str]:
         """Keeps streams running until the replicas are scaled; none may be cut or differ."""
         while not scaled.done():
-            results = await asyncio.gather(*(client.generate(**options(n % 2, 600)) for n in range(streams)))
+            results = await asyncio.gather(*(client.generate(**options(n % 2, 300)) for n in range(streams)))
             assert [tokens(result) for result in results] == [whole[n % 2] for n in range(streams)]
             assert not any(result.resumptions for result in results)
         return await scaled
