@@ -88,6 +88,7 @@ serve: setup ## Serve the built-in model; ARGS="--model ..." for others
 
 .PHONY: ray
 ray: .venv/ray/ready ## Serve the built-in model with replicas of Ray Serve on this machine, until Ctrl-C
+	@echo 'Targets, once two replicas run: http://localhost:8452/  OpenAI: http://localhost:8452/v1'
 	@.venv/ray/bin/serve run deploy/ray/demo.yaml
 
 .PHONY: protos

@@ -58,7 +58,7 @@ def refusal(args: dict[str, str]) -> str:
 
 
 def main(http_port: int, flags: str) -> None:
-    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": http_port})
         deploy(http_port, flags, 2)

@@ -31,7 +31,10 @@ VARIABLES = {
     "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "clients/python"))),
 }
 
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="Ray is not installed: run make .venv/ray/ready")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.exists(), reason="Ray is not installed: run make .venv/ray/ready"),
+]
 
 
 class Cluster:
