@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from subprocess import PIPE
 from typing import Any
 
 from ray import serve
@@ -55,7 +54,7 @@ class Server:
         # Free ports, since replicas may share a machine.
         defaults = ("--host", get_node_ip_address(), "--grpc-port", "0", "--http-port", "0")
         command = (sys.executable, "-m", "mpt_grpc.deploy.child", *defaults, *shlex.split(flags))
-        self._process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         started = self._read()
         if "target" not in started:
             raise RuntimeError(f"the server did not start: {started.get('error', 'its log has the reason')}")
@@ -115,20 +114,14 @@ class Targets:
     async def __call__(self, request: Request) -> Response:
         endpoints = await self.endpoints()
         path, query = request.url.path, f"?{request.url.query}" if request.url.query else ""
-        if path == "/":
-            return _text(",".join(endpoint.target for endpoint in endpoints))
-        if path.startswith("/v1/"):
-            urls = [endpoint.openai_url for endpoint in endpoints if endpoint.openai_url]
-            if not urls:
-                return _text("")
+        urls = [endpoint.openai_url for endpoint in endpoints if endpoint.openai_url]
+        if path == "/" and endpoints:
+            return PlainTextResponse(",".join(endpoint.target for endpoint in endpoints))
+        if path.startswith("/v1/") and urls:
             return RedirectResponse(f"{urls[next(self._turn) % len(urls)]}{path}{query}", status_code=307)
-        return PlainTextResponse("the paths are / and those under /v1/", status_code=404)
-
-
-def _text(text: str) -> Response:
-    if text:
-        return PlainTextResponse(text)
-    return PlainTextResponse("no server is running", status_code=503, headers={"retry-after": "1"})
+        if endpoints:
+            return PlainTextResponse("there is nothing at this path; / lists the targets", status_code=404)
+        return PlainTextResponse("no server is running", status_code=503, headers={"retry-after": "1"})
 
 
 def by_requests(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
