@@ -58,6 +58,12 @@ PEERS := $(patsubst benchmarks/peers/%.txt,.venv/peer-%/ready,$(wildcard benchma
 .venv/peer-%/ready: benchmarks/peers/%.txt
 	$(call environment,$(PYTHON),$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $<)
 
+# Ray, which finds the server and what it needs in .venv.
+.venv/ray/ready: tests/deploy/ray.txt .venv/server
+	$(call environment,$(PYTHON),-r $<)
+	@$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> $$(.venv/ray/bin/python -c 'import site; print(site.getsitepackages()[0])')/mpt_grpc.pth
+
 # The Python client with the oldest and the newest versions of what it depends on.
 .venv/client-oldest/ready: tests/packaging/client-oldest.txt clients/python/pyproject.toml
 	$(call environment,$(PYTHON),-r $<)
@@ -79,6 +85,11 @@ demo: setup ## Stream eight prompts from one server, side by side
 .PHONY: serve
 serve: setup ## Serve the built-in model; ARGS="--model ..." for others
 	@$(BIN)/mpt-grpc serve $(ARGS)
+
+.PHONY: ray
+ray: .venv/ray/ready ## Serve the built-in model with replicas of Ray Serve on this machine, until Ctrl-C
+	@echo 'Targets, once two replicas run: http://localhost:8452/  OpenAI: http://localhost:8452/v1'
+	@.venv/ray/bin/serve run deploy/ray/demo.yaml
 
 .PHONY: protos
 protos: .venv/dev .venv/protoc-messages/ready .venv/protoc-services/ready ## Generate the Python stubs from protos/

@@ -23,6 +23,7 @@ PAGES = (
     "install",
     "cli",
     "serving",
+    "scaling",
     "telemetry",
     "scaling",
     "security",

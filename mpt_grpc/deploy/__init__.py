@@ -1,0 +1,1 @@
+"""Servers that something else places, scales and restarts."""
