@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from mpt_grpc.gateway.strict import Strict, check_num_items
 from mpt_grpc.gateway.tools import MessageToolCall
 from mpt_grpc_client import Message, Role
 
-MAX_ITEMS = 1024
-"""The maximum number of items of a field, except for token IDs."""
-TOO_MANY_ITEMS = "too_many_items"
 _ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT, "tool": Role.TOOL}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
     # Sent for other providers.
@@ -28,7 +22,7 @@ class TextPart(_Strict):
     annotations: Any = None
 
 
-class RefusalPart(_Strict):
+class RefusalPart(Strict):
     type: Literal["refusal"]
     refusal: str
 
@@ -40,15 +34,7 @@ class RefusalPart(_Strict):
 ContentParts = Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)]
 
 
-def check_num_items(value: Any) -> Any:
-    """Refuses a list that is too long before its items are validated."""
-    if isinstance(value, list) and len(value) > MAX_ITEMS:
-        why = f"{len(value)} items; at most {MAX_ITEMS} are allowed in one request"
-        raise PydanticCustomError(TOO_MANY_ITEMS, "{why}", {"why": why})
-    return value
-
-
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | ContentParts | None = Field(default=None, validate_default=True)
     name: str | None = None

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from mpt_grpc.gateway.errors import BadRequestError, shortened
 from mpt_grpc.gateway.field_rules import FieldRules
-from mpt_grpc.gateway.messages import MAX_ITEMS, TOO_MANY_ITEMS
 from mpt_grpc.gateway.reading import read
+from mpt_grpc.gateway.strict import MAX_ITEMS, TOO_MANY_ITEMS
 from mpt_grpc.limits import is_deeper_than
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)

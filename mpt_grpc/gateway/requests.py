@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError
 from mpt_grpc.gateway.messages import ChatMessage
+from mpt_grpc.gateway.strict import Strict
 from mpt_grpc.gateway.tools import Tool, ToolChoice, tool_options
 from mpt_grpc_client import (
     Choice,
@@ -35,17 +36,13 @@ Some = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's field for constraints on the output."""
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
@@ -55,14 +52,14 @@ class StructuredOutputs(_Strict):
     json_object: bool | None = None
 
 
-class NamedSchema(_Strict):
+class NamedSchema(Strict):
     name: str
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
 
@@ -84,7 +81,7 @@ def format_constraint(type_: str, schema: dict[str, Any] | None, field: str, sch
     return JsonSchema(schema)
 
 
-class GenerationFields(_Strict):
+class GenerationFields(Strict):
     """The fields shared by all endpoints that generate text."""
 
     model: str = ""

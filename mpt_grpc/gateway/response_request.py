@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from mpt_grpc.gateway.errors import BadRequestError
-from mpt_grpc.gateway.messages import RefusalPart, check_num_items
+from mpt_grpc.gateway.messages import RefusalPart
 from mpt_grpc.gateway.requests import ConversationFields, Many, Some, Text, Uint, format_constraint
+from mpt_grpc.gateway.strict import Strict, check_num_items
 from mpt_grpc.gateway.tools import (
     AllowedToolChoice,
     AllowedTools,
@@ -28,11 +29,7 @@ _LOGPROBS = "message.output_text.logprobs"
 _ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class TextItemPart(_Strict):
+class TextItemPart(Strict):
     type: Literal["input_text", "output_text"]
     text: str
     # What a response adds to its parts, and what is sent for OpenAI's cache.
@@ -45,7 +42,7 @@ class TextItemPart(_Strict):
 ItemParts = Annotated[list[Annotated[TextItemPart | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)]
 
 
-class MessageItem(_Strict):
+class MessageItem(Strict):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | ItemParts
@@ -68,7 +65,7 @@ class FunctionCallItem(BaseModel):
     arguments: str
 
 
-class FunctionCallOutputItem(_Strict):
+class FunctionCallOutputItem(Strict):
     type: Literal["function_call_output"]
     call_id: str
     output: str | ItemParts
@@ -108,7 +105,7 @@ Item = Annotated[
 ]
 
 
-class _Tool(_Strict):
+class _Tool(Strict):
     type: Literal["function"]
 
 
@@ -132,7 +129,7 @@ class NamedFunction(FunctionName):
         return ToolName(type="function", function=FunctionName(name=self.name))
 
 
-class AllowedFunctions(_Strict):
+class AllowedFunctions(Strict):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: list[NamedFunction]
@@ -146,7 +143,7 @@ Metadata = Annotated[
 ]
 
 
-class TextFormat(_Strict):
+class TextFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
@@ -154,7 +151,7 @@ class TextFormat(_Strict):
     strict: bool | None = None
 
 
-class TextOptions(_Strict):
+class TextOptions(Strict):
     format: TextFormat | None = None
     verbosity: str | None = None
     """Ignored."""

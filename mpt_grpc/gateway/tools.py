@@ -7,17 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc.gateway.strict import Strict
 from mpt_grpc.limits import MAX_COUNTS
 from mpt_grpc_client import GenerateOptions, ToolCall
 
 _MAX_ALLOWED = MAX_COUNTS["conversation.allowed_tools"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Function(_Strict):
+class Function(Strict):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -25,21 +22,21 @@ class Function(_Strict):
     """Ignored: arguments always conform to the parameters."""
 
 
-class Tool(_Strict):
+class Tool(Strict):
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(_Strict):
+class FunctionName(Strict):
     name: str
 
 
-class ToolName(_Strict):
+class ToolName(Strict):
     type: Literal["function"]
     function: FunctionName
 
 
-class AllowedTools(_Strict):
+class AllowedTools(Strict):
     mode: Literal["auto", "required"]
     tools: Annotated[list[ToolName], Field(fail_fast=True)]
 
@@ -52,7 +49,7 @@ class AllowedTools(_Strict):
         return value
 
 
-class AllowedToolChoice(_Strict):
+class AllowedToolChoice(Strict):
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
 

@@ -18,10 +18,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mpt_grpc.gateway import protocol, reading
-from mpt_grpc.gateway.messages import MAX_ITEMS
 from mpt_grpc.gateway.middleware import SMALL_BODY_BYTES, BodyMemoryMiddleware
 from mpt_grpc.gateway.parsing import MAX_VALUES
 from mpt_grpc.gateway.reading import MAX_BODY_BYTES
+from mpt_grpc.gateway.strict import MAX_ITEMS
 from mpt_grpc.limits import MAX_TEXT_CHARACTERS
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings
@@ -55,6 +55,21 @@ async def test_more_outputs_than_the_queue_holds_are_refused(
     status, response = await fetch(gateway, "POST", TEXT, fields)
     assert (status, response["error"]["param"]) == (400, param)
     assert "32" in response["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"messages": [dict.fromkeys(map(str, range(MAX_ITEMS + 1)), 1)]}, "messages[0]"),
+        ({"messages": [USER], "tools": [dict.fromkeys(map(str, range(MAX_ITEMS + 1)), 1)]}, "tools[0]"),
+    ],
+)
+async def test_fields_of_objects_are_counted_before_they_are_validated(
+    gateway: RunningServer, fields: dict[str, Any], where: str
+) -> None:
+    status, response = await fetch(gateway, "POST", CHAT, fields)
+    assert status == 400
+    assert response["error"]["message"] == f"{where}: {MAX_ITEMS + 1} fields; at most {MAX_ITEMS} are allowed"
 
 
 async def test_as_many_outputs_as_the_queue_holds_are_generated(gateway: RunningServer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mpt_grpc.gateway import app, messages, middleware, parsing, protocol, reading, serve
+from mpt_grpc.gateway import app, middleware, parsing, protocol, reading, serve, strict
 from mpt_grpc.gateway.field_rules import COMPLETION_RULES, RESPONSE_RULES
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 from mpt_grpc.gateway.response_request import ResponseRequest
@@ -47,7 +47,7 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
         "outputs of a text completion, prompts times `n`": (
             f"{app.MAX_OUTPUTS}, or fewer if the server's queue and batch hold fewer"
         ),
-        "items of a field, other than token IDs": f"{messages.MAX_ITEMS:,}",
+        "items of a field, other than token IDs": f"{strict.MAX_ITEMS:,}",
         "values in a body, token IDs included": f"{parsing.MAX_VALUES:,}",
         "nesting of a body": f"{parsing.MAX_DEPTH} levels",
         "size of a body": f"{reading.MAX_BODY_BYTES >> 20} MiB",

@@ -1,0 +1,35 @@
+"""What the parts of a body have in common: unknown fields are refused, and fields and items are counted first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_ITEMS = 1024
+"""The maximum number of items of a field, except for token IDs, and of fields of an object."""
+TOO_MANY_ITEMS = "too_many_items"
+
+
+class Strict(BaseModel):
+    """An object without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_num_fields(cls, value: Any) -> Any:
+        """Refuses too many fields before they are validated, since each unknown one costs an error."""
+        if isinstance(value, dict) and len(value) > MAX_ITEMS:
+            why = f"{len(value)} fields; at most {MAX_ITEMS} are allowed"
+            raise PydanticCustomError(TOO_MANY_ITEMS, "{why}", {"why": why})
+        return value
+
+
+def check_num_items(value: Any) -> Any:
+    """Refuses a list that is too long before its items are validated."""
+    if isinstance(value, list) and len(value) > MAX_ITEMS:
+        why = f"{len(value)} items; at most {MAX_ITEMS} are allowed in one request"
+        raise PydanticCustomError(TOO_MANY_ITEMS, "{why}", {"why": why})
+    return value
