@@ -40,7 +40,11 @@ static void multiply(const float *x, int64_t rows, const Weight *weights, const 
     const auto pool = current_pool();
 #if defined(__AVX512VNNI__) || defined(__AVX2__)
     if constexpr (std::is_same_v<Weight, Int8>)
-        return matmul<IntegerProducts>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, *pool);
+        return matmul<Integers>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, *pool);
+#endif
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<Weight, bf16>)
+        return matmul<Rounded>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, *pool);
 #endif
     matmul<Widened<Weight>>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, *pool);
 }

@@ -1,8 +1,9 @@
 """The compiled kernels for CPUs: products with packed weights, norms, and attention over the paged cache.
 
 `native/` holds their source, which is compiled once for each instruction set when the package is installed. They
-compute in float32, or with 8-bit weights in integers, with their own threads. Each row's result has the same bits
-whatever rows are beside it.
+compute with their own threads in float32, in products with 8-bit weights in integers, and in products with bfloat16
+weights, where the processor multiplies pairs of them, from rounded inputs. Each row's result has the same bits whatever
+rows are beside it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from mpt_grpc.errors import SettingsError
 from mpt_grpc.model import pages
 
 _AVX2 = frozenset("avx2 fma f16c bmi1 bmi2 abm movbe".split())
+_AVX512 = frozenset("avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni".split()) | _AVX2
 INSTRUCTION_SETS = {
-    "avx512": frozenset("avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni".split()) | _AVX2,
+    "avx512_bf16": frozenset({"avx512_bf16"}) | _AVX512,
+    "avx512": _AVX512,
     "avx2": _AVX2,
     "portable": frozenset[str](),
 }
