@@ -101,4 +101,7 @@ def _kernels(config: MPTConfig) -> Kernels | None:
             "PyTorch computes, which is slower, because there are no compiled kernels or MPT_GRPC_ISA is none;"
             " to compile them, install a C++ compiler, such as g++, and install mpt-grpc again"
         )
-    return kernels if config.d_model % 4 == 0 and config.d_ffn % 4 == 0 else None
+    elif config.d_model % 4 != 0 or config.d_ffn % 4 != 0:
+        _log.warning("PyTorch computes, which is slower, because the compiled kernels need widths divisible by 4")
+        return None
+    return kernels

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from model.conftest import Stepper, load, make_checkpoint, random_tokens, random_weights, run_prompt, tiny_config
 from torch import Tensor
 
+from mpt_grpc.engine.computation import choose_weight_format
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.errors import SettingsError
+from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.linear import Linear, Norm, WeightFormat
 from mpt_grpc.model.native import ACTIVATIONS, INSTRUCTION_SETS, Kernels, available_instruction_sets, load_kernels
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
@@ -196,6 +198,12 @@ def test_a_server_without_kernels_says_how_to_get_them(
         load_engine(Settings(model=ModelSettings(device="cpu"), cache=CacheSettings(kv_cache_dtype="int8")))
     warning, _ = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "to compile them, install a C++ compiler, such as g++, and install mpt-grpc again" in warning
+
+
+def test_a_server_whose_model_does_not_suit_the_kernels_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    config = MPTConfig.from_dict(tiny_config(d_model=62, n_heads=2))
+    assert choose_weight_format(ModelSettings(device="cpu"), config).kernels is None
+    assert "the compiled kernels need widths divisible by 4" in caplog.text
 
 
 @pytest.mark.usefixtures("kernels")
