@@ -21,7 +21,7 @@ from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.drafts import Drafter, TokenIds, most_useful
 from mpt_grpc.schedule.fair_queue import FairQueue
 from mpt_grpc.schedule.sequence import Sequence
-from mpt_grpc.schedule.step_times import StepTimes
+from mpt_grpc.schedule.step_budget import StepBudget
 from mpt_grpc.step import Matcher, SequenceStep, StepPlan, StepResult
 
 
@@ -43,7 +43,6 @@ class SchedulerLimits:
 
 
 _rank = attrgetter("rank")
-_SMALL_STEPS = 100
 
 
 class Scheduler:
@@ -59,16 +58,12 @@ class Scheduler:
         self._waiting = FairQueue()
         self._sequences: dict[int, Sequence] = {}
         self._num_arrivals = 0
-        self._max_step_tokens = limits.max_step_tokens
-        """The present limit; lower for a while after a step that did not fit in memory."""
-        self._num_small_steps: int
-        """The number of steps since that one; not set before."""
+        self._budget = StepBudget(limits.max_step_tokens, limits.max_running_requests, limits.prefill_slowdown)
         self._started: list[int] = []
         """The sequences that run for the first time in the step that is being planned."""
         self._preempted: list[str] = []
         self._resumed: list[str] = []
         """The requests of the sequences that this step preempts, and that run again."""
-        self._times = StepTimes()
         self._drafters: dict[int, Drafter] = {}
         """By sequence; empty without speculation."""
 
@@ -148,7 +143,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Returns what to compute next; the plan is empty only if there is no work."""
-        budget = self._budget()
+        budget = self._budget.num_tokens(self._running, has_waiting=bool(self._waiting))
         self._admit(budget)
         steps = self._steps(max(budget, len(self._running)))
         if self._limits.speculates:
@@ -158,10 +153,8 @@ class Scheduler:
         return plan
 
     def shrink_steps(self) -> None:
-        """Halves the tokens of a step, because one did not fit in memory; each `_SMALL_STEPS` steps double them
-        again."""
-        self._max_step_tokens = max(self._limits.max_running_requests, self._max_step_tokens // 2)
-        self._num_small_steps = 0
+        """Makes the next steps smaller, because one did not fit in memory."""
+        self._budget.shrink()
 
     def commit(
         self, plan: StepPlan, result: StepResult, seconds: float | None = None
@@ -170,12 +163,7 @@ class Scheduler:
 
         Sequences that have ended in the meantime are skipped. `seconds` is how long the step took, unless it failed.
         """
-        if seconds is not None:
-            self._times.record(plan.num_tokens, seconds)
-        if self._max_step_tokens < self._limits.max_step_tokens:
-            self._num_small_steps += 1
-            if self._num_small_steps % _SMALL_STEPS == 0:
-                self._max_step_tokens = min(2 * self._max_step_tokens, self._limits.max_step_tokens)
+        self._budget.record(plan.num_tokens, seconds)
         events = []
         for step in plan.sequences:
             sequence_id = step.sequence_id
@@ -223,21 +211,6 @@ class Scheduler:
     def _release_siblings(self, primary: Sequence) -> None:
         while primary.siblings:
             self._waiting.add(primary.siblings.pop())
-
-    def _budget(self) -> int:
-        """Returns how many tokens the step may compute, drafts apart.
-
-        Prompts may slow running outputs down by `prefill_slowdown`, compared with a step of one token for each
-        sequence. If no such step was measured lately, the next one is of that kind.
-        """
-        running, slowdown = self._running, self._limits.prefill_slowdown
-        num_ready = sum(sequence.num_uncomputed == 1 for sequence in running)
-        if slowdown == math.inf or not num_ready or (num_ready == len(running) and not self._waiting):
-            return self._max_step_tokens
-        num_tokens = len(running)
-        if self._times.is_recent(num_tokens):
-            num_tokens = self._times.num_tokens(slowdown * self._times.seconds(num_tokens))
-        return max(len(running), min(num_tokens, self._max_step_tokens))
 
     def _admit(self, budget: int) -> None:
         """Starts waiting sequences, strictly in their order, while budget, slots and blocks for their tokens last.
@@ -354,8 +327,8 @@ class Scheduler:
             room = min(max_tokens, self._limits.max_context_tokens - len(sequence.token_ids)) - 1
             candidates[place] = drafter.accuracy, min(len(drafts[place]), room)
         num_tokens = sum(len(step.token_ids) for step in steps)
-        max_drafts = self._max_step_tokens - num_tokens
-        for place, count in most_useful(candidates, num_tokens, max_drafts, self._times).items():
+        max_drafts = self._budget.max_tokens - num_tokens
+        for place, count in most_useful(candidates, num_tokens, max_drafts, self._budget.times).items():
             sequence, step = self._running[place], steps[place]
             missing = self._num_blocks_missing(sequence, step.length + count)
             if missing <= self._pool.num_free:
