@@ -109,14 +109,13 @@ class Scheduler:
                 request,
                 index,
                 prompt_token_ids,
+                self._limits.max_context_tokens,
                 self._eos_token_ids,
                 matchers[number] if matchers else None,
                 primary,
             )
             self._num_arrivals += 1
-            finish = None
-            if resumed:
-                finish = self._finish(sequence, resumed[-1], index in complete, sequence.resume(resumed))
+            finish = sequence.resume(resumed, is_complete=index in complete) if resumed else None
             assert 0 < len(sequence.token_ids) <= self._limits.max_context_tokens
             if finish is None:
                 self._sequences[sequence.sequence_id] = sequence
@@ -198,7 +197,7 @@ class Scheduler:
         if sequence.siblings:
             self._release_siblings(sequence)
         try:
-            finish = self._finish(sequence, token_id, *sequence.append(token_id))
+            finish = sequence.append(token_id)
         except InvalidRequestError as error:  # the constraint is too expensive
             self.end(sequence)
             return TokenEvent(sequence.index, error=error)
@@ -369,20 +368,3 @@ class Scheduler:
         for index in range(sequence.num_inserted_blocks, num_full):
             self._pool.insert(sequence.block_table[index], digests[index])
         sequence.num_inserted_blocks = num_full
-
-    def _finish(self, sequence: Sequence, token_id: int, is_complete: bool, is_looping: bool) -> Finish | None:
-        """Returns why the output ends with this token, its last one, or None if it goes on."""
-        stopping = sequence.request.stopping
-        if token_id in sequence.eos_token_ids:
-            return Finish(FinishReason.EOS_TOKEN, stop_token_id=token_id)
-        if token_id in stopping.stop_token_ids:
-            return Finish(FinishReason.STOP_TOKEN, stop_token_id=token_id)
-        if is_complete:
-            return Finish(FinishReason.EOS_TOKEN)
-        if sequence.num_output_tokens == stopping.max_new_tokens:
-            return Finish(FinishReason.MAX_NEW_TOKENS)
-        if len(sequence.token_ids) == self._limits.max_context_tokens:
-            return Finish(FinishReason.CONTEXT_LENGTH)
-        if is_looping:
-            return Finish(FinishReason.REPETITION)
-        return None
