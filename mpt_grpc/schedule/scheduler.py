@@ -18,6 +18,7 @@ from operator import attrgetter
 from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.request import Finish, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from mpt_grpc.schedule.block_pool import BlockPool
+from mpt_grpc.schedule.block_tables import BlockTables
 from mpt_grpc.schedule.drafts import Drafter, TokenIds, most_useful
 from mpt_grpc.schedule.fair_queue import FairQueue
 from mpt_grpc.schedule.sequence import Sequence
@@ -54,6 +55,7 @@ class Scheduler:
             "one full-length request must fit in the cache"
         )
         self._limits, self._pool, self._eos_token_ids = limits, pool, eos_token_ids
+        self._blocks = BlockTables(pool)
         self._running: list[Sequence] = []
         self._waiting = FairQueue()
         self._sequences: dict[int, Sequence] = {}
@@ -135,7 +137,7 @@ class Scheduler:
         for queue in (self._running, sequence.primary.siblings if sequence.primary else []):
             if sequence in queue:
                 queue.remove(sequence)
-        self._pool.free(sequence.release())
+        self._blocks.release(sequence)
         self._drafters.pop(sequence.sequence_id, None)
         self._release_siblings(sequence)
         return True
@@ -177,11 +179,11 @@ class Scheduler:
             is_deferred = not token_ids and bool(step.choices)
             if scored := result.prompt_logprobs.get(sequence_id):
                 sequence.prompt_logprobs += scored
-            self._advance_computed(sequence, step.start + step.num_known - is_deferred)
+            self._blocks.advance(sequence, step.start + step.num_known - is_deferred)
             logprobs = result.logprobs.get(sequence_id, ())
             for index, token_id in enumerate(token_ids):
                 if index:  # the token before it was a draft
-                    self._advance_computed(sequence, sequence.num_computed + 1)
+                    self._blocks.advance(sequence, sequence.num_computed + 1)
                 event = self._advance(sequence, token_id, logprobs[index] if logprobs else None)
                 events.append((sequence, event))
                 if event.finish is not None or event.error is not None:
@@ -217,7 +219,7 @@ class Scheduler:
         A sequence preempts those that must make way for it if it fits once they are gone.
         """
         while self._waiting and self._has_budget_for(head := self._waiting.first, budget):
-            hits = self._cached_blocks(head)
+            hits = self._blocks.cached(head)
             if self._lacks_capacity_for(head, hits):
                 preemptible = self._preemptible_for(head)
                 staying = [s for s in self._running if s not in preemptible]
@@ -226,12 +228,11 @@ class Scheduler:
                 while self._lacks_capacity_for(head, hits):
                     self._preempt(preemptible.pop(0))
             self._waiting.start(head)
-            self._pool.share(hits)
             if head.num_cached_tokens is None:
                 self._started.append(head.sequence_id)
             else:
                 self._resumed.append(head.request.request_id)
-            head.start(hits, len(hits) * self._pool.block_size)
+            self._blocks.start(head, hits)
             insort(self._running, head, key=_rank)
 
     def _preemptible_for(self, head: Sequence) -> list[Sequence]:
@@ -266,32 +267,15 @@ class Scheduler:
         ahead = sum(s.num_uncomputed for s in self._running if _rank(s) < _rank(head))
         return ahead < budget
 
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Returns cached blocks for a prefix of the sequence; at least one token is left to compute."""
-        block_size = self._pool.block_size
-        num_cacheable_blocks = sequence.num_cacheable // block_size
-        if not sequence.request.cache.bypass:
-            return self._pool.find(sequence.digests(num_cacheable_blocks, block_size))
-        primary = sequence.primary
-        if primary is None:
-            return []
-        num_shared = min(primary.num_computed, primary.num_prompt_tokens) // block_size
-        return list(primary.block_table[: min(num_cacheable_blocks, num_shared)])
-
     def _lacks_capacity_for(self, head: Sequence, hits: list[int]) -> bool:
-        """Whether the batch has no free slot, or too few blocks are free for the running sequences and `head`.
-
-        Each of them needs blocks for its known tokens and the next one.
-        """
-        reserved = sum(self._num_blocks_missing(s, s.num_required) for s in self._running)
-        needed = self._num_blocks_missing(head, head.num_required) - len(hits) + self._pool.num_unowned(hits)
-        return len(self._running) == self._limits.max_running_requests or reserved + needed > self._pool.num_free
+        """Whether the batch has no free slot, or too few blocks are free for the running sequences and `head`."""
+        is_full = len(self._running) == self._limits.max_running_requests
+        return is_full or not self._blocks.has_room(self._running, head, hits)
 
     def _fits_beside(self, staying: list[Sequence], head: Sequence, hits: list[int]) -> bool:
         """Whether there would be a batch slot and enough blocks for `head` if only `staying` were running."""
-        owned = len(set(hits).union(*(s.block_table for s in staying)))
-        missing = sum(self._num_blocks_missing(s, s.num_required) for s in (*staying, head)) - len(hits)
-        return len(staying) < self._limits.max_running_requests and owned + missing <= self._pool.num_blocks
+        has_slot = len(staying) < self._limits.max_running_requests
+        return has_slot and self._blocks.would_have_room(staying, head, hits)
 
     def _steps(self, budget: int) -> list[SequenceStep]:
         """Gives each running sequence one token, and the rest of the budget to those with more to compute, by rank.
@@ -329,9 +313,7 @@ class Scheduler:
         max_drafts = self._budget.max_tokens - num_tokens
         for place, count in most_useful(candidates, num_tokens, max_drafts, self._budget.times).items():
             sequence, step = self._running[place], steps[place]
-            missing = self._num_blocks_missing(sequence, step.length + count)
-            if missing <= self._pool.num_free:
-                sequence.block_table += tuple(self._pool.allocate(missing))
+            if self._blocks.extend(sequence, step.length + count):
                 steps[place] = sequence.step(len(step.token_ids), tuple(drafts[place][:count]))
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -339,32 +321,16 @@ class Scheduler:
 
         Returns False if the sequence itself had to be preempted.
         """
-        missing = self._num_blocks_missing(sequence, num_tokens)
-        while missing > self._pool.num_free:
+        while not self._blocks.extend(sequence, num_tokens):
             last = self._running[-1]
             self._preempt(last)
             if last is sequence:
                 return False
-        sequence.block_table += tuple(self._pool.allocate(missing))
         return True
-
-    def _num_blocks_missing(self, sequence: Sequence, num_tokens: int) -> int:
-        return max(0, -(-num_tokens // self._pool.block_size) - len(sequence.block_table))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._pool.free(sequence.release())
+        self._blocks.release(sequence)
         sequence.num_preemptions += 1
         self._preempted.append(sequence.request.request_id)
         self._waiting.add(sequence)
-
-    def _advance_computed(self, sequence: Sequence, num_computed: int) -> None:
-        """Records the number of computed tokens; new full blocks enter the prefix cache."""
-        sequence.num_computed = num_computed
-        num_full = num_computed // self._pool.block_size
-        if num_full <= sequence.num_inserted_blocks or sequence.request.cache.bypass:
-            return
-        digests = sequence.digests(num_full, self._pool.block_size)
-        for index in range(sequence.num_inserted_blocks, num_full):
-            self._pool.insert(sequence.block_table[index], digests[index])
-        sequence.num_inserted_blocks = num_full
