@@ -9,11 +9,8 @@ is computed and share its full blocks.
 from __future__ import annotations
 
 import math
-from bisect import insort
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
-from operator import attrgetter
 
 from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.request import Finish, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
@@ -21,6 +18,7 @@ from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.block_tables import BlockTables
 from mpt_grpc.schedule.drafts import Drafter, TokenIds, most_useful
 from mpt_grpc.schedule.fair_queue import FairQueue
+from mpt_grpc.schedule.running import Running
 from mpt_grpc.schedule.sequence import Sequence
 from mpt_grpc.schedule.step_budget import StepBudget
 from mpt_grpc.step import Matcher, SequenceStep, StepPlan, StepResult
@@ -43,9 +41,6 @@ class SchedulerLimits:
     """Whether drafts of the next tokens are computed where they pay."""
 
 
-_rank = attrgetter("rank")
-
-
 class Scheduler:
     """Schedules all waiting and running sequences. Not thread-safe: used by one thread only."""
 
@@ -56,7 +51,7 @@ class Scheduler:
         )
         self._limits, self._pool, self._eos_token_ids = limits, pool, eos_token_ids
         self._blocks = BlockTables(pool)
-        self._running: list[Sequence] = []
+        self._running = Running(limits.max_running_requests)
         self._waiting = FairQueue()
         self._sequences: dict[int, Sequence] = {}
         self._num_arrivals = 0
@@ -71,11 +66,11 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._running.sequences)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._sequences) - len(self._running)
+        return len(self._sequences) - self.num_running
 
     @property
     def num_free_blocks(self) -> int:
@@ -134,9 +129,9 @@ class Scheduler:
         if self._sequences.pop(sequence.sequence_id, None) is None:
             return False
         self._waiting.end(sequence)
-        for queue in (self._running, sequence.primary.siblings if sequence.primary else []):
-            if sequence in queue:
-                queue.remove(sequence)
+        self._running.remove(sequence)
+        if sequence.primary is not None and sequence in sequence.primary.siblings:
+            sequence.primary.siblings.remove(sequence)
         self._blocks.release(sequence)
         self._drafters.pop(sequence.sequence_id, None)
         self._release_siblings(sequence)
@@ -144,9 +139,9 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Returns what to compute next; the plan is empty only if there is no work."""
-        budget = self._budget.num_tokens(self._running, has_waiting=bool(self._waiting))
+        budget = self._budget.num_tokens(self._running.sequences, has_waiting=bool(self._waiting))
         self._admit(budget)
-        steps = self._steps(max(budget, len(self._running)))
+        steps = self._steps(max(budget, self.num_running))
         if self._limits.speculates:
             self._add_drafts(steps)
         plan = StepPlan(tuple(steps), tuple(self._started), tuple(self._preempted), tuple(self._resumed))
@@ -216,14 +211,14 @@ class Scheduler:
     def _admit(self, budget: int) -> None:
         """Starts waiting sequences, strictly in their order, while budget, slots and blocks for their tokens last.
 
-        A sequence preempts those that must make way for it if it fits once they are gone.
+        A sequence preempts those that must make way for it if it fits once they are gone. Until the sequences that rank
+        before it leave it a token of the budget, it owns no blocks: more of its prompt may be in the prefix cache then.
         """
-        while self._waiting and self._has_budget_for(head := self._waiting.first, budget):
+        while self._waiting and self._running.num_ahead(head := self._waiting.first) < budget:
             hits = self._blocks.cached(head)
             if self._lacks_capacity_for(head, hits):
-                preemptible = self._preemptible_for(head)
-                staying = [s for s in self._running if s not in preemptible]
-                if not preemptible or not self._fits_beside(staying, head, hits):
+                preemptible = self._running.preemptible_for(head, self._waiting)
+                if not preemptible or not self._fits_without(preemptible, head, hits):
                     return
                 while self._lacks_capacity_for(head, hits):
                     self._preempt(preemptible.pop(0))
@@ -233,49 +228,16 @@ class Scheduler:
             else:
                 self._resumed.append(head.request.request_id)
             self._blocks.start(head, hits)
-            insort(self._running, head, key=_rank)
-
-    def _preemptible_for(self, head: Sequence) -> list[Sequence]:
-        """Returns the running sequences that must make way for `head`, in their order.
-
-        They are those of lower priority, and, if its caller runs fewer than its share and has been served less, of the
-        same priority those that other callers run beyond theirs.
-        """
-        priority, caller = head.request.priority, head.request.caller
-        num_running = Counter(s.request.caller.name for s in self._running)
-        weights = {s.request.caller.name: s.request.caller.quota.weight for s in (head, *self._running)}
-        num_slots = self._limits.max_running_requests / sum(weights.values())
-        is_short = num_running[caller.name] + 1 <= num_slots * caller.quota.weight
-        served = self._waiting.served(caller)
-        preemptible = []
-        for s in reversed(self._running):
-            other = s.request.caller
-            if s.request.priority < priority:
-                preemptible.append(s)
-            elif s.request.priority > priority or not is_short:
-                break
-            elif num_running[other.name] > num_slots * other.quota.weight and self._waiting.served(other) > served:
-                num_running[other.name] -= 1
-                preemptible.append(s)
-        return preemptible
-
-    def _has_budget_for(self, head: Sequence, budget: int) -> bool:
-        """Whether the sequences ranked before `head` leave it at least one token of the step's budget.
-
-        Until they do it owns no blocks, and by then more of its prompt may be in the prefix cache.
-        """
-        ahead = sum(s.num_uncomputed for s in self._running if _rank(s) < _rank(head))
-        return ahead < budget
+            self._running.add(head)
 
     def _lacks_capacity_for(self, head: Sequence, hits: list[int]) -> bool:
         """Whether the batch has no free slot, or too few blocks are free for the running sequences and `head`."""
-        is_full = len(self._running) == self._limits.max_running_requests
-        return is_full or not self._blocks.has_room(self._running, head, hits)
+        return self._running.is_full or not self._blocks.has_room(self._running.sequences, head, hits)
 
-    def _fits_beside(self, staying: list[Sequence], head: Sequence, hits: list[int]) -> bool:
-        """Whether there would be a batch slot and enough blocks for `head` if only `staying` were running."""
-        has_slot = len(staying) < self._limits.max_running_requests
-        return has_slot and self._blocks.would_have_room(staying, head, hits)
+    def _fits_without(self, preemptible: list[Sequence], head: Sequence, hits: list[int]) -> bool:
+        """Whether there would be enough blocks for `head` if none of `preemptible` were running."""
+        staying = [s for s in self._running.sequences if s not in preemptible]
+        return self._blocks.would_have_room(staying, head, hits)
 
     def _steps(self, budget: int) -> list[SequenceStep]:
         """Gives each running sequence one token, and the rest of the budget to those with more to compute, by rank.
@@ -283,7 +245,7 @@ class Scheduler:
         A sequence for which no block is left is preempted, after all that rank lower.
         """
         steps: list[SequenceStep] = []
-        running, block_size = self._running, self._pool.block_size
+        running, block_size = self._running.sequences, self._pool.block_size
         while len(steps) < len(running):
             sequence = running[len(steps)]
             reserved = len(running) - len(steps) - 1
@@ -299,20 +261,19 @@ class Scheduler:
         """Adds drafts to the steps of running sequences where that pays, as far as budget and free blocks last."""
         drafts: dict[int, TokenIds] = {}
         candidates: dict[int, tuple[float, int]] = {}
-        for place, (sequence, step) in enumerate(zip(self._running, steps, strict=True)):
+        for place, (sequence, step) in enumerate(zip(self._running.sequences, steps, strict=True)):
             if not step.choices:
                 continue
             if sequence.sequence_id not in self._drafters:
                 self._drafters[sequence.sequence_id] = Drafter()
             drafter = self._drafters[sequence.sequence_id]
             drafts[place] = drafter.draft(sequence.token_ids)
-            max_tokens = (sequence.request.stopping.max_new_tokens or 0) - sequence.num_output_tokens
-            room = min(max_tokens, self._limits.max_context_tokens - len(sequence.token_ids)) - 1
+            room = min(sequence.num_remaining, self._limits.max_context_tokens - len(sequence.token_ids)) - 1
             candidates[place] = drafter.accuracy, min(len(drafts[place]), room)
         num_tokens = sum(len(step.token_ids) for step in steps)
         max_drafts = self._budget.max_tokens - num_tokens
         for place, count in most_useful(candidates, num_tokens, max_drafts, self._budget.times).items():
-            sequence, step = self._running[place], steps[place]
+            sequence, step = self._running.sequences[place], steps[place]
             if self._blocks.extend(sequence, step.length + count):
                 steps[place] = sequence.step(len(step.token_ids), tuple(drafts[place][:count]))
 
@@ -322,7 +283,7 @@ class Scheduler:
         Returns False if the sequence itself had to be preempted.
         """
         while not self._blocks.extend(sequence, num_tokens):
-            last = self._running[-1]
+            last = self._running.sequences[-1]
             self._preempt(last)
             if last is sequence:
                 return False
