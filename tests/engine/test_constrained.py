@@ -98,7 +98,7 @@ def test_failing_mask_ends_only_its_own_request(
 def test_finished_outputs_conform_to_their_json_schema(shared_engine: Engine) -> None:
     num_finished = 0
 
-    @settings(max_examples=25, deadline=None, derandomize=True)
+    @settings(max_examples=25, derandomize=True)
     @given(st.lists(schemas, min_size=4, max_size=4), st.floats(0, 2), st.integers(0, 1 << 32))
     def check(batch: list[dict[str, Any]], temperature: float, seed: int) -> None:
         nonlocal num_finished

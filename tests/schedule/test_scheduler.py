@@ -64,7 +64,7 @@ arrivals = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(arrivals, min_size=1, max_size=14),
     st.integers(12, 40),
