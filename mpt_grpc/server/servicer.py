@@ -34,6 +34,7 @@ from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, se
 from mpt_grpc.server import convert
 from mpt_grpc.server.call import Call, current_call
 from mpt_grpc.server.quotas import Quotas
+from mpt_grpc.server.requests import generation_request
 from mpt_grpc.server.sizes import MessageLimits, check_sizes
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry import names
@@ -181,7 +182,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             why = f"this server differs from the one that began the output in {differing or 'its fingerprint'}"
             raise FingerprintError(f"{why}: its tokens might not be the same")
         call = current_call()
-        request = convert.generation_request(message, self._model.defaults, call.caller)
+        request = generation_request(message, self._model.defaults, call.caller)
         call.logged["request_id"] = request.request_id
         call.operation = operation(request)
         span, parent = call.span, None
