@@ -35,7 +35,8 @@ from mpt_grpc.errors import (
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.reports import Observer
-from mpt_grpc.request import Finish, FinishReason, Generation, GenerationRequest, OutputDelta, TokenEvent
+from mpt_grpc.request import GenerationRequest
+from mpt_grpc.results import Finish, FinishReason, Generation, OutputDelta, TokenEvent
 from mpt_grpc.schedule.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)

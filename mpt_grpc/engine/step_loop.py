@@ -24,7 +24,7 @@ from mpt_grpc.engine.state import EngineLoad, EngineState
 from mpt_grpc.errors import UnavailableError
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
-from mpt_grpc.request import Finish, FinishReason, TokenEvent
+from mpt_grpc.results import Finish, FinishReason, TokenEvent
 from mpt_grpc.schedule.scheduler import Scheduler
 from mpt_grpc.schedule.sequence import Sequence
 from mpt_grpc.step import StepPlan, StepResult

@@ -13,7 +13,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.request import Finish, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from mpt_grpc.request import GenerationRequest
+from mpt_grpc.results import Finish, FinishReason, TokenEvent, TokenLogprob
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.block_tables import BlockTables
 from mpt_grpc.schedule.drafts import Drafter, TokenIds, most_useful

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mpt_grpc.request import Finish, FinishReason, GenerationRequest, TokenLogprob, sequence_seed
+from mpt_grpc.request import GenerationRequest, sequence_seed
+from mpt_grpc.results import Finish, FinishReason, TokenLogprob
 from mpt_grpc.schedule.block_pool import Digest, block_digest, root_digest
 from mpt_grpc.schedule.repetition import RepetitionDetector
 from mpt_grpc.step import Matcher, PromptScoring, SamplingInputs, SequenceStep

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from opentelemetry.trace import format_trace_id
 
 from mpt_grpc.engine.stream import AsyncStream, collect
-from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
+from mpt_grpc.request import sequence_seed
+from mpt_grpc.results import Output, OutputDelta, RequestStats, TokenLogprob
 from mpt_grpc.server import convert
 from mpt_grpc.server.call import current_call
 from mpt_grpc.telemetry import names

@@ -10,7 +10,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.engine.state import EngineLoad, EngineState, RequestState
-from mpt_grpc.request import Finish, FinishReason, RequestStats, TokenLogprob, ToolCall
+from mpt_grpc.request import ToolCall
+from mpt_grpc.results import Finish, FinishReason, RequestStats, TokenLogprob
 from mpt_grpc.text.tokenizer import Tokenizer
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2

@@ -30,7 +30,7 @@ from mpt_grpc.limits import (
     MAX_TOKEN_IDS,
     MAX_TOKENIZED_CHARACTERS,
 )
-from mpt_grpc.request import OutputDelta
+from mpt_grpc.results import OutputDelta
 from mpt_grpc.server import convert
 from mpt_grpc.server.answer import Answer
 from mpt_grpc.server.call import Call, current_call

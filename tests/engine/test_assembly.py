@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.errors import InternalError
-from mpt_grpc.request import ChunkOptions, Finish, FinishReason, OutputDelta, RequestStats, TokenEvent, TokenLogprob
+from mpt_grpc.request import ChunkOptions
+from mpt_grpc.results import Finish, FinishReason, OutputDelta, RequestStats, TokenEvent, TokenLogprob
 from mpt_grpc.text.detokenizer import TextAssembler
 from mpt_grpc.text.guards import Guard, load_guards
 from mpt_grpc.text.tokenizer import Tokenizer

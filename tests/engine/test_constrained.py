@@ -17,7 +17,8 @@ from json_schemas import conforms, schemas
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream, collect
 from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError
-from mpt_grpc.request import DecodingOptions, FinishReason, JsonSchema, SamplingParameters
+from mpt_grpc.request import DecodingOptions, JsonSchema, SamplingParameters
+from mpt_grpc.results import FinishReason
 from mpt_grpc.step import Matcher
 
 ALLOWED = frozenset(range(300, 340))
