@@ -27,7 +27,8 @@ from mpt_grpc.commands.units import num_bytes
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel, load_engine
 from mpt_grpc.engine.stream import ThreadStream, collect
-from mpt_grpc.request import CacheOptions, Generation, GenerationRequest, SamplingParameters, StoppingCriteria
+from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
+from mpt_grpc.results import Generation
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
 
 PROMPT_TOKENS = 64

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mpt_grpc import __version__
-from mpt_grpc.commands import bench_options, connection, options, server_options
+from mpt_grpc.commands import bench_options, connection, model_options, options, server_options
 from mpt_grpc.commands.logs import add_log
 from mpt_grpc.commands.units import positive_int, seconds
 from mpt_grpc.errors import MptServerError
@@ -123,7 +123,7 @@ def _parser() -> _Parser:
         "Serve a model until SIGTERM, then let requests in progress finish.",
         formatter_class=_HelpFormatter,
     )
-    server_options.add_model(serve, for_serving=True)
+    model_options.add_model(serve, for_serving=True)
     server_options.add_scheduling(serve)
     server_options.add_server(serve)
 
@@ -170,7 +170,7 @@ def _parser() -> _Parser:
         " a float64 reference. The exit status is 1 if something differs.",
         formatter_class=_HelpFormatter,
     )
-    server_options.add_model(verify)
+    model_options.add_model(verify)
 
     evaluation = add(
         "eval",

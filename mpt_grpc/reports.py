@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol
 
 from opentelemetry.context import Context
 
-from mpt_grpc.request import FinishReason, GenerationRequest, RequestStats
+from mpt_grpc.request import GenerationRequest
+from mpt_grpc.results import FinishReason, RequestStats
 from mpt_grpc.step import StepPlan, StepResult
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from mpt_grpc.request import DecodingOptions, SamplingParameters, TokenLogprob
+from mpt_grpc.request import DecodingOptions, SamplingParameters
+from mpt_grpc.results import TokenLogprob
 
 
 class Matcher(Protocol):

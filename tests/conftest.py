@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import hypothesis
 import pytest
 from server_process import ServerProcess, running
 
@@ -19,6 +20,9 @@ from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.request import GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import CacheSettings, HttpSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 from mpt_grpc.step import StepPlan
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # an example may wait for a core
+hypothesis.settings.load_profile("any machine")
 
 DEMO_BLOCK_BYTES = 2 * 8 * 16 * 256 * 4
 """The size of one block of the demo model's cache in float32: keys and values, 8 layers, 16 tokens, width 256."""

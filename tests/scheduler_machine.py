@@ -9,14 +9,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from mpt_grpc.errors import InternalError
-from mpt_grpc.request import (
-    CacheOptions,
-    GenerationRequest,
-    SamplingParameters,
-    StoppingCriteria,
-    TokenEvent,
-    TokenLogprob,
-)
+from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
+from mpt_grpc.results import TokenEvent, TokenLogprob
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
 from mpt_grpc.schedule.sequence import Sequence as SchedulerSequence

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import warnings
 
-from mpt_grpc.commands import logs, server_options
+from mpt_grpc.commands import logs, model_options
 from mpt_grpc.errors import VerificationError
 
 
@@ -29,7 +29,7 @@ def run(parsed: argparse.Namespace) -> None:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", module=r"(transformers|peft)\.")
     failed = []
-    for check in checks(server_options.model_settings(parsed)):
+    for check in checks(model_options.model_settings(parsed)):
         print(f"{check.name:<17}  {check.verdict:<7}  {check.detail}", flush=True)
         if not check.passed:
             failed.append(check.name)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from mpt_grpc.request import ChunkOptions, Finish, FinishReason, OutputDelta, TokenEvent, TokenLogprob
+from mpt_grpc.request import ChunkOptions
+from mpt_grpc.results import Finish, FinishReason, OutputDelta, TokenEvent, TokenLogprob
 from mpt_grpc.text.detokenizer import TextAssembler
 from mpt_grpc.text.guards import OutputWatch
 

@@ -18,7 +18,8 @@ from mpt_grpc.engine.state import EngineLoad, RequestState, SequenceState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream
 from mpt_grpc.errors import DuplicateRequestError, OverloadedError
 from mpt_grpc.reports import Observer, RequestReport, StepReport
-from mpt_grpc.request import Finish, FinishReason, GenerationRequest, RequestStats, TokenEvent
+from mpt_grpc.request import GenerationRequest
+from mpt_grpc.results import Finish, FinishReason, RequestStats, TokenEvent
 from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
 from mpt_grpc.step import StepPlan, StepResult
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from mpt_grpc.request import RequestStats
+from mpt_grpc.results import RequestStats
 
 _WEIGHT = 0.05
 """The weight of a new measurement in a mean."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpt_grpc.request import FinishReason, RequestStats
+from mpt_grpc.results import FinishReason, RequestStats
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from mpt_grpc.engine.assembly import RequestAssembly
 from mpt_grpc.engine.prepare import PreparedRequest
-from mpt_grpc.request import Generation, Output, OutputDelta, TokenEvent, TokenLogprob, ToolCall
+from mpt_grpc.request import ToolCall
+from mpt_grpc.results import Generation, Output, OutputDelta, TokenEvent, TokenLogprob
 
 
 class _Stream:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from hashlib import blake2b
 
 from mpt_grpc.engine.assembly import OutputAssembly
-from mpt_grpc.request import Finish, FinishReason, OutputDelta, TokenEvent, ToolCalls
+from mpt_grpc.request import ToolCalls
+from mpt_grpc.results import Finish, FinishReason, OutputDelta, TokenEvent
 from mpt_grpc.text.tool_calls import ToolCallReader
 
 _ENDS = (FinishReason.EOS_TOKEN, FinishReason.STOP_TOKEN, FinishReason.STOP_STRING)

@@ -19,7 +19,7 @@ class FieldRules:
 
 
 _IGNORED = "user store service_tier safety_identifier prompt_cache_key prompt_cache_retention"
-_CHAT_TEMPLATE = "not supported per request; set it on the server, with --chat-template"
+_REFUSED = {"chat_template": "not supported per request; set it on the server, with --chat-template"}
 _EXPECTED = {
     "stop": "must be a string or a list of strings",
     "seed": "must be an integer from 0 to 2^64 - 1",
@@ -37,7 +37,7 @@ COMPLETION_RULES = FieldRules(
         "audio": "not supported",
         "prediction": "not supported",
         "web_search_options": "not supported",
-        "chat_template": _CHAT_TEMPLATE,
+        **_REFUSED,
     },
     {
         **_EXPECTED,
@@ -58,7 +58,7 @@ RESPONSE_RULES = FieldRules(
         "background_options": "not supported, since responses are not stored; read the response, or its stream",
         "context_management": "not supported; shorten the input, or set truncation to auto",
         "moderation": "not supported; set a guard on the server",
-        "chat_template": _CHAT_TEMPLATE,
+        **_REFUSED,
     },
     {
         **_EXPECTED,

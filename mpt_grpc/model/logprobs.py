@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpt_grpc.model.logits import top_tokens
 from mpt_grpc.model.transfer import send
-from mpt_grpc.request import TokenLogprob
+from mpt_grpc.results import TokenLogprob
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprob]:

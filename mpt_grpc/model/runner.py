@@ -17,7 +17,7 @@ from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.transfer import send
-from mpt_grpc.request import TokenLogprob
+from mpt_grpc.results import TokenLogprob
 from mpt_grpc.step import SequenceStep, StepPlan
 
 _SCORING_CHUNK_TOKENS = 64

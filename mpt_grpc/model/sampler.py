@@ -29,7 +29,7 @@ from mpt_grpc.errors import InternalError
 from mpt_grpc.model.logits import adjust, apply_filters, is_adjusted, rows_per_chunk
 from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.transfer import send
-from mpt_grpc.request import TokenLogprob
+from mpt_grpc.results import TokenLogprob
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepResult
 
 _NO_MASKS: Mapping[int, Sequence[bytes]] = MappingProxyType({})

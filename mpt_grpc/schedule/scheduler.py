@@ -9,19 +9,19 @@ is computed and share its full blocks.
 from __future__ import annotations
 
 import math
-from bisect import insort
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
-from operator import attrgetter
 
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.request import Finish, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from mpt_grpc.request import GenerationRequest
+from mpt_grpc.results import Finish, FinishReason, TokenEvent, TokenLogprob
 from mpt_grpc.schedule.block_pool import BlockPool
+from mpt_grpc.schedule.block_tables import BlockTables
 from mpt_grpc.schedule.drafts import Drafter, TokenIds, most_useful
 from mpt_grpc.schedule.fair_queue import FairQueue
+from mpt_grpc.schedule.running import Running
 from mpt_grpc.schedule.sequence import Sequence
-from mpt_grpc.schedule.step_times import StepTimes
+from mpt_grpc.schedule.step_budget import StepBudget
 from mpt_grpc.step import Matcher, SequenceStep, StepPlan, StepResult
 
 
@@ -42,10 +42,6 @@ class SchedulerLimits:
     """Whether drafts of the next tokens are computed where they pay."""
 
 
-_rank = attrgetter("rank")
-_SMALL_STEPS = 100
-
-
 class Scheduler:
     """Schedules all waiting and running sequences. Not thread-safe: used by one thread only."""
 
@@ -55,30 +51,27 @@ class Scheduler:
             "one full-length request must fit in the cache"
         )
         self._limits, self._pool, self._eos_token_ids = limits, pool, eos_token_ids
-        self._running: list[Sequence] = []
+        self._blocks = BlockTables(pool)
+        self._running = Running(limits.max_running_requests)
         self._waiting = FairQueue()
         self._sequences: dict[int, Sequence] = {}
         self._num_arrivals = 0
-        self._max_step_tokens = limits.max_step_tokens
-        """The present limit; lower for a while after a step that did not fit in memory."""
-        self._num_small_steps: int
-        """The number of steps since that one; not set before."""
+        self._budget = StepBudget(limits.max_step_tokens, limits.max_running_requests, limits.prefill_slowdown)
         self._started: list[int] = []
         """The sequences that run for the first time in the step that is being planned."""
         self._preempted: list[str] = []
         self._resumed: list[str] = []
         """The requests of the sequences that this step preempts, and that run again."""
-        self._times = StepTimes()
         self._drafters: dict[int, Drafter] = {}
         """By sequence; empty without speculation."""
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._running.sequences)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._sequences) - len(self._running)
+        return len(self._sequences) - self.num_running
 
     @property
     def num_free_blocks(self) -> int:
@@ -114,14 +107,13 @@ class Scheduler:
                 request,
                 index,
                 prompt_token_ids,
+                self._limits.max_context_tokens,
                 self._eos_token_ids,
                 matchers[number] if matchers else None,
                 primary,
             )
             self._num_arrivals += 1
-            finish = None
-            if resumed:
-                finish = self._finish(sequence, resumed[-1], index in complete, sequence.resume(resumed))
+            finish = sequence.resume(resumed, is_complete=index in complete) if resumed else None
             assert 0 < len(sequence.token_ids) <= self._limits.max_context_tokens
             if finish is None:
                 self._sequences[sequence.sequence_id] = sequence
@@ -138,19 +130,19 @@ class Scheduler:
         if self._sequences.pop(sequence.sequence_id, None) is None:
             return False
         self._waiting.end(sequence)
-        for queue in (self._running, sequence.primary.siblings if sequence.primary else []):
-            if sequence in queue:
-                queue.remove(sequence)
-        self._pool.free(sequence.release())
+        self._running.remove(sequence)
+        if sequence.primary is not None and sequence in sequence.primary.siblings:
+            sequence.primary.siblings.remove(sequence)
+        self._blocks.release(sequence)
         self._drafters.pop(sequence.sequence_id, None)
         self._release_siblings(sequence)
         return True
 
     def plan(self) -> StepPlan:
         """Returns what to compute next; the plan is empty only if there is no work."""
-        budget = self._budget()
+        budget = self._budget.num_tokens(self._running.sequences, has_waiting=bool(self._waiting))
         self._admit(budget)
-        steps = self._steps(max(budget, len(self._running)))
+        steps = self._steps(max(budget, self.num_running))
         if self._limits.speculates:
             self._add_drafts(steps)
         plan = StepPlan(tuple(steps), tuple(self._started), tuple(self._preempted), tuple(self._resumed))
@@ -158,10 +150,8 @@ class Scheduler:
         return plan
 
     def shrink_steps(self) -> None:
-        """Halves the tokens of a step, because one did not fit in memory; each `_SMALL_STEPS` steps double them
-        again."""
-        self._max_step_tokens = max(self._limits.max_running_requests, self._max_step_tokens // 2)
-        self._num_small_steps = 0
+        """Makes the next steps smaller, because one did not fit in memory."""
+        self._budget.shrink()
 
     def commit(
         self, plan: StepPlan, result: StepResult, seconds: float | None = None
@@ -170,12 +160,7 @@ class Scheduler:
 
         Sequences that have ended in the meantime are skipped. `seconds` is how long the step took, unless it failed.
         """
-        if seconds is not None:
-            self._times.record(plan.num_tokens, seconds)
-        if self._max_step_tokens < self._limits.max_step_tokens:
-            self._num_small_steps += 1
-            if self._num_small_steps % _SMALL_STEPS == 0:
-                self._max_step_tokens = min(2 * self._max_step_tokens, self._limits.max_step_tokens)
+        self._budget.record(plan.num_tokens, seconds)
         events = []
         for step in plan.sequences:
             sequence_id = step.sequence_id
@@ -190,11 +175,11 @@ class Scheduler:
             is_deferred = not token_ids and bool(step.choices)
             if scored := result.prompt_logprobs.get(sequence_id):
                 sequence.prompt_logprobs += scored
-            self._advance_computed(sequence, step.start + step.num_known - is_deferred)
+            self._blocks.advance(sequence, step.start + step.num_known - is_deferred)
             logprobs = result.logprobs.get(sequence_id, ())
             for index, token_id in enumerate(token_ids):
                 if index:  # the token before it was a draft
-                    self._advance_computed(sequence, sequence.num_computed + 1)
+                    self._blocks.advance(sequence, sequence.num_computed + 1)
                 event = self._advance(sequence, token_id, logprobs[index] if logprobs else None)
                 events.append((sequence, event))
                 if event.finish is not None or event.error is not None:
@@ -210,7 +195,7 @@ class Scheduler:
         if sequence.siblings:
             self._release_siblings(sequence)
         try:
-            finish = self._finish(sequence, token_id, *sequence.append(token_id))
+            finish = sequence.append(token_id)
         except InvalidRequestError as error:  # the constraint is too expensive
             self.end(sequence)
             return TokenEvent(sequence.index, error=error)
@@ -224,102 +209,36 @@ class Scheduler:
         while primary.siblings:
             self._waiting.add(primary.siblings.pop())
 
-    def _budget(self) -> int:
-        """Returns how many tokens the step may compute, drafts apart.
-
-        Prompts may slow running outputs down by `prefill_slowdown`, compared with a step of one token for each
-        sequence. If no such step was measured lately, the next one is of that kind.
-        """
-        running, slowdown = self._running, self._limits.prefill_slowdown
-        num_ready = sum(sequence.num_uncomputed == 1 for sequence in running)
-        if slowdown == math.inf or not num_ready or (num_ready == len(running) and not self._waiting):
-            return self._max_step_tokens
-        num_tokens = len(running)
-        if self._times.is_recent(num_tokens):
-            num_tokens = self._times.num_tokens(slowdown * self._times.seconds(num_tokens))
-        return max(len(running), min(num_tokens, self._max_step_tokens))
-
     def _admit(self, budget: int) -> None:
         """Starts waiting sequences, strictly in their order, while budget, slots and blocks for their tokens last.
 
-        A sequence preempts those that must make way for it if it fits once they are gone.
+        A sequence preempts those that must make way for it if it fits once they are gone. Until the sequences that rank
+        before it leave it a token of the budget, it owns no blocks: more of its prompt may be in the prefix cache then.
         """
-        while self._waiting and self._has_budget_for(head := self._waiting.first, budget):
-            hits = self._cached_blocks(head)
+        while self._waiting and self._running.num_ahead(head := self._waiting.first) < budget:
+            hits = self._blocks.cached(head)
             if self._lacks_capacity_for(head, hits):
-                preemptible = self._preemptible_for(head)
-                staying = [s for s in self._running if s not in preemptible]
-                if not preemptible or not self._fits_beside(staying, head, hits):
+                preemptible = self._running.preemptible_for(head, self._waiting)
+                if not preemptible or not self._fits_without(preemptible, head, hits):
                     return
                 while self._lacks_capacity_for(head, hits):
                     self._preempt(preemptible.pop(0))
             self._waiting.start(head)
-            self._pool.share(hits)
             if head.num_cached_tokens is None:
                 self._started.append(head.sequence_id)
             else:
                 self._resumed.append(head.request.request_id)
-            head.start(hits, len(hits) * self._pool.block_size)
-            insort(self._running, head, key=_rank)
-
-    def _preemptible_for(self, head: Sequence) -> list[Sequence]:
-        """Returns the running sequences that must make way for `head`, in their order.
-
-        They are those of lower priority, and, if its caller runs fewer than its share and has been served less, of the
-        same priority those that other callers run beyond theirs.
-        """
-        priority, caller = head.request.priority, head.request.caller
-        num_running = Counter(s.request.caller.name for s in self._running)
-        weights = {s.request.caller.name: s.request.caller.quota.weight for s in (head, *self._running)}
-        num_slots = self._limits.max_running_requests / sum(weights.values())
-        is_short = num_running[caller.name] + 1 <= num_slots * caller.quota.weight
-        served = self._waiting.served(caller)
-        preemptible = []
-        for s in reversed(self._running):
-            other = s.request.caller
-            if s.request.priority < priority:
-                preemptible.append(s)
-            elif s.request.priority > priority or not is_short:
-                break
-            elif num_running[other.name] > num_slots * other.quota.weight and self._waiting.served(other) > served:
-                num_running[other.name] -= 1
-                preemptible.append(s)
-        return preemptible
-
-    def _has_budget_for(self, head: Sequence, budget: int) -> bool:
-        """Whether the sequences ranked before `head` leave it at least one token of the step's budget.
-
-        Until they do it owns no blocks, and by then more of its prompt may be in the prefix cache.
-        """
-        ahead = sum(s.num_uncomputed for s in self._running if _rank(s) < _rank(head))
-        return ahead < budget
-
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Returns cached blocks for a prefix of the sequence; at least one token is left to compute."""
-        block_size = self._pool.block_size
-        num_cacheable_blocks = sequence.num_cacheable // block_size
-        if not sequence.request.cache.bypass:
-            return self._pool.find(sequence.digests(num_cacheable_blocks, block_size))
-        primary = sequence.primary
-        if primary is None:
-            return []
-        num_shared = min(primary.num_computed, primary.num_prompt_tokens) // block_size
-        return list(primary.block_table[: min(num_cacheable_blocks, num_shared)])
+            self._blocks.start(head, hits)
+            self._running.add(head)
 
     def _lacks_capacity_for(self, head: Sequence, hits: list[int]) -> bool:
-        """Whether the batch has no free slot, or too few blocks are free for the running sequences and `head`.
+        """Whether the batch has no free slot, or too few blocks are free for the running sequences and `head`."""
+        return self._running.is_full or not self._blocks.has_room(self._running.sequences, head, hits)
 
-        Each of them needs blocks for its known tokens and the next one.
-        """
-        reserved = sum(self._num_blocks_missing(s, s.num_required) for s in self._running)
-        needed = self._num_blocks_missing(head, head.num_required) - len(hits) + self._pool.num_unowned(hits)
-        return len(self._running) == self._limits.max_running_requests or reserved + needed > self._pool.num_free
-
-    def _fits_beside(self, staying: list[Sequence], head: Sequence, hits: list[int]) -> bool:
-        """Whether there would be a batch slot and enough blocks for `head` if only `staying` were running."""
-        owned = len(set(hits).union(*(s.block_table for s in staying)))
-        missing = sum(self._num_blocks_missing(s, s.num_required) for s in (*staying, head)) - len(hits)
-        return len(staying) < self._limits.max_running_requests and owned + missing <= self._pool.num_blocks
+    def _fits_without(self, preemptible: list[Sequence], head: Sequence, hits: list[int]) -> bool:
+        """Whether there would be enough blocks for `head` if none of `preemptible` were running."""
+        staying = [s for s in self._running.sequences if s not in preemptible]
+        return self._blocks.would_have_room(staying, head, hits)
 
     def _steps(self, budget: int) -> list[SequenceStep]:
         """Gives each running sequence one token, and the rest of the budget to those with more to compute, by rank.
@@ -327,7 +246,7 @@ class Scheduler:
         A sequence for which no block is left is preempted, after all that rank lower.
         """
         steps: list[SequenceStep] = []
-        running, block_size = self._running, self._pool.block_size
+        running, block_size = self._running.sequences, self._pool.block_size
         while len(steps) < len(running):
             sequence = running[len(steps)]
             reserved = len(running) - len(steps) - 1
@@ -343,23 +262,20 @@ class Scheduler:
         """Adds drafts to the steps of running sequences where that pays, as far as budget and free blocks last."""
         drafts: dict[int, TokenIds] = {}
         candidates: dict[int, tuple[float, int]] = {}
-        for place, (sequence, step) in enumerate(zip(self._running, steps, strict=True)):
+        for place, (sequence, step) in enumerate(zip(self._running.sequences, steps, strict=True)):
             if not step.choices:
                 continue
             if sequence.sequence_id not in self._drafters:
                 self._drafters[sequence.sequence_id] = Drafter()
             drafter = self._drafters[sequence.sequence_id]
             drafts[place] = drafter.draft(sequence.token_ids)
-            max_tokens = (sequence.request.stopping.max_new_tokens or 0) - sequence.num_output_tokens
-            room = min(max_tokens, self._limits.max_context_tokens - len(sequence.token_ids)) - 1
+            room = min(sequence.num_remaining, self._limits.max_context_tokens - len(sequence.token_ids)) - 1
             candidates[place] = drafter.accuracy, min(len(drafts[place]), room)
         num_tokens = sum(len(step.token_ids) for step in steps)
-        max_drafts = self._max_step_tokens - num_tokens
-        for place, count in most_useful(candidates, num_tokens, max_drafts, self._times).items():
-            sequence, step = self._running[place], steps[place]
-            missing = self._num_blocks_missing(sequence, step.length + count)
-            if missing <= self._pool.num_free:
-                sequence.block_table += tuple(self._pool.allocate(missing))
+        max_drafts = self._budget.max_tokens - num_tokens
+        for place, count in most_useful(candidates, num_tokens, max_drafts, self._budget.times).items():
+            sequence, step = self._running.sequences[place], steps[place]
+            if self._blocks.extend(sequence, step.length + count):
                 steps[place] = sequence.step(len(step.token_ids), tuple(drafts[place][:count]))
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -367,49 +283,16 @@ class Scheduler:
 
         Returns False if the sequence itself had to be preempted.
         """
-        missing = self._num_blocks_missing(sequence, num_tokens)
-        while missing > self._pool.num_free:
-            last = self._running[-1]
+        while not self._blocks.extend(sequence, num_tokens):
+            last = self._running.sequences[-1]
             self._preempt(last)
             if last is sequence:
                 return False
-        sequence.block_table += tuple(self._pool.allocate(missing))
         return True
-
-    def _num_blocks_missing(self, sequence: Sequence, num_tokens: int) -> int:
-        return max(0, -(-num_tokens // self._pool.block_size) - len(sequence.block_table))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._pool.free(sequence.release())
+        self._blocks.release(sequence)
         sequence.num_preemptions += 1
         self._preempted.append(sequence.request.request_id)
         self._waiting.add(sequence)
-
-    def _advance_computed(self, sequence: Sequence, num_computed: int) -> None:
-        """Records the number of computed tokens; new full blocks enter the prefix cache."""
-        sequence.num_computed = num_computed
-        num_full = num_computed // self._pool.block_size
-        if num_full <= sequence.num_inserted_blocks or sequence.request.cache.bypass:
-            return
-        digests = sequence.digests(num_full, self._pool.block_size)
-        for index in range(sequence.num_inserted_blocks, num_full):
-            self._pool.insert(sequence.block_table[index], digests[index])
-        sequence.num_inserted_blocks = num_full
-
-    def _finish(self, sequence: Sequence, token_id: int, is_complete: bool, is_looping: bool) -> Finish | None:
-        """Returns why the output ends with this token, its last one, or None if it goes on."""
-        stopping = sequence.request.stopping
-        if token_id in sequence.eos_token_ids:
-            return Finish(FinishReason.EOS_TOKEN, stop_token_id=token_id)
-        if token_id in stopping.stop_token_ids:
-            return Finish(FinishReason.STOP_TOKEN, stop_token_id=token_id)
-        if is_complete:
-            return Finish(FinishReason.EOS_TOKEN)
-        if sequence.num_output_tokens == stopping.max_new_tokens:
-            return Finish(FinishReason.MAX_NEW_TOKENS)
-        if len(sequence.token_ids) == self._limits.max_context_tokens:
-            return Finish(FinishReason.CONTEXT_LENGTH)
-        if is_looping:
-            return Finish(FinishReason.REPETITION)
-        return None

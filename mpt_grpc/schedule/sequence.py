@@ -1,4 +1,4 @@
-"""The state of one sequence: its known tokens and how many of them have been computed.
+"""The state of one sequence: its known tokens, how many of them have been computed, and why it ends.
 
 There is no separate prefill or decode phase. A prompt, a chunk of one, the newest token, the tokens of a preempted
 sequence and those of a resumed output are all just tokens that are known but not yet computed.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mpt_grpc.request import GenerationRequest, TokenLogprob, sequence_seed
+from mpt_grpc.request import GenerationRequest, sequence_seed
+from mpt_grpc.results import Finish, FinishReason, TokenLogprob
 from mpt_grpc.schedule.block_pool import Digest, block_digest, root_digest
 from mpt_grpc.schedule.repetition import RepetitionDetector
 from mpt_grpc.step import Matcher, PromptScoring, SamplingInputs, SequenceStep
@@ -23,6 +24,7 @@ class Sequence:
         request: GenerationRequest,
         index: int,
         prompt_token_ids: tuple[int, ...],
+        max_context_tokens: int,
         eos_token_ids: frozenset[int] = frozenset(),
         matcher: Matcher | None = None,
         primary: Sequence | None = None,
@@ -33,8 +35,8 @@ class Sequence:
         """The sort key of running sequences: lower is served first, by priority, then by arrival."""
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
-        self._prompt_token_ids = prompt_token_ids
-        self.eos_token_ids = frozenset() if request.stopping.ignore_eos else eos_token_ids
+        self._prompt_token_ids, self._max_context_tokens = prompt_token_ids, max_context_tokens
+        self._eos_token_ids = frozenset() if request.stopping.ignore_eos else eos_token_ids
         self.num_computed = 0
         self.prompt_logprobs: list[TokenLogprob] = []
         """Log probabilities of the prompt's tokens from the second on; computed on the primary only."""
@@ -97,20 +99,40 @@ class Sequence:
         wanted = self.request.logprobs.prompt and self.primary is None
         return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
-    def resume(self, token_ids: tuple[int, ...]) -> bool:
-        """Adds the tokens of a partial output; returns whether it is repeating itself. The matcher knows them
-        already."""
-        self.token_ids += token_ids
-        if self._repetition is None:
-            return False
-        return [self._repetition.feed(token_id) for token_id in token_ids[-self._repetition.num_relevant :]][-1]
+    def resume(self, token_ids: tuple[int, ...], *, is_complete: bool) -> Finish | None:
+        """Adds the tokens of a partial output; returns why it has ended with them, or None if it goes on.
 
-    def append(self, token_id: int) -> tuple[bool, bool]:
-        """Adds a token to the output; returns whether its constraint is complete and whether it is repeating itself."""
+        The matcher knows them already, and `is_complete` is whether they complete the constraint.
+        """
+        self.token_ids += token_ids
+        is_looping = False
+        if self._repetition is not None:
+            for token_id in token_ids[-self._repetition.num_relevant :]:
+                is_looping = self._repetition.feed(token_id)
+        return self._finish(token_ids[-1], is_complete, is_looping)
+
+    def append(self, token_id: int) -> Finish | None:
+        """Adds a token to the output; returns why it has ended with it, or None if it goes on."""
         self.token_ids.append(token_id)
         is_complete = self._matcher is not None and self._matcher.advance(token_id)
         is_looping = self._repetition is not None and self._repetition.feed(token_id)
-        return is_complete, is_looping
+        return self._finish(token_id, is_complete, is_looping)
+
+    def _finish(self, token_id: int, is_complete: bool, is_looping: bool) -> Finish | None:
+        stopping = self.request.stopping
+        if token_id in self._eos_token_ids:
+            return Finish(FinishReason.EOS_TOKEN, stop_token_id=token_id)
+        if token_id in stopping.stop_token_ids:
+            return Finish(FinishReason.STOP_TOKEN, stop_token_id=token_id)
+        if is_complete:
+            return Finish(FinishReason.EOS_TOKEN)
+        if self.num_output_tokens == stopping.max_new_tokens:
+            return Finish(FinishReason.MAX_NEW_TOKENS)
+        if len(self.token_ids) == self._max_context_tokens:
+            return Finish(FinishReason.CONTEXT_LENGTH)
+        if is_looping:
+            return Finish(FinishReason.REPETITION)
+        return None
 
     def digests(self, num_blocks: int, block_size: int) -> list[Digest]:
         """Returns the digests of the first `num_blocks` blocks; all tokens of these blocks must be known."""
@@ -162,7 +184,7 @@ class Sequence:
             self._choice[0],
             prompt_token_ids=self._prompt_token_ids if self._penalizes_prompt else (),
             output_token_ids=output if self._penalizes else (),
-            forbidden_token_ids=(*self.eos_token_ids, *stopping.stop_token_ids) if is_short else (),
+            forbidden_token_ids=(*self._eos_token_ids, *stopping.stop_token_ids) if is_short else (),
         )
 
     def _scoring(self, end: int) -> PromptScoring | None:

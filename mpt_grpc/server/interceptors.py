@@ -171,9 +171,10 @@ def _stream(
         assert task is not None
         async with serving(context), aclosing(serve(parse(data), context)) as responses:
             del data
+            call = current_call()
             try:
                 async for response in responses:
-                    writes.begin(task, context, current_call())
+                    writes.begin(task, context, call)
                     yield response
                     writes.end(task)
             finally:

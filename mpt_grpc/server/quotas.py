@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mpt_grpc.caller import Caller
 from mpt_grpc.engine.stream import AsyncStream
 from mpt_grpc.errors import QuotaExceededError
-from mpt_grpc.request import OutputDelta
+from mpt_grpc.results import OutputDelta
 
 _REQUESTS_RETRY_S = 1.0
 """When to try again if too many requests are in progress: nobody knows when one of them ends."""

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
-from opentelemetry.trace import format_trace_id, set_span_in_context
+from opentelemetry.trace import set_span_in_context
 
 from mpt_grpc import __version__
 from mpt_grpc.caller import Role
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.fingerprint import differences
 from mpt_grpc.engine.load import LoadedModel
-from mpt_grpc.engine.stream import AsyncStream, collect
+from mpt_grpc.engine.stream import AsyncStream
 from mpt_grpc.errors import FieldViolation, FingerprintError, InvalidRequestError, UnavailableError, UnknownModelError
 from mpt_grpc.limits import (
     MAX_BYTES,
@@ -30,23 +30,21 @@ from mpt_grpc.limits import (
     MAX_TOKEN_IDS,
     MAX_TOKENIZED_CHARACTERS,
 )
-from mpt_grpc.request import Output, OutputDelta, RequestStats, TokenLogprob, sequence_seed
+from mpt_grpc.results import OutputDelta
 from mpt_grpc.server import convert
+from mpt_grpc.server.answer import Answer
 from mpt_grpc.server.call import Call, current_call
 from mpt_grpc.server.quotas import Quotas
+from mpt_grpc.server.requests import generation_request
 from mpt_grpc.server.sizes import MessageLimits, check_sizes
 from mpt_grpc.settings import SchedulerSettings
-from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import operation, request_attributes
-from mpt_grpc.text.tokenizer import Tokenizer
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2, debug_pb2_grpc
 
 _MANY_LOGPROBS = 32
 """That many, with alternatives, are converted in a millisecond."""
-_MAX_RESUME_INFO_TOKENS = 1000
-"""They take at most half of the 8 KiB that gRPC allows for the metadata of a response."""
 _Message = TypeVar("_Message")
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -148,7 +146,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         )
 
     @asynccontextmanager
-    async def _answer(self, message: pb.GenerateRequest, context: _CallContext) -> AsyncIterator[_Answer]:
+    async def _answer(self, message: pb.GenerateRequest, context: _CallContext) -> AsyncIterator[Answer]:
         """Submits a request, which ends with the block: by return, error, cancellation or deadline."""
         self._num_answers += 1
         self.idle.clear()
@@ -160,7 +158,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 deltas = aiter(stream) if meter is None else meter.metered(stream)
                 try:
                     tokenizer = self._engine.preparation.tokenizer
-                    yield _Answer(stream, deltas, message.output_options, tokenizer, self._model.fingerprint)
+                    yield Answer(stream, deltas, message.output_options, tokenizer, self._model.fingerprint)
                 finally:
                     _log_tokens(call, stream)
                     stream.cancel()
@@ -181,7 +179,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             why = f"this server differs from the one that began the output in {differing or 'its fingerprint'}"
             raise FingerprintError(f"{why}: its tokens might not be the same")
         call = current_call()
-        request = convert.generation_request(message, self._model.defaults, call.caller)
+        request = generation_request(message, self._model.defaults, call.caller)
         call.logged["request_id"] = request.request_id
         call.operation = operation(request)
         span, parent = call.span, None
@@ -215,99 +213,3 @@ def _num_logprobs(delta: OutputDelta) -> int:
 def _log_tokens(call: Call, stream: AsyncStream) -> None:
     """Adds what the caller has got to the line of the call in the log, however it ends."""
     call.logged |= {"prompt_tokens": stream.num_prompt_tokens, "output_tokens": stream.num_output_tokens}
-
-
-def _elapsed_s(start_s: float, end_s: float | None) -> float | None:
-    return None if end_s is None else round(end_s - start_s, 6)
-
-
-class _Answer:
-    """The response to one request while it is generated."""
-
-    def __init__(
-        self,
-        stream: AsyncStream,
-        deltas: AsyncIterator[OutputDelta],
-        options: pb.OutputOptions,
-        tokenizer: Tokenizer,
-        fingerprint: str,
-    ) -> None:
-        self.request_id, self.deltas = stream.request_id, deltas
-        self._stream = stream
-        self._options, self._tokenizer = options, tokenizer
-        self._returns_token_ids = options.return_token_ids
-        self._fingerprint = fingerprint
-        self._sent: dict[int, list[int]] = {}
-        """The tokens that have been sent of the outputs that have begun and not ended, by their indices."""
-
-    def complete(self, deltas: Sequence[OutputDelta]) -> pb.GenerateResponse:
-        generation = collect(deltas)
-        return pb.GenerateResponse(
-            request_id=self.request_id,
-            prompt=self._prompt(generation.prompt_logprobs),
-            outputs=list(map(self._output, self._stream.prepared.request.outputs, generation.outputs)),
-            summary=self._summary(generation.stats),
-        )
-
-    def part(self, delta: OutputDelta, *, is_first: bool) -> pb.StreamGenerateResponse:
-        response = pb.StreamGenerateResponse(request_id=self.request_id, output=self._output(delta.index, delta))
-        if is_first:
-            response.prompt.CopyFrom(self._prompt(delta.prompt_logprobs))
-            response.fingerprint = self._fingerprint
-            self._sent = {index: list(resumed) for index, resumed in self._stream.prepared.request.outputs.items()}
-        self._sent[delta.index] += delta.token_ids
-        if delta.finish is not None:
-            del self._sent[delta.index]
-        if delta.stats is not None:
-            response.summary.CopyFrom(self._summary(delta.stats))
-        return response
-
-    def resume_info(self) -> pb.ResumeInfo:
-        """Returns what it takes to continue the stream elsewhere, after its first part."""
-        info = pb.ResumeInfo(seed=self._stream.prepared.request.sampling.seed or 0, fingerprint=self._fingerprint)
-        if sum(map(len, self._sent.values())) <= _MAX_RESUME_INFO_TOKENS:
-            info.outputs.extend(pb.PartialOutput(index=index, token_ids=ids) for index, ids in self._sent.items())
-        return info
-
-    def _prompt(self, logprobs: Sequence[TokenLogprob]) -> pb.PromptInfo:
-        token_ids = self._stream.prepared.prompt_token_ids
-        return pb.PromptInfo(
-            num_tokens=len(token_ids),
-            token_ids=token_ids if self._options.return_prompt_token_ids else (),
-            logprobs=convert.logprobs(logprobs, self._tokenizer),
-        )
-
-    def _output(self, index: int, output: OutputDelta | Output) -> pb.Output:
-        message = pb.Output(index=index, text=output.text, num_tokens=len(output.token_ids))
-        if self._returns_token_ids:
-            message.token_ids.extend(output.token_ids)
-        if output.logprobs:
-            message.logprobs.extend(convert.logprobs(output.logprobs, self._tokenizer))
-        if output.tool_calls:
-            message.tool_calls.extend(convert.tool_calls(output.tool_calls))
-        if output.finish is not None:
-            message.finish.CopyFrom(convert.finish(output.finish))
-            message.seed = sequence_seed(self._stream.prepared.request.sampling.seed or 0, index)
-        return message
-
-    def _summary(self, stats: RequestStats) -> pb.Summary:
-        call = current_call()
-        reasons = [finish.reason.name.lower() for finish in stats.finishes]
-        call.logged |= {
-            "cached_tokens": stats.num_cached_tokens,
-            "queue_s": _elapsed_s(stats.arrival_time_s, stats.scheduled_time_s),
-            "first_token_s": _elapsed_s(stats.arrival_time_s, stats.first_token_time_s),
-            "preemptions": stats.num_preemptions,
-            "finish": ",".join(reasons),
-        }
-        span = call.span
-        if span is None:
-            return convert.summary(stats, trace_id="")
-        span.set_attributes(
-            {
-                names.RESPONSE_FINISH_REASONS: reasons,
-                names.USAGE_INPUT_TOKENS: stats.num_prompt_tokens,
-                names.USAGE_OUTPUT_TOKENS: stats.num_output_tokens,
-            }
-        )
-        return convert.summary(stats, format_trace_id(span.get_span_context().trace_id))

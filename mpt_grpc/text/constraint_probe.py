@@ -1,4 +1,4 @@
-"""Builds grammars in processes of their own. Started by `constraints.py` before the first constraint.
+"""Builds grammars in processes of their own. Started by `probe.py` before the first constraint.
 
 A grammar may never terminate or may overflow the stack, which no exception handler can catch; here that takes down only
 the process that builds it. Each is forked from this one, which has imported everything already: that takes 2 ms instead

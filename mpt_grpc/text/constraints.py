@@ -6,25 +6,21 @@ from the grammars that `grammar.py` makes. The engine decides when masks are com
 
 from __future__ import annotations
 
-import json
-import socket
-import subprocess
 import sys
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, OverloadedError
+from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.request import OutputConstraint
-from mpt_grpc.text.grammar import TOO_COSTLY, constraint_field, make_grammar, refusal_reason
+from mpt_grpc.text.grammar import constraint_field, make_grammar, refusal_reason
+from mpt_grpc.text.probe import Probe
 from mpt_grpc.text.tokenizer import Tokenizer
 
 CACHE_BYTES = 32 << 20
@@ -43,10 +39,6 @@ PARSER_LIMITS: dict[str, Any] = {
 """Limits for llguidance. Ordinary schemas need a tenth: an object with 200 optional fields has 807 items in a row."""
 
 _MAX_ENTRY_BYTES = CACHE_BYTES // 16
-_PROBE = Path(__file__).with_name("constraint_probe.py")
-_PROBE_WALL_S = 4.5
-# Nearly all constraints pass the first attempt; the others must not take time from the model's threads.
-_ATTEMPTS = ({"cpu_s": 0.05, "niceness": 0}, {"cpu_s": 1.0, "niceness": 19})
 
 
 class ConstraintCompiler:
@@ -57,7 +49,7 @@ class ConstraintCompiler:
         self._tokenizer = tokenizer
         self._tokens = _Tokens(tokenizer)
         self._vocabulary: LLTokenizer | None = None
-        self._probe = _Probe()
+        self._probe = Probe(PARSER_LIMITS)
         self._verdicts: OrderedDict[OutputConstraint, str | FieldViolation] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -211,79 +203,6 @@ def _vocabulary(tokenizer: Tokenizer, ends: list[int]) -> LLTokenizer:
     """Returns llguidance's copy of the vocabulary. Takes under half a second for 50,000 tokens."""
     wrapped = TokenizerWrapper(_Vocabulary(tokenizer, ends[0] if ends else None, tokenizer.plain_text_encoder()))
     return LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size, eos_token=ends or None)
-
-
-class _Probe:
-    """Builds grammars in other processes first, because that may crash, and refuses those that do.
-
-    May be used by several threads. The processes end with the server.
-    """
-
-    def __init__(self) -> None:
-        self._control: socket.socket | None = None
-        self._lock = threading.Lock()
-
-    def check(self, grammar: str, field: str) -> None:
-        """Raises InvalidRequestError if the grammar is refused, OverloadedError if the machine is too busy."""
-        for limits in _ATTEMPTS:
-            try:
-                answer = self._ask({"grammar": grammar, "limits": PARSER_LIMITS, **limits})
-            except TimeoutError as error:  # it did not get its share of CPU time
-                raise OverloadedError("the server is too busy to check a new constraint", retry_after_s=1.0) from error
-            if answer == "ok":
-                return
-            if answer:
-                raise InvalidRequestError(FieldViolation(field, refusal_reason(answer.removeprefix("refused: "))))
-        # It overflowed its stack, or exceeded its CPU time or memory.
-        raise InvalidRequestError(FieldViolation(field, TOO_COSTLY))
-
-    def _ask(self, task: dict[str, Any]) -> str:
-        connection, end = socket.socketpair()
-        with connection, end:
-            self._hand_over(end)
-            end.close()
-            connection.settimeout(_PROBE_WALL_S)
-            with connection.makefile("rw", encoding="utf-8") as stream:
-                try:
-                    stream.write(f"{json.dumps(task)}\n")
-                    stream.flush()
-                    return stream.read()
-                except ConnectionError:  # the process was stopped before it had read everything
-                    return ""
-
-    def _hand_over(self, end: socket.socket) -> None:
-        with self._lock:
-            for _ in range(2):
-                if self._control is None:
-                    self._control, process = _start_probe()
-                    weakref.finalize(self, _stop_probe, self._control, process)
-                try:
-                    socket.send_fds(self._control, [b"\0"], [end.fileno()])
-                    return
-                except OSError:  # it has ended; the kernel may choose it when memory is short
-                    self._control = None
-        raise InternalError("the process that checks constraints ends as soon as it is started")
-
-
-def _start_probe() -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Returns a new process and the socket that controls it; it ends when the socket is closed."""
-    control, end = socket.socketpair()
-    with end:
-        # A session of its own, so that Ctrl-C in the server's terminal does not reach it.
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(_PROBE), str(end.fileno())],
-            pass_fds=[end.fileno()],
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-    return control, process
-
-
-def _stop_probe(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    control.close()
-    process.wait()
 
 
 def _num_bytes(constraint: OutputConstraint, verdict: str | FieldViolation) -> int:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,11 +54,14 @@ def num_results(folder: Path) -> int:
     return output.read_bytes().count(b"\n") if output.exists() else 0
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.005)
+def wait_for_results(folder: Path, number: int) -> None:
+    """Waits until there are so many results, of which `tail` tells as they are written."""
+    command = ("timeout", "60", "tail", "-F", "-n", "+1", str(folder / "out.jsonl"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as tail:
+        assert tail.stdout is not None
+        while num_results(folder) < number:
+            assert tail.stdout.readline(), "too few results in a minute"
+        tail.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def test_killed_runs_continue_without_a_line_lost_or_twice(server: Any, tmp_path
     output, before = tmp_path / "out.jsonl", b""
     for least in (3, 12, 21):
         with start(server, tmp_path, lines, "--concurrency", "4") as process:
-            wait_until(lambda least=least: num_results(tmp_path) >= least)
+            wait_for_results(tmp_path, least)
             process.send_signal(signal.SIGKILL)
         assert output.read_bytes().startswith(before)
         assert num_results(tmp_path) < 40
@@ -157,7 +159,7 @@ def test_killed_runs_continue_without_a_line_lost_or_twice(server: Any, tmp_path
 
 def test_ctrl_c_ends_the_run_with_status_130_and_how_to_continue(server: Any, tmp_path: Path) -> None:
     with start(server, tmp_path, [line("short"), line("long", 2000)], "--concurrency", "1") as process:
-        wait_until(lambda: num_results(tmp_path) == 1)
+        wait_for_results(tmp_path, 1)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
     hint = "run the same command again to continue"
@@ -168,7 +170,7 @@ def test_a_run_ends_when_its_server_does(start_server: Callable[..., Any], tmp_p
     server = start_server()
     lines = [line("short"), line("long", 2000), line("later")]
     with start(server, tmp_path, lines, "--concurrency", "1") as process:
-        wait_until(lambda: num_results(tmp_path) == 1)
+        wait_for_results(tmp_path, 1)
         server.kill()
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -191,7 +193,7 @@ def test_requests_refused_by_an_overloaded_server_are_sent_again(small_server: A
 
 def test_other_requests_start_before_those_of_a_batch(small_server: Any, tmp_path: Path) -> None:
     with start(small_server, tmp_path, [line(str(n), 100) for n in range(16)], "--concurrency", "8") as process:
-        wait_until(lambda: num_results(tmp_path) > 0)
+        wait_for_results(tmp_path, 1)
         before = num_results(tmp_path)
         with Client(small_server.target) as client:
             client.generate("Once upon a time", max_new_tokens=1)

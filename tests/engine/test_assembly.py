@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.errors import InternalError
-from mpt_grpc.request import ChunkOptions, Finish, FinishReason, OutputDelta, RequestStats, TokenEvent, TokenLogprob
+from mpt_grpc.request import ChunkOptions
+from mpt_grpc.results import Finish, FinishReason, OutputDelta, RequestStats, TokenEvent, TokenLogprob
 from mpt_grpc.text.detokenizer import TextAssembler
 from mpt_grpc.text.guards import Guard, load_guards
 from mpt_grpc.text.tokenizer import Tokenizer
@@ -100,7 +101,7 @@ stops = st.sampled_from([(), ("stop here",), ("lf", "🦊")])
 
 
 def test_output_does_not_depend_on_how_slowly_it_is_read(tokenizer: Tokenizer, guard: Guard) -> None:
-    @settings(deadline=None, max_examples=300, derandomize=True)
+    @settings(max_examples=300, derandomize=True)
     @given(texts, cuts, stops, st.booleans())
     def check(text: str, cuts: list[int], stops: tuple[str, ...], is_guarded: bool) -> None:
         ids = tokenizer.encode(text)
@@ -117,7 +118,7 @@ def test_output_does_not_depend_on_how_slowly_it_is_read(tokenizer: Tokenizer, g
 def test_blocked_content_is_sent_neither_as_text_nor_as_tokens(tokenizer: Tokenizer, guard: Guard) -> None:
     num_blocked = 0
 
-    @settings(deadline=None, max_examples=300, derandomize=True)
+    @settings(max_examples=300, derandomize=True)
     @given(texts, cuts)
     def check(text: str, cuts: list[int]) -> None:
         nonlocal num_blocked
@@ -145,7 +146,7 @@ def test_blocked_content_is_sent_neither_as_text_nor_as_tokens(tokenizer: Tokeni
 
 
 def test_resumed_output_continues_exactly_where_it_was_interrupted(tokenizer: Tokenizer, guard: Guard) -> None:
-    @settings(deadline=None, max_examples=300, derandomize=True)
+    @settings(max_examples=300, derandomize=True)
     @given(texts, cuts, stops, st.booleans(), st.integers(0, 20))
     def check(text: str, cuts: list[int], stops: tuple[str, ...], is_guarded: bool, num_read: int) -> None:
         ids = tokenizer.encode(text)
@@ -167,7 +168,7 @@ CHUNKS = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pieces=st.lists(st.sampled_from(PIECES), min_size=1), options=CHUNKS, fails=st.booleans(), data=st.data())
 def test_everything_is_sent_once_and_in_order_whatever_the_size_of_chunks(
     tokenizer: Tokenizer, pieces: list[str], options: ChunkOptions, fails: bool, data: st.DataObject

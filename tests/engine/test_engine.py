@@ -29,9 +29,6 @@ from mpt_grpc.request import (
     CacheOptions,
     ChunkOptions,
     DecodingOptions,
-    Finish,
-    FinishReason,
-    Generation,
     GenerationRequest,
     JsonObject,
     LogprobOptions,
@@ -39,8 +36,8 @@ from mpt_grpc.request import (
     RepetitionGuard,
     SamplingParameters,
     StoppingCriteria,
-    TokenEvent,
 )
+from mpt_grpc.results import Finish, FinishReason, Generation, TokenEvent
 from mpt_grpc.step import StepPlan
 from mpt_grpc.text.detokenizer import TextAssembler
 

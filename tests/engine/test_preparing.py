@@ -12,7 +12,8 @@ from conftest import generation, submit
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import DuplicateRequestError, InternalError, InvalidRequestError, OverloadedError
-from mpt_grpc.request import DecodingOptions, FinishReason, JsonSchema
+from mpt_grpc.request import DecodingOptions, JsonSchema
+from mpt_grpc.results import FinishReason
 from mpt_grpc.text.guards import OutputWatch
 
 

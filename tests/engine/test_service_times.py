@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mpt_grpc.engine.service_times import ServiceTimes
-from mpt_grpc.request import RequestStats
+from mpt_grpc.results import RequestStats
 
 
 def stats(prefill_s: float, decode_s: float) -> RequestStats:

@@ -10,7 +10,8 @@ from conftest import SteppedRunner, generation, submit
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import DrainingError, UnavailableError
-from mpt_grpc.request import FinishReason, SamplingParameters
+from mpt_grpc.request import SamplingParameters
+from mpt_grpc.results import FinishReason
 
 PROMPT = tuple(range(1, 41))
 """Fills two and a half blocks."""

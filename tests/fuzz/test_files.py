@@ -58,7 +58,7 @@ READERS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
     "adapter_config.json": (ADAPTER, lambda folder: AdapterConfig.from_file(folder / "adapter_config.json")),
     "chat_template.jinja": (TEMPLATE, read_tokenizer),
 }
-fuzzed = settings(deadline=None, suppress_health_check=list(HealthCheck))
+fuzzed = settings(suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

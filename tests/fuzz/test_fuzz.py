@@ -46,7 +46,7 @@ MINIMAL = {
     "/v1/responses": {"input": [{"role": "user", "content": "Hi"}], "max_output_tokens": 2},
 }
 # The server is shared by all examples, which is what is tested.
-fuzzed = settings(deadline=None, suppress_health_check=list(HealthCheck))
+fuzzed = settings(suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable
 from typing import Any, Literal
 
 import openai
@@ -16,6 +15,7 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_core.prompts import PromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI
 from openai import AsyncOpenAI
+from openai_sdk import raised, sdk
 from pydantic import BaseModel
 
 HELLO: list[Any] = [{"role": "user", "content": "Who are you?"}]
@@ -32,18 +32,6 @@ class CountLegs(BaseModel):
     """Count the legs of an animal."""
 
     legs: Literal[2, 4]
-
-
-def sdk(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=url, api_key="random-string", max_retries=0)
-
-
-def raised(kind: type[openai.APIStatusError], call: Callable[[], object]) -> Any:
-    try:
-        call()
-    except kind as error:
-        return error
-    raise AssertionError("nothing was raised")
 
 
 def chat(url: str) -> None:

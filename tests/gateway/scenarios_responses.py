@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import openai
 from openai.types.responses import response_create_params
+from openai_sdk import raised, sdk
 from pydantic import BaseModel
 
 QUESTION = "Is it sunny in Rome?"
@@ -29,18 +29,6 @@ class Forecast(BaseModel):
 
     city: City
     days: Literal[1, 2, 3]
-
-
-def sdk(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=url, api_key="random-string", max_retries=0)
-
-
-def raised(kind: type[openai.APIStatusError], call: Callable[[], object]) -> Any:
-    try:
-        call()
-    except kind as error:
-        return error
-    raise AssertionError("nothing was raised")
 
 
 def response(url: str) -> None:

@@ -25,7 +25,8 @@ from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.native import load_kernels
 from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.model.weights import load_model
-from mpt_grpc.request import SamplingParameters, TokenLogprob
+from mpt_grpc.request import SamplingParameters
+from mpt_grpc.results import TokenLogprob
 from mpt_grpc.step import PromptScoring, SamplingInputs, SequenceStep, StepPlan
 from mpt_grpc.verification.reference import Array
 

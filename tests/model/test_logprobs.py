@@ -14,7 +14,8 @@ from transformers import MptForCausalLM
 from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.sampler import Sampler
-from mpt_grpc.request import DecodingOptions, SamplingParameters, TokenLogprob
+from mpt_grpc.request import DecodingOptions, SamplingParameters
+from mpt_grpc.results import TokenLogprob
 from mpt_grpc.step import PromptScoring, SamplingInputs, SequenceStep
 
 

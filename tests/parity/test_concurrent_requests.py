@@ -23,21 +23,19 @@ from mpt_grpc.request import (
     Choice,
     Conversation,
     DecodingOptions,
-    Generation,
     GenerationRequest,
     JsonObject,
     JsonSchema,
     LarkGrammar,
     LogprobOptions,
     Message,
-    OutputDelta,
     PartialOutput,
     Regex,
     RepetitionGuard,
     SamplingParameters,
     StoppingCriteria,
-    TokenLogprob,
 )
+from mpt_grpc.results import Generation, OutputDelta, TokenLogprob
 from mpt_grpc.step import StepPlan
 
 NUM_REQUESTS = 16

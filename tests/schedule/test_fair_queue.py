@@ -207,7 +207,7 @@ def test_callers_who_are_idle_are_forgotten() -> None:
     queue = FairQueue()
     for number in range(1500):
         wanted = replace(request(f"{number}"), caller=Caller(f"caller {number}"))
-        sequence = Sequence(number, wanted, 0, (1,))
+        sequence = Sequence(number, wanted, 0, (1,), max_context_tokens=100)
         queue.add(sequence)
         queue.start(sequence)
         queue.end(sequence)

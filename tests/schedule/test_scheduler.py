@@ -16,16 +16,14 @@ from scheduler_machine import BLOCK_SIZE, EOS, Machine, expected_output, logprob
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.request import (
     DecodingOptions,
-    Finish,
-    FinishReason,
     GenerationRequest,
     LogprobOptions,
     RepetitionGuard,
     SamplingParameters,
     StoppingCriteria,
-    TokenEvent,
     sequence_seed,
 )
+from mpt_grpc.results import Finish, FinishReason, TokenEvent
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
 from mpt_grpc.step import Matcher, SamplingInputs, StepResult
@@ -64,7 +62,7 @@ arrivals = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(arrivals, min_size=1, max_size=14),
     st.integers(12, 40),

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mpt_grpc.engine import load
-from mpt_grpc.request import TokenEvent
+from mpt_grpc.results import TokenEvent
 from mpt_grpc.schedule.scheduler import Scheduler
 from mpt_grpc.schedule.sequence import Sequence
 from mpt_grpc.server.server import running_server

@@ -28,7 +28,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mpt_grpc.caller import Caller
 from mpt_grpc.reports import RequestReport
-from mpt_grpc.request import FinishReason, GenerationRequest, RequestStats
+from mpt_grpc.request import GenerationRequest
+from mpt_grpc.results import FinishReason, RequestStats
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings, TelemetrySettings
 from mpt_grpc.telemetry import names

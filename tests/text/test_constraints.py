@@ -73,7 +73,7 @@ def feed(matcher: Matcher, text: str) -> bool:
     return [matcher.advance(token_id) for token_id in TOKENIZER.encode(text)][-1]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(schema=schemas, seed=st.integers(0, 1 << 32))
 def test_completed_outputs_conform_to_their_json_schema(schema: dict[str, Any], seed: int) -> None:
     output = walk(COMPILER.compile(JsonSchema(json.dumps(schema))), seed)
@@ -135,7 +135,7 @@ def read_calls(output: bytes) -> tuple[str, list[ToolCall], bool]:
     return text + reader.finish(), list(calls), reader.has_complete_calls
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, derandomize=True)
 @given(schema=objects(schemas), max_calls=st.integers(1, 3), seed=st.integers(0, 1 << 32))
 def test_required_calls_have_a_name_of_the_list_and_arguments_that_conform(
     schema: dict[str, Any], max_calls: int, seed: int

@@ -89,7 +89,7 @@ def bytes_of(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
 
 class TestDetokenizer:
     def test_deltas_of_any_tokens_add_up_to_the_decoded_text(self, tokenizer: Tokenizer, broken_ids: list[int]) -> None:
-        @settings(deadline=None, max_examples=300, derandomize=True)
+        @settings(max_examples=300, derandomize=True)
         @given(output_ids(tokenizer, broken_ids), st.sampled_from(TEXTS), st.booleans())
         def check(ids: list[int], prompt: str, skip: bool) -> None:
             pieces = deltas(tokenizer, ids, tokenizer.encode(prompt), skip)
@@ -102,7 +102,7 @@ class TestDetokenizer:
     ) -> None:
         any_ids = output_ids(tokenizer, broken_ids, max_size=6)
 
-        @settings(deadline=None, max_examples=300, derandomize=True)
+        @settings(max_examples=300, derandomize=True)
         @given(any_ids, any_ids, st.booleans())
         def check(prompt_ids: list[int], ids: list[int], skip: bool) -> None:
             not_skipped = [i for i in prompt_ids if not skip or tokenizer.decode((i,)) != ""]
@@ -115,7 +115,7 @@ class TestDetokenizer:
     def test_character_is_returned_with_the_token_that_completes_it(
         self, tokenizer: Tokenizer, broken_ids: list[int]
     ) -> None:
-        @settings(deadline=None, max_examples=100, derandomize=True)
+        @settings(max_examples=100, derandomize=True)
         @given(output_ids(tokenizer, broken_ids))
         def check(ids: list[int]) -> None:
             detokenizer = tokenizer.detokenizer(skip_special_tokens=False)
@@ -185,7 +185,7 @@ class TestStreamDetokenizer:
         assert "".join(detokenizer.feed(0xFF) for _ in range(1000)) == "\ufffd" * 1000
         assert detokenizer.feed(0xE6) + detokenizer.flush() == "\ufffd"
 
-        @settings(deadline=None, max_examples=300, derandomize=True)
+        @settings(max_examples=300, derandomize=True)
         @given(st.lists(st.sampled_from([0xC3, 0xA9, 0x80, 0xFF, 0x41, 256, 258]), max_size=12))
         def check(ids: list[int]) -> None:
             assert "".join(deltas(fallback, ids)).count("!") == ids.count(258)
@@ -213,7 +213,7 @@ ab_stops = st.lists(st.text(alphabet="ab日", min_size=1, max_size=5), max_size=
 
 
 class TestStopStrings:
-    @settings(deadline=None, max_examples=1000, derandomize=True)
+    @settings(max_examples=1000, derandomize=True)
     @given(ab_text, ab_stops, st.lists(st.integers(0, 99), max_size=8), st.booleans())
     def test_first_completed_stop_string_ends_the_text_however_it_is_split(
         self, text: str, stops: list[str], cuts: list[int], include: bool
@@ -222,7 +222,7 @@ class TestStopStrings:
         sent = "".join([finder.feed(piece) for piece in split(text, cuts)]) + finder.flush()
         assert (sent, finder.found) == reference(text, stops, include)
 
-    @settings(deadline=None, max_examples=1000, derandomize=True)
+    @settings(max_examples=1000, derandomize=True)
     @given(ab_text, ab_stops)
     def test_only_a_possible_start_of_a_stop_string_is_held_back(self, text: str, stops: list[str]) -> None:
         finder = StopStrings(stops)
@@ -287,7 +287,7 @@ class TestTextAssembler:
     def test_text_ends_at_the_first_stop_string(self, tokenizer: Tokenizer, broken_ids: list[int]) -> None:
         stops = st.lists(st.sampled_from(["llo w", "日本", "👩‍👧", "\ufffd\ufffd", "fox", "o"]), max_size=3)
 
-        @settings(deadline=None, max_examples=300, derandomize=True)
+        @settings(max_examples=300, derandomize=True)
         @given(output_ids(tokenizer, broken_ids), stops, st.booleans())
         def check(ids: list[int], stops: list[str], include: bool) -> None:
             assembler = TextAssembler(tokenizer.detokenizer(), stops, include)

@@ -1,0 +1,96 @@
+"""The flags that choose a model and how it is computed, and their translation into settings."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mpt_grpc.settings import ModelSettings
+
+
+def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> None:
+    """Adds which model is loaded, and how it is computed."""
+    defaults = ModelSettings()
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        default=defaults.model,
+        metavar="demo|FOLDER|HUB_ID",
+        help="'demo' for the built-in model, a folder in Hugging Face's layout, or a Hugging Face Hub ID",
+    )
+    model.add_argument(
+        "--revision",
+        metavar="BRANCH|TAG|COMMIT",
+        help="version of a model of the Hub (default: the latest of its default branch)",
+    )
+    model.add_argument(
+        "--adapter",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="LoRA adapter, as PEFT saves it, to merge into the model; may be repeated (default: none)",
+    )
+    model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto prefers a GPU")
+    model.add_argument(
+        "--dtype",
+        choices=("auto", "float16", "bfloat16", "float32"),
+        default="auto",
+        help="type of the weights and the KV cache; auto is float16 on a GPU, and bfloat16 on a CPU with"
+        " compiled kernels or native support, float32 on others",
+    )
+    model.add_argument(
+        "--attention",
+        choices=("auto", "triton", "torch"),
+        default=defaults.attention,
+        help="what attends on a GPU; auto is Triton from compute capability 8.0 on, PyTorch on older cards and in"
+        " float32",
+    )
+    model.add_argument(
+        "--quantize",
+        choices=("none", "int8"),
+        default=defaults.quantize,
+        help="int8 rounds the matrices to 8 bits when they are loaded, on a CPU",
+    )
+    model.add_argument(
+        "--chat-template",
+        default=defaults.chat_template,
+        metavar="NAME|FILE|TEXT",
+        help="base, instruct, chatml, the name of one of the checkpoint's own, a Jinja file, or a text with {{ or {%%;"
+        " auto is the checkpoint's default, or one chosen by the model's name",
+    )
+    if not for_serving:
+        return
+    model.add_argument(
+        "--load-format",
+        choices=("auto", "random"),
+        default="auto",
+        help="random initializes the model with random weights, for benchmarks without a checkpoint",
+    )
+    model.add_argument(
+        "--max-context-tokens",
+        type=int,
+        metavar="N",
+        help="maximum tokens of one request, prompt and output; ALiBi models can exceed their own limit (default: the"
+        " model's)",
+    )
+    model.add_argument(
+        "--generation-config",
+        choices=("server", "model"),
+        default=defaults.generation_config,
+        help="source of the defaults of sampling options: the documented ones, or the checkpoint's"
+        " generation_config.json",
+    )
+
+
+def model_settings(parsed: argparse.Namespace) -> ModelSettings:
+    """Returns the settings given by the flags that `serve` and `verify` share. Raises SettingsError."""
+    return ModelSettings(
+        model=parsed.model,
+        revision=parsed.revision,
+        adapters=tuple(folder.expanduser() for folder in parsed.adapter or ()),
+        device=parsed.device,
+        dtype=parsed.dtype,
+        attention=parsed.attention,
+        quantize=parsed.quantize,
+        chat_template=parsed.chat_template,
+    )

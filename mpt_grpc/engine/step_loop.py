@@ -1,0 +1,218 @@
+"""The loop of the scheduler thread, which alone accesses the model, the cache and the sequences: it plans a step, has
+it executed, and reports what it did.
+
+Other threads send it commands through a queue: to add a request, to end one or one of its outputs, and to stop. It
+sends back token events through an outbox.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+
+from mpt_grpc.engine.assembly import RequestAssembly
+from mpt_grpc.engine.executor import StepExecutor
+from mpt_grpc.engine.inquiries import StateInquiries
+from mpt_grpc.engine.outbox import Outbox
+from mpt_grpc.engine.outputs import request_assembly
+from mpt_grpc.engine.prepare import Preparation, PreparedRequest
+from mpt_grpc.engine.request_table import RequestRecord, RequestTable
+from mpt_grpc.engine.state import EngineLoad, EngineState
+from mpt_grpc.errors import UnavailableError
+from mpt_grpc.model.runner import Runner
+from mpt_grpc.model.sampler import Sampler
+from mpt_grpc.results import Finish, FinishReason, TokenEvent
+from mpt_grpc.schedule.scheduler import Scheduler
+from mpt_grpc.schedule.sequence import Sequence
+from mpt_grpc.step import StepPlan, StepResult
+
+_MAX_WAIT_S = 3600.0
+"""How long the thread waits at once: a queue takes no timeout beyond a few centuries, but a time limit may be
+longer."""
+
+
+class StepLoop:
+    """Runs steps while there is work.
+
+    Any thread may call `add`, `end`, `wake_up`, `stop`, `is_stalled` and `now_s`, and read `load`.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        sampler: Sampler,
+        preparation: Preparation,
+        requests: RequestTable,
+        outbox: Outbox,
+    ) -> None:
+        self.load = EngineLoad(num_free_blocks=scheduler.num_free_blocks)
+        self.inquiries = StateInquiries()
+        self._scheduler, self._preparation, self._requests, self._outbox = scheduler, preparation, requests, outbox
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        commands = self._commands  # instead of `self`: the model of an engine without references is freed at once
+        self._executor = StepExecutor(
+            runner,
+            sampler,
+            on_mask_ready=lambda: commands.put(_nothing),
+            on_out_of_memory=scheduler.shrink_steps,
+        )
+        self._waits_for_masks = False
+        """Whether no token can be chosen until a mask is ready, which a command will signal."""
+        self._running = True
+        self._epoch_s = time.time() - time.monotonic()
+        self._progress_time_s = time.monotonic()
+
+    def add(self, record: RequestRecord, prepared: PreparedRequest, assembly: RequestAssembly) -> None:
+        """Has a prepared request scheduled, unless it has ended."""
+        self._commands.put(lambda: self._add(record, prepared, assembly))
+
+    def end(self, record: RequestRecord, finish: Finish, index: int | None = None) -> None:
+        """Has those of a request's outputs end that have not ended, or only the one with the given index."""
+        self._commands.put(lambda: self._end(record, finish, index))
+
+    def wake_up(self) -> None:
+        """Has the loop look at its time limits and inquiries, which may have changed."""
+        self._commands.put(_nothing)
+
+    def stop(self) -> None:
+        """Has `run` return after the step."""
+        self._commands.put(self._stop)
+
+    def is_stalled(self, timeout_s: float) -> bool:
+        """Whether requests wait or run but no step has completed for `timeout_s`."""
+        idle_s = time.monotonic() - self._progress_time_s
+        return self._requests.has_scheduled and idle_s > timeout_s
+
+    def now_s(self) -> float:
+        """Returns the time in seconds since the epoch, by a clock that never goes backwards."""
+        return self._epoch_s + time.monotonic()
+
+    def run(self) -> None:
+        """Runs in the scheduler thread until `stop`. Raises an error after which no step can be computed."""
+        while self._running:
+            self._run_commands()
+            self.inquiries.answer(self._state)
+            self._end_overdue()
+            self._deliver()  # the events of requests that have just ended do not wait for the step
+            plan = self._scheduler.plan()
+            self._measure_load()  # before the step, which may be long
+            self._waits_for_masks = False
+            if plan.sequences:
+                self._mark_scheduled(plan)
+                start_s = time.monotonic()
+                result = self._executor.execute(plan)
+                duration_s = time.monotonic() - start_s
+                self._waits_for_masks = all(result.is_deferred(sequence) for sequence in plan.sequences)
+                self._requests.report_step(plan, result, start_s + self._epoch_s, duration_s, self.load.num_steps)
+                events = self._scheduler.commit(plan, result, None if result.errors else duration_s)
+                self._record_step(plan, result, events)
+            self._deliver()
+
+    def close(self, why: UnavailableError) -> None:
+        """Ends all requests in flight with `why`, after `run`."""
+        self.inquiries.refuse(why)
+        self._requests.fail_all(lambda: type(why)(str(why)))
+        self._executor.close()
+        self._deliver()
+
+    def _run_commands(self) -> None:
+        if self._waits_for_masks or not self._scheduler.has_work:
+            end_time_s = self._requests.next_end_time_s
+            timeout_s = None if end_time_s is None else min(max(0.0, end_time_s - self.now_s()), _MAX_WAIT_S)
+            with suppress(queue.Empty):
+                self._commands.get(timeout=timeout_s)()
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _add(self, record: RequestRecord, prepared: PreparedRequest, assembly: RequestAssembly) -> None:
+        if not self._requests.is_preparing(record):
+            return
+        record.stream.begin(prepared, assembly)
+        if not self._requests.has_scheduled:
+            self._progress_time_s = time.monotonic()
+        record.prepared = prepared
+        added = self._scheduler.add(
+            prepared.request, prepared.prompt_token_ids, prepared.matchers, complete=prepared.complete
+        )
+        self._requests.schedule(record, [sequence for sequence, _ in added])
+        for sequence, finish in added:
+            if finish is not None:
+                self._requests.report(sequence, TokenEvent(sequence.index, finish=finish), self.now_s())
+
+    def _end_overdue(self) -> None:
+        for record in self._requests.overdue(self.now_s()):
+            self._end(record, Finish(FinishReason.TIME_LIMIT))
+
+    def _end(self, record: RequestRecord, finish: Finish, index: int | None = None) -> None:
+        if not record.sequences and self._requests.remove_preparing(record):
+            unprepared = PreparedRequest(record.request, (), ())
+            record.stream.begin(unprepared, request_assembly(unprepared, self._preparation, lambda *_: None))
+            self._requests.report_unprepared(record, finish, self.now_s())
+        for sequence in record.sequences:
+            if index in (None, sequence.index) and self._scheduler.end(sequence):
+                self._executor.forget(sequence.sequence_id)
+                self._requests.report(sequence, TokenEvent(sequence.index, finish=finish), self.now_s())
+
+    def _mark_scheduled(self, plan: StepPlan) -> None:
+        for sequence_id in plan.started:
+            record = self._requests.by_sequence(sequence_id)
+            if record is not None and record.scheduled_time_s is None:
+                record.scheduled_time_s = self.now_s()
+
+    def _record_step(self, plan: StepPlan, result: StepResult, events: Iterable[tuple[Sequence, TokenEvent]]) -> None:
+        now_s, num_tokens = self.now_s(), 0
+        for sequence, event in events:
+            num_tokens += event.token_id is not None
+            if event.error is None:
+                self._requests.report(sequence, event, now_s)
+            elif (record := self._requests.by_sequence(sequence.sequence_id)) is not None:
+                for one in record.sequences:
+                    self._scheduler.end(one)
+                    self._executor.forget(one.sequence_id)
+                self._requests.fail(record, event.error, now_s)
+        if result.token_ids or not result.errors:
+            self._progress_time_s = time.monotonic()
+        chosen = result.token_ids.values()
+        self.load = replace(
+            self.load,
+            num_steps=self.load.num_steps + 1,
+            num_generated_tokens=self.load.num_generated_tokens + num_tokens,
+            num_batched_sequences=self.load.num_batched_sequences + len(plan.sequences),
+            num_draft_tokens=self.load.num_draft_tokens + plan.num_drafts,
+            num_accepted_tokens=self.load.num_accepted_tokens + sum(map(len, chosen)) - len(chosen),
+            num_preemptions=self.load.num_preemptions + len(plan.preempted),
+        )
+
+    def _measure_load(self) -> None:
+        self.load = replace(
+            self.load,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_preparing=self._requests.num_preparing,
+            num_free_blocks=self._scheduler.num_free_blocks,
+        )
+
+    def _deliver(self) -> None:
+        self._measure_load()
+        if events := self._requests.take_undelivered():
+            self._outbox.put(events)
+
+    def _state(self) -> EngineState:
+        self._measure_load()
+        now_s, cached_blocks = self.now_s(), self._scheduler.cached_blocks
+        return EngineState(now_s, self.load, cached_blocks, self._requests.in_flight(now_s), self._requests.ended)
+
+    def _stop(self) -> None:
+        self._running = False
+
+
+def _nothing() -> None:
+    """A command that only wakes the thread up."""
