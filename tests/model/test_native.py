@@ -110,7 +110,9 @@ def test_activations_are_those_of_float64(kernels: Kernels, activation: str) -> 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("dtype", "quantize"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 def test_what_is_not_finite_reaches_its_own_row_only(
     kernels: Kernels, activation: str, dtype: torch.dtype, quantize: bool, value: float
 ) -> None:
