@@ -15,10 +15,12 @@ static void exercise_matrix(Type type, int64_t outputs, int64_t inputs) {
     const int64_t most_rows = 2 * MAX_ROWS + 1;
     const std::vector<char> rows(4 * outputs * inputs, 1);
     std::vector<char> packed(packed_bytes(type, outputs, inputs));
+    std::vector<float> rounded_scales(outputs);
     const auto scales = numbers(outputs, 1), bias = numbers(outputs, 2), x = numbers(most_rows * inputs, 3);
     const auto residual = numbers(most_rows * outputs, 4);
     const Matrix matrix{packed.data(), type == Type::int8 ? scales.data() : nullptr, outputs, inputs, type};
-    pack(&matrix, rows.data(), packed.data());
+    for (const Type from : {Type::bfloat16, Type::float32})
+        pack(&matrix, rows.data(), type == Type::int8 ? from : type, packed.data(), rounded_scales.data());
     for (int64_t count = 1; count <= most_rows; count++) {
         std::vector<float> y(count * outputs);
         linear(&matrix, x.data(), count, y.data(), bias.data(), Activation(count % 6), 0.5f, residual.data());

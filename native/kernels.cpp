@@ -6,6 +6,7 @@
 
 #include "attention.hpp"
 #include "matmul.hpp"
+#include "packing.hpp"
 #include "pointwise.hpp"
 
 enum class Type : int32_t { float32, bfloat16, int8 };
@@ -62,22 +63,26 @@ int64_t packed_bytes(Type type, int64_t outputs, int64_t inputs) {
     return num_panels(outputs) * PANEL * inputs * item;
 }
 
-// Packs rows of the matrix's type; int8 ones are biased by 128. packed: what matrix.data points to.
-void pack(const Matrix *matrix, const void *rows, void *packed) {
+// Packs rows of float32 or bfloat16, of the matrix's type unless that is int8: then they are rounded, and their scales
+// written to `scales` [outputs]. packed: what matrix.data points to.
+void pack(const Matrix *matrix, const void *rows, Type type, void *packed, float *scales) {
     const auto pool = current_pool();
     with_weights(*matrix, [&](auto *weights) {
         using Weight = std::remove_const_t<std::remove_pointer_t<decltype(weights)>>;
-        const Weight *from = static_cast<const Weight *>(rows);
-        Weight *to = static_cast<Weight *>(packed);
-        const int64_t inputs = matrix->inputs;
-        pool->run(num_panels(matrix->outputs), [&](int64_t panel) {
-            for (int64_t n = 0; n < PANEL; n++)
-                for (int64_t k = 0; k < inputs; k++) {
-                    const int64_t row = panel * PANEL + n;
-                    to[panel * PANEL * inputs + packed_index<Weight>(n, k)] =
-                        row < matrix->outputs ? from[row * inputs + k] : Weight{};
-                }
-        });
+        const auto pack_as = [&](auto *from) {
+            pool->run(num_panels(matrix->outputs), [&](int64_t panel) {
+                const int64_t first = panel * PANEL, count = std::min<int64_t>(PANEL, matrix->outputs - first);
+                pack_panel(from + first * matrix->inputs, count, matrix->inputs,
+                           static_cast<Weight *>(packed) + first * matrix->inputs,
+                           scales == nullptr ? nullptr : scales + first);
+            });
+        };
+        if constexpr (!std::is_same_v<Weight, Int8>)
+            pack_as(static_cast<const Weight *>(rows));
+        else if (type == Type::bfloat16)
+            pack_as(static_cast<const bf16 *>(rows));
+        else
+            pack_as(static_cast<const float *>(rows));
     });
 }
 

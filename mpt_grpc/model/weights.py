@@ -128,13 +128,15 @@ def _fill(
 def _set(model: nn.Module, name: str, tensor: Tensor, weight_format: WeightFormat) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    dtype = weight_format.dtype
-    if weight_format.kernels is not None:
-        # The kernels compute in float32, and round to 8 bits from what is stored.
-        dtype = torch.float32 if tensor.ndim == 1 else tensor.dtype if weight_format.quantize else dtype
-    # Copied, so that the file can be unmapped.
-    copy = torch.empty(tensor.shape, dtype=dtype, device=weight_format.device).copy_(tensor)
-    module.register_parameter(leaf, nn.Parameter(copy, requires_grad=False))
+    if weight_format.kernels is not None and tensor.ndim == 2:
+        # Packed from the file, and rounded to 8 bits from what is stored.
+        rounds_from = tensor.dtype if tensor.dtype == torch.bfloat16 else torch.float32
+        kept = tensor.to(rounds_from if weight_format.quantize else weight_format.dtype)
+    else:
+        dtype = weight_format.dtype if weight_format.kernels is None else torch.float32
+        # Copied, so that the file can be unmapped.
+        kept = torch.empty(tensor.shape, dtype=dtype, device=weight_format.device).copy_(tensor)
+    module.register_parameter(leaf, nn.Parameter(kept, requires_grad=False))
     if leaf == "weight":
         assert isinstance(module, Embedding | Linear | Norm)
         module.prepack(weight_format)

@@ -66,7 +66,7 @@ class AttentionStep(Structure):
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "set_threads": (None, (c_int32,)),
     "packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
-    "pack": (None, (POINTER(_Matrix), c_void_p, c_void_p)),
+    "pack": (None, (POINTER(_Matrix), c_void_p, c_int32, c_void_p, c_void_p)),
     "linear": (c_int32, (POINTER(_Matrix), c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_float, c_void_p)),
     "embedding": (None, (POINTER(_Matrix), c_void_p, c_int64, c_void_p)),
     "norm": (None, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float, c_int32, c_void_p)),
@@ -115,20 +115,13 @@ class PackedMatrix:
     def __init__(self, functions: Any, weight: Tensor, quantize: bool) -> None:
         self._functions = functions
         self.outputs, self.inputs = weight.shape
-        self._scales = None
-        if quantize:
-            # A row of zeros has the scale 1.
-            scales = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).to(torch.float32) / 127
-            self._scales = scales.masked_fill_(scales == 0, 1)
-            rows = torch.empty(weight.shape, dtype=torch.uint8)
-            for part, scale, packed in zip(weight.split(1024), scales.split(1024), rows.split(1024), strict=True):
-                packed.copy_((part.to(torch.float32) / scale[:, None]).round_().add_(128))
-        else:
-            rows = weight.contiguous()
-        kind = _TYPES[torch.int8 if quantize else weight.dtype]
+        rows = weight.contiguous()
+        kind = _TYPES[torch.int8 if quantize else rows.dtype]
+        self._scales = torch.empty(self.outputs) if quantize else None
         self._data = pages.zeros(functions.packed_bytes(kind, self.outputs, self.inputs))
-        self._matrix = _Matrix(self._data.data_ptr(), _pointer(self._scales), self.outputs, self.inputs, kind)
-        functions.pack(self._matrix, rows.data_ptr(), self._data.data_ptr())
+        scales, data = _pointer(self._scales), self._data.data_ptr()
+        self._matrix = _Matrix(data, scales, self.outputs, self.inputs, kind)
+        functions.pack(self._matrix, rows.data_ptr(), _TYPES[rows.dtype], data, scales)
 
     def linear(
         self, x: Tensor, bias: Tensor | None, activation: str, clip: float | None, residual: Tensor | None
