@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from axe_playwright_python.async_playwright import Axe
 from conftest import demo_settings
 from playwright.async_api import Browser, Page, async_playwright, expect
 
@@ -277,6 +278,22 @@ def _text(response: str) -> str:
     """Returns the text in the JSON of a response, as written there."""
     (text,) = re.findall(r'"(?:text|content)": ?"((?:[^"\\]|\\.)*)"', response)
     return str(text)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_the_page_is_accessible_and_fits_with_everything_open(page: Page, scheme: Any, width: int) -> None:
+    await page.set_viewport_size({"width": width, "height": 844})
+    await page.emulate_media(color_scheme=scheme)
+    await page.get_by_label("Reply to a chat message").check()
+    for summary in await page.locator("summary").all():
+        await summary.click()
+    await expect(page.locator("#rendered")).not_to_be_empty()
+    await generate(page, prompt="Once upon a time", streams=2, max_tokens=12, temperature="0, 2", ignore_eos=True)
+    await wait_for_status(page, "12 tokens", 4)
+    found = await Axe().run(page)
+    assert [violation["id"] for violation in found.response["violations"]] == []
+    assert await page.evaluate("document.documentElement.scrollWidth") == width
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

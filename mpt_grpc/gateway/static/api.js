@@ -32,9 +32,9 @@ async function connection(signal) {
 }
 
 // Returns the text of the prompt that the chat template makes of messages. Throws an Error with the server's message.
-export async function renderedPrompt(messages, signal) {
-  const { tokens } = await post("tokenize", { messages }, signal).then((response) => response.json());
-  return (await post("detokenize", { tokens }, signal).then((response) => response.json())).prompt;
+export async function renderedPrompt(messages) {
+  const { tokens } = await (await post("tokenize", { messages })).json();
+  return (await (await post("detokenize", { tokens })).json()).prompt;
 }
 
 async function post(path, body, signal) {

@@ -13,7 +13,8 @@ const list = document.getElementById("outputs");
 const chat = document.getElementById("chat");
 const code = document.getElementById("code");
 const outputs = new Set();
-let rendering = null;
+const RENDER_DELAY_MS = 400;
+let rendered = ""; // the messages whose prompt is shown, or is about to be
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -64,16 +65,18 @@ function refreshForm() {
   const fields = new FormData(form);
   chat.hidden = fields.get("kind") !== "chat";
   if (code.open) showCode(fields);
-  rendering?.abort();
   if (!chat.hidden && chat.querySelector("details").open) showRendered(bodyOf(fields, {}).messages);
 }
 
-// Shows the prompt that the server makes of the messages.
+// Shows the prompt that the server makes of the messages, once they have not changed for a while: it is computed for that.
 async function showRendered(messages) {
-  rendering = new AbortController();
-  const { signal } = rendering;
-  const text = await renderedPrompt(messages, signal).catch((error) => error.message);
-  if (!signal.aborted) document.getElementById("rendered").textContent = text;
+  const key = JSON.stringify(messages);
+  if (key === rendered) return;
+  rendered = key;
+  await new Promise((resolve) => setTimeout(resolve, RENDER_DELAY_MS));
+  if (key !== rendered) return;
+  const text = await renderedPrompt(messages).catch((error) => error.message);
+  if (key === rendered) document.getElementById("rendered").textContent = text;
 }
 
 // Shows the request of the first stream.
