@@ -54,6 +54,7 @@ def test_the_security_of_a_given_channel_is_the_callers_concern():
         ({"credentials": "tls"}, TypeError, "credentials: must be those that grpc.ssl_channel_credentials returns"),
         ({"channel": "localhost:1"}, TypeError, "channel: must be a grpc.*Channel, not str"),
         ({"interceptors": [print]}, TypeError, "interceptors: <built-in function print> is not one for this client"),
+        ({"options": {"grpc.keepalive_time_ms": 1}}, TypeError, "options: 'grpc.keepalive_time_ms' is not a pair"),
         ({"metadata": "x-tenant"}, TypeError, "metadata: must be pairs such as .*, not str"),
         ({"metadata": [("x-tenant",)]}, TypeError, "metadata: .* is not a pair of a name and a value"),
         ({"metadata": [("X-Tenant", "1")]}, ValueError, "metadata: 'X-Tenant' must consist of lower-case letters"),

@@ -157,9 +157,17 @@ def _endpoint(resolved: str, options: ConnectionOptions, has_channel: bool) -> E
             why = f"use TLS ('{TLS_SCHEME}{address}'), or allow_insecure_token inside a trusted network"
             raise InvalidTargetError(f"target {resolved!r} is another machine, and the token would be readable: {why}")
         metadata = metadata.and_([("authorization", f"Bearer {options['token']}")])
-    return Endpoint(
-        address, credentials, is_safe, metadata, tuple(options.get("interceptors", ())), options.get("options", ())
-    )
+    interceptors = tuple(options.get("interceptors", ()))
+    return Endpoint(address, credentials, is_safe, metadata, interceptors, _channel_arguments(options))
+
+
+def _channel_arguments(options: ConnectionOptions) -> ChannelOptions:
+    pairs = options.get("options", ())
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            why = "is not a pair of a name and a value, such as ('grpc.keepalive_time_ms', 60_000)"
+            raise TypeError(f"options: {pair!r} {why}")
+    return pairs
 
 
 def _metadata(options: ConnectionOptions) -> CallMetadata:
