@@ -71,6 +71,13 @@ PEERS := $(patsubst benchmarks/peers/%.txt,.venv/peer-%/ready,$(wildcard benchma
 .venv/client-newest/ready: tests/packaging/client-newest.txt clients/python/pyproject.toml constraints.txt
 	$(call environment,$(NEWEST_PYTHON),-r $<)
 
+# The TypeScript client, with the packages pinned in its package-lock.json.
+TYPESCRIPT := clients/typescript
+$(TYPESCRIPT)/dist: protos/mpt/v1/text_generation.proto $(wildcard $(TYPESCRIPT)/*.json $(TYPESCRIPT)/*.yaml $(TYPESCRIPT)/src/*.ts)
+	@echo 'Building $(TYPESCRIPT).'
+	@cd $(TYPESCRIPT) && npm ci --silent && npm run --silent build
+	@touch $@
+
 # The releases of protoc that tools/generate_stubs.py uses for messages and for services.
 .venv/protoc-messages/ready:
 	$(call environment,$(PYTHON),grpcio-tools==1.72.2 mypy-protobuf==5.1.0 setuptools==80.9.0)
@@ -109,7 +116,7 @@ check: protos ## Check format, lint, types, layers, protos, prose and links
 	$(BIN)/lychee --offline --include-fragments --no-progress $$(git ls-files '*.md')
 
 .PHONY: test
-test: .venv/dev .venv/sdks/ready .venv/litellm/ready .venv/client-oldest/ready .venv/client-newest/ready ## Run every test
+test: .venv/dev .venv/sdks/ready .venv/litellm/ready .venv/client-oldest/ready .venv/client-newest/ready $(if $(shell command -v npm),clients/typescript/dist) ## Run every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 .PHONY: mutate

@@ -22,7 +22,7 @@ from mpt_grpc.file_value import FileValue
 
 MAX_TOKENS = 1000
 """The maximum number of tokens in a file: a call compares its token with all of them."""
-CERTIFIED_NAME = "mpt-grpc-certified-name"
+CERTIFIED_NAME = "mpt-grpc-certified-name-bin"
 """The metadata by which a gateway in the server's process passes on the name in the certificate of its caller."""
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _NAME_RULE = "1 to 64 letters, digits and ._@- are required"

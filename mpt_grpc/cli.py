@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(parsed: argparse.Namespace) -> int:
     # gRPC's core would repeat on stderr what is reported here in one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from mpt_grpc_client import InvalidRequestError, MptGrpcError
+    from mpt_grpc_client import DeadlineExceededError, InvalidRequestError, InvalidTargetError, MptGrpcError
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         # In some locales Python would decode invalid bytes to surrogates.
@@ -53,6 +53,10 @@ def _run(parsed: argparse.Namespace) -> int:
     except InvalidRequestError as error:
         violations = [f"{options.flag(v.field, parsed)}: {v.description}" for v in error.violations]
         return _fail("; ".join(violations) or str(error))
+    except InvalidTargetError as error:
+        return _fail(str(error).replace("allow_insecure_token", "--allow-insecure-token"))
+    except DeadlineExceededError as error:
+        return _fail(str(error).replace("the client's timeout", "--timeout"))
     except (MptGrpcError, MptServerError) as error:
         return _fail(str(error))
     except UnicodeDecodeError as error:

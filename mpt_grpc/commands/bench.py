@@ -24,7 +24,7 @@ from mpt_grpc.bench.runner import run_load
 from mpt_grpc.commands.connection import client_options
 from mpt_grpc.commands.progress import make_progress
 from mpt_grpc.errors import BenchmarkError
-from mpt_grpc_client.channel import resolve_target
+from mpt_grpc_client.targets import resolve_target
 
 _LENGTHS = Lengths(64, 64)
 _NUM_REQUESTS = 64

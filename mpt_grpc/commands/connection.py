@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from mpt_grpc.errors import SettingsError
+
 if TYPE_CHECKING:
     from mpt_grpc_client import ConnectionOptions
 
@@ -34,9 +36,18 @@ def add_connection(parser: argparse._ActionsContainer, target: argparse._Actions
 
 
 def client_options(parsed: argparse.Namespace) -> ConnectionOptions:
-    """Returns the options of a client's connection, with the access token in MPT_GRPC_TOKEN, if there is one."""
+    """Returns the options of a client's connection, with the access token in MPT_GRPC_TOKEN, if there is one.
+
+    Raises SettingsError if that is none.
+    """
+    from mpt_grpc_client.channel import check_token
+
     options = connection_options(parsed)
     if token := os.environ.get("MPT_GRPC_TOKEN"):
+        try:
+            check_token(token)
+        except ValueError as error:
+            raise SettingsError(f"MPT_GRPC_TOKEN: {error}") from error
         options["token"] = token
     return options
 

@@ -17,7 +17,8 @@ from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.exporting import EXPORT_TIMEOUT_S, make_tracer_provider, shut_down
 from mpt_grpc.tls import server_certificate
 from mpt_grpc_client import ConnectionOptions
-from mpt_grpc_client.channel import resolve, resolve_targets
+from mpt_grpc_client.channel import resolve
+from mpt_grpc_client.targets import resolve_targets
 
 _log = logging.getLogger(__name__)
 

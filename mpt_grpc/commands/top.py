@@ -18,8 +18,8 @@ from mpt_grpc.commands.connection import client_options
 from mpt_grpc.commands.printable import printable
 from mpt_grpc.errors import SettingsError
 from mpt_grpc_client import Client, Load, ServerInfo
-from mpt_grpc_client.channel import resolve_targets
 from mpt_grpc_client.debug import EngineState, RequestState
+from mpt_grpc_client.targets import resolve_targets
 
 _TIMEOUT_S = 10
 _BAR_WIDTH = 30

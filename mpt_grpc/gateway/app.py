@@ -184,6 +184,7 @@ class _Gateway:
     async def tokenize(self, request: Request) -> Response:
         """Splits text into tokens."""
         body = await parse(request, tokens.TokenizeRequest, TOKENIZATION_RULES)
+        request.state.field_names = {"prompt": "messages"} if body.messages else {}
         blocking_client = self._blocking_client and self._blocking_client.with_metadata(*request.state.caller)
         return await tokens.tokenize(self._callers.client(request), blocking_client, body)
 

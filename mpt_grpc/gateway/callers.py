@@ -17,7 +17,7 @@ from mpt_grpc.access import CERTIFIED_NAME
 from mpt_grpc.gateway.errors import error_response
 from mpt_grpc_client import AsyncClient, MptGrpcError, PermissionDeniedError, UnauthenticatedError
 
-Metadata: TypeAlias = tuple[tuple[str, str], ...]
+Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 PUBLIC_PATHS = ("/health", "/ready")
 """What is served without asking who calls."""
 _LIFETIME_S = 5
@@ -46,13 +46,13 @@ class Callers:
 
     def metadata(self, scope: Scope) -> Metadata:
         """Returns what a request's caller is identified by."""
-        metadata = []
+        metadata: list[tuple[str, str | bytes]] = []
         if self._passes_tokens and (authorization := Headers(scope=scope).get("authorization")) is not None:
             # Of what gRPC could not send, enough remains to be refused.
             sendable = re.sub(r"[^ -~]", "?", bearer(authorization))[:_MAX_AUTHORIZATION]
             metadata.append(("authorization", sendable))
         if self._passes_certificates and (name := scope["state"].get("certified_name")):
-            metadata.append((CERTIFIED_NAME, name))
+            metadata.append((CERTIFIED_NAME, name.encode()))
         return tuple(metadata)
 
     def client(self, request: Request) -> AsyncClient:

@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse
 
-from mpt_grpc.gateway.requests import Many, Uint
+from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc.gateway.messages import ChatMessage
+from mpt_grpc.gateway.requests import Many, Some, Uint
 from mpt_grpc_client import AsyncClient, Client, Token
 
 Json = dict[str, Any]
@@ -27,7 +29,10 @@ class TokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = ""
-    prompt: str
+    prompt: str | None = None
+    messages: Some[ChatMessage] | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
@@ -40,34 +45,53 @@ class DetokenizeRequest(BaseModel):
 
 
 async def tokenize(client: AsyncClient, blocking_client: Client | None, body: TokenizeRequest) -> JSONResponse:
-    """Returns the token IDs of a text and, with `return_token_strs`, the text of each token. Raises MptGrpcError.
+    """Returns the token IDs of a text and, with `return_token_strs`, the text of each token, or the token IDs of
+    messages after the chat template. Raises BadRequestError or MptGrpcError.
 
     blocking_client: makes the call if its response is parsed.
     """
     loop = asyncio.get_running_loop()
+    if (body.prompt is None) == (body.messages is None):
+        raise BadRequestError("prompt, messages: pass one of them", "prompt")
     max_context_tokens = (await client.get_model_info()).max_context_tokens
+    if body.messages is not None:
+        return await _tokenize_messages(client, body, body.messages, max_context_tokens)
+    text = body.prompt or ""
 
     def call() -> JSONResponse:
         if blocking_client is None:
-            tokens = asyncio.run_coroutine_threadsafe(client.tokenize(body.prompt), loop).result()
+            tokens = asyncio.run_coroutine_threadsafe(client.tokenize(text), loop).result()
         else:
-            tokens = blocking_client.tokenize(body.prompt)
+            tokens = blocking_client.tokenize(text)
         return _response(tokens, max_context_tokens, body.return_token_strs)
 
     # A text has up to a million tokens, so nothing that depends on their number runs on the event loop.
     return await loop.run_in_executor(_tokenizers, contextvars.copy_context().run, call)
 
 
+async def _tokenize_messages(
+    client: AsyncClient, body: TokenizeRequest, messages: Sequence[ChatMessage], max_context_tokens: int
+) -> JSONResponse:
+    """Returns the token IDs of a prompt of messages, which is computed, and so is limited by the context."""
+    if body.return_token_strs:
+        raise BadRequestError("return_token_strs: requires prompt; send the tokens to /detokenize", "return_token_strs")
+    generation = await client.generate(
+        [message.message() for message in messages],
+        max_new_tokens=0,
+        return_prompt_token_ids=True,
+        add_generation_prompt=body.add_generation_prompt,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+    return _ids_response(generation.prompt_token_ids, max_context_tokens, None)
+
+
 def _response(tokens: Sequence[Token], max_context_tokens: int, has_strings: bool) -> JSONResponse:
     strings = [token.token_bytes.decode(errors="replace") for token in tokens] if has_strings else None
-    return JSONResponse(
-        {
-            "count": len(tokens),
-            "max_model_len": max_context_tokens,
-            "tokens": [token.token_id for token in tokens],
-            "token_strs": strings,
-        }
-    )
+    return _ids_response([token.token_id for token in tokens], max_context_tokens, strings)
+
+
+def _ids_response(ids: Sequence[int], max_context_tokens: int, strings: Sequence[str] | None) -> JSONResponse:
+    return JSONResponse({"count": len(ids), "max_model_len": max_context_tokens, "tokens": ids, "token_strs": strings})
 
 
 async def detokenize(client: AsyncClient, body: DetokenizeRequest) -> Json:

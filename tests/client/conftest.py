@@ -24,11 +24,12 @@ SEED = 2**64 - 1
 
 
 class ScriptedService(pb_grpc.TextGenerationServiceServicer, debug_pb2_grpc.DebugServiceServicer):
-    """Records the request and metadata of each call and returns its fields, unless set to refuse calls or to hang."""
+    """Records what each call sends and from where, and returns its fields, unless set to refuse calls or to hang."""
 
     def __init__(self) -> None:
         self.requests: list[Message] = []
         self.metadata: list[dict[str, str | bytes]] = []
+        self.peers: list[str] = []
         self.response = pb.GenerateResponse()
         self.chunks: list[pb.StreamGenerateResponse] = []
         self.tokens = pb.TokenizeResponse()
@@ -91,6 +92,7 @@ class ScriptedService(pb_grpc.TextGenerationServiceServicer, debug_pb2_grpc.Debu
     def _arrive(self, request: Message, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
+        self.peers.append(context.peer())
         if self._refusals:
             context.abort_with_status(self._refusals.pop(0))
         # Registered first, since the generator of chunks does not see a client that disconnects between two of them.

@@ -128,7 +128,7 @@ def test_the_error_for_a_missing_server_explains_how_to_start_one():
 
 
 def test_a_timeout_ends_a_unary_call_on_the_server_too(endless, client):
-    with pytest.raises(DeadlineExceededError, match=r"did not finish within its timeout of 0\.3 s"):
+    with pytest.raises(DeadlineExceededError, match=r"^the call's timeout of 0\.3 s has passed before the response$"):
         client.generate("Once", timeout=0.3)
     assert endless.left.wait(10)
 
@@ -136,15 +136,31 @@ def test_a_timeout_ends_a_unary_call_on_the_server_too(endless, client):
 @pytest.mark.usefixtures("endless")
 def test_a_timeout_ends_a_stream_which_keeps_its_text(client):
     stream = client.stream("Once", timeout=0.5)
-    with pytest.raises(DeadlineExceededError):
+    with pytest.raises(DeadlineExceededError, match=r"^the call's timeout of 0\.5 s has passed after 4 tokens$"):
         list(stream)
     assert stream.text == "Once 🐈"
 
 
 @pytest.mark.usefixtures("endless")
-def test_the_clients_timeout_applies_to_calls_without_one(target):
-    with Client(target, timeout=0.3) as client, pytest.raises(DeadlineExceededError):
+def test_a_stream_without_tokens_says_so_when_its_timeout_has_passed(scripted, client):
+    scripted.chunks = []
+    with client.stream("Once", timeout=0.3) as stream:
+        with pytest.raises(DeadlineExceededError, match=r"has passed before the first token$"):
+            list(stream)
+
+
+def test_a_deadline_that_is_not_the_clients_is_named_as_such(service, client):
+    service.refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "upstream timeout", "")
+    why = r"^a deadline other than this client's has passed after \d\.\d s on the way to 127.*: upstream timeout$"
+    with pytest.raises(DeadlineExceededError, match=why):
         client.generate("Once")
+
+
+@pytest.mark.usefixtures("endless")
+def test_the_clients_timeout_applies_to_calls_without_one(target):
+    with Client(target, timeout=0.3) as client:
+        with pytest.raises(DeadlineExceededError, match=r"^the client's timeout of 0\.3 s has passed"):
+            client.generate("Once")
 
 
 def test_errors_can_be_pickled(service, client):
@@ -187,10 +203,28 @@ def test_an_invalid_target_is_refused_with_the_correct_form(target, remedy):
         (lambda target: Client(target).generate("Once", timeout="5s"), "timeout: must be a number of seconds, not str"),
         (
             lambda target: Client(target).generate("Once", time_limit="5s"),
-            "time_limit: must be a number of seconds, not str",
+            "time_limit: must be a number of seconds, not '5s'",
         ),
+        (lambda target: Client(target).tokenize(5), "text: must be a string, not 5"),
+        (lambda target: Client(target).detokenize("ab"), "token_ids: must be a list of whole numbers, not 'ab'"),
+        (lambda target: Client(target).cancel(5), "request_ids: must be strings, not (5,)"),
+        (lambda target: Client(target).with_metadata("ab"), "metadata: 'ab' is not a pair of a name and a value"),
     ],
 )
 def test_arguments_of_another_type_are_type_errors_that_name_them(target, call, error):
     with pytest.raises(TypeError, match=re.escape(error)):
         call(target)
+
+
+@pytest.mark.parametrize("timeout", [-1, float("inf"), float("nan")])
+def test_a_timeout_that_is_none_is_a_value_error(target, timeout):
+    with pytest.raises(ValueError, match=r"^timeout: .* is not finite and at least 0; None waits indefinitely"):
+        Client(target, timeout=timeout)
+
+
+def test_arguments_that_do_not_fit_in_their_field_are_named(target):
+    with Client(target) as client:
+        with pytest.raises(InvalidRequestError, match=r"^text: "):
+            client.tokenize("\ud83d")
+        with pytest.raises(InvalidRequestError, match=r"^token_ids: "):
+            client.detokenize([-1])

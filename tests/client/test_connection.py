@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+
 import grpc
 import pytest
 
-from mpt_grpc_client import AsyncClient, Client, InvalidTargetError, MptGrpcError
+from mpt_grpc_client import AsyncClient, Client, InvalidTargetError, MptGrpcError, NotFoundError
 
 PEM = b"-----BEGIN CERTIFICATE-----"
 
@@ -47,6 +50,17 @@ def test_the_security_of_a_given_channel_is_the_callers_concern():
         ),
         ({"token": "a b"}, ValueError, "token: must consist of visible ASCII characters"),
         ({"token": ""}, ValueError, "token: must consist of visible ASCII characters"),
+        ({"token": 5}, TypeError, "token: must be a string, not int"),
+        ({"credentials": "tls"}, TypeError, "credentials: must be those that grpc.ssl_channel_credentials returns"),
+        ({"channel": "localhost:1"}, TypeError, "channel: must be a grpc.*Channel, not str"),
+        ({"interceptors": [print]}, TypeError, "interceptors: <built-in function print> is not one for this client"),
+        ({"options": {"grpc.keepalive_time_ms": 1}}, TypeError, "options: 'grpc.keepalive_time_ms' is not a pair"),
+        ({"metadata": "x-tenant"}, TypeError, "metadata: must be pairs such as .*, not str"),
+        ({"metadata": [("x-tenant",)]}, TypeError, "metadata: .* is not a pair of a name and a value"),
+        ({"metadata": [("X-Tenant", "1")]}, ValueError, "metadata: 'X-Tenant' must consist of lower-case letters"),
+        ({"metadata": [("x-tenant", 1)]}, TypeError, "metadata: the value of 'x-tenant' must be a string"),
+        ({"metadata": [("x-tenant-bin", "1")]}, TypeError, "metadata: the value of 'x-tenant-bin' must be bytes"),
+        ({"metadata": [("x-tenant", "ä")]}, ValueError, "metadata: the value of 'x-tenant' must consist of printable"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options, error, why):
@@ -74,3 +88,111 @@ async def test_asynchronous_clients_that_share_a_connection_are_closed_together(
     await client.close()
     with pytest.raises(MptGrpcError, match="the client is closed"):
         await other.get_model_info()
+
+
+@pytest.mark.parametrize("options", [{"options": [("grpc.keepalive_time_ms", 1)]}, {"interceptors": []}, {"tls": True}])
+def test_options_that_a_given_channel_would_ignore_are_refused(options):
+    with grpc.insecure_channel("localhost:1") as channel:
+        with pytest.raises(ValueError, match=f"^{next(iter(options))}: has no effect on a given channel"):
+            Client("localhost:1", channel=channel, **options)
+
+
+class Label(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+    """Adds metadata to every call."""
+
+    def intercept_unary_unary(self, continuation, client_call_details, request):
+        return continuation(_labelled(client_call_details), request)
+
+    intercept_unary_stream = intercept_unary_unary
+
+
+class AsyncLabel(grpc.aio.UnaryUnaryClientInterceptor):
+    """Adds metadata to every unary call."""
+
+    async def intercept_unary_unary(self, continuation, client_call_details, request):
+        return await continuation(_labelled(client_call_details), request)
+
+
+class AsyncStreamLabel(grpc.aio.UnaryStreamClientInterceptor):
+    """Adds metadata to every stream."""
+
+    async def intercept_unary_stream(self, continuation, client_call_details, request):
+        return await continuation(_labelled(client_call_details), request)
+
+
+def _labelled(details):
+    return details._replace(metadata=[*details.metadata, ("x-label", "intercepted")])
+
+
+async def test_interceptors_see_calls_and_streams(scripted, target):
+    with Client(target, interceptors=[Label()]) as client:
+        client.get_model_info()
+        assert "".join(client.stream("Once")) == "Once 🐈 upon"
+    async with AsyncClient(target, interceptors=[AsyncLabel(), AsyncStreamLabel()]) as client:
+        await client.get_model_info()
+        assert "".join([text async for text in client.stream("Once")]) == "Once 🐈 upon"
+    assert [sent["x-label"] for sent in scripted.metadata] == ["intercepted"] * 4
+
+
+async def test_errors_and_cancellation_are_the_same_with_interceptors(service, endless, target):
+    service.refuse(grpc.StatusCode.NOT_FOUND, "no such model", "UNKNOWN_MODEL", times=2)
+    with Client(target, interceptors=[Label()]) as client:
+        with pytest.raises(NotFoundError):
+            client.get_model_info()
+    async with AsyncClient(target, interceptors=[AsyncLabel(), AsyncStreamLabel()]) as client:
+        with pytest.raises(NotFoundError):
+            await client.get_model_info()
+        async with client.stream("Once") as stream:
+            assert await anext(stream) == "Once 🐈"
+    assert await asyncio.to_thread(endless.left.wait, 10)
+
+
+async def test_metadata_is_sent_with_every_call(scripted, target):
+    pairs = [("x-tenant", "1"), ("x-key-bin", b"\x00")]
+    with Client(target, metadata=pairs, token="secret") as client:
+        list(client.with_metadata(("x-user", "ann")).stream("Once"))
+    async with AsyncClient(target, metadata=pairs, token="secret") as client:
+        await client.with_metadata(("x-user", "ann")).get_model_info()
+    for sent in scripted.metadata:
+        assert sent.items() >= {**dict(pairs), "authorization": "Bearer secret", "x-user": "ann"}.items()
+    assert len(scripted.metadata) == 2
+
+
+async def test_metadata_may_be_a_function_that_is_called_for_each_call(scripted, target):
+    numbers = itertools.count()
+
+    def metadata():
+        return [("x-number", str(next(numbers)))]
+
+    with Client(target, metadata=metadata) as client:
+        client.get_model_info()
+        list(client.stream("Once"))
+    async with AsyncClient(target, metadata=metadata) as client:
+        await client.get_model_info()
+    assert [sent["x-number"] for sent in scripted.metadata] == ["0", "1", "2"]
+
+
+def test_what_a_function_returns_as_metadata_is_checked(scripted, target):
+    with Client(target, metadata=lambda: [("X-Tenant", "1")]) as client:
+        with pytest.raises(ValueError, match="'X-Tenant' must consist of lower-case letters"):
+            client.get_model_info()
+    assert not scripted.requests
+
+
+async def test_options_of_the_channel_replace_the_clients_own(scripted, target):
+    options = [("grpc.primary_user_agent", "mine")]
+    with Client(target, options=options) as client:
+        client.get_model_info()
+    async with AsyncClient(target, options=options) as client:
+        await client.get_model_info()
+    assert all(str(sent["user-agent"]).startswith("mine ") for sent in scripted.metadata)
+
+
+async def test_clients_share_a_connection_unless_their_options_say_otherwise(scripted, target):
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    async with AsyncClient(target) as first, AsyncClient(target) as second:
+        async with AsyncClient(target, options=own) as third, AsyncClient(target, options=own) as fourth:
+            for client in (first, second, third, fourth):
+                await client.get_model_info()
+    assert scripted.peers[0] == scripted.peers[1]
+    assert len(set(scripted.peers)) == 3

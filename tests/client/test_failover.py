@@ -6,9 +6,9 @@ import grpc
 import pytest
 
 from mpt_grpc_client import AsyncClient, Client, InvalidTargetError, OverloadedError, UnavailableError
-from mpt_grpc_client.channel import resolve_targets
 from mpt_grpc_client.errors import MptGrpcError
 from mpt_grpc_client.failover import Attempts, Rotation, Server
+from mpt_grpc_client.targets import resolve_targets
 
 GONE = UnavailableError("gone", code=grpc.StatusCode.UNAVAILABLE)
 BUSY = OverloadedError("busy", reason="OVERLOADED", retry_after=0.25)

@@ -1,6 +1,7 @@
 """Each option sets its field of the request, and omitted options leave their fields unset."""
 
 import json
+import re
 from types import MappingProxyType
 from typing import Any
 
@@ -315,7 +316,21 @@ def test_a_value_that_does_not_fit_in_its_field_is_refused_before_it_is_sent(scr
     assert not scripted.requests
 
 
-def test_a_value_of_another_type_is_a_type_error_that_names_the_option(scripted, client):
-    with pytest.raises(TypeError, match=r"^temperature: "):
-        client.generate("Once", top_k=3, temperature="hot")
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("temperature", "hot", "a number"),
+        ("top_k", 1.5, "a whole number"),
+        ("ignore_eos", "yes", "True or False"),
+        ("request_id", 5, "a string"),
+        ("stop_strings", [1], "a string or a list of strings"),
+        ("stop_token_ids", [1.5], "a list of whole numbers"),
+        ("logit_bias", [1], "a mapping of token IDs to numbers"),
+        ("repetition_guard", 5, "a RepetitionGuard"),
+        ("allowed_tools", 5, "a list of names"),
+    ],
+)
+def test_a_value_of_another_type_is_a_type_error_that_says_what_the_option_must_be(scripted, client, name, value, kind):
+    with pytest.raises(TypeError, match=f"^{name}: must be {kind}, not {re.escape(repr(value))}$"):
+        client.generate([Message(Role.USER, "Hi")], min_p=0.1, **{name: value})
     assert not scripted.requests

@@ -129,3 +129,20 @@ def test_an_evaluation_reports_that_the_token_is_refused(
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
     assert main(("eval", "--url", server.process.openai_url)) == 1
     assert "refuses the request with 401 Unauthorized" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("target", "token", "message"),
+    [
+        ("localhost:1", "a b", "mpt-grpc: MPT_GRPC_TOKEN: token: must consist of visible ASCII characters"),
+        ("10.0.0.1:50051", "secret", "use TLS ('grpcs://10.0.0.1:50051'), or --allow-insecure-token inside"),
+    ],
+)
+def test_a_token_that_cannot_be_sent_is_one_line(target: str, token: str, message: str) -> None:
+    ended = subprocess.run(
+        [*CLI, "generate", "x", "--target", target],
+        capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "MPT_GRPC_TOKEN": token},
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert message in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1

@@ -120,6 +120,11 @@ def test_several_outputs_are_printed_with_their_index(server: Any) -> None:
         (("generate", "x", "--top-logprobs", "2"), 2, "argument --top-logprobs: requires --json"),
         (("generate", "x", "--num-sequence", "2"), 2, "unknown argument --num-sequence (did you mean --num-sequences"),
         (("chat", "--temperature", "-1"), 1, "mpt-grpc: --temperature: "),
+        (
+            ("generate", "x", "--max-new-tokens", "1900", "--ignore-eos", "--json", "--timeout", "10ms"),
+            1,
+            "mpt-grpc: --timeout of 0.01 s has passed before the response",
+        ),
     ],
 )
 def test_a_failure_is_one_line_and_an_exit_status(

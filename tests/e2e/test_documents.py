@@ -52,6 +52,7 @@ DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
     for pattern in ("*.md", "benchmarks/*.md", "deploy/*.md", "clients/**/*.md", "docs/**/*.md", "mpt_grpc/**/*.md")
     for path in ROOT.glob(pattern)
+    if "node_modules" not in path.parts
 )
 ADDRESS = "localhost:50051"
 HTTP = "http://localhost:8451"

@@ -239,7 +239,7 @@ async def test_the_timeout_covers_all_servers(servers: tuple[RunningServer, Runn
         stream = client.stream(PROMPT, max_new_tokens=2000, ignore_eos=True, chunk_tokens=8)
         await anext(stream)
         await asyncio.sleep(0.5)
-        with pytest.raises(DeadlineExceededError, match="within its timeout of 1 s"):
+        with pytest.raises(DeadlineExceededError, match=r"the client's timeout of 1 s has passed after \d+ tokens"):
             await cut_short(relay, stream)
     assert len(stream.resumptions) == 1
     assert time.monotonic() - start_s < 1.5

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from axe_playwright_python.async_playwright import Axe
 from conftest import demo_settings
 from playwright.async_api import Browser, Page, async_playwright, expect
 
@@ -17,6 +22,7 @@ from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings
 from mpt_grpc_client import AsyncClient
 
+BIN = Path(sys.executable).parent
 CHROMIUM = shutil.which("chromium")
 CHROMIUM_FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync".split()
@@ -219,6 +225,75 @@ async def test_the_page_works_with_the_keyboard_alone(page: Page) -> None:
     await expect(page.locator(".output .text").nth(2)).to_contain_text("The bear")
     await expect(page.locator(".output .token").nth(0)).to_be_visible()
     await page.keyboard.press("Escape")
+
+
+async def test_a_chat_shows_the_prompt_that_the_template_makes(page: Page) -> None:
+    await page.get_by_label("Reply to a chat message").check()
+    await page.fill("[name=prompt]", "Are you sly?")
+    await page.get_by_text("Prompt after the chat template").click()
+    await expect(page.locator("#rendered")).to_contain_text("Are you sly?")
+    await page.fill("[name=system]", "You are a fox.")
+    await expect(page.locator("#rendered")).to_contain_text("You are a fox.")
+    await page.get_by_label("Continue the text").check()
+    await expect(page.locator("#rendered")).to_be_hidden()
+
+
+async def test_temperatures_and_seeds_are_compared_side_by_side(page: Page, served: RunningServer) -> None:
+    await generate(
+        page, prompt="The fox", streams=1, max_tokens=8, temperature="0.5, 1.5", seed="7, 8", ignore_eos=True
+    )
+    await wait_for_status(page, "token limit · 8 tokens", 4)
+    labels = [(0.5, 7), (0.5, 8), (1.5, 7), (1.5, 8)]
+    shown = await page.locator(".output").all()
+    async with AsyncClient(served.target) as client:
+        for output, (temperature, seed) in zip(shown, labels, strict=True):
+            await expect(output.locator("header")).to_contain_text(f"temperature {temperature}, seed {seed} · ")
+            options: Any = {"temperature": temperature, "seed": seed, "max_new_tokens": 8, "ignore_eos": True}
+            text = (await client.generate("The fox", **options, skip_special_tokens=False)).text
+            assert await output.locator(".text").text_content() == f"The fox{text}"
+
+
+@pytest.mark.parametrize("kind", ["Continue the text", "Reply to a chat message"])
+@pytest.mark.parametrize("language", ["curl", "grpcurl", "Python"])
+async def test_a_request_as_code_generates_the_same(
+    page: Page, served: RunningServer, language: str, kind: str
+) -> None:
+    await page.get_by_label(kind).check()
+    await generate(page, prompt="It's a fox\n", streams=1, max_tokens=8, temperature="0.5", seed="7", stop="zzz")
+    await wait_for_status(page, "8 tokens", 1)
+    await page.get_by_text("Request as code").click()
+    await page.locator("#code select").select_option(language)
+    code = (await page.locator("#code pre").text_content() or "").replace("localhost:50051", served.target)
+    if shutil.which(language.lower(), path=f"{BIN}{os.pathsep}{os.environ['PATH']}") is None:
+        pytest.skip(f"{language} is not in this environment")
+    command = ["python", "-c", code] if language == "Python" else ["sh", "-c", code]
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment)
+    printed = (await process.communicate())[0].decode()
+    shown = (await page.locator(".output .text").text_content() or "").removeprefix("It's a fox\n")
+    assert shown.strip() in (printed if language == "Python" else json.loads('"' + _text(printed) + '"'))
+
+
+def _text(response: str) -> str:
+    """Returns the text in the JSON of a response, as written there."""
+    (text,) = re.findall(r'"(?:text|content)": ?"((?:[^"\\]|\\.)*)"', response)
+    return str(text)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_the_page_is_accessible_and_fits_with_everything_open(page: Page, scheme: Any, width: int) -> None:
+    await page.set_viewport_size({"width": width, "height": 844})
+    await page.emulate_media(color_scheme=scheme)
+    await page.get_by_label("Reply to a chat message").check()
+    for summary in await page.locator("summary").all():
+        await summary.click()
+    await expect(page.locator("#rendered")).not_to_be_empty()
+    await generate(page, prompt="Once upon a time", streams=2, max_tokens=12, temperature="0, 2", ignore_eos=True)
+    await wait_for_status(page, "12 tokens", 4)
+    found = await Axe().run(page)
+    assert [violation["id"] for violation in found.response["violations"]] == []
+    assert await page.evaluate("document.documentElement.scrollWidth") == width
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

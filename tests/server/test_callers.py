@@ -289,7 +289,9 @@ async def test_a_line_warns_of_what_is_missing_for_other_machines(
     assert warnings == ([f"--host {host}: other machines can reach this server, {missing}"] if missing else [])
 
 
-@pytest.mark.parametrize(("common_name", "name"), [("orders", "orders"), (None, "me@example.org")])
+@pytest.mark.parametrize(
+    ("common_name", "name"), [("orders", "orders"), ("Müller", "Müller"), (None, "me@example.org")]
+)
 async def test_without_tokens_the_name_in_the_certificate_is_that_of_the_caller(
     common_name: str | None, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -303,7 +305,7 @@ async def test_without_tokens_the_name_in_the_certificate_is_that_of_the_caller(
         reader, writer = await asyncio.open_connection("localhost", server.http_port, ssl=context)
         body = json.dumps(BODY).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\nconnection: close"
-        writer.write(head.encode() + b"\r\nmpt-grpc-certified-name: root\r\n\r\n" + body)
+        writer.write(head.encode() + b"\r\nmpt-grpc-certified-name-bin: cm9vdA==\r\n\r\n" + body)
         assert (await read_response(reader, writer))[0] == 200
     over_grpc, over_http = [line for line in caplog.messages if line.startswith("Generate OK")]
     assert f"caller={name!r}" in over_grpc

@@ -1,9 +1,10 @@
 """The Python client of mpt-grpc: `Client`, its asyncio equivalent `AsyncClient`, and the values they take and
 return."""
 
-from mpt_grpc_client.async_client import AsyncClient, AsyncTextStream
+from mpt_grpc_client.async_client import AsyncClient
+from mpt_grpc_client.async_stream import AsyncTextStream
 from mpt_grpc_client.channel import ConnectionOptions
-from mpt_grpc_client.client import Client, TextStream
+from mpt_grpc_client.client import Client
 from mpt_grpc_client.constraints import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
 from mpt_grpc_client.errors import (
     AlreadyExistsError,
@@ -20,8 +21,8 @@ from mpt_grpc_client.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from mpt_grpc_client.options import GenerateOptions, RepetitionGuard
 from mpt_grpc_client.prompts import Message, Prompt, Role
-from mpt_grpc_client.request import GenerateOptions, RepetitionGuard
 from mpt_grpc_client.results import (
     Delta,
     Finish,
@@ -40,6 +41,7 @@ from mpt_grpc_client.results import (
     TopLogprob,
     Usage,
 )
+from mpt_grpc_client.stream import TextStream
 from mpt_grpc_client.tools import Tool, ToolCall, ToolCallDelta
 from mpt_grpc_client.version import __version__
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import grpc
-from opentelemetry import propagate
 
 from mpt_grpc_client.errors import InvalidTargetError
+from mpt_grpc_client.metadata import CallMetadata, Pairs
+from mpt_grpc_client.targets import TLS_SCHEME, is_local, resolve_targets
 from mpt_grpc_client.version import __version__
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """The maximum size of one message, in either direction."""
 
-Metadata: TypeAlias = tuple[tuple[str, str], ...]
-_TLS_SCHEME = "grpcs://"
-
-_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
-"""The variables that gRPC reads, in its order of precedence."""
+ChannelOptions: TypeAlias = Sequence[tuple[str, int | str | bytes]]
+SyncInterceptor: TypeAlias = grpc.UnaryUnaryClientInterceptor | grpc.UnaryStreamClientInterceptor
+_SYNC_INTERCEPTORS = (
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+)
 
 _BALANCED_SERVICE_CONFIG = {
     # A server that drains or stalls gets no calls, and neither does an address of the target that does not respond.
@@ -65,11 +69,22 @@ class ConnectionOptions(TypedDict, total=False):
     client_key: bytes
     """The key of the client's certificate, in PEM."""
     credentials: grpc.ChannelCredentials
-    """Credentials made with gRPC, instead of the options above."""
+    """Any credentials of gRPC, instead of the options above."""
     token: str
     """The access token, which every call sends."""
     allow_insecure_token: bool
     """Whether access tokens may be sent without TLS to another machine, where anyone on the way can read them."""
+    metadata: Pairs | Callable[[], Pairs]
+    """Metadata that every call sends: pairs, or a function that returns them, which is called for each call and for
+    each server that continues it, and must not block. It is sent with and without TLS."""
+    interceptors: Sequence[SyncInterceptor | grpc.aio.ClientInterceptor]
+    """Interceptors of gRPC; those of `grpc.aio` for an `AsyncClient`."""
+    options: ChannelOptions
+    """Options of gRPC's channel, such as `[("grpc.keepalive_time_ms", 60_000)]`, instead of the client's own."""
+
+
+_WITH_CHANNEL = {"token", "allow_insecure_token", "metadata"}
+"""The options that have an effect on calls on a given channel."""
 
 
 @dataclass(frozen=True)
@@ -81,56 +96,104 @@ class Endpoint:
     """None connects without TLS."""
     may_send_tokens: bool
     """Whether nobody on the way can read access tokens, or that is allowed."""
-    metadata: Metadata
-    """What every call sends."""
+    metadata: CallMetadata
+    interceptors: Sequence[Any]
+    options: ChannelOptions
 
     def channel(self, retries: bool, *, balanced: bool) -> grpc.Channel:
-        options = channel_options(self.target, retries, balanced=balanced)
+        options = self._options(retries, balanced)
         if self.credentials is None:
-            return grpc.insecure_channel(self.target, options)
-        return grpc.secure_channel(self.target, self.credentials, options)
+            channel = grpc.insecure_channel(self.target, options)
+        else:
+            channel = grpc.secure_channel(self.target, self.credentials, options)
+        return grpc.intercept_channel(channel, *self.interceptors)
 
     def aio_channel(self, retries: bool, *, balanced: bool) -> grpc.aio.Channel:
-        options = channel_options(self.target, retries, balanced=balanced)
+        options = self._options(retries, balanced)
         if self.credentials is None:
-            return grpc.aio.insecure_channel(self.target, options)
-        return grpc.aio.secure_channel(self.target, self.credentials, options)
+            return grpc.aio.insecure_channel(self.target, options, interceptors=self.interceptors)
+        return grpc.aio.secure_channel(self.target, self.credentials, options, interceptors=self.interceptors)
+
+    def _options(self, retries: bool, balanced: bool) -> tuple[tuple[str, int | str | bytes], ...]:
+        return tuple(dict((*channel_options(self.target, retries, balanced=balanced), *self.options)).items())
 
 
 def resolve(
-    target: str | Sequence[str] | None, options: ConnectionOptions, *, has_channel: bool = False
+    target: str | Sequence[str] | None, options: ConnectionOptions, *, channel: object | None = None
 ) -> tuple[Endpoint, ...]:
     """Returns the servers of the targets that `resolve_targets` returns.
 
-    has_channel: whether another channel than the endpoint's is used, whose security is unknown.
+    channel: one that is used instead of the endpoint's, and whose security is unknown.
     Raises InvalidTargetError for such a target or one to which the token must not be sent, TypeError for an unknown
     option or one of a wrong type, and ValueError for options that do not go together.
     """
-    return tuple(_endpoint(resolved, options, has_channel) for resolved in resolve_targets(target))
-
-
-def _endpoint(resolved: str, options: ConnectionOptions, has_channel: bool) -> Endpoint:
     known = ConnectionOptions.__optional_keys__
     if unknown := options.keys() - known:
         raise TypeError(f"unknown option {min(unknown)!r}; those of a connection are {', '.join(sorted(known))}")
-    address = resolved.removeprefix(_TLS_SCHEME)
+    if channel is not None and (unused := options.keys() - _WITH_CHANNEL):
+        raise ValueError(f"{min(unused)}: has no effect on a given channel; pass it to the channel itself")
+    return tuple(_endpoint(resolved, options, channel is not None) for resolved in resolve_targets(target))
+
+
+def check_kind(channel: object | None, options: ConnectionOptions, *, asynchronous: bool) -> None:
+    """Raises TypeError for a channel or interceptors of the other kind of client, or of none."""
+    kind, name = (grpc.aio.Channel, "grpc.aio.Channel") if asynchronous else (grpc.Channel, "grpc.Channel")
+    if channel is not None and not isinstance(channel, kind):
+        raise TypeError(f"channel: must be a {name}, not {type(channel).__name__}")
+    interceptors = (grpc.aio.ClientInterceptor,) if asynchronous else _SYNC_INTERCEPTORS
+    for interceptor in options.get("interceptors", ()):
+        if not isinstance(interceptor, interceptors):
+            names = "grpc.aio.UnaryUnaryClientInterceptor" if asynchronous else "grpc.UnaryUnaryClientInterceptor"
+            raise TypeError(f"interceptors: {interceptor!r} is not one for this client, such as a {names}")
+
+
+def _endpoint(resolved: str, options: ConnectionOptions, has_channel: bool) -> Endpoint:
+    address = resolved.removeprefix(TLS_SCHEME)
     credentials = _credentials(options, has_scheme=resolved != address)
-    is_safe = credentials is not None or _is_local(address) or options.get("allow_insecure_token", False)
-    token = options.get("token")
-    if token is None:
-        return Endpoint(address, credentials, is_safe, ())
+    is_safe = credentials is not None or is_local(address) or options.get("allow_insecure_token", False)
+    metadata = _metadata(options)
+    if "token" in options:
+        if not (is_safe or has_channel):
+            why = f"use TLS ('{TLS_SCHEME}{address}'), or allow_insecure_token inside a trusted network"
+            raise InvalidTargetError(f"target {resolved!r} is another machine, and the token would be readable: {why}")
+        metadata = metadata.and_([("authorization", f"Bearer {options['token']}")])
+    interceptors = tuple(options.get("interceptors", ()))
+    return Endpoint(address, credentials, is_safe, metadata, interceptors, _channel_arguments(options))
+
+
+def _channel_arguments(options: ConnectionOptions) -> ChannelOptions:
+    pairs = options.get("options", ())
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            why = "is not a pair of a name and a value, such as ('grpc.keepalive_time_ms', 60_000)"
+            raise TypeError(f"options: {pair!r} {why}")
+    return pairs
+
+
+def _metadata(options: ConnectionOptions) -> CallMetadata:
+    metadata = options.get("metadata", ())
+    if "token" in options:
+        check_token(options["token"])
+    return CallMetadata(make_pairs=metadata) if callable(metadata) else CallMetadata().and_(metadata)
+
+
+def check_token(token: str) -> None:
+    """Raises TypeError or ValueError for what cannot be an access token."""
+    if not isinstance(token, str):
+        raise TypeError(f"token: must be a string, not {type(token).__name__}")
     if not re.fullmatch("[!-~]+", token):
         raise ValueError("token: must consist of visible ASCII characters")
-    if not (is_safe or has_channel):
-        why = f"use TLS ('{_TLS_SCHEME}{address}'), or allow_insecure_token inside a trusted network"
-        raise InvalidTargetError(f"target {resolved!r} is another machine, and the token would be readable: {why}")
-    return Endpoint(address, credentials, is_safe, (("authorization", f"Bearer {token}"),))
 
 
 def _credentials(options: ConnectionOptions, *, has_scheme: bool) -> grpc.ChannelCredentials | None:
     root = _pem(options, "root_certificates")
     key, certificate = _pem(options, "client_key"), _pem(options, "client_certificate")
     credentials = options.get("credentials")
+    if not isinstance(credentials, grpc.ChannelCredentials | None):
+        kind = type(credentials).__name__
+        raise TypeError(
+            f"credentials: must be those that grpc.ssl_channel_credentials returns, for example, not {kind}"
+        )
     has_pem = bool(root or key or certificate)
     if credentials is not None and has_pem:
         raise ValueError("credentials: pass the certificates and the key to grpc.ssl_channel_credentials")
@@ -150,37 +213,6 @@ def _pem(
     return pem
 
 
-def resolve_target(target: str | None) -> str:
-    """Returns the given target, or that of the environment variable MPT_GRPC_TARGET, or `localhost:50051`.
-
-    Raises InvalidTargetError for a URL, for a path without `unix:`, and for a host without a port, for which gRPC would
-    assume port 443.
-    """
-    if target is not None and not isinstance(target, str):
-        raise TypeError(f"target: must be a string such as 'localhost:50051', not {type(target).__name__}")
-    resolved = target or os.environ.get("MPT_GRPC_TARGET") or "localhost:50051"
-    if url := re.match(r"https?:/*([^/]*)", resolved):
-        host = re.sub(r":\d+$", "", url[1]) or "localhost"
-        scheme = _TLS_SCHEME if resolved.startswith("https") else ""
-        why = f"use the server's gRPC address, such as '{scheme}{host}:50051'"
-        raise InvalidTargetError(f"target {resolved!r} is a URL: {why}")
-    if resolved.startswith(("/", "./", "../")):
-        raise InvalidTargetError(f"target {resolved!r} is a path: write 'unix:{resolved}' for a Unix socket")
-    if not re.search("[:/]", resolved.removeprefix(_TLS_SCHEME)):
-        raise InvalidTargetError(f"target {resolved!r} has no port: write '{resolved}:50051'")
-    return resolved
-
-
-def resolve_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Returns the targets in a list, or in a string in which commas separate them; see `resolve_target`."""
-    if target is None or isinstance(target, str):
-        target = (target or os.environ.get("MPT_GRPC_TARGET") or "").split(",")
-    targets = tuple(dict.fromkeys(map(resolve_target, target if isinstance(target, Sequence) else [target])))
-    if not targets:
-        raise InvalidTargetError("target: the list is empty")
-    return targets
-
-
 def is_balanced(endpoints: Sequence[Endpoint], channel: object | None) -> bool:
     """Whether there may be several servers: several targets, or a name in DNS, which may have several addresses.
 
@@ -192,20 +224,13 @@ def is_balanced(endpoints: Sequence[Endpoint], channel: object | None) -> bool:
 
 
 def check_timeout(timeout: float | None) -> float | None:
-    """Returns the timeout. Raises TypeError if it is not a number."""
-    if timeout is not None and not isinstance(timeout, int | float):
-        raise TypeError(f"timeout: must be a number of seconds, not {type(timeout).__name__}")
+    """Returns the timeout. Raises TypeError if it is not a number, and ValueError if it is not finite or negative."""
+    if timeout is not None:
+        if not isinstance(timeout, int | float):
+            raise TypeError(f"timeout: must be a number of seconds, not {type(timeout).__name__}")
+        if not 0 <= timeout < math.inf:
+            raise ValueError(f"timeout: {timeout} s is not finite and at least 0; None waits indefinitely")
     return timeout
-
-
-def proxy_variable(target: str) -> str | None:
-    """Returns the environment variable whose proxy gRPC uses for this target; None if it connects directly."""
-    excluded = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""  # noqa: SIM112  (their usual case)
-    if _is_local(target) or any(
-        _host(target).endswith(suffix.strip()) for suffix in excluded.split(",") if suffix.strip()
-    ):
-        return None
-    return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
 
 
 def channel_options(target: str, retries: bool, *, balanced: bool = False) -> tuple[tuple[str, str | int], ...]:
@@ -215,7 +240,7 @@ def channel_options(target: str, retries: bool, *, balanced: bool = False) -> tu
     """
     return (
         # gRPC would send calls to this machine through a proxy too, unless no_proxy lists them.
-        ("grpc.enable_http_proxy", int(not _is_local(target))),
+        ("grpc.enable_http_proxy", int(not is_local(target))),
         ("grpc.primary_user_agent", f"mpt-grpc-client/{__version__}"),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -231,26 +256,3 @@ def channel_options(target: str, retries: bool, *, balanced: bool = False) -> tu
         # Without this, pings stop during a long unary call, and a server that has vanished goes unnoticed.
         ("grpc.http2.max_pings_without_data", 0),
     )
-
-
-def _is_local(target: str) -> bool:
-    """Whether a target is on this machine: a loopback address or a Unix socket."""
-    host = _host(target)
-    return (
-        target.startswith(("unix:", "unix-abstract:"))
-        or host in ("localhost", "::1")
-        or host.endswith(".localhost")
-        or bool(re.fullmatch(r"127(\.\d+){3}", host))
-    )
-
-
-def _host(target: str) -> str:
-    host = re.sub(r"^(dns|ipv4|ipv6):", "", target).rpartition("/")[2]
-    return host.rpartition(":")[0].strip("[]").lower()
-
-
-def trace_metadata() -> Metadata:
-    """Returns the current trace context as metadata: `traceparent` by default; empty outside a span."""
-    carrier: dict[str, str] = {}
-    propagate.inject(carrier)
-    return tuple((key.lower(), value) for key, value in carrier.items())

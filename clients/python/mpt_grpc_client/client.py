@@ -1,30 +1,36 @@
-"""The synchronous client: `Client` and `TextStream`. `async_client.py` has their asyncio equivalents."""
+"""The synchronous client, `Client`; `async_client.py` has its asyncio equivalent."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Self, TypeAlias, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
+from google.protobuf.message import Message
 
 from mpt_grpc_client import debug, responses
-from mpt_grpc_client.channel import ConnectionOptions, Endpoint, check_timeout, is_balanced, resolve, trace_metadata
+from mpt_grpc_client.channel import ConnectionOptions, Endpoint, check_kind, check_timeout, is_balanced, resolve
 from mpt_grpc_client.continuation import UNSEEN_CHUNK_TOKENS, Continuation
 from mpt_grpc_client.errors import MptGrpcError, UnavailableError, closed_error
 from mpt_grpc_client.failover import Attempts, Rotation, Server
+from mpt_grpc_client.options import GenerateOptions
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
-from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
-from mpt_grpc_client.proto.v1alpha1.debug_pb2_grpc import DebugServiceStub
-from mpt_grpc_client.request import GenerateOptions, build_request
-from mpt_grpc_client.results import Delta, Generation, ModelInfo, ServerInfo, Token
+from mpt_grpc_client.request import (
+    build_request,
+    cancel_request,
+    detokenize_request,
+    tokenize_request,
+)
+from mpt_grpc_client.results import Generation, ModelInfo, ServerInfo, Token
+from mpt_grpc_client.stream import Connection, StreamCall, TextStream
+from mpt_grpc_client.tracing import CallSpan
 
-_Request = TypeVar("_Request")
+_Request = TypeVar("_Request", bound=Message)
 _Response = TypeVar("_Response")
-_StreamCall: TypeAlias = "grpc._CallIterator[pb.StreamGenerateResponse]"
 
 
 class Client:
@@ -52,17 +58,18 @@ class Client:
         timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
         retries: whether to retry calls up to three times while all servers are unavailable or overloaded.
         resume_inexact: whether a server with another fingerprint may continue a generation.
-        channel: a channel to the target instead of the client's own; it has its own options, so `retries` and those of
-            the connection have no effect. The client closes it.
+        channel: a channel to the target instead of the client's own. Its credentials, options and interceptors are its
+            own, and `retries` have no effect. The client closes it.
         connection: see `ConnectionOptions`.
         """
-        endpoints = resolve(target, connection, has_channel=channel is not None)
+        check_kind(channel, connection, asynchronous=False)
+        endpoints = resolve(target, connection, channel=channel)
         self._timeout, self._metadata = check_timeout(timeout), endpoints[0].metadata
         self._retries, self._resume_inexact = retries, resume_inexact
         balanced = is_balanced(endpoints, channel)
 
-        def server(endpoint: Endpoint) -> Server[_Connection]:
-            return Server(endpoint.target, _Connection(channel or endpoint.channel(retries, balanced=balanced)))
+        def server(endpoint: Endpoint) -> Server[Connection]:
+            return Server(endpoint.target, Connection(channel or endpoint.channel(retries, balanced=balanced)))
 
         self._rotation = Rotation(map(server, endpoints), is_balanced=balanced)
 
@@ -78,10 +85,10 @@ class Client:
         for server in self._rotation.servers:
             server.connection.channel.close()
 
-    def with_metadata(self, *metadata: tuple[str, str]) -> Self:
+    def with_metadata(self, *metadata: tuple[str, str | bytes]) -> Self:
         """Returns a client whose calls also send this metadata, on the connections of this client."""
         client = copy(self)
-        client._metadata = (*self._metadata, *metadata)
+        client._metadata = self._metadata.and_(metadata)
         return client
 
     def generate(
@@ -112,13 +119,13 @@ class Client:
 
     def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[Token, ...]:
         """Returns the tokens of a text."""
-        return responses.tokens(self._call(lambda c: c.service.Tokenize, pb.TokenizeRequest(text=text), timeout))
+        return responses.tokens(self._call(lambda c: c.service.Tokenize, tokenize_request(text), timeout))
 
     def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, timeout: float | None = None
     ) -> str:
         """Returns the text of token IDs. Invalid UTF-8 is replaced by U+FFFD."""
-        request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        request = detokenize_request(token_ids, skip_special_tokens)
         return self._call(lambda c: c.service.Detokenize, request, timeout).text
 
     def cancel(self, *request_ids: str, timeout: float | None = None) -> tuple[str, ...]:
@@ -126,7 +133,7 @@ class Client:
 
         Returns the IDs that were in progress. Of several targets, those that are unavailable are skipped.
         """
-        request, failures, found = pb.CancelRequest(request_ids=request_ids), list[UnavailableError](), list[str]()
+        request, failures, found = cancel_request(request_ids), list[UnavailableError](), list[str]()
         for server in self._rotation.servers:
             try:
                 found += self._call(lambda c: c.service.Cancel, request, timeout, server).request_ids
@@ -152,139 +159,55 @@ class Client:
 
     def _call(
         self,
-        method: Callable[[_Connection], grpc.UnaryUnaryMultiCallable[_Request, _Response]],
+        method: Callable[[Connection], grpc.UnaryUnaryMultiCallable[_Request, _Response]],
         request: _Request,
         timeout: float | None,
-        server: Server[_Connection] | None = None,
+        server: Server[Connection] | None = None,
     ) -> _Response:
         """Calls the given server, or the next one in turn that responds."""
-        attempts = self._attempts(timeout, server)
-        while True:
-            self._check_open()
-            try:
-                response = method(attempts.server.connection)(
-                    request, timeout=attempts.timeout, metadata=trace_metadata() + self._metadata
-                )
-            except grpc.RpcError as error:
-                pause = attempts.after(attempts.translated(error))
-                if isinstance(pause, MptGrpcError):
-                    raise pause from error
-                time.sleep(pause)
-            else:
-                attempts.succeeded()
-                return response
+        attempts, span = self._attempts(timeout, server), CallSpan(request)
+        try:
+            while True:
+                self._check_open()
+                metadata = span.metadata() + self._metadata.current()
+                try:
+                    response = method(attempts.server.connection)(request, timeout=attempts.timeout, metadata=metadata)
+                except grpc.RpcError as error:
+                    failure, failed = attempts.translated(error), attempts.server.target
+                    pause = attempts.after(failure)
+                    if isinstance(pause, MptGrpcError):
+                        raise pause from error
+                    span.add_attempt(failed, failure)
+                    time.sleep(pause)
+                else:
+                    attempts.succeeded()
+                    return response
+        except BaseException as error:
+            span.fail(error)
+            raise
+        finally:
+            span.end()
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> TextStream:
-        metadata = trace_metadata() + self._metadata
-
-        def call(server: Server[_Connection], timeout: float | None) -> _StreamCall:
-            self._check_open()
-            wanted = request if continuation is None else continuation.request()
-            return server.connection.service.StreamGenerate(wanted, timeout=timeout, metadata=metadata)
-
+        attempts, span = self._attempts(timeout), CallSpan(request, streams=True)
         continuation = None
         if self._rotation.is_balanced:
             continuation = Continuation(request, resume_inexact=self._resume_inexact)
-        return TextStream(call, request.sampling.num_sequences, self._attempts(timeout), continuation)
 
-    def _attempts(self, timeout: float | None, server: Server[_Connection] | None = None) -> Attempts[_Connection]:
+        def call(server: Server[Connection], timeout: float | None) -> StreamCall:
+            self._check_open()
+            wanted = request if continuation is None else continuation.request()
+            metadata = span.metadata() + self._metadata.current()
+            return server.connection.service.StreamGenerate(wanted, timeout=timeout, metadata=metadata)
+
+        return TextStream(call, request.sampling.num_sequences, attempts, continuation, span)
+
+    def _attempts(self, timeout: float | None, server: Server[Connection] | None = None) -> Attempts[Connection]:
+        owner = "client" if timeout is None else "call"
         timeout = self._timeout if timeout is None else check_timeout(timeout)
         rotation = self._rotation if server is None else Rotation([server], is_balanced=False)
-        return Attempts(rotation, timeout, retries=self._retries)
+        return Attempts(rotation, timeout, retries=self._retries, owner=owner)
 
     def _check_open(self) -> None:
         if self._rotation.is_closed:
             raise closed_error()
-
-
-class _Connection:
-    """A channel to a server, and its services."""
-
-    def __init__(self, channel: grpc.Channel) -> None:
-        self.channel = channel
-        self.service = TextGenerationServiceStub(channel)
-        self.debug_service = DebugServiceStub(channel)
-
-
-class TextStream(responses.PartialGeneration):
-    """A generation in progress. Iterate over it for its text, or over `deltas()` for everything, once.
-
-    As a context manager, it cancels the generation on the server when the block is left before the end.
-    """
-
-    def __init__(
-        self,
-        call: Callable[[Server[_Connection], float | None], _StreamCall],
-        num_sequences: int,
-        attempts: Attempts[_Connection],
-        continuation: Continuation | None,
-    ) -> None:
-        """`call` starts the call of a server, with a timeout."""
-        super().__init__()
-        self._start_call, self._num_sequences, self._attempts = call, num_sequences, attempts
-        self._continuation = continuation
-        if continuation is not None:
-            self._resumptions = continuation.resumptions
-        self._cancelled = False
-        self._call = call(attempts.server, attempts.timeout)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> str:
-        """Returns the next piece of text, which is never empty.
-
-        Raises TypeError if several outputs were requested, and otherwise the same as `deltas`.
-        """
-        if self._num_sequences > 1:
-            raise TypeError("the outputs are interleaved; iterate over deltas() instead")
-        while (delta := self._next_delta()) is not None:
-            if delta.text:
-                return delta.text
-        raise StopIteration
-
-    def deltas(self) -> Iterator[Delta]:
-        """Yields the new parts of all outputs. Raises `MptGrpcError` if the call fails; ends when it is cancelled."""
-        while (delta := self._next_delta()) is not None:
-            yield delta
-
-    def cancel(self) -> None:
-        """Cancels the generation on the server. Has no effect once it has ended. Any thread may call it."""
-        self._cancelled = True
-        self._call.cancel()
-
-    def _next_delta(self) -> Delta | None:
-        continuation = self._continuation
-        while True:
-            try:
-                chunk = next(self._call, None)
-                if chunk is not None and continuation is not None:
-                    chunk = continuation.receive(chunk, self._attempts.server.target)
-            except grpc.RpcError as error:
-                if self._cancelled or (continuation is not None and continuation.has_ended):
-                    return None
-                self._go_on(self._attempts.translated(error), error)
-            except UnavailableError as error:
-                self._call.cancel()
-                self._go_on(error, error)
-            else:
-                if chunk is None:
-                    return None
-                self._attempts.succeeded()
-                return self._add(chunk)
-
-    def _go_on(self, failure: MptGrpcError, cause: Exception) -> None:
-        """Calls the next server. Raises the failure if there is none."""
-        pause = self._attempts.after(failure)
-        if isinstance(pause, MptGrpcError):
-            raise pause from cause
-        time.sleep(pause)
-        self._call = self._start_call(self._attempts.server, self._attempts.timeout)
-        if self._cancelled:
-            self._call.cancel()

@@ -12,7 +12,7 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.tools import ToolCall, ToolLike, as_tool
 
 if TYPE_CHECKING:
-    from mpt_grpc_client.request import GenerateOptions
+    from mpt_grpc_client.options import GenerateOptions
 
 _CHOICES = ("auto", "none", "required")
 

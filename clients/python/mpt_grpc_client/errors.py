@@ -120,10 +120,9 @@ class InvalidTargetError(MptGrpcError, ValueError):
     """The target is neither HOST:PORT nor unix:PATH, or one to which the access token must not be sent."""
 
 
-def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None, proxy: str | None = None) -> MptGrpcError:
+def from_rpc_error(error: grpc.RpcError, target: str, proxy: str | None = None) -> MptGrpcError:
     """Returns the client's exception for one raised by grpc or grpc.aio. Raise it `from error`.
 
-    timeout: the timeout of the call in seconds.
     proxy: the environment variable that names the proxy for the target, if there is one.
     """
     # What grpc and grpc.aio raise has the methods of a call, although it is not declared that way.
@@ -154,8 +153,6 @@ def from_rpc_error(error: grpc.RpcError, target: str, timeout: float | None, pro
         case grpc.StatusCode.UNAVAILABLE if not reason:
             where = f"{target} through the proxy in ${proxy}" if proxy else target
             message = f"no server responds at {where}; start one with `mpt-grpc serve`, or check the target: {message}"
-        case grpc.StatusCode.DEADLINE_EXCEEDED if timeout is not None:
-            message = f"the call did not finish within its timeout of {timeout:g} s"
     return _CLASSES.get(code, MptGrpcError)(message, code=code, reason=reason)
 
 

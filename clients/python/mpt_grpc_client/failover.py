@@ -13,8 +13,14 @@ from typing import Generic, TypeVar
 
 import grpc
 
-from mpt_grpc_client.channel import proxy_variable
-from mpt_grpc_client.errors import MptGrpcError, OverloadedError, UnavailableError, from_rpc_error
+from mpt_grpc_client.errors import (
+    DeadlineExceededError,
+    MptGrpcError,
+    OverloadedError,
+    UnavailableError,
+    from_rpc_error,
+)
+from mpt_grpc_client.targets import proxy_variable
 
 _MAX_ROUNDS = 4
 _FIRST_PAUSE_S = 0.1
@@ -74,13 +80,16 @@ class Rotation(Generic[_Connection]):
 class Attempts(Generic[_Connection]):
     """The attempts of one call. `server` is the one to call now."""
 
-    def __init__(self, rotation: Rotation[_Connection], timeout: float | None, *, retries: bool) -> None:
+    def __init__(
+        self, rotation: Rotation[_Connection], timeout: float | None, *, retries: bool, owner: str = "call"
+    ) -> None:
         """timeout: that of all attempts together, in seconds.
 
         retries: whether to try all servers again, up to three times, after they have failed.
+        owner: whose timeout it is, in the words of an error.
         """
-        self._rotation, self._timeout = rotation, timeout
-        self._deadline_s = None if timeout is None else time.monotonic() + timeout
+        self._rotation, self._timeout, self._owner = rotation, timeout, owner
+        self._start_s = time.monotonic()
         self._max_rounds = _MAX_ROUNDS if retries else 1
         self._num_rounds = 1
         self._remaining = rotation.order()
@@ -91,7 +100,7 @@ class Attempts(Generic[_Connection]):
     @property
     def timeout(self) -> float | None:
         """The seconds that are left."""
-        return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+        return None if self._timeout is None else max(0.0, self._start_s + self._timeout - time.monotonic())
 
     def succeeded(self) -> None:
         """Notes that the server has responded; if it fails later, all servers are tried anew."""
@@ -100,10 +109,22 @@ class Attempts(Generic[_Connection]):
             self._num_rounds, self._remaining = 0, []
             self._failures.clear()
 
-    def translated(self, error: grpc.RpcError) -> MptGrpcError:
-        """Returns the client's exception for an attempt that failed."""
+    def translated(self, error: grpc.RpcError, progress: str = "before the response") -> MptGrpcError:
+        """Returns the client's exception for an attempt that failed. `progress`: how far the call had come."""
         target = self.server.target
-        return from_rpc_error(error, target, self._timeout, proxy_variable(target))
+        failure = from_rpc_error(error, target, proxy_variable(target))
+        if isinstance(failure, DeadlineExceededError):
+            return DeadlineExceededError(self._expiry(failure, progress), code=failure.code, reason=failure.reason)
+        return failure
+
+    def _expiry(self, failure: MptGrpcError, progress: str) -> str:
+        """Returns the error text of a deadline that has passed: whose it is, when, and how far the call had come."""
+        elapsed_s = time.monotonic() - self._start_s
+        if self._timeout is None or elapsed_s < _EARLY * self._timeout:
+            where = f"after {elapsed_s:.1f} s on the way to {self.server.target}"
+            return f"a deadline other than this client's has passed {where}, {progress}: {failure}"
+        earlier = "".join(f"; {target} had failed: {why}" for target, why in self._failures.items())
+        return f"the {self._owner}'s timeout of {self._timeout:g} s has passed {progress}{earlier}"
 
     def after(self, failure: MptGrpcError) -> float | MptGrpcError:
         """Moves on to the next server; returns the seconds to wait before, or the error to raise if there is none."""
@@ -144,6 +165,8 @@ class Attempts(Generic[_Connection]):
         return UnavailableError(f"all servers failed: {whys}", code=failure.code, reason=failure.reason)
 
 
+_EARLY = 0.9
+"""The part of the timeout before which a deadline that has passed is another one."""
 _DIFFERS = "FINGERPRINT_MISMATCH"
 _ELSEWHERE = ("OVERLOADED", _DIFFERS)
 _BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)

@@ -24,10 +24,11 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, fi
 
 from mpt_grpc_client import langchain_values as values
 from mpt_grpc_client.async_client import AsyncClient
-from mpt_grpc_client.channel import resolve_targets
 from mpt_grpc_client.client import Client
 from mpt_grpc_client.constraints import JsonSchema
-from mpt_grpc_client.request import GenerateOptions, unknown_option
+from mpt_grpc_client.options import GenerateOptions
+from mpt_grpc_client.request import unknown_option
+from mpt_grpc_client.targets import resolve_targets
 
 
 class _Model(BaseLanguageModel[Any]):

@@ -80,6 +80,12 @@ class PartialGeneration:
             raise RuntimeError("the generation is incomplete: iterate over the stream to its end first")
         return self._result
 
+    @property
+    def _progress(self) -> str:
+        """How far it has come, in the words of an error."""
+        num_tokens = sum(delta.num_tokens for deltas in self._deltas.values() for delta in deltas)
+        return f"after {num_tokens} tokens" if num_tokens else "before the first token"
+
     def _add(self, chunk: pb.StreamGenerateResponse) -> Delta:
         """Adds the next chunk and returns the new part of the output."""
         self.request_id = chunk.request_id

@@ -31,19 +31,24 @@ async function connection(signal) {
   open++;
 }
 
-async function* pieces(kind, { prompt, ...settings }, signal) {
-  const path = kind === "chat" ? "v1/chat/completions" : "v1/completions";
-  const input =
-    kind === "chat"
-      ? { messages: [{ role: "user", content: prompt }], logprobs: true, top_logprobs: NUM_ALTERNATIVES }
-      : { prompt, logprobs: NUM_ALTERNATIVES };
-  const response = await fetch(path, {
-    method: "POST",
-    headers: { "content-type": "application/json" },
-    body: JSON.stringify({ ...settings, ...input, stream: true }),
-    signal,
-  });
+// Returns the text of the prompt that the chat template makes of messages. Throws an Error with the server's message.
+export async function renderedPrompt(messages) {
+  const { tokens } = await (await post("tokenize", { messages })).json();
+  return (await (await post("detokenize", { tokens })).json()).prompt;
+}
+
+async function post(path, body, signal) {
+  const headers = { "content-type": "application/json" };
+  const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
   if (!response.ok) throw new Error(await errorOf(response));
+  return response;
+}
+
+async function* pieces(kind, body, signal) {
+  const path = kind === "chat" ? "v1/chat/completions" : "v1/completions";
+  const logprobs =
+    kind === "chat" ? { logprobs: true, top_logprobs: NUM_ALTERNATIVES } : { logprobs: NUM_ALTERNATIVES };
+  const response = await post(path, { ...body, ...logprobs, stream: true }, signal);
   for await (const event of events(response.body)) {
     if (event === "[DONE]") return;
     const { error, choices, id } = JSON.parse(event);

@@ -1,26 +1,32 @@
 // The form and the requests that it starts, one for each stream.
-import { completion } from "./api.js";
+import { completion, renderedPrompt } from "./api.js";
+import { asCode } from "./code.js";
 import { pollEngine } from "./engine.js";
 import { Output } from "./output.js";
+import { bodyOf, settings, variants } from "./settings.js";
 
 const form = document.getElementById("request");
 const stopAll = document.getElementById("stop-all");
 const clear = document.getElementById("clear");
 const announcement = document.getElementById("announcement");
 const list = document.getElementById("outputs");
+const chat = document.getElementById("chat");
+const code = document.getElementById("code");
 const outputs = new Set();
+const RENDER_DELAY_MS = 400;
+let rendered = ""; // the messages whose prompt is shown, or is about to be
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   const fields = new FormData(form);
   const kind = fields.get("kind");
-  const count = Number(fields.get("streams"));
   document.getElementById("no-outputs").hidden = true;
-  for (let number = count - 1; number >= 0; number--) {
-    const output = new Output(kind === "text" ? fields.get("prompt") : "");
+  for (const variant of variants(fields).reverse()) {
+    const output = new Output(kind === "text" ? fields.get("prompt") : "", variant.label);
     outputs.add(output);
     list.prepend(output.element);
-    output.run(completion(kind, settings(fields, number), output.signal)).then(refresh);
+    const body = bodyOf(fields, { ...settings(fields), ...variant.settings });
+    output.run(completion(kind, body, output.signal)).then(refresh);
   }
   refresh();
 });
@@ -28,6 +34,9 @@ form.addEventListener("submit", (event) => {
 form.elements.prompt.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
+form.addEventListener("input", refreshForm);
+for (const details of form.querySelectorAll("details")) details.addEventListener("toggle", refreshForm);
+code.querySelector("button").addEventListener("click", copyCode);
 stopAll.addEventListener("click", stop);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
@@ -52,16 +61,38 @@ function refresh() {
   announcement.textContent = running ? `${running} running` : "all completed";
 }
 
-// Fields left empty take the server's defaults. Each stream has its own seed: the given one plus its number.
-function settings(fields, number) {
-  const body = { prompt: fields.get("prompt") };
-  for (const name of ["max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"]) {
-    if (fields.get(name)) body[name] = Number(fields.get(name));
-  }
-  if (body.seed !== undefined) body.seed += number;
-  if (fields.get("stop")) body.stop = fields.get("stop").replaceAll("\\n", "\n");
-  if (fields.get("ignore_eos")) Object.assign(body, { ignore_eos: true, skip_special_tokens: false });
-  return body;
+function refreshForm() {
+  const fields = new FormData(form);
+  chat.hidden = fields.get("kind") !== "chat";
+  if (code.open) showCode(fields);
+  if (!chat.hidden && chat.querySelector("details").open) showRendered(bodyOf(fields, {}).messages);
+}
+
+// Shows the prompt that the server makes of the messages, once they have not changed for a while: it is computed for that.
+async function showRendered(messages) {
+  const key = JSON.stringify(messages);
+  if (key === rendered) return;
+  rendered = key;
+  await new Promise((resolve) => setTimeout(resolve, RENDER_DELAY_MS));
+  if (key !== rendered) return;
+  const text = await renderedPrompt(messages).catch((error) => error.message);
+  if (key === rendered) document.getElementById("rendered").textContent = text;
+}
+
+// Shows the request of the first stream.
+function showCode(fields) {
+  const [first] = variants(fields);
+  const body = bodyOf(fields, { ...settings(fields), ...first.settings });
+  code.querySelector("pre").textContent = asCode(code.querySelector("select").value, fields.get("kind"), body);
+  code.querySelector("[role=status]").textContent = "";
+}
+
+// The clipboard needs TLS or localhost; elsewhere the code is selected, to be copied by hand.
+async function copyCode() {
+  const shown = code.querySelector("pre");
+  getSelection().selectAllChildren(shown);
+  await navigator.clipboard?.writeText(shown.textContent);
+  code.querySelector("[role=status]").textContent = navigator.clipboard ? "copied" : "selected";
 }
 
 fetch("v1/models")
@@ -71,4 +102,5 @@ fetch("v1/models")
       `${model.id} · up to ${model.max_model_len.toLocaleString()} tokens per request`;
   })
   .catch(() => {}); // The engine panel reports that the server is not reachable.
+refreshForm();
 pollEngine();

@@ -5,8 +5,9 @@ import { TokenText } from "./tokens.js";
 const MAX_SHOWN_PROMPT = 200;
 
 export class Output {
-  constructor(prompt) {
+  constructor(prompt, label) {
     this.running = true;
+    this._label = label;
     this._abort = new AbortController();
     this.element = document.createElement("article");
     this.element.className = "output panel";
@@ -59,6 +60,7 @@ export class Output {
 
   _showStatus(state, ttftMs = null, first = null) {
     const parts = [state === "length" ? "token limit" : state];
+    if (this._label) parts.unshift(this._label);
     if (this._tokens) parts.push(`${this._tokens} tokens`);
     if (ttftMs !== null) parts.push(`TTFT ${Math.round(ttftMs)} ms`);
     const decodeSeconds = (performance.now() - first) / 1000;

@@ -1,0 +1,157 @@
+"""The asyncio stream, `AsyncTextStream`, the equivalent of `stream.py`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Self, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from mpt_grpc_client import responses
+from mpt_grpc_client.continuation import Continuation
+from mpt_grpc_client.errors import MptGrpcError, UnavailableError, closed_error
+from mpt_grpc_client.failover import Attempts, Server
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
+from mpt_grpc_client.proto.v1alpha1.debug_pb2_grpc import DebugServiceStub
+from mpt_grpc_client.results import Delta
+from mpt_grpc_client.tracing import CallSpan
+
+_LARGE_BYTES = 32 << 10
+"""Messages up to this size are converted in less than a millisecond."""
+AsyncStreamCall: TypeAlias = "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.StreamGenerateResponse]"
+_Message = TypeVar("_Message", bound=Message)
+_Result = TypeVar("_Result")
+
+
+class AsyncConnection:
+    """A channel of the running event loop, and the services of its server."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.service = TextGenerationServiceStub(channel)
+        self.debug_service = DebugServiceStub(channel)
+
+
+class AsyncTextStream(responses.PartialGeneration):
+    """A generation in progress. Iterate over it for its text, or over `deltas()` for everything, once.
+
+    As a context manager, it cancels the generation on the server when the block is left before the end.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[Server[AsyncConnection], float | None], AsyncStreamCall],
+        num_sequences: int,
+        attempts: Attempts[AsyncConnection],
+        continuation: Continuation | None,
+        span: CallSpan,
+    ) -> None:
+        """`call` starts the call of a server, with a timeout."""
+        super().__init__()
+        self._span = span
+        self._start_call, self._num_sequences, self._attempts = call, num_sequences, attempts
+        self._continuation = continuation
+        if continuation is not None:
+            self._resumptions = continuation.resumptions
+        self._cancelled = False
+        try:
+            self._call = call(attempts.server, attempts.timeout)
+        except BaseException as error:
+            span.fail(error)
+            raise
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        """Returns the next piece of text, which is never empty.
+
+        Raises TypeError if several outputs were requested, and otherwise the same as `deltas`.
+        """
+        if self._num_sequences > 1:
+            raise TypeError("the outputs are interleaved; iterate over deltas() instead")
+        while (delta := await self._next_delta()) is not None:
+            if delta.text:
+                return delta.text
+        raise StopAsyncIteration
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Yields the new parts of all outputs. Raises `MptGrpcError` if the call fails; ends when it is cancelled."""
+        while (delta := await self._next_delta()) is not None:
+            yield delta
+
+    def cancel(self) -> None:
+        """Cancels the generation on the server. Has no effect once it has ended."""
+        self._cancelled = True
+        self._call.cancel()
+        self._span.end("CANCELLED")
+
+    async def _next_delta(self) -> Delta | None:
+        try:
+            delta = await self._received()
+        except BaseException as error:
+            self._span.fail(error)
+            raise
+        if delta is None or self._result is not None:
+            self._span.end()
+        return delta
+
+    async def _received(self) -> Delta | None:
+        continuation = self._continuation
+        while True:
+            try:
+                chunk = await anext(aiter(self._call), None)
+                if chunk is not None and continuation is not None:
+                    chunk = continuation.receive(chunk, self._attempts.server.target)
+            except grpc.RpcError as error:
+                if continuation is not None and continuation.has_ended:
+                    return None
+                await self._go_on(self._attempts.translated(error, self._progress), error)
+            except UnavailableError as error:
+                self._call.cancel()
+                await self._go_on(error, error)
+            except asyncio.CancelledError as error:
+                if is_cancelled():
+                    raise
+                if self._cancelled:
+                    return None
+                raise closed_error() from error
+            else:
+                if chunk is None:
+                    return None
+                self._attempts.succeeded()
+                return await converted(self._add, chunk)
+
+    async def _go_on(self, failure: MptGrpcError, cause: Exception) -> None:
+        """Calls the next server. Raises the failure if there is none."""
+        failed = self._attempts.server.target
+        pause = self._attempts.after(failure)
+        if isinstance(pause, MptGrpcError):
+            raise pause from cause
+        self._span.add_attempt(failed, failure)
+        await asyncio.sleep(pause)
+        self._call = self._start_call(self._attempts.server, self._attempts.timeout)
+        if self._cancelled:
+            self._call.cancel()
+
+
+async def converted(convert: Callable[[_Message], _Result], message: _Message) -> _Result:
+    """Returns the converted message; large ones are converted in a thread, so as not to block the event loop."""
+    if message.ByteSize() > _LARGE_BYTES:
+        return await asyncio.to_thread(convert, message)
+    return convert(message)
+
+
+def is_cancelled() -> bool:
+    """Whether the task itself is cancelled; grpc.aio raises the same error for a call or channel closed by us."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

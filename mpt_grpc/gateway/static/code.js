@@ -1,0 +1,56 @@
+// A request as code: a command of curl or grpcurl, or a program in Python.
+const GROUPS = {
+  sampling: { temperature: "temperature", top_k: "top_k", top_p: "top_p", min_p: "min_p", seed: "seed" },
+  decoding: { repetition_penalty: "repetition_penalty" },
+  stopping: { max_tokens: "max_new_tokens", stop: "stop_strings", ignore_eos: "ignore_eos" },
+  output_options: { skip_special_tokens: "skip_special_tokens" },
+};
+const REPEATED = new Set(["stop_strings"]);
+const IS_SECURE = location.protocol === "https:";
+const GRPC_TARGET = `${location.hostname}:50051`; // the default port, since the page does not know the server's
+
+// Returns the code of a request whose body is that of the OpenAI-compatible API.
+export function asCode(form, kind, body) {
+  if (form === "curl") return curl(kind, body);
+  return form === "grpcurl" ? grpcurl(body) : python(body);
+}
+
+function curl(kind, body) {
+  const path = kind === "chat" ? "v1/chat/completions" : "v1/completions";
+  const url = new URL(path, location.href);
+  return `curl ${quoted(url.href)} -H 'content-type: application/json' -d ${quoted(JSON.stringify(body))}`;
+}
+
+function grpcurl({ prompt, messages, ...settings }) {
+  const conversation = messages && {
+    messages: messages.map(({ role, content }) => ({ role: `ROLE_${role.toUpperCase()}`, content })),
+  };
+  const request = messages ? { conversation } : { text: prompt };
+  for (const [group, names] of Object.entries(GROUPS)) {
+    const fields = Object.entries(names).filter(([name]) => settings[name] !== undefined);
+    if (fields.length) request[group] = Object.fromEntries(fields.map(([name, field]) => [field, REPEATED.has(field) ? [settings[name]] : settings[name]]));
+  }
+  const command = IS_SECURE ? "grpcurl" : "grpcurl -plaintext";
+  return `${command} -d ${quoted(JSON.stringify(request))} ${GRPC_TARGET} mpt.v1.TextGenerationService/Generate`;
+}
+
+function python({ prompt, messages, ...settings }) {
+  const names = Object.assign({}, ...Object.values(GROUPS));
+  const options = Object.entries(settings)
+    .filter(([, value]) => value !== undefined)
+    .map(([name, value]) => `, ${names[name]}=${literal(value)}`);
+  return `from mpt_grpc_client import Client
+
+with Client(${literal((IS_SECURE ? "grpcs://" : "") + GRPC_TARGET)}) as client:
+    print(client.generate(${literal(messages ?? prompt)}${options.join("")}).text)
+`;
+}
+
+// Strings, numbers and lists of them are written in Python as in JSON; booleans are not.
+function literal(value) {
+  return typeof value === "boolean" ? (value ? "True" : "False") : JSON.stringify(value);
+}
+
+function quoted(text) {
+  return `'${text.replaceAll("'", `'\\''`)}'`;
+}

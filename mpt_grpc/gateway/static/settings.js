@@ -1,0 +1,47 @@
+// The fields of the form as settings of requests, in the names of the OpenAI-compatible API.
+const NUMBERS = ["max_tokens", "top_k", "top_p", "min_p", "repetition_penalty"];
+
+// Fields left empty take the server's defaults.
+export function settings(fields) {
+  const result = {};
+  for (const name of NUMBERS) {
+    if (fields.get(name)) result[name] = Number(fields.get(name));
+  }
+  if (fields.get("stop")) result.stop = fields.get("stop").replaceAll("\\n", "\n");
+  if (fields.get("ignore_eos")) Object.assign(result, { ignore_eos: true, skip_special_tokens: false });
+  return result;
+}
+
+// Returns {label, settings} of each stream: those of each pair of a temperature and a seed, which the label names if there
+// are several. Each stream has its own seed: the given one plus its number.
+export function variants(fields) {
+  const temperatures = numbers(fields.get("temperature"));
+  const seeds = numbers(fields.get("seed"));
+  const result = [];
+  for (const temperature of temperatures) {
+    for (const first of seeds) {
+      for (let number = 0; number < Number(fields.get("streams")); number++) {
+        const seed = first === undefined ? undefined : first + number;
+        const names = [];
+        if (temperatures.length > 1) names.push(`temperature ${temperature}`);
+        if (seed !== undefined) names.push(`seed ${seed}`);
+        result.push({ label: names.join(", "), settings: { temperature, seed } });
+      }
+    }
+  }
+  return result;
+}
+
+// Returns the body of a request: the prompt, or the messages of a chat, and the settings.
+export function bodyOf(fields, chosen) {
+  const prompt = fields.get("prompt");
+  if (fields.get("kind") === "text") return { prompt, ...chosen };
+  const system = fields.get("system") ? [{ role: "system", content: fields.get("system") }] : [];
+  return { messages: [...system, { role: "user", content: prompt }], ...chosen };
+}
+
+// Returns the numbers of a list with commas; one that is undefined if it is empty.
+function numbers(text) {
+  const parts = text.split(",").filter((part) => part.trim());
+  return parts.length ? parts.map(Number) : [undefined];
+}

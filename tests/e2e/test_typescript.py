@@ -1,0 +1,49 @@
+"""The example of the TypeScript client works as written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "clients/typescript"
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("node") is None or not (PACKAGE / "dist").exists(),
+    reason="the TypeScript client is not built: make clients/typescript/dist, which needs Node.js",
+)
+
+
+def node(module: str) -> str:
+    """Runs a module inside the package, which can import itself by its name, and returns what it prints."""
+    command = ["node", "--input-type=module", "--eval", module]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=PACKAGE)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_the_example_generates_aborts_a_stream_and_gets_the_details_of_an_error(server: Any) -> None:
+    (block,) = re.findall(r"```ts\n(.*?)```", (PACKAGE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    printed = node(block.replace("localhost:50051", server.target))
+    generated, _, refused = printed.partition("INVALID_REQUEST")
+    assert " 40\n" in generated
+    assert "field: 'sampling.temperature'" in refused
+    assert "is not in [0, 100]" in refused
+
+
+def test_leaving_a_stream_cancels_it_on_the_server(server: Any) -> None:
+    printed = node(f"""
+        import {{ Client }} from "mpt-grpc-client";
+        const client = new Client("http://{server.target}");
+        const load = async () => (await client.service.getServerInfo({{}})).load;
+        const before = (await load()).numOutputTokens;
+        const prompt = {{ case: "text", value: "The fox" }};
+        for await (const _ of client.stream({{ prompt, stopping: {{ maxNewTokens: 1900, ignoreEos: true }} }})) break;
+        while ((await load()).numRunningRequests > 0);
+        console.log(Number((await load()).numOutputTokens - before));
+    """)
+    assert 1 <= int(printed) < 1000
