@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from mpt_grpc.checkpoint import Checkpoint
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.published_names import MOSAIC_GPT, renamed_fields
 from mpt_grpc.model.weights import parameter_shapes, stored_tensors
 from mpt_grpc.request import GenerationRequest, LogprobOptions, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
@@ -98,10 +100,15 @@ def _served(wanted: ModelSettings) -> _Served:
 
 
 def _reference_scores(folder: Path, adapters: Sequence[Path], served: _Served) -> _Scores:
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    raw = renamed_fields(_raw_config(folder))
     shapes = parameter_shapes(MPTConfig.from_file(folder / "config.json"))
     weights = _Float64(stored_tensors(folder), [Adapter.from_folder(adapter, shapes) for adapter in adapters])
     return _Scores.from_logits(reference_logits(weights, raw, served.token_ids), served)
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    return raw
 
 
 class _Float64(Mapping[str, Array]):
@@ -134,6 +141,8 @@ def _plausibility_check(served: _Served, scores: _Scores) -> Check:
 
 
 def _transformers_check(folder: Path, adapters: Sequence[Path], served: _Served) -> Check:
+    if _raw_config(folder)["model_type"] == MOSAIC_GPT:
+        return Check("transformers", "skipped", f"it does not know {MOSAIC_GPT}")
     if ignored := _ignored_by_transformers(MPTConfig.from_file(folder / "config.json")):
         return Check("transformers", "skipped", f"it ignores {', '.join(ignored)}")
     if adapters and importlib.util.find_spec("peft") is None:
