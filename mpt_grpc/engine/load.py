@@ -148,6 +148,12 @@ def _resolve(settings: Settings) -> _Parts:
         _log.warning(
             "%s specifies no end-of-sequence token: outputs end only at max_new_tokens or a stop string", folder
         )
+    if tokenizer.omitted_tokens:
+        _log.warning(
+            "the tokenizer of %s adds %s to every text in transformers, but not here: write them in text prompts",
+            folder,
+            " ".join(tokenizer.omitted_tokens),
+        )
     defaults = generation_defaults(folder) if wanted.generation_config == "model" else GenerationDefaults()
     max_context_tokens = wanted.max_context_tokens or config.max_seq_len
     if config.learned_positions and max_context_tokens > config.max_seq_len:

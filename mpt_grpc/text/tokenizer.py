@@ -39,13 +39,22 @@ class Tokenizer:
     """The tokens that end an output; empty if the model's files specify none."""
     special_texts: frozenset[str]
     """The texts that `encode` turns into special tokens."""
+    omitted_tokens: tuple[str, ...]
+    """The tokens that transformers adds to every text and `encode` does not."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_token_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        eos_token_ids: frozenset[int] = frozenset(),
+        omitted_tokens: Sequence[str] = (),
+    ) -> None:
         backend.no_truncation()  # a file may enable both, but prompts must not be silently truncated or padded
         backend.no_padding()
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.max_token_bytes = max(map(len, (t.encode() for t in backend.get_vocab(with_added_tokens=True))), default=0)
         self.eos_token_ids = eos_token_ids
+        added = backend.encode("").tokens if backend.num_special_tokens_to_add(is_pair=False) else ()
+        self.omitted_tokens = tuple(omitted_tokens or added)
         self._backend = backend
         special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._special_ids, self.special_texts = frozenset(special), frozenset(special.values())
@@ -68,8 +77,7 @@ class Tokenizer:
         if text is None:
             found = [folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()]
             if not found:
-                why = f"a model's folder must contain it, or one of {', '.join(SENTENCEPIECE_FILES)}"
-                raise ModelError(f"{path}: not found; {why}")
+                raise ModelError(f"{path}: not found; {_missing(folder)}")
             path = found[0]
             text = tokenizer_json(path)
         config = read_tokenizer_config(folder)
@@ -87,7 +95,7 @@ class Tokenizer:
                 why = f"eos_token {eos_token!r} is not in tokenizer.json"
                 raise ModelError(f"{folder / 'tokenizer_config.json'}: {why}")
             eos_token_ids = frozenset(i for i in (backend.token_to_id(eos_token),) if i is not None)
-        return cls(backend, eos_token_ids or frozenset())
+        return cls(backend, eos_token_ids or frozenset(), config.added_to_texts)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Returns the IDs of `text`; no tokens are added. The text of a special token, such as `<|endoftext|>`, is
@@ -160,6 +168,13 @@ class Tokenizer:
         for token_id in reversed(tuple(islice(not_skipped, PROMPT_TAIL_TOKENS))):
             detokenizer.feed(token_id)  # text returned here is the prompt's; what is held back goes to the output
         return detokenizer
+
+
+def _missing(folder: Path) -> str:
+    """Returns what to do about a model without a tokenizer."""
+    name = (read_json(folder / "config.json") or {}).get("tokenizer_name")
+    where = f"; config.json names that of {name[:100]!r}" if isinstance(name, str) and name else ""
+    return f"a model's folder must contain it, or one of {', '.join(SENTENCEPIECE_FILES)}{where}"
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from mpt_grpc.errors import ModelError
@@ -89,6 +89,51 @@ def test_special_tokens_map_names_the_eos_token_and_fills_templates(folder: Path
     write(folder, "special_tokens_map.json", {"eos_token": {"content": END}, "additional_special_tokens": ["<extra>"]})
     assert_as_in_transformers(folder)
     assert find_chat_template("auto", folder, "x").tokens["eos_token"] == END
+
+
+@pytest.mark.parametrize("config", [None, {}, {"tokenizer_class": "GPTNeoXTokenizer"}, {"bos_token": None}])
+def test_tokens_that_no_file_names_are_those_of_the_class(folder: Path, config: dict[str, Any] | None) -> None:
+    if config is not None:
+        write(folder, "tokenizer_config.json", config)
+    assert_as_in_transformers(folder)
+    expected, tokens = AutoTokenizer.from_pretrained(folder), find_chat_template("auto", folder, "x").tokens
+    for name in ("bos_token", "eos_token", "unk_token"):
+        assert tokens.get(name) == getattr(expected, name), name
+
+
+def test_special_tokens_are_added_with_their_flags(folder: Path) -> None:
+    flags = {"lstrip": True, "rstrip": True, "normalized": False, "single_word": False}
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END})
+    write(folder, "special_tokens_map.json", {"pad_token": {"content": "<pad>", **flags}, "eos_token": END})
+    assert_as_in_transformers(folder)
+
+
+def test_tokens_that_transformers_adds_to_texts_are_known_and_not_added(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END})
+    assert assert_as_in_transformers(folder).omitted_tokens == ()
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
+    backend.save(str(folder / "tokenizer.json"))
+    assert assert_as_in_transformers(folder).omitted_tokens == (END,)
+    assert AutoTokenizer.from_pretrained(folder).encode("")[0] == 0
+
+
+def test_a_token_that_the_configuration_adds_to_texts_is_known(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", {"add_bos_token": True, "add_eos_token": False, "bos_token": END})
+    assert Tokenizer.from_folder(folder).omitted_tokens == (END,)
+
+
+def test_tokenization_without_special_tokens_is_refused(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", {"split_special_tokens": True})
+    with pytest.raises(ModelError, match="split_special_tokens: special tokens are always recognized"):
+        Tokenizer.from_folder(folder)
+
+
+def test_the_error_for_a_model_without_tokenizer_says_which_one_it_has(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    write(folder, "config.json", {"model_type": "mpt", "tokenizer_name": "EleutherAI/gpt-neox-20b"})
+    with pytest.raises(ModelError, match=r"must contain it, .*; config.json names that of 'EleutherAI/gpt-neox-20b'$"):
+        Tokenizer.from_folder(folder)
 
 
 @pytest.mark.parametrize("adds", [True, False])
