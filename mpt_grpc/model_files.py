@@ -25,7 +25,9 @@ def read_text(path: Path) -> str | None:
     """Returns the text of the file, or None if it does not exist. Raises ModelError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise ModelError(f"{path}: a symbolic link to {path.readlink()}, which does not exist") from error
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error

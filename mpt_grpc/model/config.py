@@ -19,6 +19,8 @@ from mpt_grpc.model.published_names import ALIASES, MOSAIC_GPT, given_name, rena
 from mpt_grpc.model_files import read_json
 
 _MAX_CONTEXT_TOKENS = 1 << 31
+_MAX_LAYERS = 1 << 10
+"""More than any model has; describing the parameters of each layer takes time and memory."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class MPTConfig:
             d_model=d_model,
             n_heads=n_heads,
             n_kv_heads=_n_kv_heads(fields, n_heads),
-            n_layers=fields.size("n_layers", 24),
+            n_layers=fields.size("n_layers", 24, _MAX_LAYERS),
             d_ffn=_d_ffn(fields, d_model),
             vocab_size=fields.size("vocab_size", 50368),
             max_seq_len=fields.size("max_seq_len", 2048, _MAX_CONTEXT_TOKENS),

@@ -120,6 +120,7 @@ def _tokens(values: Mapping[Any, object]) -> dict[Any, AddedToken]:
 def _token(value: object) -> AddedToken | None:
     """Returns the special token that a text, or an object with its text and flags, stands for."""
     entry = value if isinstance(value, dict) else {"content": value}
-    if not isinstance(text := entry.get("content"), str):
+    text = entry.get("content")
+    if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
         return None
     return AddedToken(text, **{**{flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}, "special": True})

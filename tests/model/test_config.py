@@ -233,6 +233,7 @@ def test_unimplemented_model_fields_are_named_in_the_error(field: str, value: ob
             "quantization_config: {'bits': 4}: would need quantized weights",
         ),
         (tiny_config(num_experts=8), "num_experts: 8: unknown field, which may change the computation; remove it if"),
+        (tiny_config(n_layers=1 << 24), "n_layers: 16777216: expected an integer from 1 to 1024"),
         ({}, "model_type: None"),
     ],
 )

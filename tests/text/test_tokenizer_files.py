@@ -152,6 +152,21 @@ def test_a_token_with_an_id_that_is_not_free_is_refused(folder: Path) -> None:
         Tokenizer.from_folder(folder)
 
 
+@pytest.mark.parametrize("token", [3, "\ud800", {"content": None}])
+def test_a_value_that_is_not_a_token_is_refused(folder: Path, token: object) -> None:
+    write(folder, "tokenizer_config.json", {"eos_token": token})
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: eos_token: expected a token, not "):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_link_to_nothing_is_no_missing_file(folder: Path) -> None:
+    (folder / "tokenizer_config.json").symlink_to("../blobs/1")
+    with pytest.raises(
+        ModelError, match=r"tokenizer_config.json: a symbolic link to \.\./blobs/1, which does not exist"
+    ):
+        Tokenizer.from_folder(folder)
+
+
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
 def test_an_eos_token_outside_the_vocabulary_is_refused(folder: Path, name: str) -> None:
     write(folder, name, {"model_type": "mpt", "eos_token_id": 50_000})
