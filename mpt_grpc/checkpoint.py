@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.model_files import SENTENCEPIECE_FILES, WEIGHT_LAYOUTS, shard_names
+from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, WEIGHT_LAYOUTS, shard_names
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -81,7 +81,7 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
         folder = fetch(revision, *_FILES)
         commit = folder.name  # the branch may move between two downloads
         if not (folder / "tokenizer.json").is_file():
-            fetch(commit, *SENTENCEPIECE_FILES)
+            fetch(commit, *SENTENCEPIECE_FILES, *BYTE_LEVEL_FILES)
         for single, index in WEIGHT_LAYOUTS if weights else ():
             fetch(commit, single, index)
             if (folder / single).is_file():

@@ -10,6 +10,8 @@ from mpt_grpc.errors import ModelError, WeightsError
 
 SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model")
 """The names of a SentencePiece model, which matters only where there is no tokenizer.json."""
+BYTE_LEVEL_FILES = ("vocab.json", "merges.txt")
+"""The names of a byte-level tokenizer's vocabulary and merges, which matter only without either of the others."""
 WEIGHT_LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),

@@ -145,9 +145,5 @@ the objects `attn_config` and `ffn_config`."""
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a field, named by its path, does not affect the logits.
-
-    transformers and other tools write their internal state with a leading underscore, and their own versions.
-    """
-    leaf = name.removeprefix("attn_config.").removeprefix("ffn_config.")
-    return name in IGNORED or leaf in IGNORED or leaf.startswith("_") or leaf.endswith("_version")
+    """Whether a field, named by its path, does not affect the logits."""
+    return name in IGNORED or (name.startswith(("attn_config.", "ffn_config.")) and name.rpartition(".")[2] in IGNORED)

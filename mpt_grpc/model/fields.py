@@ -110,8 +110,13 @@ class Fields:
     def check_unknown(
         self, read: Collection[str], limited: Iterable[LimitedField], is_ignored: Callable[[str], bool]
     ) -> None:
-        """Refuses the fields that are neither known nor switched off."""
+        """Refuses the fields that are neither known, nor metadata, nor switched off.
+
+        Libraries write their internal state with a leading underscore, and their versions.
+        """
         known = {*read, *(field.name for field in limited)}
         for name, value in self.values.items():
-            if name not in known and not is_ignored(name) and not changes_nothing(value):
+            leaf = name.rpartition(".")[2]
+            is_metadata = leaf.startswith("_") or leaf.endswith("_version")
+            if name not in known and not is_metadata and not is_ignored(name) and not changes_nothing(value):
                 self.refuse(name, value, "unknown field, which may change the computation; remove it if it does not")

@@ -16,9 +16,9 @@ import tokenizers
 from tokenizers import decoders
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.model_files import SENTENCEPIECE_FILES, read_json, read_text
+from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, read_json, read_text
+from mpt_grpc.text import byte_level_files, sentencepiece_model
 from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer
-from mpt_grpc.text.sentencepiece_model import tokenizer_json
 from mpt_grpc.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
 
 PROMPT_TAIL_TOKENS = 8
@@ -66,21 +66,23 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Loads tokenizer.json, or a SentencePiece model, with the tokens that the files beside it add, and the
-        end-of-sequence tokens.
+        """Loads tokenizer.json, or the files from which it can be made, with the tokens that the files beside it add,
+        and the end-of-sequence tokens.
 
         The end-of-sequence tokens come from the first of generation_config.json, config.json and the tokenizer's files
         that specifies them. Raises ModelError, which names the file.
         """
-        path = folder / "tokenizer.json"
+        path, config = folder / "tokenizer.json", read_tokenizer_config(folder)
         text = read_text(path)
         if text is None:
             found = [folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()]
-            if not found:
+            if found:
+                path = found[0]
+                text = sentencepiece_model.tokenizer_json(path)
+            elif all((folder / name).is_file() for name in BYTE_LEVEL_FILES):
+                text = byte_level_files.tokenizer_json(folder, config.class_name)
+            else:
                 raise ModelError(f"{path}: not found; {_missing(folder)}")
-            path = found[0]
-            text = tokenizer_json(path)
-        config = read_tokenizer_config(folder)
         try:
             backend = tokenizers.Tokenizer.from_str(_with_prefix_space(text, config.add_prefix_space))
         except Exception as error:  # tokenizers raises no narrower class
@@ -174,7 +176,8 @@ def _missing(folder: Path) -> str:
     """Returns what to do about a model without a tokenizer."""
     name = (read_json(folder / "config.json") or {}).get("tokenizer_name")
     where = f"; config.json names that of {name[:100]!r}" if isinstance(name, str) and name else ""
-    return f"a model's folder must contain it, or one of {', '.join(SENTENCEPIECE_FILES)}{where}"
+    others = f"one of {', '.join(SENTENCEPIECE_FILES)}, or {' and '.join(BYTE_LEVEL_FILES)}"
+    return f"a model's folder must contain it, {others}{where}"
 
 
 def _byte_level_alphabet() -> dict[str, int]:

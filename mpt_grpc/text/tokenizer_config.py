@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.model_files import read_json, read_text
+from mpt_grpc.model_files import BYTE_LEVEL_FILES, read_json, read_text
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _WITH_DEFAULTS = ("GPTNeoX", "GPT2", "CodeGen")
@@ -30,6 +30,8 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 class TokenizerConfig:
     """What the files beside tokenizer.json specify."""
 
+    class_name: str
+    """The name of the tokenizer's class in transformers."""
     special_tokens: Mapping[str, str]
     """The text of each named token: `bos_token`, `eos_token` and so on."""
     added_tokens: Mapping[str, tuple[int | None, AddedToken]]
@@ -65,6 +67,7 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         added.setdefault(text, (None, token))
     add_prefix_space = config.get("add_prefix_space")
     return TokenizerConfig(
+        class_name=_class_name(config),
         special_tokens={key: token.content for key, token in named.items()},
         added_tokens=added,
         added_to_texts=tuple(
@@ -76,14 +79,15 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
 
 
 def _defaults(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the named tokens of the tokenizer's class that the files need not name, if the vocabulary has them.
-
-    Files without a class have that of MPT's tokenizers, GPT-NeoX's.
-    """
-    name = config.get("tokenizer_class") or "GPTNeoX"
-    if not str(name).startswith(_WITH_DEFAULTS) or json.dumps(_END) not in (read_text(folder / "tokenizer.json") or ""):
+    """Returns the named tokens of the tokenizer's class that the files need not name, if the vocabulary has them."""
+    vocabulary = read_text(folder / "tokenizer.json") or read_text(folder / BYTE_LEVEL_FILES[0]) or ""
+    if not _class_name(config).startswith(_WITH_DEFAULTS) or json.dumps(_END) not in vocabulary:
         return {}
     return dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    return str(config.get("tokenizer_class") or "GPTNeoXTokenizer")  # that of MPT's tokenizers
 
 
 def _from_decoder(path: Path, decoder: Any, special: Collection[str]) -> dict[str, tuple[int | None, AddedToken]]:

@@ -62,6 +62,25 @@ def test_tokenizer_json_alone(folder: Path) -> None:
     assert_as_in_transformers(folder)
 
 
+@pytest.mark.parametrize("class_name", ["GPT2Tokenizer", "GPTNeoXTokenizer"])
+def test_a_vocabulary_and_merges_are_a_tokenizer(folder: Path, class_name: str) -> None:
+    first = next_id(folder)
+    tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).model.save(str(folder))
+    (folder / "tokenizer.json").unlink()
+    write(folder, "tokenizer_config.json", {"tokenizer_class": class_name, "add_prefix_space": False})
+    write(folder, "added_tokens.json", {"<|im_start|>": first})
+    write(folder, "special_tokens_map.json", {"eos_token": END})
+    tokenizer, composed = assert_as_in_transformers(folder), "cafe\u0301"
+    assert tokenizer.vocab_size == first + 1
+    assert list(tokenizer.encode(composed)) == AutoTokenizer.from_pretrained(folder).encode(composed)
+    (folder / "merges.txt").write_text("a b c\n")
+    with pytest.raises(ModelError, match=r"vocab\.json, merges\.txt: not the files of a byte-level tokenizer"):
+        Tokenizer.from_folder(folder)
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "BartTokenizer"})
+    with pytest.raises(ModelError, match=r"without tokenizer\.json, 'BartTokenizer' is not supported"):
+        Tokenizer.from_folder(folder)
+
+
 def test_added_tokens_json_adds_tokens(folder: Path) -> None:
     first = next_id(folder)
     write(folder, "added_tokens.json", {"<|im_end|>": first + 1, "<|im_start|>": first})
