@@ -163,10 +163,14 @@ def test_downloads_what_the_loader_reads_and_nothing_else(
     assert len(hub.downloads) == len(TEXTS) + len(read)  # the cache is used, online and offline
 
 
-def test_a_sentencepiece_model_is_downloaded_where_there_is_no_tokenizer_json(hub: FakeHub, tmp_path: Path) -> None:
-    hub.add("owner/name", {"config.json": b"{}", "spiece.model": b"pieces", "model.safetensors": b"tensors"})
+@pytest.mark.parametrize("names", [["spiece.model"], ["vocab.json", "merges.txt"]])
+def test_other_tokenizers_are_downloaded_where_there_is_no_tokenizer_json(
+    hub: FakeHub, tmp_path: Path, names: list[str]
+) -> None:
+    files = {"config.json": b"{}", "model.safetensors": b"tensors", **dict.fromkeys(names, b"pieces")}
+    hub.add("owner/name", files)
     folder = found("owner/name", tmp_path, HF_ENDPOINT=hub.url)
-    assert {path.name for path in folder.iterdir()} == {"config.json", "spiece.model", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == files.keys()
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: FakeHub, tmp_path: Path) -> None:
