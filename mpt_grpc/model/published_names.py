@@ -77,9 +77,11 @@ def _renamed_from_mosaic_gpt(raw: Mapping[str, Any]) -> dict[str, Any]:
     # Unlike in MPT as transformers reads it, these two are off unless a file sets them.
     fields: dict[str, Any] = {"no_bias": False, "attn_config": {"alibi": False, **nested}}
     for name, value in raw.items():
-        group, _, leaf = _MOSAIC_GPT_FIELDS.get(name, name).rpartition(".")
+        group, _, leaf = _MOSAIC_GPT_FIELDS.get(name, "").rpartition(".")
         if name == _MULTIQUERY and value is True:
             fields["attn_config"]["attn_type"] = _MULTIQUERY
+        elif group:
+            fields[group][leaf] = value
         elif name not in ("attn_config", *_MOSAIC_GPT_TRAINING):
-            (fields[group] if group else fields)[leaf] = value
+            fields[leaf or name] = value
     return fields

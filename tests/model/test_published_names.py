@@ -89,6 +89,7 @@ def test_mosaic_gpt_has_biases_and_learned_positions_unless_its_fields_say_other
         ("mlp_ratio", 0, "json: mlp_ratio: 0.0: "),
         ("n_heads", 12, "n_heads: 12: MosaicGPT had other linear biases unless this is a power of two"),
         ("hidden_size", 32, "hidden_size: 32: differs from d_model, which is 64"),
+        ("ffn_config.width", 1, "ffn_config.width: 1: unknown field, which may change the computation"),
         ("attn_config", 3, "attn_config: expected a JSON object, not 3"),
     ],
 )
