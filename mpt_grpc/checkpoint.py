@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.model_files import SENTENCEPIECE_FILES, WEIGHT_LAYOUTS, shard_names
+from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, WEIGHT_LAYOUTS, shard_names
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -49,17 +49,21 @@ def find_checkpoint(model: str, revision: str | None = None, *, weights: bool = 
     `revision` is a branch, tag or commit of the Hub's repository. With `weights=False` the weights are not downloaded.
     Raises ModelError if there is no such model.
     """
-    path = Path(model).expanduser()
-    is_folder = path.is_dir()
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_there = path.is_dir(), path.exists()
+        has_config = is_folder and (path / "config.json").exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError if there is no home folder for ~
+        raise ModelError(f"--model {model}: {getattr(error, 'strerror', error)}") from error
     if revision is not None and (model == "demo" or is_folder):
         kind = "the built-in model" if model == "demo" else "a folder"
         raise ModelError(f"--revision {revision}: --model {model} is {kind}; only models of the Hub have revisions")
     if model == "demo":
         return Checkpoint("demo", DEMO)
-    if not is_folder and (path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1):
+    if not is_folder and (is_there or model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise ModelError(f"--model {model}: no such folder, and not a Hub ID of the form OWNER/NAME")
     folder = path if is_folder else _download(model, revision, weights)
-    if not (folder / "config.json").exists():
+    if not (has_config if is_folder else (folder / "config.json").exists()):
         raise ModelError(f"--model {model}: no config.json; a model needs it, its tokenizer's files and the weights")
     return Checkpoint(path.resolve().name if is_folder else model, folder)
 
@@ -77,7 +81,7 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
         folder = fetch(revision, *_FILES)
         commit = folder.name  # the branch may move between two downloads
         if not (folder / "tokenizer.json").is_file():
-            fetch(commit, *SENTENCEPIECE_FILES)
+            fetch(commit, *SENTENCEPIECE_FILES, *BYTE_LEVEL_FILES)
         for single, index in WEIGHT_LAYOUTS if weights else ():
             fetch(commit, single, index)
             if (folder / single).is_file():

@@ -19,10 +19,22 @@ _RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
 }
 
 
+_UNSUPPORTED: dict[str, object] = {
+    **dict.fromkeys("num_beams num_beam_groups encoder_repetition_penalty guidance_scale".split(), 1),
+    **dict.fromkeys("no_repeat_ngram_size encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff".split(), 0),
+    **dict.fromkeys("min_length min_new_tokens penalty_alpha diversity_penalty".split(), 0),
+    **dict.fromkeys("bad_words_ids force_words_ids suppress_tokens begin_suppress_tokens".split()),
+    **dict.fromkeys("forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty".split()),
+    **dict.fromkeys("sequence_bias stop_strings top_h constraints dola_layers watermarking_config max_time".split()),
+}
+"""Fields that are not implemented as defaults, with the values that switch them off, besides null, false and empty."""
+
+
 def generation_defaults(folder: Path) -> GenerationDefaults:
     """Returns the defaults in the folder's generation_config.json; fields that it does not set keep the server's.
 
-    `do_sample: false` selects greedy decoding. Raises ModelError if the file is missing or a value is out of range.
+    `do_sample: false` selects greedy decoding. Raises ModelError if the file is missing, or with every value that is
+    out of range or not implemented.
     """
     path = folder / "generation_config.json"
     config = read_json(path)
@@ -31,8 +43,19 @@ def generation_defaults(folder: Path) -> GenerationDefaults:
     given = {name: config[name] for name in _RANGES if config.get(name) is not None}
     if config.get("do_sample") is False:
         given["temperature"] = 0
-    for name, value in given.items():
-        kind, low, high = _RANGES[name]
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= high:
-            raise ModelError(f"{path}: {name}: {value!r} is out of range")
+    obstacles = [f"{name}: {value!r}: {why}" for name, value in given.items() if (why := _range_violation(name, value))]
+    for name, off in _UNSUPPORTED.items():
+        value = config.get(name)
+        if value and value != off:
+            obstacles.append(f"{name}: {value!r}: not supported as a default")
+    if obstacles:
+        raise ModelError(f"{path}: {'; '.join(obstacles)}; change it or use --generation-config server")
     return GenerationDefaults(**given)
+
+
+def _range_violation(name: str, value: object) -> str | None:
+    kind, low, high = _RANGES[name]
+    is_kind = isinstance(value, int | kind) and not isinstance(value, bool)
+    is_valid = is_kind and low <= value <= high  # type: ignore[operator]  # a number
+    words = "an integer" if kind is int else "a number"
+    return None if is_valid else f"expected {words} from {low} to {high}"

@@ -10,22 +10,32 @@ from mpt_grpc.errors import ModelError, WeightsError
 
 SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model")
 """The names of a SentencePiece model, which matters only where there is no tokenizer.json."""
+BYTE_LEVEL_FILES = ("vocab.json", "merges.txt")
+"""The names of a byte-level tokenizer's vocabulary and merges, which matter only without either of the others."""
 WEIGHT_LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 """The weights as a single file, and the index of weights in shards; the first layout in the folder is loaded."""
+LFS_POINTER = "version https://git-lfs."
+"""How the small file begins that Git leaves in place of a large one."""
+LFS_REMEDY = "it is a pointer of Git LFS to the file; run git lfs pull in the checkpoint's repository"
 _MAX_NAME_BYTES = 255
 
 
 def read_text(path: Path) -> str | None:
     """Returns the text of the file, or None if it does not exist. Raises ModelError."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise ModelError(f"{path}: a symbolic link to {path.readlink()}, which does not exist") from error
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error
+    if text.startswith(LFS_POINTER):
+        raise ModelError(f"{path}: cannot be read: {LFS_REMEDY}")
+    return text
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -47,7 +57,10 @@ def shard_names(index: Path) -> list[str]:
     weight_map = (read_json(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict):
         raise WeightsError(f"{index}: not a shard index: weight_map must be a JSON object")
+    names = set()
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or len(name.encode(errors="replace")) > _MAX_NAME_BYTES:
+        plain = str(Path(name)) if isinstance(name, str) else ""  # without a leading ./
+        if Path(plain).name != plain or len(plain.encode(errors="replace")) > _MAX_NAME_BYTES:
             raise WeightsError(f"{index}: shard {name!r} is not in the folder")
-    return sorted(set(weight_map.values()))
+        names.add(plain)
+    return sorted(names)

@@ -97,6 +97,22 @@ def test_finds_the_demo_model_and_folders(tmp_path: Path) -> None:
     assert find_checkpoint(f"{tmp_path}/my-mpt/").name == "my-mpt"
 
 
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [("n" * 5000, "File name too long"), ("~nobody-of-this-name/m", "Could not determine home directory")],
+)
+def test_a_name_that_the_system_refuses_is_refused(model: str, why: str) -> None:
+    with pytest.raises(ModelError, match=f"^--model {model}: {why}"):
+        find_checkpoint(model)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(ModelError, match=r"closed: Permission denied$"):
+        find_checkpoint(str(tmp_path / "closed"))
+
+
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c"])
 def test_rejects_names_that_are_neither_folders_nor_hub_ids(model: str) -> None:
     with pytest.raises(ModelError, match=rf"--model {model}: no such folder, and not a Hub ID"):
@@ -147,10 +163,14 @@ def test_downloads_what_the_loader_reads_and_nothing_else(
     assert len(hub.downloads) == len(TEXTS) + len(read)  # the cache is used, online and offline
 
 
-def test_a_sentencepiece_model_is_downloaded_where_there_is_no_tokenizer_json(hub: FakeHub, tmp_path: Path) -> None:
-    hub.add("owner/name", {"config.json": b"{}", "spiece.model": b"pieces", "model.safetensors": b"tensors"})
+@pytest.mark.parametrize("names", [["spiece.model"], ["vocab.json", "merges.txt"]])
+def test_other_tokenizers_are_downloaded_where_there_is_no_tokenizer_json(
+    hub: FakeHub, tmp_path: Path, names: list[str]
+) -> None:
+    files = {"config.json": b"{}", "model.safetensors": b"tensors", **dict.fromkeys(names, b"pieces")}
+    hub.add("owner/name", files)
     folder = found("owner/name", tmp_path, HF_ENDPOINT=hub.url)
-    assert {path.name for path in folder.iterdir()} == {"config.json", "spiece.model", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == files.keys()
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: FakeHub, tmp_path: Path) -> None:

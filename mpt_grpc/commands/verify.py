@@ -16,7 +16,7 @@ def run(parsed: argparse.Namespace) -> None:
     Raises VerificationError if a check fails or a library is missing, ModelError if there is no such checkpoint, and
     SettingsError for an invalid flag.
     """
-    logs.configure("error")
+    logs.configure("critical")  # what fails is printed as the result of a check
     for library, extra in (("torch", "torch"), ("transformers", "verify")):
         if importlib.util.find_spec(library) is None:
             raise VerificationError(f"verify requires {library}; install the extra {extra!r} (see docs/install.md)")

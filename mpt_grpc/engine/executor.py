@@ -40,7 +40,9 @@ class StepExecutor:
             raise
         except Exception as error:
             if len(plan.sequences) == 1:
-                _log.exception("request %r failed", plan.sequences[0].request_id)
+                # Numbers that are not finite come from the weights: the way through the code says nothing about them.
+                shown = None if isinstance(error, FloatingPointError) else error
+                _log.error("request %r failed: %s", plan.sequences[0].request_id, error, exc_info=shown)
                 fault = InternalError(f"the engine failed: {type(error).__name__}")
                 fault.__cause__ = error
                 return StepResult({}, errors={plan.sequences[0].sequence_id: fault})

@@ -19,6 +19,7 @@ import torch
 from mpt_grpc.engine.memory import dtype_name
 from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.weights import weight_files
+from mpt_grpc.model_files import BYTE_LEVEL_FILES
 from mpt_grpc.request import GenerationDefaults
 from mpt_grpc.settings import ModelSettings
 
@@ -28,7 +29,7 @@ _WHOLE_BYTES = 64 << 20
 """Files up to this size are covered whole."""
 _NUM_SAMPLES, _SAMPLE_BYTES = 1024, 4096
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
-_TEXTS = ("*token*.json", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
+_TEXTS = ("*token*.json", "*.model", *BYTE_LEVEL_FILES, "*.jinja", "additional_chat_templates/*.jinja")
 
 
 def fingerprint(

@@ -142,11 +142,17 @@ def _resolve(settings: Settings) -> _Parts:
     shapes = parameter_shapes(config)
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
-        why = f"tokenizer.json has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
+        why = f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
         raise ModelError(f"{folder}: {why}")
     if not tokenizer.eos_token_ids:
         _log.warning(
             "%s specifies no end-of-sequence token: outputs end only at max_new_tokens or a stop string", folder
+        )
+    if tokenizer.omitted_tokens:
+        _log.warning(
+            "the tokenizer of %s adds %s to every text in transformers, but not here: write them in text prompts",
+            folder,
+            " ".join(tokenizer.omitted_tokens),
         )
     defaults = generation_defaults(folder) if wanted.generation_config == "model" else GenerationDefaults()
     max_context_tokens = wanted.max_context_tokens or config.max_seq_len

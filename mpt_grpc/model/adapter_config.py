@@ -49,8 +49,8 @@ _LIMITED = (
 _IGNORED = frozenset(
     # Metadata, training, initialization, and layouts that MPT's layers do not have.
     "auto_mapping base_model_name_or_path corda_config eva_config fan_in_fan_out inference_mode layers_pattern"
-    " loftq_config lora_dropout lora_ga_config megatron_config megatron_core peft_version qalora_group_size revision"
-    " runtime_config task_type velora_config".split()
+    " loftq_config lora_dropout lora_ga_config megatron_config megatron_core merge_weights peft_version"
+    " qalora_group_size revision runtime_config task_type velora_config".split()
 )
 
 

@@ -15,9 +15,12 @@ from typing import Any
 from mpt_grpc.errors import ConfigError, ModelError
 from mpt_grpc.model.config_fields import LIMITED, READ, activation, is_ignored
 from mpt_grpc.model.fields import MAX_SIZE, Fields, is_number
+from mpt_grpc.model.published_names import ALIASES, MOSAIC_GPT, given_name, renamed_fields
 from mpt_grpc.model_files import read_json
 
 _MAX_CONTEXT_TOKENS = 1 << 31
+_MAX_LAYERS = 1 << 10
+"""More than any model has; describing the parameters of each layer takes time and memory."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,9 @@ class MPTConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> MPTConfig:
         """Parses the content of `config.json`. Raises ConfigError with every field that is not supported."""
-        if raw.get("model_type") != "mpt":
-            raise ConfigError(f"config.json: model_type: {raw.get('model_type')!r} is not supported; only 'mpt' is")
+        if raw.get("model_type") not in ("mpt", MOSAIC_GPT):
+            why = f"is not supported; only 'mpt' and {MOSAIC_GPT!r} are"
+            raise ConfigError(f"config.json: model_type: {raw.get('model_type')!r} {why}")
         fields = _fields(raw)
         fields.check_limited(LIMITED)
         d_model, n_heads = fields.size("d_model", 2048), fields.size("n_heads", 16)
@@ -96,12 +100,15 @@ class MPTConfig:
         alibi = fields.boolean("attn_config.alibi", rope is None)
         learned_positions = fields.boolean("learned_pos_emb", True)
         bias_max = fields.number("attn_config.alibi_bias_max")
+        if raw["model_type"] == MOSAIC_GPT and alibi and n_heads.bit_count() != 1:
+            fields.refuse("n_heads", n_heads, "MosaicGPT had other linear biases unless this is a power of two")
         softmax_scale = fields.number("attn_config.softmax_scale")
+        norm_eps = fields.number("norm_eps")
         config = cls(
             d_model=d_model,
             n_heads=n_heads,
             n_kv_heads=_n_kv_heads(fields, n_heads),
-            n_layers=fields.size("n_layers", 24),
+            n_layers=fields.size("n_layers", 24, _MAX_LAYERS),
             d_ffn=_d_ffn(fields, d_model),
             vocab_size=fields.size("vocab_size", 50368),
             max_seq_len=fields.size("max_seq_len", 2048, _MAX_CONTEXT_TOKENS),
@@ -114,7 +121,7 @@ class MPTConfig:
             clip_qkv=fields.number("attn_config.clip_qkv") or None,
             qk_ln=fields.boolean("attn_config.qk_ln", False),
             rms_norm=str(fields.get("norm_type")).lower().endswith("rmsnorm"),
-            norm_eps=_norm_eps(fields),
+            norm_eps=1e-5 if norm_eps is None else norm_eps,
             bias=not no_bias,
             qkv_bias=not no_bias if fields.get("attention_bias") is None else fields.boolean("attention_bias", False),
             gated_ffn=str(fields.get("ffn_config.ffn_type")).lower() == "mptglu",
@@ -131,14 +138,18 @@ class MPTConfig:
 
 def _fields(raw: Mapping[str, Any]) -> Fields:
     """Returns the fields by their paths, with a dot between an object and its fields."""
-    groups = ("attn_config", "ffn_config")
-    fields = Fields({name: value for name, value in raw.items() if name not in groups})
+    groups, renamed = ("attn_config", "ffn_config"), renamed_fields(raw)
+    others = {name: value for name, value in renamed.items() if name not in groups}
+    fields = Fields(others, lambda name: given_name(name, raw))
     for group in groups:
-        content = {} if raw.get(group) is None else raw[group]
+        content = {} if renamed.get(group) is None else renamed[group]
         if isinstance(content, Mapping):
             fields.values |= {f"{group}.{name}": value for name, value in content.items()}
         else:
             fields.obstacles.append(f"{group}: expected a JSON object, not {content!r}")
+    for alias, name in ALIASES.items():
+        if (value := fields.values.pop(alias, None)) is not None:
+            fields.refuse(alias, value, f"differs from {name}, which is {fields.get(name)!r}")
     return fields
 
 
@@ -202,15 +213,6 @@ def _d_ffn(fields: Fields, d_model: int) -> int:
         fields.refuse("expansion_ratio", ratio, why)
         return d_model
     return int(d_ffn)
-
-
-def _norm_eps(fields: Fields) -> float:
-    """Returns the epsilon of layer norm, which llm-foundry calls `norm_eps` and transformers `layer_norm_epsilon`."""
-    names = ("norm_eps", "layer_norm_epsilon")
-    stated = [value for value in map(fields.number, names) if value is not None]
-    if len(set(stated)) > 1:
-        fields.refuse("layer_norm_epsilon", stated[1], f"differs from norm_eps, which is {stated[0]!r}")
-    return stated[0] if stated else 1e-5
 
 
 def _logit_scale(fields: Fields, d_model: int) -> float | None:

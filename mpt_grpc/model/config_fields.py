@@ -22,6 +22,15 @@ def _has_no_attention_scale(value: Any) -> bool:
     return value is None or (isinstance(value, Mapping) and not value.get("attn_scale"))
 
 
+def _is_not_quantized(value: Any) -> bool:
+    options = value if isinstance(value, Mapping) else {}
+    # Bitsandbytes' options are saved even if they select nothing.
+    selects_nothing = options.get("quant_method") == "bitsandbytes" and not (
+        options.get("load_in_4bit") or options.get("load_in_8bit")
+    )
+    return changes_nothing(value) or selects_nothing
+
+
 def _is_plain_linear(value: Any) -> bool:
     name = value.get("name") if isinstance(value, Mapping) else value
     return name in (None, "torch", "te")
@@ -49,9 +58,9 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 """The implemented activations of the feed-forward layers."""
 
 READ: Mapping[str, str] = {
-    "d_model": "width of the hidden states",
-    "n_heads": "number of attention heads",
-    "n_layers": "number of layers",
+    "d_model": "width of the hidden states; also called hidden_size",
+    "n_heads": "number of attention heads; also called num_attention_heads",
+    "n_layers": "number of layers; also called num_hidden_layers",
     "vocab_size": "rows of the embedding",
     "max_seq_len": "context length that the model was trained with",
     "expansion_ratio": "width of the feed-forward layers divided by d_model",
@@ -64,7 +73,6 @@ READ: Mapping[str, str] = {
     "logit_scale": "factor of the logits: a number or inv_sqrt_d_model",
     "final_logit_softcapping": "bound of the logits, which tanh approaches",
     "norm_eps": "epsilon of the normalization layers; transformers calls it layer_norm_epsilon",
-    "layer_norm_epsilon": "the same as norm_eps",
     "attn_config.attn_type": "multihead_attention, multiquery_attention or grouped_query_attention",
     "attn_config.kv_n_heads": "number of key and value heads",
     "attn_config.alibi": "whether attention has linear biases (ALiBi)",
@@ -85,6 +93,8 @@ LIMITED = (
     one_of("norm_type", NORM_TYPES, "another normalization"),
     LimitedField("block_overrides", "null or without overrides", "layers that differ", _has_no_overrides),
     LimitedField("fc_type", "torch or te", "another linear layer", _is_plain_linear),
+    LimitedField("quantization_config", "null or without effect", "quantized weights", _is_not_quantized),
+    one_of("is_causal", (True, None), "bidirectional attention"),
     one_of("attn_config.prefix_lm", (False, None), "bidirectional attention over a prefix"),
     one_of("attn_config.qk_gn", (False, None), "group normalization of queries and keys"),
     one_of("attn_config.nope", (False, None), "attention without positions"),
@@ -112,11 +122,11 @@ LIMITED = (
 IGNORED = frozenset(
     # llm-foundry: training, initialization, and choices of kernels that compute the same.
     "attn_config.attn_impl attn_config.attn_pdrop attn_config.attn_uses_sequence_id attn_config.fc_type"
-    " attn_config.seq_parallel_world_size emb_pdrop embedding_fraction init_config init_device loss_fn name resid_pdrop"
-    " use_cache use_pad_tok_in_ffn verbose"
+    " attn_config.seq_parallel_world_size attn_config.use_flash_attn attn_impl emb_pdrop embedding_fraction"
+    " init_config init_device loss_fn name resid_pdrop use_cache use_pad_tok_in_ffn verbose"
     # transformers: metadata, and sampling options that it used to write into every configuration.
-    " _attn_implementation_autoset _name_or_path add_cross_attention architectures attn_pdrop auto_map bad_words_ids"
-    " begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id"
+    " add_cross_attention architectures attn_implementation attn_pdrop auto_map bad_words_ids begin_suppress_tokens"
+    " bos_token_id cache_implementation chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id"
     " diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id"
     " exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label"
     " initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type"
@@ -124,7 +134,11 @@ IGNORED = frozenset(
     " output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict"
     " return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss"
     " tie_encoder_decoder tokenizer_class tokenizer_name top_k top_p torch_dtype torchscript transformers_version"
-    " typical_p use_bfloat16".split()
+    " typical_p use_bfloat16"
+    # transformers and training tools: lengths that MPT does not read, and how a checkpoint is loaded or trained.
+    " code_revision gradient_checkpointing low_cpu_mem_usage max_new_tokens max_position_embeddings model_max_length"
+    " n_positions pad_token revision seq_length transformers.js_config trust_remote_code use_return_dict"
+    " use_safetensors".split()
 )
 """The fields that do not affect the logits at inference, whatever their value. transformers also writes its own into
 the objects `attn_config` and `ffn_config`."""

@@ -62,11 +62,14 @@ def is_number(value: Any, least: float = -sys.float_info.max) -> bool:
 class Fields:
     """The fields of an object by their names, and the obstacles found in them so far."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], given_name: Callable[[str], str] = str) -> None:
+        """given_name: returns the name that a field has in the file."""
         self.values = values
         self.obstacles: list[str] = []
+        self._given_name = given_name
 
     def refuse(self, name: str, value: object, why: str) -> None:
+        name = self._given_name(name)
         shown = repr(value)
         shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}…"
         self.obstacles.append(f"{name if _NAME.fullmatch(name) else repr(name[:_MAX_SHOWN])}: {shown}: {why}")
@@ -107,8 +110,13 @@ class Fields:
     def check_unknown(
         self, read: Collection[str], limited: Iterable[LimitedField], is_ignored: Callable[[str], bool]
     ) -> None:
-        """Refuses the fields that are neither known nor switched off."""
+        """Refuses the fields that are neither known, nor metadata, nor switched off.
+
+        Libraries write their internal state with a leading underscore, and their versions.
+        """
         known = {*read, *(field.name for field in limited)}
         for name, value in self.values.items():
-            if name not in known and not is_ignored(name) and not changes_nothing(value):
-                self.refuse(name, value, "unknown field, which may change the computation")
+            leaf = name.rpartition(".")[2]
+            is_metadata = leaf.startswith("_") or leaf.endswith("_version")
+            if name not in known and not is_metadata and not is_ignored(name) and not changes_nothing(value):
+                self.refuse(name, value, "unknown field, which may change the computation; remove it if it does not")

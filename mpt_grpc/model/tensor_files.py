@@ -1,11 +1,10 @@
-"""Reads tensors one at a time from memory-mapped safetensors and PyTorch zip files.
+"""Reads tensors one at a time from memory-mapped safetensors and PyTorch files.
 
 PyTorch files are read with `weights_only=True`, so torch rejects any other content of a pickle and never executes it.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,23 +13,59 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpt_grpc.errors import WeightsError
+from mpt_grpc.model_files import LFS_POINTER, LFS_REMEDY
+
+_ZIP = b"PK\x03\x04"
 
 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """Yields the names and tensors of all files. Raises WeightsError naming the file that cannot be read."""
     for file in files:
         try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.offset_keys():
-                        yield name, opened.get_tensor(name)
-            else:
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                if not isinstance(state, dict) or not all(
-                    isinstance(value, Tensor) and value.layout is torch.strided for value in state.values()
-                ):
-                    raise WeightsError(f"{file}: expected a mapping of names to dense tensors")
-                for name in state:
-                    yield name, state[name]
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-            raise WeightsError(f"cannot read {file}: {error}") from error
+            yield from _safetensors(file) if file.suffix == ".safetensors" else _pytorch(file)
+        except WeightsError:
+            raise
+        except Exception as error:  # of any class: the libraries read as far as a damaged file makes sense
+            raise WeightsError(f"cannot read {file}: {_reason(file, error)}") from error
+
+
+def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.offset_keys():
+            yield name, opened.get_tensor(name)
+
+
+def _pytorch(file: Path) -> Iterator[tuple[str, Tensor]]:
+    # Before version 1.6, PyTorch saved no zip files, which are the only ones that it maps into memory.
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=_beginning(file).startswith(_ZIP))
+    if not isinstance(state, dict) or not all(isinstance(name, str) and _is_dense(state[name]) for name in state):
+        raise WeightsError(f"{file}: expected a mapping of names to dense tensors")
+    for name in state:
+        yield name, state[name]
+
+
+def _is_dense(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_nested or value.is_quantized)
+    )
+
+
+def _beginning(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(len(LFS_POINTER))
+
+
+def _reason(file: Path, error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    beginning = _beginning(file)
+    if beginning == LFS_POINTER.encode():
+        return LFS_REMEDY
+    if not beginning:
+        return "the file is empty"
+    if isinstance(error, RuntimeError | SafetensorError):
+        return " ".join(str(error).split()).partition(". ")[0]
+    return "it contains other objects than tensors, or it is damaged"

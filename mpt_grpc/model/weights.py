@@ -6,7 +6,7 @@ The weights are in a single file, or in shards with an index. Adapters are merge
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.linear import Embedding, Linear, Norm, WeightFormat
 from mpt_grpc.model.mpt import MPT
+from mpt_grpc.model.published_names import renamed_tensor
 from mpt_grpc.model.tensor_files import read_tensors
 from mpt_grpc.model_files import WEIGHT_LAYOUTS, shard_names
 
@@ -32,7 +33,7 @@ def load_model(folder: Path, config: MPTConfig, weight_format: WeightFormat, ada
 
     Raises WeightsError naming the tensor if one is missing, unexpected or has the wrong shape.
     """
-    return _fill(config, read_tensors(weight_files(folder)), weight_format, adapters)
+    return _fill(config, _stored(folder), weight_format, adapters)
 
 
 def random_model(config: MPTConfig, weight_format: WeightFormat) -> MPT:
@@ -64,7 +65,12 @@ def num_parameters(config: MPTConfig) -> int:
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
     """Returns the checkpoint's tensors by name, mapped from the files into memory. Raises WeightsError."""
-    return dict(read_tensors(weight_files(folder)))
+    tensors = dict(_stored(folder))
+    return tensors if _EMBEDDING in tensors else {**tensors, _EMBEDDING: tensors[_HEAD]}
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    return ((renamed_tensor(name), tensor) for name, tensor in read_tensors(weight_files(folder)))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -95,34 +101,57 @@ def _fill(
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     dtype, item_bytes = weight_format.dtype, weight_format.stored_dtype.itemsize
     total_bytes = sum(shape.numel() for shape in expected.values()) * item_bytes
-    missing, head, embedding = set(expected), None, None
+    missing = set(expected)
     with _progress(total_bytes) as advance:
-        for name, tensor in tensors:
+        for name, tensor in _with_tied_head(tensors, dtype) if config.tied_head else tensors:
             if name.startswith(_COMPUTED):
                 continue
-            if name == _HEAD and config.tied_head:
-                head = tensor  # compared with the embedding at the end, whichever shards they are in
-                continue
-            if name == _EMBEDDING:
-                embedding = tensor
             if name not in expected:
                 is_bias = name.endswith(".bias") and name.removesuffix("bias") + "weight" in expected
                 hint = "; config.json sets no_bias to true, which is also the default" if is_bias else ""
                 raise WeightsError(f"tensor {name!r} is not part of this model{hint}")
-            if tensor.shape != expected[name]:
-                raise WeightsError(f"tensor {name!r} has shape {list(tensor.shape)}, not {list(expected[name])}")
+            if name not in missing:
+                raise WeightsError(f"tensor {name!r} is stored twice")
+            _check_shape(name, tensor, expected[name])
+            if not tensor.is_floating_point():
+                why = "supported: floating-point types, since weights that were quantized are not loaded"
+                raise WeightsError(f"tensor {name!r} has type {tensor.dtype}; {why}")
             for adapter in adapters:
                 tensor = adapter.merged(name, tensor)
             _set(model, name, tensor, weight_format)
-            missing.discard(name)
+            missing.remove(name)
             advance(tensor.numel() * item_bytes)
     if missing:
         raise WeightsError(f"tensor {min(missing)!r} is missing; {len(missing)} missing in total")
-    if head is not None and embedding is not None and not torch.equal(embedding.to(dtype), head.to(dtype)):
-        why = "config.json sets tie_word_embeddings to true, which is also the default"
-        raise WeightsError(f"tensor {_HEAD!r} differs from {_EMBEDDING!r}, but {why}")
     model.weight_format = weight_format
     return model.eval()
+
+
+def _with_tied_head(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yields the embedding once, whether it is stored by its own name, by that of the output layer, or by both.
+
+    Raises WeightsError if the two differ by more than rounding to the type in which the model is computed.
+    """
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if name in (_HEAD, _EMBEDDING):
+            stored[name] = tensor
+        if name != _HEAD:
+            yield name, tensor
+    head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
+    if head is not None and embedding is None:
+        yield _EMBEDDING, head
+    elif head is not None and embedding is not None:
+        _check_shape(_HEAD, head, embedding.shape)
+        coarsest = min(head.dtype, embedding.dtype, dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(embedding.to(coarsest), head.to(coarsest)):
+            why = "config.json sets tie_word_embeddings to true, which is also the default"
+            raise WeightsError(f"tensor {_HEAD!r} differs from {_EMBEDDING!r}, but {why}")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: torch.Size) -> None:
+    if tensor.shape != expected:
+        raise WeightsError(f"tensor {name!r} has shape {list(tensor.shape)}, not {list(expected)}")
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor, weight_format: WeightFormat) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import Template, meta, nodes
+from jinja2 import Template, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -106,7 +106,13 @@ def compiled(source: str) -> Template:
 
     Raises jinja2.TemplateSyntaxError.
     """
-    return _environment().from_string(source)
+    try:
+        return _environment().from_string(source)
+    except TemplateSyntaxError:
+        raise
+    except Exception as error:  # those of Python, to which Jinja translates a template: of its depth or its numbers
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise TemplateSyntaxError(why, lineno=1) from error
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -43,7 +43,9 @@ def find_chat_template(wanted: str, folder: Path, model_name: str) -> ChatTempla
         try:
             return _from_source("model", own[name], tokens)
         except TemplateSyntaxError as error:
-            raise ModelError(f"{folder}: invalid chat template {name!r}, line {error.lineno}: {error}") from error
+            raise ModelError(
+                f"{folder}: invalid chat template {name!r}, line {error.lineno}: {error.message}"
+            ) from error
     if wanted != "auto":
         names = ", ".join(("auto", *_BUILT_IN, *own))
         why = f"expected {names}, a Jinja file, or a text with {{{{ or {{%, got {wanted!r}"
@@ -92,7 +94,7 @@ def _given(name: str, source: str, tokens: Mapping[str, str], where: str) -> Cha
     try:
         return _from_source(name, source, tokens)
     except TemplateSyntaxError as error:
-        raise SettingsError(f"{where} line {error.lineno}: {error}") from error
+        raise SettingsError(f"{where} line {error.lineno}: {error.message}") from error
 
 
 def _from_source(name: str, source: str, tokens: Mapping[str, str]) -> ChatTemplate:

@@ -16,9 +16,9 @@ import tokenizers
 from tokenizers import decoders
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.model_files import SENTENCEPIECE_FILES, read_json, read_text
+from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, read_json, read_text
+from mpt_grpc.text import byte_level_files, sentencepiece_model
 from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer
-from mpt_grpc.text.sentencepiece_model import tokenizer_json
 from mpt_grpc.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
 
 PROMPT_TAIL_TOKENS = 8
@@ -39,13 +39,22 @@ class Tokenizer:
     """The tokens that end an output; empty if the model's files specify none."""
     special_texts: frozenset[str]
     """The texts that `encode` turns into special tokens."""
+    omitted_tokens: tuple[str, ...]
+    """The tokens that transformers adds to every text and `encode` does not."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_token_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        eos_token_ids: frozenset[int] = frozenset(),
+        omitted_tokens: Sequence[str] = (),
+    ) -> None:
         backend.no_truncation()  # a file may enable both, but prompts must not be silently truncated or padded
         backend.no_padding()
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.max_token_bytes = max(map(len, (t.encode() for t in backend.get_vocab(with_added_tokens=True))), default=0)
         self.eos_token_ids = eos_token_ids
+        added = backend.encode("").tokens if backend.num_special_tokens_to_add(is_pair=False) else ()
+        self.omitted_tokens = tuple(omitted_tokens or added)
         self._backend = backend
         special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._special_ids, self.special_texts = frozenset(special), frozenset(special.values())
@@ -57,22 +66,23 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Loads tokenizer.json, or a SentencePiece model, with the tokens that the files beside it add, and the
-        end-of-sequence tokens.
+        """Loads tokenizer.json, or the files from which it can be made, with the tokens that the files beside it add,
+        and the end-of-sequence tokens.
 
         The end-of-sequence tokens come from the first of generation_config.json, config.json and the tokenizer's files
         that specifies them. Raises ModelError, which names the file.
         """
-        path = folder / "tokenizer.json"
+        path, config = folder / "tokenizer.json", read_tokenizer_config(folder)
         text = read_text(path)
         if text is None:
             found = [folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()]
-            if not found:
-                why = f"a model's folder must contain it, or one of {', '.join(SENTENCEPIECE_FILES)}"
-                raise ModelError(f"{path}: not found; {why}")
-            path = found[0]
-            text = tokenizer_json(path)
-        config = read_tokenizer_config(folder)
+            if found:
+                path = found[0]
+                text = sentencepiece_model.tokenizer_json(path)
+            elif all((folder / name).is_file() for name in BYTE_LEVEL_FILES):
+                text = byte_level_files.tokenizer_json(folder, config.class_name)
+            else:
+                raise ModelError(f"{path}: not found; {_missing(folder)}")
         try:
             backend = tokenizers.Tokenizer.from_str(_with_prefix_space(text, config.add_prefix_space))
         except Exception as error:  # tokenizers raises no narrower class
@@ -87,7 +97,7 @@ class Tokenizer:
                 why = f"eos_token {eos_token!r} is not in tokenizer.json"
                 raise ModelError(f"{folder / 'tokenizer_config.json'}: {why}")
             eos_token_ids = frozenset(i for i in (backend.token_to_id(eos_token),) if i is not None)
-        return cls(backend, eos_token_ids or frozenset())
+        return cls(backend, eos_token_ids or frozenset(), config.added_to_texts)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Returns the IDs of `text`; no tokens are added. The text of a special token, such as `<|endoftext|>`, is
@@ -160,6 +170,14 @@ class Tokenizer:
         for token_id in reversed(tuple(islice(not_skipped, PROMPT_TAIL_TOKENS))):
             detokenizer.feed(token_id)  # text returned here is the prompt's; what is held back goes to the output
         return detokenizer
+
+
+def _missing(folder: Path) -> str:
+    """Returns what to do about a model without a tokenizer."""
+    name = (read_json(folder / "config.json") or {}).get("tokenizer_name")
+    where = f"; config.json names that of {name[:100]!r}" if isinstance(name, str) and name else ""
+    others = f"one of {', '.join(SENTENCEPIECE_FILES)}, or {' and '.join(BYTE_LEVEL_FILES)}"
+    return f"a model's folder must contain it, {others}{where}"
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -7,6 +7,7 @@ that tokenizer.json may lack.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,13 @@ from typing import Any
 from tokenizers import AddedToken
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.model_files import read_json
+from mpt_grpc.model_files import BYTE_LEVEL_FILES, read_json, read_text
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_WITH_DEFAULTS = ("GPTNeoX", "GPT2", "CodeGen")
+"""How the names of the classes begin whose special tokens are `<|endoftext|>` unless the files name others."""
+_END = "<|endoftext|>"
+_ADDABLE = ("bos_token", "eos_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -25,10 +30,14 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 class TokenizerConfig:
     """What the files beside tokenizer.json specify."""
 
+    class_name: str
+    """The name of the tokenizer's class in transformers."""
     special_tokens: Mapping[str, str]
     """The text of each named token: `bos_token`, `eos_token` and so on."""
     added_tokens: Mapping[str, tuple[int | None, AddedToken]]
     """The tokens that the tokenizer must have, by their text, with their IDs where the files specify them."""
+    added_to_texts: tuple[str, ...]
+    """The named tokens that transformers adds at the beginning or the end of every text."""
     add_prefix_space: bool | None
     """Whether byte-level tokenization puts a space before the text; None leaves it to tokenizer.json."""
     chat_template: object
@@ -43,24 +52,42 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     if not has_decoder:
         config |= read_json(folder / "special_tokens_map.json") or {}
     for key in _NAMED:
-        if config.get(key) is not None and _text(config[key]) is None:
+        if config.get(key) is not None and _token(config[key]) is None:
             raise ModelError(f"{path}: {key}: expected a token, not {config[key]!r}")
-    named = _texts({key: value for key, value in config.items() if key.endswith("_token")})
+    if config.get("split_special_tokens"):
+        raise ModelError(f"{path}: split_special_tokens: special tokens are always recognized; remove the field")
+    named = _tokens({**_defaults(folder, config), **{k: value for k, value in config.items() if k.endswith("_token")}})
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or {}
     if not isinstance(extra, dict | list):
         raise ModelError(f"{path}: additional_special_tokens: expected a list of tokens, not {extra!r}")
-    extra = extra if isinstance(extra, dict) else dict(enumerate(extra))
-    special = dict.fromkeys((*named.values(), *_texts(extra).values()))
+    extra = _tokens(extra if isinstance(extra, dict) else dict(enumerate(extra)))
+    special = {token.content: token for token in (*named.values(), *extra.values())}
     added = _from_decoder(path, config["added_tokens_decoder"], special) if has_decoder else _legacy(folder, special)
-    for text in special:
-        added.setdefault(text, (None, AddedToken(text, special=True)))
+    for text, token in special.items():
+        added.setdefault(text, (None, token))
     add_prefix_space = config.get("add_prefix_space")
     return TokenizerConfig(
-        special_tokens=named,
+        class_name=_class_name(config),
+        special_tokens={key: token.content for key, token in named.items()},
         added_tokens=added,
+        added_to_texts=tuple(
+            token.content for key, token in named.items() if key in _ADDABLE and config.get(f"add_{key}") is True
+        ),
         add_prefix_space=add_prefix_space if isinstance(add_prefix_space, bool) else None,
         chat_template=config.get("chat_template"),
     )
+
+
+def _defaults(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the named tokens of the tokenizer's class that the files need not name, if the vocabulary has them."""
+    vocabulary = read_text(folder / "tokenizer.json") or read_text(folder / BYTE_LEVEL_FILES[0]) or ""
+    if not _class_name(config).startswith(_WITH_DEFAULTS) or json.dumps(_END) not in vocabulary:
+        return {}
+    return dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    return str(config.get("tokenizer_class") or "GPTNeoXTokenizer")  # that of MPT's tokenizers
 
 
 def _from_decoder(path: Path, decoder: Any, special: Collection[str]) -> dict[str, tuple[int | None, AddedToken]]:
@@ -90,10 +117,14 @@ def _legacy(folder: Path, special: Collection[str]) -> dict[str, tuple[int | Non
     return added
 
 
-def _texts(tokens: Mapping[Any, object]) -> dict[Any, str]:
-    return {key: text for key, value in tokens.items() if (text := _text(value)) is not None}
+def _tokens(values: Mapping[Any, object]) -> dict[Any, AddedToken]:
+    return {key: token for key, value in values.items() if (token := _token(value)) is not None}
 
 
-def _text(value: object) -> str | None:
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
+def _token(value: object) -> AddedToken | None:
+    """Returns the special token that a text, or an object with its text and flags, stands for."""
+    entry = value if isinstance(value, dict) else {"content": value}
+    text = entry.get("content")
+    if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
+        return None
+    return AddedToken(text, **{**{flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}, "special": True})

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from mpt_grpc.checkpoint import Checkpoint
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.published_names import MOSAIC_GPT, renamed_fields
 from mpt_grpc.model.weights import parameter_shapes, stored_tensors
 from mpt_grpc.request import GenerationRequest, LogprobOptions, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
@@ -76,12 +78,13 @@ def model_checks(wanted: ModelSettings, checkpoint: Checkpoint) -> Iterator[Chec
 def _served(wanted: ModelSettings) -> _Served:
     engine, model = load_engine(Settings(model=wanted, cache=CacheSettings(kv_cache_bytes=_CACHE_BYTES)))
     tokenizer, limits = engine.preparation.tokenizer, engine.preparation.limits
-    prompt = tokenizer.encode(PROMPT)[: min(_MAX_PROMPT_TOKENS, limits.max_context_tokens - _NUM_NEW_TOKENS)]
+    num_new_tokens = min(_NUM_NEW_TOKENS, limits.max_context_tokens // 2)
+    prompt = tokenizer.encode(PROMPT)[: min(_MAX_PROMPT_TOKENS, limits.max_context_tokens - num_new_tokens)]
     request = GenerationRequest(
         "verify",
         prompt,
         SamplingParameters(temperature=0),
-        stopping=StoppingCriteria(max_new_tokens=_NUM_NEW_TOKENS, ignore_eos=True),
+        stopping=StoppingCriteria(max_new_tokens=num_new_tokens, ignore_eos=True),
         logprobs=LogprobOptions(prompt=True, output=True),
     )
     with engine:
@@ -98,10 +101,15 @@ def _served(wanted: ModelSettings) -> _Served:
 
 
 def _reference_scores(folder: Path, adapters: Sequence[Path], served: _Served) -> _Scores:
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    raw = renamed_fields(_raw_config(folder))
     shapes = parameter_shapes(MPTConfig.from_file(folder / "config.json"))
     weights = _Float64(stored_tensors(folder), [Adapter.from_folder(adapter, shapes) for adapter in adapters])
     return _Scores.from_logits(reference_logits(weights, raw, served.token_ids), served)
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    return raw
 
 
 class _Float64(Mapping[str, Array]):
@@ -134,7 +142,9 @@ def _plausibility_check(served: _Served, scores: _Scores) -> Check:
 
 
 def _transformers_check(folder: Path, adapters: Sequence[Path], served: _Served) -> Check:
-    if ignored := _ignored_by_transformers(MPTConfig.from_file(folder / "config.json")):
+    if _raw_config(folder)["model_type"] == MOSAIC_GPT:
+        return Check("transformers", "skipped", f"it does not know {MOSAIC_GPT}")
+    if ignored := _ignored_by_transformers(_raw_config(folder), MPTConfig.from_file(folder / "config.json")):
         return Check("transformers", "skipped", f"it ignores {', '.join(ignored)}")
     if adapters and importlib.util.find_spec("peft") is None:
         return Check("transformers", "skipped", "merging adapters requires peft, which the extra 'verify' installs")
@@ -150,7 +160,7 @@ def _transformers_check(folder: Path, adapters: Sequence[Path], served: _Served)
     return _comparison("transformers", served, _Scores.from_logits(logits, served))
 
 
-def _ignored_by_transformers(config: MPTConfig) -> list[str]:
+def _ignored_by_transformers(raw: Mapping[str, Any], config: MPTConfig) -> list[str]:
     """Returns the fields of config.json that change the computation here, but not in transformers' MptForCausalLM."""
     ignored = {
         "attn_config.alibi": not config.alibi,
@@ -164,6 +174,7 @@ def _ignored_by_transformers(config: MPTConfig) -> list[str]:
         "final_logit_softcapping": config.logit_softcap is not None,
         "logit_scale": config.logit_scale is not None,
         "no_bias": config.bias or config.qkv_bias,
+        "norm_eps": config.norm_eps != raw.get("layer_norm_epsilon", 1e-5),
         "norm_type": config.rms_norm,
     }
     return [name for name, is_ignored in ignored.items() if is_ignored]

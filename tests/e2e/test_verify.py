@@ -102,7 +102,9 @@ def test_weights_that_are_not_finite_fail(tmp_path: Path) -> None:
     tensors = load_file(broken / "model.safetensors")
     tensors["transformer.blocks.3.ffn.up_proj.weight"][7, 7] = torch.nan
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    assert "not finite" in failures(broken)["checkpoint"]
+    ended = verify(FLOAT32, "--model", str(broken))
+    assert re.search(r"^checkpoint +FAILED +the model's .* are not finite$", ended.stdout, re.MULTILINE)
+    assert ended.stderr == "mpt-grpc: the checkpoint fails: checkpoint\n"
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,7 @@ def test_weights_that_are_not_finite_fail(tmp_path: Path) -> None:
         tiny_config({"rope": True, "sliding_window_size": 20}, norm_type="rmsnorm", vocab_size=4096),
         tiny_config({"alibi_bias_max": 16, "qk_ln": True}, no_bias=False, vocab_size=4096, max_seq_len=256),
         tiny_config(ffn_config={"ffn_type": "mptglu"}, tie_word_embeddings=False, vocab_size=4096),
+        tiny_config(norm_eps=0.1, vocab_size=4096, max_seq_len=20),
     ],
 )
 def test_variants_that_transformers_ignores_are_compared_with_the_reference(
@@ -122,6 +125,16 @@ def test_variants_that_transformers_ignores_are_compared_with_the_reference(
     assert found["float64 reference"].verdict == "same"
     assert found["transformers"].verdict == "skipped"
     assert not found["plausibility"].passed, "the weights are random"
+
+
+def test_mosaic_gpt_is_compared_with_the_reference(tmp_path: Path) -> None:
+    def rename(config: dict[str, Any]) -> None:
+        del config["attn_config"]
+        config.update(model_type="mosaic_gpt", alibi=True)
+
+    found = by_name(copy_of_demo(tmp_path / "mosaic", rename))
+    assert all(check.passed for check in found.values())
+    assert (found["transformers"].verdict, found["float64 reference"].verdict) == ("skipped", "same")
 
 
 @pytest.mark.parametrize("is_same", [True, False])

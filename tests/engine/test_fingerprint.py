@@ -63,6 +63,7 @@ def appended(name: str) -> Callable[[Path], None]:
         (appended("config.json"), "model"),
         (appended("tokenizer.json"), "text"),
         (appended("chat_template.jinja"), "text"),
+        (appended("merges.txt"), "text"),
     ],
 )
 def test_the_files_that_tokens_depend_on_are_covered(folder: Path, change: Callable[[Path], None], part: str) -> None:

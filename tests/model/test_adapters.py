@@ -225,7 +225,15 @@ def test_all_fields_that_cannot_be_merged_are_refused_at_once(adapter: Path) -> 
 
 def test_fields_without_effect_are_accepted(adapter: Path) -> None:
     before = merged(adapter.parent, adapter)
-    inert = {"new_list": [], "new_switch": False, "new_option": None, "lora_dropout": 0.3, "task_type": "CAUSAL_LM"}
+    inert = {
+        "new_list": [],
+        "new_switch": False,
+        "new_option": None,
+        "_state": 1,
+        "merge_weights": True,
+        "lora_dropout": 0.3,
+        "task_type": "CAUSAL_LM",
+    }
     edit_config(adapter, **inert, bias="NONE", use_dora=None, megatron_core="other", base_model_name_or_path="x/y")
     for name, tensor in merged(adapter.parent, adapter).items():
         assert torch.equal(tensor, before[name])

@@ -227,6 +227,13 @@ def test_unimplemented_model_fields_are_named_in_the_error(field: str, value: ob
         (tiny_config({"attn_type": "multiquery_attention", "kv_n_heads": 2}), "attn_config.kv_n_heads: 2"),
         (tiny_config(norm_eps=1e-5, layer_norm_epsilon=1e-6), "layer_norm_epsilon: 1e-06"),
         ({**tiny_config(), "attn_config": "flash"}, "attn_config: expected a JSON object, not 'flash'"),
+        (tiny_config(num_hidden_layers=3), "num_hidden_layers: 3: differs from n_layers, which is 2"),
+        (
+            tiny_config(quantization_config={"bits": 4}),
+            "quantization_config: {'bits': 4}: would need quantized weights",
+        ),
+        (tiny_config(num_experts=8), "num_experts: 8: unknown field, which may change the computation; remove it if"),
+        (tiny_config(n_layers=1 << 24), "n_layers: 16777216: expected an integer from 1 to 1024"),
         ({}, "model_type: None"),
     ],
 )
@@ -264,6 +271,9 @@ def test_a_config_saved_by_transformers_is_read(tmp_path: Path) -> None:
         tiny_config(ffn_config={"ffn_act_fn": {"name": "gelu", "approximate": "none"}}),
         tiny_config(block_overrides={"order": [{"name": "default"}], "overrides": {}}),
         tiny_config(a_new_feature=False, another=None),
+        tiny_config(_attn_implementation="eager", unsloth_version="1", gradient_checkpointing=True, is_causal=True),
+        tiny_config({"_commit_hash": "0", "model_type": ""}, max_position_embeddings=2048, hidden_size=64),
+        tiny_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": False}),
     ],
 )
 def test_values_that_change_nothing_are_accepted(inert: dict[str, Any]) -> None:

@@ -166,14 +166,24 @@ class Touch:
 def test_code_in_a_pickle_is_rejected_and_not_executed(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     make_checkpoint(tmp_path, CONFIG, {**random_weights(CONFIG), "extra": Touch(trace)}, format="bin")  # type: ignore[dict-item]
-    with pytest.raises(WeightsError, match=r"cannot read .*pytorch_model\.bin"):
+    with pytest.raises(WeightsError, match=r"cannot read .*pytorch_model\.bin: it contains other objects than tensors"):
         load(tmp_path)
     assert not trace.exists()
     torch.load(tmp_path / "pytorch_model.bin", weights_only=False)
     assert trace.exists(), "without weights_only the code is executed"
 
 
-@pytest.mark.parametrize("state", [[torch.ones(2)], {"epoch": 3}, torch.ones(2), {"a": torch.ones(2).to_sparse()}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        [torch.ones(2)],
+        {"epoch": 3},
+        torch.ones(2),
+        {"a": torch.ones(2).to_sparse()},
+        {1: torch.ones(2)},
+        {"a": torch.ones(2, device="meta")},
+    ],
+)
 def test_a_pickle_that_is_not_a_mapping_to_tensors_is_rejected(tmp_path: Path, state: object) -> None:
     make_checkpoint(tmp_path, CONFIG, format="bin")
     torch.save(state, tmp_path / "pytorch_model.bin")
@@ -198,8 +208,26 @@ def test_a_file_in_another_format_is_rejected_by_name(tmp_path: Path, format: Fo
     make_checkpoint(tmp_path, CONFIG, format=format)
     (file,) = weight_files(tmp_path)
     file.write_bytes(content)
-    with pytest.raises(WeightsError, match=file.name):
+    with pytest.raises(WeightsError, match=file.name) as error:
         load(tmp_path)
+    assert "\n" not in str(error.value)
+    assert ("git lfs pull" in str(error.value)) == content.startswith(b"version")
+
+
+def test_a_file_of_an_old_version_of_pytorch_is_loaded(tmp_path: Path) -> None:
+    written = make_checkpoint(tmp_path, CONFIG, format="bin")
+    torch.save(written, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(load(tmp_path).state_dict()[EMBEDDING], written[EMBEDDING])
+
+
+@FORMATS
+def test_an_index_may_name_shards_relative_to_its_folder(tmp_path: Path, format: Format) -> None:  # noqa: A002
+    make_checkpoint(tmp_path, CONFIG, shards=2, format=format)
+    (index,) = tmp_path.glob("*.index.json")
+    names = {name: f"./{shard}" for name, shard in json.loads(index.read_text())["weight_map"].items()}
+    index.write_text(json.dumps({"weight_map": names}))
+    assert len(weight_files(tmp_path)) == 2
+    load(tmp_path)
 
 
 @FORMATS

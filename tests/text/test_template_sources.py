@@ -151,3 +151,13 @@ def test_tokenizer_config_that_is_not_json_raises_model_error(tmp_path: Path) ->
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"tokenizer_config\.json"):
         find_chat_template("auto", tmp_path, "demo")
+
+
+@pytest.mark.parametrize(
+    "source", ["{% if x %}" * 3000, "{% for x in y %}" * 25 + "{% endfor %}" * 25, f"{{{{ 1{'0' * 5000} }}}}"]
+)
+def test_a_template_that_python_cannot_compile_is_refused_in_one_line(tmp_path: Path, source: str) -> None:
+    (tmp_path / "chat_template.jinja").write_text(source)
+    with pytest.raises(ModelError, match="invalid chat template 'default', line 1: ") as error:
+        find_chat_template("auto", tmp_path, "x")
+    assert "\n" not in str(error.value)

@@ -114,7 +114,8 @@ def test_token_bytes_of_other_tokenizers_are_those_of_the_decoded_token() -> Non
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({}, set()),
+        ({}, {"<|endoftext|>"}),
+        ({"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}, set()),
         ({"tokenizer_config.json": {"eos_token": "<|endoftext|>"}}, {"<|endoftext|>"}),
         ({"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>", "lstrip": False}}}, {"<|im_end|>"}),
         ({"tokenizer_config.json": {"eos_token": None}}, set()),

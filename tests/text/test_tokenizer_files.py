@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from mpt_grpc.errors import ModelError
@@ -62,6 +62,25 @@ def test_tokenizer_json_alone(folder: Path) -> None:
     assert_as_in_transformers(folder)
 
 
+@pytest.mark.parametrize("class_name", ["GPT2Tokenizer", "GPTNeoXTokenizer"])
+def test_a_vocabulary_and_merges_are_a_tokenizer(folder: Path, class_name: str) -> None:
+    first = next_id(folder)
+    tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).model.save(str(folder))
+    (folder / "tokenizer.json").unlink()
+    write(folder, "tokenizer_config.json", {"tokenizer_class": class_name, "add_prefix_space": False})
+    write(folder, "added_tokens.json", {"<|im_start|>": first})
+    write(folder, "special_tokens_map.json", {"eos_token": END})
+    tokenizer, composed = assert_as_in_transformers(folder), "cafe\u0301"
+    assert tokenizer.vocab_size == first + 1
+    assert list(tokenizer.encode(composed)) == AutoTokenizer.from_pretrained(folder).encode(composed)
+    (folder / "merges.txt").write_text("a b c\n")
+    with pytest.raises(ModelError, match=r"vocab\.json, merges\.txt: not the files of a byte-level tokenizer"):
+        Tokenizer.from_folder(folder)
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "BartTokenizer"})
+    with pytest.raises(ModelError, match=r"without tokenizer\.json, 'BartTokenizer' is not supported"):
+        Tokenizer.from_folder(folder)
+
+
 def test_added_tokens_json_adds_tokens(folder: Path) -> None:
     first = next_id(folder)
     write(folder, "added_tokens.json", {"<|im_end|>": first + 1, "<|im_start|>": first})
@@ -91,6 +110,51 @@ def test_special_tokens_map_names_the_eos_token_and_fills_templates(folder: Path
     assert find_chat_template("auto", folder, "x").tokens["eos_token"] == END
 
 
+@pytest.mark.parametrize("config", [None, {}, {"tokenizer_class": "GPTNeoXTokenizer"}, {"bos_token": None}])
+def test_tokens_that_no_file_names_are_those_of_the_class(folder: Path, config: dict[str, Any] | None) -> None:
+    if config is not None:
+        write(folder, "tokenizer_config.json", config)
+    assert_as_in_transformers(folder)
+    expected, tokens = AutoTokenizer.from_pretrained(folder), find_chat_template("auto", folder, "x").tokens
+    for name in ("bos_token", "eos_token", "unk_token"):
+        assert tokens.get(name) == getattr(expected, name), name
+
+
+def test_special_tokens_are_added_with_their_flags(folder: Path) -> None:
+    flags = {"lstrip": True, "rstrip": True, "normalized": False, "single_word": False}
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END})
+    write(folder, "special_tokens_map.json", {"pad_token": {"content": "<pad>", **flags}, "eos_token": END})
+    assert_as_in_transformers(folder)
+
+
+def test_tokens_that_transformers_adds_to_texts_are_known_and_not_added(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END})
+    assert assert_as_in_transformers(folder).omitted_tokens == ()
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
+    backend.save(str(folder / "tokenizer.json"))
+    assert assert_as_in_transformers(folder).omitted_tokens == (END,)
+    assert AutoTokenizer.from_pretrained(folder).encode("")[0] == 0
+
+
+def test_a_token_that_the_configuration_adds_to_texts_is_known(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", {"add_bos_token": True, "add_eos_token": False, "bos_token": END})
+    assert Tokenizer.from_folder(folder).omitted_tokens == (END,)
+
+
+def test_tokenization_without_special_tokens_is_refused(folder: Path) -> None:
+    write(folder, "tokenizer_config.json", {"split_special_tokens": True})
+    with pytest.raises(ModelError, match="split_special_tokens: special tokens are always recognized"):
+        Tokenizer.from_folder(folder)
+
+
+def test_the_error_for_a_model_without_tokenizer_says_which_one_it_has(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    write(folder, "config.json", {"model_type": "mpt", "tokenizer_name": "EleutherAI/gpt-neox-20b"})
+    with pytest.raises(ModelError, match=r"must contain it, .*; config.json names that of 'EleutherAI/gpt-neox-20b'$"):
+        Tokenizer.from_folder(folder)
+
+
 @pytest.mark.parametrize("adds", [True, False])
 def test_add_prefix_space_is_obeyed(folder: Path, adds: bool) -> None:
     config = {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": adds, "eos_token": END}
@@ -103,6 +167,21 @@ def test_a_token_with_an_id_that_is_not_free_is_refused(folder: Path) -> None:
     write(folder, "added_tokens.json", {"<|im_start|>": next_id(folder) + 7})
     with pytest.raises(
         ModelError, match=r"token '<\|im_start\|>' has the ID \d+, but tokenizer.json has room for it at"
+    ):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("token", [3, "\ud800", {"content": None}])
+def test_a_value_that_is_not_a_token_is_refused(folder: Path, token: object) -> None:
+    write(folder, "tokenizer_config.json", {"eos_token": token})
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: eos_token: expected a token, not "):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_link_to_nothing_is_no_missing_file(folder: Path) -> None:
+    (folder / "tokenizer_config.json").symlink_to("../blobs/1")
+    with pytest.raises(
+        ModelError, match=r"tokenizer_config.json: a symbolic link to \.\./blobs/1, which does not exist"
     ):
         Tokenizer.from_folder(folder)
 
