@@ -310,6 +310,22 @@ async def test_a_name_stands_for_all_its_addresses(servers: tuple[RunningServer,
     assert essence(result) == essence(whole)
 
 
+async def test_a_request_that_breaks_every_server_is_tried_on_three_of_them(
+    servers: tuple[RunningServer, RunningServer],
+) -> None:
+    async with AsyncExitStack() as stack:
+        relays = [await stack.enter_async_context(relaying(servers[0].target)) for _ in range(5)]
+        by_target = {relay.target: relay for relay in relays}
+        client = await stack.enter_async_context(AsyncClient(list(by_target), timeout=60))
+        stream = client.stream(PROMPT, max_new_tokens=500, ignore_eos=True)
+        with pytest.raises(UnavailableError, match="given up because servers broke 3 times while they ran this call"):
+            async for _ in stream.deltas():
+                target = stream.resumptions[-1].target if stream.resumptions else relays[0].target
+                by_target[target].cut()
+        assert sum(relay.is_cut for relay in relays) == 3
+    assert len(stream.resumptions) == 2
+
+
 def server_settings(**changes: Any) -> Settings:
     settings = demo_settings()
     return replace(settings, server=replace(settings.server, **changes))
