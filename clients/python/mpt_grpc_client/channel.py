@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypedDict
 
 import grpc
@@ -83,18 +84,39 @@ class Endpoint:
     """Whether nobody on the way can read access tokens, or that is allowed."""
     metadata: Metadata
     """What every call sends."""
+    name: str | None = None
+    """The name in DNS of which the target is an address, and which its certificate has."""
 
-    def channel(self, retries: bool, *, balanced: bool) -> grpc.Channel:
-        options = channel_options(self.target, retries, balanced=balanced)
+    def addresses(self) -> tuple[Endpoint, ...]:
+        """Returns the endpoints of all addresses of a name in DNS; of another target, or an unknown name, this one."""
+        if not self.target.startswith("dns:"):
+            return (self,)
+        host, port = _split(self.target)
+        port = port or "443"
+        try:
+            # gRPC connects to both addresses of localhost, of which the system may know one.
+            hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
+            found = [item for one in hosts for item in socket.getaddrinfo(one, port, type=socket.SOCK_STREAM)]
+        except OSError:
+            return (self,)
+        ips = dict.fromkeys(str(address[0]) for *_, address in found)
+        return tuple(replace(self, target=f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}", name=host) for ip in ips)
+
+    def channel(self, retries: bool, *, balanced: bool, checks_health: bool = True) -> grpc.Channel:
+        options = self._options(retries, balanced, checks_health)
         if self.credentials is None:
             return grpc.insecure_channel(self.target, options)
         return grpc.secure_channel(self.target, self.credentials, options)
 
-    def aio_channel(self, retries: bool, *, balanced: bool) -> grpc.aio.Channel:
-        options = channel_options(self.target, retries, balanced=balanced)
+    def aio_channel(self, retries: bool, *, balanced: bool, checks_health: bool = True) -> grpc.aio.Channel:
+        options = self._options(retries, balanced, checks_health)
         if self.credentials is None:
             return grpc.aio.insecure_channel(self.target, options)
         return grpc.aio.secure_channel(self.target, self.credentials, options)
+
+    def _options(self, retries: bool, balanced: bool, checks_health: bool) -> tuple[tuple[str, str | int], ...]:
+        options = channel_options(self.target, retries, balanced=balanced, checks_health=checks_health)
+        return options if self.name is None else (*options, ("grpc.ssl_target_name_override", self.name))
 
 
 def resolve(
@@ -208,18 +230,22 @@ def proxy_variable(target: str) -> str | None:
     return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
 
 
-def channel_options(target: str, retries: bool, *, balanced: bool = False) -> tuple[tuple[str, str | int], ...]:
+def channel_options(
+    target: str, retries: bool, *, balanced: bool = False, checks_health: bool = True
+) -> tuple[tuple[str, str | int], ...]:
     """Returns the options of a channel to this target.
 
     balanced: whether it is one of several servers, so that the client's own code makes the retries.
+    checks_health: whether one of several gets no calls while it drains.
     """
+    service_config = {} if not checks_health else _BALANCED_SERVICE_CONFIG if balanced else _SERVICE_CONFIG
     return (
         # gRPC would send calls to this machine through a proxy too, unless no_proxy lists them.
         ("grpc.enable_http_proxy", int(not _is_local(target))),
         ("grpc.primary_user_agent", f"mpt-grpc-client/{__version__}"),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.service_config", json.dumps(_BALANCED_SERVICE_CONFIG if balanced else _SERVICE_CONFIG)),
+        ("grpc.service_config", json.dumps(service_config)),
         ("grpc.enable_retries", int(retries and not balanced)),
         # A call is retried only if this buffer can hold it; the default of 256 KiB would exclude long prompts.
         ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
@@ -245,8 +271,14 @@ def _is_local(target: str) -> bool:
 
 
 def _host(target: str) -> str:
-    host = re.sub(r"^(dns|ipv4|ipv6):", "", target).rpartition("/")[2]
-    return host.rpartition(":")[0].strip("[]").lower()
+    return _split(target)[0]
+
+
+def _split(target: str) -> tuple[str, str]:
+    """Returns the host and the port of a target, which may be empty."""
+    address = re.sub(r"^(dns|ipv4|ipv6):", "", target).rpartition("/")[2]
+    host, _, port = address.rpartition(":")
+    return host.strip("[]").lower(), port
 
 
 def trace_metadata() -> Metadata:

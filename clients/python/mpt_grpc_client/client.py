@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Self, TypeAlias, TypeVar, Unpack
 
@@ -56,7 +57,7 @@ class Client:
             the connection have no effect. The client closes it.
         connection: see `ConnectionOptions`.
         """
-        endpoints = resolve(target, connection, has_channel=channel is not None)
+        self._endpoints = endpoints = resolve(target, connection, has_channel=channel is not None)
         self._timeout, self._metadata = check_timeout(timeout), endpoints[0].metadata
         self._retries, self._resume_inexact = retries, resume_inexact
         balanced = is_balanced(endpoints, channel)
@@ -124,15 +125,16 @@ class Client:
     def cancel(self, *request_ids: str, timeout: float | None = None) -> tuple[str, ...]:
         """Cancels requests of this or, with the role `admin`, any caller. Their calls return their partial output.
 
-        Returns the IDs that were in progress. Of several targets, those that are unavailable are skipped.
+        Returns the IDs that were in progress. Of several servers, those that are unavailable are skipped.
         """
         request, failures, found = pb.CancelRequest(request_ids=request_ids), list[UnavailableError](), list[str]()
-        for server in self._rotation.servers:
-            try:
-                found += self._call(lambda c: c.service.Cancel, request, timeout, server).request_ids
-            except UnavailableError as error:
-                failures.append(error)
-        if len(failures) == len(self._rotation.servers):
+        with self._each_server() as servers:
+            for server in servers:
+                try:
+                    found += self._call(lambda c: c.service.Cancel, request, timeout, server).request_ids
+                except UnavailableError as error:
+                    failures.append(error)
+        if len(failures) == len(servers):
             raise failures[0]
         return tuple(dict.fromkeys(found))
 
@@ -173,6 +175,17 @@ class Client:
             else:
                 attempts.succeeded()
                 return response
+
+    @contextmanager
+    def _each_server(self) -> Iterator[Sequence[Server[_Connection]]]:
+        """Yields all servers, each with a connection of its own: also those that drain, and the addresses of names."""
+        if not self._rotation.is_balanced:
+            yield self._rotation.servers
+            return
+        addresses = [address for endpoint in self._endpoints for address in endpoint.addresses()]
+        with ExitStack() as stack:
+            channels = [stack.enter_context(a.channel(False, balanced=True, checks_health=False)) for a in addresses]
+            yield [Server(a.target, _Connection(channel)) for a, channel in zip(addresses, channels, strict=True)]
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> TextStream:
         metadata = trace_metadata() + self._metadata
