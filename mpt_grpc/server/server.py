@@ -20,6 +20,7 @@ from urllib.parse import quote
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import CollectorRegistry
@@ -40,7 +41,9 @@ from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.server.writes import PendingWrites
 from mpt_grpc.settings import ServerSettings, Settings
+from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.exporting import EXPORT_TIMEOUT_S, make_meter_provider, make_tracer_provider, shut_down
+from mpt_grpc.telemetry.metrics import HttpMetrics
 from mpt_grpc.tls import ServerCertificate, server_certificate
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
@@ -258,9 +261,10 @@ async def _serving(
             tasks = [asyncio.create_task(running.watch()), asyncio.create_task(measure_lag(telemetry.metrics))]
             try:
                 page = None if registry is None else (registry, access)
+                http_metrics = HttpMetrics((meters or NoOpMeterProvider()).get_meter(names.SCOPE))
                 async with (
                     channel,
-                    serving_http(settings, target, channel, certificate, telemetry.tracer, page) as ports,
+                    serving_http(settings, target, channel, certificate, telemetry.tracer, page, http_metrics) as ports,
                 ):
                     running.http_port, running.metrics_port = ports
                     yield running

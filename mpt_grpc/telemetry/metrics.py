@@ -146,6 +146,33 @@ class Metrics:
         return (name or ANONYMOUS) if name in self._callers else OTHERS
 
 
+class HttpMetrics:
+    """The instruments of HTTP requests."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._active = meter.create_up_down_counter(names.HTTP_ACTIVE, "{request}", "HTTP requests in progress")
+        self._duration = meter.create_histogram(
+            names.HTTP_DURATION,
+            "s",
+            "Duration of HTTP requests, until the end of the response",
+            explicit_bucket_boundaries_advisory=list(_CALL_BUCKETS),
+        )
+
+    def begin(self, method: str) -> None:
+        """Records the arrival of a request."""
+        self._active.add(1, {names.HTTP_METHOD: method})
+
+    def end(self, method: str, route: str | None, status: int | None, duration_s: float) -> None:
+        """Records the end of a request. Both `route` and `status` are None if it has none."""
+        self._active.add(-1, {names.HTTP_METHOD: method})
+        attributes: dict[str, str | int] = {names.HTTP_METHOD: method}
+        if route is not None:
+            attributes[names.HTTP_ROUTE] = route
+        if status is not None:
+            attributes[names.HTTP_STATUS_CODE] = status
+        self._duration.record(duration_s, attributes)
+
+
 def _callback(
     read: Callable[[], float], attributes: Mapping[str, AttributeValue] | None
 ) -> Callable[[CallbackOptions], Iterable[Observation]]:

@@ -15,6 +15,7 @@ import opentelemetry.semconv._incubating.attributes.gen_ai_attributes as gen_ai
 import opentelemetry.semconv._incubating.attributes.http_attributes as http
 import opentelemetry.semconv._incubating.attributes.rpc_attributes as rpc
 import opentelemetry.semconv._incubating.metrics.gen_ai_metrics as gen_ai_metrics
+import opentelemetry.semconv._incubating.metrics.http_metrics as http_metrics
 import opentelemetry.semconv._incubating.metrics.rpc_metrics as rpc_metrics
 import opentelemetry.semconv.attributes.error_attributes as errors
 import pytest
@@ -193,7 +194,7 @@ def test_callers_beyond_the_bound_are_counted_together() -> None:
 def test_names_are_those_of_the_conventions() -> None:
     known = {
         value
-        for module in (gen_ai, http, rpc, errors, gen_ai_metrics, rpc_metrics)
+        for module in (gen_ai, http, rpc, errors, gen_ai_metrics, http_metrics, rpc_metrics)
         for value in vars(module).values()
         if isinstance(value, str)
     }
@@ -206,11 +207,15 @@ def test_names_are_those_of_the_conventions() -> None:
 async def test_the_page_of_the_documentation_lists_every_metric(service: Service) -> None:
     await service.stub.Generate(request())
     page = (DOCS / "telemetry.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^\| `((?:mpt|gen_ai|rpc)_\w+)`", page, re.MULTILINE))
+    documented = set(re.findall(r"^\| `((?:mpt|gen_ai|rpc|http)_\w+)`", page, re.MULTILINE))
     exposed = {
         sample.name.removesuffix("_bucket").removesuffix("_count").removesuffix("_sum")
         for family in (await service.page()).values()
         for sample in family.samples
     }
-    ours = {name for name in exposed if name.startswith(("mpt_", "gen_ai_", "rpc_")) and not name.endswith("_created")}
+    ours = {
+        name
+        for name in exposed
+        if name.startswith(("mpt_", "gen_ai_", "rpc_", "http_")) and not name.endswith("_created")
+    }
     assert ours == documented
