@@ -123,6 +123,38 @@ async def test_refused_requests_are_counted_by_the_reason(service: Service) -> N
     holding.cancel()
 
 
+async def test_outputs_are_counted_by_the_finish_reason_that_their_caller_gets(service: Service) -> None:
+    tool = pb.Tool(name="tell", parameters='{"type": "object", "additionalProperties": false}')
+    conversation = pb.Conversation(
+        messages=[pb.Message(role=pb.ROLE_USER, content="Who?")], tools=[tool], tool_choice=pb.TOOL_CHOICE_REQUIRED
+    )
+    two = pb.SamplingParameters(num_sequences=2)
+    stops = pb.StoppingCriteria(max_new_tokens=1, stop_strings=list("aeiou ,."), ignore_eos=True)
+    cases = {
+        "tool_calls": pb.GenerateRequest(conversation=conversation, stopping=pb.StoppingCriteria(max_new_tokens=60)),
+        "max_new_tokens": request(2, sampling=two),
+        "stop_string": pb.GenerateRequest(text="Once upon a time", stopping=stops),
+    }
+    for reason, message in cases.items():
+        before = await service.value("mpt_requests_ended_total", mpt_finish_reason=reason)
+        total = await service.value("mpt_requests_ended_total")
+        response = await service.stub.Generate(message)
+        assert {pb.FinishReason.Name(o.finish.reason) for o in response.outputs} == {f"FINISH_REASON_{reason.upper()}"}
+        num_outputs = len(response.outputs)
+        assert await service.value("mpt_requests_ended_total", mpt_finish_reason=reason) == before + num_outputs
+        assert await service.value("mpt_requests_ended_total") == total + num_outputs
+
+
+async def test_outputs_whose_caller_leaves_are_counted_as_cancelled(service: Service) -> None:
+    before = await service.value("mpt_requests_ended_total", mpt_finish_reason="cancelled")
+    call = service.stub.StreamGenerate(request(1500, sampling=pb.SamplingParameters(num_sequences=2)))
+    await anext(aiter(call))
+    call.cancel()
+    while (ended := await service.value("mpt_requests_ended_total", mpt_finish_reason="cancelled")) == before:
+        pass
+    assert ended == before + 2
+
+
 async def test_metrics_need_the_role_to_observe(tmp_path: Path) -> None:
     settings = demo_settings()
     server_settings = replace(settings.server, tokens_file=access_tokens.write(tmp_path / "tokens.toml"))

@@ -101,7 +101,7 @@ class Attempts(Generic[_Connection]):
         return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
 
     def succeeded(self, num_tokens: int = 0) -> None:
-        """Notes that the server has responded, with so many tokens; if it fails later, all servers are tried anew."""
+        """Notes that the server has responded, with `num_tokens`; if it fails later, all servers are tried anew."""
         self._rotation.put_back(self.server)
         self._num_tokens += num_tokens
         if self._num_tokens >= PROGRESS_TOKENS:
