@@ -251,3 +251,20 @@ async def test_the_page_of_the_documentation_lists_every_metric(service: Service
         if name.startswith(("mpt_", "gen_ai_", "rpc_", "http_")) and not name.endswith("_created")
     }
     assert ours == documented
+
+
+async def test_the_page_of_the_documentation_lists_every_label(service: Service) -> None:
+    await service.stub.Generate(request())
+    await fetch(service.server, "GET", "/v1/models")
+    page = (DOCS / "telemetry.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `((?:mpt|gen_ai|rpc|http)_\w+)` \| (.*) \|.*\|$", page, re.MULTILINE))
+    documented = {
+        name: set(re.findall(r"`((?:mpt|gen_ai|rpc|http|error)_\w+)`", row)) - {"error_type"}
+        for name, row in rows.items()
+    }
+    exposed: dict[str, set[str]] = {name: set() for name in documented}
+    for family in (await service.page()).values():
+        for sample in family.samples:
+            for name in {family.name, f"{family.name}_total"} & documented.keys():
+                exposed[name] |= sample.labels.keys() - {"le", "error_type"}
+    assert exposed == documented
