@@ -84,6 +84,13 @@ def test_a_request_that_breaks_every_server_is_tried_on_three(failure: MptGrpcEr
     )
 
 
+def test_a_proxy_without_a_response_is_tried_four_times():
+    before_headers = UnavailableError(
+        "upstream connect error or disconnect/reset before headers", code=grpc.StatusCode.UNAVAILABLE
+    )
+    assert tried(Attempts(rotation("a"), None, retries=True), before_headers)[0] == "aaaa"
+
+
 @pytest.mark.parametrize("failure", [GONE, DRAINING])
 def test_servers_that_never_ran_a_request_do_not_count_as_broken_by_it(failure: MptGrpcError):
     assert tried(Attempts(rotation(*"abcdef"), None, retries=False), failure)[0] == "abcdef"

@@ -178,5 +178,9 @@ _DIFFERS = "FINGERPRINT_MISMATCH"
 _ELSEWHERE = ("OVERLOADED", _DIFFERS)
 _BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """The codes of a connection that broke, unless the caller cancelled the call."""
-_UNSENT = ("failed to connect to all addresses", "connections to all backends failing", "resolution", "resolving")
-"""What gRPC's message contains if no server has received the call."""
+_UNSENT = (
+    *("failed to connect to all addresses", "connections to all backends failing", "resolution", "resolving"),
+    "before headers",
+)
+"""What the message contains if no server has received the call, or a proxy does not know whether one has: it is a
+single target, of which the rounds limit the attempts."""
