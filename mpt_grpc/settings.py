@@ -179,14 +179,17 @@ class TelemetrySettings:
 
     metrics_port: int | None = None
     """The port of `/metrics`, apart from that on the HTTP port; 0 selects a free port, None serves none."""
+    channelz_port: int | None = None
+    """The port of channelz, on this machine only; 0 selects a free port, None serves none."""
     trace_file: Path | None = None
     """The file to which spans are appended, one JSON object per line."""
     trace_steps: int | None = None
     """Trace one in this many steps; None traces none."""
 
     def __post_init__(self) -> None:
-        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
-            raise SettingsError(f"--metrics-port: {self.metrics_port} is not in [0, 65535]")
+        for flag, port in (("--metrics-port", self.metrics_port), ("--channelz-port", self.channelz_port)):
+            if port is not None and not 0 <= port <= 65535:
+                raise SettingsError(f"{flag}: {port} is not in [0, 65535]")
         _at_least(1, trace_steps=self.trace_steps)
 
 

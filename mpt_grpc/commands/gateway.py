@@ -6,21 +6,27 @@ import argparse
 import asyncio
 import logging
 import signal
+from collections.abc import Sequence
 
+from prometheus_client import CollectorRegistry
+
+from mpt_grpc.access import Access
 from mpt_grpc.commands import logs, server_options
 from mpt_grpc.commands.connection import connection_options
-from mpt_grpc.errors import SettingsError
+from mpt_grpc.gateway.metrics import MetricsPage
 from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.listening import address, exposure
 from mpt_grpc.settings import HttpSettings, ServerSettings
 from mpt_grpc.telemetry import names
-from mpt_grpc.telemetry.exporting import EXPORT_TIMEOUT_S, make_tracer_provider, shut_down
+from mpt_grpc.telemetry.exporting import EXPORT_TIMEOUT_S, make_meter_provider, make_tracer_provider, shut_down
+from mpt_grpc.telemetry.metrics import HttpMetrics
 from mpt_grpc.tls import server_certificate
 from mpt_grpc_client import ConnectionOptions
 from mpt_grpc_client.channel import resolve
 from mpt_grpc_client.targets import resolve_targets
 
 _log = logging.getLogger(__name__)
+_SERVICE = "mpt-grpc-gateway"
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -38,43 +44,48 @@ def run(parsed: argparse.Namespace) -> None:
     http, connection = server_options.http_settings(parsed, parsed.http_port), connection_options(parsed)
     if warning := exposure(server.host, {"TLS (--tls-cert)": server.tls is None}):
         _log.warning("%s", warning)
-    target, *others = resolve_targets(parsed.target)
-    if others:
-        raise SettingsError("--target: a gateway serves one target; run one for each server")
-    (endpoint,) = resolve(target, connection)
-    if not endpoint.may_send_tokens:
-        why = f"{target} is another machine, reached without TLS; use grpcs:// or --allow-insecure-token"
-        _log.warning("access tokens of callers are not passed on: %s", why)
-    asyncio.run(_serve(target, server, http, connection))
+    for endpoint in resolve(parsed.target, connection):
+        if not endpoint.may_send_tokens:
+            why = f"{endpoint.target} is another machine, reached without TLS; use grpcs:// or --allow-insecure-token"
+            _log.warning("access tokens of callers are not passed on: %s", why)
+            break
+    asyncio.run(_serve(resolve_targets(parsed.target), server, http, connection))
 
 
-async def _serve(target: str, server: ServerSettings, http: HttpSettings, connection: ConnectionOptions) -> None:
+async def _serve(
+    targets: Sequence[str], server: ServerSettings, http: HttpSettings, connection: ConnectionOptions
+) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     certificate = None if server.tls is None else server_certificate(server.tls)
-    tracers = make_tracer_provider(None, service="mpt-grpc-gateway")
-    tracer = None if tracers is None else tracers.get_tracer(names.SCOPE)
+    registry = CollectorRegistry()
+    meters = make_meter_provider(registry, service=_SERVICE)
+    tracers = make_tracer_provider(None, meters, service=_SERVICE)
     async with running_gateway(
-        target,
+        targets,
         server.host,
         http,
         server.grace_s,
         read_timeout_s=server.read_timeout_s,
         certificate=certificate,
-        tracer=tracer,
+        tracer=None if tracers is None else tracers.get_tracer(names.SCOPE),
+        # The servers know the roles of callers: here, every caller whom they accept may read the counts of requests.
+        metrics=None if meters is None else MetricsPage(registry, Access(None)),
+        http_metrics=None if meters is None else HttpMetrics(meters.get_meter(names.SCOPE)),
         **connection,
     ) as port:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         url = f"http{'s' if server.tls else ''}://{address(server.reachable_host, port)}"
         welcome = (
-            f"mpt-grpc gateway for {target}",
+            f"mpt-grpc gateway for {', '.join(targets)}",
             f"  OpenAI    {url}/v1",
             f"  web page  {url}/",
             f"  try       curl {url}/v1/models",
         )
         print("\n".join(welcome), flush=True)
         await stop.wait()
+        _log.info("draining: waiting up to %g s for requests in progress", server.grace_s)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-    if tracers is not None:
-        shut_down([tracers], EXPORT_TIMEOUT_S)
+    shut_down([provider for provider in (tracers, meters) if provider is not None], EXPORT_TIMEOUT_S)
+    _log.info("stopped")

@@ -147,6 +147,13 @@ def _add_telemetry(telemetry: argparse._ActionsContainer) -> None:
         " none)",
     )
     telemetry.add_argument(
+        "--channelz-port",
+        type=int,
+        metavar="N",
+        help="port on which programs on this machine read gRPC's channelz: its connections and their calls; 0 selects a"
+        " free port (default: none)",
+    )
+    telemetry.add_argument(
         "--trace-file",
         type=Path,
         metavar="FILE",
@@ -286,6 +293,9 @@ def settings(parsed: argparse.Namespace) -> Settings:
         http=http_settings(parsed, port=None if parsed.no_http else parsed.http_port),
         guards=tuple(parsed.guard or ()),
         telemetry=TelemetrySettings(
-            metrics_port=parsed.metrics_port, trace_file=parsed.trace_file, trace_steps=parsed.trace_steps
+            metrics_port=parsed.metrics_port,
+            channelz_port=parsed.channelz_port,
+            trace_file=parsed.trace_file,
+            trace_steps=parsed.trace_steps,
         ),
     )

@@ -53,6 +53,11 @@ class RequestAssembly:
         self.num_tokens = 0
         """The number of tokens in the deltas so far."""
 
+    @property
+    def finishes(self) -> tuple[Finish, ...]:
+        """Why those outputs ended whose ends are in the deltas so far."""
+        return tuple(output.finish for output in self._outputs.values() if output.finish is not None)
+
     def advance(self, events: Iterable[TokenEvent]) -> list[OutputDelta]:
         """Processes events and returns the deltas to send, at most one per output; the last of all has `stats`."""
         stats = None
@@ -69,8 +74,7 @@ class RequestAssembly:
             self.num_tokens += len(delta.token_ids)
         if stats is not None:
             self.ended = True
-            finishes = tuple(output.finish for output in self._outputs.values() if output.finish is not None)
-            stats = replace(stats, num_output_tokens=self.num_tokens, finishes=finishes)
+            stats = replace(stats, num_output_tokens=self.num_tokens, finishes=self.finishes)
             deltas[-1] = deltas[-1]._replace(stats=stats)
         return deltas
 

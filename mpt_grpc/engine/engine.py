@@ -127,7 +127,7 @@ class Engine:
         if wanted.stopping.time_limit_s is not None:
             self._steps.wake_up()  # the thread may wait for a later time
         if isinstance(request, PreparedRequest):
-            self._schedule(record, request)
+            self._prepare(record, request)
         elif self.preparation.is_quick(request):
             self._prepare(record)
         else:
@@ -141,12 +141,16 @@ class Engine:
             why = "would wait in the event loop that delivers its outputs"
             raise RuntimeError(f"a ThreadStream {why}: use another thread, or an AsyncStream")
 
-    def _prepare(self, record: RequestRecord) -> None:
-        """Prepares a request in any thread, unless its caller has gone."""
+    def _prepare(self, record: RequestRecord, prepared: PreparedRequest | None = None) -> None:
+        """Prepares a request in any thread, unless its caller has gone, and has it scheduled."""
         if not self._requests.is_preparing(record):
             return
+        reference = weakref.ref(record)
         try:
-            prepared = self.preparation.prepare(record.request)
+            ready = prepared or self.preparation.prepare(record.request)
+            assembly = request_assembly(
+                ready, self.preparation, lambda finish, index: self._send_end(reference, finish, index)
+            )
         except Exception as error:
             refusal = error
             if not isinstance(error, MptServerError):
@@ -157,14 +161,7 @@ class Engine:
             if self._requests.remove_preparing(record):
                 self._outbox.put([(record.stream.receive, TokenEvent(0, error=refusal))])
         else:
-            self._schedule(record, prepared)
-
-    def _schedule(self, record: RequestRecord, prepared: PreparedRequest) -> None:
-        reference = weakref.ref(record)
-        assembly = request_assembly(
-            prepared, self.preparation, lambda finish, index: self._send_end(reference, finish, index)
-        )
-        self._steps.add(record, prepared, assembly)
+            self._steps.add(record, ready, assembly)
 
     def _send_end(self, reference: weakref.ref[RequestRecord], finish: Finish, index: int | None = None) -> None:
         """Has a request end, or one of its outputs.

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from mpt_grpc.engine.assembly import RequestAssembly
 from mpt_grpc.engine.prepare import PreparedRequest
 from mpt_grpc.request import ToolCall
-from mpt_grpc.results import Generation, Output, OutputDelta, TokenEvent, TokenLogprob
+from mpt_grpc.results import Finish, Generation, Output, OutputDelta, TokenEvent, TokenLogprob
 
 
 class _Stream:
@@ -44,6 +44,11 @@ class _Stream:
     def num_output_tokens(self) -> int:
         """The number of tokens of all outputs that the reader has got."""
         return 0 if self._begun is None else self._begun[1].num_tokens
+
+    @property
+    def finishes(self) -> tuple[Finish, ...]:
+        """Why those outputs ended whose ends the reader has got."""
+        return () if self._begun is None else self._begun[1].finishes
 
     def cancel(self) -> None:
         """Cancels the request; has no effect once it has ended. May be called from any thread."""

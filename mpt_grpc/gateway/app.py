@@ -8,10 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import grpc
 from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
-from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -25,6 +23,7 @@ from mpt_grpc.gateway.completions import complete, stream_completion
 from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, error_response, log_refusal, shortened
 from mpt_grpc.gateway.events import EventStream, disconnected, event
 from mpt_grpc.gateway.field_rules import COMPLETION_RULES, RESPONSE_RULES, TOKENIZATION_RULES
+from mpt_grpc.gateway.health import unreadiness
 from mpt_grpc.gateway.model_response import ModelResponse
 from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.parsing import parse
@@ -52,12 +51,19 @@ class _Route:
 
 
 def make_app(
-    callers: Callers, blocking_client: Client | None, health: HealthStub, *, strict_model_names: bool = False
+    callers: Callers,
+    blocking_client: Client | None,
+    healths: Sequence[HealthStub],
+    *,
+    shows_engine: bool = True,
+    strict_model_names: bool = False,
 ) -> FastAPI:
     """Returns the application. The loaded model serves requests for any model unless `strict_model_names`.
 
     blocking_client: makes the calls whose responses are too large to be parsed on the event loop; None if the
         asynchronous client gets them as objects.
+    healths: the health of each server.
+    shows_engine: whether the web page shows the state of the engine, of which there must be one.
     """
     app: FastAPI = FastAPIOffline(
         title="mpt-grpc",
@@ -67,7 +73,7 @@ def make_app(
         redirect_slashes=False,
         responses={"default": openapi.response("An error, in OpenAI's format", {_JSON: schemas.ErrorResponse})},
     )
-    gateway = _Gateway(callers, blocking_client, health, strict_model_names)
+    gateway = _Gateway(callers, blocking_client, healths, strict_model_names)
     models: dict[str, type[BaseModel]] = {_JSON: schemas.ModelList}
     chat: dict[str, type[BaseModel]] = {_JSON: schemas.ChatCompletion, _EVENTS: schemas.ChatCompletionChunk}
     model_response: dict[str, type[BaseModel]] = {_JSON: schemas.ModelResponse, _EVENTS: schemas.ResponseEvent}
@@ -88,7 +94,7 @@ def make_app(
         _Route("GET", "/ready", gateway.ready),
     )
     _add_routes(app, routes)
-    add_page(app, callers)
+    add_page(app, callers, shows_engine=shows_engine)
     app.add_middleware(CallerMiddleware, callers=callers)
     for kind in (MptGrpcError, BadRequestError, Exception):
         app.add_exception_handler(kind, _on_error)
@@ -118,10 +124,10 @@ def _add_routes(app: FastAPI, routes: Sequence[_Route]) -> None:
 
 class _Gateway:
     def __init__(
-        self, callers: Callers, blocking_client: Client | None, health: HealthStub, strict_model_names: bool
+        self, callers: Callers, blocking_client: Client | None, healths: Sequence[HealthStub], strict_model_names: bool
     ) -> None:
         self._callers, self._blocking_client, self._strict = callers, blocking_client, strict_model_names
-        self._grpc_health: Any = health  # its stubs lack the methods
+        self._healths = healths
 
     async def chat_completions(self, request: Request) -> Response:
         """Replies to a conversation, in one response or as server-sent events."""
@@ -207,13 +213,8 @@ class _Gateway:
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
-        """Returns 200 if the gRPC server reports SERVING, otherwise 503."""
-        try:
-            response = await self._grpc_health.Check(health_pb2.HealthCheckRequest(), timeout=2)
-        except grpc.RpcError:
-            return JSONResponse({"status": "unavailable", "message": "the gRPC server does not respond"}, 503)
-        if response.status != health_pb2.HealthCheckResponse.SERVING:
-            why = "the gRPC server is shutting down or its engine has stalled"
+        """Returns 200 if a gRPC server reports SERVING, otherwise 503."""
+        if (why := await unreadiness(self._healths)) is not None:
             return JSONResponse({"status": "unavailable", "message": why}, 503)
         return JSONResponse({"status": "ready"})
 

@@ -28,7 +28,7 @@ async def in_process_gateway(
     first = resolve(target, connection)[0]
     async with AsyncClient(target, **connection) as client, first.aio_channel(retries=False, balanced=False) as channel:
         callers = Callers(client, passes_tokens=False, passes_certificates=False)
-        app = HeaderMiddleware(make_app(callers, None, HealthStub(channel)), None, ())
+        app = HeaderMiddleware(make_app(callers, None, [HealthStub(channel)]), None, ())
 
         async def with_state(scope: Scope, receive: Receive, send: Send) -> None:
             await app({**scope, "state": {}}, receive, send)

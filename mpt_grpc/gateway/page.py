@@ -15,6 +15,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from mpt_grpc.gateway.callers import Callers
+from mpt_grpc.gateway.errors import BadRequestError
 
 _FILES = Path(__file__).with_name("static")
 _HEADERS = {
@@ -27,14 +28,16 @@ _HEADERS = {
 }
 
 
-def add_page(app: FastAPI, callers: Callers) -> None:
-    """Adds the web page, its files and `/debug/engine`."""
+def add_page(app: FastAPI, callers: Callers, *, shows_engine: bool) -> None:
+    """Adds the web page, its files and `/debug/engine`, which refuses requests unless `shows_engine`."""
 
     async def page() -> Response:
         return FileResponse(_FILES / "index.html", headers=_HEADERS)
 
     async def engine(request: Request) -> Response:
         """Returns the load, the requests in progress with their KV cache blocks, and the last completed requests."""
+        if not shows_engine:
+            raise BadRequestError("there are several servers; use mpt-grpc top --target HOST:PORT for one", status=404)
         state = await callers.client(request).get_engine_state(timeout=5)
         return Response(json.dumps(state, default=_to_json), media_type="application/json")
 

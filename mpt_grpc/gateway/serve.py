@@ -8,8 +8,8 @@ import errno
 import math
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from functools import partial
 from ipaddress import ip_address
 from typing import Unpack
@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 from mpt_grpc.gateway.app import make_app
 from mpt_grpc.gateway.callers import Callers
 from mpt_grpc.gateway.errors import RATE_LIMIT_HEADERS
+from mpt_grpc.gateway.measuring import MetricsMiddleware
 from mpt_grpc.gateway.metrics import MetricsPage
 from mpt_grpc.gateway.middleware import (
     ArrivalMiddleware,
@@ -37,9 +38,10 @@ from mpt_grpc.gateway.protocol import BoundedProtocol
 from mpt_grpc.gateway.tracing import TraceMiddleware
 from mpt_grpc.listening import port_error
 from mpt_grpc.settings import ALL_ADDRESSES, HttpSettings
+from mpt_grpc.telemetry.metrics import HttpMetrics
 from mpt_grpc.tls import ServerCertificate, http_context
 from mpt_grpc_client import AsyncClient, Client, ConnectionOptions
-from mpt_grpc_client.channel import resolve
+from mpt_grpc_client.channel import is_balanced, resolve
 
 KEEP_ALIVE_TIMEOUT_S = 5
 _PAGE_TIMEOUT_S = 10
@@ -50,7 +52,7 @@ _ERROR_TIMEOUT_S = 3
 
 @asynccontextmanager
 async def running_gateway(
-    target: str | None,
+    target: str | Sequence[str] | None,
     host: str,
     settings: HttpSettings,
     grace_s: float = 1,
@@ -60,11 +62,12 @@ async def running_gateway(
     channel: grpc.aio.Channel | None = None,
     tracer: Tracer | None = None,
     metrics: MetricsPage | None = None,
+    http_metrics: HttpMetrics | None = None,
     **connection: Unpack[ConnectionOptions],
 ) -> AsyncIterator[int]:
-    """Serves the OpenAI-compatible API for the gRPC server at `target` inside the block and yields the port.
+    """Serves the OpenAI-compatible API for the gRPC servers at `target` inside the block and yields the port.
 
-    The gRPC server need not be running yet. Requests in progress at the end of the block have `grace_s` to finish.
+    The gRPC servers need not be running yet. Requests in progress at the end of the block have `grace_s` to finish.
     Raises SettingsError if it cannot listen on the port.
 
     read_timeout_s: a connection is closed when nothing could be sent for this long, because the caller does not read.
@@ -72,18 +75,28 @@ async def running_gateway(
     channel: a channel to the target that passes responses as objects, instead of a connection; it is closed at the end.
     tracer: records spans of requests.
     metrics: the page at `/metrics`.
+    http_metrics: measures the requests.
     connection: how the gateway connects to the target.
     """
-    (endpoint,), is_in_process = resolve(target, connection), channel is not None
+    endpoints, is_in_process = resolve(target, connection), channel is not None
+    balanced = is_balanced(endpoints, channel)
     # Parses responses that would take long to parse on the event loop. The HTTP caller decides whether to retry.
     blocking = nullcontext() if is_in_process else Client(target, retries=False, **connection)
-    channel = channel or endpoint.aio_channel(retries=False, balanced=False)
-    async with AsyncClient(target, channel=channel) as client:
+    async with AsyncExitStack() as stack:
+        # gRPC shares the connections between channels to the same server.
+        channels = [channel] if channel else [e.aio_channel(retries=False, balanced=balanced) for e in endpoints]
+        for one in channels:
+            await stack.enter_async_context(one)
+        client = await stack.enter_async_context(AsyncClient(target, channel=channel, retries=False, **connection))
         with blocking as blocking_client, _listening(host, settings.port or 0, "--http-port") as listeners:
-            passes_tokens = is_in_process or endpoint.may_send_tokens
+            passes_tokens = is_in_process or all(endpoint.may_send_tokens for endpoint in endpoints)
             callers = Callers(client, passes_tokens=passes_tokens, passes_certificates=is_in_process)
             app = make_app(
-                callers, blocking_client, HealthStub(channel), strict_model_names=settings.strict_model_names
+                callers,
+                blocking_client,
+                [HealthStub(one) for one in channels],
+                shows_engine=not balanced,
+                strict_model_names=settings.strict_model_names,
             )
             if metrics is not None:
                 metrics.add_to(app)
@@ -99,7 +112,10 @@ async def running_gateway(
             bounded = BodyMemoryMiddleware(HeaderMiddleware(PathMiddleware(app), hosts, settings.allow_origins))
             context = None if certificate is None else http_context(certificate)
             protocol = partial(BoundedProtocol, read_timeout_s=read_timeout_s)
-            async with _serving(ArrivalMiddleware(bounded), protocol, listeners, grace_s, context):
+            arriving: ASGIApp = ArrivalMiddleware(bounded)
+            if http_metrics is not None:
+                arriving = MetricsMiddleware(arriving, http_metrics)
+            async with _serving(arriving, protocol, listeners, grace_s, context):
                 yield listeners[0].getsockname()[1]
 
 

@@ -14,6 +14,7 @@ from opentelemetry.trace import Span, StatusCode, format_trace_id, set_span_in_c
 
 from mpt_grpc.caller import Caller
 from mpt_grpc.errors import MptServerError
+from mpt_grpc.request import FinishReason
 from mpt_grpc.server import status
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.metrics import Metrics
@@ -45,6 +46,10 @@ class Call:
     """What its line in the log contains in addition to the method, the status and the duration."""
     error_details: list[Message] = field(default_factory=list)
     """What the status of an error carries in addition to the details of the error itself."""
+    num_outputs: int = 0
+    """The number of outputs of a generation that the engine has accepted."""
+    finish_reasons: list[FinishReason] = field(default_factory=list)
+    """Why those outputs ended whose ends the caller has got."""
     failure: MptServerError | None = None
     """Why the server cancels its handler."""
     _start_s: float = field(default_factory=time.monotonic)
@@ -61,6 +66,7 @@ class Call:
 
     def cancel(self, metrics: Metrics) -> None:
         """Records that the call was cancelled, by its caller or by the server, or that its deadline has passed."""
+        self.finish_reasons += [FinishReason.CANCELLED] * (self.num_outputs - len(self.finish_reasons))
         if self.failure is not None:
             self.fail(metrics, self.failure)
             return
@@ -97,6 +103,7 @@ class Call:
             duration_s,
             is_generation=name in _GENERATIONS,
             operation=self.operation,
+            finish_reasons=self.finish_reasons,
             context=None if self.span is None else set_span_in_context(self.span),
         )
         if self.span is not None:

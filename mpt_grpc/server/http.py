@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from mpt_grpc.access import Access
 from mpt_grpc.settings import Settings
+from mpt_grpc.telemetry.metrics import HttpMetrics
 from mpt_grpc.tls import ServerCertificate
 
 
@@ -30,10 +31,12 @@ async def serving_http(
     certificate: ServerCertificate | None,
     tracer: Tracer | None,
     metrics: tuple[CollectorRegistry, Access] | None,
+    http_metrics: HttpMetrics,
 ) -> AsyncIterator[HttpPorts]:
     """Serves on the ports in the settings inside the block, and yields them. Raises SettingsError.
 
     metrics: what `/metrics` shows, and to whom; None serves no such page.
+    http_metrics: measures the requests to the OpenAI-compatible API.
     """
     http_port, metrics_port = settings.http.port, settings.telemetry.metrics_port
     if http_port is None and metrics_port is None:
@@ -59,6 +62,7 @@ async def serving_http(
                 channel=channel,
                 tracer=tracer,
                 metrics=page,
+                http_metrics=http_metrics,
             )
             ports = ports._replace(http=await stack.enter_async_context(gateway))
         yield ports

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import gc
 import logging
 import math
 import os
 import signal
-import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
-from urllib.parse import quote
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import CollectorRegistry
@@ -28,20 +25,22 @@ from mpt_grpc.access import Access
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel, load_engine
 from mpt_grpc.errors import DrainingError, ModelError, MptServerError
-from mpt_grpc.listening import address, claim_socket, exposure, port_error
+from mpt_grpc.listening import exposure
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.allocator import trim
-from mpt_grpc.server.credentials import server_credentials
 from mpt_grpc.server.http import serving_http
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.local_channel import LocalChannel
 from mpt_grpc.server.observing import make_telemetry, measure_lag
+from mpt_grpc.server.ports import listening
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.server.writes import PendingWrites
-from mpt_grpc.settings import ServerSettings, Settings
+from mpt_grpc.settings import Settings
+from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.exporting import EXPORT_TIMEOUT_S, make_meter_provider, make_tracer_provider, shut_down
-from mpt_grpc.tls import ServerCertificate, server_certificate
+from mpt_grpc.telemetry.metrics import HttpMetrics
+from mpt_grpc.tls import server_certificate
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
 
@@ -148,6 +147,7 @@ class RunningServer:
         """A channel to this server for callers on its event loop, who need no connection."""
         self.http_port: int | None = None
         self.metrics_port: int | None = None
+        self.channelz_port: int | None = None
         self._servicer, self._access, self._writes = servicer, access, writes
         self.engine_failed = asyncio.Event()
         """Set when the engine has ended by itself, so that only a new process can serve again."""
@@ -203,11 +203,11 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
         await asyncio.to_thread(shut_down, providers, EXPORT_TIMEOUT_S)
 
 
-def _channel_options(settings: ServerSettings) -> tuple[tuple[str, int], ...]:
-    if settings.max_connection_age_s is None:
-        return _CHANNEL_OPTIONS
-    age_ms = min(math.ceil(1000 * settings.max_connection_age_s), _MAX_INT)
-    return (*_CHANNEL_OPTIONS, ("grpc.max_connection_age_ms", age_ms))
+def _channel_options(settings: Settings) -> tuple[tuple[str, int], ...]:
+    options = [*_CHANNEL_OPTIONS, ("grpc.enable_channelz", int(settings.telemetry.channelz_port is not None))]
+    if (age_s := settings.server.max_connection_age_s) is not None:
+        options.append(("grpc.max_connection_age_ms", min(math.ceil(1000 * age_s), _MAX_INT)))
+    return tuple(options)
 
 
 @asynccontextmanager
@@ -226,8 +226,8 @@ async def _serving(
     listens_on_host = settings.server.grpc_socket is None or has_port
     if listens_on_host and (warning := exposure(settings.server.host, missing)):
         _log.warning("%s", warning)
-    server = grpc.aio.server(interceptors=[interceptor], options=_channel_options(settings.server))
-    with _listening(server, settings.server, certificate) as target:
+    server = grpc.aio.server(interceptors=[interceptor], options=_channel_options(settings))
+    with listening(server, settings.server, certificate) as target:
         loop = asyncio.get_running_loop()
         engine, model = await asyncio.to_thread(load_engine, settings, loop=loop)
         limits = engine.preparation.limits
@@ -258,11 +258,17 @@ async def _serving(
             tasks = [asyncio.create_task(running.watch()), asyncio.create_task(measure_lag(telemetry.metrics))]
             try:
                 page = None if registry is None else (registry, access)
-                async with (
-                    channel,
-                    serving_http(settings, target, channel, certificate, telemetry.tracer, page) as ports,
-                ):
-                    running.http_port, running.metrics_port = ports
+                http_metrics = HttpMetrics((meters or NoOpMeterProvider()).get_meter(names.SCOPE))
+                async with AsyncExitStack() as stack:
+                    if settings.telemetry.channelz_port is not None:
+                        from mpt_grpc.server.channelz import serving_channelz  # which few servers need
+
+                        serving = serving_channelz(settings.telemetry.channelz_port)
+                        running.channelz_port = await stack.enter_async_context(serving)
+                    await stack.enter_async_context(channel)
+                    running.http_port, running.metrics_port = await stack.enter_async_context(
+                        serving_http(settings, target, channel, certificate, telemetry.tracer, page, http_metrics)
+                    )
                     yield running
             finally:
                 for task in tasks:
@@ -282,41 +288,3 @@ def _warm_up(max_context_tokens: int) -> GenerationRequest:
         stopping=StoppingCriteria(max_new_tokens=min(2, max_context_tokens - 1), ignore_eos=True),
         cache=CacheOptions(bypass=True),
     )
-
-
-@contextlib.contextmanager
-def _listening(
-    server: grpc.aio.Server, settings: ServerSettings, certificate: ServerCertificate | None
-) -> Iterator[str]:
-    """Binds the port or the socket, and yields the target for clients on this machine. Raises SettingsError."""
-    if settings.grpc_socket is None:
-        credentials = None if certificate is None else server_credentials(certificate)
-        at = address(settings.reachable_host, _bind(server, settings.host, settings.grpc_port, credentials))
-        yield at if certificate is None else f"grpcs://{at}"
-        return
-    path = settings.grpc_socket.absolute()
-    claim_socket(path, "--grpc-socket")
-    target = f"unix:{quote(os.fsencode(path))}"  # gRPC decodes it
-    server.add_insecure_port(target)
-    try:
-        yield target
-    except BaseException:
-        # gRPC removes only the file of a server that has started.
-        path.unlink(missing_ok=True)
-        raise
-
-
-def _bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
-    try:
-        # gRPC reports a bad host and a port in use with the same error.
-        socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        try:
-            if credentials is None:
-                return server.add_insecure_port(address(host, port))
-            return server.add_secure_port(address(host, port), credentials)
-        except RuntimeError:
-            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-                probe.bind((host, port))
-            raise OSError(errno.EADDRINUSE, "") from None  # freed in the meantime
-    except OSError as error:
-        raise port_error(error, host, port, "--grpc-port") from error

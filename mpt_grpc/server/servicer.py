@@ -160,7 +160,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                     tokenizer = self._engine.preparation.tokenizer
                     yield Answer(stream, deltas, message.output_options, tokenizer, self._model.fingerprint)
                 finally:
-                    _log_tokens(call, stream)
+                    _note_outputs(call, stream)
                     stream.cancel()
                     if self._calls.get(stream.request_id) is call:  # a new request may have the same ID
                         del self._calls[stream.request_id]
@@ -186,7 +186,9 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         if span is not None:
             span.set_attributes(request_attributes(request, self._model.name))
             parent = set_span_in_context(span)
-        return self._engine.submit(request, AsyncStream, context=parent, timeout_s=timeout_s)
+        stream = self._engine.submit(request, AsyncStream, context=parent, timeout_s=timeout_s)
+        call.num_outputs = len(request.outputs)
+        return stream
 
 
 class DebugServicer(debug_pb2_grpc.DebugServiceServicer):
@@ -210,6 +212,7 @@ def _num_logprobs(delta: OutputDelta) -> int:
     return len(delta.logprobs) + len(delta.prompt_logprobs)
 
 
-def _log_tokens(call: Call, stream: AsyncStream) -> None:
-    """Adds what the caller has got to the line of the call in the log, however it ends."""
+def _note_outputs(call: Call, stream: AsyncStream) -> None:
+    """Adds what the caller has got to the call, however it ends."""
+    call.finish_reasons = [finish.reason for finish in stream.finishes]
     call.logged |= {"prompt_tokens": stream.num_prompt_tokens, "output_tokens": stream.num_output_tokens}

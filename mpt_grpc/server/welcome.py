@@ -29,5 +29,7 @@ def welcome(server: RunningServer) -> str:
     if server.metrics_port is not None:
         scheme, host = "https" if server.settings.server.tls else "http", server.settings.server.reachable_host
         lines.append(f"  metrics   {scheme}://{address(host, server.metrics_port)}/metrics")
+    if server.channelz_port is not None:
+        lines.append(f"  channelz  127.0.0.1:{server.channelz_port}")
     lines.append(f'  try       mpt-grpc generate "Once upon a time" --target {server.target}')
     return "\n".join(lines)

@@ -72,7 +72,7 @@ def make_tracer_provider(
     return provider
 
 
-def make_meter_provider(registry: CollectorRegistry | None) -> MeterProvider | None:
+def make_meter_provider(registry: CollectorRegistry | None, *, service: str = "mpt-grpc") -> MeterProvider | None:
     """Returns a provider that exports to the OTLP endpoint in the environment, and to `registry` if given.
 
     Returns None, which disables metrics, if there is neither or OTEL_SDK_DISABLED is true. Raises SettingsError for an
@@ -89,7 +89,7 @@ def make_meter_provider(registry: CollectorRegistry | None) -> MeterProvider | N
             readers.append(PeriodicExportingMetricReader(HttpMetricExporter()))
     if registry is not None:
         readers.append(PrometheusMetricReader(scope_info_enabled=False, registry=registry))
-    return MeterProvider(readers, _resource("mpt-grpc"), shutdown_on_exit=False) if readers else None
+    return MeterProvider(readers, _resource(service), shutdown_on_exit=False) if readers else None
 
 
 def shut_down(providers: Iterable[Provider], timeout_s: float) -> None:

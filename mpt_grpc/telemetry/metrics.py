@@ -13,6 +13,7 @@ from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from opentelemetry.util.types import AttributeValue
 
 from mpt_grpc.reports import RequestReport, StepReport
+from mpt_grpc.request import FinishReason
 from mpt_grpc.telemetry import names
 
 MAX_CALLERS = 100
@@ -88,17 +89,21 @@ class Metrics:
         *,
         is_generation: bool,
         operation: str | None,
+        finish_reasons: Iterable[FinishReason],
         context: Context | None,
     ) -> None:
         """Records the end of a call.
 
-        reason: that of an error. operation: what a generation that reached the engine does. context: that of its span.
+        reason: that of an error. operation: what a generation that reached the engine does. finish_reasons: those of
+        its outputs, as the caller got them, which the text may decide. context: that of its span.
         """
         error = {} if reason is None else {names.ERROR_TYPE: reason}
         attributes = {names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method, names.RPC_STATUS_CODE: code, **error}
         self._call_duration(duration_s, attributes, context)
         if operation is not None:
             self._duration(duration_s, {**self._model, names.OPERATION: operation, **error}, context)
+        for finish_reason, count in Counter(finish_reasons).items():
+            self._ended(count, {names.FINISH_REASON: finish_reason.name.lower()})
         if is_generation and reason is not None:
             self._failed(1, error)
 
@@ -106,8 +111,6 @@ class Metrics:
         """Records the end of a request that the engine had accepted."""
         stats, context = report.stats, report.context
         attributes = {**self._model, names.OPERATION: operation}
-        for reason, count in Counter(report.finish_reasons).items():
-            self._ended(count, {names.FINISH_REASON: reason.name.lower()})
         self._prompt_tokens(stats.num_prompt_tokens)
         self._cached_tokens(stats.num_cached_tokens)
         caller = {names.CALLER: self._caller(report.request.caller.name)}
@@ -144,6 +147,33 @@ class Metrics:
         if name not in self._callers and len(self._callers) < MAX_CALLERS:
             self._callers.add(name)
         return (name or ANONYMOUS) if name in self._callers else OTHERS
+
+
+class HttpMetrics:
+    """The instruments of HTTP requests."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._active = meter.create_up_down_counter(names.HTTP_ACTIVE, "{request}", "HTTP requests in progress")
+        self._duration = meter.create_histogram(
+            names.HTTP_DURATION,
+            "s",
+            "Duration of HTTP requests, until the end of the response",
+            explicit_bucket_boundaries_advisory=list(_CALL_BUCKETS),
+        )
+
+    def begin(self, method: str) -> None:
+        """Records the arrival of a request."""
+        self._active.add(1, {names.HTTP_METHOD: method})
+
+    def end(self, method: str, route: str | None, status: int | None, duration_s: float) -> None:
+        """Records the end of a request. Both `route` and `status` are None if it has none."""
+        self._active.add(-1, {names.HTTP_METHOD: method})
+        attributes: dict[str, str | int] = {names.HTTP_METHOD: method}
+        if route is not None:
+            attributes[names.HTTP_ROUTE] = route
+        if status is not None:
+            attributes[names.HTTP_STATUS_CODE] = status
+        self._duration.record(duration_s, attributes)
 
 
 def _callback(

@@ -60,6 +60,8 @@ NUM_SEQUENCES = "mpt.sequences"
 NUM_TOKENS = "mpt.tokens"
 
 # Metrics of calls and requests
+HTTP_DURATION = "http.server.request.duration"
+HTTP_ACTIVE = "http.server.active_requests"
 RPC_DURATION = "rpc.server.call.duration"
 REQUEST_DURATION = "gen_ai.server.request.duration"
 TIME_TO_FIRST_TOKEN = "gen_ai.server.time_to_first_token"

@@ -10,7 +10,10 @@ from mpt_grpc_client.errors import MptGrpcError
 from mpt_grpc_client.failover import Attempts, Rotation, Server
 from mpt_grpc_client.targets import resolve_targets
 
-GONE = UnavailableError("gone", code=grpc.StatusCode.UNAVAILABLE)
+GONE = UnavailableError("failed to connect to all addresses", code=grpc.StatusCode.UNAVAILABLE)
+BROKE = UnavailableError("Socket closed", code=grpc.StatusCode.UNAVAILABLE)
+STOPPED = UnavailableError("stopped", code=grpc.StatusCode.UNAVAILABLE, reason="ENGINE_STOPPED")
+DRAINING = UnavailableError("draining", code=grpc.StatusCode.UNAVAILABLE, reason="DRAINING")
 BUSY = OverloadedError("busy", reason="OVERLOADED", retry_after=0.25)
 DIFFERS = MptGrpcError("differs", code=grpc.StatusCode.FAILED_PRECONDITION, reason="FINGERPRINT_MISMATCH")
 INVALID = MptGrpcError("invalid", code=grpc.StatusCode.INVALID_ARGUMENT, reason="INVALID_REQUEST")
@@ -56,7 +59,7 @@ def test_all_servers_are_tried_four_times_with_growing_pauses():
     assert targets[:2] == "ab"
     assert sorted(targets) == list("aaaabbbb")
     assert pauses == [0, 0.1, 0, 0.2, 0, 0.4, 0]
-    assert str(error) == "all servers failed: a: gone; b: gone"
+    assert str(error) == f"all servers failed: a: {GONE}; b: {GONE}"
 
 
 def test_without_retries_each_server_is_tried_once():
@@ -67,7 +70,40 @@ def test_servers_that_are_all_busy_are_given_the_time_that_they_ask_for():
     targets, pauses, error = tried(Attempts(rotation("a", "b"), None, retries=True), BUSY)
     assert targets == "abbaabba"
     assert pauses == [0, 0.25, 0, 0.25, 0, 0.4, 0]
+    assert isinstance(error, OverloadedError)
+    assert (error.reason, error.retry_after) == ("OVERLOADED", 0.25)
+
+
+@pytest.mark.parametrize("failure", [BROKE, STOPPED])
+def test_a_request_that_breaks_every_server_is_tried_on_three(failure: MptGrpcError):
+    targets, _, error = tried(Attempts(rotation(*"abcdef"), None, retries=True), failure)
+    assert targets == "abc"
     assert isinstance(error, UnavailableError)
+    assert str(error) == (
+        f"given up because servers broke 3 times while they ran this call (a, b, c); the last time: {failure}"
+    )
+
+
+def test_a_proxy_without_a_response_is_tried_four_times():
+    before_headers = UnavailableError(
+        "upstream connect error or disconnect/reset before headers", code=grpc.StatusCode.UNAVAILABLE
+    )
+    assert tried(Attempts(rotation("a"), None, retries=True), before_headers)[0] == "aaaa"
+
+
+@pytest.mark.parametrize("failure", [GONE, DRAINING])
+def test_servers_that_never_ran_a_request_do_not_count_as_broken_by_it(failure: MptGrpcError):
+    assert tried(Attempts(rotation(*"abcdef"), None, retries=False), failure)[0] == "abcdef"
+
+
+def test_servers_that_make_progress_are_not_broken_by_the_request():
+    attempts = Attempts(rotation(*"abcdef"), None, retries=False)
+    for _ in range(10):
+        for _ in range(2):
+            assert attempts.after(BROKE) == 0
+            attempts.succeeded(num_tokens=15)
+        attempts.succeeded(num_tokens=1)
+    assert len(tried(attempts, BROKE)[0]) == 3
 
 
 def test_a_server_that_differs_is_not_asked_again():

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from otlp_collector import running_collector
+from prometheus_client.parser import text_string_to_metric_families
 from server_process import running_gateway
 
 BODY = {"prompt": "The fox", "temperature": 0, "max_tokens": 300, "ignore_eos": True}
@@ -48,8 +49,10 @@ def test_a_stream_finishes_after_sigterm(start_gateway: Callable[..., Any], serv
         gateway.terminate()
         assert streamed_text(response) == text(post(server.openai_url, BODY))
     assert gateway.wait() == 0
-    (line,) = gateway.stderr.splitlines()
+    line, begun, ended = gateway.stderr.splitlines()
+    assert "draining: waiting up to 30 s for requests in progress" in begun
     assert '"POST /v1/completions HTTP/1.1" 200' in line
+    assert ended.endswith("stopped")
 
 
 def test_a_server_killed_during_a_stream_ends_it_with_an_error_event(
@@ -63,6 +66,59 @@ def test_a_server_killed_during_a_stream_ends_it_with_an_error_event(
         events = [line.removeprefix(b"data: ") for line in response if line.startswith(b"data: ")]
     assert json.loads(events[-1])["error"]["code"] == "unavailable"
     assert all("choices" in json.loads(event) for event in events[:-1])
+
+
+def test_a_stream_goes_on_at_another_server_of_the_gateway(
+    start_gateway: Callable[..., Any], start_server: Callable[..., Any], server: Any
+) -> None:
+    body = {**BODY, "temperature": 0.8, "seed": 7, "max_tokens": 600}
+    servers = [start_server(), start_server()]
+    gateway = start_gateway("--target", ",".join(one.target for one in servers))
+    with post(gateway.openai_url, {**body, "stream": True}) as response:
+        running = [one for one in servers if "\nmpt_requests_running 1.0\n" in page(one, "metrics")]
+        assert len(running) == 1
+        running[0].kill()
+        assert streamed_text(response) == text(post(server.openai_url, body))
+    assert ready(gateway) == 200
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        page(gateway, "debug/engine")
+    assert json.load(raised.value)["error"]["message"].startswith("there are several servers")
+    for one in servers:
+        one.kill()
+    assert ready(gateway) == 503
+
+
+def page(process: Any, path: str) -> str:
+    with urllib.request.urlopen(process.openai_url.removesuffix("v1") + path, timeout=60) as response:
+        return response.read().decode()
+
+
+def test_a_gateway_has_metrics_of_its_own(start_gateway: Callable[..., Any], server: Any) -> None:
+    gateway = start_gateway("--target", server.target)
+    post(gateway.openai_url, {**BODY, "max_tokens": 3}).read()
+    for body in ({"max_tokens": -1}, {"max_tokens": 0.5}):
+        with pytest.raises(urllib.error.HTTPError):
+            post(gateway.openai_url, body)
+    with pytest.raises(urllib.error.HTTPError):
+        page(gateway, "missing/whatever")
+    with post(gateway.openai_url, {**BODY, "stream": True}):
+        samples = list(text_string_to_metric_families(page(gateway, "metrics")))
+    by_name = {family.name: family.samples for family in samples}
+    counts = {
+        (one.labels["http_route"], one.labels["http_request_method"], one.labels["http_response_status_code"]): (
+            one.value
+        )
+        for one in by_name["http_server_request_duration_seconds"]
+        if one.name.endswith("_count")
+    }
+    assert counts == {
+        ("/v1/completions", "POST", "200"): 1,
+        ("/v1/completions", "POST", "400"): 2,
+        ("", "GET", "404"): 1,
+    }
+    active = {one.labels["http_request_method"]: one.value for one in by_name["http_server_active_requests"]}
+    assert active == {"POST": 1, "GET": 1}  # the stream, and the page itself
+    assert 'service_name="mpt-grpc-gateway"' in page(gateway, "metrics")
 
 
 def test_the_gateway_reconnects_to_a_restarted_server(

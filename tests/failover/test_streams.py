@@ -12,7 +12,10 @@ from typing import Any
 
 import grpc
 import pytest
+from certificates import Authority
 from conftest import demo_settings
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_status.rpc_status import from_call
 from relay import Relay, relaying
 
@@ -308,6 +311,77 @@ async def test_a_name_stands_for_all_its_addresses(servers: tuple[RunningServer,
             result = await cut_short(one if one.num_bytes > before else other, stream)
     assert len(result.resumptions) == 1
     assert essence(result) == essence(whole)
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["asyncio", "threads"])
+async def test_cancel_reaches_every_address_of_a_name(tmp_path: Path, is_async: bool) -> None:
+    authority = Authority.new()
+    tls = authority.write_server(tmp_path)  # whose certificate has the name, and not the second address
+    options: dict[str, Any] = {"max_new_tokens": 2000, "ignore_eos": True}
+    async with AsyncExitStack() as stack:
+        one, other = [await stack.enter_async_context(running_server(server_settings(tls=tls))) for _ in range(2)]
+        relay = await stack.enter_async_context(relaying(one.target.removeprefix("grpcs://")))
+        await stack.enter_async_context(relaying(other.target.removeprefix("grpcs://"), "::1", relay.port))
+        connection: Any = {"timeout": 60, "root_certificates": authority.pem}
+        client = await stack.enter_async_context(AsyncClient(f"dns:///localhost:{relay.port}", **connection))
+        streams: dict[str, AsyncTextStream] = {}
+        while not (one.engine.num_in_flight and other.engine.num_in_flight):
+            request_id = f"r{len(streams)}"
+            streams[request_id] = client.stream(PROMPT, request_id=request_id, **options)
+            await anext(streams[request_id])
+        if is_async:
+            cancelled = await client.cancel(*streams)
+        else:
+            with Client(f"dns:///localhost:{relay.port}", **connection) as sync_client:
+                cancelled = await asyncio.to_thread(sync_client.cancel, *streams)
+        assert sorted(cancelled) == sorted(streams)
+        for stream in streams.values():
+            async for _ in stream:
+                pass
+            assert stream.finish is not None
+            assert stream.finish.reason is FinishReason.CANCELLED
+
+
+async def test_cancel_reaches_a_server_that_drains(servers: tuple[RunningServer, RunningServer]) -> None:
+    async with running_server(server_settings(grace_s=60)) as draining:
+        async with AsyncClient([draining.target, servers[0].target], timeout=60) as client:
+            stream = client.stream(PROMPT, request_id="r", max_new_tokens=2000, ignore_eos=True)
+            await anext(stream)
+            drain = asyncio.create_task(draining.drain())
+            while await is_serving(draining.target):
+                pass
+            assert await client.cancel("r") == ("r",)
+            async for _ in stream:
+                pass
+            await drain
+    assert stream.resumptions == ()
+
+
+async def is_serving(target: str) -> bool:
+    async with grpc.aio.insecure_channel(target) as channel:
+        stub: Any = HealthStub(channel)
+        response = await stub.Check(health_pb2.HealthCheckRequest())
+    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def test_a_request_that_breaks_every_server_is_tried_on_three_of_them(
+    servers: tuple[RunningServer, RunningServer],
+) -> None:
+    async with AsyncExitStack() as stack:
+        relays = [await stack.enter_async_context(relaying(servers[0].target)) for _ in range(5)]
+        by_target = {relay.target: relay for relay in relays}
+        client = await stack.enter_async_context(AsyncClient(list(by_target), timeout=60))
+        stream = client.stream(PROMPT, max_new_tokens=500, ignore_eos=True)
+
+        async def cut_each() -> None:
+            async for _ in stream.deltas():
+                target = stream.resumptions[-1].target if stream.resumptions else relays[0].target
+                by_target[target].cut()
+
+        with pytest.raises(UnavailableError, match="given up because servers broke 3 times while they ran this call"):
+            await cut_each()
+        assert sum(relay.is_cut for relay in relays) == 3
+    assert len(stream.resumptions) == 2
 
 
 def server_settings(**changes: Any) -> Settings:

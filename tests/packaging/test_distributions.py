@@ -111,6 +111,13 @@ def kernels(wheel: Path) -> set[str]:
 
 def test_the_wheel_of_the_server_contains_the_kernels_for_each_instruction_set(server_wheel: Path) -> None:
     assert kernels(server_wheel) >= set(available_instruction_sets()) >= {"portable"}
+    checked = check_wheel(server_wheel)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def check_wheel(wheel: Path) -> subprocess.CompletedProcess[str]:
+    check = [sys.executable, "-m", "tools.check_wheel", wheel]
+    return subprocess.run(check, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_without_a_compiler_the_server_is_built_without_kernels(source: Path, tmp_path: Path) -> None:
@@ -119,3 +126,6 @@ def test_without_a_compiler_the_server_is_built_without_kernels(source: Path, tm
     subprocess.run(build, check=True, capture_output=True, env=missing, cwd=tmp_path)
     (wheel,) = tmp_path.glob("mpt_grpc-*.whl")
     assert kernels(wheel) == set()
+    checked = check_wheel(wheel)
+    assert checked.returncode == 1
+    assert f"{wheel.name}: no kernels for " in checked.stderr

@@ -15,6 +15,7 @@ import opentelemetry.semconv._incubating.attributes.gen_ai_attributes as gen_ai
 import opentelemetry.semconv._incubating.attributes.http_attributes as http
 import opentelemetry.semconv._incubating.attributes.rpc_attributes as rpc
 import opentelemetry.semconv._incubating.metrics.gen_ai_metrics as gen_ai_metrics
+import opentelemetry.semconv._incubating.metrics.http_metrics as http_metrics
 import opentelemetry.semconv._incubating.metrics.rpc_metrics as rpc_metrics
 import opentelemetry.semconv.attributes.error_attributes as errors
 import pytest
@@ -123,6 +124,38 @@ async def test_refused_requests_are_counted_by_the_reason(service: Service) -> N
     holding.cancel()
 
 
+async def test_outputs_are_counted_by_the_finish_reason_that_their_caller_gets(service: Service) -> None:
+    tool = pb.Tool(name="tell", parameters='{"type": "object", "additionalProperties": false}')
+    conversation = pb.Conversation(
+        messages=[pb.Message(role=pb.ROLE_USER, content="Who?")], tools=[tool], tool_choice=pb.TOOL_CHOICE_REQUIRED
+    )
+    two = pb.SamplingParameters(num_sequences=2)
+    stops = pb.StoppingCriteria(max_new_tokens=1, stop_strings=list("aeiou ,."), ignore_eos=True)
+    cases = {
+        "tool_calls": pb.GenerateRequest(conversation=conversation, stopping=pb.StoppingCriteria(max_new_tokens=60)),
+        "max_new_tokens": request(2, sampling=two),
+        "stop_string": pb.GenerateRequest(text="Once upon a time", stopping=stops),
+    }
+    for reason, message in cases.items():
+        before = await service.value("mpt_requests_ended_total", mpt_finish_reason=reason)
+        total = await service.value("mpt_requests_ended_total")
+        response = await service.stub.Generate(message)
+        assert {pb.FinishReason.Name(o.finish.reason) for o in response.outputs} == {f"FINISH_REASON_{reason.upper()}"}
+        num_outputs = len(response.outputs)
+        assert await service.value("mpt_requests_ended_total", mpt_finish_reason=reason) == before + num_outputs
+        assert await service.value("mpt_requests_ended_total") == total + num_outputs
+
+
+async def test_outputs_whose_caller_leaves_are_counted_as_cancelled(service: Service) -> None:
+    before = await service.value("mpt_requests_ended_total", mpt_finish_reason="cancelled")
+    call = service.stub.StreamGenerate(request(1500, sampling=pb.SamplingParameters(num_sequences=2)))
+    await anext(aiter(call))
+    call.cancel()
+    while (ended := await service.value("mpt_requests_ended_total", mpt_finish_reason="cancelled")) == before:
+        pass
+    assert ended == before + 2
+
+
 async def test_metrics_need_the_role_to_observe(tmp_path: Path) -> None:
     settings = demo_settings()
     server_settings = replace(settings.server, tokens_file=access_tokens.write(tmp_path / "tokens.toml"))
@@ -194,7 +227,7 @@ def test_callers_beyond_the_bound_are_counted_together() -> None:
 def test_names_are_those_of_the_conventions() -> None:
     known = {
         value
-        for module in (gen_ai, http, rpc, errors, gen_ai_metrics, rpc_metrics)
+        for module in (gen_ai, http, rpc, errors, gen_ai_metrics, http_metrics, rpc_metrics)
         for value in vars(module).values()
         if isinstance(value, str)
     }
@@ -206,12 +239,36 @@ def test_names_are_those_of_the_conventions() -> None:
 
 async def test_the_page_of_the_documentation_lists_every_metric(service: Service) -> None:
     await service.stub.Generate(request())
+    await fetch(service.server, "GET", "/v1/models")
+    while "mpt_event_loop_lag_seconds" not in await service.page():
+        pass  # it is measured four times a second
     page = (DOCS / "telemetry.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^\| `((?:mpt|gen_ai|rpc)_\w+)`", page, re.MULTILINE))
+    documented = set(re.findall(r"^\| `((?:mpt|gen_ai|rpc|http)_\w+)`", page, re.MULTILINE))
     exposed = {
         sample.name.removesuffix("_bucket").removesuffix("_count").removesuffix("_sum")
         for family in (await service.page()).values()
         for sample in family.samples
     }
-    ours = {name for name in exposed if name.startswith(("mpt_", "gen_ai_", "rpc_")) and not name.endswith("_created")}
+    ours = {
+        name
+        for name in exposed
+        if name.startswith(("mpt_", "gen_ai_", "rpc_", "http_")) and not name.endswith("_created")
+    }
     assert ours == documented
+
+
+async def test_the_page_of_the_documentation_lists_every_label(service: Service) -> None:
+    await service.stub.Generate(request())
+    await fetch(service.server, "GET", "/v1/models")
+    page = (DOCS / "telemetry.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `((?:mpt|gen_ai|rpc|http)_\w+)` \| (.*) \|.*\|$", page, re.MULTILINE))
+    documented = {
+        name: set(re.findall(r"`((?:mpt|gen_ai|rpc|http|error)_\w+)`", row)) - {"error_type"}
+        for name, row in rows.items()
+    }
+    exposed: dict[str, set[str]] = {name: set() for name in documented}
+    for family in (await service.page()).values():
+        for sample in family.samples:
+            for name in {family.name, f"{family.name}_total"} & documented.keys():
+                exposed[name] |= sample.labels.keys() - {"le", "error_type"}
+    assert exposed == documented

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -223,3 +224,13 @@ async def test_spans_for_a_collector_that_is_down_are_dropped_and_counted(monkey
         writer.close()
     (dropped,) = [line for line in page.splitlines() if "span_processed_total{" in line and "queue_full" in line]
     assert float(dropped.split()[-1]) >= 30 - 8 - 4
+
+
+async def test_a_full_disk_under_the_trace_file_costs_only_spans(caplog: pytest.LogCaptureFixture) -> None:
+    settings = replace(demo_settings(), telemetry=TelemetrySettings(trace_file=Path("/dev/full")))
+    async with running_server(settings) as server, grpc.aio.insecure_channel(server.target) as channel:
+        stub: Any = TextGenerationServiceStub(channel)
+        for _ in range(3):
+            assert (await stub.Generate(request(1))).summary.trace_id
+    failures = [record for record in caplog.records if record.name.startswith("opentelemetry")]
+    assert [failure.getMessage() for failure in failures] == ["Exception while exporting Span."]

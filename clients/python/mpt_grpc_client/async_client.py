@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from copy import copy
 from typing import ClassVar, Self, TypeVar, Unpack
 
@@ -129,11 +130,12 @@ class AsyncClient:
     async def cancel(self, *request_ids: str, timeout: float | None = None) -> tuple[str, ...]:
         """Cancels requests of this or, with the role `admin`, any caller. Their calls return their partial output.
 
-        Returns the IDs that were in progress. Of several targets, those that are unavailable are skipped.
+        Returns the IDs that were in progress. Of several servers, those that are unavailable are skipped.
         """
-        request, servers = cancel_request(request_ids), self._connections.rotation.servers
-        calls = (self._call(lambda c: c.service.Cancel, request, timeout, server) for server in servers)
-        results = await asyncio.gather(*calls, return_exceptions=True)
+        request = cancel_request(request_ids)
+        async with self._connections.each_server() as servers:
+            calls = (self._call(lambda c: c.service.Cancel, request, timeout, server) for server in servers)
+            results = await asyncio.gather(*calls, return_exceptions=True)
         failures = [result for result in results if isinstance(result, BaseException)]
         others = [failure for failure in failures if not isinstance(failure, UnavailableError)]
         if others or len(failures) == len(servers):
@@ -245,6 +247,20 @@ class _Connections:
                 "this AsyncClient is in use by another event loop; create one client for each event loop"
             )
         return self._rotation
+
+    @asynccontextmanager
+    async def each_server(self) -> AsyncIterator[Sequence[Server[AsyncConnection]]]:
+        """Yields all servers, each with a connection of its own: also those that drain, and the addresses of names."""
+        if not self.is_balanced:
+            yield self.rotation.servers
+            return
+        resolved = await asyncio.gather(*(asyncio.to_thread(endpoint.addresses) for endpoint in self._endpoints))
+        async with AsyncExitStack() as stack:
+            servers = []
+            for address in itertools.chain.from_iterable(resolved):
+                channel = address.aio_channel(False, balanced=True, checks_health=False)
+                servers.append(Server(address.target, AsyncConnection(await stack.enter_async_context(channel))))
+            yield servers
 
     @classmethod
     def _check_process(cls) -> None:

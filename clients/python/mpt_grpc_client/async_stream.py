@@ -128,7 +128,7 @@ class AsyncTextStream(responses.PartialGeneration):
             else:
                 if chunk is None:
                     return None
-                self._attempts.succeeded()
+                self._attempts.succeeded(chunk.output.num_tokens)
                 return await converted(self._add, chunk)
 
     async def _go_on(self, failure: MptGrpcError, cause: Exception) -> None:

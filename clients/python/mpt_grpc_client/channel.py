@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypedDict
 
 import grpc
 
 from mpt_grpc_client.errors import InvalidTargetError
 from mpt_grpc_client.metadata import CallMetadata, Pairs
-from mpt_grpc_client.targets import TLS_SCHEME, is_local, resolve_targets
+from mpt_grpc_client.targets import TLS_SCHEME, is_local, resolve_targets, split
 from mpt_grpc_client.version import __version__
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
@@ -99,23 +100,44 @@ class Endpoint:
     metadata: CallMetadata
     interceptors: Sequence[Any]
     options: ChannelOptions
+    name: str | None = None
+    """The name in DNS of which the target is an address, and which its certificate has."""
 
-    def channel(self, retries: bool, *, balanced: bool) -> grpc.Channel:
-        options = self._options(retries, balanced)
+    def addresses(self) -> tuple[Endpoint, ...]:
+        """Returns the endpoints of all addresses of a name in DNS; of another target, or an unknown name, this one."""
+        if not self.target.startswith("dns:"):
+            return (self,)
+        host, port = split(self.target)
+        port = port or "443"
+        try:
+            # gRPC connects to both addresses of localhost, of which the system may know one.
+            hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
+            found = [item for one in hosts for item in socket.getaddrinfo(one, port, type=socket.SOCK_STREAM)]
+        except OSError:
+            return (self,)
+        ips = dict.fromkeys(str(address[0]) for *_, address in found)
+        return tuple(replace(self, target=f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}", name=host) for ip in ips)
+
+    def channel(self, retries: bool, *, balanced: bool, checks_health: bool = True) -> grpc.Channel:
+        options = self._options(retries, balanced, checks_health)
         if self.credentials is None:
             channel = grpc.insecure_channel(self.target, options)
         else:
             channel = grpc.secure_channel(self.target, self.credentials, options)
         return grpc.intercept_channel(channel, *self.interceptors)
 
-    def aio_channel(self, retries: bool, *, balanced: bool) -> grpc.aio.Channel:
-        options = self._options(retries, balanced)
+    def aio_channel(self, retries: bool, *, balanced: bool, checks_health: bool = True) -> grpc.aio.Channel:
+        options = self._options(retries, balanced, checks_health)
         if self.credentials is None:
             return grpc.aio.insecure_channel(self.target, options, interceptors=self.interceptors)
         return grpc.aio.secure_channel(self.target, self.credentials, options, interceptors=self.interceptors)
 
-    def _options(self, retries: bool, balanced: bool) -> tuple[tuple[str, int | str | bytes], ...]:
-        return tuple(dict((*channel_options(self.target, retries, balanced=balanced), *self.options)).items())
+    def _options(
+        self, retries: bool, balanced: bool, checks_health: bool
+    ) -> tuple[tuple[str, int | str | bytes], ...]:
+        own = channel_options(self.target, retries, balanced=balanced, checks_health=checks_health)
+        certified = () if self.name is None else (("grpc.ssl_target_name_override", self.name),)
+        return tuple(dict((*own, *certified, *self.options)).items())
 
 
 def resolve(
@@ -233,18 +255,22 @@ def check_timeout(timeout: float | None) -> float | None:
     return timeout
 
 
-def channel_options(target: str, retries: bool, *, balanced: bool = False) -> tuple[tuple[str, str | int], ...]:
+def channel_options(
+    target: str, retries: bool, *, balanced: bool = False, checks_health: bool = True
+) -> tuple[tuple[str, str | int], ...]:
     """Returns the options of a channel to this target.
 
     balanced: whether it is one of several servers, so that the client's own code makes the retries.
+    checks_health: whether one of several gets no calls while it drains.
     """
+    service_config = {} if not checks_health else _BALANCED_SERVICE_CONFIG if balanced else _SERVICE_CONFIG
     return (
         # gRPC would send calls to this machine through a proxy too, unless no_proxy lists them.
         ("grpc.enable_http_proxy", int(not is_local(target))),
         ("grpc.primary_user_agent", f"mpt-grpc-client/{__version__}"),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.service_config", json.dumps(_BALANCED_SERVICE_CONFIG if balanced else _SERVICE_CONFIG)),
+        ("grpc.service_config", json.dumps(service_config)),
         ("grpc.enable_retries", int(retries and not balanced)),
         # A call is retried only if this buffer can hold it; the default of 256 KiB would exclude long prompts.
         ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),

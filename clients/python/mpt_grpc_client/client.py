@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Self, TypeVar, Unpack
 
@@ -63,7 +64,7 @@ class Client:
         connection: see `ConnectionOptions`.
         """
         check_kind(channel, connection, asynchronous=False)
-        endpoints = resolve(target, connection, channel=channel)
+        self._endpoints = endpoints = resolve(target, connection, channel=channel)
         self._timeout, self._metadata = check_timeout(timeout), endpoints[0].metadata
         self._retries, self._resume_inexact = retries, resume_inexact
         balanced = is_balanced(endpoints, channel)
@@ -131,15 +132,16 @@ class Client:
     def cancel(self, *request_ids: str, timeout: float | None = None) -> tuple[str, ...]:
         """Cancels requests of this or, with the role `admin`, any caller. Their calls return their partial output.
 
-        Returns the IDs that were in progress. Of several targets, those that are unavailable are skipped.
+        Returns the IDs that were in progress. Of several servers, those that are unavailable are skipped.
         """
         request, failures, found = cancel_request(request_ids), list[UnavailableError](), list[str]()
-        for server in self._rotation.servers:
-            try:
-                found += self._call(lambda c: c.service.Cancel, request, timeout, server).request_ids
-            except UnavailableError as error:
-                failures.append(error)
-        if len(failures) == len(self._rotation.servers):
+        with self._each_server() as servers:
+            for server in servers:
+                try:
+                    found += self._call(lambda c: c.service.Cancel, request, timeout, server).request_ids
+                except UnavailableError as error:
+                    failures.append(error)
+        if len(failures) == len(servers):
             raise failures[0]
         return tuple(dict.fromkeys(found))
 
@@ -187,6 +189,17 @@ class Client:
             raise
         finally:
             span.end()
+
+    @contextmanager
+    def _each_server(self) -> Iterator[Sequence[Server[Connection]]]:
+        """Yields all servers, each with a connection of its own: also those that drain, and the addresses of names."""
+        if not self._rotation.is_balanced:
+            yield self._rotation.servers
+            return
+        addresses = [address for endpoint in self._endpoints for address in endpoint.addresses()]
+        with ExitStack() as stack:
+            channels = [stack.enter_context(a.channel(False, balanced=True, checks_health=False)) for a in addresses]
+            yield [Server(a.target, Connection(channel)) for a, channel in zip(addresses, channels, strict=True)]
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> TextStream:
         attempts, span = self._attempts(timeout), CallSpan(request, streams=True)

@@ -25,6 +25,9 @@ from mpt_grpc_client.targets import proxy_variable
 _MAX_ROUNDS = 4
 _FIRST_PAUSE_S = 0.1
 _MAX_ASIDE_S = 30.0
+MAX_BREAKS, PROGRESS_TOKENS = 3, 16
+"""A call is given up when so many servers in a row broke while they ran it, none of which generated so many tokens. A
+request that crashes servers must not go through all of them."""
 _Connection = TypeVar("_Connection")
 
 
@@ -95,6 +98,10 @@ class Attempts(Generic[_Connection]):
         self._remaining = rotation.order()
         self._failures: dict[str, MptGrpcError] = {}
         """The last failure of each server since one responded."""
+        self._breaks: list[str] = []
+        """The targets of the servers that broke while they ran the call, since one made progress."""
+        self._num_tokens = 0
+        """The tokens since the last break."""
         self.server = self._remaining.pop(0)
 
     @property
@@ -102,9 +109,12 @@ class Attempts(Generic[_Connection]):
         """The seconds that are left."""
         return None if self._timeout is None else max(0.0, self._start_s + self._timeout - time.monotonic())
 
-    def succeeded(self) -> None:
-        """Notes that the server has responded; if it fails later, all servers are tried anew."""
+    def succeeded(self, num_tokens: int = 0) -> None:
+        """Notes that the server has responded, with `num_tokens`; if it fails later, all servers are tried anew."""
         self._rotation.put_back(self.server)
+        self._num_tokens += num_tokens
+        if self._num_tokens >= PROGRESS_TOKENS:
+            self._breaks.clear()
         if self._rotation.is_balanced:
             self._num_rounds, self._remaining = 0, []
             self._failures.clear()
@@ -133,6 +143,11 @@ class Attempts(Generic[_Connection]):
         self._failures[self.server.target] = failure
         if failure.code in _BROKEN:
             self._rotation.set_aside(self.server)
+        if self._broke_server(failure):
+            self._breaks.append(self.server.target)
+            self._num_tokens = 0
+            if len(self._breaks) == MAX_BREAKS:
+                return self._surrender(failure)
         pause = 0.0
         if not self._remaining:
             self._num_rounds += 1
@@ -149,19 +164,34 @@ class Attempts(Generic[_Connection]):
             return failure.code is grpc.StatusCode.UNAVAILABLE or failure.reason in _ELSEWHERE or is_own_request
         return failure.code in _BROKEN or "RST_STREAM" in str(failure)
 
+    def _broke_server(self, failure: MptGrpcError) -> bool:
+        """Whether the server may have failed because of this call: it had the call, and was not shutting down."""
+        return failure.reason in ("", "ENGINE_STOPPED") and not any(why in str(failure) for why in _UNSENT)
+
+    def _surrender(self, failure: MptGrpcError) -> MptGrpcError:
+        """Returns the error of a call that may crash any server."""
+        targets = ", ".join(dict.fromkeys(self._breaks))
+        why = f"given up because servers broke {MAX_BREAKS} times while they ran this call ({targets})"
+        return UnavailableError(f"{why}; the last time: {failure}", code=failure.code, reason=failure.reason)
+
     def _pause(self) -> float:
         """Returns the time to wait before a round: none before the first, and as servers that are all busy ask for."""
         if self._num_rounds < 2:
             return 0.0
+        return float(max(self._asked_pause() or 0.0, _FIRST_PAUSE_S * 2 ** (self._num_rounds - 2)))
+
+    def _asked_pause(self) -> float | None:
+        """Returns the shortest time that a server asks for, or None unless all are busy."""
         pauses = [f.retry_after or 0.0 for f in self._failures.values() if isinstance(f, OverloadedError)]
-        asked = min(pauses) if len(pauses) == len(self._failures) else 0.0
-        return float(max(asked, _FIRST_PAUSE_S * 2 ** (self._num_rounds - 2)))
+        return min(pauses) if len(pauses) == len(self._failures) else None
 
     def _summary(self, failure: MptGrpcError) -> MptGrpcError:
         """Returns the error that says why each server failed."""
         if len(self._failures) == 1:
             return failure
         whys = "; ".join(f"{target}: {why}" for target, why in self._failures.items())
+        if (asked := self._asked_pause()) is not None:
+            return OverloadedError(f"all servers are busy: {whys}", reason=failure.reason, retry_after=asked)
         return UnavailableError(f"all servers failed: {whys}", code=failure.code, reason=failure.reason)
 
 
@@ -171,3 +201,9 @@ _DIFFERS = "FINGERPRINT_MISMATCH"
 _ELSEWHERE = ("OVERLOADED", _DIFFERS)
 _BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """The codes of a connection that broke, unless the caller cancelled the call."""
+_UNSENT = (
+    *("failed to connect to all addresses", "connections to all backends failing", "resolution", "resolving"),
+    "before headers",
+)
+"""What the message contains if no server has received the call, or a proxy does not know whether one has: it is a
+single target, of which the rounds limit the attempts."""

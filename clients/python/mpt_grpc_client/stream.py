@@ -120,7 +120,7 @@ class TextStream(responses.PartialGeneration):
             else:
                 if chunk is None:
                     return None
-                self._attempts.succeeded()
+                self._attempts.succeeded(chunk.output.num_tokens)
                 return self._add(chunk)
 
     def _go_on(self, failure: MptGrpcError, cause: Exception) -> None:

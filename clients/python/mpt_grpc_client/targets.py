@@ -47,8 +47,9 @@ def resolve_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
 def proxy_variable(target: str) -> str | None:
     """Returns the environment variable whose proxy gRPC uses for this target; None if it connects directly."""
     excluded = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""  # noqa: SIM112  (their usual case)
+    host, _ = split(target)
     if is_local(target) or any(
-        _host(target).endswith(suffix.strip()) for suffix in excluded.split(",") if suffix.strip()
+        host.endswith(suffix.strip()) for suffix in excluded.split(",") if suffix.strip()
     ):
         return None
     return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
@@ -56,7 +57,7 @@ def proxy_variable(target: str) -> str | None:
 
 def is_local(target: str) -> bool:
     """Whether a target is on this machine: a loopback address or a Unix socket."""
-    host = _host(target)
+    host, _ = split(target)
     return (
         target.startswith(("unix:", "unix-abstract:"))
         or host in ("localhost", "::1")
@@ -65,6 +66,8 @@ def is_local(target: str) -> bool:
     )
 
 
-def _host(target: str) -> str:
-    host = re.sub(r"^(dns|ipv4|ipv6):", "", target).rpartition("/")[2]
-    return host.rpartition(":")[0].strip("[]").lower()
+def split(target: str) -> tuple[str, str]:
+    """Returns the host and the port of a target, which may be empty."""
+    address = re.sub(r"^(dns|ipv4|ipv6):", "", target).rpartition("/")[2]
+    host, _, port = address.rpartition(":")
+    return host.strip("[]").lower(), port

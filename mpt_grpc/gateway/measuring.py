@@ -1,0 +1,42 @@
+"""The metrics of HTTP requests."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mpt_grpc.telemetry.metrics import HttpMetrics
+
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"))
+_OTHER_METHOD = "_OTHER"
+"""How the conventions name a method that is not known: callers choose it."""
+
+
+class MetricsMiddleware:
+    """Measures each request from its arrival to the end of its response, which may be a stream."""
+
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status: int | None = None
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        method, start_s = scope["method"] if scope["method"] in _METHODS else _OTHER_METHOD, time.monotonic()
+        self._metrics.begin(method)
+        try:
+            await self._app(scope, receive, send_and_note)
+        finally:
+            # The router adds its route to the scope; a path that it does not know is no label.
+            route: Any = scope.get("route")
+            self._metrics.end(method, getattr(route, "path", None), status, time.monotonic() - start_s)
