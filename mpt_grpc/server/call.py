@@ -14,7 +14,7 @@ from opentelemetry.trace import Span, StatusCode, format_trace_id, set_span_in_c
 
 from mpt_grpc.caller import Caller
 from mpt_grpc.errors import MptServerError
-from mpt_grpc.request import FinishReason
+from mpt_grpc.results import FinishReason
 from mpt_grpc.server import status
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.metrics import Metrics

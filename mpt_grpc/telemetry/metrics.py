@@ -13,7 +13,7 @@ from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from opentelemetry.util.types import AttributeValue
 
 from mpt_grpc.reports import RequestReport, StepReport
-from mpt_grpc.request import FinishReason
+from mpt_grpc.results import FinishReason
 from mpt_grpc.telemetry import names
 
 MAX_CALLERS = 100

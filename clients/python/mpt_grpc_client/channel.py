@@ -132,9 +132,7 @@ class Endpoint:
             return grpc.aio.insecure_channel(self.target, options, interceptors=self.interceptors)
         return grpc.aio.secure_channel(self.target, self.credentials, options, interceptors=self.interceptors)
 
-    def _options(
-        self, retries: bool, balanced: bool, checks_health: bool
-    ) -> tuple[tuple[str, int | str | bytes], ...]:
+    def _options(self, retries: bool, balanced: bool, checks_health: bool) -> tuple[tuple[str, int | str | bytes], ...]:
         own = channel_options(self.target, retries, balanced=balanced, checks_health=checks_health)
         certified = () if self.name is None else (("grpc.ssl_target_name_override", self.name),)
         return tuple(dict((*own, *certified, *self.options)).items())

@@ -48,9 +48,7 @@ def proxy_variable(target: str) -> str | None:
     """Returns the environment variable whose proxy gRPC uses for this target; None if it connects directly."""
     excluded = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""  # noqa: SIM112  (their usual case)
     host, _ = split(target)
-    if is_local(target) or any(
-        host.endswith(suffix.strip()) for suffix in excluded.split(",") if suffix.strip()
-    ):
+    if is_local(target) or any(host.endswith(suffix.strip()) for suffix in excluded.split(",") if suffix.strip()):
         return None
     return next((name for name in _PROXY_VARIABLES if os.environ.get(name)), None)
 
