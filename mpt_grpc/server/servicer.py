@@ -35,6 +35,7 @@ from mpt_grpc.server import convert
 from mpt_grpc.server.call import Call, current_call
 from mpt_grpc.server.quotas import Quotas
 from mpt_grpc.server.sizes import MessageLimits, check_sizes
+from mpt_grpc.server.text_work import TextWork
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import operation, request_attributes
@@ -61,7 +62,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         self._message_limits = limits
         self._started_s = time.monotonic()
         self._num_answers = 0
-        self._quotas = Quotas()
+        self._quotas, self._texts = Quotas(), TextWork()
         self._calls: dict[str, Call] = {}
         """The generations in progress, by request ID."""
         self.idle = asyncio.Event()
@@ -93,7 +94,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         if len(request.text) > MAX_TOKENIZED_CHARACTERS:
             why = f"{len(request.text)} characters; at most {MAX_TOKENIZED_CHARACTERS} are allowed"
             raise InvalidRequestError(FieldViolation("text", why))
-        return await asyncio.to_thread(self._tokens, request.text)
+        return await self._texts.run(len(request.text), partial(self._tokens, request.text))
 
     def _tokens(self, text: str) -> pb.TokenizeResponse:
         tokenizer = self._engine.preparation.tokenizer
@@ -113,7 +114,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 why = f"{token} is not a token ID: IDs are below {tokenizer.vocab_size}"
                 raise InvalidRequestError(FieldViolation(f"token_ids[{index}]", why))
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        return pb.DetokenizeResponse(text=await asyncio.to_thread(tokenizer.decode, request.token_ids, skip))
+        decode = partial(tokenizer.decode, request.token_ids, skip)
+        return pb.DetokenizeResponse(text=await self._texts.run(len(request.token_ids), decode))
 
     async def Cancel(self, request: pb.CancelRequest, context: _CallContext) -> pb.CancelResponse:
         if len(request.request_ids) > MAX_CANCELLED:
