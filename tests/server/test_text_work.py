@@ -34,4 +34,4 @@ async def test_the_work_of_a_caller_who_leaves_before_its_turn_is_not_done() -> 
     await asyncio.wait({waiting[1]})
     may_end.set()
     await asyncio.gather(*first, waiting[0], waiting[2])
-    assert done == [0, 2]
+    assert sorted(done) == [0, 2]
