@@ -133,7 +133,7 @@ def read_calls(output: bytes) -> tuple[str, list[ToolCall], bool]:
     """Returns the text and the calls of an output, and whether it ends with calls."""
     reader = ToolCallReader(ToolCalls((), False, 16, None), str)
     text, calls = reader.feed(output.decode())
-    return text + reader.finish(), list(calls), reader.has_complete_calls
+    return text + reader.finish(is_cut_short=False), list(calls), reader.has_complete_calls
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
