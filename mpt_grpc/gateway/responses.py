@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from mpt_grpc.gateway.errors import error_body
 from mpt_grpc.gateway.events import DONE
 from mpt_grpc_client import (
     AsyncTextStream,
@@ -57,10 +58,18 @@ class _InParts(JSONResponse):
         return b'%b,"%b":[%b]}' % (rest[:-1], name.encode(), b",".join(map(encode, content[name])))
 
 
-class ChatResponse:
-    """Builds the response to a chat completion."""
+class _Completion:
+    """What the streams of chat and text completions have in common."""
 
     end = DONE
+
+    def failure(self, error: Exception, names: Mapping[str, str]) -> Json:
+        """Returns the last event of a stream that has begun and failed; `names` are the endpoint's for the options."""
+        return error_body(error, names)[1]
+
+
+class ChatResponse(_Completion):
+    """Builds the response to a chat completion."""
 
     def __init__(self, model: str, request_id: str, *, has_logprobs: bool, includes_usage: bool) -> None:
         self._envelope = _envelope_for("chatcmpl", model, request_id)
@@ -117,10 +126,8 @@ class ChatResponse:
         return {**self._envelope, "object": "chat.completion.chunk", "choices": [choice]}
 
 
-class TextResponse:
+class TextResponse(_Completion):
     """Builds the response to a text completion. The choices of several prompts follow one another."""
-
-    end = DONE
 
     def __init__(self, model: str, request_id: str) -> None:
         self._envelope = {**_envelope_for("cmpl", model, request_id), "object": "text_completion"}

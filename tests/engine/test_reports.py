@@ -23,7 +23,7 @@ class Reports:
         self.seen.append(f"a step of {report.plan.sequences[0].token_ids[0]}")
 
     def observe_request(self, report: RequestReport) -> None:
-        self.seen.append("the end")
+        self.seen.append(f"the end of {report.request.prompt[0]}")  # type: ignore[index]
 
 
 async def test_the_steps_of_a_request_come_after_the_end_of_the_one_before_with_the_same_id() -> None:
@@ -39,4 +39,4 @@ async def test_the_steps_of_a_request_come_after_the_end_of_the_one_before_with_
         for stream in streams:
             _ = [delta async for delta in stream]
         await asyncio.sleep(0)
-    assert reports.seen == ["a step of 1", "the end", "a step of 3", "the end"]
+    assert reports.seen == ["a step of 1", "the end of 1", "a step of 3", "the end of 3"]

@@ -260,24 +260,40 @@ async def test_a_caller_who_leaves_during_an_upload_is_one_bounded_line_of_the_l
     assert all(len(record.getMessage()) < 500 for record in caplog.records)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_the_end_of_the_grace_period_ends_requests_with_an_error(
-    stepped: list[SteppedRunner], caplog: pytest.LogCaptureFixture, stream: bool
-) -> None:
+async def ended_by_a_shutdown(stepped: list[SteppedRunner], path: str, body: dict[str, Any]) -> str:
+    """Returns what has been received of a response after the grace period has ended."""
     settings = replace(demo_settings(), http=HttpSettings(port=0), server=ServerSettings(grpc_port=0))
     async with running_server(settings) as server:
         async with running_gateway(server.target, "127.0.0.1", HttpSettings(port=0), grace_s=0) as port:
             server.http_port = port
-            body = {**ENDLESS, "stream": stream}
-            reader, writer = await send(server, "POST", "/v1/completions", body)
+            reader, writer = await send(server, "POST", path, body)
             await asyncio.to_thread(stepped[0].wait_for_step)
-            if stream:
+            if body["stream"]:
                 for _ in range(4):
                     stepped[0].allow()
                 await reader.readuntil(b"data: ")
-        content = (await reader.read()).rstrip(b"\r\n0")
+        content = (await reader.read()).rstrip(b"\r\n0").decode()
         writer.close()
         stepped[0].run_free()
-    error = json.loads(content[content.rindex(b'{"error"') :])["error"]
+    return content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_end_of_the_grace_period_ends_requests_with_an_error(
+    stepped: list[SteppedRunner], caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    content = await ended_by_a_shutdown(stepped, "/v1/completions", {**ENDLESS, "stream": stream})
+    error = json.loads(content[content.rindex('{"error"') :])["error"]
     assert (error["code"], error["message"]) == ("unavailable", "the server is shutting down")
     assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_the_end_of_the_grace_period_ends_the_stream_of_a_response_with_its_failure(
+    stepped: list[SteppedRunner],
+) -> None:
+    content = await ended_by_a_shutdown(stepped, "/v1/responses", {"input": "Hi", "ignore_eos": True, "stream": True})
+    events = [json.loads(line.removeprefix("data: ")) for line in content.splitlines() if line.startswith("data: ")]
+    assert "event: response.failed\n" in content
+    assert [event["sequence_number"] for event in events] == list(range(1, 1 + len(events)))  # the first was read
+    assert (events[-1]["type"], events[-1]["response"]["status"]) == ("response.failed", "failed")
+    assert events[-1]["response"]["error"] == {"code": "server_error", "message": "the server is shutting down"}

@@ -314,3 +314,13 @@ async def test_responses_are_not_stored(stepped: list[SteppedRunner], stepped_se
     assert (status, created["store"]) == (200, False)
     status, refusal = await fetch(stepped_server, "GET", f"{PATH}/{created['id']}")
     assert (status, refusal["error"]["message"][:28]) == (404, "responses are not stored; se")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/r"), ("DELETE", "/r"), ("GET", "/r/input_items"), ("POST", "/r/cancel")]
+)
+async def test_what_is_below_a_response_says_that_it_is_not_stored(
+    stepped_server: RunningServer, method: str, path: str
+) -> None:
+    status, refusal = await fetch(stepped_server, method, f"{PATH}{path}")
+    assert (status, refusal["error"]["message"][:28]) == (404, "responses are not stored; se")
