@@ -159,6 +159,32 @@ async def test_invalid_requests_are_errors_in_openais_format(gateway: RunningSer
 
 
 @pytest.mark.parametrize(
+    "sent",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET /\xc3\xa9 HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET /health HTTP/9.9\r\nhost: localhost\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+async def test_what_is_not_http_is_an_error_in_openais_format(gateway: RunningServer, sent: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
+    writer.write(sent)
+    status, headers, response = await read_response(reader, writer)
+    assert (status, headers["connection"]) == (400, "close")
+    assert "Invalid HTTP request" in response["error"]["message"]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate, br", "x" * 1000])
+async def test_a_compressed_body_is_refused_with_the_remedy(gateway: RunningServer, coding: str) -> None:
+    status, response = await fetch(gateway, "POST", "/v1/completions", {"prompt": "x"}, content_encoding=coding)
+    assert status == 415
+    assert "send it uncompressed" in response["error"]["message"]
+    assert len(response["error"]["message"]) < 300
+
+
+@pytest.mark.parametrize(
     ("method", "path", "allow", "message"),
     [
         ("GET", "/v1/completions", "POST", "GET is not allowed for /v1/completions; use POST"),
