@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -157,30 +157,6 @@ def text_choice(index: int, text: str, logprobs: Json | None, finish: Finish | N
     }
 
 
-def text_logprobs(logprobs: Sequence[TokenLogprob], offset: int, num_top: int, first: str | None = None) -> Json:
-    """Returns the log probabilities of tokens whose text begins `offset` characters into the text of the choice.
-
-    first: the text of a prompt's first token, which has no log probability.
-    """
-    tokens = [] if first is None else [first]
-    values: list[float | None] = [] if first is None else [None]
-    top: list[Json | None] = [] if first is None else [None]
-    for logprob in logprobs:
-        tokens.append(_token(logprob.token_bytes))
-        values.append(logprob.logprob)
-        top.append({_token(other.token_bytes): other.logprob for other in logprob.top_logprobs})
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
-    return {
-        "tokens": tokens,
-        "token_logprobs": values,
-        "top_logprobs": top if num_top else None,
-        "text_offset": offsets,
-    }
-
-
 def finish_reason(finish: Finish) -> str:
     """Returns OpenAI's name for the reason an output ended."""
     if finish.reason is FinishReason.CONTENT_FILTER:
@@ -208,11 +184,11 @@ def token_logprobs(logprobs: Iterable[TokenLogprob]) -> list[Json]:
     """Returns the log probabilities of tokens, each with its most likely alternatives."""
     return [
         {
-            "token": _token(logprob.token_bytes),
+            "token": token_label(logprob.token_bytes),
             "bytes": list(logprob.token_bytes),
             "logprob": logprob.logprob,
             "top_logprobs": [
-                {"token": _token(top.token_bytes), "bytes": list(top.token_bytes), "logprob": top.logprob}
+                {"token": token_label(top.token_bytes), "bytes": list(top.token_bytes), "logprob": top.logprob}
                 for top in logprob.top_logprobs
             ],
         }
@@ -220,7 +196,7 @@ def token_logprobs(logprobs: Iterable[TokenLogprob]) -> list[Json]:
     ]
 
 
-def _token(token: bytes) -> str:
+def token_label(token: bytes) -> str:
     """Returns the text of a token; a token that is not valid UTF-8 by itself is written as OpenAI does."""
     try:
         return token.decode()
