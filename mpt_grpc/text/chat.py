@@ -41,6 +41,10 @@ def conversation_token_ids(
     _check(conversation, template)
     num_new_tokens = 1 if max_new_tokens is None else max_new_tokens
     max_prompt_tokens = max_context_tokens - num_new_tokens
+    if max_prompt_tokens < 1:
+        room = f"no room for a prompt in the context of {max_context_tokens}"
+        why = f"{num_new_tokens} new tokens leave {room}: request fewer"
+        raise InvalidRequestError(FieldViolation("stopping.max_new_tokens", why))
     kwargs, tools = conversation.chat_template_kwargs, conversation.shown_tools
     messages: Sequence[Message] = _with_one_leading_system_message(conversation.messages)
     uses_tools = bool(tools) or any(message.role == "tool" or message.tool_calls for message in messages)

@@ -1,4 +1,4 @@
-"""Texts are tokenized a few at once, and only so many may wait."""
+"""Texts are tokenized a few at once, and the number of those that wait is limited."""
 
 from __future__ import annotations
 
