@@ -20,6 +20,7 @@ from mpt_grpc.caller import Role
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.fingerprint import differences
 from mpt_grpc.engine.load import LoadedModel
+from mpt_grpc.engine.state import EngineState
 from mpt_grpc.engine.stream import AsyncStream, collect
 from mpt_grpc.errors import FieldViolation, FingerprintError, InvalidRequestError, UnavailableError, UnknownModelError
 from mpt_grpc.limits import (
@@ -198,11 +199,16 @@ class DebugServicer(debug_pb2_grpc.DebugServiceServicer):
 
     def __init__(self, engine: Engine, model: LoadedModel) -> None:
         self._engine, self._model = engine, model
+        self._last: tuple[EngineState, debug_pb2.GetEngineStateResponse] | None = None
 
     async def GetEngineState(
         self, request: debug_pb2.GetEngineStateRequest, context: _CallContext
     ) -> debug_pb2.GetEngineStateResponse:
-        return convert.engine_state(await asyncio.wrap_future(self._engine.state()), self._model.num_blocks)
+        state = await asyncio.wrap_future(self._engine.state())
+        # All who ask during one step get the same state, which takes milliseconds to convert.
+        if self._last is None or self._last[0] is not state:
+            self._last = state, convert.engine_state(state, self._model.num_blocks)
+        return self._last[1]
 
 
 async def _built(build: Callable[[], _Message], num_logprobs: int) -> _Message:
