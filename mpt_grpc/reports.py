@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -9,14 +10,15 @@ from opentelemetry.context import Context
 
 from mpt_grpc.request import GenerationRequest
 from mpt_grpc.results import FinishReason, RequestStats
-from mpt_grpc.step import StepPlan, StepResult
+from mpt_grpc.step import StepPlan
 
 
 class StepReport(NamedTuple):
     """One step of the engine."""
 
     plan: StepPlan
-    result: StepResult
+    num_new_tokens: Mapping[int, int]
+    """The numbers of tokens that outputs got, by sequence ID."""
     start_time_s: float
     """In seconds since the epoch."""
     duration_s: float

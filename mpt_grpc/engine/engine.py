@@ -30,6 +30,7 @@ from mpt_grpc.errors import (
     InternalError,
     InvalidRequestError,
     MptServerError,
+    OverloadedError,
     UnavailableError,
 )
 from mpt_grpc.model.runner import Runner
@@ -114,16 +115,19 @@ class Engine:
         self._check_can_be_read(kind)
         wanted = request.request if isinstance(request, PreparedRequest) else request
         if violations := list(num_sequences_violations(wanted.sampling, self.preparation.limits)):
-            if self.preparation.is_short(wanted):
-                self.preparation.prepare(wanted)  # raises the error with all that is wrong
+            self.preparation.check_briefly(wanted)  # raises the error with all that is wrong
             raise InvalidRequestError(*violations)
         stream = kind(wanted.request_id, lambda: self._send_end(reference, _CANCELLED))
         record: RequestRecord = RequestRecord(wanted, stream, context, self._steps.now_s())
         reference: weakref.ref[RequestRecord] = weakref.ref(record)
-        with self._lock:
-            if self._refusal is not None:
-                raise type(self._refusal)(str(self._refusal))
-            self._requests.add(record, self.load, timeout_s)
+        try:
+            with self._lock:
+                if self._refusal is not None:
+                    raise type(self._refusal)(str(self._refusal))
+                self._requests.add(record, self.load, timeout_s)
+        except OverloadedError:
+            self.preparation.check_briefly(wanted)  # an invalid request would be refused later, too
+            raise
         if wanted.stopping.time_limit_s is not None:
             self._steps.wake_up()  # the thread may wait for a later time
         if isinstance(request, PreparedRequest):

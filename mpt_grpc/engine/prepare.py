@@ -70,14 +70,14 @@ class Preparation:
 
     def is_quick(self, request: GenerationRequest) -> bool:
         """Whether `prepare` takes less than about a millisecond."""
-        return self.is_short(request) and request.constraint is None and not self.guards
+        return self._is_short(request) and request.constraint is None and not self.guards
 
-    def is_short(self, request: GenerationRequest) -> bool:
-        """Whether `prepare` takes less than about a millisecond if the request is invalid."""
-        num_listed = sum(len(token_ids) for _, token_ids in resumed_lists(request))
-        num_listed += len(request.decoding.allowed_token_ids)
-        is_long = isinstance(request.prompt, Conversation) or len(request.prompt) > _LONG_TEXT
-        return not is_long and num_listed <= _LONG_TEXT
+    def check_briefly(self, request: GenerationRequest) -> None:
+        """Raises InvalidRequestError if it takes less than about a millisecond to find out that it is invalid."""
+        if self._is_short(request):
+            self._valid_prompt(request)
+        elif _has_short_lists(request) and (violations := list(request_violations(request, self.limits))):
+            raise InvalidRequestError(*violations)
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
         """Returns the request ready for the scheduler.
@@ -85,6 +85,19 @@ class Preparation:
         Raises InvalidRequestError, which lists all invalid fields; PromptRefusedError; or OverloadedError, if the
         machine is too busy to check a constraint.
         """
+        prompt_token_ids = self._valid_prompt(request)
+        self._check_with_guards(prompt_token_ids)
+        _ = request.decoding.allowed_mask  # computed here, and not in the scheduler thread
+        request = self._resolved(request)
+        matchers, complete = self._matchers(request)
+        return PreparedRequest(request, prompt_token_ids, matchers, complete)
+
+    def _is_short(self, request: GenerationRequest) -> bool:
+        is_long = isinstance(request.prompt, Conversation) or len(request.prompt) > _LONG_TEXT
+        return not is_long and _has_short_lists(request)
+
+    def _valid_prompt(self, request: GenerationRequest) -> tuple[int, ...]:
+        """Returns the prompt's tokens. Raises InvalidRequestError, which lists all invalid fields."""
         violations = list(request_violations(request, self.limits))
         prompt_token_ids: tuple[int, ...] = ()
         try:
@@ -96,11 +109,7 @@ class Preparation:
         violations += self._resume_violations(request)
         if violations:
             raise InvalidRequestError(*violations)
-        self._check_with_guards(prompt_token_ids)
-        _ = request.decoding.allowed_mask  # computed here, and not in the scheduler thread
-        request = self._resolved(request)
-        matchers, complete = self._matchers(request)
-        return PreparedRequest(request, prompt_token_ids, matchers, complete)
+        return prompt_token_ids
 
     def _prompt_token_ids(self, request: GenerationRequest) -> tuple[int, ...]:
         prompt, stopping = request.prompt, request.stopping
@@ -180,3 +189,8 @@ class Preparation:
         special = [self.tokenizer.special_token_id(stop) for stop in stop_strings]
         stop_token_ids = tuple(dict.fromkeys((*stopping.stop_token_ids, *(i for i in special if i is not None))))
         return replace(stopping, stop_strings=stop_strings, stop_token_ids=stop_token_ids)
+
+
+def _has_short_lists(request: GenerationRequest) -> bool:
+    num_listed = sum(len(token_ids) for _, token_ids in resumed_lists(request))
+    return num_listed + len(request.decoding.allowed_token_ids) <= _LONG_TEXT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,7 +21,7 @@ from mpt_grpc.reports import Observer, RequestReport, StepReport
 from mpt_grpc.request import GenerationRequest
 from mpt_grpc.results import Finish, FinishReason, RequestStats, TokenEvent
 from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
-from mpt_grpc.step import StepPlan, StepResult
+from mpt_grpc.step import StepPlan
 
 _NUM_ENDED = 64
 _MIN_RETRY_AFTER_S, _MAX_RETRY_AFTER_S = 0.1, 30.0
@@ -199,7 +199,7 @@ class RequestTable:
         self._undelivered.append((record.stream.receive, event))
 
     def report_step(
-        self, plan: StepPlan, result: StepResult, start_time_s: float, duration_s: float, number: int
+        self, plan: StepPlan, num_new_tokens: Mapping[int, int], start_time_s: float, duration_s: float, number: int
     ) -> None:
         """Queues the report of a step, before those of the requests that end with it."""
         if (observer := self.observer) is None:
@@ -208,7 +208,10 @@ class RequestTable:
         if observer.trace_interval is not None and number % observer.trace_interval == 0:
             records = {id(r): r for s in plan.sequences if (r := self.by_sequence(s.sequence_id)) is not None}
             contexts = tuple(record.context for record in records.values() if record.context is not None)
-        self._undelivered.append((observer.observe_step, StepReport(plan, result, start_time_s, duration_s, contexts)))
+        report = StepReport(plan, num_new_tokens, start_time_s, duration_s, contexts)
+        # The outbox keeps the order of what it takes for different readers: a request's report comes before the steps
+        # of a later one with the same ID.
+        self._undelivered.append((partial(observer.observe_step), report))
 
     def report_unprepared(self, record: RequestRecord, finish: Finish, now_s: float) -> None:
         """Queues the end of a request that was removed while it was preparing: it has no output."""

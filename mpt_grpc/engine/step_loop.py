@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
@@ -107,9 +108,11 @@ class StepLoop:
                 result = self._executor.execute(plan)
                 duration_s = time.monotonic() - start_s
                 self._waits_for_masks = all(result.is_deferred(sequence) for sequence in plan.sequences)
-                self._requests.report_step(plan, result, start_s + self._epoch_s, duration_s, self.load.num_steps)
                 events = self._scheduler.commit(plan, result, None if result.errors else duration_s)
-                self._record_step(plan, result, events)
+                new_tokens = Counter(sequence.sequence_id for sequence, event in events if event.token_id is not None)
+                number = self.load.num_steps
+                self._requests.report_step(plan, new_tokens, start_s + self._epoch_s, duration_s, number)
+                self._record_step(plan, result, events, new_tokens)
             self._deliver()
 
     def close(self, why: UnavailableError) -> None:
@@ -167,10 +170,15 @@ class StepLoop:
             if record is not None and record.scheduled_time_s is None:
                 record.scheduled_time_s = self.now_s()
 
-    def _record_step(self, plan: StepPlan, result: StepResult, events: Iterable[tuple[Sequence, TokenEvent]]) -> None:
-        now_s, num_tokens = self.now_s(), 0
+    def _record_step(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        events: Iterable[tuple[Sequence, TokenEvent]],
+        num_new_tokens: Mapping[int, int],
+    ) -> None:
+        now_s, num_tokens = self.now_s(), sum(num_new_tokens.values())
         for sequence, event in events:
-            num_tokens += event.token_id is not None
             if event.error is None:
                 self._requests.report(sequence, event, now_s)
             elif (record := self._requests.by_sequence(sequence.sequence_id)) is not None:
@@ -180,14 +188,13 @@ class StepLoop:
                 self._requests.fail(record, event.error, now_s)
         if result.token_ids or not result.errors:
             self._progress_time_s = time.monotonic()
-        chosen = result.token_ids.values()
         self.load = replace(
             self.load,
             num_steps=self.load.num_steps + 1,
             num_generated_tokens=self.load.num_generated_tokens + num_tokens,
             num_batched_sequences=self.load.num_batched_sequences + len(plan.sequences),
             num_draft_tokens=self.load.num_draft_tokens + plan.num_drafts,
-            num_accepted_tokens=self.load.num_accepted_tokens + sum(map(len, chosen)) - len(chosen),
+            num_accepted_tokens=self.load.num_accepted_tokens + num_tokens - len(num_new_tokens),
             num_preemptions=self.load.num_preemptions + len(plan.preempted),
         )
 

@@ -11,7 +11,8 @@ from mpt_grpc.request import ToolCalls
 from mpt_grpc.results import Finish, FinishReason, OutputDelta, TokenEvent
 from mpt_grpc.text.tool_calls import ToolCallReader
 
-_ENDS = (FinishReason.EOS_TOKEN, FinishReason.STOP_TOKEN, FinishReason.STOP_STRING)
+_ENDS_OF_MODEL = (FinishReason.EOS_TOKEN, FinishReason.STOP_TOKEN)
+_ENDS = (*_ENDS_OF_MODEL, FinishReason.STOP_STRING)
 
 
 class ToolOutput:
@@ -42,7 +43,7 @@ class ToolOutput:
         text, calls = self._reader.feed(delta.text)
         self.finish = delta.finish
         if self.finish is not None:
-            text += self._reader.finish()
+            text += self._reader.finish(is_cut_short=self.finish.reason not in _ENDS_OF_MODEL)
             if self._reader.has_complete_calls and self.finish.reason in _ENDS:
                 self.finish = replace(self.finish, reason=FinishReason.TOOL_CALLS)
         return delta._replace(text=text, finish=self.finish, tool_calls=calls)

@@ -20,7 +20,7 @@ from mpt_grpc import __version__
 from mpt_grpc.gateway import openapi, schemas, tokens
 from mpt_grpc.gateway.callers import CallerMiddleware, Callers, KnownServer
 from mpt_grpc.gateway.completions import complete, stream_completion
-from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_body, error_response, log_refusal, shortened
+from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_response, log_refusal, shortened
 from mpt_grpc.gateway.events import EventStream, disconnected, event
 from mpt_grpc.gateway.field_rules import COMPLETION_RULES, RESPONSE_RULES, TOKENIZATION_RULES
 from mpt_grpc.gateway.health import unreadiness
@@ -83,6 +83,9 @@ def make_app(
         _Route("POST", "/v1/completions", gateway.completions, CompletionRequest, text),
         _Route("POST", "/v1/responses", gateway.responses, ResponseRequest, model_response),
         _Route("GET", "/v1/responses/{name}", gateway.stored_response),
+        _Route("DELETE", "/v1/responses/{name}", gateway.stored_response),
+        _Route("GET", "/v1/responses/{name}/input_items", gateway.stored_response),
+        _Route("POST", "/v1/responses/{name}/cancel", gateway.stored_response),
         _Route("POST", "/v1/embeddings", gateway.embeddings),
         _Route("GET", "/v1/models", gateway.models, responses=models),
         _Route("GET", "/v1/models/{name:path}", gateway.model, responses={_JSON: schemas.Model}),
@@ -275,6 +278,11 @@ async def _events(
     """
     first = await _unless_disconnected(request, _next(chunks))
 
+    def failure(error: MptGrpcError) -> bytes:
+        return event(response.failure(error, _field_names(request)))
+
+    request.state.failure_event = failure
+
     async def events() -> AsyncIterator[bytes]:
         async with contextlib.aclosing(chunks):  # type: ignore[type-var]
             try:
@@ -283,7 +291,7 @@ async def _events(
                 async for chunk in chunks:
                     yield event(chunk)
             except MptGrpcError as error:
-                yield event(error_body(error, _field_names(request))[1])
+                yield failure(error)
                 return
             yield response.end
 

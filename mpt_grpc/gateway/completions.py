@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.responses import Response
 
 from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.gateway.interleave import interleave
 from mpt_grpc.gateway.requests import CompletionRequest
-from mpt_grpc.gateway.responses import TextResponse, rendered, text_choice, text_logprobs
+from mpt_grpc.gateway.responses import TextResponse, rendered, text_choice
+from mpt_grpc.gateway.text_logprobs import TextLogprobs
 from mpt_grpc_client import AsyncClient, GenerateOptions, Generation, TokenLogprob, Usage
 
 Json = dict[str, Any]
@@ -37,7 +38,7 @@ async def complete(client: AsyncClient, body: CompletionRequest, response: TextR
         choices: list[Json] = []
         for generation, (echo, first_token) in zip(generations, echoes, strict=True):
             for output in generation.outputs:
-                logprobs = _logprobs(body, generation, output.logprobs, echo, first_token)
+                logprobs = _logprobs(body, generation, output.logprobs, first_token)
                 choices.append(text_choice(len(choices), echo + output.text, logprobs, output.finish))
         return response.complete(choices, [generation.usage for generation in generations])
 
@@ -46,11 +47,32 @@ async def complete(client: AsyncClient, body: CompletionRequest, response: TextR
 
 async def _echo(
     client: AsyncClient, body: CompletionRequest, prompt: str | Sequence[int], generation: Generation
-) -> tuple[str, str]:
-    """Returns the text of a prompt and of its first token, which are empty unless the request asks for them."""
+) -> tuple[str, _FirstToken]:
+    """Returns the text of a prompt and its first token, which are empty unless the request asks for them."""
     if not body.echo:
-        return "", ""
-    return await _text(client, prompt), await client.detokenize(generation.prompt_token_ids[:1])
+        return "", _FirstToken(b"", 0)
+    echo = await _text(client, prompt)
+    text = await client.detokenize(generation.prompt_token_ids[:1], skip_special_tokens=False)
+    num_bytes_after = sum(len(logprob.token_bytes) for logprob in generation.prompt_logprobs)
+    return echo, _first_token(echo, text, num_bytes_after, is_truncated=body.truncate_prompt_tokens is not None)
+
+
+class _FirstToken(NamedTuple):
+    """The first token of a prompt, which has no log probability."""
+
+    token_bytes: bytes
+    start: int
+    """Where it begins in the text of the prompt, which a truncated prompt is only a part of, in characters."""
+
+
+def _first_token(echo: str, text: str, num_bytes_after: int, *, is_truncated: bool) -> _FirstToken:
+    """Returns the first token, given its text and the number of bytes of all others."""
+    before = echo.encode()[: max(0, len(echo.encode()) - num_bytes_after)]
+    if is_truncated:
+        token = text.encode()
+        return _FirstToken(token, len(before[: max(0, len(before) - len(token))].decode(errors="ignore")))
+    # Text lacks the bytes of a token that is only a part of a character.
+    return _FirstToken(before if "\ufffd" in text and "\ufffd" not in echo else text.encode(), 0)
 
 
 async def stream_completion(
@@ -86,13 +108,10 @@ async def _stream_prompt(
         echo = await _text(client, prompt)
         for index in range(body.n or 1):
             yield text_choice(first_index + index, echo, None, None)
-    offsets: defaultdict[int, int] = defaultdict(int)
+    of_outputs: defaultdict[int, TextLogprobs] = defaultdict(lambda: TextLogprobs(body.logprobs or 0))
     async with client.stream(prompt, **options) as stream:
         async for delta in stream.deltas():
-            logprobs = None
-            if delta.logprobs:
-                logprobs = text_logprobs(delta.logprobs, offsets[delta.index], body.logprobs or 0)
-            offsets[delta.index] += len(delta.text)
+            logprobs = of_outputs[delta.index].add(delta.logprobs) if delta.logprobs else None
             if delta.text or logprobs or delta.finish:
                 yield text_choice(first_index + delta.index, delta.text, logprobs, delta.finish)
         usages.append(stream.result.usage)
@@ -108,12 +127,12 @@ async def _text(client: AsyncClient, prompt: str | Sequence[int]) -> str:
 
 
 def _logprobs(
-    body: CompletionRequest, generation: Generation, output: Sequence[TokenLogprob], echo: str, first_token: str
+    body: CompletionRequest, generation: Generation, output: Sequence[TokenLogprob], first_token: _FirstToken
 ) -> Json | None:
     if body.logprobs is None:
         return None
-    of_output = text_logprobs(output, len(echo), body.logprobs)
     if not body.echo:
-        return of_output
-    of_prompt = text_logprobs(generation.prompt_logprobs, 0, body.logprobs, first_token)
+        return TextLogprobs(body.logprobs).add(output)
+    of_choice = TextLogprobs(body.logprobs, first_token.start)
+    of_prompt, of_output = of_choice.add(generation.prompt_logprobs, first_token.token_bytes), of_choice.add(output)
     return {name: None if values is None else values + of_output[name] for name, values in of_prompt.items()}

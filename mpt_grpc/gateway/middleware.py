@@ -14,8 +14,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mpt_grpc.gateway.errors import BadRequestError, error_body, error_response, log_refusal, shortened
-from mpt_grpc.gateway.events import event
+from mpt_grpc.gateway.errors import BadRequestError, error_response, log_refusal, shortened
 from mpt_grpc.gateway.protocol import MAX_HEAD_BYTES
 from mpt_grpc.turnstile import Turnstile
 from mpt_grpc_client import OverloadedError, UnavailableError
@@ -228,4 +227,4 @@ class _Response:
         if self._start is None:
             await error_response(error)(scope, receive, self.send)
         elif not self._is_complete and b"text/event-stream" in dict(self._start["headers"]).get(b"content-type", b""):
-            await self.send({"type": "http.response.body", "body": event(error_body(error)[1])})
+            await self.send({"type": "http.response.body", "body": scope["state"]["failure_event"](error)})

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from mpt_grpc.gateway.response_request import ResponseRequest
 from mpt_grpc.gateway.responses import Json, finish_reason, token_logprobs
-from mpt_grpc_client import AsyncTextStream, Delta, Finish, Generation, MptGrpcError, ToolCall, ToolCallDelta, Usage
+from mpt_grpc_client import AsyncTextStream, Delta, Finish, Generation, ToolCall, ToolCallDelta, Usage
 
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 """The reasons for which a response is incomplete, by the finish reason of a chat completion."""
@@ -103,23 +103,15 @@ class ModelResponse:
         return self._ended(output.finish, generation.usage)
 
     async def chunks(self, begin: Callable[[], AsyncTextStream]) -> AsyncIterator[Json]:
-        """Yields the events of the stream that `begin` returns. Raises MptGrpcError if it fails before the first."""
-        try:
-            async with begin() as stream:
-                async for delta in stream.deltas():
-                    if not self._num_events:
-                        yield self._event("response.created", response=self._response("in_progress"))
-                        yield self.empty_chunk()
-                    for event in self._delta_events(delta):
-                        yield event
-                result = stream.result
-        except MptGrpcError as error:
-            if not self._num_events:
-                raise
-            failure = {"code": "server_error", "message": str(error)}
-            output = self._output("incomplete")
-            yield self._event("response.failed", response=self._response("failed", output=output, error=failure))
-            return
+        """Yields the events of the stream that `begin` returns. Raises MptGrpcError."""
+        async with begin() as stream:
+            async for delta in stream.deltas():
+                if not self._num_events:
+                    yield self._event("response.created", response=self._response("in_progress"))
+                    yield self.empty_chunk()
+                for event in self._delta_events(delta):
+                    yield event
+            result = stream.result
         if not self._items:
             for event in self._begin(_Message(self._item_id("msg"))):
                 yield event
@@ -127,6 +119,12 @@ class ModelResponse:
         for event in self._finish_item(response["status"]):
             yield event
         yield self._event(f"response.{response['status']}", response=response)
+
+    def failure(self, error: Exception, _names: Mapping[str, str]) -> Json:
+        """Returns the last event of a stream that has begun and failed."""
+        why = {"code": "server_error", "message": str(error)}
+        response = self._response("failed", output=self._output("incomplete"), error=why)
+        return self._event("response.failed", response=response)
 
     def empty_chunk(self) -> Json:
         """Returns an event without news, which keeps an idle stream alive."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -78,7 +79,7 @@ def _check_counts(fields: Mapping[str, Any], max_prompts: int) -> None:
 def _known_fields(body: bytes, rules: FieldRules) -> dict[str, Any]:
     """Returns the fields of a body, except those that are null or ignored. Raises BadRequestError."""
     try:
-        fields = json.loads(body.decode())
+        fields = json.loads(body.decode(), parse_float=_finite, parse_constant=_refuse_constant)
     except RecursionError as error:
         raise _too_deep() from error
     except ValueError as error:
@@ -97,6 +98,18 @@ def _known_fields(body: bytes, rules: FieldRules) -> dict[str, Any]:
         if may_have_surrogates and not _is_text(value):
             raise BadRequestError(f"{shortened(name)}: not valid Unicode; remove lone surrogates", shortened(name))
     return fields
+
+
+def _finite(number: str) -> float:
+    """Returns a number with a fraction or an exponent. Raises ValueError if no double is as large."""
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{shortened(number)} is beyond the range of a double")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _too_deep() -> BadRequestError:

@@ -65,6 +65,13 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._num_unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(BadRequestError(f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB; shorten them", status=431))
 
+    def send_400_response(self, msg: str) -> None:
+        """Called when the parser refuses what has been received."""
+        if self._is_idle or not self.cycle.response_started:
+            error = BadRequestError(f"{msg} Send HTTP/1.1 with a length or chunks that are right.")
+            self.transport.write(_message(error_response(error), error.status))
+        self.transport.close()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["state"]["certified_name"] = self._certified_name

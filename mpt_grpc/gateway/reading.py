@@ -6,7 +6,7 @@ import asyncio
 
 from starlette.requests import ClientDisconnect, Request
 
-from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc.gateway.errors import BadRequestError, shortened
 from mpt_grpc.limits import MAX_TEXT_CHARACTERS
 
 MAX_BODY_BYTES = 6 * MAX_TEXT_CHARACTERS + (5 << 19)
@@ -16,7 +16,12 @@ BODY_TIMEOUT_S = 60
 
 
 async def read(request: Request) -> bytes:
-    """Returns the body of a request. Raises BadRequestError if it is too long or too slow, or the caller leaves."""
+    """Returns the body of a request. Raises BadRequestError if it is compressed, too long or too slow, or the caller
+    leaves."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() not in ("identity", ""):
+        why = f"the body has the Content-Encoding {shortened(encoding)!r}, which is not supported; send it uncompressed"
+        raise BadRequestError(why, status=415)
     # The HTTP parser has refused a length that is not a number.
     if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:
         raise _too_long()

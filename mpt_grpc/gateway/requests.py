@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError
 from mpt_grpc.gateway.messages import ChatMessage
@@ -139,7 +139,7 @@ class GenerationFields(Strict):
             allowed_token_ids=self.allowed_token_ids,
             constraint=self.constraint[1] if self.constraint else None,
             max_whitespace=self.max_whitespace,
-            stop_strings=self.stop,
+            stop_strings=[self.stop] if isinstance(self.stop, str) else self.stop,
             stop_token_ids=self.stop_token_ids,
             include_stop_string=self.include_stop_str_in_output,
             ignore_eos=self.ignore_eos,
@@ -248,7 +248,7 @@ class ChatCompletionRequest(ConversationFields, CompletionFields):
 class CompletionRequest(CompletionFields):
     prompt: Text | Some[Text] | Some[Uint] | Some[Some[Uint]]
     echo: bool = False
-    logprobs: Uint | None = None
+    logprobs: Annotated[Uint | None, BeforeValidator(lambda value: None if value is False else value)] = None
     best_of: Uint | None = None
 
     @property

@@ -272,6 +272,8 @@ class ResponseRequest(ConversationFields):
                 names[f"prompt[{len(messages) - 1}].tool_calls[{len(calls)}]"] = name
                 call = ToolCall(item.call_id, item.name, item.arguments)
                 messages[-1] = replace(messages[-1], tool_calls=[*calls, call])
+        if not messages:
+            raise BadRequestError("input: has no message, call or output; add one", "input")
         return messages, names
 
 

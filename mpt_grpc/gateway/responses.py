@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from mpt_grpc.gateway.errors import error_body
 from mpt_grpc.gateway.events import DONE
 from mpt_grpc_client import (
     AsyncTextStream,
@@ -57,10 +58,18 @@ class _InParts(JSONResponse):
         return b'%b,"%b":[%b]}' % (rest[:-1], name.encode(), b",".join(map(encode, content[name])))
 
 
-class ChatResponse:
-    """Builds the response to a chat completion."""
+class _Completion:
+    """What the streams of chat and text completions have in common."""
 
     end = DONE
+
+    def failure(self, error: Exception, names: Mapping[str, str]) -> Json:
+        """Returns the last event of a stream that has begun and failed; `names` are the endpoint's for the options."""
+        return error_body(error, names)[1]
+
+
+class ChatResponse(_Completion):
+    """Builds the response to a chat completion."""
 
     def __init__(self, model: str, request_id: str, *, has_logprobs: bool, includes_usage: bool) -> None:
         self._envelope = _envelope_for("chatcmpl", model, request_id)
@@ -117,10 +126,8 @@ class ChatResponse:
         return {**self._envelope, "object": "chat.completion.chunk", "choices": [choice]}
 
 
-class TextResponse:
+class TextResponse(_Completion):
     """Builds the response to a text completion. The choices of several prompts follow one another."""
-
-    end = DONE
 
     def __init__(self, model: str, request_id: str) -> None:
         self._envelope = {**_envelope_for("cmpl", model, request_id), "object": "text_completion"}
@@ -147,30 +154,6 @@ def text_choice(index: int, text: str, logprobs: Json | None, finish: Finish | N
         "text": text,
         "logprobs": logprobs,
         "finish_reason": None if finish is None else finish_reason(finish),
-    }
-
-
-def text_logprobs(logprobs: Sequence[TokenLogprob], offset: int, num_top: int, first: str | None = None) -> Json:
-    """Returns the log probabilities of tokens whose text begins `offset` characters into the text of the choice.
-
-    first: the text of a prompt's first token, which has no log probability.
-    """
-    tokens = [] if first is None else [first]
-    values: list[float | None] = [] if first is None else [None]
-    top: list[Json | None] = [] if first is None else [None]
-    for logprob in logprobs:
-        tokens.append(_token(logprob.token_bytes))
-        values.append(logprob.logprob)
-        top.append({_token(other.token_bytes): other.logprob for other in logprob.top_logprobs})
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
-    return {
-        "tokens": tokens,
-        "token_logprobs": values,
-        "top_logprobs": top if num_top else None,
-        "text_offset": offsets,
     }
 
 
@@ -201,11 +184,11 @@ def token_logprobs(logprobs: Iterable[TokenLogprob]) -> list[Json]:
     """Returns the log probabilities of tokens, each with its most likely alternatives."""
     return [
         {
-            "token": _token(logprob.token_bytes),
+            "token": token_label(logprob.token_bytes),
             "bytes": list(logprob.token_bytes),
             "logprob": logprob.logprob,
             "top_logprobs": [
-                {"token": _token(top.token_bytes), "bytes": list(top.token_bytes), "logprob": top.logprob}
+                {"token": token_label(top.token_bytes), "bytes": list(top.token_bytes), "logprob": top.logprob}
                 for top in logprob.top_logprobs
             ],
         }
@@ -213,7 +196,7 @@ def token_logprobs(logprobs: Iterable[TokenLogprob]) -> list[Json]:
     ]
 
 
-def _token(token: bytes) -> str:
+def token_label(token: bytes) -> str:
     """Returns the text of a token; a token that is not valid UTF-8 by itself is written as OpenAI does."""
     try:
         return token.decode()

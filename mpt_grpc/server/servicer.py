@@ -20,6 +20,7 @@ from mpt_grpc.caller import Role
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.fingerprint import differences
 from mpt_grpc.engine.load import LoadedModel
+from mpt_grpc.engine.state import EngineState
 from mpt_grpc.engine.stream import AsyncStream
 from mpt_grpc.errors import FieldViolation, FingerprintError, InvalidRequestError, UnavailableError, UnknownModelError
 from mpt_grpc.limits import (
@@ -37,6 +38,7 @@ from mpt_grpc.server.call import Call, current_call
 from mpt_grpc.server.quotas import Quotas
 from mpt_grpc.server.requests import generation_request
 from mpt_grpc.server.sizes import MessageLimits, check_sizes
+from mpt_grpc.server.text_work import TextWork
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry.tracing import operation, request_attributes
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -59,7 +61,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         self._message_limits = limits
         self._started_s = time.monotonic()
         self._num_answers = 0
-        self._quotas = Quotas()
+        self._quotas, self._texts = Quotas(), TextWork()
         self._calls: dict[str, Call] = {}
         """The generations in progress, by request ID."""
         self.idle = asyncio.Event()
@@ -91,7 +93,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         if len(request.text) > MAX_TOKENIZED_CHARACTERS:
             why = f"{len(request.text)} characters; at most {MAX_TOKENIZED_CHARACTERS} are allowed"
             raise InvalidRequestError(FieldViolation("text", why))
-        return await asyncio.to_thread(self._tokens, request.text)
+        return await self._texts.run(len(request.text), partial(self._tokens, request.text))
 
     def _tokens(self, text: str) -> pb.TokenizeResponse:
         tokenizer = self._engine.preparation.tokenizer
@@ -111,7 +113,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 why = f"{token} is not a token ID: IDs are below {tokenizer.vocab_size}"
                 raise InvalidRequestError(FieldViolation(f"token_ids[{index}]", why))
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        return pb.DetokenizeResponse(text=await asyncio.to_thread(tokenizer.decode, request.token_ids, skip))
+        decode = partial(tokenizer.decode, request.token_ids, skip)
+        return pb.DetokenizeResponse(text=await self._texts.run(len(request.token_ids), decode))
 
     async def Cancel(self, request: pb.CancelRequest, context: _CallContext) -> pb.CancelResponse:
         if len(request.request_ids) > MAX_CANCELLED:
@@ -196,11 +199,16 @@ class DebugServicer(debug_pb2_grpc.DebugServiceServicer):
 
     def __init__(self, engine: Engine, model: LoadedModel) -> None:
         self._engine, self._model = engine, model
+        self._last: tuple[EngineState, debug_pb2.GetEngineStateResponse] | None = None
 
     async def GetEngineState(
         self, request: debug_pb2.GetEngineStateRequest, context: _CallContext
     ) -> debug_pb2.GetEngineStateResponse:
-        return convert.engine_state(await asyncio.wrap_future(self._engine.state()), self._model.num_blocks)
+        state = await asyncio.wrap_future(self._engine.state())
+        # All who ask during one step get the same state, which takes milliseconds to convert.
+        if self._last is None or self._last[0] is not state:
+            self._last = state, convert.engine_state(state, self._model.num_blocks)
+        return self._last[1]
 
 
 async def _built(build: Callable[[], _Message], num_logprobs: int) -> _Message:

@@ -64,7 +64,7 @@ class Timelines:
                 self._of(step.request_id).add(end_s, names.EVENT_CHUNK, {names.NUM_TOKENS: num_known})
             if num_drafts := len(step.token_ids) - num_known:
                 timeline = self._of(step.request_id)
-                num_accepted = max(0, len(report.result.token_ids.get(step.sequence_id, ())) - 1)
+                num_accepted = max(0, report.num_new_tokens.get(step.sequence_id, 0) - 1)
                 timeline.num_drafts += num_drafts
                 timeline.num_accepted += num_accepted
                 timeline.add(

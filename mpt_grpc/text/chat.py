@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from itertools import accumulate, dropwhile
+from typing import Any
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.limits import MAX_COUNTS
@@ -39,28 +41,43 @@ def conversation_token_ids(
     _check(conversation, template)
     num_new_tokens = 1 if max_new_tokens is None else max_new_tokens
     max_prompt_tokens = max_context_tokens - num_new_tokens
+    if max_prompt_tokens < 1:
+        room = f"no room for a prompt in the context of {max_context_tokens}"
+        why = f"{num_new_tokens} new tokens leave {room}: request fewer"
+        raise InvalidRequestError(FieldViolation("stopping.max_new_tokens", why))
     kwargs, tools = conversation.chat_template_kwargs, conversation.shown_tools
     messages: Sequence[Message] = _with_one_leading_system_message(conversation.messages)
     uses_tools = bool(tools) or any(message.role == "tool" or message.tool_calls for message in messages)
     is_plain = uses_tools and not template.takes_tools
+    values_of = cache(argument_values)  # each call is shown several times
+
+    def fitting(turns: _Turns, size_of: Callable[[Message], int]) -> _Turns:
+        return _not_certainly_too_long(turns, size_of, conversation, max_context_tokens, max_token_bytes)
+
+    # First without the arguments of calls, which without_tags parses and may make shorter.
+    turns = fitting(_Turns(messages), lambda message: len(message.content))
     if uses_tools:
-        messages = without_tags(messages)
+        turns = fitting(_Turns(without_tags(turns.without(0), values_of)), _num_characters)
 
-    def rendered(turns: int, change: Callable[[str], str] = str) -> str:
+    def rendered(num_dropped: int, change: Callable[[str], str] = str) -> str:
         """Returns the conversation without a number of its oldest turns."""
-        shown = as_plain_messages(candidates[turns], tools) if is_plain else candidates[turns]
-        return template.render(shown, conversation.add_generation_prompt, kwargs, () if is_plain else tools, change)
+        shown, shown_tools = turns.without(num_dropped), tools
+        if is_plain:
+            shown, shown_tools = as_plain_messages(shown, tools), ()
+        return template.render(
+            shown, conversation.add_generation_prompt, kwargs, shown_tools, change, values_of=values_of
+        )
 
-    def tokens_without(turns: int) -> tuple[int, ...]:
-        texts = [*_texts(candidates[turns]), *strings(kwargs), *(text for tool in tools for text in tool_texts(tool))]
-        return literal_token_ids(lambda change: rendered(turns, change), texts, special_texts, encode)
+    def tokens_without(num_dropped: int) -> tuple[int, ...]:
+        texts = [*_texts(turns.without(num_dropped), values_of), *strings(kwargs)]
+        texts += (text for tool in tools for text in tool_texts(tool))
+        return literal_token_ids(lambda change: rendered(num_dropped, change), texts, special_texts, encode)
 
-    candidates = _not_certainly_too_long(_shortened(messages), conversation, max_context_tokens, max_token_bytes)
     token_ids = tokens_without(0)
-    if len(token_ids) > max_prompt_tokens and len(candidates) > 1 and conversation.drop_oldest_turns:
+    if len(token_ids) > max_prompt_tokens and turns.num_droppable and conversation.drop_oldest_turns:
         sizes = [len(token_bytes(token_id)) for token_id in token_ids]
-        estimate = _Estimate(sizes, lambda turns: rendered(turns).encode(), len(candidates) - 1)
-        token_ids = _first_fitting(tokens_without, estimate.num_tokens, len(candidates), max_prompt_tokens)
+        estimate = _Estimate(sizes, lambda num_dropped: rendered(num_dropped).encode(), turns.num_droppable)
+        token_ids = _first_fitting(tokens_without, estimate.num_tokens, turns.num_droppable + 1, max_prompt_tokens)
     if len(token_ids) > max_prompt_tokens:
         lengths = f"{len(token_ids)} + {num_new_tokens} tokens (prompt + output)"
         why = f"{lengths} exceed the context of {max_context_tokens}: {_remedy(conversation)}"
@@ -135,13 +152,13 @@ def _check(conversation: Conversation, template: ChatTemplate) -> None:
         raise InvalidRequestError(*violations)
 
 
-def _texts(messages: Sequence[Message]) -> list[str]:
+def _texts(messages: Sequence[Message], values_of: Callable[[str], Any]) -> list[str]:
     """Returns all that the caller wrote in these messages."""
     texts = [message.content for message in messages]
     for message in messages:
         texts.append(message.tool_call_id)
         for call in message.tool_calls:
-            texts += [call.id, *strings(argument_values(call), with_names=True)]
+            texts += [call.id, *strings(values_of(call.arguments), with_names=True)]
     return [text for text in texts if text]
 
 
@@ -154,37 +171,55 @@ def _with_one_leading_system_message(messages: tuple[Message, ...]) -> tuple[Mes
     return (Message("system", "\n\n".join(message.content for message in leading)), *rest)
 
 
+class _Turns:
+    """A conversation of which the oldest turns may be dropped; the system message at its beginning stays.
+
+    A turn is a user message and everything up to the next user message.
+    """
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self._messages = messages
+        self._num_kept = int(messages[0].role == "system")
+        starts = (i for i, message in enumerate(messages) if message.role == "user" and i > self._num_kept)
+        self._starts = [self._num_kept, *starts]
+
+    @property
+    def num_droppable(self) -> int:
+        return len(self._starts) - 1
+
+    def without(self, num_dropped: int) -> Sequence[Message]:
+        """Returns the messages without those of a number of the oldest turns."""
+        return [*self._messages[: self._num_kept], *self._messages[self._starts[num_dropped] :]]
+
+    def sizes(self, size_of: Callable[[Message], int]) -> list[int]:
+        """Returns the sizes of the messages without 0, 1, 2, ... of the oldest turns."""
+        ends = [0, *accumulate(map(size_of, self._messages))]
+        return [ends[self._num_kept] + ends[-1] - ends[start] for start in self._starts]
+
+
 def _not_certainly_too_long(
-    candidates: list[Sequence[Message]], conversation: Conversation, max_context_tokens: int, max_token_bytes: int
-) -> list[Sequence[Message]]:
-    """Returns the candidates from the first one that may fit in the context. Raises InvalidRequestError if none may."""
-    most = max_context_tokens * max_token_bytes
+    turns: _Turns,
+    size_of: Callable[[Message], int],
+    conversation: Conversation,
+    max_context_tokens: int,
+    max_token_bytes: int,
+) -> _Turns:
+    """Returns the turns from the first one that may fit in the context. Raises InvalidRequestError if none may."""
+    sizes, most = turns.sizes(size_of), max_context_tokens * max_token_bytes
     if not conversation.drop_oldest_turns:
-        candidates = candidates[:1]
-    sizes = {
-        id(message): len(message.content) + sum(len(call.arguments) for call in message.tool_calls)
-        for message in candidates[0]
-    }
-    size = 0
-    for number, messages in enumerate(candidates):
-        size = sum(sizes[id(message)] for message in messages)
+        sizes = sizes[:1]
+    for num_dropped, size in enumerate(sizes):
         if size <= most:
-            return candidates[number:]
-    why = f"{size} characters are too many for the context of {max_context_tokens} tokens: {_remedy(conversation)}"
+            return _Turns(turns.without(num_dropped)) if num_dropped else turns
+    why = f"{sizes[-1]} characters are too many for the context of {max_context_tokens} tokens: {_remedy(conversation)}"
     raise InvalidRequestError(FieldViolation(_FIELD, why))
+
+
+def _num_characters(message: Message) -> int:
+    return len(message.content) + sum(len(call.arguments) for call in message.tool_calls)
 
 
 def _remedy(conversation: Conversation) -> str:
     tools = "the tools or " if conversation.shown_tools else ""
     messages = "the last message" if conversation.drop_oldest_turns else "the messages or set drop_oldest_turns"
     return f"shorten {tools}{messages}"
-
-
-def _shortened(messages: Sequence[Message]) -> list[Sequence[Message]]:
-    """Returns the messages without their 0, 1, 2, ... oldest turns.
-
-    A turn is a user message and everything up to the next user message.
-    """
-    system = messages[:1] if messages[0].role == "system" else ()
-    starts = [i for i, message in enumerate(messages) if message.role == "user" and i > len(system)]
-    return [messages, *([*system, *messages[start:]] for start in starts)]

@@ -50,11 +50,12 @@ class ChatTemplate:
         kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Tool] = (),
         change: Callable[[str], str] = str,
+        values_of: Callable[[str], Any] = argument_values,
     ) -> str:
         """Returns the prompt for the assistant's next message, whose beginning `add_generation_prompt` adds.
 
-        `kwargs` are further variables of the template. `change` is applied to all that the caller wrote. Raises
-        InvalidRequestError if the template fails.
+        `kwargs` are further variables of the template. `change` is applied to all that the caller wrote. `values_of`
+        parses the arguments of calls. Raises InvalidRequestError if the template fails.
         """
         names = {call.id: call.name for message in messages for call in message.tool_calls}
         variables = {
@@ -63,7 +64,7 @@ class ChatTemplate:
             **applied(change, kwargs or {}),
             **self.tokens,
             **({"tools": [applied(change, function(tool)) for tool in tools]} if tools else {}),
-            "messages": [_variables(message, names, change) for message in messages],
+            "messages": [_variables(message, names, change, values_of) for message in messages],
             "add_generation_prompt": add_generation_prompt,
         }
         try:
@@ -77,7 +78,9 @@ class ChatTemplate:
             raise InvalidRequestError(FieldViolation("conversation.messages", why)) from error
 
 
-def _variables(message: Message, names: Mapping[str, str], change: Callable[[str], str]) -> dict[str, Any]:
+def _variables(
+    message: Message, names: Mapping[str, str], change: Callable[[str], str], values_of: Callable[[str], Any]
+) -> dict[str, Any]:
     """Returns a message as transformers passes it; `names` maps IDs of calls to names of tools."""
     variables: dict[str, Any] = {"role": message.role, "content": change(message.content)}
     if message.tool_calls:
@@ -85,7 +88,10 @@ def _variables(message: Message, names: Mapping[str, str], change: Callable[[str
             {
                 "id": change(call.id),
                 "type": "function",
-                "function": {"name": call.name, "arguments": applied(change, argument_values(call), to_names=True)},
+                "function": {
+                    "name": call.name,
+                    "arguments": applied(change, values_of(call.arguments), to_names=True),
+                },
             }
             for call in message.tool_calls
         ]

@@ -64,9 +64,10 @@ def constraint_field(constraint: OutputConstraint) -> str:
 
 def refusal_reason(error: str) -> str:
     """Returns an llguidance error in one line, with a remedy."""
-    if resource := re.search(r"Resource '(.*?)' is not present", error):
+    # The error contains what the caller wrote, where each pattern may begin many times: what they skip is bounded.
+    if resource := re.search(r"Resource '([^'\n]*)' is not present", error):
         return f"{_short(resource[1])} is not fetched: copy it into $defs and refer to that"
-    if keys := re.search(r"Unimplemented keys: \[(.*?)\]", error):
+    if keys := re.search(r"Unimplemented keys: \[(.{0,200}?)\]", error):
         return f"{_short(keys[1])} is not supported: remove it"
     if "oneOf constraints" in error:
         return '"oneOf" is not supported where several options may match: use anyOf'

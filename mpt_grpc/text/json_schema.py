@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-from urllib.parse import unquote
+from typing import Any, NamedTuple
 
 from mpt_grpc.text.regex_syntax import unsupported_syntax
-from mpt_grpc.text.schema_unions import Narrowing, narrowings
+from mpt_grpc.text.schema_places import Inside, Place, escaped, pointer, reachable, resolved
+from mpt_grpc.text.schema_unions import MAX_EXACT, Narrowing, narrowings
 
 Schema = dict[str, Any] | bool
 
-MAX_EXACT = (1 << 53) - 1
-"""The largest integer up to which a double represents every integer."""
 _FORMATS = frozenset("duration email ipv4 ipv6 unknown uri uuid".split())
 """The values of `format` that llguidance enforces."""
 _DATE = (
@@ -67,51 +65,60 @@ class UnsupportedSchemaError(ValueError):
 def rewrite(schema: dict[str, Any]) -> Schema:
     """Returns an equivalent schema. Raises UnsupportedSchemaError."""
     rewriter = _Rewriter(schema)
-    result: Schema = rewriter.schema(schema, "")
-    for path in _reachable(schema):
-        if path in rewriter.obstacles:
-            raise UnsupportedSchemaError(rewriter.obstacles[path])
+    result: Schema = rewriter.schema(schema, None)
+    for part in reachable(schema):
+        if (obstacle := rewriter.obstacles.get(id(part))) is not None:
+            raise UnsupportedSchemaError(f"{pointer(obstacle.place)}/{obstacle.why}")
         # llguidance would compare branches that have been narrowed.
-        if rewriter.is_narrowed and path in rewriter.undecided:
+        if rewriter.is_narrowed and id(part) in rewriter.undecided:
+            place = pointer(rewriter.undecided[id(part)])
             raise UnsupportedSchemaError(
-                f'{path}/oneOf: "oneOf" is not supported where several options may match: use anyOf'
+                f'{place}/oneOf: "oneOf" is not supported where several options may match: use anyOf'
             )
     for reference, name in rewriter.required:
-        definition = _resolve(result, reference)
+        definition = resolved(result, reference)
         definition["required"] = list(dict.fromkeys((*definition.get("required", ()), name)))
     return result
+
+
+class _Obstacle(NamedTuple):
+    """Why a schema cannot be enforced."""
+
+    place: Place
+    why: str
+    """The keyword, with the reason."""
 
 
 class _Rewriter:
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
-        self.required: list[tuple[str, str]] = []
-        """References to definitions with a property that they have to require."""
-        self.obstacles: dict[str, str] = {}
-        """Why schemas cannot be enforced, by their JSON Pointers; they may stay in definitions that are not used."""
-        self.undecided: set[str] = set()
-        """The JSON Pointers of schemas whose `oneOf` is left to llguidance."""
+        self.required: dict[tuple[str, str], None] = {}
+        """References to definitions, each with a property that they have to require."""
+        self.obstacles: dict[int, _Obstacle] = {}
+        """The schemas that cannot be enforced, by their identities; they may stay in definitions that are not used."""
+        self.undecided: dict[int, Place] = {}
+        """The schemas whose `oneOf` is left to llguidance, by their identities."""
         self.is_narrowed = False
 
-    def schema(self, schema: Any, path: str) -> Any:
+    def schema(self, schema: Any, place: Place) -> Any:
         """Returns the schema at a place rewritten, and anything else unchanged for llguidance to refuse."""
         if not isinstance(schema, dict):
             return schema
-        _check_types(schema, path)
-        _check_numbers(schema, path)
-        result = {name: self._keyword(name, value, f"{path}/{_escaped(name)}") for name, value in schema.items()}
+        _check_types(schema, place)
+        _check_numbers(schema, place)
+        result = {name: self._keyword(name, value, Inside(place, name)) for name, value in schema.items()}
         for step in _STEPS:
             step(result)
         self._one_of(result)
         if "oneOf" in result:
-            self.undecided.add(path)
+            self.undecided[id(schema)] = place
         negated = result.get("not")
         if negated in ({}, True):
             return False
         if negated is False:
             del result["not"]
-        if (obstacle := self._obstacle(result)) is not None:
-            self.obstacles[path] = f"{path}/{obstacle}"
+        if (why := self._obstacle(result)) is not None:
+            self.obstacles[id(schema)] = _Obstacle(place, why)
         return result
 
     def _obstacle(self, schema: dict[str, Any]) -> str | None:
@@ -122,7 +129,7 @@ class _Rewriter:
             if name in schema:
                 return f'{name}: "{name}" is not supported: remove it'
         patterns = schema.get("patternProperties")
-        named = {f"patternProperties/{_escaped(name)}": name for name in patterns} if isinstance(patterns, dict) else {}
+        named = {f"patternProperties/{escaped(name)}": name for name in patterns} if isinstance(patterns, dict) else {}
         for name, pattern in {"pattern": schema.get("pattern"), **named}.items():
             if isinstance(pattern, str) and (reason := unsupported_syntax(pattern)) is not None:
                 return f"{name}: {reason}"
@@ -133,14 +140,12 @@ class _Rewriter:
             return f"minProperties: {why}: require them by name"
         return None
 
-    def _keyword(self, name: str, value: Any, path: str) -> Any:
+    def _keyword(self, name: str, value: Any, place: Place) -> Any:
         if name in _MAPS and isinstance(value, dict):
-            return {key: self.schema(part, f"{path}/{_escaped(key)}") for key, part in value.items()}
-        if name in _LISTS and isinstance(value, list):
-            return [self.schema(part, f"{path}/{index}") for index, part in enumerate(value)]
-        if name == "items" and isinstance(value, list):
-            return [self.schema(part, f"{path}/{index}") for index, part in enumerate(value)]
-        return self.schema(value, path) if name in _SINGLE else value
+            return {key: self.schema(part, Inside(place, key)) for key, part in value.items()}
+        if name in (*_LISTS, "items") and isinstance(value, list):
+            return [self.schema(part, Inside(place, index)) for index, part in enumerate(value)]
+        return self.schema(value, place) if name in _SINGLE else value
 
     def _one_of(self, schema: dict[str, Any]) -> None:
         """Turns `oneOf` into `anyOf` where its branches exclude each other, or can be narrowed so that they do."""
@@ -161,7 +166,7 @@ class _Rewriter:
         """Returns the definition that a branch refers to, or else itself; an empty schema if that is unknown."""
         if not isinstance(branch, dict):
             return {}
-        return _resolve(self._root, branch["$ref"]) if "$ref" in branch else branch
+        return resolved(self._root, branch["$ref"]) if "$ref" in branch else branch
 
     def _narrowed(self, branch: Any, resolved: dict[str, Any], narrowing: Narrowing) -> Any:
         if not narrowing.required and not narrowing.excluded:
@@ -173,38 +178,10 @@ class _Rewriter:
         if narrowing.excluded:
             result["properties"] = {**branch.get("properties", {}), **dict.fromkeys(narrowing.excluded, False)}
         if "$ref" in branch:  # llguidance does not support other keywords beside recursive references
-            self.required.extend((branch["$ref"], name) for name in narrowing.required)
+            self.required.update(dict.fromkeys((branch["$ref"], name) for name in narrowing.required))
         elif narrowing.required:
             result["required"] = list(dict.fromkeys((*branch.get("required", ()), *narrowing.required)))
         return result
-
-
-def _reachable(root: dict[str, Any]) -> Iterator[str]:
-    """Yields the JSON Pointers of everything in a schema but definitions that it does not refer to."""
-    places: list[tuple[str, Any]] = [("", root)]
-    seen = set()
-    while places:
-        path, place = places.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        yield path
-        if isinstance(place, list):
-            places += [(f"{path}/{index}", item) for index, item in enumerate(place)]
-        elif isinstance(place, dict):
-            places += [(f"{path}/{_escaped(k)}", v) for k, v in place.items() if k not in ("$defs", "definitions")]
-            if isinstance(reference := place.get("$ref"), str):
-                places.append((unquote(reference).removeprefix("#"), _resolve(root, reference)))
-
-
-def _resolve(root: Any, reference: Any) -> dict[str, Any]:
-    """Returns the definition that a reference within the schema leads to, or an empty one."""
-    if not isinstance(reference, str) or not reference.startswith("#/"):
-        return {}
-    place = root
-    for part in unquote(reference).removeprefix("#/").split("/"):
-        place = place.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(place, dict) else None
-    return place if isinstance(place, dict) else {}
 
 
 def _annotations(schema: dict[str, Any]) -> None:
@@ -329,54 +306,53 @@ _STEPS = (
 )  # fmt: skip
 
 
-def _check_types(schema: dict[str, Any], path: str) -> None:
+def _check_types(schema: dict[str, Any], place: Place) -> None:
     """Refuses values that the rewriting could not compute with."""
     for name in _SIZES:
         size = schema.get(name, 0)
         if not isinstance(size, int | float) or isinstance(size, bool) or not 0 <= size <= MAX_EXACT or size % 1:
-            raise UnsupportedSchemaError(f"{path}/{name}: must be a whole number from 0 to {MAX_EXACT}")
+            raise _error(Inside(place, name), f"must be a whole number from 0 to {MAX_EXACT}")
     for name in ("properties", "dependencies", "dependentRequired", "dependentSchemas"):
         if not isinstance(schema.get(name, {}), dict):
-            raise UnsupportedSchemaError(f"{path}/{name}: must be an object")
+            raise _error(Inside(place, name), "must be an object")
     if not isinstance(schema.get("allOf", []), list):
-        raise UnsupportedSchemaError(f"{path}/allOf: must be a list of schemas")
+        raise _error(Inside(place, "allOf"), "must be a list of schemas")
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-        raise UnsupportedSchemaError(f"{path}/required: must be a list of property names")
+        raise _error(Inside(place, "required"), "must be a list of property names")
 
 
-def _check_numbers(schema: dict[str, Any], path: str) -> None:
+def _check_numbers(schema: dict[str, Any], place: Place) -> None:
     """Refuses numbers that llguidance would turn into others."""
     for name in ("const", "enum", "multipleOf"):
-        for pointer, number in _numbers(schema.get(name), f"{path}/{name}"):
-            _check_exact(number, pointer)
+        for where, number in _numbers(schema.get(name), Inside(place, name)):
+            _check_exact(number, where)
     for name, sign in (("minimum", 1), ("exclusiveMinimum", 1), ("maximum", -1), ("exclusiveMaximum", -1)):
-        for pointer, number in _numbers(schema.get(name), f"{path}/{name}"):
+        for where, number in _numbers(schema.get(name), Inside(place, name)):
             if number * sign > 0:  # other bounds are narrowed
-                _check_exact(number, pointer)
+                _check_exact(number, where)
 
 
-def _check_exact(number: float, pointer: str) -> None:
+def _check_exact(number: float, place: Place) -> None:
     if isinstance(number, int) and abs(number) > MAX_EXACT:
-        why = f"integers beyond {MAX_EXACT} are not supported: use a string"
-        raise UnsupportedSchemaError(f"{pointer}: {number}: {why}")
+        raise _error(place, f"{number}: integers beyond {MAX_EXACT} are not supported: use a string")
     if not math.isfinite(number):
-        raise UnsupportedSchemaError(f"{pointer}: the number is beyond the range of a double: use a string")
+        raise _error(place, "the number is beyond the range of a double: use a string")
 
 
-def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
-    """Yields the numbers in a JSON value with their JSON Pointers."""
+def _numbers(value: Any, place: Place) -> Iterator[tuple[Place, float]]:
+    """Yields the numbers in a JSON value with their places."""
     if isinstance(value, bool):
         return
     if isinstance(value, int | float):
-        yield path, value
+        yield place, value
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _numbers(item, f"{path}/{index}")
+            yield from _numbers(item, Inside(place, index))
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _numbers(item, f"{path}/{_escaped(key)}")
+            yield from _numbers(item, Inside(place, key))
 
 
-def _escaped(key: str) -> str:
-    return key.replace("~", "~0").replace("/", "~1")
+def _error(place: Place, why: str) -> UnsupportedSchemaError:
+    return UnsupportedSchemaError(f"{pointer(place)}: {why}")

@@ -33,12 +33,12 @@ def literal_token_ids(
     is cut inside each such token's text, and its pieces are encoded.
     """
     plain = render(lambda text: text)
-    pattern = re.compile("|".join(map(re.escape, sorted(special_texts, key=len, reverse=True))))
-    if not special_texts or not any(_may_form(text, special_texts, pattern) for text in texts):
+    special = _SpecialTexts(special_texts)
+    if not special_texts or not any(map(special.may_be_formed_by, texts)):
         return encode(plain)
     mark = _unused_mark(texts)
-    marked = render(lambda text: _marked(text, special_texts, pattern, mark))
-    if len(pattern.findall(plain)) == len(pattern.findall(marked)):
+    marked = render(lambda text: _marked(text, special, mark))
+    if len(special.pattern.findall(plain)) == len(special.pattern.findall(marked)):
         return encode(plain)
     return tuple(token_id for piece in marked.split(mark) if piece for token_id in encode(piece))
 
@@ -66,29 +66,38 @@ def strings(value: Any, *, with_names: bool = False) -> Iterator[str]:
             yield from strings(item, with_names=with_names)
 
 
-def _may_form(text: str, special_texts: Collection[str], pattern: re.Pattern[str]) -> bool:
-    """Whether the text contains a special token's text, or may complete one with what stands before or after it."""
-    core = text.strip()
-    if pattern.search(text) is not None or any(core in special for special in special_texts if core):
-        return True
-    return any(
-        core.endswith(special[:length]) or core.startswith(special[length:])
-        for special in special_texts
-        for length in range(1, len(special))
-    )
+class _SpecialTexts:
+    """The texts of the special tokens. What they are compared with does not depend on how many they are."""
+
+    def __init__(self, texts: Collection[str]) -> None:
+        self.pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+        self._starts = {text[:length] for text in texts for length in range(1, len(text))}
+        self._ends = {text[length:] for text in texts for length in range(1, len(text))}
+        self._all = "\0".join(texts)
+        self._longest = max(map(len, texts), default=0)
+
+    def may_be_formed_by(self, text: str) -> bool:
+        """Whether a text contains one of these, or may complete one with what stands before or after it."""
+        core = text.strip()
+        if not core:
+            return False
+        if self.pattern.search(text) is not None or core in self._all:
+            return True
+        lengths = range(1, min(self._longest, len(core) + 1))
+        return any(core[-length:] in self._starts or core[:length] in self._ends for length in lengths)
 
 
-def _marked(text: str, special_texts: Collection[str], pattern: re.Pattern[str], mark: str) -> str:
+def _marked(text: str, special: _SpecialTexts, mark: str) -> str:
     """Returns the text with a mark inside each special token's text, and at its ends if it may complete one there.
 
     The marks at the ends are inside of whitespace, which many templates remove.
     """
-    if not _may_form(text, special_texts, pattern):
+    if not special.may_be_formed_by(text):
         return text
     core = text.strip()
     start = text.index(core)
     pieces, position = [], 0
-    while match := pattern.search(core, position):  # occurrences may overlap
+    while match := special.pattern.search(core, position):  # occurrences may overlap
         pieces.append(core[position : match.start() + 1])
         position = match.start() + 1
     pieces.append(core[position:])

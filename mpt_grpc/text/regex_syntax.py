@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-# An escape, a character class, or the beginning of a group.
+# An escape, a character class, or the beginning of a group. A class that is not closed extends to the end, and nothing
+# is tried twice: otherwise the time would grow with the square of the length.
 _SYNTAX = re.compile(
-    r"\\(?P<escape>.?)|\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]|\(\?(?P<group>P[=>]|<?[=!]|[#>|&(0-9])", re.S
+    r"\\(?P<escape>.?)|\[\^?\]?(?:\\.|\[:\w++:\]|[^\]\\])*+\]?|\(\?(?P<group>P[=>]|<?[=!]|[#>|&(0-9])", re.S
 )
 
 

@@ -52,9 +52,16 @@ class ToolCallReader:
         self._text, self._calls = [], {}
         return plain, calls
 
-    def finish(self) -> str:
-        """Returns the plain text that was held back, after all text was fed."""
-        return self._held if self._read == self._read_text and not self._constraint.is_required else ""
+    def finish(self, *, is_cut_short: bool) -> str:
+        """Returns the plain text that was held back, after all text was fed.
+
+        Where the output may end, no call has just begun: what looks like the beginning of one is text.
+        """
+        if self._constraint.is_required:
+            return ""
+        if self._read == self._read_head and not is_cut_short and not self._num_calls:
+            return self._before_head + self._held
+        return self._held if self._read == self._read_text else ""
 
     def _read_text(self) -> bool:
         before, start, after = self._held.partition(CALL_START)

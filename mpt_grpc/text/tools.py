@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.limits import MAX_TOOL_NAME_CHARACTERS, is_deeper_than
-from mpt_grpc.request import Conversation, Message, Tool, ToolCall, ToolChoice
+from mpt_grpc.request import Conversation, Message, Tool, ToolChoice
 from mpt_grpc.text.literals import applied, strings
 
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
@@ -102,14 +102,17 @@ def tool_texts(tool: Tool) -> Iterator[str]:
     yield from strings(parameters(tool, "conversation.tools"))
 
 
-def without_tags(messages: Sequence[Message]) -> list[Message]:
-    """Returns messages in which what users and tools wrote, and the arguments of calls, contain no tag."""
+def without_tags(messages: Sequence[Message], values_of: Callable[[str], Any]) -> list[Message]:
+    """Returns messages in which what users and tools wrote, and the arguments of calls, contain no tag.
+
+    values_of: `argument_values`, or what does the same.
+    """
     result = []
     for message in messages:
         if message.role in ("user", "tool"):
             result.append(replace(message, content=_TAG.sub("&lt;", message.content)))
         else:
-            calls = tuple(call._replace(arguments=_arguments(call)) for call in message.tool_calls)
+            calls = tuple(call._replace(arguments=_arguments(values_of(call.arguments))) for call in message.tool_calls)
             result.append(replace(message, tool_calls=calls))
     return result
 
@@ -123,15 +126,20 @@ def as_plain_messages(messages: Sequence[Message], tools: Sequence[Tool]) -> lis
         if messages[0].role == "system":
             result[0] = Message("system", f"{messages[0].content}\n\n{result[0].content}")
             messages = messages[1:]
-    follows_result = False
+    merged: list[Message] = []
+    """A result, and the results and messages of the user that follow it: templates may require that roles alternate."""
     for message in messages:
-        plain = _plain(message)
-        if follows_result and plain.role == "user":  # templates may require that roles alternate
-            result[-1] = Message("user", f"{result[-1].content}\n{plain.content}")
-        else:
-            result.append(plain)
-        follows_result = plain.role == "user" and (follows_result or message.role == "tool")
-    return result
+        if message.role == "tool" or (merged and message.role == "user"):
+            merged.append(_plain(message))
+            continue
+        result += _merged(merged)
+        merged = []
+        result.append(_plain(message))
+    return [*result, *_merged(merged)]
+
+
+def _merged(messages: Sequence[Message]) -> list[Message]:
+    return [Message("user", "\n".join(message.content for message in messages))] if messages else []
 
 
 def _plain(message: Message) -> Message:
@@ -144,20 +152,19 @@ def _plain(message: Message) -> Message:
     return Message(message.role, "\n".join(filter(None, [message.content, *calls])))
 
 
-def argument_values(call: ToolCall) -> Any:
+def argument_values(arguments: str) -> Any:
     """Returns the arguments of a call, or their text if they are not valid JSON, as in a call that was cut short."""
     try:
-        values = json.loads(call.arguments or "{}")
+        values = json.loads(arguments or "{}")
         _check_unicode(values)
     except (ValueError, RecursionError):
-        return call.arguments
-    return call.arguments if is_deeper_than(values, _MAX_DEPTH) else values
+        return arguments
+    return arguments if is_deeper_than(values, _MAX_DEPTH) else values
 
 
-def _arguments(call: ToolCall) -> str:
-    """Returns the arguments as JSON without tags, written as the model writes them."""
-    values = applied(lambda text: _TAG.sub("&lt;", text), argument_values(call), to_names=True)
-    return json.dumps(values, ensure_ascii=False)
+def _arguments(values: Any) -> str:
+    """Returns arguments as JSON without tags, written as the model writes them."""
+    return json.dumps(applied(lambda text: _TAG.sub("&lt;", text), values, to_names=True), ensure_ascii=False)
 
 
 def _check_unicode(value: Any) -> None:

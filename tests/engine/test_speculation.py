@@ -70,3 +70,15 @@ def test_a_text_that_repeats_its_prompt_takes_fewer_steps(make_engine: Callable[
     assert load.num_steps < num_tokens
     assert load.num_draft_tokens >= load.num_accepted_tokens > 0
     assert load.num_steps + load.num_accepted_tokens >= num_tokens
+
+
+def test_right_drafts_after_the_end_of_an_output_are_not_counted(make_engine: Callable[..., Engine]) -> None:
+    """Each step of a request that runs alone gives a token, and one for each draft that is accepted."""
+    engine = make_engine(speculate="ngram")
+    for number in range(8):
+        guard = RepetitionGuard(2 + number, 64)
+        stopping = StoppingCriteria(max_new_tokens=300, repetition_guard=guard, ignore_eos=True)
+        engine.generate(replace(request("plain", 0), request_id=f"{number}", stopping=stopping))
+    load = engine.load
+    assert load.num_accepted_tokens > 0
+    assert load.num_steps + load.num_accepted_tokens == load.num_generated_tokens

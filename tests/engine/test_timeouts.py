@@ -12,8 +12,8 @@ from conftest import SteppedRunner, generation
 from mpt_grpc.caller import Caller
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream, collect
-from mpt_grpc.errors import OverloadedError
-from mpt_grpc.request import GenerationRequest
+from mpt_grpc.errors import InvalidRequestError, OverloadedError
+from mpt_grpc.request import Conversation, GenerationRequest, Message, SamplingParameters
 
 NO_TIME_S, LONG_S = 1e-9, 1e6
 
@@ -46,6 +46,19 @@ def test_a_request_that_would_end_too_late_is_refused(engine: Engine, max_new_to
         engine.submit(late, ThreadStream, timeout_s=NO_TIME_S)
     assert refused.value.retry_after_s > 0
     engine.submit(late, ThreadStream, timeout_s=LONG_S).cancel()
+
+
+@pytest.mark.parametrize("prompt", ["Once", Conversation((Message("user", "Hi"),))])
+def test_an_invalid_request_is_refused_as_such(engine: Engine, prompt: str | Conversation) -> None:
+    invalid = replace(generation("invalid"), prompt=prompt, sampling=SamplingParameters(top_p=2))
+    with pytest.raises(InvalidRequestError, match=r"sampling\.top_p"):
+        engine.submit(invalid, ThreadStream, timeout_s=NO_TIME_S)
+    for number in range(7):
+        engine.submit(generation(f"{number}"), ThreadStream)
+    with pytest.raises(InvalidRequestError, match=r"sampling\.top_p"):
+        engine.submit(invalid, ThreadStream)
+    with pytest.raises(OverloadedError, match="the queue is full"):
+        engine.submit(generation("valid"), ThreadStream)
 
 
 def test_a_request_without_a_timeout_waits(engine: Engine, stepped: list[SteppedRunner]) -> None:

@@ -64,7 +64,7 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0]"),
         ({"tools": [FUNCTION], "tool_choice": NAMED}, "tool_choice: no function in tools is named 'g'"),
         ({"tools": [FUNCTION] * 129}, "tools: 129 items; at most 128 are allowed"),
-        ({"max_completion_tokens": 5000}, "messages: "),
+        ({"max_completion_tokens": 5000}, "max_completion_tokens: "),
         ({"min_tokens": 500}, "min_tokens: 500 is not in [0, 256]"),
         ({"top_logprobs": 2}, "top_logprobs: requires logprobs"),
         ({"response_format": {"type": "yaml"}}, "response_format.type: "),

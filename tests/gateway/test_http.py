@@ -159,6 +159,32 @@ async def test_invalid_requests_are_errors_in_openais_format(gateway: RunningSer
 
 
 @pytest.mark.parametrize(
+    "sent",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET /\xc3\xa9 HTTP/1.1\r\nhost: localhost\r\n\r\n",
+        b"GET /health HTTP/9.9\r\nhost: localhost\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+async def test_what_is_not_http_is_an_error_in_openais_format(gateway: RunningServer, sent: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
+    writer.write(sent)
+    status, headers, response = await read_response(reader, writer)
+    assert (status, headers["connection"]) == (400, "close")
+    assert "Invalid HTTP request" in response["error"]["message"]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate, br", "x" * 1000])
+async def test_a_compressed_body_is_refused_with_the_remedy(gateway: RunningServer, coding: str) -> None:
+    status, response = await fetch(gateway, "POST", "/v1/completions", {"prompt": "x"}, content_encoding=coding)
+    assert status == 415
+    assert "send it uncompressed" in response["error"]["message"]
+    assert len(response["error"]["message"]) < 300
+
+
+@pytest.mark.parametrize(
     ("method", "path", "allow", "message"),
     [
         ("GET", "/v1/completions", "POST", "GET is not allowed for /v1/completions; use POST"),
@@ -260,24 +286,40 @@ async def test_a_caller_who_leaves_during_an_upload_is_one_bounded_line_of_the_l
     assert all(len(record.getMessage()) < 500 for record in caplog.records)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_the_end_of_the_grace_period_ends_requests_with_an_error(
-    stepped: list[SteppedRunner], caplog: pytest.LogCaptureFixture, stream: bool
-) -> None:
+async def ended_by_a_shutdown(stepped: list[SteppedRunner], path: str, body: dict[str, Any]) -> str:
+    """Returns what has been received of a response after the grace period has ended."""
     settings = replace(demo_settings(), http=HttpSettings(port=0), server=ServerSettings(grpc_port=0))
     async with running_server(settings) as server:
         async with running_gateway(server.target, "127.0.0.1", HttpSettings(port=0), grace_s=0) as port:
             server.http_port = port
-            body = {**ENDLESS, "stream": stream}
-            reader, writer = await send(server, "POST", "/v1/completions", body)
+            reader, writer = await send(server, "POST", path, body)
             await asyncio.to_thread(stepped[0].wait_for_step)
-            if stream:
+            if body["stream"]:
                 for _ in range(4):
                     stepped[0].allow()
                 await reader.readuntil(b"data: ")
-        content = (await reader.read()).rstrip(b"\r\n0")
+        content = (await reader.read()).rstrip(b"\r\n0").decode()
         writer.close()
         stepped[0].run_free()
-    error = json.loads(content[content.rindex(b'{"error"') :])["error"]
+    return content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_end_of_the_grace_period_ends_requests_with_an_error(
+    stepped: list[SteppedRunner], caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    content = await ended_by_a_shutdown(stepped, "/v1/completions", {**ENDLESS, "stream": stream})
+    error = json.loads(content[content.rindex('{"error"') :])["error"]
     assert (error["code"], error["message"]) == ("unavailable", "the server is shutting down")
     assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_the_end_of_the_grace_period_ends_the_stream_of_a_response_with_its_failure(
+    stepped: list[SteppedRunner],
+) -> None:
+    content = await ended_by_a_shutdown(stepped, "/v1/responses", {"input": "Hi", "ignore_eos": True, "stream": True})
+    events = [json.loads(line.removeprefix("data: ")) for line in content.splitlines() if line.startswith("data: ")]
+    assert "event: response.failed\n" in content
+    assert [event["sequence_number"] for event in events] == list(range(1, 1 + len(events)))  # the first was read
+    assert (events[-1]["type"], events[-1]["response"]["status"]) == ("response.failed", "failed")
+    assert events[-1]["response"]["error"] == {"code": "server_error", "message": "the server is shutting down"}

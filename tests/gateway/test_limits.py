@@ -130,6 +130,9 @@ async def test_the_parts_of_a_message_are_counted(gateway: RunningServer) -> Non
         '{"prompt": "a"}'.encode("utf-16"),
         b'{"prompt": "a", "' + b"x" * 1_000_000 + b'": 1}',
         b'{"prompt": "a", "n": 1' + b"0" * 5000 + b"}",
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "temperature": 1' + b"0" * 5000 + b".0}",
+        b'{"messages": [], "tools": [{"function": {"parameters": {"maximum": 1e400}}}]}',
     ],
     ids=lambda body: body[:24].decode(errors="replace"),
 )

@@ -244,7 +244,8 @@ def test_the_oldest_items_are_dropped_with_truncation(server: Any) -> None:
             {"text": {"format": {"type": "json_object"}}, "guided_regex": "a"},
             "more than one constraint: text.format, g",
         ),
-        ({"max_output_tokens": 5000}, "input: "),
+        ({"max_output_tokens": 5000}, "max_output_tokens: 5000 new tokens leave no room"),
+        ({"input": [{"type": "reasoning"}]}, "input: has no message"),
         ({"max_tokens": 5}, "unknown field 'max_tokens'"),
         ({"top_logprobs": 2}, "top_logprobs: requires 'message.output_text.logprobs' in include; add it"),
         ({"include": ["everything"]}, "include[0]: "),
@@ -313,4 +314,14 @@ async def test_responses_are_not_stored(stepped: list[SteppedRunner], stepped_se
     status, created = await fetch(stepped_server, "POST", PATH, body(store=True))
     assert (status, created["store"]) == (200, False)
     status, refusal = await fetch(stepped_server, "GET", f"{PATH}/{created['id']}")
+    assert (status, refusal["error"]["message"][:28]) == (404, "responses are not stored; se")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/r"), ("DELETE", "/r"), ("GET", "/r/input_items"), ("POST", "/r/cancel")]
+)
+async def test_what_is_below_a_response_says_that_it_is_not_stored(
+    stepped_server: RunningServer, method: str, path: str
+) -> None:
+    status, refusal = await fetch(stepped_server, method, f"{PATH}{path}")
     assert (status, refusal["error"]["message"][:28]) == (404, "responses are not stored; se")

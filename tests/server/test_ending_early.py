@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
-from conftest import SteppedRunner, generation
+from conftest import SteppedRunner, demo_settings, generation
 
 from mpt_grpc.engine.stream import AsyncStream
 from mpt_grpc.step import SequenceStep, StepPlan
@@ -210,7 +211,8 @@ async def test_waiting_on_the_event_loop_for_its_own_outputs_is_refused(service:
 async def test_a_call_whose_deadline_cannot_be_met_is_refused_while_others_wait(
     make_service: Any, stepped: list[SteppedRunner]
 ) -> None:
-    service = await make_service(max_running_requests=1)
+    settings = demo_settings(max_running_requests=1)
+    service = await make_service(replace(settings, model=replace(settings.model, max_context_tokens=8000)))
     runner = stepped[0]
     for _ in range(8):  # which measure how long a token takes
         for _ in range(2):
@@ -222,7 +224,7 @@ async def test_a_call_whose_deadline_cannot_be_met_is_refused_while_others_wait(
         service.server.engine.submit(generation(name), AsyncStream)
     await step_until(runner, lambda _: service.server.engine.load.num_waiting == 1)
 
-    late = generate_request([300], max_new_tokens=1_000_000)
+    late = generate_request([300], max_new_tokens=7999)
     with pytest.raises(grpc.aio.AioRpcError, match="its timeout leaves") as refused:
         await service.stub.Generate(late, timeout=DEADLINE_S)
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

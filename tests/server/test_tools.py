@@ -196,3 +196,13 @@ async def test_a_guard_checks_calls_as_it_checks_text(make_service: Any, tmp_pat
         found.add((output.finish.reason, call.arguments.rstrip() == "{"))
         assert "Rome" not in call.arguments
     assert found == {(pb.FINISH_REASON_TOOL_CALLS, False), (pb.FINISH_REASON_CONTENT_FILTER, True)}
+
+
+async def test_a_text_that_is_the_beginning_of_a_call_is_returned(service: Any) -> None:
+    (end,) = (await service.stub.GetModelInfo(pb.GetModelInfoRequest())).eos_token_ids
+    first = (await service.stub.Tokenize(pb.TokenizeRequest(text="<tool_call>"))).tokens[0].token_id
+    choice = pb.Choice(options=["<tool_call>"])
+    message = request(decoding=pb.DecodingOptions(choice=choice, logit_bias={first: 100, end: 100}))
+    (output,) = (await service.stub.Generate(message)).outputs
+    assert (output.text, len(output.tool_calls)) == ("<tool_call>", 0)
+    assert output.finish.reason == pb.FINISH_REASON_EOS_TOKEN

@@ -109,6 +109,12 @@ def test_conversation_that_is_too_long_is_rejected_with_both_token_counts() -> N
         prompt_text(SYSTEM, HI, HELLO, WHO, context=len(prompt))
 
 
+@pytest.mark.parametrize("drop", [False, True])
+def test_more_new_tokens_than_the_context_has_are_refused_as_such(drop: bool) -> None:
+    with pytest.raises(InvalidRequestError, match=r"stopping\.max_new_tokens: 1000 new tokens leave no room"):
+        prompt_text(HI, context=1000, new=1000, drop=drop)
+
+
 def test_oldest_turns_are_dropped_on_request() -> None:
     whole = prompt_text(SYSTEM, HI, HELLO, WHO)
     assert prompt_text(SYSTEM, HI, HELLO, WHO, context=len(whole) + 1, drop=True) == whole

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def read_calls(output: bytes) -> tuple[str, list[ToolCall], bool]:
     """Returns the text and the calls of an output, and whether it ends with calls."""
     reader = ToolCallReader(ToolCalls((), False, 16, None), str)
     text, calls = reader.feed(output.decode())
-    return text + reader.finish(), list(calls), reader.has_complete_calls
+    return text + reader.finish(is_cut_short=False), list(calls), reader.has_complete_calls
 
 
 @settings(max_examples=20, derandomize=True)
@@ -484,3 +485,15 @@ def test_too_costly_constraint_is_rejected_without_crashing_the_process(constrai
         type(constraint), "decoding.lark_grammar"
     )
     assert why == "exceeds the server's limits on the cost of a constraint: simplify it"
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[^", "[:a", "[]", "(?:", "Resource '", "Unimplemented keys: [", "(in regex): a", "error: "]
+)
+def test_a_malformed_regex_is_refused_in_time_proportional_to_its_length(text: str) -> None:
+    """A search in Python's `re` that begins anew at each place of the pattern would stop the server for minutes."""
+    constraint = Regex(text * ((MAX_SOURCE_BYTES - 1) // len(text)) + "(")
+    start_s = time.thread_time()
+    with pytest.raises(InvalidRequestError):
+        COMPILER.compile(constraint)
+    assert time.thread_time() - start_s < 0.5

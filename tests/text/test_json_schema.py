@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import tracemalloc
 from typing import Any, Literal
 
 import pytest
@@ -225,3 +227,32 @@ def test_discriminated_unions_of_pydantic_are_enforced() -> None:
     assert conforms(schema, {"pet": {"kind": "cat", "lives": 9, "kittens": [{"pet": {"kind": "dog", "tricks": []}}]}})
     assert not conforms(schema, {"pet": {"kind": "dog", "lives": 9}})
     assert not conforms(schema, {"pet": {"lives": 9}})
+
+
+LONG = "x" * 32_000
+COSTLY: dict[str, Any] = {
+    "constants": {"oneOf": [{"const": number} for number in range(4000)]},
+    "properties": {"oneOf": [{"properties": {"kind": {"const": number}}} for number in range(1400)]},
+    "items under a long name": {"properties": {LONG: {"enum": [1] * 15_000}}},
+    "schemas under a long name": {"properties": {LONG: {"properties": {str(number): {} for number in range(3000)}}}},
+}
+"""Schemas, as large as they may be, for which a careless algorithm takes a minute or a gigabyte."""
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_large_schemas_are_rewritten_in_little_time_and_memory(name: str) -> None:
+    schema = json.loads(json.dumps(COSTLY[name]))
+    start_s = time.thread_time()
+    rewrite(schema)
+    assert time.thread_time() - start_s < 1
+    tracemalloc.start()
+    rewrite(schema)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 32 << 20
+
+
+def test_many_constants_exclude_each_other_unless_one_occurs_twice() -> None:
+    numbers = [{"const": number} for number in range(200)]
+    assert rewrite({"oneOf": numbers}) == {"anyOf": numbers}
+    assert "oneOf" in rewrite({"oneOf": [*numbers, {"const": 7.0}]})  # type: ignore[operator]

@@ -3,6 +3,7 @@ ever."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.request import Conversation, Message
 from mpt_grpc.text.chat import conversation_token_ids
 from mpt_grpc.text.chat_template import ChatTemplate, compiled
+from mpt_grpc.text.literals import literal_token_ids
 from mpt_grpc.text.tokenizer import Tokenizer
 
 DEMO = Path(mpt_grpc.__file__).parent / "demo" / "tokenizer.json"
@@ -135,3 +137,11 @@ def test_all_internal_characters_beside_a_special_token_are_refused() -> None:
 def test_messages_that_are_certainly_too_long_are_not_rendered() -> None:
     with pytest.raises(InvalidRequestError, match="28000000 characters are too many for the context of 2048 tokens"):
         token_ids("{{ raise_exception('rendered') }}", "a" * 28_000_000)
+
+
+def test_many_strings_are_checked_against_many_special_tokens_in_little_time() -> None:
+    """A schema of a tool may have twenty thousand strings, and a tokenizer a thousand special tokens."""
+    texts, special = [f"{number}a" for number in range(20_000)], [f"<|special_{number}|>" for number in range(1000)]
+    start_s = time.thread_time()
+    assert literal_token_ids(lambda _: "plain", texts, special, lambda text: (len(text),)) == (5,)
+    assert time.thread_time() - start_s < 2

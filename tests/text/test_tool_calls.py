@@ -33,7 +33,9 @@ JSON_OR_CALLS = ToolCalls((), False, 16, JsonObject())
 ONLY_CALLS = ToolCalls((), True, 16, None)
 
 
-def read(*pieces: str, constraint: ToolCalls = TEXT_OR_CALLS) -> tuple[str, list[ToolCall], bool]:
+def read(
+    *pieces: str, constraint: ToolCalls = TEXT_OR_CALLS, is_cut_short: bool = True
+) -> tuple[str, list[ToolCall], bool]:
     """Returns the text and the calls in the pieces, and whether the calls are complete."""
     reader = ToolCallReader(constraint, lambda index: f"call_{index}")
     text, calls = "", dict[int, ToolCall]()
@@ -44,7 +46,7 @@ def read(*pieces: str, constraint: ToolCalls = TEXT_OR_CALLS) -> tuple[str, list
             begun = calls.get(part.index)
             assert (begun is None) == bool(part.id) == bool(part.name)
             calls[part.index] = part if begun is None else begun._replace(arguments=begun.arguments + part.arguments)
-    return text + reader.finish(), list(calls.values()), reader.has_complete_calls
+    return text + reader.finish(is_cut_short=is_cut_short), list(calls.values()), reader.has_complete_calls
 
 
 @given(
@@ -94,6 +96,14 @@ def test_where_text_does_not_precede_calls_a_tag_in_it_is_text(output: str) -> N
     assert read(*output, constraint=JSON_OR_CALLS) == (output, [], False)
     call = written("f", {})
     assert read(*f" {call}", constraint=JSON_OR_CALLS) == read(call)
+
+
+@pytest.mark.parametrize("output", ["<tool_call>", " <tool_call>\n{", '<tool_call>\n{"name": "f'])
+def test_a_whole_output_that_is_the_beginning_of_a_call_is_text(output: str) -> None:
+    """A choice, say, may consist of it; an output that was cut short would have become a call."""
+    assert read(output, constraint=JSON_OR_CALLS, is_cut_short=False) == (output, [], False)
+    assert read(*output, constraint=JSON_OR_CALLS, is_cut_short=False) == (output, [], False)
+    assert read(*output, constraint=JSON_OR_CALLS) == ("", [], False)
 
 
 def test_the_beginning_of_a_required_call_is_never_text() -> None:

@@ -182,3 +182,23 @@ def test_calls_and_results_in_the_wrong_place_are_refused_by_name() -> None:
         prompt(*messages, tools=())
     fields = ("[0].tool_calls", "[1].tool_calls[0].name", "[2].tool_call_id")
     assert [violation.field for violation in refused.value.violations] == [f"conversation.messages{f}" for f in fields]
+
+
+def test_what_is_certainly_too_long_is_refused_as_it_was_written() -> None:
+    """Its tags would be longer without their meaning."""
+    conversation = Conversation((Message("user", "<tools>" * 1000),), tools=(WEATHER,))
+    template = find_chat_template("base", Path("none"), "demo")
+    with pytest.raises(InvalidRequestError, match="7000 characters are too many for the context of 100 tokens"):
+        conversation_token_ids(
+            conversation, template, lambda _: (), lambda i: chr(i).encode(), 100, None, max_token_bytes=8
+        )
+
+
+def test_arguments_count_as_they_are_shown() -> None:
+    spaced = Message("assistant", "", (ToolCall("call_1", "get_weather", '{"city":' + " " * 9000 + '"Rome"}'),))
+    conversation = Conversation((ASK, spaced, RESULT), tools=())
+    template = find_chat_template("base", Path("none"), "demo")
+    ids = conversation_token_ids(
+        conversation, template, lambda t: tuple(map(ord, t)), lambda i: chr(i).encode(), 500, None, max_token_bytes=1
+    )
+    assert '"arguments": {"city": "Rome"}' in "".join(map(chr, ids))
