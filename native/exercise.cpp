@@ -23,13 +23,15 @@ static void exercise_matrix(Type type, int64_t outputs, int64_t inputs) {
         pack(&matrix, rows.data(), type == Type::int8 ? from : type, packed.data(), rounded_scales.data());
     for (int64_t count = 1; count <= most_rows; count++) {
         std::vector<float> y(count * outputs);
-        linear(&matrix, x.data(), count, y.data(), bias.data(), Activation(count % 6), 0.5f, residual.data());
-        linear(&matrix, x.data(), count, y.data(), nullptr, Activation::none, INFINITY, nullptr);
+        const Linear finished{&matrix, bias.data(), Activation(count % 6), 0.5f}, plain{&matrix, nullptr, {}, INFINITY};
+        linear(&finished, x.data(), count, y.data(), residual.data());
+        linear(&plain, x.data(), count, y.data(), nullptr);
     }
     const std::vector<int64_t> ids{0, outputs - 1};
     std::vector<float> y(2 * inputs);
     embedding(&matrix, ids.data(), 2, y.data());
-    norm(x.data(), most_rows, inputs, x.data(), nullptr, 1e-5f, 0, std::vector<float>(most_rows * inputs).data());
+    const Norm centered{x.data(), nullptr, 1e-5f, false};
+    norm(&centered, x.data(), most_rows, inputs, std::vector<float>(most_rows * inputs).data());
 }
 
 static void exercise_attention(Type type, int64_t head_dim, int64_t n_kv_heads, int64_t window) {

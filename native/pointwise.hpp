@@ -1,7 +1,8 @@
 // Normalization of rows, and rows of an embedding.
 #pragma once
 
-#include "matmul.hpp"
+#include "layout.hpp"
+#include "pool.hpp"
 
 // (x - mean) / sqrt(variance + eps) * weight + bias; the mean and its square are 0 for RMS norm.
 struct Norm {
@@ -29,6 +30,17 @@ inline void normalize(const float *x, int64_t size, const Norm &norm, float *y) 
         const float value = (x[i] - mean) * scale * norm.weight[i];
         y[i] = norm.bias == nullptr ? value : value + norm.bias[i];
     }
+}
+
+// Normalizes rows of x, which begin `stride` floats after each other, to y [rows, size].
+inline void normalize(const float *x, int64_t stride, int64_t rows, int64_t size, const Norm &norm, float *y,
+                      int64_t y_stride, Pool &pool) {
+    constexpr int64_t VALUES = 1 << 15;  // in one piece of work
+    const int64_t piece = std::max<int64_t>(1, VALUES / size);
+    pool.run((rows + piece - 1) / piece, [&](int64_t i) {
+        for (int64_t row = i * piece; row < std::min(rows, (i + 1) * piece); row++)
+            normalize(x + row * stride, size, norm, y + row * y_stride);
+    });
 }
 
 template <class Weight>

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpt_grpc.model.native import Kernels, PackedMatrix
+from mpt_grpc.model.native import Kernels, NativeLinear, NativeNorm, PackedMatrix
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -61,7 +61,7 @@ class Linear(nn.Module):
         if self._adds_in_place and residual is not None:
             return residual.addmm_(x, self.weight.t())
         if isinstance(self._packed, PackedMatrix):
-            return self._packed.linear(x, self.bias, self._activation, self._clip, residual)
+            return self._packed.linear(self.native(), x, residual)
         if self._packed is None:
             y = F.linear(x, self.weight, self.bias)
         else:
@@ -70,6 +70,11 @@ class Linear(nn.Module):
         if self._clip is not None:
             y = y.clamp(-self._clip, self._clip)
         return y if residual is None else residual + y
+
+    def native(self) -> NativeLinear:
+        """Returns the layer for the kernels, which must have packed its weight."""
+        assert isinstance(self._packed, PackedMatrix)
+        return self._packed.layer(self.bias, self._activation, self._clip)
 
     def prepack(self, weight_format: WeightFormat) -> None:
         """Replaces the weight with a copy in the layout of the kernels, or of oneDNN for bfloat16 without kernels.
@@ -107,7 +112,7 @@ class Embedding(nn.Module):
         """Returns x Wᵀ."""
         if self._packed is None:
             return F.linear(x, self.weight)
-        return self._packed.linear(x, None, "none", None, None)
+        return self._packed.linear(self._packed.layer(None, "none", None), x)
 
     def prepack(self, weight_format: WeightFormat) -> None:
         """Replaces the weight with a copy in the layout of the kernels."""
@@ -131,10 +136,15 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._kernels is not None:
-            return self._kernels.norm(x, self.weight, self.bias, self._eps, is_rms=self._is_rms)
+            return self._kernels.norm(self.native(), x)
         if self._is_rms:
             return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self._eps)
+
+    def native(self) -> NativeNorm:
+        """Returns the norm for the kernels."""
+        bias = None if self.bias is None else self.bias.data_ptr()
+        return NativeNorm(self.weight.data_ptr(), bias, self._eps, self._is_rms)
 
     def prepack(self, weight_format: WeightFormat) -> None:
         """Takes the kernels; there is nothing to pack."""

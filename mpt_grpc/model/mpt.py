@@ -8,13 +8,16 @@ and a tied head; the variants that `MPTConfig` has are llm-foundry's.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from ctypes import Array
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from mpt_grpc.model.config import MPTConfig, Rope
 from mpt_grpc.model.linear import Embedding, Linear, Norm, WeightFormat
+from mpt_grpc.model.native import NativeAttend, NativeLayer, NativeLinear, NativeNorm, layer_array
 
 
 class Attend(Protocol):
@@ -82,6 +85,21 @@ class Block(nn.Module):
         self.norm_2 = _norm(config, config.d_model)
         self.ffn = FeedForward(config)
 
+    def native(self) -> NativeLayer:
+        """Returns the layer for the compiled kernels, which must have packed its weights."""
+        attention, ffn = self.attn, self.ffn
+        return NativeLayer(
+            norm_1=self.norm_1.native(),
+            qkv=attention.Wqkv.native(),
+            q_norm=attention.q_ln.native() if attention.config.qk_ln else NativeNorm(),
+            k_norm=attention.k_ln.native() if attention.config.qk_ln else NativeNorm(),
+            out=attention.out_proj.native(),
+            norm_2=self.norm_2.native(),
+            up=ffn.up_proj.native(),
+            gate=NativeLinear() if ffn.gate_proj is None else ffn.gate_proj.native(),
+            down=ffn.down_proj.native(),
+        )
+
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         x = self.attn(self.norm_1(x), attend, residual=x)
         return self.ffn(self.norm_2(x), residual=x)
@@ -97,6 +115,12 @@ class Transformer(nn.Module):
         self.wpe = Embedding(config.max_seq_len, config.d_model) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm_f = _norm(config, config.d_model)
+        self._native: Array[NativeLayer] | None = None
+
+    def prepack(self, weight_format: WeightFormat) -> None:
+        """Prepares the blocks for the compiled kernels once all weights are packed."""
+        if weight_format.kernels is not None:
+            self._native = layer_array([block.native() for block in cast(Iterable[Block], self.blocks)])
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.wte(token_ids)
@@ -104,6 +128,8 @@ class Transformer(nn.Module):
             x = x + self.wpe(positions)
         if self.config.rope is not None:
             attend = rotating(attend, positions, self.config.rope, self.config.head_dim)
+        if self._native is not None and isinstance(attend, NativeAttend):
+            return attend.run(self._native, x)  # the same as below, in one call
         for block in self.blocks:
             x = block(x, attend)
         return x

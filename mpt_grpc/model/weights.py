@@ -123,6 +123,7 @@ def _fill(
             advance(tensor.numel() * item_bytes)
     if missing:
         raise WeightsError(f"tensor {min(missing)!r} is missing; {len(missing)} missing in total")
+    model.transformer.prepack(weight_format)
     model.weight_format = weight_format
     return model.eval()
 

@@ -14,8 +14,12 @@ from torch import Tensor
 from mpt_grpc.engine.computation import choose_weight_format
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.errors import SettingsError
+from mpt_grpc.model.attention import AttentionMetadata
+from mpt_grpc.model.attention.native_backend import NativeAttention
 from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.linear import Linear, Norm, WeightFormat
+from mpt_grpc.model.mpt import Attend
 from mpt_grpc.model.native import ACTIVATIONS, INSTRUCTION_SETS, Kernels, available_instruction_sets, load_kernels
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
 
@@ -153,6 +157,37 @@ def test_logits_have_the_same_bits_alone_in_a_crowd_and_in_chunks(
         chunks = {"a": tokens[done : done + size]} | {f"n{i}": random_tokens(i + 1) for i in range(neighbours)}
         done += size
         assert torch.equal(stepper.step(chunks)["a"], alone[done - 1]), done
+
+
+class LayerByLayer:
+    """The attention of the kernels, one layer at a time, so that the model's modules call each kernel."""
+
+    def __init__(self, config: MPTConfig, kernels: Kernels) -> None:
+        self._native = NativeAttention(config, kernels)
+
+    def bind(self, cache: KVCache, metadata: AttentionMetadata) -> Attend:
+        attend = self._native.bind(cache, metadata)
+        return lambda layer, query, key, value: attend(layer, query, key, value)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize(
+    ("attention", "fields"),
+    [
+        ({}, {}),
+        ({"qk_ln": True, "clip_qkv": 0.5}, {"no_bias": False}),
+        ({"attn_type": "grouped_query_attention", "kv_n_heads": 2}, {"ffn_config": {"ffn_type": "mptglu"}}),
+    ],
+)
+def test_all_layers_in_one_call_give_the_bits_of_the_modules(
+    tmp_path: Path, kernels: Kernels, attention: dict[str, object], fields: dict[str, object], quantize: bool
+) -> None:
+    make_checkpoint(tmp_path, tiny_config(attention, max_seq_len=512, **fields))
+    model = load(tmp_path, torch.bfloat16, quantize=quantize)
+    together, one_by_one = Stepper(model), Stepper(model, attention=LayerByLayer(model.config, kernels))
+    for chunks in ({"a": random_tokens(200)}, {"a": random_tokens(1), "b": random_tokens(17)}):
+        results = together.step(chunks), one_by_one.step(chunks)
+        assert all(torch.equal(results[0][name], results[1][name]) for name in chunks)
 
 
 @pytest.mark.usefixtures("kernels")

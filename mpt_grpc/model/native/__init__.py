@@ -11,7 +11,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, Array, Structure, c_bool, c_float, c_int32, c_int64, c_void_p, pointer
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -48,6 +49,33 @@ class _Matrix(Structure):
     ]
 
 
+class NativeLinear(Structure):
+    """A linear layer; without a matrix, none."""
+
+    _fields_: ClassVar = [
+        ("matrix", POINTER(_Matrix)),
+        ("bias", c_void_p),
+        ("activation", c_int32),
+        ("clip", c_float),
+    ]
+
+
+class NativeNorm(Structure):
+    """Layer norm, or RMS norm; without a weight, none."""
+
+    _fields_: ClassVar = [("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("is_rms", c_bool)]
+
+
+class NativeLayer(Structure):
+    """A layer of the model, described in native/layers.hpp. It does not keep its tensors alive."""
+
+    _fields_: ClassVar = [
+        *(("norm_1", NativeNorm), ("qkv", NativeLinear), ("q_norm", NativeNorm), ("k_norm", NativeNorm)),
+        *(("out", NativeLinear), ("norm_2", NativeNorm), ("up", NativeLinear), ("gate", NativeLinear)),
+        ("down", NativeLinear),
+    ]
+
+
 class AttentionStep(Structure):
     """The arguments of `Kernels.attend`, described in native/attention.hpp."""
 
@@ -67,9 +95,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "set_threads": (None, (c_int32,)),
     "packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
     "pack": (None, (POINTER(_Matrix), c_void_p, c_int32, c_void_p, c_void_p)),
-    "linear": (c_int32, (POINTER(_Matrix), c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_float, c_void_p)),
+    "linear": (c_int32, (POINTER(NativeLinear), c_void_p, c_int64, c_void_p, c_void_p)),
+    "layers": (c_int32, (POINTER(NativeLayer), c_int64, c_void_p, POINTER(AttentionStep), c_int32, c_int64)),
     "embedding": (None, (POINTER(_Matrix), c_void_p, c_int64, c_void_p)),
-    "norm": (None, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float, c_int32, c_void_p)),
+    "norm": (None, (POINTER(NativeNorm), c_void_p, c_int64, c_int64, c_void_p)),
     "attend": (None, (POINTER(AttentionStep), c_int32)),
 }
 
@@ -89,17 +118,28 @@ class Kernels:
         """Sets how many threads share the work of a call, the caller's included."""
         self._functions.set_threads(count)
 
-    def norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, is_rms: bool) -> Tensor:
-        """Returns layer norm, or RMS norm, of the rows of x [rows, size]; everything is float32."""
+    def norm(self, norm: NativeNorm, x: Tensor) -> Tensor:
+        """Returns the normalized rows of x [rows, size]; everything is float32."""
         x = x.contiguous()
         y = torch.empty_like(x)
         rows, size = x.shape
-        self._functions.norm(x.data_ptr(), rows, size, weight.data_ptr(), _pointer(bias), eps, is_rms, y.data_ptr())
+        self._functions.norm(norm, x.data_ptr(), rows, size, y.data_ptr())
         return y
 
     def attend(self, step: AttentionStep, cache_dtype: torch.dtype) -> None:
         """Writes the step's keys and values to the cache and attends."""
         self._functions.attend(step, _TYPES[cache_dtype])
+
+    def run_layers(self, layers: Array[NativeLayer], x: Tensor, step: AttentionStep, keys: Tensor) -> Tensor:
+        """Returns the hidden states after the layers for x [num_tokens, d_model], which is overwritten.
+
+        step: the attention of the first layer, without what the layers compute.
+        keys: the cache of all layers.
+        """
+        layer_bytes, cache_type = keys[0].nbytes, _TYPES[keys.dtype]
+        if not self._functions.layers(layers, len(layers), x.data_ptr(), step, cache_type, layer_bytes):
+            raise MemoryError(f"no memory for the layers of {len(x)} tokens")
+        return x
 
     def pack(self, weight: Tensor, *, quantize: bool) -> PackedMatrix:
         """Packs a weight [outputs, inputs] of float32 or bfloat16; the number of inputs is a multiple of 4.
@@ -123,23 +163,16 @@ class PackedMatrix:
         self._matrix = _Matrix(data, scales, self.outputs, self.inputs, kind)
         functions.pack(self._matrix, rows.data_ptr(), _TYPES[rows.dtype], data, scales)
 
-    def linear(
-        self, x: Tensor, bias: Tensor | None, activation: str, clip: float | None, residual: Tensor | None
-    ) -> Tensor:
-        """Returns activation(x Wᵀ + bias), clipped to [-clip, clip], plus the residual: float32 [rows, outputs]."""
+    def layer(self, bias: Tensor | None, activation: str, clip: float | None) -> NativeLinear:
+        """Returns the linear layer activation(x Wᵀ + bias), clipped to [-clip, clip]."""
+        most = float("inf") if clip is None else clip
+        return NativeLinear(pointer(self._matrix), _pointer(bias), ACTIVATIONS.index(activation), most)
+
+    def linear(self, layer: NativeLinear, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Returns the layer of x, plus the residual: float32 [rows, outputs]. `layer` is one of this matrix."""
         x = x.contiguous()
         y = torch.empty(len(x), self.outputs)
-        has_memory = self._functions.linear(
-            self._matrix,
-            x.data_ptr(),
-            len(x),
-            y.data_ptr(),
-            _pointer(bias),
-            ACTIVATIONS.index(activation),
-            float("inf") if clip is None else clip,
-            _pointer(residual),
-        )
-        if not has_memory:
+        if not self._functions.linear(layer, x.data_ptr(), len(x), y.data_ptr(), _pointer(residual)):
             raise MemoryError(f"no memory for a product of {len(x)} rows")
         return y
 
@@ -149,6 +182,34 @@ class PackedMatrix:
         y = torch.empty(len(indices), self.inputs)
         self._functions.embedding(self._matrix, indices.data_ptr(), len(indices), y.data_ptr())
         return y
+
+
+class NativeAttend:
+    """The attention of one step in place over the paged cache: an `Attend`, or with the layers in one call."""
+
+    def __init__(self, kernels: Kernels, step: AttentionStep, keys: Tensor, values: Tensor, *owners: Tensor) -> None:
+        """keys, values: the cache of all layers. owners: what the step points to besides."""
+        self._kernels, self._step, self._keys, self._values, self._owners = kernels, step, keys, values, owners
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        step, context = self._step, torch.empty(query.shape)
+        step.query, step.query_stride = query.data_ptr(), query.stride(0)
+        step.key, step.key_stride = key.data_ptr(), key.stride(0)
+        step.value, step.value_stride = value.data_ptr(), value.stride(0)
+        step.context = context.data_ptr()
+        step.keys, step.values = self._keys[layer].data_ptr(), self._values[layer].data_ptr()
+        self._kernels.attend(step, self._keys.dtype)
+        return context
+
+    def run(self, layers: Array[NativeLayer], x: Tensor) -> Tensor:
+        """Returns the hidden states after the layers; see `Kernels.run_layers`."""
+        self._step.keys, self._step.values = self._keys.data_ptr(), self._values.data_ptr()
+        return self._kernels.run_layers(layers, x, self._step, self._keys)
+
+
+def layer_array(layers: Sequence[NativeLayer]) -> Array[NativeLayer]:
+    """Returns the layers side by side."""
+    return (NativeLayer * len(layers))(*layers)
 
 
 def load_kernels() -> Kernels | None:
