@@ -26,6 +26,9 @@ _MAX_NAME_BYTES = 255
 def read_text(path: Path) -> str | None:
     """Returns the text of the file, or None if it does not exist. Raises ModelError."""
     try:
+        if path.exists() and not path.is_file():
+            # Reading from a pipe or a device might wait forever.
+            raise ModelError(f"{path}: not a regular file; replace it by the file of the model")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         if path.is_symlink():

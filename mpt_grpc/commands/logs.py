@@ -7,11 +7,10 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
-_POLLED_PATHS = ("/debug/engine", "/health", "/metrics", "/ready")
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -34,10 +33,6 @@ def configure(level: str, line_format: str = "text") -> None:
     handler.setFormatter(_JsonFormatter() if line_format == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("mpt_grpc").setLevel(level.upper())
-    access = logging.getLogger("uvicorn.access")
-    access.setLevel(level.upper())
-    if level != "debug":
-        access.addFilter(_is_not_polling)
     # While a collector is down, one line for each failed export is enough, without its repetitions.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
     # A caller who disconnects during a send is not an error; failures of a method are logged by our interceptor.
@@ -53,22 +48,8 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": getattr(record, "summary", None) or record.getMessage(),
-            **_fields(record),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
-
-
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    if record.name == "uvicorn.access":
-        names = ("peer", "method", "path", "http_version", "http_status")
-        return dict(zip(names, cast(tuple[Any, ...], record.args), strict=True))
-    fields: dict[str, Any] = getattr(record, "fields", {})
-    return fields
-
-
-def _is_not_polling(record: logging.LogRecord) -> bool:
-    """Whether a line of uvicorn's access log is about something other than a successful periodic call."""
-    _, _, path, _, status = cast(tuple[str, str, str, str, int], record.args)
-    return path.partition("?")[0] not in _POLLED_PATHS or status >= 400

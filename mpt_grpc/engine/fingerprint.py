@@ -8,7 +8,7 @@ the start: weights that differ in a few places only may have the same fingerprin
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from importlib.metadata import version
 from itertools import chain
@@ -41,6 +41,7 @@ def fingerprint(
     attention: str,
     defaults: GenerationDefaults,
     max_context_tokens: int,
+    eos_token_ids: Collection[int],
     chat_template: str,
     guards: Sequence[str],
 ) -> str:
@@ -48,6 +49,7 @@ def fingerprint(
 
     folder: the checkpoint's.
     attention: the name of the backend, which is that of its library on a GPU.
+    eos_token_ids: the tokens at which outputs end, from whichever file has them.
     chat_template: the name of the template in use.
     guards: as they were given. Of an argument that is a file, its content counts.
     """
@@ -57,9 +59,10 @@ def fingerprint(
     configurations = [one / name for one in (folder, *settings.adapters) for name in _CONFIGURATIONS]
     texts = sorted({path for pattern in _TEXTS for path in folder.glob(pattern)})
     given = [chat_template, settings.chat_template, *chain.from_iterable(guard.partition("=") for guard in guards)]
+    ends = repr(sorted(eos_token_ids)).encode()
     parts = {
         "model": _digest(_contents([*configurations, *weights])),
-        "text": _digest(chain(_contents(texts), *(_content_or_text(text) for text in given))),
+        "text": _digest(chain(_contents(texts), [ends], *(_content_or_text(text) for text in given))),
         "defaults": _digest([repr((defaults, max_context_tokens)).encode()]),
         "precision": f"{dtype_name(weight_format.stored_dtype)}/{dtype_name(cache_dtype)}",
         "numerics": _numerics(weight_format, attention),

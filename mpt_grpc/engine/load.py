@@ -109,6 +109,7 @@ def load_engine(settings: Settings, *, loop: asyncio.AbstractEventLoop | None = 
             attention=parts.attention,
             defaults=parts.defaults,
             max_context_tokens=_max_context_tokens(parts, num_blocks),
+            eos_token_ids=parts.tokenizer.eos_token_ids,
             chat_template=parts.chat_template.name,
             guards=settings.guards,
         ),

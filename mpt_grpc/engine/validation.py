@@ -160,8 +160,8 @@ def _combinations(request: GenerationRequest, limits: RequestLimits) -> Iterator
     sampling, decoding, stopping = request.sampling, request.decoding, request.stopping
     max_new_tokens = limits.default_max_new_tokens if stopping.max_new_tokens is None else stopping.max_new_tokens
     if not 0 <= stopping.min_new_tokens <= max_new_tokens:
-        why = f"{stopping.min_new_tokens} is not in [0, {max_new_tokens}], where the upper bound is max_new_tokens"
-        yield FieldViolation("stopping.min_new_tokens", why)
+        bounds = f"[0, {max_new_tokens}], where the upper bound is the limit of new tokens"
+        yield FieldViolation("stopping.min_new_tokens", f"{stopping.min_new_tokens} is not in {bounds}")
     if request.constraint is not None and decoding.allowed_token_ids:
         why = "cannot be combined with a constraint or tools: the two might have no token in common"
         yield FieldViolation("decoding.allowed_token_ids", why)
@@ -169,7 +169,7 @@ def _combinations(request: GenerationRequest, limits: RequestLimits) -> Iterator
         why = "cannot be combined with a constraint or tools: the output ends once the constraint is complete"
         yield FieldViolation("stopping.ignore_eos", why)
     if max_new_tokens == 0 and sampling.num_sequences > 1:
-        yield FieldViolation("sampling.num_sequences", "must be 1 if max_new_tokens is 0: there is no output")
+        yield FieldViolation("sampling.num_sequences", "must be 1 if the limit of new tokens is 0: there is no output")
     yield from _resumed(request, max_new_tokens, limits)
 
 

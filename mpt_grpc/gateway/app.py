@@ -18,9 +18,10 @@ from starlette.routing import Match
 
 from mpt_grpc import __version__
 from mpt_grpc.gateway import openapi, schemas, tokens
+from mpt_grpc.gateway.access_log import note_refusal
 from mpt_grpc.gateway.callers import CallerMiddleware, Callers, KnownServer
 from mpt_grpc.gateway.completions import complete, stream_completion
-from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_response, log_refusal, shortened
+from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_response, shortened
 from mpt_grpc.gateway.events import EventStream, disconnected, event
 from mpt_grpc.gateway.field_rules import COMPLETION_RULES, RESPONSE_RULES, TOKENIZATION_RULES
 from mpt_grpc.gateway.health import unreadiness
@@ -304,7 +305,7 @@ async def _next(chunks: AsyncIterator[Json]) -> Json | None:
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, BadRequestError):
-        log_refusal(request.scope, error)
+        note_refusal(request.scope, error)
     return error_response(error, _field_names(request))
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import quote
 
 from starlette.responses import JSONResponse
-from starlette.types import Scope
 
 from mpt_grpc_client import (
     DeadlineExceededError,
@@ -33,8 +30,7 @@ _TABLE: tuple[tuple[type[MptGrpcError], int, str, str | None], ...] = (
     (UnavailableError, 503, "server_error", "unavailable"),
     (DeadlineExceededError, 504, "server_error", "timeout"),
 )
-_MAX_ECHOED, _MAX_LOGGED = 100, 300
-_log = logging.getLogger("mpt_grpc.access")
+_MAX_ECHOED = 100
 RATE_LIMIT_HEADERS = [
     f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")
 ]
@@ -92,15 +88,6 @@ def error_response(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> 
             f"x-ratelimit-reset-{error.quota}": f"{error.retry_after or 0:.3f}s",
         }
     return JSONResponse(body, status, headers)
-
-
-def log_refusal(scope: Scope, error: BadRequestError) -> None:
-    """Logs a request that the gateway refuses itself; the gRPC server logs what it refuses."""
-    method, path, request_id = scope["method"], quote(shortened(scope["path"])), scope["state"]["request_id"]
-    summary, why = f"{method} {path} {error.status}", str(error)[:_MAX_LOGGED]
-    fields = {"method": method, "path": path, "http_status": error.status, "request_id": request_id, "error": why}
-    extra = {"summary": summary, "fields": fields}
-    _log.info("%s request_id=%r error=%r", summary, request_id, why, extra=extra)
 
 
 def shortened(text: str) -> str:

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mpt_grpc.gateway.errors import BadRequestError, error_response, log_refusal, shortened
+from mpt_grpc.gateway.access_log import note_refusal
+from mpt_grpc.gateway.errors import BadRequestError, error_response, shortened
 from mpt_grpc.gateway.protocol import MAX_HEAD_BYTES
 from mpt_grpc.turnstile import Turnstile
 from mpt_grpc_client import OverloadedError, UnavailableError
@@ -84,7 +85,7 @@ class HeaderMiddleware:
         if error is None:
             await self._app(scope, receive, send_with_headers)
             return
-        log_refusal(scope, error)
+        note_refusal(scope, error)
         await error_response(error)(scope, receive, send_with_headers)
 
     def _refusal(self, headers: Headers) -> BadRequestError | None:

@@ -91,7 +91,7 @@ class GenerationFields(Strict):
     stop: str | Many[str] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[Uint, float] | None = None
+    logit_bias: dict[Annotated[Uint, Field(strict=False)], float] | None = None  # keys are text in JSON
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Extensions of vLLM.

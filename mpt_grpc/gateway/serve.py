@@ -22,6 +22,7 @@ from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from mpt_grpc.gateway.access_log import AccessLogMiddleware
 from mpt_grpc.gateway.app import make_app
 from mpt_grpc.gateway.callers import Callers
 from mpt_grpc.gateway.errors import RATE_LIMIT_HEADERS
@@ -150,10 +151,11 @@ async def _serving(
 ) -> AsyncIterator[None]:
     requests = GracePeriodMiddleware(app)
     config = uvicorn.Config(
-        requests,
+        AccessLogMiddleware(requests),
         http=protocol,  # type: ignore[arg-type]  # uvicorn only calls it
         ws="none",
         log_config=None,
+        access_log=False,
         timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
         timeout_graceful_shutdown=math.ceil(grace_s) + _ERROR_TIMEOUT_S,
         ssl_context_factory=None if tls is None else lambda *_: tls,

@@ -1,4 +1,5 @@
-"""What the parts of a body have in common: unknown fields are refused, and fields and items are counted first."""
+"""What the parts of a body have in common: no value is taken for one of another type, unknown fields are refused, and
+fields and items are counted first."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ TOO_MANY_ITEMS = "too_many_items"
 
 
 class Strict(BaseModel):
-    """An object without unknown fields."""
+    """An object without unknown fields, whose numbers are not text or booleans, and whose integers have no point."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -26,7 +26,7 @@ DETOKENIZE_FIELD_NAMES = {"token_ids": "tokens"}
 class TokenizeRequest(BaseModel):
     """`add_special_tokens` has no effect, since MPT's tokenizers add none."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str = ""
     prompt: str | None = None
@@ -38,7 +38,7 @@ class TokenizeRequest(BaseModel):
 
 
 class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str = ""
     tokens: Many[Uint]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from mpt_grpc.text.regex_syntax import unsupported_syntax
-from mpt_grpc.text.schema_places import Inside, Place, escaped, pointer, reachable, resolved
+from mpt_grpc.text.schema_places import Inside, Place, escaped, pointer, reachable, resolved, targets
 from mpt_grpc.text.schema_unions import MAX_EXACT, Narrowing, narrowings
 
 Schema = dict[str, Any] | bool
@@ -52,6 +52,8 @@ _SINGLE = (
     "additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then",
     "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
+_DATA = ("const", "enum")
+"""The keywords whose values are compared with, whatever they contain."""
 _UNSUPPORTED = (
     "$dynamicRef", "contains", "if", "not", "propertyNames", "unevaluatedItems", "unevaluatedProperties", "uniqueItems",
 )  # fmt: skip
@@ -92,6 +94,8 @@ class _Obstacle(NamedTuple):
 class _Rewriter:
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
+        # References may lead to places where a schema has no others, such as a list in `$defs`.
+        self._targets = {id(target) for target in targets(root)}
         self.required: dict[tuple[str, str], None] = {}
         """References to definitions, each with a property that they have to require."""
         self.obstacles: dict[int, _Obstacle] = {}
@@ -103,7 +107,7 @@ class _Rewriter:
     def schema(self, schema: Any, place: Place) -> Any:
         """Returns the schema at a place rewritten, and anything else unchanged for llguidance to refuse."""
         if not isinstance(schema, dict):
-            return schema
+            return self._value(schema, place)
         _check_types(schema, place)
         _check_numbers(schema, place)
         result = {name: self._keyword(name, value, Inside(place, name)) for name, value in schema.items()}
@@ -145,7 +149,19 @@ class _Rewriter:
             return {key: self.schema(part, Inside(place, key)) for key, part in value.items()}
         if name in (*_LISTS, "items") and isinstance(value, list):
             return [self.schema(part, Inside(place, index)) for index, part in enumerate(value)]
-        return self.schema(value, place) if name in _SINGLE else value
+        if name in _SINGLE:
+            return self.schema(value, place)
+        return value if name in _DATA else self._value(value, place)
+
+    def _value(self, value: Any, place: Place) -> Any:
+        """Returns a value that is not a schema, with the schemas rewritten in it to which references lead."""
+        if id(value) in self._targets:
+            return self.schema(value, place)
+        if isinstance(value, dict):
+            return {key: self._value(part, Inside(place, key)) for key, part in value.items()}
+        if isinstance(value, list):
+            return [self._value(part, Inside(place, index)) for index, part in enumerate(value)]
+        return value
 
     def _one_of(self, schema: dict[str, Any]) -> None:
         """Turns `oneOf` into `anyOf` where its branches exclude each other, or can be narrowed so that they do."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import unquote
+
+_INDEX = re.compile("0|[1-9][0-9]{0,8}", re.ASCII)
 
 
 class Inside(NamedTuple):
@@ -50,11 +53,27 @@ def reachable(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
             found.append(resolved(root, value["$ref"]))
 
 
+def targets(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the objects to which the references anywhere in a schema lead."""
+    found: list[Any] = [root]
+    while found:
+        value = found.pop()
+        if isinstance(value, list):
+            found += value
+        elif isinstance(value, dict):
+            found += value.values()
+            if "$ref" in value:
+                yield resolved(root, value["$ref"])
+
+
 def resolved(root: Any, reference: Any) -> dict[str, Any]:
     """Returns the definition that a reference within the schema leads to, or an empty one."""
     if not isinstance(reference, str) or not reference.startswith("#/"):
         return {}
     value = root
     for part in unquote(reference).removeprefix("#/").split("/"):
-        value = value.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            value = value[int(part)] if _INDEX.fullmatch(part) and int(part) < len(value) else None
+        else:
+            value = value.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}

@@ -1,6 +1,8 @@
 """How calls are sent, retried and cancelled: target, user agent, trace context, retries and cancellation."""
 
+import linecache
 import signal
+import sys
 import threading
 
 import grpc
@@ -119,9 +121,17 @@ def test_closing_the_client_cancels_its_calls(endless, target):
 
 def test_a_keyboard_interrupt_cancels_a_unary_call(endless, client):
     """A notebook keeps the connection open after Ctrl-C, so the call itself must be cancelled."""
+    caller = threading.get_ident()
+
+    def is_waiting():
+        frame = sys._current_frames()[caller]
+        return "next_event()" in linecache.getline(frame.f_code.co_filename, frame.f_lineno)
 
     def interrupt():
         assert endless.reached.wait(10)
+        # gRPC cancels a call whose wait is interrupted, but loses one that it is still beginning.
+        while not is_waiting():
+            pass
         signal.raise_signal(signal.SIGINT)
 
     # The tests may run where it is ignored, as in the background of a script.

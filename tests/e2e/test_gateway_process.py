@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import urllib.error
@@ -49,9 +50,9 @@ def test_a_stream_finishes_after_sigterm(start_gateway: Callable[..., Any], serv
         gateway.terminate()
         assert streamed_text(response) == text(post(server.openai_url, BODY))
     assert gateway.wait() == 0
-    line, begun, ended = gateway.stderr.splitlines()
+    begun, line, ended = gateway.stderr.splitlines()
     assert "draining: waiting up to 30 s for requests in progress" in begun
-    assert '"POST /v1/completions HTTP/1.1" 200' in line
+    assert re.search(r" POST /v1/completions 200 \d+\.\d{3} s peer=127\.0\.0\.1:\d+ request_id='\w{32}'$", line)
     assert ended.endswith("stopped")
 
 
@@ -86,6 +87,26 @@ def test_a_stream_goes_on_at_another_server_of_the_gateway(
     for one in servers:
         one.kill()
     assert ready(gateway) == 503
+
+
+def test_a_gateway_logs_requests_with_their_durations_ids_and_refusals(
+    start_gateway: Callable[..., Any], server: Any
+) -> None:
+    gateway = start_gateway("--target", server.target, "--log-format", "json")
+    post(gateway.openai_url, {**BODY, "max_tokens": 3}).read()
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        post(gateway.openai_url, {**BODY, "max_tokens": 0.5})
+    assert ready(gateway) == 200
+    gateway.terminate()
+    assert gateway.wait() == 0
+    served, refused, *_ = map(json.loads, gateway.stderr.splitlines())
+    for one, status in ((served, 200), (refused, 400)):
+        assert one["message"] == f"POST /v1/completions {status}"
+        assert (one["method"], one["path"], one["http_status"]) == ("POST", "/v1/completions", status)
+        assert one["duration_s"] > 0
+    assert refused["request_id"] == raised.value.headers["x-request-id"] != served["request_id"]
+    assert refused["error"].startswith("max_tokens: ")
+    assert "/ready" not in gateway.stderr
 
 
 def page(process: Any, path: str) -> str:

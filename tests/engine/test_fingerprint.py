@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import demo_settings
 from safetensors.torch import load_file, save_file
 
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.fingerprint import SAMPLER_VERSION, differences, fingerprint
+from mpt_grpc.engine.load import load_engine
 from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.native import available_instruction_sets, load_kernels
 from mpt_grpc.request import GenerationDefaults, GenerationRequest, SamplingParameters, StoppingCriteria
@@ -30,6 +33,7 @@ def taken(folder: Path, settings: ModelSettings | None = None, **changes: Any) -
         "attention": "torch",
         "defaults": GenerationDefaults(),
         "max_context_tokens": 2048,
+        "eos_token_ids": {2, 0},
         "chat_template": "base",
         "guards": (),
         **changes,
@@ -78,6 +82,8 @@ def test_the_files_that_tokens_depend_on_are_covered(folder: Path, change: Calla
     [
         ({"settings": ModelSettings(load_format="random")}, ["model"]),
         ({"chat_template": "chatml"}, ["text"]),
+        ({"eos_token_ids": {0}}, ["text"]),
+        ({"eos_token_ids": {0, 2}}, []),
         ({"defaults": GenerationDefaults(temperature=0.5)}, ["defaults"]),
         ({"max_context_tokens": 100}, ["defaults"]),
         ({"cache_dtype": torch.int8}, ["precision"]),
@@ -124,3 +130,14 @@ def test_a_change_of_the_tokens_comes_with_a_new_version_of_the_sampler(shared_e
     sampling = SamplingParameters(temperature=0.9, top_k=200, top_p=0.95, min_p=0.01, typical_p=0.95, seed=7)
     request = GenerationRequest("r", "Once upon a time", sampling, stopping=StoppingCriteria(max_new_tokens=12))
     assert (SAMPLER_VERSION, shared_engine.generate(request).token_ids) == (1, TOKEN_IDS)
+
+
+def test_where_outputs_end_counts_whichever_file_has_it(folder: Path) -> None:
+    settings = demo_settings(num_blocks=4)
+
+    def loaded() -> str:
+        return load_engine(replace(settings, model=replace(settings.model, model=str(folder))))[1].fingerprint
+
+    before = loaded()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 5]}', encoding="utf-8")
+    assert differences(before, loaded()) == ["text"]

@@ -23,11 +23,14 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
         ("/tokenize", {"prompt": "a", "messages": []}, "messages"),
         ("/detokenize", {"tokens": "a"}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": ["1"]}, "tokens"),
         ("/detokenize", {"tokens": [999_999]}, "tokens"),
         ("/v1/completions", {"prompt": [-1]}, "prompt"),
         ("/v1/completions", {"prompt": []}, "prompt"),
         ("/v1/completions", {"prompt": ""}, "prompt"),
         ("/v1/completions", {"prompt": ["a", 1]}, "prompt"),
+        ("/v1/completions", {"prompt": [True]}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "logprobs": True}, "logprobs"),
         ("/v1/completions", {"prompt": "\ud83d"}, "prompt"),
         ("/v1/completions", {"prompt": "a", "stop": ["\ud83d"]}, "stop"),
         ("/v1/completions", {"prompt": "a", "logprobs": 21}, "logprobs"),
@@ -65,7 +68,8 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"tools": [FUNCTION], "tool_choice": NAMED}, "tool_choice: no function in tools is named 'g'"),
         ({"tools": [FUNCTION] * 129}, "tools: 129 items; at most 128 are allowed"),
         ({"max_completion_tokens": 5000}, "max_completion_tokens: "),
-        ({"min_tokens": 500}, "min_tokens: 500 is not in [0, 256]"),
+        ({"min_tokens": 500}, "min_tokens: 500 is not in [0, 256], where the upper bound is the limit of new tokens"),
+        ({"n": 2, "max_tokens": 0}, "n: must be 1 if the limit of new tokens is 0: there is no output"),
         ({"top_logprobs": 2}, "top_logprobs: requires logprobs"),
         ({"response_format": {"type": "yaml"}}, "response_format.type: "),
         ({"response_format": BAD_SCHEMA}, "response_format: "),
@@ -99,6 +103,38 @@ def test_errors_name_the_fields_as_they_were_sent(fields: dict[str, Any], messag
     with pytest.raises(urllib.error.HTTPError) as raised:
         call(server, "/v1/chat/completions", {"messages": [USER], **fields})
     assert json.load(raised.value)["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [USER]}),
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/responses", {"input": "a"}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("temperature", value) for value in (True, "1")),
+        *(("top_k", value) for value in (True, "1", 5.0)),
+        *(("stop_token_ids", [value]) for value in (True, "1", 5.0)),
+        *(("logit_bias", {"1": value}) for value in (True, "1")),
+        *(("seed", value) for value in (True, "1", 5.0)),
+        *(("ignore_eos", value) for value in (1, "true", 0.0)),
+    ],
+)
+def test_no_value_is_taken_for_one_of_another_type(path: str, body: Any, field: str, value: Any, server: Any) -> None:
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        call(server, path, {**body, field: value})
+    error = json.load(raised.value)["error"]
+    assert (raised.value.code, error["type"], error["param"]) == (400, "invalid_request_error", field)
+    assert error["message"].startswith(f"{field}")
+
+
+def test_an_integer_is_taken_where_a_number_is_expected(server: Any) -> None:
+    fields = {"temperature": 0, "top_p": 1, "logit_bias": {"5": -1}, "max_tokens": 1}
+    assert call(server, "/v1/completions", {"prompt": "a", **fields})["choices"]
 
 
 def test_an_unknown_field_without_a_similar_one_gets_no_suggestion(server: Any) -> None:

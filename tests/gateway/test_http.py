@@ -264,7 +264,8 @@ async def test_the_log_of_the_server_contains_the_callers_id(
     await fetch(gateway, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 1}, x_request_id="order-17")
     await fetch(gateway, "POST", "/v1/completions", {"prompt": 1}, x_request_id="order-18")
     lines = [record.getMessage() for record in caplog.records]
-    assert [line.split("request_id='")[1][:9] for line in lines if "request_id=" in line] == ["order-17-", "order-18-"]
+    logged = [(line.split()[0], line.split("request_id='")[1][:9]) for line in lines if "request_id=" in line]
+    assert logged == [("Generate", "order-17-"), ("POST", "order-17-"), ("POST", "order-18-")]
 
 
 @pytest.mark.parametrize(

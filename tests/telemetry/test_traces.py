@@ -15,6 +15,7 @@ from conftest import demo_settings
 from http_calls import send
 from otlp_collector import Collector, attributes, running_collector
 
+from mpt_grpc.schedule.step_times import StepTimes
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings, TelemetrySettings
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -47,6 +48,8 @@ async def traced() -> AsyncIterator[Traced]:
     with running_collector() as (collector, endpoint), pytest.MonkeyPatch.context() as environment:
         environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
         environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+        # All drafts pay where a step takes the same time whatever it computes.
+        environment.setattr(StepTimes, "seconds", lambda *_: 1.0)
         settings = demo_settings(14, max_running_requests=4, max_step_tokens=16, speculate="ngram")
         telemetry = TelemetrySettings(trace_steps=1)
         async with running_server(replace(settings, http=HttpSettings(port=0), telemetry=telemetry)) as server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import tracemalloc
 from typing import Any, Literal
@@ -97,6 +98,7 @@ def test_other_keywords_are_expressed_exactly(schema: dict[str, Any], good: Any,
     assert not conforms(schema, bad)
 
 
+DATE = {"type": "string", "format": "date"}
 POINT = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"], "additionalProperties": False}
 NODE = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"], "additionalProperties": False}
 
@@ -146,6 +148,37 @@ def test_narrowed_branches_do_not_make_an_outer_one_of_appear_exclusive() -> Non
     schema = {"oneOf": [inner, {"type": "object", "required": ["p", "a", "x"]}]}
     with pytest.raises(InvalidRequestError, match='/oneOf: "oneOf" is not supported where several options may match'):
         make_grammar(JsonSchema(json.dumps(schema)))
+
+
+@pytest.mark.parametrize(
+    ("pointer", "definitions"),
+    [
+        ("$defs/a/anyOf/1", {"$defs": {"a": {"anyOf": [{"type": "null"}, DATE]}}}),
+        ("$defs/a/1", {"$defs": {"a": [{}, DATE]}}),
+        ("components/schemas/a", {"components": {"schemas": {"a": DATE}}}),
+        ("components/0/a", {"components": [{"a": DATE}]}),
+    ],
+)
+def test_a_reference_may_lead_to_any_place(pointer: str, definitions: dict[str, Any]) -> None:
+    schema = {"properties": {"on": {"$ref": f"#/{pointer}"}}, "required": ["on"], **definitions}
+    assert conforms(schema, {"on": "2024-02-29"})
+    assert not conforms(schema, {"on": "2023-02-29"})
+
+
+@pytest.mark.parametrize("pointer", ["$defs/a/anyOf/0", "$defs/b/0", "components/schemas/c"])
+def test_what_cannot_be_enforced_is_refused_wherever_a_reference_leads(pointer: str) -> None:
+    part = {"type": "array", "uniqueItems": True}
+    definitions = {"$defs": {"a": {"anyOf": [part]}, "b": [part]}, "components": {"schemas": {"c": part}}}
+    schema = json.dumps({"$ref": f"#/{pointer}", **definitions})
+    with pytest.raises(InvalidRequestError, match=rf"/{re.escape(pointer)}/uniqueItems: \"uniqueItems\" is not"):
+        make_grammar(JsonSchema(schema))
+
+
+def test_one_of_compares_branches_that_are_items_of_lists() -> None:
+    schema = {"oneOf": [{"$ref": "#/$defs/a/anyOf/0"}, {"$ref": "#/$defs/a/anyOf/1"}]}
+    definitions = {"$defs": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
+    assert conforms({**schema, **definitions}, None)
+    assert not conforms({**schema, **definitions}, 1)
 
 
 def test_unsupported_keywords_only_matter_where_they_are_used() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,21 @@ def test_a_link_to_nothing_is_no_missing_file(folder: Path) -> None:
     with pytest.raises(
         ModelError, match=r"tokenizer_config.json: a symbolic link to \.\./blobs/1, which does not exist"
     ):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "config.json"])
+def test_a_pipe_in_place_of_a_file_is_refused_without_waiting_for_its_writer(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=rf"{name}: not a regular file"):
+        Tokenizer.from_folder(folder)
+
+
+def test_a_device_in_place_of_a_file_is_refused(folder: Path) -> None:
+    (folder / "tokenizer_config.json").symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: not a regular file"):
         Tokenizer.from_folder(folder)
 
 
