@@ -49,10 +49,43 @@ static void exercise_attention(Type type, int64_t head_dim, int64_t n_kv_heads, 
     attend(&step, type);
 }
 
+// Two layers with everything that a layer may have, for one sequence of 20 tokens.
+static void exercise_layers(Type type) {
+    const int64_t size = 64, hidden_size = 132, n_heads = 4, head_dim = 16, n_kv_heads = 2, block_size = 16, tokens = 20;
+    const int64_t width = size + 2 * n_kv_heads * head_dim, layer_floats = 2 * n_kv_heads * block_size * (head_dim + 2);
+    std::vector<std::vector<char>> packed;
+    std::vector<Matrix> matrices;
+    const auto scales = numbers(width + hidden_size, 1), weight = numbers(size, 2);
+    const std::vector<char> rows(4 * hidden_size * (width + hidden_size), 1);
+    packed.reserve(5), matrices.reserve(5);
+    const auto linear = [&](int64_t outputs, int64_t inputs) {
+        packed.emplace_back(packed_bytes(type, outputs, inputs));
+        matrices.push_back({packed.back().data(), type == Type::int8 ? scales.data() : nullptr, outputs, inputs, type});
+        std::vector<float> rounded_scales(outputs);
+        pack(&matrices.back(), rows.data(), type == Type::int8 ? Type::float32 : type, packed.back().data(),
+             rounded_scales.data());
+        return Linear{&matrices.back(), nullptr, Activation::gelu, 0.5f};
+    };
+    const Norm norm{weight.data(), nullptr, 1e-5f, false};
+    const Layer layer{norm, linear(width, size), norm, norm, linear(size, size), norm, linear(hidden_size, size),
+                      linear(hidden_size, size), linear(size, hidden_size)};
+    const Layer both[] = {layer, layer};
+    auto x = numbers(tokens * size, 3), keys = numbers(2 * layer_floats, 4), values = keys;
+    const int64_t query_starts[] = {0, tokens}, starts[] = {3}, tables[] = {0, 1};
+    const float slopes[] = {0.5f, 0.25f, 0.125f, 0.0625f};
+    AttentionStep step{};
+    step.num_tokens = tokens, step.num_sequences = 1, step.n_heads = n_heads, step.n_kv_heads = n_kv_heads;
+    step.head_dim = head_dim, step.block_size = block_size, step.keys = keys.data(), step.values = values.data();
+    step.query_starts = query_starts, step.starts = starts, step.block_tables = tables, step.table_stride = 2;
+    step.slopes = slopes, step.scale = 0.1f, step.window = INT64_MAX;
+    layers(both, 2, x.data(), &step, Type::float32, 4 * layer_floats);
+}
+
 static void exercise() {
     for (const Type type : {Type::float32, Type::bfloat16, Type::int8})
         for (const int64_t outputs : {1, 16, 70})
             for (const int64_t inputs : {4, 132, 1300}) exercise_matrix(type, outputs, inputs);
+    for (const Type type : {Type::float32, Type::bfloat16, Type::int8}) exercise_layers(type);
     for (const Type type : {Type::float32, Type::bfloat16, Type::int8})
         for (const int64_t head_dim : {4, 32, 80})
             for (const int64_t n_kv_heads : {1, 2, 4})
