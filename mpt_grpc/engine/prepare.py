@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from mpt_grpc.engine.validation import RequestLimits, prompt_violations, request_violations, resumed_lists
@@ -21,6 +20,7 @@ from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.constraints import ConstraintCompiler
 from mpt_grpc.text.guards import Guard
 from mpt_grpc.text.tokenizer import Tokenizer
+from mpt_grpc.worker_threads import WorkerThreads
 
 _NUM_TEXT_THREADS, _NUM_CONSTRAINT_THREADS = 2, 4
 # Preparing a longer text takes a millisecond or more, too long to block an event loop.
@@ -44,19 +44,21 @@ class Preparers:
     """The threads in which requests are prepared: apart for those with constraints, which may take seconds."""
 
     def __init__(self) -> None:
-        self._texts = ThreadPoolExecutor(_NUM_TEXT_THREADS, thread_name_prefix="prepare-text")
-        self._constraints = ThreadPoolExecutor(_NUM_CONSTRAINT_THREADS, thread_name_prefix="prepare-constraint")
+        self._texts = WorkerThreads(_NUM_TEXT_THREADS, "prepare-text")
+        self._constraints = WorkerThreads(_NUM_CONSTRAINT_THREADS, "prepare-constraint")
 
-    def run(self, request: GenerationRequest, prepare: Callable[[], None]) -> None:
-        """Runs `prepare`, which handles its own errors, when it is the request's turn; never after `close`."""
+    def run(self, request: GenerationRequest, prepare: Callable[[], None], turn: Future[None]) -> None:
+        """Runs `prepare`, which handles its own errors, when it is the request's turn; never after `close`.
+
+        Cancelling `turn` drops the request.
+        """
         threads = self._texts if request.constraint is None else self._constraints
-        with suppress(RuntimeError):  # closed
-            threads.submit(prepare)
+        threads.submit(prepare, turn)
 
     def close(self) -> None:
         """Drops the requests that wait for their turn."""
         for threads in (self._texts, self._constraints):
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.close()
 
 
 class Preparation:

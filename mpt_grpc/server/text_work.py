@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from mpt_grpc.errors import OverloadedError
+from mpt_grpc.worker_threads import WorkerThreads
 
 _Result = TypeVar("_Result")
 _NUM_THREADS = 2
@@ -22,7 +22,7 @@ class TextWork:
     """Runs functions of texts in threads of its own. Belongs to the event loop."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="text")
+        self._threads = WorkerThreads(_NUM_THREADS, "text")
         self._num_in_progress = 0
 
     async def run(self, length: int, function: Callable[[], _Result]) -> _Result:
@@ -34,7 +34,7 @@ class TextWork:
             raise OverloadedError(why, random.uniform(1, 2))
         self._num_in_progress += 1
         try:
-            # If the caller leaves before its turn, the function never runs.
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+            # If the caller leaves before its turn, the function leaves the queue.
+            return await asyncio.wrap_future(self._threads.submit(function))
         finally:
             self._num_in_progress -= 1

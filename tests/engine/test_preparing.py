@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -116,6 +118,22 @@ def test_a_cancelled_request_is_not_prepared_any_more(engine: Engine, guard: Slo
     collect(first)
     collect(second)
     assert guard.num_prompts == 2
+
+
+def test_a_cancelled_request_is_freed_while_the_preparers_are_busy(engine: Engine, guard: SlowGuard) -> None:
+    first, second = (submit(engine, generation(name)) for name in ("first", "second"))
+    third = generation("third", "Once upon a time " * 100)
+    freed = weakref.ref(third)
+    stream = submit(engine, third)
+    stream.cancel()
+    assert collect(stream).finish.reason is FinishReason.CANCELLED
+    del third, stream
+    engine.state().result(30)  # the thread that ended it has let it go
+    gc.collect()
+    assert freed() is None
+    guard.may_go.set()
+    collect(first)
+    collect(second)
 
 
 def test_texts_do_not_wait_for_constraints(engine: Engine, guard: SlowGuard) -> None:

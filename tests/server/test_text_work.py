@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
+from functools import partial
 
 import pytest
 
@@ -11,6 +14,10 @@ from mpt_grpc.errors import OverloadedError
 from mpt_grpc.server.text_work import MAX_IN_PROGRESS, QUICK_LENGTH, TextWork
 
 LONG = QUICK_LENGTH + 1
+
+
+class Text(str):
+    """A text that weak references may refer to."""
 
 
 async def test_long_texts_beyond_those_that_may_wait_are_refused_and_short_ones_are_not() -> None:
@@ -35,3 +42,19 @@ async def test_the_work_of_a_caller_who_leaves_before_its_turn_is_not_done() -> 
     may_end.set()
     await asyncio.gather(*first, waiting[0], waiting[2])
     assert sorted(done) == [0, 2]
+
+
+async def test_the_text_of_a_caller_who_leaves_before_its_turn_is_freed_at_once() -> None:
+    work, may_end, text = TextWork(), threading.Event(), Text("long")
+    first = [asyncio.create_task(work.run(LONG, may_end.wait)) for _ in range(2)]
+    freed = weakref.ref(text)
+    waiting = asyncio.create_task(work.run(LONG, partial(len, text)))
+    del text
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    del waiting
+    gc.collect()
+    assert freed() is None
+    may_end.set()
+    await asyncio.gather(*first)
