@@ -19,12 +19,10 @@ from mpt_grpc.text.chat import conversation_token_ids
 from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.constraints import ConstraintCompiler
 from mpt_grpc.text.guards import Guard
-from mpt_grpc.text.tokenizer import Tokenizer
+from mpt_grpc.text.tokenizer import QUICK_SIZE, Tokenizer, encodes_quickly
 from mpt_grpc.worker_threads import WorkerThreads
 
 _NUM_TEXT_THREADS, _NUM_CONSTRAINT_THREADS = 2, 4
-# Preparing a longer text takes a millisecond or more, too long to block an event loop.
-_LONG_TEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,10 @@ class Preparation:
         return PreparedRequest(request, prompt_token_ids, matchers, complete)
 
     def _is_short(self, request: GenerationRequest) -> bool:
-        is_long = isinstance(request.prompt, Conversation) or len(request.prompt) > _LONG_TEXT
-        return not is_long and _has_short_lists(request)
+        prompt = request.prompt
+        if isinstance(prompt, Conversation) or not _has_short_lists(request):
+            return False
+        return encodes_quickly(prompt) if isinstance(prompt, str) else len(prompt) <= QUICK_SIZE
 
     def _valid_prompt(self, request: GenerationRequest) -> tuple[int, ...]:
         """Returns the prompt's tokens. Raises InvalidRequestError, which lists all invalid fields."""
@@ -195,4 +195,4 @@ class Preparation:
 
 def _has_short_lists(request: GenerationRequest) -> bool:
     num_listed = sum(len(token_ids) for _, token_ids in resumed_lists(request))
-    return num_listed + len(request.decoding.allowed_token_ids) <= _LONG_TEXT
+    return num_listed + len(request.decoding.allowed_token_ids) <= QUICK_SIZE

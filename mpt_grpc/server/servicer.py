@@ -41,6 +41,7 @@ from mpt_grpc.server.sizes import MessageLimits, check_sizes
 from mpt_grpc.server.text_work import TextWork
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry.tracing import operation, request_attributes
+from mpt_grpc.text.tokenizer import QUICK_SIZE, encodes_quickly
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2, debug_pb2_grpc
@@ -93,7 +94,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         if len(request.text) > MAX_TOKENIZED_CHARACTERS:
             why = f"{len(request.text)} characters; at most {MAX_TOKENIZED_CHARACTERS} are allowed"
             raise InvalidRequestError(FieldViolation("text", why))
-        return await self._texts.run(len(request.text), partial(self._tokens, request.text))
+        return await self._texts.run(partial(self._tokens, request.text), is_quick=encodes_quickly(request.text))
 
     def _tokens(self, text: str) -> pb.TokenizeResponse:
         tokenizer = self._engine.preparation.tokenizer
@@ -114,7 +115,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 raise InvalidRequestError(FieldViolation(f"token_ids[{index}]", why))
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         decode = partial(tokenizer.decode, request.token_ids, skip)
-        return pb.DetokenizeResponse(text=await self._texts.run(len(request.token_ids), decode))
+        text = await self._texts.run(decode, is_quick=len(request.token_ids) <= QUICK_SIZE)
+        return pb.DetokenizeResponse(text=text)
 
     async def Cancel(self, request: pb.CancelRequest, context: _CallContext) -> pb.CancelResponse:
         if len(request.request_ids) > MAX_CANCELLED:

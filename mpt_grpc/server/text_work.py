@@ -14,8 +14,6 @@ _Result = TypeVar("_Result")
 _NUM_THREADS = 2
 """A long text takes up to 200 MiB while it is tokenized."""
 MAX_IN_PROGRESS = 64
-QUICK_LENGTH = 4096
-"""Texts up to this length, and as many token IDs, take about a millisecond."""
 
 
 class TextWork:
@@ -25,9 +23,9 @@ class TextWork:
         self._threads = WorkerThreads(_NUM_THREADS, "text")
         self._num_in_progress = 0
 
-    async def run(self, length: int, function: Callable[[], _Result]) -> _Result:
-        """Returns the result of a function of a text, or of token IDs, of this length. Raises OverloadedError."""
-        if length <= QUICK_LENGTH:
+    async def run(self, function: Callable[[], _Result], *, is_quick: bool) -> _Result:
+        """Returns the result of a function, which runs on the event loop if it is quick. Raises OverloadedError."""
+        if is_quick:
             return function()
         if self._num_in_progress >= MAX_IN_PROGRESS:
             why = f"{self._num_in_progress} long texts are being tokenized or detokenized: retry later"

@@ -24,6 +24,8 @@ from mpt_grpc.text.tokenizer_config import TokenizerConfig, read_tokenizer_confi
 PROMPT_TAIL_TOKENS = 8
 """How many of a prompt's last tokens are checked for an incomplete character; it has at most 3 bytes, so 3 would do."""
 
+QUICK_SIZE = 1024
+"""Texts of up to this many bytes, each of which may be a token, and lists of as many tokens take a millisecond."""
 _SPACE = "▁"
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
@@ -170,6 +172,11 @@ class Tokenizer:
         for token_id in reversed(tuple(islice(not_skipped, PROMPT_TAIL_TOKENS))):
             detokenizer.feed(token_id)  # text returned here is the prompt's; what is held back goes to the output
         return detokenizer
+
+
+def encodes_quickly(text: str) -> bool:
+    """Whether a text is tokenized in about a millisecond, and so may be on an event loop."""
+    return len(text) <= QUICK_SIZE and len(text.encode(errors="surrogatepass")) <= QUICK_SIZE
 
 
 def _missing(folder: Path) -> str:

@@ -145,6 +145,18 @@ def test_texts_do_not_wait_for_constraints(engine: Engine, guard: SlowGuard) -> 
     assert all(collect(stream).finish.reason is FinishReason.EOS_TOKEN for stream in slow)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "is_quick"),
+    [("a" * 1024, True), ("🦊" * 256, True), ("🦊" * 257, False), ((1,) * 1024, True), ((1,) * 1025, False)],
+)
+def test_what_is_prepared_on_the_event_loop_has_few_tokens(
+    make_engine: Callable[..., Engine], prompt: str | tuple[int, ...], is_quick: bool
+) -> None:
+    preparation = make_engine().preparation
+    assert preparation.is_quick(generation("r", prompt)) == is_quick
+    assert not is_quick or len(preparation.prepare(generation("r", prompt)).prompt_token_ids) <= 1024
+
+
 def test_a_refusal_in_preparation_is_raised_by_the_stream_and_frees_the_place(engine: Engine, guard: SlowGuard) -> None:
     guard.may_go.set()
     for number in range(6):
