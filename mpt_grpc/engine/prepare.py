@@ -73,8 +73,8 @@ class Preparation:
         return self._is_short(request) and request.constraint is None and not self.guards
 
     def check_briefly(self, request: GenerationRequest) -> None:
-        """Raises InvalidRequestError if it takes less than about a millisecond to find out that it is invalid."""
-        if self._is_short(request):
+        """Raises InvalidRequestError if the request is invalid, as far as shown without tokenizing or long lists."""
+        if not isinstance(request.prompt, str) and self._is_short(request):
             self._valid_prompt(request)
         elif _has_short_lists(request) and (violations := list(request_violations(request, self.limits))):
             raise InvalidRequestError(*violations)

@@ -14,7 +14,7 @@ from conftest import generation, submit
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import DuplicateRequestError, InternalError, InvalidRequestError, OverloadedError
-from mpt_grpc.request import DecodingOptions, JsonSchema
+from mpt_grpc.request import DecodingOptions, JsonSchema, SamplingParameters
 from mpt_grpc.results import FinishReason
 from mpt_grpc.text.guards import OutputWatch
 
@@ -75,6 +75,20 @@ def test_requests_in_preparation_fill_the_queue(engine: Engine, guard: SlowGuard
     guard.may_go.set()
     assert [len(collect(stream).token_ids) for stream in streams] == [24] * 4
     assert len(collect(submit(engine, generation("one more"))).token_ids) == 24
+
+
+def test_refusing_a_request_because_the_queue_is_full_tokenizes_nothing(engine: Engine, guard: SlowGuard) -> None:
+    streams = [submit(engine, generation(f"r{number}")) for number in range(4)]
+    longest = engine.preparation.limits.max_context_tokens
+    with pytest.raises(OverloadedError):
+        submit(engine, generation("too long once it is tokenized", max_new_tokens=longest))
+    with pytest.raises(InvalidRequestError, match=r"stopping\.max_new_tokens"):
+        submit(engine, generation("too long", (1, 2), max_new_tokens=longest))
+    with pytest.raises(InvalidRequestError, match="top_k"):
+        submit(engine, generation("wrong", sampling=SamplingParameters(top_k=-1)))
+    guard.may_go.set()
+    for stream in streams:
+        collect(stream)
 
 
 def test_a_time_limit_includes_the_preparation(engine: Engine, guard: SlowGuard) -> None:
