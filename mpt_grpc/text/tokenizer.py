@@ -19,6 +19,7 @@ from mpt_grpc.errors import ModelError
 from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, read_json, read_text
 from mpt_grpc.text import byte_level_files, sentencepiece_model
 from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer
+from mpt_grpc.text.literals import SpecialTexts
 from mpt_grpc.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
 
 PROMPT_TAIL_TOKENS = 8
@@ -39,7 +40,7 @@ class Tokenizer:
     """The number of bytes in the longest vocabulary entry; in byte-level BPE no token has more bytes of text."""
     eos_token_ids: frozenset[int]
     """The tokens that end an output; empty if the model's files specify none."""
-    special_texts: frozenset[str]
+    special_texts: SpecialTexts
     """The texts that `encode` turns into special tokens."""
     omitted_tokens: tuple[str, ...]
     """The tokens that transformers adds to every text and `encode` does not."""
@@ -59,7 +60,7 @@ class Tokenizer:
         self.omitted_tokens = tuple(omitted_tokens or added)
         self._backend = backend
         special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._special_ids, self.special_texts = frozenset(special), frozenset(special.values())
+        self._special_ids, self.special_texts = frozenset(special), SpecialTexts(special.values())
         self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._has_marked_spaces = _SPACE in repr(backend.decoder)
         self._byte_of_character = _byte_level_alphabet()
