@@ -202,15 +202,22 @@ class DebugServicer(debug_pb2_grpc.DebugServiceServicer):
     def __init__(self, engine: Engine, model: LoadedModel) -> None:
         self._engine, self._model = engine, model
         self._last: tuple[EngineState, debug_pb2.GetEngineStateResponse] | None = None
+        self._num_asking = 0
 
     async def GetEngineState(
         self, request: debug_pb2.GetEngineStateRequest, context: _CallContext
     ) -> debug_pb2.GetEngineStateResponse:
-        state = await asyncio.wrap_future(self._engine.state())
-        # All who ask during one step get the same state, which takes milliseconds to convert.
-        if self._last is None or self._last[0] is not state:
-            self._last = state, convert.engine_state(state, self._model.num_blocks)
-        return self._last[1]
+        self._num_asking += 1
+        try:
+            state = await asyncio.wrap_future(self._engine.state())
+            # All who ask during one step get the same state, which takes milliseconds to convert.
+            if self._last is None or self._last[0] is not state:
+                self._last = state, convert.engine_state(state, self._model.num_blocks)
+            return self._last[1]
+        finally:
+            self._num_asking -= 1
+            if not self._num_asking:
+                self._last = None
 
 
 async def _built(build: Callable[[], _Message], num_logprobs: int) -> _Message:
