@@ -135,7 +135,7 @@ class Engine:
         elif self.preparation.is_quick(request):
             self._prepare(record)
         else:
-            self._preparers.run(request, lambda: self._prepare(record))
+            self._preparers.run(request, lambda: self._prepare(record), record.turn)
         return stream
 
     def _check_can_be_read(self, kind: type[AsyncStream] | type[ThreadStream]) -> None:

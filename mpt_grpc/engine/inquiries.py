@@ -29,9 +29,9 @@ class StateInquiries:
 
     def answer(self, state: Callable[[], EngineState]) -> None:
         """Answers those who have asked, if any."""
-        if self._futures and (futures := self._taken()):
-            value = state()
-            for future in futures:
+        if num_asked := len(self._futures):
+            value = state()  # if this fails, `refuse` fails those who have asked
+            for future in self._taken(num_asked):
                 future.set_result(value)
 
     def refuse(self, why: UnavailableError) -> None:
@@ -41,8 +41,9 @@ class StateInquiries:
         for future in self._taken():
             future.set_exception(type(why)(str(why)))
 
-    def _taken(self) -> list[Future[EngineState]]:
-        """Removes all futures and returns those that are still wanted."""
+    def _taken(self, number: int | None = None) -> list[Future[EngineState]]:
+        """Removes a number of futures, the oldest, or all, and returns those that are still wanted."""
         with self._lock:
-            futures, self._futures = self._futures, []
+            futures = self._futures[:number]
+            del self._futures[:number]
         return [future for future in futures if future.set_running_or_notify_cancel()]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 
 from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.step import SequenceStep, StepPlan
+from mpt_grpc.worker_threads import WorkerThreads
 
 _NUM_WORKERS = 2
 # Waiting briefly for masks that are almost ready is cheaper than computing the sequence's last token again.
@@ -33,7 +35,7 @@ class MaskWorkers:
     def __init__(self, on_ready: Callable[[], None]) -> None:
         """`on_ready` is called in a worker thread whenever a mask is done."""
         self._on_ready = on_ready
-        self._threads = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="mask")
+        self._threads = WorkerThreads(_NUM_WORKERS, "mask")
         self._pending: dict[int, Future[list[bytes]]] = {}
 
     def start(self, plan: StepPlan) -> None:
@@ -41,7 +43,7 @@ class MaskWorkers:
         for sequence in plan.sequences:
             matcher = sequence.choices[0].matcher if sequence.choices else None
             if matcher is not None and sequence.sequence_id not in self._pending:
-                future = self._threads.submit(matcher.masks, sequence.drafts)
+                future = self._threads.submit(partial(matcher.masks, sequence.drafts))
                 future.add_done_callback(lambda _: self._on_ready())
                 self._pending[sequence.sequence_id] = future
 
@@ -67,7 +69,7 @@ class MaskWorkers:
 
     def close(self) -> None:
         """Shuts down the threads without waiting for them."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
 
 def _has_matcher(sequence: SequenceStep) -> bool:

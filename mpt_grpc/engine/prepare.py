@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from mpt_grpc.engine.validation import RequestLimits, prompt_violations, request_violations, resumed_lists
@@ -20,11 +19,10 @@ from mpt_grpc.text.chat import conversation_token_ids
 from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.constraints import ConstraintCompiler
 from mpt_grpc.text.guards import Guard
-from mpt_grpc.text.tokenizer import Tokenizer
+from mpt_grpc.text.tokenizer import QUICK_SIZE, Tokenizer, encodes_quickly
+from mpt_grpc.worker_threads import WorkerThreads
 
 _NUM_TEXT_THREADS, _NUM_CONSTRAINT_THREADS = 2, 4
-# Preparing a longer text takes a millisecond or more, too long to block an event loop.
-_LONG_TEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -44,19 +42,21 @@ class Preparers:
     """The threads in which requests are prepared: apart for those with constraints, which may take seconds."""
 
     def __init__(self) -> None:
-        self._texts = ThreadPoolExecutor(_NUM_TEXT_THREADS, thread_name_prefix="prepare-text")
-        self._constraints = ThreadPoolExecutor(_NUM_CONSTRAINT_THREADS, thread_name_prefix="prepare-constraint")
+        self._texts = WorkerThreads(_NUM_TEXT_THREADS, "prepare-text")
+        self._constraints = WorkerThreads(_NUM_CONSTRAINT_THREADS, "prepare-constraint")
 
-    def run(self, request: GenerationRequest, prepare: Callable[[], None]) -> None:
-        """Runs `prepare`, which handles its own errors, when it is the request's turn; never after `close`."""
+    def run(self, request: GenerationRequest, prepare: Callable[[], None], turn: Future[None]) -> None:
+        """Runs `prepare`, which handles its own errors, when it is the request's turn; never after `close`.
+
+        Cancelling `turn` drops the request.
+        """
         threads = self._texts if request.constraint is None else self._constraints
-        with suppress(RuntimeError):  # closed
-            threads.submit(prepare)
+        threads.submit(prepare, turn)
 
     def close(self) -> None:
         """Drops the requests that wait for their turn."""
         for threads in (self._texts, self._constraints):
-            threads.shutdown(wait=False, cancel_futures=True)
+            threads.close()
 
 
 class Preparation:
@@ -73,8 +73,8 @@ class Preparation:
         return self._is_short(request) and request.constraint is None and not self.guards
 
     def check_briefly(self, request: GenerationRequest) -> None:
-        """Raises InvalidRequestError if it takes less than about a millisecond to find out that it is invalid."""
-        if self._is_short(request):
+        """Raises InvalidRequestError if the request is invalid, as far as shown without tokenizing or long lists."""
+        if not isinstance(request.prompt, str) and self._is_short(request):
             self._valid_prompt(request)
         elif _has_short_lists(request) and (violations := list(request_violations(request, self.limits))):
             raise InvalidRequestError(*violations)
@@ -93,8 +93,10 @@ class Preparation:
         return PreparedRequest(request, prompt_token_ids, matchers, complete)
 
     def _is_short(self, request: GenerationRequest) -> bool:
-        is_long = isinstance(request.prompt, Conversation) or len(request.prompt) > _LONG_TEXT
-        return not is_long and _has_short_lists(request)
+        prompt = request.prompt
+        if isinstance(prompt, Conversation) or not _has_short_lists(request):
+            return False
+        return encodes_quickly(prompt) if isinstance(prompt, str) else len(prompt) <= QUICK_SIZE
 
     def _valid_prompt(self, request: GenerationRequest) -> tuple[int, ...]:
         """Returns the prompt's tokens. Raises InvalidRequestError, which lists all invalid fields."""
@@ -193,4 +195,4 @@ class Preparation:
 
 def _has_short_lists(request: GenerationRequest) -> bool:
     num_listed = sum(len(token_ids) for _, token_ids in resumed_lists(request))
-    return num_listed + len(request.decoding.allowed_token_ids) <= _LONG_TEXT
+    return num_listed + len(request.decoding.allowed_token_ids) <= QUICK_SIZE

@@ -6,6 +6,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -39,6 +40,8 @@ class RequestRecord:
     context: Context | None
     """The parent context of the request's spans."""
     arrival_time_s: float
+    turn: Future[None] = field(default_factory=Future)
+    """The turn of the request to be prepared, which is cancelled when the request ends."""
     prepared: PreparedRequest | None = None
     sequences: Sequence[ScheduledSequence] = ()
     """Empty until the request is added to the scheduler."""
@@ -277,6 +280,7 @@ class RequestTable:
         self._time_limited.pop(record.request.request_id, None)
         self._num_sequences -= record.request.sampling.num_sequences
         self.num_preparing -= not record.sequences
+        record.turn.cancel()
 
 
 def _num_new_tokens(request: GenerationRequest) -> int | None:

@@ -196,7 +196,8 @@ class _Gateway:
         body = await parse(request, tokens.TokenizeRequest, TOKENIZATION_RULES)
         request.state.field_names = {"prompt": "messages"} if body.messages else {}
         blocking_client = self._blocking_client and self._blocking_client.with_metadata(*request.state.caller)
-        return await tokens.tokenize(self._callers.client(request), blocking_client, body)
+        call = tokens.tokenize(self._callers.client(request), blocking_client, body, _request_id(request))
+        return await _unless_disconnected(request, call)
 
     async def detokenize(self, request: Request) -> Response:
         """Returns the text of token IDs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -14,11 +14,12 @@ from starlette.responses import JSONResponse
 from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.gateway.messages import ChatMessage
 from mpt_grpc.gateway.requests import Many, Some, Uint
+from mpt_grpc.worker_threads import WorkerThreads
 from mpt_grpc_client import AsyncClient, Client, Token
 
 Json = dict[str, Any]
 # Two threads, which bound the memory of texts and tokens.
-_tokenizers = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+_tokenizers = WorkerThreads(2, "tokenize")
 DETOKENIZE_FIELD_NAMES = {"token_ids": "tokens"}
 """The field of a detokenization request, by its name in the API."""
 
@@ -44,7 +45,9 @@ class DetokenizeRequest(BaseModel):
     tokens: Many[Uint]
 
 
-async def tokenize(client: AsyncClient, blocking_client: Client | None, body: TokenizeRequest) -> JSONResponse:
+async def tokenize(
+    client: AsyncClient, blocking_client: Client | None, body: TokenizeRequest, request_id: str
+) -> JSONResponse:
     """Returns the token IDs of a text and, with `return_token_strs`, the text of each token, or the token IDs of
     messages after the chat template. Raises BadRequestError or MptGrpcError.
 
@@ -55,7 +58,7 @@ async def tokenize(client: AsyncClient, blocking_client: Client | None, body: To
         raise BadRequestError("prompt, messages: pass one of them", "prompt")
     max_context_tokens = (await client.get_model_info()).max_context_tokens
     if body.messages is not None:
-        return await _tokenize_messages(client, body, body.messages, max_context_tokens)
+        return await _tokenize_messages(client, body, body.messages, max_context_tokens, request_id)
     text = body.prompt or ""
 
     def call() -> JSONResponse:
@@ -66,11 +69,15 @@ async def tokenize(client: AsyncClient, blocking_client: Client | None, body: To
         return _response(tokens, max_context_tokens, body.return_token_strs)
 
     # A text has up to a million tokens, so nothing that depends on their number runs on the event loop.
-    return await loop.run_in_executor(_tokenizers, contextvars.copy_context().run, call)
+    return await asyncio.wrap_future(_tokenizers.submit(partial(contextvars.copy_context().run, call)))
 
 
 async def _tokenize_messages(
-    client: AsyncClient, body: TokenizeRequest, messages: Sequence[ChatMessage], max_context_tokens: int
+    client: AsyncClient,
+    body: TokenizeRequest,
+    messages: Sequence[ChatMessage],
+    max_context_tokens: int,
+    request_id: str,
 ) -> JSONResponse:
     """Returns the token IDs of a prompt of messages, which is computed, and so is limited by the context."""
     if body.return_token_strs:
@@ -81,6 +88,7 @@ async def _tokenize_messages(
         return_prompt_token_ids=True,
         add_generation_prompt=body.add_generation_prompt,
         chat_template_kwargs=body.chat_template_kwargs,
+        request_id=request_id,
     )
     return _ids_response(generation.prompt_token_ids, max_context_tokens, None)
 

@@ -23,7 +23,7 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         try:
             yield from _safetensors(file) if file.suffix == ".safetensors" else _pytorch(file)
-        except WeightsError:
+        except (WeightsError, MemoryError):
             raise
         except Exception as error:  # of any class: the libraries read as far as a damaged file makes sense
             raise WeightsError(f"cannot read {file}: {_reason(file, error)}") from error
@@ -61,7 +61,10 @@ def _beginning(file: Path) -> bytes:
 def _reason(file: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    beginning = _beginning(file)
+    try:
+        beginning = _beginning(file)
+    except OSError as unreadable:  # which safetensors reports without the reason
+        return unreadable.strerror or str(unreadable)
     if beginning == LFS_POINTER.encode():
         return LFS_REMEDY
     if not beginning:

@@ -238,10 +238,11 @@ async def _serving(
         servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.message_limits)
         channel = LocalChannel(interceptor)
         running = RunningServer(settings, target, channel, engine, model, servicer, access, interceptor.writes)
+        debug = DebugServicer(engine, model)
         services: Any
         for services in (server, channel):
             pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, services)
-            debug_pb2_grpc.add_DebugServiceServicer_to_server(DebugServicer(engine, model), services)
+            debug_pb2_grpc.add_DebugServiceServicer_to_server(debug, services)
             health_pb2_grpc.add_HealthServicer_to_server(running.health, services)
         if settings.server.reflection:
             reflection.enable_server_reflection(

@@ -41,6 +41,7 @@ from mpt_grpc.server.sizes import MessageLimits, check_sizes
 from mpt_grpc.server.text_work import TextWork
 from mpt_grpc.settings import SchedulerSettings
 from mpt_grpc.telemetry.tracing import operation, request_attributes
+from mpt_grpc.text.tokenizer import QUICK_SIZE, encodes_quickly
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2, debug_pb2_grpc
@@ -93,7 +94,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         if len(request.text) > MAX_TOKENIZED_CHARACTERS:
             why = f"{len(request.text)} characters; at most {MAX_TOKENIZED_CHARACTERS} are allowed"
             raise InvalidRequestError(FieldViolation("text", why))
-        return await self._texts.run(len(request.text), partial(self._tokens, request.text))
+        return await self._texts.run(partial(self._tokens, request.text), is_quick=encodes_quickly(request.text))
 
     def _tokens(self, text: str) -> pb.TokenizeResponse:
         tokenizer = self._engine.preparation.tokenizer
@@ -114,7 +115,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 raise InvalidRequestError(FieldViolation(f"token_ids[{index}]", why))
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         decode = partial(tokenizer.decode, request.token_ids, skip)
-        return pb.DetokenizeResponse(text=await self._texts.run(len(request.token_ids), decode))
+        text = await self._texts.run(decode, is_quick=len(request.token_ids) <= QUICK_SIZE)
+        return pb.DetokenizeResponse(text=text)
 
     async def Cancel(self, request: pb.CancelRequest, context: _CallContext) -> pb.CancelResponse:
         if len(request.request_ids) > MAX_CANCELLED:
@@ -200,15 +202,22 @@ class DebugServicer(debug_pb2_grpc.DebugServiceServicer):
     def __init__(self, engine: Engine, model: LoadedModel) -> None:
         self._engine, self._model = engine, model
         self._last: tuple[EngineState, debug_pb2.GetEngineStateResponse] | None = None
+        self._num_asking = 0
 
     async def GetEngineState(
         self, request: debug_pb2.GetEngineStateRequest, context: _CallContext
     ) -> debug_pb2.GetEngineStateResponse:
-        state = await asyncio.wrap_future(self._engine.state())
-        # All who ask during one step get the same state, which takes milliseconds to convert.
-        if self._last is None or self._last[0] is not state:
-            self._last = state, convert.engine_state(state, self._model.num_blocks)
-        return self._last[1]
+        self._num_asking += 1
+        try:
+            state = await asyncio.wrap_future(self._engine.state())
+            # All who ask during one step get the same state, which takes milliseconds to convert.
+            if self._last is None or self._last[0] is not state:
+                self._last = state, convert.engine_state(state, self._model.num_blocks)
+            return self._last[1]
+        finally:
+            self._num_asking -= 1
+            if not self._num_asking:
+                self._last = None
 
 
 async def _built(build: Callable[[], _Message], num_logprobs: int) -> _Message:

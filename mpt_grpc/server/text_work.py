@@ -5,36 +5,34 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from mpt_grpc.errors import OverloadedError
+from mpt_grpc.worker_threads import WorkerThreads
 
 _Result = TypeVar("_Result")
 _NUM_THREADS = 2
 """A long text takes up to 200 MiB while it is tokenized."""
 MAX_IN_PROGRESS = 64
-QUICK_LENGTH = 4096
-"""Texts up to this length, and as many token IDs, take about a millisecond."""
 
 
 class TextWork:
     """Runs functions of texts in threads of its own. Belongs to the event loop."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="text")
+        self._threads = WorkerThreads(_NUM_THREADS, "text")
         self._num_in_progress = 0
 
-    async def run(self, length: int, function: Callable[[], _Result]) -> _Result:
-        """Returns the result of a function of a text, or of token IDs, of this length. Raises OverloadedError."""
-        if length <= QUICK_LENGTH:
+    async def run(self, function: Callable[[], _Result], *, is_quick: bool) -> _Result:
+        """Returns the result of a function, which runs on the event loop if it is quick. Raises OverloadedError."""
+        if is_quick:
             return function()
         if self._num_in_progress >= MAX_IN_PROGRESS:
             why = f"{self._num_in_progress} long texts are being tokenized or detokenized: retry later"
             raise OverloadedError(why, random.uniform(1, 2))
         self._num_in_progress += 1
         try:
-            # If the caller leaves before its turn, the function never runs.
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+            # If the caller leaves before its turn, the function leaves the queue.
+            return await asyncio.wrap_future(self._threads.submit(function))
         finally:
             self._num_in_progress -= 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate, dropwhile
 from typing import Any
@@ -12,11 +12,12 @@ from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.limits import MAX_COUNTS
 from mpt_grpc.request import Conversation, Message
 from mpt_grpc.text.chat_template import ChatTemplate
-from mpt_grpc.text.literals import literal_token_ids, strings
+from mpt_grpc.text.literals import SpecialTexts, literal_token_ids, strings
 from mpt_grpc.text.tools import argument_values, as_plain_messages, tool_texts, tool_violations, without_tags
 
 _ROLES = ("system", "user", "assistant", "tool")
 _FIELD = "conversation.messages"
+_NO_SPECIAL_TEXTS = SpecialTexts(())
 _MAX_ERROR = 1
 """How many tokens an estimate may be off that was corrected by the tokens of a neighbour."""
 
@@ -29,7 +30,7 @@ def conversation_token_ids(
     max_context_tokens: int,
     max_new_tokens: int | None,
     *,
-    special_texts: Collection[str] = (),
+    special_texts: SpecialTexts = _NO_SPECIAL_TEXTS,
     max_token_bytes: int = 1 << 20,
 ) -> tuple[int, ...]:
     """Returns the prompt's tokens, leaving space in the context for `max_new_tokens`, or for one token if it is None.

@@ -16,10 +16,31 @@ _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Characters that Unicode reserves for internal use."""
 
 
+class SpecialTexts:
+    """An index of the texts of the special tokens, made once: looking one up does not depend on how many they are."""
+
+    def __init__(self, texts: Collection[str]) -> None:
+        self.pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+        self._starts = {text[:length] for text in texts for length in range(1, len(text))}
+        self._ends = {text[length:] for text in texts for length in range(1, len(text))}
+        self._all = "\0".join(texts)
+        self._longest = max(map(len, texts), default=0)
+
+    def may_be_formed_by(self, text: str) -> bool:
+        """Whether a text contains one of these, or may complete one with what stands before or after it."""
+        core = text.strip()
+        if not core or not self._longest:
+            return False
+        if self.pattern.search(text) is not None or core in self._all:
+            return True
+        lengths = range(1, min(self._longest, len(core) + 1))
+        return any(core[-length:] in self._starts or core[:length] in self._ends for length in lengths)
+
+
 def literal_token_ids(
     render: Callable[[Callable[[str], str]], str],
     texts: Collection[str],
-    special_texts: Collection[str],
+    special_texts: SpecialTexts,
     encode: Callable[[str], tuple[int, ...]],
 ) -> tuple[int, ...]:
     """Returns the tokens of a rendered conversation, in which special tokens come from the template only.
@@ -33,12 +54,11 @@ def literal_token_ids(
     is cut inside each such token's text, and its pieces are encoded.
     """
     plain = render(lambda text: text)
-    special = _SpecialTexts(special_texts)
-    if not special_texts or not any(map(special.may_be_formed_by, texts)):
+    if not any(map(special_texts.may_be_formed_by, texts)):
         return encode(plain)
     mark = _unused_mark(texts)
-    marked = render(lambda text: _marked(text, special, mark))
-    if len(special.pattern.findall(plain)) == len(special.pattern.findall(marked)):
+    marked = render(lambda text: _marked(text, special_texts, mark))
+    if len(special_texts.pattern.findall(plain)) == len(special_texts.pattern.findall(marked)):
         return encode(plain)
     return tuple(token_id for piece in marked.split(mark) if piece for token_id in encode(piece))
 
@@ -66,28 +86,7 @@ def strings(value: Any, *, with_names: bool = False) -> Iterator[str]:
             yield from strings(item, with_names=with_names)
 
 
-class _SpecialTexts:
-    """The texts of the special tokens. What they are compared with does not depend on how many they are."""
-
-    def __init__(self, texts: Collection[str]) -> None:
-        self.pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
-        self._starts = {text[:length] for text in texts for length in range(1, len(text))}
-        self._ends = {text[length:] for text in texts for length in range(1, len(text))}
-        self._all = "\0".join(texts)
-        self._longest = max(map(len, texts), default=0)
-
-    def may_be_formed_by(self, text: str) -> bool:
-        """Whether a text contains one of these, or may complete one with what stands before or after it."""
-        core = text.strip()
-        if not core:
-            return False
-        if self.pattern.search(text) is not None or core in self._all:
-            return True
-        lengths = range(1, min(self._longest, len(core) + 1))
-        return any(core[-length:] in self._starts or core[:length] in self._ends for length in lengths)
-
-
-def _marked(text: str, special: _SpecialTexts, mark: str) -> str:
+def _marked(text: str, special: SpecialTexts, mark: str) -> str:
     """Returns the text with a mark inside each special token's text, and at its ends if it may complete one there.
 
     The marks at the ends are inside of whitespace, which many templates remove.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class Probe:
 
     def __init__(self, parser_limits: dict[str, Any]) -> None:
         self._parser_limits = parser_limits
-        self._control: socket.socket | None = None
+        self._running: tuple[socket.socket, Callable[[], object]] | None = None
+        """The socket that controls the process, and what stops it."""
         self._lock = threading.Lock()
 
     def check(self, grammar: str, field: str) -> None:
@@ -62,14 +64,16 @@ class Probe:
     def _hand_over(self, end: socket.socket) -> None:
         with self._lock:
             for _ in range(2):
-                if self._control is None:
-                    self._control, process = _start_probe()
-                    weakref.finalize(self, _stop_probe, self._control, process)
+                if self._running is None:
+                    control, process = _start_probe()
+                    self._running = control, weakref.finalize(self, _stop_probe, control, process)
+                control, stop = self._running
                 try:
-                    socket.send_fds(self._control, [b"\0"], [end.fileno()])
+                    socket.send_fds(control, [b"\0"], [end.fileno()])
                     return
                 except OSError:  # it has ended; the kernel may choose it when memory is short
-                    self._control = None
+                    stop()
+                    self._running = None
         raise InternalError("the process that checks constraints ends as soon as it is started")
 
 

@@ -19,11 +19,14 @@ from mpt_grpc.errors import ModelError
 from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, read_json, read_text
 from mpt_grpc.text import byte_level_files, sentencepiece_model
 from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer
+from mpt_grpc.text.literals import SpecialTexts
 from mpt_grpc.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
 
 PROMPT_TAIL_TOKENS = 8
 """How many of a prompt's last tokens are checked for an incomplete character; it has at most 3 bytes, so 3 would do."""
 
+QUICK_SIZE = 1024
+"""Texts of up to this many bytes, each of which may be a token, and lists of as many tokens take a millisecond."""
 _SPACE = "▁"
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
@@ -37,7 +40,7 @@ class Tokenizer:
     """The number of bytes in the longest vocabulary entry; in byte-level BPE no token has more bytes of text."""
     eos_token_ids: frozenset[int]
     """The tokens that end an output; empty if the model's files specify none."""
-    special_texts: frozenset[str]
+    special_texts: SpecialTexts
     """The texts that `encode` turns into special tokens."""
     omitted_tokens: tuple[str, ...]
     """The tokens that transformers adds to every text and `encode` does not."""
@@ -57,7 +60,7 @@ class Tokenizer:
         self.omitted_tokens = tuple(omitted_tokens or added)
         self._backend = backend
         special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._special_ids, self.special_texts = frozenset(special), frozenset(special.values())
+        self._special_ids, self.special_texts = frozenset(special), SpecialTexts(special.values())
         self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._has_marked_spaces = _SPACE in repr(backend.decoder)
         self._byte_of_character = _byte_level_alphabet()
@@ -170,6 +173,11 @@ class Tokenizer:
         for token_id in reversed(tuple(islice(not_skipped, PROMPT_TAIL_TOKENS))):
             detokenizer.feed(token_id)  # text returned here is the prompt's; what is held back goes to the output
         return detokenizer
+
+
+def encodes_quickly(text: str) -> bool:
+    """Whether a text is tokenized in about a millisecond, and so may be on an event loop."""
+    return len(text) <= QUICK_SIZE and len(text.encode(errors="surrogatepass")) <= QUICK_SIZE
 
 
 def _missing(folder: Path) -> str:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,20 @@ def test_everything_that_the_architecture_page_names_exists() -> None:
     words = set(re.findall(r"\w+", "".join(path.read_text(encoding="utf-8") for path in code)))
     names = set(re.findall(r"`(\w+(?:\.\w+)*)`", page)) - paths
     assert [name for name in names if not words.issuperset(name.split("."))] == []
+    pairs = list(named_in_files(page.partition("\n| Place ")[2].partition("\n\n")[0].partition("\n")[2]))
+    assert len(pairs) > 10
+    assert [pair for pair in pairs if not is_defined(*pair)] == []
+
+
+def named_in_files(table: str) -> Iterator[tuple[str, str]]:
+    """Yields the files and the names that a table says are in them: those of the first column and of the second, unless
+    another file follows a name after "in"."""
+    for _, place, what, *_ in (row.split("|") for row in table.splitlines()):
+        for name, elsewhere in re.findall(r"`(\w+)`(?: in `([\w/]+\.py)`)?", what):
+            yield elsewhere or place.strip(" `"), name
+
+
+def is_defined(file: str, name: str) -> bool:
+    path = next(folder / file for folder in (ROOT / "mpt_grpc", ROOT) if (folder / file).exists())
+    definition = rf"^\s*(?:async def|def|class|message) {name}\b|^{name}\b.* = "
+    return re.search(definition, path.read_text(encoding="utf-8"), re.MULTILINE) is not None

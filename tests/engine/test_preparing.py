@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +14,7 @@ from conftest import generation, submit
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import DuplicateRequestError, InternalError, InvalidRequestError, OverloadedError
-from mpt_grpc.request import DecodingOptions, JsonSchema
+from mpt_grpc.request import DecodingOptions, JsonSchema, SamplingParameters
 from mpt_grpc.results import FinishReason
 from mpt_grpc.text.guards import OutputWatch
 
@@ -75,6 +77,20 @@ def test_requests_in_preparation_fill_the_queue(engine: Engine, guard: SlowGuard
     assert len(collect(submit(engine, generation("one more"))).token_ids) == 24
 
 
+def test_refusing_a_request_because_the_queue_is_full_tokenizes_nothing(engine: Engine, guard: SlowGuard) -> None:
+    streams = [submit(engine, generation(f"r{number}")) for number in range(4)]
+    longest = engine.preparation.limits.max_context_tokens
+    with pytest.raises(OverloadedError):
+        submit(engine, generation("too long once it is tokenized", max_new_tokens=longest))
+    with pytest.raises(InvalidRequestError, match=r"stopping\.max_new_tokens"):
+        submit(engine, generation("too long", (1, 2), max_new_tokens=longest))
+    with pytest.raises(InvalidRequestError, match="top_k"):
+        submit(engine, generation("wrong", sampling=SamplingParameters(top_k=-1)))
+    guard.may_go.set()
+    for stream in streams:
+        collect(stream)
+
+
 def test_a_time_limit_includes_the_preparation(engine: Engine, guard: SlowGuard) -> None:
     request = generation("slow")
     result = collect(submit(engine, replace(request, stopping=replace(request.stopping, time_limit_s=0.1))))
@@ -118,6 +134,22 @@ def test_a_cancelled_request_is_not_prepared_any_more(engine: Engine, guard: Slo
     assert guard.num_prompts == 2
 
 
+def test_a_cancelled_request_is_freed_while_the_preparers_are_busy(engine: Engine, guard: SlowGuard) -> None:
+    first, second = (submit(engine, generation(name)) for name in ("first", "second"))
+    third = generation("third", "Once upon a time " * 100)
+    freed = weakref.ref(third)
+    stream = submit(engine, third)
+    stream.cancel()
+    assert collect(stream).finish.reason is FinishReason.CANCELLED
+    del third, stream
+    engine.state().result(30)  # the thread that ended it has let it go
+    gc.collect()
+    assert freed() is None
+    guard.may_go.set()
+    collect(first)
+    collect(second)
+
+
 def test_texts_do_not_wait_for_constraints(engine: Engine, guard: SlowGuard) -> None:
     decoding = DecodingOptions(constraint=JsonSchema('{"type": "integer", "maximum": 9}'))
     slow = [submit(engine, generation(f"slow {number}", decoding=decoding, ignore_eos=False)) for number in range(3)]
@@ -125,6 +157,18 @@ def test_texts_do_not_wait_for_constraints(engine: Engine, guard: SlowGuard) -> 
     assert engine.num_in_flight == 3
     guard.may_go.set()
     assert all(collect(stream).finish.reason is FinishReason.EOS_TOKEN for stream in slow)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "is_quick"),
+    [("a" * 1024, True), ("🦊" * 256, True), ("🦊" * 257, False), ((1,) * 1024, True), ((1,) * 1025, False)],
+)
+def test_what_is_prepared_on_the_event_loop_has_few_tokens(
+    make_engine: Callable[..., Engine], prompt: str | tuple[int, ...], is_quick: bool
+) -> None:
+    preparation = make_engine().preparation
+    assert preparation.is_quick(generation("r", prompt)) == is_quick
+    assert not is_quick or len(preparation.prepare(generation("r", prompt)).prompt_token_ids) <= 1024
 
 
 def test_a_refusal_in_preparation_is_raised_by_the_stream_and_frees_the_place(engine: Engine, guard: SlowGuard) -> None:

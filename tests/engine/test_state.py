@@ -8,6 +8,7 @@ import pytest
 from conftest import SteppedRunner, generation, submit
 
 from mpt_grpc.engine.engine import Engine
+from mpt_grpc.engine.inquiries import StateInquiries
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import DrainingError, UnavailableError
 from mpt_grpc.request import SamplingParameters
@@ -71,3 +72,13 @@ def test_stopped_engine_does_not_return_its_state(make_engine: Callable[..., Eng
     engine.close()
     with pytest.raises(UnavailableError, match="draining"):
         engine.state()
+
+
+def test_those_who_have_asked_for_a_state_that_cannot_be_taken_are_told_so() -> None:
+    inquiries = StateInquiries()
+    future = inquiries.ask()
+    with pytest.raises(ZeroDivisionError):
+        inquiries.answer(lambda: 1 // 0)
+    inquiries.refuse(DrainingError("the server is draining"))
+    with pytest.raises(UnavailableError, match="draining"):
+        future.result(30)

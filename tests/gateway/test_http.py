@@ -55,6 +55,18 @@ async def test_a_disconnect_cancels_the_call(
         await stepped_server.drain()  # returns once no call is in progress
 
 
+async def test_the_tokenization_of_messages_has_the_id_of_its_request_and_is_cancelled_with_it(
+    stepped: list[SteppedRunner], stepped_server: RunningServer
+) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    _, writer = await send(stepped_server, "POST", "/tokenize", body, x_request_id="order-17")
+    await asyncio.to_thread(stepped[0].wait_for_step)
+    assert stepped[0].plans[-1].sequences[0].request_id.startswith("order-17")
+    writer.close()
+    async with asyncio.timeout(60):
+        await stepped_server.drain()
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 async def test_an_idle_stream_is_kept_alive_with_empty_chunks(
     stepped: list[SteppedRunner], stepped_server: RunningServer, monkeypatch: pytest.MonkeyPatch, path: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import MptConfig, MptForCausalLM
 from mpt_grpc.errors import ModelError, WeightsError
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.linear import WeightFormat
+from mpt_grpc.model.tensor_files import read_tensors
 from mpt_grpc.model.weights import num_parameters, random_model, weight_files
 
 CONFIG = tiny_config()
@@ -218,6 +220,28 @@ def test_a_file_of_an_old_version_of_pytorch_is_loaded(tmp_path: Path) -> None:
     written = make_checkpoint(tmp_path, CONFIG, format="bin")
     torch.save(written, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert torch.equal(load(tmp_path).state_dict()[EMBEDDING], written[EMBEDDING])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("reason", ["No such file or directory", "Is a directory", "Too many levels of symbolic links"])
+def test_the_reason_why_a_file_cannot_be_opened_is_given(tmp_path: Path, name: str, reason: str) -> None:
+    file = tmp_path / name
+    if reason == "Is a directory":
+        file.mkdir()
+    elif reason == "Too many levels of symbolic links":
+        file.symlink_to(file)
+    with pytest.raises(WeightsError, match=rf"^cannot read .*{re.escape(name)}: {reason}$"):
+        list(read_tensors([file]))
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    make_checkpoint(tmp_path, CONFIG, format="bin")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(MemoryError):
+        load(tmp_path)
 
 
 @FORMATS

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.text.tokenizer import Tokenizer
+from mpt_grpc.text.tokenizer import QUICK_SIZE, Tokenizer, encodes_quickly
 
 NEOX = Path(__file__).parents[2].parent / "shared" / "data" / "neox"
 CORPUS = ["The little fox said: hello, world! <b>日本語</b> 🦊 naïve café", "one two three, and the little fox again"]
@@ -169,3 +169,11 @@ def test_plain_text_encoder_returns_no_special_tokens(folder: Path) -> None:
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
     assert tokenizer.special_token_ids.isdisjoint(ids)
     assert len(tokenizer.encode(text)) == 3
+
+
+@pytest.mark.parametrize("character", ["a", "é", "日", "🦊", "\ud800"])
+def test_a_text_that_is_quick_to_encode_has_few_bytes_in_any_script(character: str) -> None:
+    num_bytes = len(character.encode(errors="surrogatepass"))
+    longest = QUICK_SIZE // num_bytes
+    assert encodes_quickly(character * longest)
+    assert not encodes_quickly(character * (longest + 1))

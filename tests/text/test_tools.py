@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.request import Conversation, Message, Tool, ToolCall, ToolChoice
 from mpt_grpc.text.chat import conversation_token_ids
+from mpt_grpc.text.literals import SpecialTexts
 from mpt_grpc.text.template_sources import find_chat_template
 
 HERMES = """{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>
@@ -48,7 +49,7 @@ def prompt(
         lambda token_id: chr(token_id).encode(),
         10_000,
         None,
-        special_texts=(special,) if special else (),
+        special_texts=SpecialTexts([special] if special else []),
     )
     return "".join(map(chr, ids))
 
