@@ -190,8 +190,9 @@ sbom: .venv/release/ready .venv/runtime/ready ## List what an installation of th
 .PHONY: constraints
 constraints: .venv/dev ## Upgrade .venv to the newest versions that fit, and write them to constraints.txt
 	$(BIN)/python $(INSTALL) --upgrade --upgrade-strategy eager $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
-	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+.*//'; } \
-		> constraints.txt.new && mv constraints.txt.new constraints.txt
+	@frozen=$$($(BIN)/python -m pip freeze --all --exclude pip --exclude-editable) \
+		&& { head -n 1 constraints.txt && echo "$$frozen" | sed 's/+.*//'; } > constraints.txt.new \
+		&& mv constraints.txt.new constraints.txt
 
 .PHONY: release-baseline
 release-baseline: .venv/dev ## Make today's protos the release that make check compares the API with

@@ -68,7 +68,7 @@ async def _serve(
         read_timeout_s=server.read_timeout_s,
         certificate=certificate,
         tracer=None if tracers is None else tracers.get_tracer(names.SCOPE),
-        # The servers know the roles of callers: here, every caller whom they accept may read the counts of requests.
+        # Here, every caller whom a server accepts may read the counts of requests: see CallerMiddleware.
         metrics=None if meters is None else MetricsPage(registry, Access(None)),
         http_metrics=None if meters is None else HttpMetrics(meters.get_meter(names.SCOPE)),
         **connection,

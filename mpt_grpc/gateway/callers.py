@@ -20,9 +20,12 @@ from mpt_grpc_client import AsyncClient, MptGrpcError, PermissionDeniedError, Un
 Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 PUBLIC_PATHS = ("/health", "/ready")
 """What is served without asking who calls."""
+METRICS_PATH = "/metrics"
 _LIFETIME_S = 5
 _MAX_REMEMBERED = 1000
 _TIMEOUT_S = 10
+_METRICS_TIMEOUT_S = 2
+"""Far below the 10 s in which Prometheus expects the page."""
 _MAX_AUTHORIZATION = 1024
 
 
@@ -59,7 +62,11 @@ class Callers:
         """Returns a client that calls on behalf of a request's caller."""
         return self._client.with_metadata(*request.state.caller)
 
-    async def server(self, caller: Metadata) -> KnownServer:
+    def has_accepted(self, caller: Metadata) -> bool:
+        """Whether the server has accepted a caller and not refused it since."""
+        return caller in self._known
+
+    async def server(self, caller: Metadata, timeout_s: float = _TIMEOUT_S) -> KnownServer:
         """Returns the server, unless it refuses the caller. Raises MptGrpcError.
 
         Remembered for a few seconds, since it costs two calls and changes only if the server is restarted.
@@ -68,8 +75,12 @@ class Callers:
         if known is not None and time.monotonic() < expires_s:
             return known
         client = self._client.with_metadata(*caller)
-        limits = (await client.get_server_info(timeout=_TIMEOUT_S)).limits
-        model = await client.get_model_info(timeout=_TIMEOUT_S)
+        try:
+            limits = (await client.get_server_info(timeout=timeout_s)).limits
+            model = await client.get_model_info(timeout=timeout_s)
+        except (UnauthenticatedError, PermissionDeniedError):
+            self._known.pop(caller, None)
+            raise
         known = KnownServer(model.name, limits.max_running_requests + limits.max_waiting_requests)
         self._known.pop(caller, None)
         self._known[caller] = known, time.monotonic() + _LIFETIME_S
@@ -87,14 +98,21 @@ class CallerMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS:
             scope["state"]["caller"] = self._callers.metadata(scope)
-            try:
-                await self._callers.server(scope["state"]["caller"])
-            except (UnauthenticatedError, PermissionDeniedError) as error:
+            if (error := await self._refusal(scope["state"]["caller"], scope["path"])) is not None:
                 await error_response(error)(scope, receive, send)
                 return
-            except MptGrpcError:
-                pass  # the pages are served without the server, and requests to it report the error
         await self._app(scope, receive, send)
+
+    async def _refusal(self, caller: Metadata, path: str) -> MptGrpcError | None:
+        timeout_s = _METRICS_TIMEOUT_S if path == METRICS_PATH else _TIMEOUT_S
+        try:
+            await self._callers.server(caller, timeout_s)
+        except (UnauthenticatedError, PermissionDeniedError) as error:
+            return error
+        except MptGrpcError as error:
+            # The pages are served without the server, and requests to it report the error.
+            return error if path == METRICS_PATH and not self._callers.has_accepted(caller) else None
+        return None
 
 
 def bearer(authorization: str) -> str:

@@ -13,10 +13,8 @@ from starlette.responses import Response
 from mpt_grpc.access import Access, check_role
 from mpt_grpc.caller import Role
 from mpt_grpc.errors import PermissionDeniedError, UnauthenticatedError
-from mpt_grpc.gateway.callers import bearer
+from mpt_grpc.gateway.callers import METRICS_PATH, bearer
 from mpt_grpc.gateway.errors import BadRequestError, error_response
-
-PATH = "/metrics"
 
 
 class MetricsPage:
@@ -28,7 +26,7 @@ class MetricsPage:
         """Held while metrics are collected, which OpenTelemetry's reader does for one caller at a time."""
 
     def add_to(self, app: Starlette) -> None:
-        app.add_route(PATH, self.respond, methods=["GET"], include_in_schema=False)
+        app.add_route(METRICS_PATH, self.respond, methods=["GET"], include_in_schema=False)
 
     async def respond(self, request: Request) -> Response:
         try:

@@ -113,10 +113,7 @@ async def running_gateway(
             bounded = BodyMemoryMiddleware(HeaderMiddleware(PathMiddleware(app), hosts, settings.allow_origins))
             context = None if certificate is None else http_context(certificate)
             protocol = partial(BoundedProtocol, read_timeout_s=read_timeout_s)
-            arriving: ASGIApp = ArrivalMiddleware(bounded)
-            if http_metrics is not None:
-                arriving = MetricsMiddleware(arriving, http_metrics)
-            async with _serving(arriving, protocol, listeners, grace_s, context):
+            async with _serving(ArrivalMiddleware(bounded), protocol, listeners, grace_s, context, http_metrics):
                 yield listeners[0].getsockname()[1]
 
 
@@ -148,10 +145,12 @@ async def _serving(
     listeners: list[socket.socket],
     grace_s: float,
     tls: ssl.SSLContext | None,
+    metrics: HttpMetrics | None = None,
 ) -> AsyncIterator[None]:
     requests = GracePeriodMiddleware(app)
+    measured = requests if metrics is None else MetricsMiddleware(requests, metrics)
     config = uvicorn.Config(
-        AccessLogMiddleware(requests),
+        AccessLogMiddleware(measured),
         http=protocol,  # type: ignore[arg-type]  # uvicorn only calls it
         ws="none",
         log_config=None,

@@ -11,8 +11,9 @@ from llguidance import LLMatcher
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.limits import MAX_BYTES
 from mpt_grpc.request import Choice, JsonObject, JsonSchema, OutputConstraint, Regex, ToolCalls
-from mpt_grpc.text.json_schema import UnsupportedSchemaError, rewrite
+from mpt_grpc.text.json_schema import rewrite
 from mpt_grpc.text.regex_syntax import unsupported_syntax
+from mpt_grpc.text.schema_checks import UnsupportedSchemaError
 from mpt_grpc.text.tools import CALL_END, CALL_START, parameters
 
 if TYPE_CHECKING:

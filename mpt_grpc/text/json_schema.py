@@ -7,12 +7,24 @@ those, because llguidance computes with doubles; other such numbers are refused 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from mpt_grpc.text.regex_syntax import unsupported_syntax
-from mpt_grpc.text.schema_places import Inside, Place, escaped, pointer, reachable, resolved, targets
+from mpt_grpc.text.schema_checks import SIZES, UnsupportedSchemaError, check_numbers, check_types, error
+from mpt_grpc.text.schema_places import (
+    IDS,
+    LISTS,
+    MAPS,
+    SINGLE,
+    Inside,
+    Place,
+    escaped,
+    is_resource,
+    pointer,
+    reachable,
+    resolved,
+)
 from mpt_grpc.text.schema_unions import MAX_EXACT, Narrowing, narrowings
 
 Schema = dict[str, Any] | bool
@@ -35,23 +47,6 @@ _PATTERNS = {
     "time": f"^{_TIME}$",
 }
 """Formats for which llguidance allows invalid values: days, leap seconds, and host names that need IDNA's tables."""
-_SIZES = (
-    "minItems",
-    "maxItems",
-    "minLength",
-    "maxLength",
-    "minProperties",
-    "maxProperties",
-    "minContains",
-    "maxContains",
-)
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
-"""The keywords whose values map names to schemas."""
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-_SINGLE = (
-    "additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then",
-    "unevaluatedItems", "unevaluatedProperties",
-)  # fmt: skip
 _DATA = ("const", "enum")
 """The keywords whose values are compared with, whatever they contain."""
 _UNSUPPORTED = (
@@ -60,76 +55,77 @@ _UNSUPPORTED = (
 _COMBINING = ("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "contains", "patternProperties")
 
 
-class UnsupportedSchemaError(ValueError):
-    """A schema that cannot be enforced exactly; the text has the JSON Pointer of the place."""
-
-
 def rewrite(schema: dict[str, Any]) -> Schema:
     """Returns an equivalent schema. Raises UnsupportedSchemaError."""
     rewriter = _Rewriter(schema)
     result: Schema = rewriter.schema(schema, None)
-    for part in reachable(schema):
-        if (obstacle := rewriter.obstacles.get(id(part))) is not None:
-            raise UnsupportedSchemaError(f"{pointer(obstacle.place)}/{obstacle.why}")
-        # llguidance would compare branches that have been narrowed.
-        if rewriter.is_narrowed and id(part) in rewriter.undecided:
-            place = pointer(rewriter.undecided[id(part)])
-            raise UnsupportedSchemaError(
-                f'{place}/oneOf: "oneOf" is not supported where several options may match: use anyOf'
-            )
+    for target, place in rewriter.references:
+        if isinstance(target, dict) and id(target) not in rewriter.rewritten:
+            raise error(place, "what is there is not a schema: copy the definition to #/$defs/NAME")
+    # llguidance would compare branches that have been narrowed.
+    if rewriter.is_narrowed and rewriter.undecided:
+        why = '"oneOf" is not supported where several options may match: use anyOf'
+        raise error(Inside(rewriter.undecided[0], "oneOf"), why)
     for reference, name in rewriter.required:
         definition = resolved(result, reference)
-        definition["required"] = list(dict.fromkeys((*definition.get("required", ()), name)))
+        if isinstance(definition, dict):
+            definition["required"] = list(dict.fromkeys((*definition.get("required", ()), name)))
     return result
-
-
-class _Obstacle(NamedTuple):
-    """Why a schema cannot be enforced."""
-
-    place: Place
-    why: str
-    """The keyword, with the reason."""
 
 
 class _Rewriter:
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
-        # References may lead to places where a schema has no others, such as a list in `$defs`.
-        self._targets = {id(target) for target in targets(root)}
+        self._reachable = {id(schema) for schema in reachable(root)}
+        # In older drafts, newer keywords have no effect.
+        self._is_current = "draft-0" not in str(root.get("$schema"))
+        self._id = "id" if "draft-04" in str(root.get("$schema")) else "$id"
+        self.rewritten: set[int] = set()
+        """The identities of the schemas that have been rewritten."""
+        self.references: list[tuple[Any, Place]] = []
+        """What references lead to, with the places of these."""
         self.required: dict[tuple[str, str], None] = {}
         """References to definitions, each with a property that they have to require."""
-        self.obstacles: dict[int, _Obstacle] = {}
-        """The schemas that cannot be enforced, by their identities; they may stay in definitions that are not used."""
-        self.undecided: dict[int, Place] = {}
-        """The schemas whose `oneOf` is left to llguidance, by their identities."""
+        self.undecided: list[Place] = []
+        """The schemas whose `oneOf` is left to llguidance."""
         self.is_narrowed = False
 
     def schema(self, schema: Any, place: Place) -> Any:
         """Returns the schema at a place rewritten, and anything else unchanged for llguidance to refuse."""
         if not isinstance(schema, dict):
             return self._value(schema, place)
-        _check_types(schema, place)
-        _check_numbers(schema, place)
+        self.rewritten.add(id(schema))
+        self._check_references(schema, place)
+        check_types(schema, place)
+        check_numbers(schema, place)
         result = {name: self._keyword(name, value, Inside(place, name)) for name, value in schema.items()}
         for step in _STEPS:
             step(result)
         self._one_of(result)
         if "oneOf" in result:
-            self.undecided[id(schema)] = place
+            self.undecided.append(place)
         negated = result.get("not")
         if negated in ({}, True):
             return False
         if negated is False:
             del result["not"]
-        if (why := self._obstacle(result)) is not None:
-            self.obstacles[id(schema)] = _Obstacle(place, why)
+        if (obstacle := self._obstacle(result)) is not None:
+            raise UnsupportedSchemaError(f"{pointer(place)}/{obstacle}")
         return result
+
+    def _check_references(self, schema: dict[str, Any], place: Place) -> None:
+        if "$ref" in schema:
+            target, where = resolved(self._root, schema["$ref"]), Inside(place, "$ref")
+            if target is None:
+                raise error(where, "nothing is there, and nothing is fetched: copy the definition to #/$defs/NAME")
+            self.references.append((target, where))
+        if place is not None and is_resource(schema, self._id):
+            why = "is only supported for the whole schema: remove it, and refer to its place"
+            raise error(Inside(place, self._id), why)
 
     def _obstacle(self, schema: dict[str, Any]) -> str | None:
         """Returns the first keyword that cannot be enforced, with the reason."""
-        # In older drafts, newer keywords have no effect.
-        is_current = "draft-0" not in str(self._root.get("$schema"))
-        for name in _UNSUPPORTED if is_current else ():
+        for name in _UNSUPPORTED if self._is_current else ():
             if name in schema:
                 return f'{name}: "{name}" is not supported: remove it'
         patterns = schema.get("patternProperties")
@@ -145,17 +141,17 @@ class _Rewriter:
         return None
 
     def _keyword(self, name: str, value: Any, place: Place) -> Any:
-        if name in _MAPS and isinstance(value, dict):
+        if name in MAPS and isinstance(value, dict):
             return {key: self.schema(part, Inside(place, key)) for key, part in value.items()}
-        if name in (*_LISTS, "items") and isinstance(value, list):
+        if name in LISTS and isinstance(value, list):
             return [self.schema(part, Inside(place, index)) for index, part in enumerate(value)]
-        if name in _SINGLE:
+        if name in SINGLE:
             return self.schema(value, place)
         return value if name in _DATA else self._value(value, place)
 
     def _value(self, value: Any, place: Place) -> Any:
         """Returns a value that is not a schema, with the schemas rewritten in it to which references lead."""
-        if id(value) in self._targets:
+        if id(value) in self._reachable:
             return self.schema(value, place)
         if isinstance(value, dict):
             return {key: self._value(part, Inside(place, key)) for key, part in value.items()}
@@ -182,7 +178,8 @@ class _Rewriter:
         """Returns the definition that a branch refers to, or else itself; an empty schema if that is unknown."""
         if not isinstance(branch, dict):
             return {}
-        return resolved(self._root, branch["$ref"]) if "$ref" in branch else branch
+        definition = resolved(self._root, branch["$ref"]) if "$ref" in branch else branch
+        return definition if isinstance(definition, dict) else {}
 
     def _narrowed(self, branch: Any, resolved: dict[str, Any], narrowing: Narrowing) -> Any:
         if not narrowing.required and not narrowing.excluded:
@@ -205,6 +202,7 @@ def _annotations(schema: dict[str, Any]) -> None:
     inert: Mapping[str, Callable[[Any], bool]] = {
         "$schema": lambda value: "json-schema.org/draft" not in str(value),
         "additionalItems": lambda _: not isinstance(schema.get("items"), list),
+        **dict.fromkeys(IDS, lambda value: isinstance(value, str)),
         "format": lambda value: isinstance(value, str) and value not in _FORMATS | _PATTERNS.keys(),
         "uniqueItems": lambda value: value is False,
         "propertyNames": lambda value: value in ({}, True),
@@ -223,7 +221,7 @@ def _annotations(schema: dict[str, Any]) -> None:
 
 def _sizes(schema: dict[str, Any]) -> None:
     """Writes 2.0 as 2, which llguidance requires of sizes."""
-    schema.update({name: int(schema[name]) for name in _SIZES if name in schema})
+    schema.update({name: int(schema[name]) for name in SIZES if name in schema})
 
 
 def _formats(schema: dict[str, Any]) -> None:
@@ -320,55 +318,3 @@ def _unevaluated(schema: dict[str, Any]) -> None:
 _STEPS = (
     _annotations, _sizes, _bounds, _formats, _property_names, _dependencies, _conditions, _contains, _unevaluated,
 )  # fmt: skip
-
-
-def _check_types(schema: dict[str, Any], place: Place) -> None:
-    """Refuses values that the rewriting could not compute with."""
-    for name in _SIZES:
-        size = schema.get(name, 0)
-        if not isinstance(size, int | float) or isinstance(size, bool) or not 0 <= size <= MAX_EXACT or size % 1:
-            raise _error(Inside(place, name), f"must be a whole number from 0 to {MAX_EXACT}")
-    for name in ("properties", "dependencies", "dependentRequired", "dependentSchemas"):
-        if not isinstance(schema.get(name, {}), dict):
-            raise _error(Inside(place, name), "must be an object")
-    if not isinstance(schema.get("allOf", []), list):
-        raise _error(Inside(place, "allOf"), "must be a list of schemas")
-    required = schema.get("required", [])
-    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-        raise _error(Inside(place, "required"), "must be a list of property names")
-
-
-def _check_numbers(schema: dict[str, Any], place: Place) -> None:
-    """Refuses numbers that llguidance would turn into others."""
-    for name in ("const", "enum", "multipleOf"):
-        for where, number in _numbers(schema.get(name), Inside(place, name)):
-            _check_exact(number, where)
-    for name, sign in (("minimum", 1), ("exclusiveMinimum", 1), ("maximum", -1), ("exclusiveMaximum", -1)):
-        for where, number in _numbers(schema.get(name), Inside(place, name)):
-            if number * sign > 0:  # other bounds are narrowed
-                _check_exact(number, where)
-
-
-def _check_exact(number: float, place: Place) -> None:
-    if isinstance(number, int) and abs(number) > MAX_EXACT:
-        raise _error(place, f"{number}: integers beyond {MAX_EXACT} are not supported: use a string")
-    if not math.isfinite(number):
-        raise _error(place, "the number is beyond the range of a double: use a string")
-
-
-def _numbers(value: Any, place: Place) -> Iterator[tuple[Place, float]]:
-    """Yields the numbers in a JSON value with their places."""
-    if isinstance(value, bool):
-        return
-    if isinstance(value, int | float):
-        yield place, value
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _numbers(item, Inside(place, index))
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _numbers(item, Inside(place, key))
-
-
-def _error(place: Place, why: str) -> UnsupportedSchemaError:
-    return UnsupportedSchemaError(f"{pointer(place)}: {why}")

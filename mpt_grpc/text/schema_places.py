@@ -7,6 +7,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import unquote
 
+MAPS = ("properties", "patternProperties", "dependentSchemas", "dependencies")
+"""The keywords whose values map names to schemas, except for those of definitions."""
+LISTS = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
+SINGLE = (
+    "additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then",
+    "unevaluatedItems", "unevaluatedProperties",
+)  # fmt: skip
+IDS = ("$id", "id")
+"""The keywords of a schema's ID, of which the second is that of draft 4."""
 _INDEX = re.compile("0|[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -36,44 +45,44 @@ def escaped(key: str) -> str:
 
 
 def reachable(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields each object in a schema except the definitions that it does not refer to."""
+    """Yields a schema, those inside of it, and those to which the references in these lead."""
     found: list[Any] = [root]
     seen = set()
     while found:
-        value = found.pop()
-        if not isinstance(value, list | dict) or id(value) in seen:
+        schema = found.pop()
+        if not isinstance(schema, dict) or id(schema) in seen:
             continue
-        seen.add(id(value))
-        if isinstance(value, list):
-            found += value
-            continue
-        yield value
-        found += [part for key, part in value.items() if key not in ("$defs", "definitions")]
-        if "$ref" in value:
-            found.append(resolved(root, value["$ref"]))
+        seen.add(id(schema))
+        yield schema
+        for name, value in schema.items():
+            if name in MAPS and isinstance(value, dict):
+                found += value.values()
+            elif name in LISTS and isinstance(value, list):
+                found += value
+            elif name in SINGLE:
+                found.append(value)
+            elif name == "$ref":
+                found.append(resolved(root, value))
 
 
-def targets(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the objects to which the references anywhere in a schema lead."""
-    found: list[Any] = [root]
-    while found:
-        value = found.pop()
-        if isinstance(value, list):
-            found += value
-        elif isinstance(value, dict):
-            found += value.values()
-            if "$ref" in value:
-                yield resolved(root, value["$ref"])
+def is_resource(schema: dict[str, Any], *keywords: str) -> bool:
+    """Whether references inside of a schema begin at it, because it has an ID under one of these keywords."""
+    ids = [schema.get(keyword) for keyword in keywords]
+    return any(isinstance(one, str) and not one.startswith("#") for one in ids)
 
 
-def resolved(root: Any, reference: Any) -> dict[str, Any]:
-    """Returns the definition that a reference within the schema leads to, or an empty one."""
+def resolved(root: Any, reference: Any) -> Any:
+    """Returns what a reference within the schema leads to, or None if there is nothing."""
+    if reference in ("", "#"):
+        return root
     if not isinstance(reference, str) or not reference.startswith("#/"):
-        return {}
+        return None
     value = root
     for part in unquote(reference).removeprefix("#/").split("/"):
-        if isinstance(value, list):
-            value = value[int(part)] if _INDEX.fullmatch(part) and int(part) < len(value) else None
+        if isinstance(value, dict) and (value is root or not is_resource(value, *IDS)):
+            value = value.get(part.replace("~1", "/").replace("~0", "~"))
+        elif isinstance(value, list) and _INDEX.fullmatch(part) and int(part) < len(value):
+            value = value[int(part)]
         else:
-            value = value.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(value, dict) else None
-    return value if isinstance(value, dict) else {}
+            return None
+    return value

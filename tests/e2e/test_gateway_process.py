@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from otlp_collector import running_collector
@@ -73,13 +75,19 @@ def test_a_stream_goes_on_at_another_server_of_the_gateway(
     start_gateway: Callable[..., Any], start_server: Callable[..., Any], server: Any
 ) -> None:
     body = {**BODY, "temperature": 0.8, "seed": 7, "max_tokens": 600}
-    servers = [start_server(), start_server()]
-    gateway = start_gateway("--target", ",".join(one.target for one in servers))
+    first, second = servers = start_server(), start_server()
+    second.pause()  # so that the stream begins at the first
+    gateway = start_gateway("--target", f"{first.target},{second.target}")
     with post(gateway.openai_url, {**body, "stream": True}) as response:
-        running = [one for one in servers if "\nmpt_requests_running 1.0\n" in page(one, "metrics")]
-        assert len(running) == 1
-        running[0].kill()
-        assert streamed_text(response) == text(post(server.openai_url, body))
+        event = response.readline()
+        first.pause()  # so that the stream does not end before the second can take it over
+        second.resume()
+        while ready(gateway) == 503:
+            pass
+        first.kill()
+        continued = json.loads(event.removeprefix(b"data: "))["choices"][0]["text"] + streamed_text(response)
+    assert continued == text(post(server.openai_url, body))
+    assert metrics(second)["mpt_generated_tokens"][0].value > 0
     assert ready(gateway) == 200
     with pytest.raises(urllib.error.HTTPError) as raised:
         page(gateway, "debug/engine")
@@ -114,6 +122,11 @@ def page(process: Any, path: str) -> str:
         return response.read().decode()
 
 
+def metrics(process: Any) -> dict[str, list[Any]]:
+    """Returns the samples of each metric."""
+    return {family.name: family.samples for family in text_string_to_metric_families(page(process, "metrics"))}
+
+
 def test_a_gateway_has_metrics_of_its_own(start_gateway: Callable[..., Any], server: Any) -> None:
     gateway = start_gateway("--target", server.target)
     post(gateway.openai_url, {**BODY, "max_tokens": 3}).read()
@@ -122,9 +135,12 @@ def test_a_gateway_has_metrics_of_its_own(start_gateway: Callable[..., Any], ser
             post(gateway.openai_url, body)
     with pytest.raises(urllib.error.HTTPError):
         page(gateway, "missing/whatever")
-    with post(gateway.openai_url, {**BODY, "stream": True}):
-        samples = list(text_string_to_metric_families(page(gateway, "metrics")))
-    by_name = {family.name: family.samples for family in samples}
+    url = urlsplit(gateway.openai_url)
+    with socket.create_connection((url.hostname, url.port)) as unfinished:
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\nexpect: 100-continue\r\n\r\n"
+        unfinished.sendall(head.encode())
+        assert unfinished.recv(100).startswith(b"HTTP/1.1 100 ")  # the gateway waits for the body
+        by_name = metrics(gateway)
     counts = {
         (one.labels["http_route"], one.labels["http_request_method"], one.labels["http_response_status_code"]): (
             one.value
@@ -138,7 +154,7 @@ def test_a_gateway_has_metrics_of_its_own(start_gateway: Callable[..., Any], ser
         ("", "GET", "404"): 1,
     }
     active = {one.labels["http_request_method"]: one.value for one in by_name["http_server_active_requests"]}
-    assert active == {"POST": 1, "GET": 1}  # the stream, and the page itself
+    assert active == {"POST": 1, "GET": 1}  # the unfinished request, and the page itself
     assert 'service_name="mpt-grpc-gateway"' in page(gateway, "metrics")
 
 

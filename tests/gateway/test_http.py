@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 from conftest import SteppedRunner, demo_settings
 from http_calls import fetch, read_response, send
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from mpt_grpc import __version__
 from mpt_grpc.gateway import events
 from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings, ServerSettings, TelemetrySettings
+from mpt_grpc.telemetry.metrics import HttpMetrics
 
 ENDLESS = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True}
 
@@ -299,11 +302,15 @@ async def test_a_caller_who_leaves_during_an_upload_is_one_bounded_line_of_the_l
     assert all(len(record.getMessage()) < 500 for record in caplog.records)
 
 
-async def ended_by_a_shutdown(stepped: list[SteppedRunner], path: str, body: dict[str, Any]) -> str:
+async def ended_by_a_shutdown(
+    stepped: list[SteppedRunner], path: str, body: dict[str, Any], http_metrics: HttpMetrics | None = None
+) -> str:
     """Returns what has been received of a response after the grace period has ended."""
     settings = replace(demo_settings(), http=HttpSettings(port=0), server=ServerSettings(grpc_port=0))
     async with running_server(settings) as server:
-        async with running_gateway(server.target, "127.0.0.1", HttpSettings(port=0), grace_s=0) as port:
+        async with running_gateway(
+            server.target, "127.0.0.1", HttpSettings(port=0), grace_s=0, http_metrics=http_metrics
+        ) as port:
             server.http_port = port
             reader, writer = await send(server, "POST", path, body)
             await asyncio.to_thread(stepped[0].wait_for_step)
@@ -325,6 +332,16 @@ async def test_the_end_of_the_grace_period_ends_requests_with_an_error(
     error = json.loads(content[content.rindex('{"error"') :])["error"]
     assert (error["code"], error["message"]) == ("unavailable", "the server is shutting down")
     assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_request_ended_by_a_shutdown_is_counted_with_its_status(stepped: list[SteppedRunner]) -> None:
+    reader = InMemoryMetricReader()
+    metrics = HttpMetrics(MeterProvider([reader]).get_meter("test"))
+    await ended_by_a_shutdown(stepped, "/v1/completions", {**ENDLESS, "stream": False}, metrics)
+    found = json.loads(reader.get_metrics_data().to_json())["resource_metrics"][0]["scope_metrics"][0]["metrics"]
+    (duration,) = [metric for metric in found if metric["name"] == "http.server.request.duration"]
+    (point,) = duration["data"]["data_points"]
+    assert (point["attributes"]["http.response.status_code"], point["count"]) == (503, 1)
 
 
 async def test_the_end_of_the_grace_period_ends_the_stream_of_a_response_with_its_failure(

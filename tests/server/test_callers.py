@@ -20,8 +20,11 @@ from conftest import demo_settings
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from http_calls import fetch, read_response, send
+from prometheus_client import CollectorRegistry
 
+from mpt_grpc.access import Access
 from mpt_grpc.errors import ModelError
+from mpt_grpc.gateway.metrics import MetricsPage
 from mpt_grpc.gateway.serve import running_gateway
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings, ModelSettings, TelemetrySettings
@@ -256,6 +259,39 @@ async def test_a_gateway_of_its_own_passes_on_the_token_of_each_caller(server: R
         assert (await fetch(gateway, "POST", "/v1/completions", BODY))[0] == 401
         assert (await fetch(gateway, "GET", "/debug/engine", **bearer("alice")))[0] == 403
         assert (await fetch(gateway, "GET", "/ready"))[0] == 200
+
+
+async def test_the_metrics_of_a_gateway_are_for_those_whom_a_server_has_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpt_grpc.gateway.callers._LIFETIME_S", 0)  # each request is checked
+    file = write(tmp_path / "tokens.toml")
+
+    async def statuses() -> list[int]:
+        return [(await fetch(gateway, "GET", "/metrics", **token))[0] for token in (bearer("alice"), bearer("bob"), {})]
+
+    async with AsyncExitStack() as stack:
+        async with serving(tokens_file=file) as server:
+            page = MetricsPage(CollectorRegistry(), Access(None))
+            port = await stack.enter_async_context(
+                running_gateway(server.target, "127.0.0.1", HttpSettings(port=0), metrics=page)
+            )
+            gateway: Any = type("Gateway", (), {"http_port": port})
+            assert await statuses() == [200, 200, 401]
+            write(file, entry(SECRETS["alice"], "alice"))
+            while await statuses() != [200, 401, 401]:
+                pass  # the file is looked at every second
+        assert await statuses() == [200, 503, 503]
+
+
+async def test_a_server_that_hangs_does_not_hold_up_the_metrics_of_a_gateway() -> None:
+    async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0) as hanging:
+        target = f"127.0.0.1:{hanging.sockets[0].getsockname()[1]}"
+        page = MetricsPage(CollectorRegistry(), Access(None))
+        async with running_gateway(target, "127.0.0.1", HttpSettings(port=0), metrics=page) as port:
+            gateway: Any = type("Gateway", (), {"http_port": port})
+            async with asyncio.timeout(9):  # Prometheus waits for 10 s
+                assert (await fetch(gateway, "GET", "/metrics"))[0] == 504
 
 
 async def test_a_synchronous_client_sends_its_token(server: RunningServer) -> None:

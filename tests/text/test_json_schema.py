@@ -174,6 +174,67 @@ def test_what_cannot_be_enforced_is_refused_wherever_a_reference_leads(pointer: 
         make_grammar(JsonSchema(schema))
 
 
+INEXACT = {"enum": [2**53 + 1]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "error"),
+    [
+        ({"$ref": "#/$defs", "$defs": INEXACT}, "/$defs/enum/0: 9007199254740993: integers beyond"),
+        ({"anyOf": [{"enum": [[{"minItems": 2}]]}, {"$ref": "#/anyOf/0/enum/0/0"}]}, "/anyOf/1/$ref: what is there is"),
+        ({"$ref": "#/const/a", "const": {"a": {"minProperties": 3}}}, "/$ref: what is there is not a schema"),
+        ({"properties": {"a": {"$ref": "#/properties"}}}, "/properties/a/$ref: what is there is not a schema"),
+        ({"$ref": "#/d/00", "d": [INEXACT]}, "/$ref: nothing is there, and nothing is fetched"),
+        ({"$ref": "#a", "$defs": {"a": {"$anchor": "a", "minProperties": 3}}}, "/$ref: nothing is there"),
+        ({"$ref": "a", "$defs": {"a": {"$id": "a", "minProperties": 3}}}, "/$ref: nothing is there"),
+        ({"$id": "a", "$ref": "a#/d", "d": {"minProperties": 3}}, "/$ref: nothing is there"),
+        ({"items": {"$id": "a", "$ref": "#/d", "d": {"minProperties": 3}}, "d": {}}, "/items/$id: is only supported"),
+        ({"$ref": "#/d/b", "d": {"$id": "a", "b": {"$ref": "#/c"}, "c": INEXACT}, "c": {}}, "/$ref: nothing is there"),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-04/schema#",
+                "items": {"id": "a", "allOf": [{"$ref": "#/d"}], "d": INEXACT},
+                "d": {},
+            },
+            "/items/id: is only supported for the whole schema",
+        ),
+    ],
+)
+def test_references_that_lead_to_no_schema_are_refused(schema: dict[str, Any], error: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        make_grammar(JsonSchema(json.dumps(schema)))
+    assert f"decoding.json_schema: {error}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [("a~1b", "a/b"), ("a~01", "a~1"), ("a%25b", "a%b"), ("%C3%A4%20b", "ä b"), ("a+b", "a+b"), ("%2541", "%41")],
+)
+def test_escapes_in_references_are_resolved(reference: str, name: str) -> None:
+    schema = {"$ref": f"#/%24defs/{reference}", "$defs": {name: DATE, "A": {}, "a": {}}}
+    assert conforms(schema, "2024-02-29")
+    assert not conforms(schema, "2023-02-29")
+
+
+@pytest.mark.parametrize("name", ["definitions", "$defs", "enum", "const", "default", "$ref", "$id", "properties"])
+@pytest.mark.parametrize("keyword", ["properties", "patternProperties", "dependentSchemas", "definitions"])
+def test_keywords_may_be_names_of_properties_and_definitions(keyword: str, name: str) -> None:
+    part = {"type": "object", "minProperties": 3}
+    reference = {"items": {"$ref": f"#/definitions/{name}"}} if keyword == "definitions" else {}
+    with pytest.raises(InvalidRequestError, match=rf": /{keyword}/{re.escape(name)}/minProperties: more than one"):
+        make_grammar(JsonSchema(json.dumps({keyword: {name: part}, **reference})))
+
+
+def test_ids_that_change_no_reference_are_ignored() -> None:
+    schema = {
+        "$id": "https://example.com/a#b",
+        "properties": {"id": {"$id": "#/properties/id", "id": "id", "$ref": "#/$defs/a"}},
+        "$defs": {"a": {"$id": "#a", "$ref": "#/$defs/b"}, "b": {"type": "null"}},
+    }
+    assert conforms(schema, {"id": None})
+    assert not conforms(schema, {"id": 1})
+
+
 def test_one_of_compares_branches_that_are_items_of_lists() -> None:
     schema = {"oneOf": [{"$ref": "#/$defs/a/anyOf/0"}, {"$ref": "#/$defs/a/anyOf/1"}]}
     definitions = {"$defs": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
@@ -233,7 +294,10 @@ def test_keywords_of_the_wrong_type_are_refused_with_their_place(malformed: dict
 def test_data_is_not_taken_for_schemas() -> None:
     schema = {
         "const": {"format": "password", "not": {}},
-        "default": {"uniqueItems": False},
+        "default": {"uniqueItems": False, "$ref": "#/$defs/set"},
+        "examples": [{"$ref": "#/$defs/set"}],
+        "enum": [{"$ref": "#/$defs/set"}],
+        "$defs": {"set": {"uniqueItems": True}},
         "properties": {"format": {}},
     }
     assert rewrite(schema) == schema
