@@ -6,8 +6,10 @@ import json
 import math
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
+from threading import Thread
 from typing import Any, Literal, TypeAlias, TypedDict
 
 import grpc
@@ -103,17 +105,25 @@ class Endpoint:
     name: str | None = None
     """The name in DNS of which the target is an address, and which its certificate has."""
 
-    def addresses(self) -> tuple[Endpoint, ...]:
-        """Returns the endpoints of all addresses of a name in DNS; of another target, or an unknown name, this one."""
-        if not self.target.startswith("dns:"):
-            return (self,)
+    def look_up(self) -> Future[tuple[Endpoint, ...]]:
+        """Finds the endpoints of all addresses of a name in DNS; of another target, or an unknown name, this one."""
+        found = Future[tuple[Endpoint, ...]]()
+        found.set_running_or_notify_cancel()
+        if self.target.startswith("dns:"):
+            # A thread that the program does not wait for, since a lookup may take minutes and cannot be cancelled.
+            Thread(target=lambda: found.set_result(self._addresses()), daemon=True).start()
+        else:
+            found.set_result((self,))
+        return found
+
+    def _addresses(self) -> tuple[Endpoint, ...]:
         host, port = split(self.target)
         port = port or "443"
         try:
             # gRPC connects to both addresses of localhost, of which the system may know one.
             hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
             found = [item for one in hosts for item in socket.getaddrinfo(one, port, type=socket.SOCK_STREAM)]
-        except OSError:
+        except (OSError, UnicodeError):
             return (self,)
         ips = dict.fromkeys(str(address[0]) for *_, address in found)
         return tuple(replace(self, target=f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}", name=host) for ip in ips)
@@ -136,6 +146,12 @@ class Endpoint:
         own = channel_options(self.target, retries, balanced=balanced, checks_health=checks_health)
         certified = () if self.name is None else (("grpc.ssl_target_name_override", self.name),)
         return tuple(dict((*own, *certified, *self.options)).items())
+
+
+def look_up_all(endpoints: Iterable[Endpoint], timeout: float | None) -> Iterator[Endpoint]:
+    """Yields the addresses of all endpoints as they are found. Raises TimeoutError if some are not found in time."""
+    for lookup in as_completed([endpoint.look_up() for endpoint in endpoints], timeout):
+        yield from lookup.result()
 
 
 def resolve(
