@@ -195,3 +195,19 @@ async def test_calls_of_a_closed_async_client_fail_with_an_error_of_the_client(t
         await client.generate("Once")
     with pytest.raises(MptGrpcError, match="the client is closed"):
         client.stream("Once")
+
+
+async def test_a_stream_that_failed_and_was_cancelled_ends_in_both_clients(service, target):
+    service.refuse(grpc.StatusCode.NOT_FOUND, "no such model", "UNKNOWN_MODEL", times=2)
+    with Client(target) as client:
+        stream = client.stream("Once")
+        with pytest.raises(NotFoundError):
+            next(stream)
+        stream.cancel()
+        assert list(stream) == []
+    async with AsyncClient(target) as client:
+        stream = client.stream("Once")
+        with pytest.raises(NotFoundError):
+            await anext(stream)
+        stream.cancel()
+        assert [chunk async for chunk in stream] == []
