@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Self, TypeAlias, TypeVar
 
@@ -57,6 +58,8 @@ class AsyncTextStream(responses.PartialGeneration):
         if continuation is not None:
             self._resumptions = continuation.resumptions
         self._cancelled = False
+        # gRPC cancels the call of a stream that the program no longer has.
+        weakref.finalize(self, span.end, "CANCELLED")
         try:
             self._call = call(attempts.server, attempts.timeout)
         except BaseException as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Self, TypeAlias
 
@@ -53,6 +54,8 @@ class TextStream(responses.PartialGeneration):
         if continuation is not None:
             self._resumptions = continuation.resumptions
         self._cancelled = False
+        # gRPC cancels the call of a stream that the program no longer has.
+        weakref.finalize(self, span.end, "CANCELLED")
         try:
             self._call = call(attempts.server, attempts.timeout)
         except BaseException as error:
