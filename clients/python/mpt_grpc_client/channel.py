@@ -72,7 +72,7 @@ class ConnectionOptions(TypedDict, total=False):
     client_key: bytes
     """The key of the client's certificate, in PEM."""
     credentials: grpc.ChannelCredentials
-    """Any credentials of gRPC, instead of the options above."""
+    """Any credentials of gRPC, instead of the options above. gRPC sends the token with them only if they use TLS."""
     token: str
     """The access token, which every call sends."""
     allow_insecure_token: bool
@@ -186,9 +186,15 @@ def check_kind(channel: object | None, options: ConnectionOptions, *, asynchrono
 def _endpoint(resolved: str, options: ConnectionOptions, has_channel: bool) -> Endpoint:
     address = resolved.removeprefix(TLS_SCHEME)
     credentials = _credentials(options, has_scheme=resolved != address)
-    is_safe = credentials is not None or is_local(address) or options.get("allow_insecure_token", False)
+    is_allowed, is_given = options.get("allow_insecure_token", False), options.get("credentials") is not None
+    # Given credentials need not be those of TLS.
+    is_safe = is_allowed or (not is_given and (credentials is not None or is_local(address)))
     metadata = _metadata(options)
-    if "token" in options:
+    if "token" in options and credentials is not None and is_given and not is_allowed:
+        # Call credentials, which gRPC does not send without TLS.
+        call_credentials = grpc.access_token_call_credentials(options["token"])
+        credentials = grpc.composite_channel_credentials(credentials, call_credentials)
+    elif "token" in options:
         if not (is_safe or has_channel):
             why = f"use TLS ('{TLS_SCHEME}{address}'), or allow_insecure_token inside a trusted network"
             raise InvalidTargetError(f"target {resolved!r} is another machine, and the token would be readable: {why}")
