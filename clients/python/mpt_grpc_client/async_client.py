@@ -22,6 +22,7 @@ from mpt_grpc_client.options import GenerateOptions
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
+from mpt_grpc_client.purpose import Purpose
 from mpt_grpc_client.request import (
     build_request,
     cancel_request,
@@ -139,7 +140,7 @@ class AsyncClient:
 
         async def cancel_at(address: Endpoint) -> pb.CancelResponse:
             # A connection of its own also reaches a server that drains, and each address of a name.
-            async with address.aio_channel(False, balanced=True, checks_health=False) as channel:
+            async with address.aio_channel(Purpose.EVERY) as channel:
                 attempt = attempts.at(Server(address.target, AsyncConnection(channel)))
                 return await self._attempt(lambda c: c.service.Cancel, request, attempt)
 
@@ -239,7 +240,8 @@ class _Connections:
 
     def __init__(self, endpoints: Sequence[Endpoint], retries: bool, channel: grpc.aio.Channel | None) -> None:
         self.is_balanced = is_balanced(endpoints, channel)
-        self.endpoints, self._retries, self._channel = endpoints, retries, channel
+        self.endpoints, self._channel = endpoints, channel
+        self._purpose = Purpose.of_calls(balanced=self.is_balanced, retries=retries)
         self._rotation: Rotation[AsyncConnection] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
@@ -285,5 +287,5 @@ class _Connections:
         await asyncio.gather(*(channel.close() for channel in channels if channel is not None))
 
     def _server(self, endpoint: Endpoint) -> Server[AsyncConnection]:
-        channel = self._channel or endpoint.aio_channel(self._retries, balanced=self.is_balanced)
+        channel = self._channel or endpoint.aio_channel(self._purpose)
         return Server(endpoint.target, AsyncConnection(channel))

@@ -28,6 +28,7 @@ from mpt_grpc_client.options import GenerateOptions
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
+from mpt_grpc_client.purpose import Purpose
 from mpt_grpc_client.request import (
     build_request,
     cancel_request,
@@ -76,9 +77,10 @@ class Client:
         self._timeout, self._metadata = check_timeout(timeout), endpoints[0].metadata
         self._retries, self._resume_inexact = retries, resume_inexact
         balanced = is_balanced(endpoints, channel)
+        purpose = Purpose.of_calls(balanced=balanced, retries=retries)
 
         def server(endpoint: Endpoint) -> Server[Connection]:
-            return Server(endpoint.target, Connection(channel or endpoint.channel(retries, balanced=balanced)))
+            return Server(endpoint.target, Connection(channel or endpoint.channel(purpose)))
 
         self._rotation = Rotation(map(server, endpoints), is_balanced=balanced)
 
@@ -152,7 +154,7 @@ class Client:
             calls, late = list[Callable[[], pb.CancelResponse | MptGrpcError]](), list[MptGrpcError]()
             try:
                 for address in look_up_all(self._endpoints, attempts.timeout):
-                    channel = stack.enter_context(address.channel(False, balanced=True, checks_health=False))
+                    channel = stack.enter_context(address.channel(Purpose.EVERY))
                     attempt = attempts.at(Server(address.target, Connection(channel)))
                     calls.append(self._start_cancel(request, attempt, stack))
             except TimeoutError:
