@@ -15,6 +15,7 @@ from mpt_grpc.gateway.callers import Callers
 from mpt_grpc.gateway.middleware import HeaderMiddleware
 from mpt_grpc_client import AsyncClient, ConnectionOptions
 from mpt_grpc_client.channel import resolve
+from mpt_grpc_client.purpose import Purpose
 
 
 @asynccontextmanager
@@ -26,7 +27,7 @@ async def in_process_gateway(
     Requests go on at another server when theirs fails, and take no timeout. Raises InvalidTargetError.
     """
     first = resolve(target, connection)[0]
-    async with AsyncClient(target, **connection) as client, first.aio_channel(retries=False, balanced=False) as channel:
+    async with AsyncClient(target, **connection) as client, first.aio_channel(Purpose.SINGLE) as channel:
         callers = Callers(client, passes_tokens=False, passes_certificates=False)
         app = HeaderMiddleware(make_app(callers, None, [HealthStub(channel)]), None, ())
 

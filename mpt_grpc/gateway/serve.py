@@ -43,6 +43,7 @@ from mpt_grpc.telemetry.metrics import HttpMetrics
 from mpt_grpc.tls import ServerCertificate, http_context
 from mpt_grpc_client import AsyncClient, Client, ConnectionOptions
 from mpt_grpc_client.channel import is_balanced, resolve
+from mpt_grpc_client.purpose import Purpose
 
 KEEP_ALIVE_TIMEOUT_S = 5
 _PAGE_TIMEOUT_S = 10
@@ -81,11 +82,12 @@ async def running_gateway(
     """
     endpoints, is_in_process = resolve(target, connection), channel is not None
     balanced = is_balanced(endpoints, channel)
+    purpose = Purpose.of_calls(balanced=balanced, retries=False)
     # Parses responses that would take long to parse on the event loop. The HTTP caller decides whether to retry.
     blocking = nullcontext() if is_in_process else Client(target, retries=False, **connection)
     async with AsyncExitStack() as stack:
         # gRPC shares the connections between channels to the same server.
-        channels = [channel] if channel else [e.aio_channel(retries=False, balanced=balanced) for e in endpoints]
+        channels = [channel] if channel else [e.aio_channel(purpose) for e in endpoints]
         for one in channels:
             await stack.enter_async_context(one)
         client = await stack.enter_async_context(AsyncClient(target, channel=channel, retries=False, **connection))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent import futures
+from contextlib import contextmanager
 
 import grpc
 import pytest
@@ -75,6 +76,7 @@ class ScriptedService(pb_grpc.TextGenerationServiceServicer, debug_pb2_grpc.Debu
 
     def Cancel(self, request, context):
         self._arrive(request, context)
+        self._wait()
         return self.cancelled
 
     def GetModelInfo(self, request, context):
@@ -177,6 +179,23 @@ def endless(scripted: ScriptedService) -> Hang:
 
 @pytest.fixture
 def target(service: ScriptedService) -> Iterator[str]:
+    with serving(service) as target:
+        yield target
+
+
+@pytest.fixture
+def other_service() -> ScriptedService:
+    return ScriptedService()
+
+
+@pytest.fixture
+def other_target(other_service: ScriptedService) -> Iterator[str]:
+    with serving(other_service) as target:
+        yield target
+
+
+@contextmanager
+def serving(service: ScriptedService) -> Iterator[str]:
     options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 1024 * 1024)]
     server = grpc.server(futures.ThreadPoolExecutor(4), options=options)
     pb_grpc.add_TextGenerationServiceServicer_to_server(service, server)

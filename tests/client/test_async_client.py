@@ -195,3 +195,24 @@ async def test_calls_of_a_closed_async_client_fail_with_an_error_of_the_client(t
         await client.generate("Once")
     with pytest.raises(MptGrpcError, match="the client is closed"):
         client.stream("Once")
+
+
+async def test_a_stream_that_failed_and_was_cancelled_ends_in_both_clients(service, target):
+    # The second response follows the failure on the connection.
+    service.refuse(grpc.StatusCode.NOT_FOUND, "no such model", "UNKNOWN_MODEL")
+    with Client(target) as client:
+        stream = client.stream("Once")
+        while not service.requests:
+            pass
+        client.get_model_info()
+        stream.cancel()
+        assert list(stream) == []
+    service.requests.clear()
+    service.refuse(grpc.StatusCode.NOT_FOUND, "no such model", "UNKNOWN_MODEL")
+    async with AsyncClient(target) as client:
+        stream = client.stream("Once")
+        while not service.requests:  # noqa: ASYNC110  (the service runs in threads)
+            await asyncio.sleep(0)
+        await client.get_model_info()
+        stream.cancel()
+        assert [chunk async for chunk in stream] == []

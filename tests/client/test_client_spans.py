@@ -71,6 +71,18 @@ def test_the_span_of_a_stream_ends_when_it_is_left_or_its_timeout_has_passed(ser
     assert codes == ["CANCELLED", "DEADLINE_EXCEEDED"]
 
 
+@pytest.mark.usefixtures("endless")
+async def test_the_span_of_a_stream_ends_when_its_loop_is_left(target, spans):
+    with Client(target) as client:
+        for _ in client.stream("Once"):
+            break
+        assert [span.attributes["rpc.response.status_code"] for span in spans.get_finished_spans()] == ["CANCELLED"]
+    async with AsyncClient(target) as client:
+        async for _ in client.stream("Once"):
+            break
+        assert len(spans.get_finished_spans()) == 2
+
+
 @pytest.mark.usefixtures("scripted")
 def test_failed_attempts_are_events_of_the_span(target, spans):
     with Client(["127.0.0.1:1", target]) as client:

@@ -7,6 +7,7 @@ import itertools
 
 import grpc
 import pytest
+from grpc import experimental
 
 from mpt_grpc_client import AsyncClient, Client, InvalidTargetError, MptGrpcError, NotFoundError
 
@@ -29,6 +30,19 @@ def test_a_token_is_not_sent_to_another_machine_without_tls_unless_that_is_allow
 @pytest.mark.parametrize("target", ["grpcs://models.example:50051", "localhost:50051", "[::1]:50051", "unix:/run/x"])
 def test_a_token_is_sent_with_tls_and_within_the_machine(target):
     Client(target, token="secret")
+
+
+async def test_a_token_is_not_sent_with_credentials_without_tls_unless_that_is_allowed(scripted, target):
+    options = {"token": "secret", "credentials": experimental.insecure_channel_credentials(), "timeout": 30}
+    with Client(target, **options) as client, pytest.raises(MptGrpcError, match="sufficient security level"):
+        client.get_model_info()
+    async with AsyncClient(target, **options) as client:
+        with pytest.raises(MptGrpcError, match="sufficient security level"):
+            await client.get_model_info()
+    assert not scripted.requests
+    with Client(target, allow_insecure_token=True, **options) as client:
+        client.get_model_info()
+    assert scripted.metadata[0]["authorization"] == "Bearer secret"
 
 
 def test_the_security_of_a_given_channel_is_the_callers_concern():

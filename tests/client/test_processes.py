@@ -42,6 +42,8 @@ try:
         print(client.get_model_info(timeout=20).name, Client(target).get_model_info(timeout=20).name, flush=True)
     elif child == "stream":
         print(list(stream))
+    elif child == "cancel":
+        print(asyncio.run(AsyncClient([target, "127.0.0.1:1"], timeout=20).cancel("r")))
     else:
         print(asyncio.run(name(AsyncClient(target))), flush=True)
 except Exception as error:
@@ -59,6 +61,7 @@ os._exit(0)
         ("Client", "AsyncClient", "demo"),
         ("AsyncClient", "Client", "demo demo"),
         ("AsyncClient", "AsyncClient", "RuntimeError: an AsyncClient was used before this process was forked, .*spawn"),
+        ("AsyncClient", "cancel", "RuntimeError: an AsyncClient was used before this process was forked, .*spawn"),
         ("stream", "stream", "RuntimeError: this stream belongs to the process that started it"),
     ],
 )

@@ -47,3 +47,22 @@ def test_leaving_a_stream_cancels_it_on_the_server(server: Any) -> None:
         console.log(Number((await load()).numOutputTokens - before));
     """)
     assert 1 <= int(printed) < 1000
+
+
+def test_a_token_is_not_sent_to_another_machine_without_tls_unless_that_is_allowed() -> None:
+    printed = node("""
+        import { Client } from "mpt-grpc-client";
+        const token = "secret";
+        const local = ["localhost", "a.localhost", "127.0.0.2", "[::1]"];
+        for (const host of local) new Client(`http://${host}:1`, { token });
+        new Client("https://models.example:50051", { token });
+        new Client("http://models.example:50051", { token, allowInsecureToken: true });
+        for (const host of ["models.example", "10.0.0.1", "localhost.example", "127.0.0.1.example"]) {
+            try {
+                new Client(`http://${host}:50051`, { token });
+            } catch (error) {
+                console.log(error.message);
+            }
+        }
+    """)
+    assert printed.count("is another machine, and the token would be readable: use https://") == 4

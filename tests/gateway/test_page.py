@@ -184,6 +184,27 @@ async def test_an_error_message_names_the_field(page: Page) -> None:
     await expect(page.get_by_role("alert")).to_have_text(re.compile("temperature: -1.0 is not in"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("temperature", "0.8 0.2", "Use numbers separated by commas"),
+        ("temperature", "-", "Use numbers separated by commas"),
+        ("seed", "7 8", "Use whole numbers"),
+        ("seed", "9007199254740992", "Use whole numbers"),
+        ("temperature", ",".join(["1"] * 51), "These are 51 streams; at most 50 can be compared."),
+    ],
+)
+async def test_lists_of_numbers_are_checked_before_they_are_sent(
+    page: Page, name: str, value: str, problem: str
+) -> None:
+    await generate(page, streams=1, **{name: value})
+    field = page.locator(f"[name={name}]")
+    assert (await field.evaluate("field => field.validationMessage")).startswith(problem)
+    await expect(page.locator(".output")).to_have_count(0)
+    await page.get_by_text("Request as code").click()
+    await expect(page.locator("#code pre")).to_contain_text(problem)
+
+
 async def test_the_engine_panel_shows_running_requests(page: Page) -> None:
     await generate(page, prompt=LONG, streams=1, max_tokens=1)
     await wait_for_status(page, "token limit", 1)

@@ -84,11 +84,11 @@ async def test_a_penalty_makes_a_greedy_output_repeat_itself_less(service: Any, 
 
 
 async def test_outputs_interleave_and_each_is_reproduced_by_its_seed(service: Any) -> None:
-    request = generate_request(12, sampling=pb.SamplingParameters(seed=7, num_sequences=3))
+    request = generate_request(200, sampling=pb.SamplingParameters(seed=7, num_sequences=3))
     whole = await service.stub.Generate(request)
     assert [output.index for output in whole.outputs] == [0, 1, 2]
     assert whole.outputs[0].seed == whole.summary.seed == 7
-    assert whole.summary.usage.num_output_tokens == 36
+    assert whole.summary.usage.num_output_tokens == 600
     texts: dict[int, str] = defaultdict(str)
     order = []
     async for chunk in service.stub.StreamGenerate(request):
@@ -100,7 +100,7 @@ async def test_outputs_interleave_and_each_is_reproduced_by_its_seed(service: An
     assert order != sorted(order), "the outputs were streamed one after the other"
     assert last.HasField("summary")
     for output in whole.outputs:
-        alone = await generate_one(service, generate_request(12, sampling=pb.SamplingParameters(seed=output.seed)))
+        alone = await generate_one(service, generate_request(200, sampling=pb.SamplingParameters(seed=output.seed)))
         assert (alone.text, alone.seed) == (output.text, output.seed)
 
 

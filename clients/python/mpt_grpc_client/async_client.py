@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import ClassVar, Self, TypeVar, Unpack
 
@@ -17,12 +16,13 @@ from mpt_grpc_client import debug, responses
 from mpt_grpc_client.async_stream import AsyncConnection, AsyncStreamCall, AsyncTextStream, converted, is_cancelled
 from mpt_grpc_client.channel import ConnectionOptions, Endpoint, check_kind, check_timeout, is_balanced, resolve
 from mpt_grpc_client.continuation import UNSEEN_CHUNK_TOKENS, Continuation
-from mpt_grpc_client.errors import MptGrpcError, UnavailableError, closed_error
-from mpt_grpc_client.failover import Attempts, Rotation, Server
+from mpt_grpc_client.errors import MptGrpcError, closed_error
+from mpt_grpc_client.failover import BEFORE_LOOKUP, Attempts, Rotation, Server
 from mpt_grpc_client.options import GenerateOptions
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
+from mpt_grpc_client.purpose import Purpose
 from mpt_grpc_client.request import (
     build_request,
     cancel_request,
@@ -133,15 +133,26 @@ class AsyncClient:
         Returns the IDs that were in progress. Of several servers, those that are unavailable are skipped.
         """
         request = cancel_request(request_ids)
-        async with self._connections.each_server() as servers:
-            calls = (self._call(lambda c: c.service.Cancel, request, timeout, server) for server in servers)
-            results = await asyncio.gather(*calls, return_exceptions=True)
-        failures = [result for result in results if isinstance(result, BaseException)]
-        others = [failure for failure in failures if not isinstance(failure, UnavailableError)]
-        if others or len(failures) == len(servers):
-            raise (others or failures)[0]
-        found = (result.request_ids for result in results if not isinstance(result, BaseException))
-        return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+        if not self._connections.is_balanced:
+            response = await self._call(lambda c: c.service.Cancel, request, timeout)
+            return responses.cancelled([response])
+        attempts = self._attempts(timeout)
+
+        async def cancel_at(address: Endpoint) -> pb.CancelResponse:
+            # A connection of its own also reaches a server that drains, and each address of a name.
+            async with address.aio_channel(Purpose.EVERY) as channel:
+                attempt = attempts.at(Server(address.target, AsyncConnection(channel)))
+                return await self._attempt(lambda c: c.service.Cancel, request, attempt)
+
+        async def cancel_at_all(endpoint: Endpoint) -> list[pb.CancelResponse | BaseException]:
+            try:
+                addresses = await asyncio.wait_for(asyncio.wrap_future(endpoint.look_up()), attempts.timeout)
+            except TimeoutError:
+                return [attempts.expired(BEFORE_LOOKUP)]
+            return await asyncio.gather(*map(cancel_at, addresses), return_exceptions=True)
+
+        outcomes = await asyncio.gather(*map(cancel_at_all, self._connections.endpoints))
+        return responses.cancelled(list(itertools.chain.from_iterable(outcomes)))
 
     async def get_model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns information about the loaded model."""
@@ -163,10 +174,17 @@ class AsyncClient:
         method: Callable[[AsyncConnection], grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]],
         request: _Request,
         timeout: float | None,
-        server: Server[AsyncConnection] | None = None,
     ) -> _Response:
-        """Calls the given server, or the next one in turn that responds."""
-        attempts, span = self._attempts(timeout, server), CallSpan(request)
+        """Calls the next server in turn that responds."""
+        return await self._attempt(method, request, self._attempts(timeout))
+
+    async def _attempt(
+        self,
+        method: Callable[[AsyncConnection], grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]],
+        request: _Request,
+        attempts: Attempts[AsyncConnection],
+    ) -> _Response:
+        span = CallSpan(request)
         try:
             while True:
                 self._connections.check_open()
@@ -208,13 +226,10 @@ class AsyncClient:
 
         return AsyncTextStream(call, request.sampling.num_sequences, attempts, continuation, span)
 
-    def _attempts(
-        self, timeout: float | None, server: Server[AsyncConnection] | None = None
-    ) -> Attempts[AsyncConnection]:
+    def _attempts(self, timeout: float | None) -> Attempts[AsyncConnection]:
         owner = "client" if timeout is None else "call"
         timeout = self._timeout if timeout is None else check_timeout(timeout)
-        rotation = self._connections.rotation if server is None else Rotation([server], is_balanced=False)
-        return Attempts(rotation, timeout, retries=self._retries, owner=owner)
+        return Attempts(self._connections.rotation, timeout, retries=self._retries, owner=owner)
 
 
 class _Connections:
@@ -225,7 +240,8 @@ class _Connections:
 
     def __init__(self, endpoints: Sequence[Endpoint], retries: bool, channel: grpc.aio.Channel | None) -> None:
         self.is_balanced = is_balanced(endpoints, channel)
-        self._endpoints, self._retries, self._channel = endpoints, retries, channel
+        self.endpoints, self._channel = endpoints, channel
+        self._purpose = Purpose.of_calls(balanced=self.is_balanced, retries=retries)
         self._rotation: Rotation[AsyncConnection] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
@@ -239,7 +255,7 @@ class _Connections:
         if self._rotation is None:
             # Made now: grpc.aio hangs if a channel is created before its loop runs.
             self._rotation, self._loop = (
-                Rotation(map(self._server, self._endpoints), is_balanced=self.is_balanced),
+                Rotation(map(self._server, self.endpoints), is_balanced=self.is_balanced),
                 loop,
             )
         if self._loop is not loop:
@@ -247,20 +263,6 @@ class _Connections:
                 "this AsyncClient is in use by another event loop; create one client for each event loop"
             )
         return self._rotation
-
-    @asynccontextmanager
-    async def each_server(self) -> AsyncIterator[Sequence[Server[AsyncConnection]]]:
-        """Yields all servers, each with a connection of its own: also those that drain, and the addresses of names."""
-        if not self.is_balanced:
-            yield self.rotation.servers
-            return
-        resolved = await asyncio.gather(*(asyncio.to_thread(endpoint.addresses) for endpoint in self._endpoints))
-        async with AsyncExitStack() as stack:
-            servers = []
-            for address in itertools.chain.from_iterable(resolved):
-                channel = address.aio_channel(False, balanced=True, checks_health=False)
-                servers.append(Server(address.target, AsyncConnection(await stack.enter_async_context(channel))))
-            yield servers
 
     @classmethod
     def _check_process(cls) -> None:
@@ -285,5 +287,5 @@ class _Connections:
         await asyncio.gather(*(channel.close() for channel in channels if channel is not None))
 
     def _server(self, endpoint: Endpoint) -> Server[AsyncConnection]:
-        channel = self._channel or endpoint.aio_channel(self._retries, balanced=self.is_balanced)
+        channel = self._channel or endpoint.aio_channel(self._purpose)
         return Server(endpoint.target, AsyncConnection(channel))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Self, TypeAlias, TypeVar
 
@@ -57,6 +58,8 @@ class AsyncTextStream(responses.PartialGeneration):
         if continuation is not None:
             self._resumptions = continuation.resumptions
         self._cancelled = False
+        # gRPC cancels the call of a stream that the program no longer has.
+        weakref.finalize(self, span.end, "CANCELLED")
         try:
             self._call = call(attempts.server, attempts.timeout)
         except BaseException as error:
@@ -107,7 +110,7 @@ class AsyncTextStream(responses.PartialGeneration):
 
     async def _received(self) -> Delta | None:
         continuation = self._continuation
-        while True:
+        while not self._cancelled:
             try:
                 chunk = await anext(aiter(self._call), None)
                 if chunk is not None and continuation is not None:
@@ -130,18 +133,20 @@ class AsyncTextStream(responses.PartialGeneration):
                     return None
                 self._attempts.succeeded(chunk.output.num_tokens)
                 return await converted(self._add, chunk)
+        return None
 
     async def _go_on(self, failure: MptGrpcError, cause: Exception) -> None:
-        """Calls the next server. Raises the failure if there is none."""
+        """Calls the next server, unless the stream is cancelled. Raises the failure if there is none."""
+        if self._cancelled:
+            return
         failed = self._attempts.server.target
         pause = self._attempts.after(failure)
         if isinstance(pause, MptGrpcError):
             raise pause from cause
         self._span.add_attempt(failed, failure)
         await asyncio.sleep(pause)
-        self._call = self._start_call(self._attempts.server, self._attempts.timeout)
-        if self._cancelled:
-            self._call.cancel()
+        if not self._cancelled:
+            self._call = self._start_call(self._attempts.server, self._attempts.timeout)
 
 
 async def converted(convert: Callable[[_Message], _Result], message: _Message) -> _Result:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
+from threading import Thread
 from typing import Any, Literal, TypeAlias, TypedDict
 
 import grpc
 
 from mpt_grpc_client.errors import InvalidTargetError
 from mpt_grpc_client.metadata import CallMetadata, Pairs
+from mpt_grpc_client.purpose import Purpose, channel_options
 from mpt_grpc_client.targets import TLS_SCHEME, is_local, resolve_targets, split
-from mpt_grpc_client.version import __version__
-
-MAX_MESSAGE_BYTES = 32 * 1024 * 1024
-"""The maximum size of one message, in either direction."""
 
 ChannelOptions: TypeAlias = Sequence[tuple[str, int | str | bytes]]
 SyncInterceptor: TypeAlias = grpc.UnaryUnaryClientInterceptor | grpc.UnaryStreamClientInterceptor
@@ -28,34 +26,6 @@ _SYNC_INTERCEPTORS = (
     grpc.StreamUnaryClientInterceptor,
     grpc.StreamStreamClientInterceptor,
 )
-
-_BALANCED_SERVICE_CONFIG = {
-    # A server that drains or stalls gets no calls, and neither does an address of the target that does not respond.
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "healthCheckConfig": {"serviceName": "mpt.v1.TextGenerationService"},
-}
-_QUICK_DETECTION = (
-    # How long gRPC waits for the answers to its other pings, and for a connection: by default 60 s and 20 s.
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.min_reconnect_backoff_ms", 5_000),
-)
-"""How soon a stream notices that its server's machine has vanished, and goes on elsewhere."""
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": "mpt.v1.TextGenerationService"}],
-            # gRPC retries a call only until its headers arrive, so a stream that has begun is never replayed. The
-            # server's grpc-retry-pushback-ms replaces the backoff.
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
-            },
-        }
-    ]
-}
 
 
 class ConnectionOptions(TypedDict, total=False):
@@ -70,7 +40,7 @@ class ConnectionOptions(TypedDict, total=False):
     client_key: bytes
     """The key of the client's certificate, in PEM."""
     credentials: grpc.ChannelCredentials
-    """Any credentials of gRPC, instead of the options above."""
+    """Any credentials of gRPC, instead of the options above. gRPC sends the token with them only if they use TLS."""
     token: str
     """The access token, which every call sends."""
     allow_insecure_token: bool
@@ -103,39 +73,53 @@ class Endpoint:
     name: str | None = None
     """The name in DNS of which the target is an address, and which its certificate has."""
 
-    def addresses(self) -> tuple[Endpoint, ...]:
-        """Returns the endpoints of all addresses of a name in DNS; of another target, or an unknown name, this one."""
-        if not self.target.startswith("dns:"):
-            return (self,)
+    def look_up(self) -> Future[tuple[Endpoint, ...]]:
+        """Finds the endpoints of all addresses of a name in DNS; of another target, or an unknown name, this one."""
+        found = Future[tuple[Endpoint, ...]]()
+        found.set_running_or_notify_cancel()
+        if self.target.startswith("dns:"):
+            # A thread that the program does not wait for, since a lookup may take minutes and cannot be cancelled.
+            Thread(target=lambda: found.set_result(self._addresses()), daemon=True).start()
+        else:
+            found.set_result((self,))
+        return found
+
+    def _addresses(self) -> tuple[Endpoint, ...]:
         host, port = split(self.target)
         port = port or "443"
         try:
             # gRPC connects to both addresses of localhost, of which the system may know one.
             hosts = ("127.0.0.1", "::1") if host == "localhost" else (host,)
             found = [item for one in hosts for item in socket.getaddrinfo(one, port, type=socket.SOCK_STREAM)]
-        except OSError:
+        except (OSError, UnicodeError):
             return (self,)
         ips = dict.fromkeys(str(address[0]) for *_, address in found)
         return tuple(replace(self, target=f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}", name=host) for ip in ips)
 
-    def channel(self, retries: bool, *, balanced: bool, checks_health: bool = True) -> grpc.Channel:
-        options = self._options(retries, balanced, checks_health)
+    def channel(self, purpose: Purpose) -> grpc.Channel:
+        options = self._options(purpose)
         if self.credentials is None:
             channel = grpc.insecure_channel(self.target, options)
         else:
             channel = grpc.secure_channel(self.target, self.credentials, options)
         return grpc.intercept_channel(channel, *self.interceptors)
 
-    def aio_channel(self, retries: bool, *, balanced: bool, checks_health: bool = True) -> grpc.aio.Channel:
-        options = self._options(retries, balanced, checks_health)
+    def aio_channel(self, purpose: Purpose) -> grpc.aio.Channel:
+        options = self._options(purpose)
         if self.credentials is None:
             return grpc.aio.insecure_channel(self.target, options, interceptors=self.interceptors)
         return grpc.aio.secure_channel(self.target, self.credentials, options, interceptors=self.interceptors)
 
-    def _options(self, retries: bool, balanced: bool, checks_health: bool) -> tuple[tuple[str, int | str | bytes], ...]:
-        own = channel_options(self.target, retries, balanced=balanced, checks_health=checks_health)
+    def _options(self, purpose: Purpose) -> tuple[tuple[str, int | str | bytes], ...]:
+        own = channel_options(self.target, purpose)
         certified = () if self.name is None else (("grpc.ssl_target_name_override", self.name),)
         return tuple(dict((*own, *certified, *self.options)).items())
+
+
+def look_up_all(endpoints: Iterable[Endpoint], timeout: float | None) -> Iterator[Endpoint]:
+    """Yields the addresses of all endpoints as they are found. Raises TimeoutError if some are not found in time."""
+    for lookup in as_completed([endpoint.look_up() for endpoint in endpoints], timeout):
+        yield from lookup.result()
 
 
 def resolve(
@@ -170,9 +154,15 @@ def check_kind(channel: object | None, options: ConnectionOptions, *, asynchrono
 def _endpoint(resolved: str, options: ConnectionOptions, has_channel: bool) -> Endpoint:
     address = resolved.removeprefix(TLS_SCHEME)
     credentials = _credentials(options, has_scheme=resolved != address)
-    is_safe = credentials is not None or is_local(address) or options.get("allow_insecure_token", False)
+    is_allowed, is_given = options.get("allow_insecure_token", False), options.get("credentials") is not None
+    # Given credentials need not be those of TLS.
+    is_safe = is_allowed or (not is_given and (credentials is not None or is_local(address)))
     metadata = _metadata(options)
-    if "token" in options:
+    if "token" in options and credentials is not None and is_given and not is_allowed:
+        # Call credentials, which gRPC does not send without TLS.
+        call_credentials = grpc.access_token_call_credentials(options["token"])
+        credentials = grpc.composite_channel_credentials(credentials, call_credentials)
+    elif "token" in options:
         if not (is_safe or has_channel):
             why = f"use TLS ('{TLS_SCHEME}{address}'), or allow_insecure_token inside a trusted network"
             raise InvalidTargetError(f"target {resolved!r} is another machine, and the token would be readable: {why}")
@@ -251,32 +241,3 @@ def check_timeout(timeout: float | None) -> float | None:
         if not 0 <= timeout < math.inf:
             raise ValueError(f"timeout: {timeout} s is not finite and at least 0; None waits indefinitely")
     return timeout
-
-
-def channel_options(
-    target: str, retries: bool, *, balanced: bool = False, checks_health: bool = True
-) -> tuple[tuple[str, str | int], ...]:
-    """Returns the options of a channel to this target.
-
-    balanced: whether it is one of several servers, so that the client's own code makes the retries.
-    checks_health: whether one of several gets no calls while it drains.
-    """
-    service_config = {} if not checks_health else _BALANCED_SERVICE_CONFIG if balanced else _SERVICE_CONFIG
-    return (
-        # gRPC would send calls to this machine through a proxy too, unless no_proxy lists them.
-        ("grpc.enable_http_proxy", int(not is_local(target))),
-        ("grpc.primary_user_agent", f"mpt-grpc-client/{__version__}"),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.service_config", json.dumps(service_config)),
-        ("grpc.enable_retries", int(retries and not balanced)),
-        # A call is retried only if this buffer can hold it; the default of 256 KiB would exclude long prompts.
-        ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
-        # By default gRPC takes up to two minutes to notice that a server is back.
-        ("grpc.max_reconnect_backoff_ms", 5_000),
-        ("grpc.keepalive_time_ms", 10_000 if balanced else 30_000),
-        ("grpc.keepalive_timeout_ms", 5_000 if balanced else 10_000),
-        *(_QUICK_DETECTION if balanced else ()),
-        # Without this, pings stop during a long unary call, and a server that has vanished goes unnoticed.
-        ("grpc.http2.max_pings_without_data", 0),
-    )

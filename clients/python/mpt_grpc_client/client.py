@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from copy import copy
 from typing import Self, TypeVar, Unpack
 
@@ -12,14 +12,23 @@ import grpc
 from google.protobuf.message import Message
 
 from mpt_grpc_client import debug, responses
-from mpt_grpc_client.channel import ConnectionOptions, Endpoint, check_kind, check_timeout, is_balanced, resolve
+from mpt_grpc_client.channel import (
+    ConnectionOptions,
+    Endpoint,
+    check_kind,
+    check_timeout,
+    is_balanced,
+    look_up_all,
+    resolve,
+)
 from mpt_grpc_client.continuation import UNSEEN_CHUNK_TOKENS, Continuation
-from mpt_grpc_client.errors import MptGrpcError, UnavailableError, closed_error
-from mpt_grpc_client.failover import Attempts, Rotation, Server
+from mpt_grpc_client.errors import MptGrpcError, closed_error
+from mpt_grpc_client.failover import BEFORE_LOOKUP, Attempts, Rotation, Server
 from mpt_grpc_client.options import GenerateOptions
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
+from mpt_grpc_client.purpose import Purpose
 from mpt_grpc_client.request import (
     build_request,
     cancel_request,
@@ -68,9 +77,10 @@ class Client:
         self._timeout, self._metadata = check_timeout(timeout), endpoints[0].metadata
         self._retries, self._resume_inexact = retries, resume_inexact
         balanced = is_balanced(endpoints, channel)
+        purpose = Purpose.of_calls(balanced=balanced, retries=retries)
 
         def server(endpoint: Endpoint) -> Server[Connection]:
-            return Server(endpoint.target, Connection(channel or endpoint.channel(retries, balanced=balanced)))
+            return Server(endpoint.target, Connection(channel or endpoint.channel(purpose)))
 
         self._rotation = Rotation(map(server, endpoints), is_balanced=balanced)
 
@@ -134,16 +144,23 @@ class Client:
 
         Returns the IDs that were in progress. Of several servers, those that are unavailable are skipped.
         """
-        request, failures, found = cancel_request(request_ids), list[UnavailableError](), list[str]()
-        with self._each_server() as servers:
-            for server in servers:
-                try:
-                    found += self._call(lambda c: c.service.Cancel, request, timeout, server).request_ids
-                except UnavailableError as error:
-                    failures.append(error)
-        if len(failures) == len(servers):
-            raise failures[0]
-        return tuple(dict.fromkeys(found))
+        request = cancel_request(request_ids)
+        if not self._rotation.is_balanced:
+            return responses.cancelled([self._call(lambda c: c.service.Cancel, request, timeout)])
+        self._check_open()
+        attempts = self._attempts(timeout)
+        with ExitStack() as stack:
+            # Connections of their own also reach servers that drain, and each address of a name.
+            calls, late = list[Callable[[], pb.CancelResponse | MptGrpcError]](), list[MptGrpcError]()
+            try:
+                for address in look_up_all(self._endpoints, attempts.timeout):
+                    channel = stack.enter_context(address.channel(Purpose.EVERY))
+                    attempt = attempts.at(Server(address.target, Connection(channel)))
+                    calls.append(self._start_cancel(request, attempt, stack))
+            except TimeoutError:
+                late.append(attempts.expired(BEFORE_LOOKUP))
+            outcomes = [outcome() for outcome in calls]
+        return responses.cancelled([*outcomes, *late])
 
     def get_model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns information about the loaded model."""
@@ -164,10 +181,9 @@ class Client:
         method: Callable[[Connection], grpc.UnaryUnaryMultiCallable[_Request, _Response]],
         request: _Request,
         timeout: float | None,
-        server: Server[Connection] | None = None,
     ) -> _Response:
-        """Calls the given server, or the next one in turn that responds."""
-        attempts, span = self._attempts(timeout, server), CallSpan(request)
+        """Calls the next server in turn that responds."""
+        attempts, span = self._attempts(timeout), CallSpan(request)
         try:
             while True:
                 self._check_open()
@@ -190,16 +206,27 @@ class Client:
         finally:
             span.end()
 
-    @contextmanager
-    def _each_server(self) -> Iterator[Sequence[Server[Connection]]]:
-        """Yields all servers, each with a connection of its own: also those that drain, and the addresses of names."""
-        if not self._rotation.is_balanced:
-            yield self._rotation.servers
-            return
-        addresses = [address for endpoint in self._endpoints for address in endpoint.addresses()]
-        with ExitStack() as stack:
-            channels = [stack.enter_context(a.channel(False, balanced=True, checks_health=False)) for a in addresses]
-            yield [Server(a.target, Connection(channel)) for a, channel in zip(addresses, channels, strict=True)]
+    def _start_cancel(
+        self, request: pb.CancelRequest, attempts: Attempts[Connection], stack: ExitStack
+    ) -> Callable[[], pb.CancelResponse | MptGrpcError]:
+        """Calls a server; returns a function that waits for its response or failure."""
+        span = CallSpan(request)
+        stack.callback(span.end, "CANCELLED")
+        metadata = span.metadata() + self._metadata.current()
+        call = attempts.server.connection.service.Cancel.future(request, timeout=attempts.timeout, metadata=metadata)
+
+        def outcome() -> pb.CancelResponse | MptGrpcError:
+            try:
+                response = call.result()
+            except grpc.RpcError as error:
+                failure = attempts.translated(error)
+                failure.__cause__ = error
+                span.fail(failure)
+                return failure
+            span.end()
+            return response
+
+        return outcome
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> TextStream:
         attempts, span = self._attempts(timeout), CallSpan(request, streams=True)
@@ -215,11 +242,10 @@ class Client:
 
         return TextStream(call, request.sampling.num_sequences, attempts, continuation, span)
 
-    def _attempts(self, timeout: float | None, server: Server[Connection] | None = None) -> Attempts[Connection]:
+    def _attempts(self, timeout: float | None) -> Attempts[Connection]:
         owner = "client" if timeout is None else "call"
         timeout = self._timeout if timeout is None else check_timeout(timeout)
-        rotation = self._rotation if server is None else Rotation([server], is_balanced=False)
-        return Attempts(rotation, timeout, retries=self._retries, owner=owner)
+        return Attempts(self._rotation, timeout, retries=self._retries, owner=owner)
 
     def _check_open(self) -> None:
         if self._rotation.is_closed:

@@ -104,6 +104,12 @@ class Attempts(Generic[_Connection]):
         """The tokens since the last break."""
         self.server = self._remaining.pop(0)
 
+    def at(self, server: Server[_Connection]) -> Attempts[_Connection]:
+        """Returns the single attempt at this server that is a part of the same call, with the same deadline."""
+        part = Attempts(Rotation([server], is_balanced=False), self._timeout, retries=False, owner=self._owner)
+        part._start_s = self._start_s
+        return part
+
     @property
     def timeout(self) -> float | None:
         """The seconds that are left."""
@@ -126,6 +132,13 @@ class Attempts(Generic[_Connection]):
         if isinstance(failure, DeadlineExceededError):
             return DeadlineExceededError(self._expiry(failure, progress), code=failure.code, reason=failure.reason)
         return failure
+
+    def expired(self, progress: str) -> DeadlineExceededError:
+        """Returns the error of a timeout that has passed before an attempt."""
+        return DeadlineExceededError(
+            f"the {self._owner}'s timeout of {self._timeout:g} s has passed {progress}",
+            code=grpc.StatusCode.DEADLINE_EXCEEDED,
+        )
 
     def _expiry(self, failure: MptGrpcError, progress: str) -> str:
         """Returns the error text of a deadline that has passed: whose it is, when, and how far the call had come."""
@@ -195,6 +208,7 @@ class Attempts(Generic[_Connection]):
         return UnavailableError(f"all servers failed: {whys}", code=failure.code, reason=failure.reason)
 
 
+BEFORE_LOOKUP = "before the addresses of a target were found"
 _EARLY = 0.9
 """The part of the timeout before which a deadline that has passed is another one."""
 _DIFFERS = "FINGERPRINT_MISMATCH"

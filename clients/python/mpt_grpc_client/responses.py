@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from google.protobuf.duration_pb2 import Duration
 
+from mpt_grpc_client.errors import UnavailableError
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.results import (
     Delta,
@@ -236,6 +238,16 @@ def _output(deltas: list[Delta], seed: int) -> Output:
         seed=seed,
         tool_calls=_tool_calls(part for delta in deltas for part in delta.tool_calls),
     )
+
+
+def cancelled(outcomes: Sequence[pb.CancelResponse | BaseException]) -> tuple[str, ...]:
+    """Returns the request IDs that any server cancelled. Raises the failure of one that is not merely unavailable."""
+    failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    others = [failure for failure in failures if not isinstance(failure, UnavailableError)]
+    if others or len(failures) == len(outcomes):
+        raise (others or failures)[0]
+    found = (outcome.request_ids for outcome in outcomes if not isinstance(outcome, BaseException))
+    return tuple(dict.fromkeys(chain.from_iterable(found)))
 
 
 def _tool_calls(parts: Iterable[ToolCallDelta]) -> tuple[ToolCall, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Self, TypeAlias
 
@@ -53,6 +54,8 @@ class TextStream(responses.PartialGeneration):
         if continuation is not None:
             self._resumptions = continuation.resumptions
         self._cancelled = False
+        # gRPC cancels the call of a stream that the program no longer has.
+        weakref.finalize(self, span.end, "CANCELLED")
         try:
             self._call = call(attempts.server, attempts.timeout)
         except BaseException as error:
@@ -105,13 +108,13 @@ class TextStream(responses.PartialGeneration):
 
     def _received(self) -> Delta | None:
         continuation = self._continuation
-        while True:
+        while not self._cancelled:
             try:
                 chunk = next(self._call, None)
                 if chunk is not None and continuation is not None:
                     chunk = continuation.receive(chunk, self._attempts.server.target)
             except grpc.RpcError as error:
-                if self._cancelled or (continuation is not None and continuation.has_ended):
+                if continuation is not None and continuation.has_ended:
                     return None
                 self._go_on(self._attempts.translated(error, self._progress), error)
             except UnavailableError as error:
@@ -122,15 +125,20 @@ class TextStream(responses.PartialGeneration):
                     return None
                 self._attempts.succeeded(chunk.output.num_tokens)
                 return self._add(chunk)
+        return None
 
     def _go_on(self, failure: MptGrpcError, cause: Exception) -> None:
-        """Calls the next server. Raises the failure if there is none."""
+        """Calls the next server, unless the stream is cancelled. Raises the failure if there is none."""
+        if self._cancelled:
+            return
         failed = self._attempts.server.target
         pause = self._attempts.after(failure)
         if isinstance(pause, MptGrpcError):
             raise pause from cause
         self._span.add_attempt(failed, failure)
         time.sleep(pause)
-        self._call = self._start_call(self._attempts.server, self._attempts.timeout)
+        if not self._cancelled:
+            self._call = self._start_call(self._attempts.server, self._attempts.timeout)
+        # Another thread may have cancelled the stream meanwhile, when it had the earlier call.
         if self._cancelled:
             self._call.cancel()

@@ -20,6 +20,8 @@ export type Request = MessageInitShape<typeof GenerateRequestSchema>;
 export interface ClientOptions {
   /** The access token, which every call sends. */
   token?: string;
+  /** Whether the token may be sent without TLS to another machine, where anyone on the way can read it. */
+  allowInsecureToken?: boolean;
   /** The timeout of calls in milliseconds; none by default. */
   timeoutMs?: number;
   interceptors?: Interceptor[];
@@ -32,9 +34,16 @@ export class Client {
   /** All methods of the API, as generated; their errors are those of Connect. */
   readonly service: Stub<typeof TextGenerationService>;
 
-  /** `url`: the server's gRPC address, such as `http://localhost:50051`, or `https://` with TLS. */
+  /**
+   * `url`: the server's gRPC address, such as `http://localhost:50051`, or `https://` with TLS.
+   * Throws a `TypeError` for one to which the token must not be sent.
+   */
   constructor(url: string, options: ClientOptions = {}) {
-    const { token, timeoutMs, interceptors = [], nodeOptions } = options;
+    const { token, allowInsecureToken = false, timeoutMs, interceptors = [], nodeOptions } = options;
+    if (token !== undefined && !allowInsecureToken && !isPrivate(new URL(url))) {
+      const why = "use https://, or allowInsecureToken inside a trusted network";
+      throw new TypeError(`url: ${url} is another machine, and the token would be readable: ${why}`);
+    }
     const authorize: Interceptor = (next) => (request) => {
       if (token !== undefined) request.header.set("authorization", `Bearer ${token}`);
       return next(request);
@@ -65,4 +74,9 @@ export class Client {
       throw decoded(error);
     }
   }
+}
+
+/** Whether nobody on the way can read what is sent: with TLS, or on this machine. */
+function isPrivate({ protocol, hostname }: URL): boolean {
+  return protocol === "https:" || /^(.+\.)?localhost$|^127(\.\d+){3}$|^\[::1\]$/.test(hostname);
 }

@@ -3,7 +3,7 @@ import { completion, renderedPrompt } from "./api.js";
 import { asCode } from "./code.js";
 import { pollEngine } from "./engine.js";
 import { Output } from "./output.js";
-import { bodyOf, settings, variants } from "./settings.js";
+import { bodyOf, problems, settings, variants } from "./settings.js";
 
 const form = document.getElementById("request");
 const stopAll = document.getElementById("stop-all");
@@ -63,6 +63,7 @@ function refresh() {
 
 function refreshForm() {
   const fields = new FormData(form);
+  for (const [name, problem] of Object.entries(problems(fields))) form.elements[name].setCustomValidity(problem);
   chat.hidden = fields.get("kind") !== "chat";
   if (code.open) showCode(fields);
   if (!chat.hidden && chat.querySelector("details").open) showRendered(bodyOf(fields, {}).messages);
@@ -81,10 +82,15 @@ async function showRendered(messages) {
 
 // Shows the request of the first stream.
 function showCode(fields) {
+  const problem = Object.values(problems(fields)).find((text) => text);
+  code.querySelector("pre").textContent = problem ?? codeOf(fields);
+  code.querySelector("[role=status]").textContent = "";
+}
+
+function codeOf(fields) {
   const [first] = variants(fields);
   const body = bodyOf(fields, { ...settings(fields), ...first.settings });
-  code.querySelector("pre").textContent = asCode(code.querySelector("select").value, fields.get("kind"), body);
-  code.querySelector("[role=status]").textContent = "";
+  return asCode(code.querySelector("select").value, fields.get("kind"), body);
 }
 
 // The clipboard needs TLS or localhost; elsewhere the code is selected, to be copied by hand.

@@ -1,5 +1,6 @@
 // The fields of the form as settings of requests, in the names of the OpenAI-compatible API.
 const NUMBERS = ["max_tokens", "top_k", "top_p", "min_p", "repetition_penalty"];
+const MAX_STREAMS = 50;
 
 // Fields left empty take the server's defaults.
 export function settings(fields) {
@@ -40,8 +41,24 @@ export function bodyOf(fields, chosen) {
   return { messages: [...system, { role: "user", content: prompt }], ...chosen };
 }
 
+// Returns what is wrong with each list of numbers, by the name of its field; empty for one that is right.
+export function problems(fields) {
+  const temperature = parts(fields.get("temperature")).every((part) => /^-?(\d+\.?\d*|\.\d+)$/.test(part));
+  const seed = parts(fields.get("seed")).every((part) => /^\d+$/.test(part) && Number.isSafeInteger(Number(part)));
+  const count = numbers(fields.get("temperature")).length * numbers(fields.get("seed")).length * Number(fields.get("streams"));
+  const excess = count > MAX_STREAMS ? `These are ${count} streams; at most ${MAX_STREAMS} can be compared.` : "";
+  return {
+    temperature: temperature ? excess : "Use numbers separated by commas, such as 0.2, 0.8.",
+    seed: seed ? "" : "Use whole numbers below 2^53, separated by commas, such as 7, 8.",
+  };
+}
+
 // Returns the numbers of a list with commas; one that is undefined if it is empty.
 function numbers(text) {
-  const parts = text.split(",").filter((part) => part.trim());
-  return parts.length ? parts.map(Number) : [undefined];
+  const given = parts(text);
+  return given.length ? given.map(Number) : [undefined];
+}
+
+function parts(text) {
+  return text.split(",").map((part) => part.trim()).filter((part) => part);
 }
