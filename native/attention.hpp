@@ -152,10 +152,12 @@ struct Attention {
         return v;
     }
 
-    // Attends from COUNT consecutive tokens of one sequence, for one head.
+    int64_t kv_head_of(int64_t head) const { return head * step.n_kv_heads / step.n_heads; }
+
+    // Attends from COUNT consecutive tokens of one sequence, for one head. next_head: the one that follows, or -1.
     template <int COUNT>
-    void attend(int64_t token, int64_t head) const {
-        const int64_t sequence = owners[token], kv_head = head * step.n_kv_heads / step.n_heads;
+    void attend(int64_t token, int64_t head, int64_t next_head) const {
+        const int64_t sequence = owners[token], kv_head = kv_head_of(head);
         const int64_t first = position(token), vectors = (step.head_dim + LANES - 1) / LANES;
         static thread_local std::vector<float> queries;  // [head_dim][COUNT]
         static thread_local std::vector<Floats> sums;    // [vectors][COUNT]
@@ -171,14 +173,15 @@ struct Attention {
         int64_t num_tiles = find_tiles(sequence, kv_head, oldest, end, tiles), num_next = 0;
         for (int64_t begin = oldest; begin < end; begin += SPAN) {
             const int64_t length = std::min(SPAN, end - begin);
-            num_next = find_tiles(sequence, kv_head, begin + SPAN, end, next_tiles);
+            num_next = 0;
+            if (begin + SPAN < end)
+                num_next = find_tiles(sequence, kv_head, begin + SPAN, end, next_tiles);
+            else if (next_head >= 0)
+                num_next = find_tiles(sequence, kv_head_of(next_head), oldest, end, next_tiles);
             alignas(64) float weights[COUNT][SPAN];
             // As many tiles together as there are registers for their sums.
             constexpr int TOGETHER = COUNT * TILE_VECTORS >= 8 ? 1 : 8 / (COUNT * TILE_VECTORS);
-            int64_t i = 0;
-            for (; i + TOGETHER <= num_tiles; i += TOGETHER)
-                score<COUNT, TOGETHER>(queries.data(), tiles + i, weights, i * TILE);
-            for (; i < num_tiles; i++) score<COUNT, 1>(queries.data(), tiles + i, weights, i * TILE);
+            score_all<COUNT, TOGETHER>(queries.data(), tiles, 0, num_tiles, weights);
             for (int q = 0; q < COUNT; q++) {
                 const float factor =
                     softmax(weights[q], begin, begin + length, first + q, head, highest_score[q], total[q]);
@@ -204,6 +207,15 @@ struct Attention {
             for (int64_t i = 0; i < step.head_dim; i++)
                 to[i] = sums[i / LANES * COUNT + q][i % LANES] * factor;
         }
+    }
+
+    // Scores the tiles [first, last), TILES together as long as there are as many.
+    template <int COUNT, int TILES>
+    void score_all(const float *queries, const Tile *tiles, int64_t first, int64_t last, float (*weights)[SPAN]) const {
+        for (; first + TILES <= last; first += TILES)
+            score<COUNT, TILES>(queries, tiles + first, weights, first * TILE);
+        if constexpr (TILES > 1)
+            if (first < last) score_all<COUNT, TILES / 2>(queries, tiles, first, last, weights);
     }
 
     // The products of the queries with the keys of some tiles, summed over the dimensions in their order, from
@@ -293,9 +305,9 @@ template <class Stored>
 void attention(const AttentionStep &step, Pool &pool) {
     Attention<Stored> attention(step);
     // All keys are written before any is read.
-    const int64_t TOKENS = 16;
-    pool.run((step.num_tokens + TOKENS - 1) / TOKENS, [&](int64_t piece) {
-        for (int64_t t = piece * TOKENS; t < std::min(step.num_tokens, (piece + 1) * TOKENS); t++) attention.write(t);
+    const int64_t tokens = std::clamp<int64_t>(step.num_tokens / (4 * pool.size()), 1, 16);  // in a piece
+    pool.run((step.num_tokens + tokens - 1) / tokens, [&](int64_t piece) {
+        for (int64_t t = piece * tokens; t < std::min(step.num_tokens, (piece + 1) * tokens); t++) attention.write(t);
     });
     std::vector<std::pair<int64_t, int64_t>> groups;  // of neighbouring tokens of a sequence: the first and how many
     for (int64_t s = 0; s < step.num_sequences; s++)
@@ -303,14 +315,22 @@ void attention(const AttentionStep &step, Pool &pool) {
             while (t + count > step.query_starts[s + 1]) count /= 2;
             groups.emplace_back(t, count);
         }
-    pool.run(int64_t(groups.size()) * step.n_heads, [&](int64_t piece) {
-        const auto [token, count] = groups[piece / step.n_heads];
-        const int64_t head = piece % step.n_heads;
-        switch (count) {
-            case 1: return attention.template attend<1>(token, head);
-            case 2: return attention.template attend<2>(token, head);
-            case 4: return attention.template attend<4>(token, head);
-            default: return attention.template attend<QUERIES>(token, head);
+    // A piece is several heads of a group, if there are enough pieces: what the next one reads can be prefetched.
+    int64_t heads = 1;
+    while (heads < 8 && step.n_heads % (2 * heads) == 0 &&
+           int64_t(groups.size()) * step.n_heads / (2 * heads) >= 8 * pool.size())
+        heads *= 2;
+    pool.run(int64_t(groups.size()) * step.n_heads / heads, [&](int64_t piece) {
+        const auto [token, count] = groups[piece * heads / step.n_heads];
+        const int64_t first = piece * heads % step.n_heads;
+        for (int64_t head = first; head < first + heads; head++) {
+            const int64_t next = head + 1 < first + heads ? head + 1 : -1;
+            switch (count) {
+                case 1: attention.template attend<1>(token, head, next); break;
+                case 2: attention.template attend<2>(token, head, next); break;
+                case 4: attention.template attend<4>(token, head, next); break;
+                default: attention.template attend<QUERIES>(token, head, next);
+            }
         }
     });
 }

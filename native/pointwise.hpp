@@ -35,7 +35,7 @@ inline void normalize(const float *x, int64_t size, const Norm &norm, float *y) 
 // Normalizes rows of x, which begin `stride` floats after each other, to y [rows, size].
 inline void normalize(const float *x, int64_t stride, int64_t rows, int64_t size, const Norm &norm, float *y,
                       int64_t y_stride, Pool &pool) {
-    constexpr int64_t VALUES = 1 << 15;  // in one piece of work
+    constexpr int64_t VALUES = 1 << 13;  // in one piece of work
     const int64_t piece = std::max<int64_t>(1, VALUES / size);
     pool.run((rows + piece - 1) / piece, [&](int64_t i) {
         for (int64_t row = i * piece; row < std::min(rows, (i + 1) * piece); row++)
