@@ -1,6 +1,8 @@
 // The layers of the model, one after the other.
 #pragma once
 
+#include <memory>
+
 #include "attention.hpp"
 #include "matrix.hpp"
 #include "pointwise.hpp"

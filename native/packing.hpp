@@ -6,7 +6,7 @@
 
 #include "layout.hpp"
 
-// What 127 stands for in a row rounded to 8 bits, divided by 127; 1 for zeros, and NaN if a weight is not finite.
+// The scale of a row that is rounded to 8 bits: the largest weight becomes 127. 1 for zeros; NaN if one is not finite.
 template <class Row>
 inline float scale_of(const Row *row, int64_t inputs) {
     Floats largest{}, differences{};

@@ -1,6 +1,8 @@
 // Normalization of rows, and rows of an embedding.
 #pragma once
 
+#include <algorithm>
+
 #include "layout.hpp"
 #include "pool.hpp"
 

@@ -1,6 +1,8 @@
 // Products of bfloat16 weights with x rounded to bfloat16, two at a time, summed in float32.
 #pragma once
 
+#include <algorithm>
+
 #include "dots.hpp"
 #include "layout.hpp"
 #include "widened.hpp"

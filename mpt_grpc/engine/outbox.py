@@ -37,7 +37,7 @@ class Outbox:
         """Whether a hand-over will happen without being asked for."""
 
     def put(self, events: Iterable[Delivery]) -> None:
-        """Delivers the events in order."""
+        """Delivers the events, those of each reader in order, and readers by their first event."""
         if self._loop is None:
             for receive, event in events:
                 receive(event)

@@ -212,8 +212,8 @@ class RequestTable:
             records = {id(r): r for s in plan.sequences if (r := self.by_sequence(s.sequence_id)) is not None}
             contexts = tuple(record.context for record in records.values() if record.context is not None)
         report = StepReport(plan, num_new_tokens, start_time_s, duration_s, contexts)
-        # The outbox keeps the order of what it takes for different readers: a request's report comes before the steps
-        # of a later one with the same ID.
+        # A reader of its own, as in `_report_end`: the outbox calls a reader for all its events at once, and the steps
+        # of a later request with the same ID must come after an earlier one's end.
         self._undelivered.append((partial(observer.observe_step), report))
 
     def report_unprepared(self, record: RequestRecord, finish: Finish, now_s: float) -> None:

@@ -130,6 +130,20 @@ def test_what_is_not_finite_reaches_its_own_row_only(
     assert torch.equal(y[others], expected[others])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_reaches_its_own_output_only_when_it_is_rounded(
+    kernels: Kernels, value: float, dtype: torch.dtype
+) -> None:
+    weight, x = random(40, 260).to(dtype), random(3, 260)
+    expected = layer(weight, kernels, quantize=True)(x)
+    weight[17, 200] = value
+    y = layer(weight, kernels, quantize=True)(x)
+    assert not y[:, 17].isfinite().any()
+    others = [output for output in range(40) if output != 17]
+    assert torch.equal(y[:, others], expected[:, others])
+
+
 @pytest.mark.parametrize("is_rms", [False, True])
 @pytest.mark.parametrize("size", [4, 60, 1024])
 def test_norms_are_those_of_float64(kernels: Kernels, size: int, is_rms: bool) -> None:
