@@ -2,8 +2,8 @@
 
 python -m benchmarks.gpu_kernels [--capability 8.0 9.0]
 
-The tiles are those of `model/attention/tiling.py`, for the shapes of published checkpoints and others. Nothing is
-run or timed.
+The tiles are those of `model/attention/tiling.py`, for the shapes of published checkpoints and others, and of
+`model/triton_linear.py`. Nothing is run or timed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mpt_grpc.model.attention.triton_operator import Launch, launches
+from mpt_grpc.model.attention.triton_operator import launches
+from mpt_grpc.model.triton_launch import Launch
+from mpt_grpc.model.triton_linear import launch as product
 
 _TYPES = {
     torch.float16: "fp16",
@@ -114,12 +117,27 @@ def launches_of(shape: Shape) -> Iterator[tuple[str, Launch]]:
     kernels = launches(
         *(query, key, value, cache, cache, 3),
         *(_indices(num_tokens), _indices(num_tokens), _indices(num_sequences + 1), _indices(num_sequences)),
-        *(_indices(num_sequences, _CONTEXT // _BLOCK_SIZE), _indices(8, 2), _tensor(shape.n_heads)),
+        *(_indices(num_sequences, _CONTEXT // _BLOCK_SIZE), _indices(64, 2), _indices(8, 2), _tensor(shape.n_heads)),
         *(0.1, shape.window),
         *(_tensor(num_tokens, shape.n_kv_heads), _tensor(*splits, shape.head_dim), _tensor(*splits), _tensor(*splits)),
         context=query.contiguous(),
     )
     yield from zip(("store", "attend, prefill", "attend, decode", "merge"), kernels, strict=True)
+
+
+def products() -> Iterator[tuple[str, str, Launch]]:
+    """Yields the launches of products with a matrix of MPT-7B's, with the names of its form and of the rows."""
+    d_in, d_out = 4096, 12288
+    scales = _tensor(d_out)
+    for form, weight in (
+        ("8 bits", _tensor(d_out, d_in, dtype=torch.int8)),
+        ("batch-invariant", _tensor(d_out, d_in, dtype=torch.float16)),
+    ):
+        is_invariant = weight.dtype != torch.int8
+        for num_rows in (1, 64, 512)[is_invariant:]:
+            x, y = (_tensor(num_rows, size, dtype=torch.float16) for size in (d_in, d_out))
+            one = product(x, weight, None if is_invariant else scales, None, None, is_invariant, y=y)
+            yield form, f"{num_rows} row{'s'[: num_rows > 1]}", one
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
@@ -183,16 +201,16 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for capability in (round(10 * float(text)) for text in parsed.capability):
         card = CARDS[capability]
-        for shape in SHAPES:
-            for name, launch in launches_of(shape):
-                one = compile_launch(launch, capability)
-                programs = one.programs(card, launch.num_warps)
-                cells: tuple[object, ...] = (
-                    *(card.name, shape.name, name, one.registers, one.spilled_bytes),
-                    *(f"{one.shared_bytes / 1024:.0f}", one.tensor_cores or "-", programs),
-                    f"{programs * launch.num_warps} of {card.max_warps}",
-                )
-                print("|", " | ".join(map(str, cells)), "|", flush=True)
+        attention = ((shape.name, *named) for shape in SHAPES for named in launches_of(shape))
+        for form, name, launch in chain(attention, products()):
+            one = compile_launch(launch, capability)
+            programs = one.programs(card, launch.num_warps)
+            cells: tuple[object, ...] = (
+                *(card.name, form, name, one.registers, one.spilled_bytes),
+                *(f"{one.shared_bytes / 1024:.0f}", one.tensor_cores or "-", programs),
+                f"{programs * launch.num_warps} of {card.max_warps}",
+            )
+            print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What a step of MPT-7B must cost at least on a card, from the bytes that it reads and the products that it computes.
 
-python -m benchmarks.gpu_plan [--card H200] [--limits build/bench/gpu.json] [--share 0.8]
+python -m benchmarks.gpu_plan [--card H200] [--limits build/bench/gpu.json] [--share 0.8] [--memory]
 
 A decoding step reads all weights and each sequence's keys and values once. The limits of a card are those of its data
 sheet, or those that `make bench-gpu` measured. The last columns say how long a step may take to reach a share of the
-limit, and how much of that is left for everything else.
+limit, and how much of that is left for everything else. `--memory` prints how many tokens the cache of a card holds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.weights import num_parameters
+from mpt_grpc.settings import CacheSettings
 
 MPT_7B = {"model_type": "mpt", "d_model": 4096, "n_heads": 32, "n_layers": 32, "vocab_size": 50432, "max_seq_len": 2048}
 
@@ -37,6 +38,20 @@ DATA_SHEETS = {
 }
 
 
+MEMORY_GIB = {
+    "V100, 16 GB": 15.8,
+    "larger, with `--memory-limit 16GiB`": 16.0,
+    "L4, A10, 24 GB": 22.5,
+    "A100, 40 GB": 39.5,
+    "A100, H100, 80 GB": 79.2,
+    "H200, 141 GB": 139.8,
+}
+"""What the driver reports, which is less than on the box."""
+OTHER_GIB = 0.8
+"""An estimate of what the driver, the recorded steps and a step's tensors take."""
+MEMORY_FRACTION = CacheSettings().memory_fraction
+
+
 @dataclass(frozen=True)
 class StepCost:
     """What a step must read and compute."""
@@ -56,8 +71,7 @@ def step_cost(config: MPTConfig, num_sequences: int, context: int, *, chunk: int
 
     The weights have 16 bits.
     """
-    head_bytes = config.head_dim * cache_bits // 8 + (2 if cache_bits == 8 else 0)
-    token_bytes = 2 * config.n_layers * config.n_kv_heads * head_bytes
+    token_bytes = _token_bytes(config, cache_bits)
     parameters = num_parameters(config)
     tokens = num_sequences + chunk
     pairs = num_sequences * context + chunk * (chunk + 1) // 2
@@ -66,6 +80,27 @@ def step_cost(config: MPTConfig, num_sequences: int, context: int, *, chunk: int
         cache_bytes=(num_sequences * context + chunk) * token_bytes,
         operations=2 * parameters * tokens + 4 * pairs * config.d_model * config.n_layers,
     )
+
+
+def _token_bytes(config: MPTConfig, cache_bits: int) -> int:
+    """Returns the size of a token's keys and values."""
+    head_bytes = config.head_dim * cache_bits // 8 + (2 if cache_bits == 8 else 0)
+    return 2 * config.n_layers * config.n_kv_heads * head_bytes
+
+
+def memory_table() -> str:
+    """Returns the tokens of KV cache, and the requests of 600 tokens, beside MPT-7B on cards, in Markdown."""
+    config = MPTConfig.from_dict(MPT_7B)
+    rows = ["| card | float16 | `--quantize int8` | `--quantize int8 --kv-cache-dtype int8` |", "|---|---|---|---|"]
+    for card, gib in MEMORY_GIB.items():
+        cells = [card]
+        for bits, cache_bits in ((16, 16), (8, 16), (8, 8)):
+            left_gib = MEMORY_FRACTION * gib - bits / 8 * num_parameters(config) / 2**30 - OTHER_GIB
+            tokens = int(left_gib * 2**30 / _token_bytes(config, cache_bits)) // 100 * 100
+            has_triton = not card.startswith("V100")
+            cells.append(f"{tokens:,} ({tokens // 600})" if has_triton or cache_bits == 16 else "needs Triton")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def table(limits: Limits, share: float) -> str:
@@ -98,7 +133,11 @@ def main() -> None:
     parser.add_argument("--card", choices=DATA_SHEETS, default="H200", help="the limits of its data sheet")
     parser.add_argument("--limits", type=Path, help="a file of make bench-gpu, whose limits apply instead")
     parser.add_argument("--share", type=float, default=0.8, help="the share of the limit to reach")
+    parser.add_argument("--memory", action="store_true", help="print the tokens of KV cache by card instead")
     parsed = parser.parse_args()
+    if parsed.memory:
+        print(memory_table())
+        return
     limits = DATA_SHEETS[parsed.card]
     if parsed.limits is not None:
         limits = Limits(**json.loads(parsed.limits.read_text(encoding="utf-8"))["limits"][0])

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.graphs import CudaRecorder
 from mpt_grpc.model.kv_cache import KVCache
-from mpt_grpc.model.linear import WeightFormat
+from mpt_grpc.model.linear import Linear, WeightFormat
 from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
@@ -64,6 +64,14 @@ class Machine:
             from mpt_grpc.model.attention.triton_backend import TritonAttention
 
             yield "triton", TritonAttention(config, self.device)
+            yield "triton, batch-invariant", TritonAttention(config, self.device, batch_invariant=True)
+
+    def weight_formats(self) -> Iterator[tuple[str, WeightFormat]]:
+        """Yields what multiplies, and the form of the weights."""
+        common = partial(WeightFormat, self.dtype, self.device, by_triton=self.is_gpu)
+        yield "16 bits", common()
+        yield "8 bits", common(quantize=True)
+        yield "16 bits, batch-invariant", common(batch_invariant=True)
 
     def seconds(self, work: Callable[[], object], repeats: int = 20) -> float:
         """Returns the median time of `work`, after three runs that do not count."""
@@ -108,6 +116,35 @@ def check_attention(machine: Machine) -> Rows:
             yield {"backend": name, "dtype": str(dtype), "error": (context - expected).abs().max().item()}
 
 
+def check_products(machine: Machine) -> Rows:
+    """Compares products with those of float32, and the bits of a row alone with those among others."""
+    d_in, d_out = machine.config.d_model, 3 * machine.config.d_model
+    x = torch.randn(300, d_in, device=machine.device).to(machine.dtype)
+    weight = (torch.randn(d_out, d_in, device=machine.device) * d_in**-0.5).to(machine.dtype)
+    expected = x.float() @ weight.float().T
+    for name, weight_format in machine.weight_formats():
+        linear = _linear(weight, weight_format)
+        rows = linear(x)
+        alone = [torch.equal(linear(x[first:end]), rows[first:end]) for first, end in ((0, 1), (5, 22), (100, 230))]
+        error = ((rows - expected).abs().max() / expected.abs().max()).item()
+        yield {"product": name, "error": error, "equal bits in other batches": all(alone)}
+
+
+def measure_products(machine: Machine) -> Rows:
+    """Measures products with the largest matrix of a layer."""
+    d_in, d_out = machine.config.d_model, 4 * machine.config.d_model
+    weight = torch.randn(d_out, d_in, device=machine.device).to(machine.dtype)
+    for name, weight_format in machine.weight_formats():
+        # Several copies, so that none is in the card's cache when its turn comes.
+        layers = [_linear(weight, weight_format) for _ in range(8)]
+        for num_rows in (1, 16, 64, 512):
+            x = torch.randn(num_rows, d_in, device=machine.device).to(machine.dtype)
+            seconds = machine.seconds(partial(_call_all, layers, x)) / len(layers)
+            num_bytes = weight.numel() * weight_format.stored_dtype.itemsize
+            speed = {"bytes_per_s": num_bytes / seconds, "operations_per_s": 2 * num_rows * weight.numel() / seconds}
+            yield {"product": name, "rows": num_rows, "ms": 1000 * seconds, **speed}
+
+
 def measure_attention(machine: Machine) -> Rows:
     """Measures one layer's attention: many sequences that decode, one that does, and a chunk."""
     lengths = (512, 2048, 8192) if machine.is_gpu else (64,)
@@ -123,13 +160,21 @@ def measure_attention(machine: Machine) -> Rows:
 
 def measure_steps(machine: Machine, limits: Limits) -> Rows:
     """Measures steps that decode, and one with a chunk, of a model with random weights."""
+    for name, weight_format in machine.weight_formats():
+        for row in _measure_steps(machine, limits, weight_format):
+            yield {"weights": name, **row}
+
+
+def _measure_steps(machine: Machine, limits: Limits, weight_format: WeightFormat) -> Rows:
     config = machine.config
-    model = random_model(config, WeightFormat(machine.dtype, machine.device))
+    model = random_model(config, weight_format)
     cases: list[tuple[int, int, int]] = [*((n, 512, 1) for n in (1, 16, 64)), (1, 0, 512)]
     for num_sequences, context, tokens in cases:
         spans = [(context, tokens)] * num_sequences
         decodes = tokens == 1
         cost = step_cost(config, num_sequences if decodes else 0, context, chunk=0 if decodes else tokens)
+        if weight_format.quantize:
+            cost = replace(cost, weight_bytes=cost.weight_bytes // 2)
         for name, runner in _runners(machine, model, spans):
             plan, sampler = _plan(spans), Sampler(config.vocab_size)
 
@@ -143,13 +188,29 @@ def measure_steps(machine: Machine, limits: Limits) -> Rows:
             yield {**row, "ms": 1000 * seconds, "limit_ms": limit_ms, "share": limit_ms / (1000 * seconds)}
 
 
+def _linear(weight: Tensor, weight_format: WeightFormat) -> Linear:
+    linear = Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    linear.prepack(weight_format)
+    return linear
+
+
+def _call_all(layers: Sequence[Linear], x: Tensor) -> None:
+    for layer in layers:
+        layer(x)
+
+
 def _runners(machine: Machine, model: MPT, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[str, Runner]]:
     cache = KVCache(machine.config, _num_blocks(spans), BLOCK_SIZE, machine.dtype, machine.device)
     for name, backend in machine.backends(machine.config):
         parts = (model, cache, backend, machine.device, machine.config.vocab_size)
+        if ("invariant" in name) != model.weight_format.batch_invariant:
+            continue
         yield name, Runner(*parts)
-        if name == "triton":
-            yield "triton, recorded", Runner(*parts, CudaRecorder())
+        if name.startswith("triton"):
+            recorded = Runner(*parts, CudaRecorder())
+            recorded.warm_up(len(spans), max(map(sum, spans)))
+            yield f"{name}, recorded", recorded
 
 
 def _attention(
@@ -203,8 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if is_gpu else "cpu"}
     parts: tuple[tuple[str, Callable[[], Rows]], ...] = (
         ("limits", lambda: measure_limits(machine)),
-        ("checks", lambda: check_attention(machine)),
+        ("checks", lambda: chain(check_attention(machine), check_products(machine))),
         ("steps", lambda: measure_steps(machine, Limits(**report["limits"][0]))),
+        ("products", lambda: measure_products(machine)),
         ("attention", lambda: measure_attention(machine)),
     )
     parsed.output.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,8 @@ class ModelSettings:
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     attention: Literal["auto", "triton", "torch"] = "auto"
     """Who attends on a GPU; 'auto' is Triton where it can."""
+    batch_invariant: bool = False
+    """Whether a GPU gives a token the same bits in any batch; a CPU with the compiled kernels always does."""
     quantize: Literal["none", "int8"] = "none"
     """'int8' rounds the matrices to 8 bits when they are loaded, with one scale for each output."""
     load_format: Literal["auto", "random"] = "auto"
@@ -55,13 +57,17 @@ class CacheSettings:
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
     """'auto' is the type of the weights; 'int8' rounds each token's key and value of a head, with its own scale."""
     kv_cache_bytes: int | None = None
-    """None takes 1 GiB on a CPU and, on a GPU, what the weights leave of `memory_fraction`."""
-    memory_fraction: float = 0.9
-    """The fraction of a GPU's memory available for weights and cache."""
+    """None takes 1 GiB on a CPU and, on a GPU, what weights and steps leave of `memory_fraction`."""
+    memory_fraction: float = 0.95
+    """The fraction of a GPU's memory that may be used."""
+    memory_limit_bytes: int | None = None
+    """How much of its memory a GPU is taken to have; None is all of it."""
 
     def __post_init__(self) -> None:
         if self.kv_cache_bytes is not None and self.kv_cache_bytes <= 0:
             raise SettingsError("--kv-cache: must be above 0")
+        if self.memory_limit_bytes is not None and self.memory_limit_bytes <= 0:
+            raise SettingsError("--memory-limit: must be above 0")
         if not 0 < self.memory_fraction <= 1:
             raise SettingsError(f"--memory-fraction: {self.memory_fraction} is not in (0, 1]")
 

@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 from server_process import ServerProcess, running
 
-from mpt_grpc.engine import load
+from mpt_grpc.engine import load, parts
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream
 from mpt_grpc.model.runner import Runner, StepOutput
@@ -135,7 +135,7 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SteppedRunner]]:
         runners.append(SteppedRunner(*parts))
         return runners[-1]
 
-    monkeypatch.setattr(load, "Runner", make)
+    monkeypatch.setattr(parts, "Runner", make)
     yield runners
     for runner in runners:
         runner.run_free()

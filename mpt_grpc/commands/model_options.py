@@ -49,7 +49,13 @@ def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> 
         "--quantize",
         choices=("none", "int8"),
         default=defaults.quantize,
-        help="int8 rounds the matrices to 8 bits when they are loaded, on a CPU",
+        help="int8 rounds the matrices to 8 bits when they are loaded",
+    )
+    model.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="give a token the same bits whatever else a GPU with Triton computes, at some cost in speed; the compiled"
+        " kernels on a CPU always do",
     )
     model.add_argument(
         "--chat-template",
@@ -91,6 +97,7 @@ def model_settings(parsed: argparse.Namespace) -> ModelSettings:
         device=parsed.device,
         dtype=parsed.dtype,
         attention=parsed.attention,
+        batch_invariant=parsed.batch_invariant,
         quantize=parsed.quantize,
         chat_template=parsed.chat_template,
     )

@@ -35,7 +35,7 @@ def add_scheduling(serve: argparse.ArgumentParser) -> None:
         "--kv-cache",
         type=num_bytes,
         metavar="SIZE",
-        help="size of the KV cache, such as 4GiB (default: 1GiB on a CPU; on a GPU, what the weights leave of"
+        help="size of the KV cache, such as 4GiB (default: 1GiB on a CPU; on a GPU, what weights and steps leave of"
         " --memory-fraction)",
     )
     memory.add_argument(
@@ -43,7 +43,13 @@ def add_scheduling(serve: argparse.ArgumentParser) -> None:
         type=float,
         default=defaults.cache.memory_fraction,
         metavar="X",
-        help="fraction of a GPU's memory available for weights and cache",
+        help="fraction of a GPU's memory that may be used",
+    )
+    memory.add_argument(
+        "--memory-limit",
+        type=num_bytes,
+        metavar="SIZE",
+        help="use a GPU as if this were all of its memory, such as 16GiB (default: all that it has)",
     )
     memory.add_argument(
         "--max-running-requests",
@@ -270,6 +276,7 @@ def settings(parsed: argparse.Namespace) -> Settings:
             kv_cache_dtype=parsed.kv_cache_dtype,
             kv_cache_bytes=parsed.kv_cache,
             memory_fraction=parsed.memory_fraction,
+            memory_limit_bytes=parsed.memory_limit,
         ),
         scheduler=SchedulerSettings(
             max_running_requests=parsed.max_running_requests,

@@ -55,12 +55,20 @@ class Gpu:
         )
 
     def attention(
-        self, wanted: Literal["auto", "triton", "torch"], config: MPTConfig, dtype: torch.dtype
+        self,
+        wanted: Literal["auto", "triton", "torch"],
+        config: MPTConfig,
+        dtype: torch.dtype,
+        *,
+        batch_invariant: bool = False,
     ) -> GpuAttention:
-        """Returns who attends. Raises SettingsError if Triton is wanted but cannot."""
+        """Returns who attends. Raises SettingsError if Triton is wanted, or must see to equal bits, but cannot."""
         why_not = self.why_no_triton(config, dtype)
         if wanted == "triton" and why_not is not None:
             raise SettingsError(f"--attention: triton {why_not}; use torch")
+        if batch_invariant and (wanted == "torch" or why_not is not None):
+            why = "which --attention torch excludes" if wanted == "torch" else f"but triton {why_not}"
+            raise SettingsError(f"--batch-invariant: needs attention by Triton, {why}; omit it")
         return "torch" if wanted == "torch" or why_not is not None else "triton"
 
     def why_no_triton(self, config: MPTConfig, dtype: torch.dtype) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -19,8 +20,18 @@ from mpt_grpc.settings import CacheSettings, ModelSettings
 
 AttentionName = Literal["native", "triton", "torch"]
 _log = logging.getLogger(__name__)
-_NEEDS_KERNELS = "int8 needs the compiled kernels, a CPU without --dtype float16, and widths divisible by 4"
-_OR_TRITON = ", or a GPU with Triton"
+_NEEDS_KERNELS = "int8 needs the compiled kernels on a CPU, a type other than float16, and widths divisible by 4"
+
+
+def choose_computation(wanted: ModelSettings, config: MPTConfig) -> tuple[WeightFormat, AttentionName]:
+    """Returns how weights are held and multiplied, and who attends.
+
+    Raises SettingsError if what is wanted is not available.
+    """
+    weight_format = choose_weight_format(wanted, config)
+    attention = choose_attention(wanted, config, weight_format)
+    is_triton = attention == "triton"
+    return replace(weight_format, by_triton=is_triton, batch_invariant=is_triton and wanted.batch_invariant), attention
 
 
 def choose_weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightFormat:
@@ -30,8 +41,10 @@ def choose_weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightForm
     """
     device = _device(wanted)
     kernels = _kernels(config) if device.type == "cpu" and wanted.dtype != "float16" else None
-    if wanted.quantize == "int8" and kernels is None:
+    if wanted.quantize == "int8" and kernels is None and device.type == "cpu":
         raise SettingsError(f"--quantize: {_NEEDS_KERNELS}")
+    if wanted.batch_invariant and kernels is None and device.type == "cpu":
+        raise SettingsError("--batch-invariant: needs the compiled kernels on a CPU; omit it")
     if wanted.dtype != "auto":
         dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[wanted.dtype]
     elif device.type == "cuda":
@@ -51,7 +64,7 @@ def choose_attention(wanted: ModelSettings, config: MPTConfig, weight_format: We
             raise SettingsError(f"--attention: {wanted.attention} is a choice for a GPU; on a CPU {why}")
         return "torch" if weight_format.kernels is None else "native"
     gpu = Gpu.present()
-    attention = gpu.attention(wanted.attention, config, weight_format.dtype)
+    attention = gpu.attention(wanted.attention, config, weight_format.dtype, batch_invariant=wanted.batch_invariant)
     why_not = gpu.why_no_triton(config, weight_format.dtype) if wanted.attention == "auto" else None
     _log.info("computing on %s; attention by %s", gpu, attention if why_not is None else f"torch: triton {why_not}")
     return attention
@@ -62,7 +75,7 @@ def attention_backend(name: AttentionName, config: MPTConfig, weight_format: Wei
     if name == "triton":
         from mpt_grpc.model.attention.triton_backend import TritonAttention  # Triton is not installed everywhere
 
-        return TritonAttention(config, weight_format.device)
+        return TritonAttention(config, weight_format.device, batch_invariant=weight_format.batch_invariant)
     if name == "native":
         assert weight_format.kernels is not None
         return NativeAttention(config, weight_format.kernels)
@@ -74,7 +87,8 @@ def choose_cache_dtype(wanted: CacheSettings, weight_format: WeightFormat, atten
     if wanted.kv_cache_dtype == "auto":
         return weight_format.dtype
     if attention == "torch":
-        raise SettingsError(f"--kv-cache-dtype: {_NEEDS_KERNELS}{_OR_TRITON}")
+        on_gpu = weight_format.device.type == "cuda"
+        raise SettingsError(f"--kv-cache-dtype: {'on a GPU, int8 needs Triton' if on_gpu else _NEEDS_KERNELS}")
     return torch.int8
 
 

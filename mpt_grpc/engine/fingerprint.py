@@ -84,6 +84,8 @@ def _numerics(weight_format: WeightFormat, attention: str) -> str:
         name = "cuda"
         code += [torch.cuda.get_device_name(weight_format.device).encode(), str(torch.version.cuda).encode()]
         code.append(f"{attention} {version(attention)}".encode())
+        if weight_format.batch_invariant:
+            name = "cuda-batch-invariant"
     elif weight_format.kernels is not None:
         name = weight_format.kernels.instruction_set
         # Compilers differ in how they round: the file counts, not the version of its source.

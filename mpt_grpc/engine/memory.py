@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -56,15 +57,61 @@ def why_too_large(needs: MemoryNeeds, free_bytes: int, *, small_dtype: torch.dty
     )
 
 
-def free_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Returns the bytes that can be allocated on a device; `sys.maxsize` if the system does not report them.
+class Memory(Protocol):
+    """The memory of the device that computes."""
 
-    For a CPU it is the smaller of what the machine has and what the cgroups of this process allow. Files in the page
-    cache count as free. root: where /proc and /sys are found.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min((max(0, free) for free in (*_machine(root), *_cgroups(root))), default=sys.maxsize)
+    def free_bytes(self) -> int:
+        """Returns the bytes that can still be allocated."""
+        ...
+
+
+class GpuMemory(Memory, Protocol):
+    """The memory of a GPU."""
+
+    total_bytes: int
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        """Does the work; returns how many bytes more than before it took at most at the same time."""
+        ...
+
+
+class CudaMemory:
+    """The `GpuMemory` on which PyTorch computes, or so much of it as a limit leaves."""
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        free_bytes, self._card_bytes = torch.cuda.mem_get_info()
+        self.total_bytes = min(limit_bytes or self._card_bytes, self._card_bytes)
+        if self.total_bytes < self._card_bytes:
+            # What others have, and what the driver keeps for this process, counts as well.
+            own_bytes = max(0, self.total_bytes - (self._card_bytes - free_bytes))
+            torch.cuda.set_per_process_memory_fraction(own_bytes / self._card_bytes)
+
+    def free_bytes(self) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0] - (self._card_bytes - self.total_bytes)
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        before_bytes = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before_bytes
+
+
+class CpuMemory:
+    """The memory of this machine, of which the cgroups of this process may allow less."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        """`root`: where /proc and /sys are found."""
+        self._root = root
+
+    def free_bytes(self) -> int:
+        """Returns the bytes that can be allocated; `sys.maxsize` if the system does not report them.
+
+        Files in the page cache count as free.
+        """
+        return min((max(0, free) for free in (*_machine(self._root), *_cgroups(self._root))), default=sys.maxsize)
 
 
 def size(num_bytes: int) -> str:

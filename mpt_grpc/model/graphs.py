@@ -1,4 +1,4 @@
-"""Decoding steps as CUDA graphs: recorded once for each size, and then replayed by one call instead of hundreds.
+"""Decoding steps as CUDA graphs: recorded for each size at the start, then replayed by one call instead of hundreds.
 
 A step is padded to the next size by repeating its last sequence, which writes the same values to the same places again.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mpt_grpc.model.attention import AttentionMetadata, MetadataBuilder
+from mpt_grpc.model.attention import Array, AttentionMetadata, MetadataBuilder
 from mpt_grpc.model.attention.tiling import SPLIT_KEYS, power_of_two
-from mpt_grpc.model.transfer import flattened, send, split_like
+from mpt_grpc.model.transfer import flattened, overwrite, send, split_like
 from mpt_grpc.step import SequenceStep, StepPlan
 
 _log = logging.getLogger(__name__)
@@ -77,39 +78,59 @@ class DecodeGraphs:
         """
         self._recorder, self._compute, self._metadata, self._device = recorder, compute, metadata, device
         self._recordings: dict[tuple[int, int], _Recording] = {}
-        self._can_record = True
+
+    def record(self, max_sequences: int, max_tokens: int) -> None:
+        """Records the steps of up to so many sequences with at most `max_tokens` tokens each.
+
+        They write to the cache's first block. If the device cannot record, or not all of them, the others are computed.
+        """
+        sizes = sorted({_padded(num) for num in range(1, max_sequences + 1)}, reverse=True)
+        most_splits = _num_splits(max_tokens)
+        # The largest first: the memory that it takes suffices for the others.
+        for size in sizes:
+            for splits in reversed([1 << power for power in range(most_splits.bit_length())]):
+                try:
+                    self._recordings[size, splits] = self._record(size, splits)
+                except RuntimeError as error:
+                    _log.warning("some decoding steps are computed without CUDA graphs, which is slower: %s", error)
+                    return
 
     def run(self, plan: StepPlan) -> tuple[Tensor, ...] | None:
         """Returns what `compute` does, valid until the next step; None if the step must be computed without a graph."""
-        if not self._can_record or not all(map(_decodes, plan.sequences)):
+        if not all(map(_decodes, plan.sequences)):
             return None
         num_sequences = len(plan.sequences)
-        size = _padded(num_sequences)
-        splits = power_of_two(-(-max(sequence.length for sequence in plan.sequences) // SPLIT_KEYS))
+        size, splits = _padded(num_sequences), _num_splits(max(sequence.length for sequence in plan.sequences))
+        if (recording := self._recordings.get((size, splits))) is None:
+            return None
         padding = plan.sequences[-1:] * (size - num_sequences)
-        padded = replace(plan, sequences=plan.sequences + padding)
-        arrays = self._metadata.arrays(padded, num_blocks=splits * SPLIT_KEYS // self._metadata.block_size)
-        inputs = send(flattened(arrays), self._device)
-        if (recording := self._recordings.get((size, splits))) is not None:
-            recording.inputs.copy_(inputs)
-            recording.replay()
-        else:
-            # The lengths stand for all that fit into as many splits.
-            longest = (splits * SPLIT_KEYS - 1,) * size
-            metadata = AttentionMetadata(tuple(range(size + 1)), longest, *split_like(inputs, arrays))
-            try:
-                replay, results = self._recorder.record(lambda: self._compute(metadata))
-            except RuntimeError as error:
-                _log.warning("decoding steps are computed without CUDA graphs, which is slower: %s", error)
-                self._can_record = False
-                return None
-            recording = self._recordings[size, splits] = _Recording(inputs, replay, results)
+        overwrite(recording.inputs, flattened(self._arrays(plan.sequences + padding, splits)))
+        recording.replay()
         rows, *rest = recording.results
         return rows[:num_sequences], *rest
+
+    def _record(self, size: int, splits: int) -> _Recording:
+        sequence = SequenceStep(-1, "recorded", (0,), 0, (0,), ())
+        arrays = self._arrays((sequence,) * size, splits)
+        arrays[-1] = np.arange(size)  # a token is chosen after each
+        inputs = send(flattened(arrays), self._device)
+        # The lengths stand for all that fit into as many splits.
+        longest = (splits * SPLIT_KEYS - 1,) * size
+        metadata = AttentionMetadata(tuple(range(size + 1)), longest, *split_like(inputs, arrays))
+        replay, results = self._recorder.record(lambda: self._compute(metadata))
+        return _Recording(inputs, replay, results)
+
+    def _arrays(self, sequences: tuple[SequenceStep, ...], splits: int) -> list[Array]:
+        return self._metadata.arrays(StepPlan(sequences), num_blocks=splits * SPLIT_KEYS // self._metadata.block_size)
 
 
 def _decodes(sequence: SequenceStep) -> bool:
     return len(sequence.token_ids) == len(sequence.choices) == 1 and sequence.scoring is None
+
+
+def _num_splits(num_tokens: int) -> int:
+    """Returns the number of splits for which a step is recorded whose longest sequence has so many tokens."""
+    return power_of_two(-(-num_tokens // SPLIT_KEYS))
 
 
 def _padded(num_sequences: int) -> int:

@@ -1,4 +1,4 @@
-"""The layers with weights. On a CPU the compiled kernels may compute them, from a packed copy of the weight."""
+"""The layers with weights, which the compiled kernels or Triton may compute from a weight in another form."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpt_grpc.model.gpu_matrix import GpuMatrix, rounded
 from mpt_grpc.model.native import Kernels, NativeLinear, NativeNorm, PackedMatrix
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -29,14 +30,25 @@ class WeightFormat:
     dtype: torch.dtype
     device: torch.device
     kernels: Kernels | None = None
-    """The compiled kernels that will compute with them."""
+    """The compiled kernels that will compute with them on a CPU."""
     quantize: bool = False
-    """Whether the kernels' matrices are rounded to 8 bits."""
+    """Whether matrices are rounded to 8 bits."""
+    by_triton: bool = False
+    """Whether Triton multiplies on a GPU where PyTorch's products do not do: for 8 bits, and to be batch-invariant."""
+    batch_invariant: bool = False
+    """Whether a row must have the same bits in any batch on a GPU; on a CPU the kernels always see to it."""
 
     @property
     def stored_dtype(self) -> torch.dtype:
         """The type that determines the size of the weights."""
         return torch.int8 if self.quantize else self.dtype
+
+    def gpu_matrix(self, weight: Tensor) -> GpuMatrix | None:
+        """Returns a weight for products that are not PyTorch's own; None if those do."""
+        if self.kernels is not None or not (self.quantize or self.batch_invariant):
+            return None
+        stored, scales = rounded(weight) if self.quantize else (weight, None)
+        return GpuMatrix(stored, scales, self.by_triton, self.batch_invariant)
 
 
 class Linear(nn.Module):
@@ -53,7 +65,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
         self._activation, self._clip = activation, clip
-        self._packed: PackedMatrix | Tensor | None = None
+        self._adds_within = activation == "none" and clip is None
+        """Whether the residual may be added within the product."""
+        self._packed: PackedMatrix | GpuMatrix | Tensor | None = None
         self._adds_in_place = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -62,7 +76,10 @@ class Linear(nn.Module):
             return residual.addmm_(x, self.weight.t())
         if isinstance(self._packed, PackedMatrix):
             return self._packed.linear(self.native(), x, residual)
-        if self._packed is None:
+        if isinstance(self._packed, GpuMatrix):
+            y = self._packed.linear(x, self.bias, residual if self._adds_within else None)
+            residual = None if self._adds_within else residual
+        elif self._packed is None:
             y = F.linear(x, self.weight, self.bias)
         else:
             y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
@@ -84,9 +101,10 @@ class Linear(nn.Module):
         """
         weight = self.weight.detach()
         # A GPU adds the residual within the product, which is a kernel less to start.
-        plain = self._activation == "none" and self._clip is None and self.bias is None
-        self._adds_in_place = plain and weight_format.device.type == "cuda"
-        if weight_format.kernels is not None:
+        self._adds_in_place = self._adds_within and self.bias is None and weight_format.device.type == "cuda"
+        if (matrix := weight_format.gpu_matrix(weight)) is not None:
+            self._packed, self._adds_in_place = matrix, False
+        elif weight_format.kernels is not None:
             self._packed = weight_format.kernels.pack(weight, quantize=weight_format.quantize)
         elif weight.is_cpu and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
@@ -103,21 +121,29 @@ class Embedding(nn.Module):
     def __init__(self, rows: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, size))
-        self._packed: PackedMatrix | None = None
+        self._packed: PackedMatrix | GpuMatrix | None = None
+        self._dtype = torch.float32
 
     def forward(self, indices: Tensor) -> Tensor:
+        if isinstance(self._packed, GpuMatrix):
+            return self._packed.rows(indices, self._dtype)
         return F.embedding(indices, self.weight) if self._packed is None else self._packed.rows(indices)
 
     def project(self, x: Tensor) -> Tensor:
         """Returns x Wᵀ."""
         if self._packed is None:
             return F.linear(x, self.weight)
+        if isinstance(self._packed, GpuMatrix):
+            return self._packed.linear(x, None, None)
         return self._packed.linear(self._packed.layer(None, "none", None), x)
 
     def prepack(self, weight_format: WeightFormat) -> None:
-        """Replaces the weight with a copy in the layout of the kernels."""
+        """Replaces the weight with a copy in the layout of the kernels, or in 8 bits."""
+        weight, self._dtype = self.weight.detach(), weight_format.dtype
+        self._packed = weight_format.gpu_matrix(weight)
         if weight_format.kernels is not None:
-            self._packed = weight_format.kernels.pack(self.weight.detach(), quantize=weight_format.quantize)
+            self._packed = weight_format.kernels.pack(weight, quantize=weight_format.quantize)
+        if self._packed is not None:
             self.register_parameter("weight", None)
 
 

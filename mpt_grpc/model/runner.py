@@ -17,8 +17,9 @@ from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.transfer import send
+from mpt_grpc.request import SamplingParameters
 from mpt_grpc.results import TokenLogprob
-from mpt_grpc.step import SequenceStep, StepPlan
+from mpt_grpc.step import SamplingInputs, SequenceStep, StepPlan
 
 _SCORING_CHUNK_TOKENS = 64
 """How many prompt tokens are scored at once: their logits take 13 MB with a vocabulary of 50,000 tokens."""
@@ -80,11 +81,34 @@ class Runner:
                 raise
             raise MemoryError(str(error)) from error
 
-    def warm_up(self) -> None:
-        """Computes a chunk, so that no request waits for what its kernels need first. All blocks must be free."""
+    @property
+    def num_blocks(self) -> int:
+        """The number of the cache's blocks."""
+        return self._cache.num_blocks
+
+    @torch.inference_mode()
+    def warm_up(self, max_sequences: int, max_tokens: int) -> None:
+        """Computes a chunk and records decoding steps, so that no request waits for it. All blocks must be free.
+
+        They are recorded for all sizes up to so many sequences, of at most `max_tokens` tokens each.
+        """
         num_tokens = min(_WARM_UP_TOKENS, self._cache.num_blocks * self._cache.block_size)
         blocks = tuple(range(-(-num_tokens // self._cache.block_size)))
         self.run(StepPlan((SequenceStep(-1, "warm-up", (0,) * num_tokens, 0, blocks, ()),)))
+        if self._graphs is not None:
+            self._graphs.record(max_sequences, max_tokens)
+
+    def gives_equal_bits(self) -> bool:
+        """Whether tokens have the same logits alone and beside others. The cache must have 16 blocks, all free."""
+        size, inputs = self._cache.block_size, SamplingInputs(SamplingParameters(temperature=0, seed=0))
+        long = SequenceStep(-2, "others", tuple(i % 64 for i in range(12 * size)), 0, tuple(range(4, 16)), (inputs,))
+        blocks = tuple(range(4))
+        for start, count in ((0, 3 * size), (3 * size, 1), (3 * size + 1, 5)):
+            step = SequenceStep(-1, "one", tuple(i % 64 for i in range(count)), start, blocks, (inputs,))
+            alone = self.run(StepPlan((step,))).logits.clone()
+            if not torch.equal(alone, self.run(StepPlan((step, long))).logits[:1]):
+                return False
+        return True
 
     def _run(self, plan: StepPlan) -> StepOutput:
         if self._graphs is not None and (results := self._graphs.run(plan)) is not None:

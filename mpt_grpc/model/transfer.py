@@ -12,10 +12,17 @@ from torch import Tensor
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Returns a tensor of the CPU on the device."""
-    if device.type == "cuda":
-        # From other memory, the copy would first wait for all work that is queued.
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return _pinned(tensor, device).to(device, non_blocking=True)
+
+
+def overwrite(target: Tensor, tensor: Tensor) -> None:
+    """Copies a tensor of the CPU into one on a device."""
+    target.copy_(_pinned(tensor, target.device), non_blocking=True)
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns the tensor in memory from which a copy to the device need not wait for all work that is queued."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def send_all(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[Tensor]:

@@ -162,6 +162,8 @@ def _set(model: nn.Module, name: str, tensor: Tensor, weight_format: WeightForma
         # Packed from the file, and rounded to 8 bits from what is stored.
         rounds_from = tensor.dtype if tensor.dtype == torch.bfloat16 else torch.float32
         kept = tensor.to(rounds_from if weight_format.quantize else weight_format.dtype)
+    elif weight_format.quantize and tensor.ndim == 2:
+        kept = tensor.to(weight_format.device)
     else:
         dtype = weight_format.dtype if weight_format.kernels is None else torch.float32
         # Copied, so that the file can be unmapped.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mpt_grpc import __version__
-from mpt_grpc.engine.load import BLOCK_SIZE
 from mpt_grpc.engine.memory import size
+from mpt_grpc.engine.parts import BLOCK_SIZE
 from mpt_grpc.listening import address
 from mpt_grpc.server.server import RunningServer
 

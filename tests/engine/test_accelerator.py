@@ -105,6 +105,17 @@ def test_where_triton_cannot_attend_torch_does_and_a_wish_for_triton_is_refused(
         card.attention("triton", config(**fields), dtype)
 
 
+@needs_triton
+def test_equal_bits_in_every_batch_need_triton() -> None:
+    assert gpu(8, 0).attention("auto", config(), torch.float16, batch_invariant=True) == "triton"
+    for card, wanted, why in (
+        (gpu(7, 5), "auto", "but triton needs compute capability 8.0"),
+        (gpu(9, 0), "torch", "which --attention torch excludes"),
+    ):
+        with pytest.raises(SettingsError, match=f"--batch-invariant: needs attention by Triton, {why}.*; omit it"):
+            card.attention(wanted, config(), torch.float16, batch_invariant=True)
+
+
 def test_without_triton_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert gpu(9, 0).attention("auto", config(), torch.float16) == "torch"

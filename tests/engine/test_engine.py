@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import SteppedRunner, demo_settings, generation, submit
 
-from mpt_grpc.engine import load
+from mpt_grpc.engine import load, parts
 from mpt_grpc.engine.assembly import PlainOutput
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import AsyncStream, collect
@@ -353,7 +353,7 @@ class FaultyRunner(Runner):
 def test_failing_request_does_not_affect_others(
     monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine], alone: dict[str, Generation]
 ) -> None:
-    monkeypatch.setattr(load, "Runner", FaultyRunner)
+    monkeypatch.setattr(parts, "Runner", FaultyRunner)
     engine = make_engine()
     requests = mixed_requests(16)
     streams = [submit(engine, request) for request in requests[:8]]
@@ -372,7 +372,7 @@ class LostDevice(Runner):
 
 
 def test_lost_device_stops_the_engine(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]) -> None:
-    monkeypatch.setattr(load, "Runner", LostDevice)
+    monkeypatch.setattr(parts, "Runner", LostDevice)
     engine = make_engine()
     stream = submit(engine, generation("a"))
     with pytest.raises(UnavailableError, match="illegal memory access"):

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from conftest import demo_settings, generation, submit
 
-from mpt_grpc.engine import load
+from mpt_grpc.engine import parts
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import InternalError
@@ -40,7 +40,7 @@ def test_steps_that_do_not_fit_in_memory_are_computed_in_parts(
 ) -> None:
     requests = [generation(f"r{number}", tuple(range(100, 130 + number))) for number in range(8)]
     expected = [shared_engine.generate(request).token_ids for request in requests]
-    monkeypatch.setattr(load, "Runner", SmallMemory)
+    monkeypatch.setattr(parts, "Runner", SmallMemory)
     engine = make_engine()
     streams = [submit(engine, request) for request in requests]
     assert [collect(stream).token_ids for stream in streams] == expected

@@ -16,12 +16,11 @@ from conftest import demo_settings
 
 from mpt_grpc.checkpoint import DEMO
 from mpt_grpc.engine.load import load_engine
-from mpt_grpc.engine.memory import STEP_BYTES, MemoryNeeds, free_memory, why_too_large
+from mpt_grpc.engine.memory import STEP_BYTES, CpuMemory, MemoryNeeds, why_too_large
 from mpt_grpc.errors import ModelError
 from mpt_grpc.settings import CacheSettings, ModelSettings
 
 GIB = 1 << 30
-CPU = torch.device("cpu")
 BLOCK_BYTES = 16 << 20
 MPT_7B = MemoryNeeds(num_parameters=6_649_286_656, dtype=torch.float32, cache_bytes=GIB)
 """MPT-7B has 24.8 GiB of weights in float32 and 12.4 GiB in bfloat16."""
@@ -136,8 +135,8 @@ def version_1(group: str, limit: int, used: int, files: int) -> dict[str, str]:
 def test_free_memory_is_what_the_machine_has_and_the_cgroups_allow(
     files: dict[str, str], free_gib: float, tmp_path: Path
 ) -> None:
-    assert free_memory(CPU, write(tmp_path, files)) == pytest.approx(free_gib * GIB)
+    assert CpuMemory(write(tmp_path, files)).free_bytes() == pytest.approx(free_gib * GIB)
 
 
 def test_the_real_machine_reports_its_memory() -> None:
-    assert STEP_BYTES < free_memory(CPU) < sys.maxsize
+    assert STEP_BYTES < CpuMemory().free_bytes() < sys.maxsize

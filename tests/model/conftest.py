@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -134,12 +135,12 @@ def random_tokens(count: int, vocab_size: int = 96, seed: int = 0) -> list[int]:
 class Repeating:
     """A `Recorder` on the CPU: it replays work by calling it again, into the results of the first call."""
 
-    def __init__(self, failures: int = 0) -> None:
+    def __init__(self, most_recordings: int = sys.maxsize) -> None:
         self.num_recordings = self.num_replays = 0
-        self._failures = failures
+        self._most_recordings = most_recordings
 
     def record(self, work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        if self._failures:
+        if self.num_recordings == self._most_recordings:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.num_recordings += 1
         results = work()
@@ -200,9 +201,9 @@ class Stepper:
         names = {sequence_id: name for name, sequence_id in self._ids.items()}
         return {names[sequence_id]: logprobs for sequence_id, logprobs in output.prompt_logprobs.items()}
 
-    def warm_up(self) -> None:
+    def warm_up(self, max_sequences: int = 8, max_tokens: int = 512) -> None:
         """Warms the runner up."""
-        self._runner.warm_up()
+        self._runner.warm_up(max_sequences, max_tokens)
 
     def release(self, name: str) -> None:
         """Ends a sequence; its blocks are the next to be reused."""

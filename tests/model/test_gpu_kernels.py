@@ -14,9 +14,9 @@ import triton
 from model import triton_checks as checks
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.gpu_kernels import CARDS, SHAPES, Shape, compile_launch, launches_of
+from benchmarks.gpu_kernels import CARDS, SHAPES, Shape, compile_launch, launches_of, products
 from mpt_grpc.model.attention.triton_backend import TritonAttention
-from mpt_grpc.model.attention.triton_operator import Launch
+from mpt_grpc.model.triton_launch import Launch
 
 SMALLEST_SHARED_BYTES = 99 << 10
 """What a program may have on any card with compute capability 8.0 or newer."""
@@ -42,6 +42,17 @@ def test_no_kernel_spills_registers_and_attention_uses_tensor_cores(shape: Shape
         assert compiled.shared_bytes <= SMALLEST_SHARED_BYTES
         assert compiled.programs(CARDS[capability], launch.num_warps) >= 2
     assert instructions == expected
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES)
+def test_products_of_many_rows_use_the_larger_instructions(capability: int) -> None:
+    """Batch-invariant ones use the same for any number of rows."""
+    many, few = TENSOR_CORES[capability]
+    for form, rows, launch in products():
+        compiled = compile_launch(launch, capability)
+        assert compiled.tensor_cores == (few if rows == "1 row" else many), (form, rows)
+        assert compiled.spilled_bytes == 0
+        assert compiled.shared_bytes <= SMALLEST_SHARED_BYTES
 
 
 class Driver:

@@ -27,6 +27,9 @@ def test_replayed_steps_have_the_logits_of_computed_ones(model: MPT) -> None:
     """Sequences come, grow across blocks and splits, and go, so that sizes change and blocks have new owners."""
     rng, recorder = random.Random(0), Repeating()
     steppers = [Stepper(model, num_blocks=512), Stepper(model, num_blocks=512, recorder=recorder)]
+    for stepper in steppers:
+        stepper.warm_up(max_sequences=10, max_tokens=1000)
+    assert recorder.num_recordings == 5 * 3, "1, 2, 4, 8 and 16 sequences of up to 256, 512 and 1,024 tokens"
     names: list[str] = []
     for number in range(40):
         if number % 4 == 0:
@@ -43,19 +46,19 @@ def test_replayed_steps_have_the_logits_of_computed_ones(model: MPT) -> None:
         assert list(logits) == list(expected)
         for name, row in expected.items():
             torch.testing.assert_close(logits[name], row, rtol=0, atol=1e-5)
-    assert recorder.num_recordings + recorder.num_replays == 40
-    assert recorder.num_recordings <= 8
+    assert (recorder.num_recordings, recorder.num_replays) == (5 * 3, 40)
 
 
-def test_only_steps_that_decode_are_recorded(model: MPT) -> None:
+def test_only_steps_that_decode_are_replayed(model: MPT) -> None:
     recorder = Repeating()
     stepper = Stepper(model, recorder=recorder)
+    stepper.warm_up()
     stepper.step({"a": [1, 2], "b": [3]})
     stepper.step({"a": [1], "b": [3]}, samples=["a"])
     stepper.score({"a": [4]}, {"a": PromptScoring(0, (5,), 0)})
-    assert recorder.num_recordings == 0
+    assert recorder.num_replays == 0
     stepper.step({"a": [1], "b": [3]})
-    assert recorder.num_recordings == 1
+    assert recorder.num_replays == 1
 
 
 def test_a_replayed_step_that_is_not_finite_fails(tmp_path: Path) -> None:
@@ -66,20 +69,30 @@ def test_a_replayed_step_that_is_not_finite_fails(tmp_path: Path) -> None:
     sick = load_model(tmp_path, MPTConfig.from_file(tmp_path / "config.json"), WeightFormat(torch.float32, CPU))
     recorder = Repeating()
     stepper = Stepper(sick, recorder=recorder)
+    stepper.warm_up()
     stepper.step({"a": [1]})
     with pytest.raises(FloatingPointError):
         stepper.step({"a": [5]})
     stepper.step({"b": [2]})
-    assert recorder.num_replays == 2
+    assert recorder.num_replays == 3
 
 
-def test_a_device_that_cannot_record_computes(model: MPT, caplog: pytest.LogCaptureFixture) -> None:
-    stepper = Stepper(model, recorder=Repeating(failures=1))
-    expected = Stepper(model)
-    for token in (1, 2):
-        torch.testing.assert_close(stepper.step({"a": [token]})["a"], expected.step({"a": [token]})["a"])
+@pytest.mark.parametrize("most_recordings", [0, 3])
+def test_what_a_device_cannot_record_is_computed(
+    model: MPT, most_recordings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The largest steps are recorded first."""
+    recorder = Repeating(most_recordings)
+    stepper, expected = Stepper(model, recorder=recorder), Stepper(model)
+    stepper.warm_up(max_sequences=2, max_tokens=600)
     warnings = [record.message for record in caplog.records if "CUDA graphs" in record.message]
     assert len(warnings) == 1
+    for names in ("ab", "a", "ab"):
+        chunks = {name: [1] for name in names}
+        rows = stepper.step(chunks)
+        for name, row in expected.step(chunks).items():
+            torch.testing.assert_close(rows[name], row)
+    assert recorder.num_replays == (2 if most_recordings else 0)
 
 
 def test_a_warm_up_leaves_nothing_behind(model: MPT) -> None:

@@ -63,6 +63,11 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(interpreted: Run) -> 
     interpreted(checks.check_batch_invariance, [(3, 1), (700, 1), (30, 5), (20, 70)])
 
 
+@pytest.mark.parametrize("attn_config", [{}, {"sliding_window_size": 25}])
+def test_a_token_has_the_same_bits_in_any_chunk(interpreted: Run, attn_config: dict[str, Any]) -> None:
+    interpreted(checks.check_equal_bits_in_chunks, attn_config, 50, [16, 32])
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.int8])
 def test_non_finite_values_do_not_spread(interpreted: Run, cache_dtype: torch.dtype) -> None:
     interpreted(checks.check_non_finite_values, cache_dtype)
@@ -80,3 +85,12 @@ def test_a_model_has_the_logits_of_the_torch_backend(
     interpreted: Run, attn_config: dict[str, Any], fields: dict[str, Any], records: bool
 ) -> None:
     interpreted(partial(checks.check_model, records=records), attn_config, fields)
+
+
+@pytest.mark.parametrize(("num_rows", "sizes"), [(1, (70, 50)), (16, (300, 33)), (17, (64, 32)), (150, (130, 257))])
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_product_is_that_of_its_matrix(
+    interpreted: Run, num_rows: int, sizes: tuple[int, int], is_int8: bool, batch_invariant: bool
+) -> None:
+    interpreted(partial(checks.check_product, is_int8=is_int8, batch_invariant=batch_invariant), num_rows, sizes)

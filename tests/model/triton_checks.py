@@ -11,6 +11,7 @@ import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from mpt_grpc.model.attention import AttentionBackend, AttentionMetadata, MetadataBuilder
 from mpt_grpc.model.attention.torch_backend import TorchAttention
 from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.gpu_matrix import rounded
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.weights import load_model
@@ -120,10 +122,10 @@ def restored(cache: Tensor, head_dim: int) -> Tensor:
     return units.unflatten(-1, (BLOCK_SIZE, head_dim)).to(torch.float32) * scale[..., None]
 
 
-def triton_attention(config: MPTConfig) -> AttentionBackend:
+def triton_attention(config: MPTConfig, *, batch_invariant: bool = False) -> AttentionBackend:
     from mpt_grpc.model.attention.triton_backend import TritonAttention  # only this process interprets Triton
 
-    return TritonAttention(config, CPU)
+    return TritonAttention(config, CPU, batch_invariant=batch_invariant)
 
 
 def check_reference(
@@ -185,6 +187,28 @@ def check_batch_invariance(spans: Sequence[tuple[int, int]]) -> None:
         assert torch.equal(alone.run(triton_attention(config)), together[part])
 
 
+def check_equal_bits_in_chunks(attn_config: dict[str, Any], count: int, ends: Sequence[int]) -> None:
+    """A batch-invariant context has the same bits in one chunk as in several, which end at `ends`.
+
+    They are multiples of 16: the interpreter's products, unlike a card's, differ in bits by the place in a tile.
+    """
+    config = make_config({**attn_config, "attn_type": "grouped_query_attention", "kv_n_heads": 2})
+    backend = triton_attention(config, batch_invariant=True)
+    whole = make_step(config, [(250, count)], torch.float16, torch.float16)
+    expected = whole.run(backend)
+    plan, _ = make_plan([(250, count)], random.Random(0))
+    (sequence,) = plan.sequences
+    for first, end in pairwise([0, *ends, count]):
+        step = sequence._replace(start=250 + first, token_ids=sequence.token_ids[first:end])
+        chunk = Step(
+            config,
+            MetadataBuilder(BLOCK_SIZE, CPU).build(StepPlan((step,))),
+            whole.cache,
+            *(tensor[first:end] for tensor in (whole.query, whole.key, whole.value)),
+        )
+        assert torch.equal(chunk.run(backend), expected[first:end])
+
+
 def check_non_finite_values(cache_dtype: torch.dtype) -> None:
     """A token with a key or value that is not finite gets no finite context, and its block holds 0."""
     config = make_config({"attn_type": "grouped_query_attention", "kv_n_heads": 2})
@@ -221,9 +245,45 @@ def check_model(attn_config: dict[str, Any], fields: dict[str, Any], *, records:
         Stepper(model, block_size=BLOCK_SIZE),
         Stepper(model, block_size=BLOCK_SIZE, attention=triton_attention(model.config), recorder=recorder),
     ]
+    if records:
+        steppers[1].warm_up(max_sequences=3, max_tokens=100)
     for number, sizes in enumerate([(20, 3, 1), (1, 1, 1), (1, 1, 1), (1, 18, 2)]):
         chunks = {name: random_tokens(size, seed=number) for name, size in zip("abc", sizes, strict=True)}
         expected, logits = (stepper.step(chunks) for stepper in steppers)
         for name, row in expected.items():
             torch.testing.assert_close(logits[name], row, rtol=0, atol=1e-4)
-    assert recorder is None or (recorder.num_recordings, recorder.num_replays) == (1, 1)
+    assert recorder is None or (recorder.num_recordings, recorder.num_replays) == (3, 2)
+
+
+def check_product(num_rows: int, sizes: tuple[int, int], *, is_int8: bool, batch_invariant: bool) -> None:
+    """A product is that of float32, and batch-invariant ones have the same bits alone."""
+    from mpt_grpc.model.triton_linear import linear  # only this process interprets Triton
+
+    d_in, d_out = sizes
+    generator = torch.Generator().manual_seed(num_rows)
+    x, weight, bias, residual = (
+        torch.randn(shape, generator=generator).to(torch.float16)
+        for shape in ((num_rows, d_in + 8), (d_out, d_in), (d_out,), (num_rows, d_out))
+    )
+    x = x[:, 8:]  # as a part of a wider matrix
+    stored, scales = rounded(weight) if is_int8 else (weight, None)
+    restored = stored.to(torch.float32) * (1 if scales is None else scales[:, None])
+    for added in ((None, None), (bias, None), (bias, residual)):
+        expected = x.to(torch.float32) @ restored.T
+        for one in added:
+            expected = expected if one is None else expected + one
+        actual = linear(x, stored, scales, *added, batch_invariant)
+        torch.testing.assert_close(actual.to(torch.float32), expected, rtol=2e-3, atol=0.02)
+        if batch_invariant:
+            parts = [
+                linear(
+                    x[row : row + 1],
+                    stored,
+                    scales,
+                    added[0],
+                    None if added[1] is None else residual[row : row + 1],
+                    True,
+                )
+                for row in (0, num_rows // 2, num_rows - 1)
+            ]
+            assert torch.equal(torch.cat(parts), actual[[0, num_rows // 2, num_rows - 1]])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import submit
 
-from mpt_grpc.engine import load
+from mpt_grpc.engine import parts
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream, collect
 from mpt_grpc.model.runner import Runner, StepOutput
@@ -131,7 +131,7 @@ def runners(monkeypatch: pytest.MonkeyPatch) -> list[ArrivingRunner]:
         made.append(ArrivingRunner(*parts))
         return made[-1]
 
-    monkeypatch.setattr(load, "Runner", make)
+    monkeypatch.setattr(parts, "Runner", make)
     return made
 
 

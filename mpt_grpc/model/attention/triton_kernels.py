@@ -6,21 +6,15 @@ Scores are in base 2: `slopes` and `scale` are multiplied by log2(e). The oracle
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-
 import triton
 import triton.language as tl
 
-_VARYING = ("layer", "table_stride", "window", "max_count", "splits")
-_METADATA = ("blocks", "offsets", "query_starts", "starts", "tables", "tiles")
-"""Arguments whose values or addresses change between steps; specializing on them would compile while requests wait."""
+from mpt_grpc.model.triton_launch import jit
 
-
-def _jit(kernel: Callable[..., None]) -> triton.JITFunction:
-    names = inspect.signature(kernel).parameters
-    varying, metadata = ([name for name in names if name in group] for group in (_VARYING, _METADATA))
-    return triton.jit(kernel, do_not_specialize=varying, do_not_specialize_on_alignment=metadata)
+_jit = jit(
+    varying=("layer", "table_stride", "window", "max_count", "splits"),
+    unaligned=("blocks", "offsets", "query_starts", "starts", "tables", "tiles"),
+)
 
 
 @_jit
@@ -114,21 +108,16 @@ def attend(
     SPLIT_KEYS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Attends from one tile of queries to one key head.
+    """Attends from one tile of queries to one key head; grid [num_tiles, N_KV_HEADS, splits].
 
-    With SPLIT_KEYS, the grid is [num_sequences, N_KV_HEADS, splits]: a program attends to one split of a sequence's
-    context, for the sequences whose queries fit into one tile; `merge` combines the splits. A split has a fixed number
-    of keys, so a sequence's result does not depend on others. Without, the grid is [num_tiles, N_KV_HEADS]; `tiles`
-    [num_tiles, 2] has the sequence of each tile and its first token within the sequence's part of the step.
-    Tokens attend to at most `window` tokens before them, if HAS_WINDOW.
+    `tiles` [num_tiles, 2] has the sequence of each tile and its first token within the sequence's part of the step.
+    With SPLIT_KEYS, a program attends to one split of the context, and `merge` combines the splits. A split has a fixed
+    number of keys, so a token's result depends neither on other sequences nor on the tokens of its own in its tile.
+    Without, there is one split. Tokens attend to at most `window` tokens before them, if HAS_WINDOW.
     """
     TILE_TOKENS: tl.constexpr = TILE_ROWS // GROUP
-    kv_head = tl.program_id(1)
-    if SPLIT_KEYS > 0:
-        sequence, first = tl.program_id(0).to(tl.int64), 0
-    else:
-        sequence = tl.load(tiles + 2 * tl.program_id(0))
-        first = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int32)
+    tile, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    sequence, first = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1).to(tl.int32)
     step_start = tl.load(query_starts + sequence)
     count = (tl.load(query_starts + sequence + 1) - step_start).to(tl.int32)
     start = tl.load(starts + sequence).to(tl.int32)
@@ -136,7 +125,7 @@ def attend(
     lowest, end = 0, start + last
     if SPLIT_KEYS > 0:
         lowest = tl.program_id(2) * SPLIT_KEYS
-        if (count > TILE_TOKENS) | (lowest >= end):
+        if lowest >= end:
             return
         end = tl.minimum(lowest + SPLIT_KEYS, end)
     if HAS_WINDOW:
@@ -146,7 +135,7 @@ def attend(
     dims = tl.arange(0, PADDED_DIM)
     tokens = first + rows // GROUP
     heads = kv_head * GROUP + rows % GROUP
-    is_row = (rows < TILE_TOKENS * GROUP) & (tokens < count)
+    is_row = (rows < TILE_TOKENS * GROUP) & (tokens < last)
     is_item = is_row[:, None] & (dims[None, :] < HEAD_DIM)
     positions = start + tokens
     slope = tl.load(slopes + heads, mask=is_row, other=0.0)
@@ -192,7 +181,7 @@ def attend(
 
     if SPLIT_KEYS > 0:
         n_heads = N_KV_HEADS * GROUP
-        part = ((sequence * max_count + tokens) * n_heads + heads) * tl.num_programs(2) + tl.program_id(2)
+        part = ((tile * max_count + rows // GROUP) * n_heads + heads) * tl.num_programs(2) + tl.program_id(2)
         tl.store(maxima + part, highest, mask=is_row)
         tl.store(totals + part, total, mask=is_row)
         tl.store(sums + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=is_item)
@@ -214,6 +203,7 @@ def merge(
     faults,
     query_starts,
     starts,
+    tiles,
     N_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -221,23 +211,22 @@ def merge(
     TILE_TOKENS: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
 ):
-    """Combines the splits of `attend`; grid [num_sequences, n_heads].
+    """Combines the splits of `attend`; grid [num_tiles, n_heads].
 
-    `sums` [num_sequences, max_count, n_heads, splits, HEAD_DIM] are those of values weighted by 2^(score - maximum);
-    `maxima` and `totals`, the sums of the weights, have no last dimension. What a sequence does not have is undefined.
+    `sums` [num_tiles, max_count, n_heads, splits, HEAD_DIM] are those of values weighted by 2^(score - maximum);
+    `maxima` and `totals`, the sums of the weights, have no last dimension. What a tile does not have is undefined.
     """
     LANES: tl.constexpr = 8
-    sequence, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    tile, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    sequence, first = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1).to(tl.int32)
     n_heads = N_KV_HEADS * GROUP
     step_start = tl.load(query_starts + sequence)
-    count = (tl.load(query_starts + sequence + 1) - step_start).to(tl.int32)
-    if count > TILE_TOKENS:
-        return
-    num_splits = tl.cdiv(tl.load(starts + sequence).to(tl.int32) + count, SPLIT_KEYS)
+    last = tl.minimum(first + TILE_TOKENS, (tl.load(query_starts + sequence + 1) - step_start).to(tl.int32))
+    num_splits = tl.cdiv(tl.load(starts + sequence).to(tl.int32) + last, SPLIT_KEYS)
     dims = tl.arange(0, PADDED_DIM)
     is_dim = dims < HEAD_DIM
-    for token in range(count):
-        part = ((sequence * max_count + token) * n_heads + head) * splits
+    for token in range(first, last):
+        part = ((tile * max_count + token - first) * n_heads + head) * splits
         highest = tl.full([LANES], float("-inf"), tl.float32)
         total = tl.zeros([LANES], tl.float32)
         acc = tl.zeros([LANES, PADDED_DIM], tl.float32)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,28 +10,15 @@ from torch import Tensor
 
 from mpt_grpc.model.attention import triton_kernels as kernels
 from mpt_grpc.model.attention.tiling import SPLIT_KEYS, decode_tiling, power_of_two, prefill_tiling
+from mpt_grpc.model.triton_launch import Launch
 
-_LIBRARY = torch.library.Library("mpt_grpc", "DEF")
+_LIBRARY = torch.library.Library("mpt_grpc", "FRAGMENT")
 _LIBRARY.define(
     "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, int layer,"
-    " Tensor blocks, Tensor offsets, Tensor query_starts, Tensor starts, Tensor tables, Tensor tiles, Tensor slopes,"
-    " float scale, int window, Tensor(c!) faults, Tensor(d!) sums, Tensor(e!) maxima, Tensor(f!) totals) -> Tensor"
+    " Tensor blocks, Tensor offsets, Tensor query_starts, Tensor starts, Tensor tables, Tensor split_tiles,"
+    " Tensor whole_tiles, Tensor slopes, float scale, int window, Tensor(c!) faults, Tensor(d!) sums,"
+    " Tensor(e!) maxima, Tensor(f!) totals) -> Tensor"
 )
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: Mapping[str, Any]
-    """The kernel's arguments, compile-time constants included."""
-    num_warps: int
-    num_stages: int = 1
-
-    def __call__(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 def launches(
@@ -47,7 +33,8 @@ def launches(
     query_starts: Tensor,
     starts: Tensor,
     tables: Tensor,
-    tiles: Tensor,
+    split_tiles: Tensor,
+    whole_tiles: Tensor,
     slopes: Tensor,
     scale: float,
     window: int,
@@ -62,12 +49,13 @@ def launches(
 
     `scale` and `slopes` [n_heads] are for scores in base 2; a `window` below 0 is no window. The tensors between
     `values` and `slopes` say where the step's tokens are, those from `faults` to `totals` are overwritten; the kernels
-    describe them.
+    describe them. `split_tiles` are those that attend in splits, as many at once as `maxima` has room for, and
+    `whole_tiles` the others.
     """
     _, n_heads, head_dim = query.shape
     num_tokens, n_kv_heads, _ = key.shape
     block_size, group = keys.shape[3], n_heads // n_kv_heads
-    num_sequences, max_count, _, splits = maxima.shape
+    num_at_once, max_count, _, splits = maxima.shape
     is_int8 = keys.dtype == torch.int8
     heads = {"N_KV_HEADS": n_kv_heads, "HEAD_DIM": head_dim, "PADDED_DIM": max(16, power_of_two(head_dim))}
     cache = {
@@ -91,24 +79,25 @@ def launches(
         "query_stride": query.stride(0),
         "tables": tables,
         "table_stride": tables.stride(0),
-        "tiles": tiles,
         "slopes": slopes,
         "scale": scale,
         "window": window,
         "GROUP": group,
         "HAS_WINDOW": window >= 0,
     }
-    for tiling, split_keys, grid in (
-        (prefill_tiling(group), 0, (len(tiles), n_kv_heads)),
-        (decode_tiling(group), SPLIT_KEYS, (num_sequences, n_kv_heads, splits)),
-    ):
-        if min(grid) > 0:
-            sizes = {"TILE_ROWS": tiling.rows, "TILE_KEYS": tiling.keys, "SPLIT_KEYS": split_keys}
-            arguments = {**attending, **cache, **read, **parts, **sizes}
-            yield Launch(kernels.attend, grid, arguments, tiling.num_warps, tiling.num_stages)
-    if splits:
-        sizes = {"splits": splits, "TILE_TOKENS": decode_tiling(group).tokens, "GROUP": group, "SPLIT_KEYS": SPLIT_KEYS}
-        yield Launch(kernels.merge, (num_sequences, n_heads), {**read, **parts, **sizes}, num_warps=1)
+    whole, split = prefill_tiling(group), decode_tiling(group)
+    if len(whole_tiles):
+        sizes = {"TILE_ROWS": whole.rows, "TILE_KEYS": whole.keys, "SPLIT_KEYS": 0}
+        arguments = {**attending, **cache, **read, **parts, **sizes, "tiles": whole_tiles}
+        yield Launch(kernels.attend, (len(whole_tiles), n_kv_heads, 1), arguments, whole.num_warps, whole.num_stages)
+    for tiles in split_tiles.split(max(1, num_at_once)) if len(split_tiles) else ():
+        sizes = {"TILE_ROWS": split.rows, "TILE_KEYS": split.keys, "SPLIT_KEYS": SPLIT_KEYS}
+        arguments = {**attending, **cache, **read, **parts, **sizes, "tiles": tiles}
+        grid = (len(tiles), n_kv_heads, splits)
+        yield Launch(kernels.attend, grid, arguments, split.num_warps, split.num_stages)
+        sizes = {"splits": splits, "TILE_TOKENS": split.tokens, "GROUP": group, "SPLIT_KEYS": SPLIT_KEYS}
+        arguments = {**read, **parts, **sizes, "tiles": tiles}
+        yield Launch(kernels.merge, (len(tiles), n_heads), arguments, num_warps=1)
 
 
 def _paged_attention(query: Tensor, *arguments: Any) -> Tensor:
