@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 
 #include "attention.hpp"
 #include "matrix.hpp"
@@ -25,34 +26,51 @@ inline void attention(const AttentionStep &step, Type cache, Pool &pool) {
     }
 }
 
+// Arrays for the results within a layer. The memory stays with the thread: fresh pages for each step would take a part of
+// its time.
+class Scratch {
+   public:
+    explicit Scratch(int64_t floats) {
+        if (floats > capacity) capacity = 0, memory.reset(), memory.reset(new float[floats]), capacity = floats;
+    }
+    float *take(int64_t floats) { return memory.get() + std::exchange(taken, taken + floats); }
+
+   private:
+    static inline thread_local std::unique_ptr<float[]> memory;
+    static inline thread_local int64_t capacity = 0;
+    int64_t taken = 0;
+};
+
 // Computes the layers for x [tokens of the step, d_model], in place. layer_bytes: of a layer in the cache of keys.
 inline void run_layers(const Layer *layers, int64_t count, float *x, AttentionStep step, Type cache,
                        int64_t layer_bytes, Pool &pool) {
     const int64_t rows = step.num_tokens, size = layers->qkv.matrix->inputs, width = layers->qkv.matrix->outputs;
     const int64_t kv_size = step.n_kv_heads * step.head_dim, hidden_size = layers->up.matrix->outputs;
-    const auto floats = [&](int64_t columns) { return std::unique_ptr<float[]>(new float[rows * columns]); };
-    const auto normed = floats(size), qkv = floats(width), context = floats(size), attended = floats(size);
-    const auto hidden = floats(hidden_size), gate = floats(layers->gate.matrix == nullptr ? 0 : hidden_size);
-    step.query = qkv.get(), step.key = qkv.get() + size, step.value = qkv.get() + size + kv_size;
+    const int64_t gate_size = layers->gate.matrix == nullptr ? 0 : hidden_size;
+    Scratch scratch(rows * (3 * size + width + hidden_size + gate_size));
+    float *const normed = scratch.take(rows * size), *const qkv = scratch.take(rows * width);
+    float *const context = scratch.take(rows * size), *const attended = scratch.take(rows * size);
+    float *const hidden = scratch.take(rows * hidden_size), *const gate = scratch.take(rows * gate_size);
+    step.query = qkv, step.key = qkv + size, step.value = qkv + size + kv_size;
     step.query_stride = step.key_stride = step.value_stride = width;
-    step.context = context.get();
+    step.context = context;
     for (const Layer *layer = layers; layer < layers + count; layer++) {
-        normalize(x, size, rows, size, layer->norm_1, normed.get(), size, pool);
-        multiply(layer->qkv, normed.get(), rows, qkv.get(), nullptr, pool);
+        normalize(x, size, rows, size, layer->norm_1, normed, size, pool);
+        multiply(layer->qkv, normed, rows, qkv, nullptr, pool);
         if (layer->q_norm.weight != nullptr) {
-            normalize(step.query, width, rows, size, layer->q_norm, qkv.get(), width, pool);
-            normalize(step.key, width, rows, kv_size, layer->k_norm, qkv.get() + size, width, pool);
+            normalize(step.query, width, rows, size, layer->q_norm, qkv, width, pool);
+            normalize(step.key, width, rows, kv_size, layer->k_norm, qkv + size, width, pool);
         }
         attention(step, cache, pool);
         step.keys = static_cast<char *>(step.keys) + layer_bytes;
         step.values = static_cast<char *>(step.values) + layer_bytes;
-        multiply(layer->out, context.get(), rows, attended.get(), x, pool);
-        normalize(attended.get(), size, rows, size, layer->norm_2, normed.get(), size, pool);
-        multiply(layer->up, normed.get(), rows, hidden.get(), nullptr, pool);
+        multiply(layer->out, context, rows, attended, x, pool);
+        normalize(attended, size, rows, size, layer->norm_2, normed, size, pool);
+        multiply(layer->up, normed, rows, hidden, nullptr, pool);
         if (layer->gate.matrix != nullptr) {
-            multiply(layer->gate, normed.get(), rows, gate.get(), nullptr, pool);
+            multiply(layer->gate, normed, rows, gate, nullptr, pool);
             for (int64_t i = 0; i < rows * hidden_size; i++) hidden[i] *= gate[i];
         }
-        multiply(layer->down, hidden.get(), rows, x, attended.get(), pool);
+        multiply(layer->down, hidden, rows, x, attended, pool);
     }
 }
