@@ -18,15 +18,15 @@ inline Floats add_dot(Floats sum, Words weights, Words values) {
 #endif
 
 // Adds the products of ROWS rows with PANELS panels. values: [count][ROWS]; weights: [count][PANEL], of each panel.
-// ahead: how far ahead to prefetch weights, in their unit.
 template <class Sum, int ROWS, int PANELS>
 __attribute__((always_inline)) inline void add_dots(const int32_t *values, const uint32_t *weights, int64_t panel_stride,
-                                                    int64_t count, int64_t ahead, Sum (&sums)[ROWS][PANELS]) {
-    for (; count > 0; count--, values += ROWS, weights += PANEL) {
+                                                    int64_t count, const Fetch &fetch, Sum (&sums)[ROWS][PANELS]) {
+    const char *fetched = reinterpret_cast<const char *>(weights) + fetch.from;
+    for (; count > 0; count--, values += ROWS, weights += PANEL, fetched += fetch.step) {
         Words lanes[PANELS];
 #pragma GCC unroll 4
         for (int j = 0; j < PANELS; j++) {
-            __builtin_prefetch(weights + j * panel_stride + ahead);
+            __builtin_prefetch(fetched + 4 * j * panel_stride);
             lanes[j] = load<Words>(weights + j * panel_stride);
         }
         // Row by row: the values of all rows together would take the registers of the sums.

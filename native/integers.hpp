@@ -65,23 +65,25 @@ struct Integers {
     }
 
     template <int ROWS, int PANELS>
-    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, int64_t ahead, Floats (&sums)[ROWS][PANELS * VECTORS]) const {
+    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, Fetch fetch, Floats (&sums)[ROWS][PANELS * VECTORS]) const {
         const int32_t *at = x + row * row_words(inputs) + begin / GROUP * WORDS * ROWS;
         const Int8 *w = weights + panel * PANEL * inputs + begin * PANEL;
-        for (; begin < end; begin += GROUP, at += WORDS * ROWS, w += GROUP * PANEL)
-            add_group(at, w, std::min(end - begin, GROUP), ahead, sums);
+        for (; begin < end; begin += GROUP, at += WORDS * ROWS, w += GROUP * PANEL) {
+            add_group(at, w, std::min(end - begin, GROUP), fetch, sums);
+            fetch.from += (fetch.step - 64) * (GROUP * PANEL / 64);
+        }
     }
 
 #if defined(__AVX512VNNI__)
     template <int ROWS, int PANELS>
-    void add_group(const int32_t *at, const Int8 *w, int64_t count, int64_t ahead, Floats (&sums)[ROWS][PANELS]) const {
+    void add_group(const int32_t *at, const Int8 *w, int64_t count, const Fetch &fetch, Floats (&sums)[ROWS][PANELS]) const {
         const float *scales = reinterpret_cast<const float *>(at);
         Ints dots[ROWS][PANELS];
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
             for (int j = 0; j < PANELS; j++) dots[i][j] = (Ints)_mm512_set1_epi32(at[ROWS + i]);
-        add_dots(at + 2 * ROWS, reinterpret_cast<const uint32_t *>(w), PANEL * inputs / 4, count / 4, ahead / 4, dots);
+        add_dots(at + 2 * ROWS, reinterpret_cast<const uint32_t *>(w), PANEL * inputs / 4, count / 4, fetch, dots);
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
@@ -96,7 +98,7 @@ struct Integers {
     }
 
     template <int ROWS, int COLUMNS>
-    void add_group(const int32_t *at, const Int8 *w, int64_t count, int64_t ahead, Floats (&sums)[ROWS][COLUMNS]) const {
+    void add_group(const int32_t *at, const Int8 *w, int64_t count, const Fetch &fetch, Floats (&sums)[ROWS][COLUMNS]) const {
         // The products of two inputs each take two registers for a row and a vector of outputs.
         constexpr int TOGETHER = ROWS <= 3 ? VECTORS : 1;
 #pragma GCC unroll 8
@@ -104,8 +106,9 @@ struct Integers {
             const Int8 *lanes = w + first / VECTORS * PANEL * inputs + first % VECTORS * LANES * 4;
             const int32_t *values = at + 2 * ROWS;
             __m256i dots[ROWS][TOGETHER][2] = {};
-            for (int64_t k = 0; k < count; k += 4, lanes += 4 * PANEL, values += 2 * ROWS) {
-                if (first % VECTORS == 0) __builtin_prefetch(lanes + ahead);
+            const char *fetched = reinterpret_cast<const char *>(lanes) + fetch.from;
+            for (int64_t k = 0; k < count; k += 4, lanes += 4 * PANEL, values += 2 * ROWS, fetched += fetch.step) {
+                if (first % VECTORS == 0) __builtin_prefetch(fetched);
                 __m256i low[TOGETHER], high[TOGETHER];
 #pragma GCC unroll 2
                 for (int j = 0; j < TOGETHER; j++) {

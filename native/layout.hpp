@@ -7,7 +7,7 @@
 
 constexpr int PANEL = 16;                  // outputs
 constexpr int VECTORS = PANEL / LANES;     // in a panel
-constexpr int64_t INPUT_BLOCK = 1024;      // inputs whose weights stay in the cache for several tiles of rows
+constexpr int64_t INPUT_BLOCK = 4096;      // inputs whose weights stay in the cache for several tiles of rows
 constexpr int64_t ROW_BLOCK = 96;          // rows of x that stay in the cache for several panels
 constexpr int64_t PIECE_BYTES = 64 << 10;  // of weights in one piece of work, at least
 constexpr int64_t GROUP = 128;             // inputs that share a scale where x is rounded to 8 bits
@@ -40,6 +40,11 @@ inline int64_t packed_index(int64_t n, int64_t k) {
 }
 
 inline int64_t num_panels(int64_t outputs) { return (outputs + PANEL - 1) / PANEL; }
+
+// What is prefetched for each 64 bytes of a panel's weights: `step` bytes, from `from` bytes behind the first of these on.
+struct Fetch {
+    int64_t from, step;
+};
 
 // Rows of x in tiles of up to MAX_ROWS rows of about equal height.
 struct Tiles {

@@ -31,16 +31,16 @@ struct Matmul {
     float *y;  // [rows, outputs]; holds the sums over the first inputs while the others are missing
     Epilogue epilogue;
 
-    // Adds the inputs [begin, end) for one tile of rows and PANELS panels. ahead: how many weights ahead to prefetch.
+    // Adds the inputs [begin, end) for one tile of rows and PANELS panels.
     template <int ROWS, int PANELS>
-    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, int64_t ahead) const {
+    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, const Fetch &fetch) const {
         Floats sums[ROWS][PANELS * VECTORS];
         const int64_t first = panel * PANEL, columns = std::min<int64_t>(PANELS * PANEL, outputs - first);
         float *out = y + row * outputs + first;
         for (int i = 0; i < ROWS; i++)
             for (int j = 0; j < PANELS * VECTORS; j++)
                 sums[i][j] = begin == 0 ? Floats{} : load_columns(out + i * outputs, columns, j * LANES);
-        products.template add<ROWS, PANELS>(row, panel, begin, end, ahead, sums);
+        products.template add<ROWS, PANELS>(row, panel, begin, end, fetch, sums);
         const bool is_last = end == products.inputs;
         for (int i = 0; i < ROWS; i++)
             for (int j = 0; j < PANELS * VECTORS; j++) {
@@ -75,23 +75,24 @@ struct Matmul {
     }
 
     template <int PANELS, int ROWS = PANELS == MAX_PANELS ? FEW_ROWS : MAX_ROWS>
-    void add_tile(int64_t tile, int64_t panel, int64_t begin, int64_t end, int64_t ahead) const {
-        if (tiles.height(tile) == ROWS) return add<ROWS, PANELS>(tiles.start(tile), panel, begin, end, ahead);
-        if constexpr (ROWS > 1) add_tile<PANELS, ROWS - 1>(tile, panel, begin, end, ahead);
+    void add_tile(int64_t tile, int64_t panel, int64_t begin, int64_t end, const Fetch &fetch) const {
+        if (tiles.height(tile) == ROWS) return add<ROWS, PANELS>(tiles.start(tile), panel, begin, end, fetch);
+        if constexpr (ROWS > 1) add_tile<PANELS, ROWS - 1>(tile, panel, begin, end, fetch);
     }
 
-    // How far ahead weights are prefetched. The first tile reads them from memory and the others from the cache, so the
-    // last one has time to fetch those of the next panels.
+    // One tile of rows prefetches what it reads soon. Of several, each prefetches its share of what all of them read next,
+    // so that memory is read at the same rate all the time.
     template <int PANELS>
-    int64_t ahead(int64_t tile, int64_t first, int64_t last) const {
-        if (tile > first && tile + 1 == last) return PANELS * PANEL * products.inputs;
-        return (PANELS == MAX_PANELS ? 2048 : 4096) / sizeof(*products.weights);
+    Fetch fetch(int64_t tile, int64_t count, int64_t block) const {
+        constexpr int64_t item = sizeof(*products.weights);
+        if (count == 1) return {PANELS == MAX_PANELS ? 2048 : 4096, 64};
+        return {PANEL * (PANELS * products.inputs + block * tile / count) * item, 64 / count};
     }
 
     template <int PANELS>
     void add_panels(int64_t panel, int64_t last, int64_t tile, int64_t last_tile, int64_t begin, int64_t end) const {
         for (; panel + PANELS <= last; panel += PANELS)
-            for (int64_t t = tile; t < last_tile; t++) add_tile<PANELS>(t, panel, begin, end, ahead<PANELS>(t, tile, last_tile));
+            for (int64_t t = tile; t < last_tile; t++) add_tile<PANELS>(t, panel, begin, end, fetch<PANELS>(t - tile, last_tile - tile, end - begin));
         if constexpr (PANELS > 1)
             if (panel < last) add_panels<PANELS / 2>(panel, last, tile, last_tile, begin, end);
     }

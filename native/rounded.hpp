@@ -78,11 +78,11 @@ struct Rounded {
     }
 
     template <int ROWS, int PANELS>
-    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, int64_t ahead, Floats (&sums)[ROWS][PANELS]) const {
+    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, const Fetch &fetch, Floats (&sums)[ROWS][PANELS]) const {
         InRegisters<ROWS, PANELS> local(sums);
         add_dots(x + (row * inputs + begin * ROWS) / 2,
                  reinterpret_cast<const uint32_t *>(weights + panel * PANEL * inputs + begin * PANEL),
-                 PANEL * inputs / 2, (end - begin) / 2, ahead / 2, local.sums);
+                 PANEL * inputs / 2, (end - begin) / 2, fetch, local.sums);
         local.copy_to(sums);
     }
 };

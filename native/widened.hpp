@@ -51,13 +51,15 @@ struct Widened {
     }
 
     template <int ROWS, int PANELS>
-    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, int64_t ahead, Floats (&sums)[ROWS][PANELS * VECTORS]) const {
+    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, const Fetch &fetch, Floats (&sums)[ROWS][PANELS * VECTORS]) const {
         const float *at = x + row * inputs + begin * ROWS;
         const Weight *w = weights + panel * PANEL * inputs + begin * PANEL;
         InRegisters<ROWS, PANELS * VECTORS> local(sums);
+        const char *fetched = reinterpret_cast<const char *>(w) + fetch.from;
         for (int64_t k = begin; k < end; k += SIDE<Weight>, at += SIDE<Weight> * ROWS, w += SIDE<Weight> * PANEL) {
 #pragma GCC unroll 4
-            for (int p = 0; p < PANELS; p++) __builtin_prefetch(w + p * PANEL * inputs + ahead);
+            for (int p = 0; p < PANELS; p++) __builtin_prefetch(fetched + p * PANEL * inputs * int64_t(sizeof(Weight)));
+            fetched += fetch.step;
             side<0>(at, w, local.sums);
             if constexpr (SIDE<Weight> > 1) side<1>(at, w, local.sums);
             if constexpr (SIDE<Weight> > 2) side<2>(at, w, local.sums), side<3>(at, w, local.sums);
