@@ -306,3 +306,25 @@ async def test_violations_that_do_not_fit_are_counted(make_service: Any) -> None
 async def test_invalid_durations_are_refused(make_service: Any, limit: Duration) -> None:
     service = await make_service()
     assert await violations(service.stub, stopping(time_limit=limit)) == {"stopping.time_limit"}
+
+
+OTHER_METHODS = {
+    "/grpc.health.v1.Health/Check": "unary_unary",
+    "/grpc.health.v1.Health/Watch": "unary_stream",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": "stream_stream",
+    "/mpt.v1.TextGenerationService/GetModelInfo": "unary_unary",
+    "/mpt.v1alpha1.DebugService/GetEngineState": "unary_unary",
+}
+"""Methods whose messages are short, and their kinds."""
+
+
+@pytest.mark.parametrize("data", [b"\x0a\x90\xbf\x05" + b"x" * 90_000, b"\xff\xff"], ids=["too long", "not a message"])
+@pytest.mark.parametrize("method", OTHER_METHODS)
+async def test_messages_of_every_method_are_bounded_and_checked(make_service: Any, method: str, data: bytes) -> None:
+    service = await make_service()
+    kind = OTHER_METHODS[method]
+    call = getattr(service.channel, kind)(method)(iter([data]) if kind == "stream_stream" else data, timeout=10)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await (call if kind == "unary_unary" else call.read())
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "request: " in str(raised.value.details())
