@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mpt_grpc.errors import FieldViolation
-from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, RANGES
+from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, MAX_LOGPROBS, RANGES
 from mpt_grpc.request import (
     ChunkOptions,
     Conversation,
@@ -94,6 +94,8 @@ def prompt_violations(
             f"{max_new_tokens} new tokens after a prompt of {num_tokens} exceed the context of {context}:"
             f" request at most {context - num_tokens} or shorten the prompt",
         )
+        return
+    yield from _num_logprobs(request, num_tokens, limits)
 
 
 def _sampling(sampling: SamplingParameters, limits: RequestLimits) -> Iterator[FieldViolation]:
@@ -153,6 +155,21 @@ def _logprobs(logprobs: LogprobOptions) -> Iterator[FieldViolation]:
     yield from _number("output_options.top_logprobs", logprobs.num_top)
     if logprobs.num_top and not (logprobs.prompt or logprobs.output):
         yield FieldViolation("output_options.top_logprobs", "requires return_logprobs or return_prompt_logprobs")
+
+
+def _num_logprobs(
+    request: GenerationRequest, num_prompt_tokens: int, limits: RequestLimits
+) -> Iterator[FieldViolation]:
+    """Yields a violation if the response may have too many log probabilities to be returned."""
+    logprobs, most = request.logprobs, request.stopping.max_new_tokens
+    if most is None:
+        most = min(limits.default_max_new_tokens, limits.max_context_tokens - num_prompt_tokens)
+    num_tokens = num_prompt_tokens * logprobs.prompt + most * request.sampling.num_sequences * logprobs.output
+    if (count := num_tokens * (1 + logprobs.num_top)) > MAX_LOGPROBS:
+        why = f"up to {num_tokens} tokens would have {count} log probabilities with their alternatives"
+        yield FieldViolation(
+            "output_options.top_logprobs", f"{why}; at most {MAX_LOGPROBS} are returned: request fewer, or fewer tokens"
+        )
 
 
 def _combinations(request: GenerationRequest, limits: RequestLimits) -> Iterator[FieldViolation]:

@@ -10,7 +10,7 @@ import pytest
 
 from mpt_grpc.engine.validation import RequestLimits, prompt_violations, request_violations
 from mpt_grpc.errors import FieldViolation
-from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, RANGES
+from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, MAX_LOGPROBS, RANGES
 from mpt_grpc.request import (
     CacheOptions,
     ChunkOptions,
@@ -298,3 +298,30 @@ def test_every_invalid_field_is_listed() -> None:
         cache=CacheOptions(salt="s" * 200),
     )
     assert fields(invalid) == ["request_id", "cache.salt", "sampling.top_p", "stopping.min_new_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("num_top", "num_sequences", "has_prompt", "max_new_tokens", "beyond"),
+    [
+        (15, 1, False, MAX_LOGPROBS // 16, 0),
+        (15, 1, False, MAX_LOGPROBS // 16 + 1, MAX_LOGPROBS + 16),
+        (15, 2, False, MAX_LOGPROBS // 32 + 1, MAX_LOGPROBS + 32),
+        (15, 1, True, MAX_LOGPROBS // 16 - 2, 0),
+        (15, 1, True, MAX_LOGPROBS // 16 - 1, MAX_LOGPROBS + 16),
+        (19, 8, False, None, 8 * 20 * 100_000),
+        (0, 8, False, None, 0),
+    ],
+)
+def test_log_probabilities_beyond_those_of_a_message_are_refused(
+    num_top: int, num_sequences: int, has_prompt: bool, max_new_tokens: int | None, beyond: int
+) -> None:
+    asked = replace(
+        GenerationRequest("r", (1, 2)),
+        sampling=SamplingParameters(num_sequences=num_sequences),
+        stopping=StoppingCriteria(max_new_tokens=max_new_tokens),
+        logprobs=LogprobOptions(prompt=has_prompt, output=True, num_top=num_top),
+    )
+    limits = replace(LIMITS, max_context_tokens=100_002, default_max_new_tokens=200_000)
+    found = list(prompt_violations(asked, (1, 2), limits))
+    assert [violation.field for violation in found] == ["output_options.top_logprobs"] * bool(beyond)
+    assert all(f" {beyond} log probabilities" in violation.description for violation in found)
