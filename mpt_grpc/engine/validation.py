@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def prompt_violations(
             field, f"{num_tokens} tokens leave no room for a new token in the context of {context}: shorten the prompt"
         )
         return
-    yield from _token_ids(field, prompt_token_ids, limits)
+    num_dropped = len(request.prompt) - num_tokens if isinstance(request.prompt, tuple) else 0
+    yield from _token_ids(field, prompt_token_ids, limits, num_dropped)
     for resumed_field, resumed in resumed_lists(request):
         if num_tokens + len(resumed) > context:
             why = f"{len(resumed)} tokens after a prompt of {num_tokens} exceed the context of {context}"
@@ -221,9 +223,11 @@ def _resumed(request: GenerationRequest, max_new_tokens: int, limits: RequestLim
         yield from _token_ids(field, resumed, limits)
 
 
-def _token_ids(field: str, token_ids: Iterable[int], limits: RequestLimits) -> Iterator[FieldViolation]:
-    """Yields a violation for the first invalid token ID."""
-    for index, token in enumerate(token_ids):
+def _token_ids(
+    field: str, token_ids: Iterable[int], limits: RequestLimits, first_index: int = 0
+) -> Iterator[FieldViolation]:
+    """Yields a violation for the first invalid token ID of those that begin at `first_index` of the field."""
+    for index, token in enumerate(token_ids, first_index):
         if not 0 <= token < limits.vocab_size:
             yield FieldViolation(f"{field}[{index}]", f"{token} is not a token ID: IDs are below {limits.vocab_size}")
             return
@@ -232,7 +236,15 @@ def _token_ids(field: str, token_ids: Iterable[int], limits: RequestLimits) -> I
 def _number(field: str, value: float, item: str | None = None) -> Iterator[FieldViolation]:
     """Yields a violation if the value is out of the field's range; `item` names the part of the field that it is."""
     if value not in RANGES[field]:
-        yield FieldViolation(item or field, f"{value} is not in {RANGES[field]}")
+        yield FieldViolation(item or field, f"{_shown(value)} is not in {RANGES[field]}")
+
+
+def _shown(value: float) -> float:
+    """Returns the shortest number that becomes this one when it is stored in 32 bits, as it is in the API."""
+    if isinstance(value, int):
+        return value
+    shorter = (float(f"{value:.{digits}g}") for digits in range(1, 9))
+    return next((number for number in shorter if ctypes.c_float(number).value == value), value)
 
 
 def _count(field: str, count: int) -> Iterator[FieldViolation]:

@@ -31,6 +31,7 @@ Uint = Annotated[int, Field(ge=0, lt=1 << 32)]
 """An integer that fits in the gRPC API's uint32 fields."""
 _MAX_TOKENS = 16
 """The `max_tokens` of text completions that do not set it, as OpenAI's."""
+_MAX_PRIORITY = int(RANGES["priority"].high)
 _MAX_ALTERNATIVES = int(RANGES["output_options.top_logprobs"].high)
 _Item = TypeVar("_Item")
 Text = Annotated[str, Field(min_length=1)]
@@ -114,7 +115,7 @@ class GenerationFields(Strict):
     max_whitespace: Uint | None = None
     chunk_tokens: Uint | None = None
     chunk_interval: Annotated[float, Field(gt=0, le=86_400)] | None = None
-    priority: Annotated[int, Field(gt=-(1 << 31), lt=1 << 31)] | None = None
+    priority: Annotated[int, Field(ge=-_MAX_PRIORITY, le=_MAX_PRIORITY)] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: Many[str] | None = None

@@ -39,6 +39,13 @@ class MessageLimits:
     def __init__(self, limits: RequestLimits) -> None:
         num_ids = MAX_TOKEN_IDS + limits.max_context_tokens + limits.vocab_size
         self._max_numbers = MAX_TOKEN_IDS + num_ids
+        self._max_counts = {
+            **MAX_COUNTS,
+            "token_ids.ids": MAX_TOKEN_IDS,
+            "resume_token_ids": limits.max_context_tokens - 1,
+            "resume_outputs.token_ids": MAX_TOKEN_IDS,
+            "decoding.allowed_token_ids": limits.vocab_size,
+        }
         text = 4 * MAX_TEXT_CHARACTERS  # UTF-8 has up to 4 bytes for a character
         prompt = max(text, limits.max_prompt_bytes, _ID_BYTES * MAX_TOKEN_IDS)
         items = 16 * sum(MAX_COUNTS.values()) + sum(MAX_BYTES.values())
@@ -61,7 +68,7 @@ class MessageLimits:
         if len(data) > _PARSED_UNCOUNTED_BYTES:
             field = field_beyond(data, method.input_type, _MAX_FIELDS, self._max_numbers)
             if field is not None:
-                most = MAX_COUNTS.get(field, _MAX_FIELDS)
+                most = self._max_counts.get(field, _MAX_FIELDS)
                 raise InvalidRequestError(FieldViolation(field, f"too many items; at most {most} are allowed"))
 
 

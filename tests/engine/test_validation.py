@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import replace
 from typing import Any
@@ -325,3 +326,24 @@ def test_log_probabilities_beyond_those_of_a_message_are_refused(
     found = list(prompt_violations(asked, (1, 2), limits))
     assert [violation.field for violation in found] == ["output_options.top_logprobs"] * bool(beyond)
     assert all(f" {beyond} log probabilities" in violation.description for violation in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (100.1, "100.1"),
+        (ctypes.c_float(100.1).value, "100.1"),
+        (-0.1, "-0.1"),
+        (1e-8 - 1, "-0.99999999"),
+        (1e39, "1e+39"),
+    ],
+)
+def test_a_number_out_of_range_is_shown_as_it_was_written(value: float, shown: str) -> None:
+    (violation,) = request_violations(request("sampling.temperature", value), LIMITS)
+    assert violation.description == f"{shown} is not in [0, 100]"
+
+
+def test_an_invalid_token_is_found_where_it_is_in_a_prompt_that_is_truncated() -> None:
+    asked = GenerationRequest("r", (1, 2, 3, 1000), truncate_prompt_tokens=2)
+    (violation,) = prompt_violations(asked, (3, 1000), LIMITS)
+    assert violation.field == "token_ids.ids[3]"

@@ -233,10 +233,20 @@ MANY_FIELDS = {
     "stopping.stop_strings": stopping(stop_strings=[""] * 300_000),
     "token_ids.ids": request(token_ids=pb.TokenIds(ids=[5] * 1_500_000)),
     "resume_token_ids": request(resume_token_ids=[5] * 1_500_000),
+    "resume_outputs.token_ids": request(resume_outputs=[pb.PartialOutput(token_ids=[5] * 1_500_000)]),
+    "decoding.allowed_token_ids": decoding(allowed_token_ids=[5] * 1_500_000),
     "priority": bytes([pb.GenerateRequest.DESCRIPTOR.fields_by_name["priority"].number << 3, 1]) * 300_000,
     "request": b"\xa8\x1f\x01" * 300_000,  # a field that the server does not know
 }
 """A message with too many fields or numbers to be parsed in milliseconds, by the field of which it has them."""
+MAX_ITEMS = {
+    "token_ids.ids": MAX_TOKEN_IDS,
+    "resume_token_ids": CONTEXT - 1,
+    "resume_outputs.token_ids": MAX_TOKEN_IDS,
+    "decoding.allowed_token_ids": VOCAB,
+    "priority": 15_000,
+    "request": 15_000,
+}
 
 
 @pytest.mark.parametrize("field", MANY_FIELDS)
@@ -247,7 +257,7 @@ async def test_messages_with_too_many_items_are_refused_before_they_are_parsed(m
         await send(message if isinstance(message, bytes) else message.SerializeToString())
     (violation,) = bad_request(refused.value).field_violations
     assert violation.field == field
-    assert "too many items; at most" in violation.description
+    assert violation.description == f"too many items; at most {({**MAX_COUNTS, **MAX_ITEMS})[field]} are allowed"
 
 
 @pytest.mark.parametrize("data", [b"\x08" + b"\x80" * 200_000, b"\x0a\xff\xff\xff\x0f" * 50_000])
