@@ -1,4 +1,4 @@
-"""JSON of callers is read as it is, or refused in their words."""
+"""JSON of callers is read unchanged, or refused in their words."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ import pytest
 from mpt_grpc.limits import (
     MAX_BYTES,
     MAX_CANCELLED,
-    MAX_LOGPROBS,
     MAX_COUNTS,
+    MAX_LOGPROBS,
     MAX_RETURNED_TOKENS,
     MAX_TEXT_CHARACTERS,
     MAX_TOKEN_IDS,
