@@ -89,6 +89,10 @@ def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[
         ("resume_token_ids", len(message.resume_token_ids), limits.max_context_tokens - 1),
         ("resume_outputs", len(message.resume_outputs), MAX_COUNTS["resume_outputs"]),
         ("resume_outputs.token_ids", sum(len(o.token_ids) for o in message.resume_outputs), MAX_TOKEN_IDS),
+        *(
+            (f"resume_outputs[{number}].token_ids", len(output.token_ids), limits.max_context_tokens - 1)
+            for number, output in enumerate(message.resume_outputs[: MAX_COUNTS["resume_outputs"]])
+        ),
         ("decoding.allowed_token_ids", len(decoding.allowed_token_ids), limits.vocab_size),
         ("decoding.choice.options", len(decoding.choice.options), MAX_COUNTS["decoding.choice.options"]),
         ("decoding.logit_bias", len(decoding.logit_bias), MAX_COUNTS["decoding.logit_bias"]),
