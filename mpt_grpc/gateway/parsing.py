@@ -94,6 +94,8 @@ def _known_fields(body: bytes, rules: FieldRules) -> dict[str, Any]:
         fields = parse_json(body.decode())
     except RecursionError as error:
         raise _too_deep() from error
+    except UnicodeDecodeError as error:
+        raise BadRequestError("the body is not valid UTF-8") from error
     except ValueError as error:
         raise BadRequestError(f"the body is not valid JSON: {error}") from error
     if not isinstance(fields, dict):

@@ -33,6 +33,7 @@ from mpt_grpc_client import OverloadedError
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
+F = {"type": "function", "function": {"name": "f"}}
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,7 @@ async def test_the_parts_of_a_message_are_counted(gateway: RunningServer) -> Non
         b'{"\\ud83d": 1}',
         b'{"messages": [{"role": "user", "content": "a", "\\udc00": 1}]}',
         b'{"prompt": "\xed\xa0\x80"}',
+        json.dumps({"messages": [USER], "tools": [F], "tool_choice": {**F, "function": {"name": "g" * 9999}}}).encode(),
         '{"prompt": "a"}'.encode("utf-16"),
         b'{"prompt": "a", "' + b"x" * 1_000_000 + b'": 1}',
         b'{"prompt": "a", "n": 1' + b"0" * 5000 + b"}",
