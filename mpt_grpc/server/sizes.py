@@ -114,9 +114,10 @@ def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[
 
 def _call_violations(messages: Iterable[pb.Message]) -> Iterator[FieldViolation]:
     num_calls = size = 0
-    longest, most = 0, MAX_BYTES["conversation.messages.tool_call_id"]
-    for message in messages:
-        longest = max(longest, len(message.tool_call_id.encode()))
+    longest, most = (0, ""), MAX_BYTES["conversation.messages.tool_call_id"]
+    for index, message in enumerate(messages):
+        path = f"conversation.messages[{index}]"
+        longest = max(longest, (len(message.tool_call_id.encode()), f"{path}.tool_call_id"))
         if calls := message.tool_calls:
             num_calls += len(calls)
             if num_calls > MAX_COUNTS["conversation.messages.tool_calls"]:
@@ -124,9 +125,10 @@ def _call_violations(messages: Iterable[pb.Message]) -> Iterator[FieldViolation]
                 yield FieldViolation("conversation.messages.tool_calls", why)
                 return
             size += sum(call.ByteSize() for call in calls)
-            longest = max(longest, *(len(call.id.encode()) for call in calls))
+            ids = ((len(call.id.encode()), f"{path}.tool_calls[{number}].id") for number, call in enumerate(calls))
+            longest = max(longest, *ids)
     if size > MAX_BYTES["conversation.messages.tool_calls"]:
         why = f"{size} bytes in all messages; at most {MAX_BYTES['conversation.messages.tool_calls']} are allowed"
         yield FieldViolation("conversation.messages.tool_calls", why)
-    if longest > most:
-        yield FieldViolation("conversation.messages.tool_call_id", f"{longest} bytes; at most {most} are allowed")
+    if longest[0] > most:
+        yield FieldViolation(longest[1], f"{longest[0]} bytes; at most {most} are allowed")

@@ -134,6 +134,14 @@ async def test_the_largest_count_is_accepted_and_one_more_refused(make_service: 
     assert await violations(service.stub, make(most + 1)) & {field, "decoding.choice.options"}
 
 
+PLACES = {
+    "conversation.messages[1].tool_calls[0].id": "conversation.messages.tool_call_id",
+    "decoding.choice.options[0]": "decoding.choice.options",
+    "stopping.stop_strings[0]": "stopping.stop_strings",
+}
+"""The limits that apply to items of fields, by the place of an item."""
+
+
 @pytest.mark.parametrize("field", SIZED)
 async def test_the_largest_size_is_accepted_and_one_more_refused(make_service: Any, field: str) -> None:
     service, make, most = await make_service(), SIZED[field], MAX_BYTES[field]
@@ -142,7 +150,7 @@ async def test_the_largest_size_is_accepted_and_one_more_refused(make_service: A
         try:
             await service.stub.Generate(make(size))
         except grpc.aio.AioRpcError as error:
-            described = {v.field.partition("[")[0]: v.description for v in bad_request(error).field_violations}
+            described = {PLACES.get(v.field, v.field): v.description for v in bad_request(error).field_violations}
             assert described.keys() == {field}
             assert ("bytes" in described[field]) == is_too_long
         else:
