@@ -84,8 +84,8 @@ def prompt_violations(
             field, f"{num_tokens} tokens leave no room for a new token in the context of {context}: shorten the prompt"
         )
         return
-    num_dropped = len(request.prompt) - num_tokens if isinstance(request.prompt, tuple) else 0
-    yield from _token_ids(field, prompt_token_ids, limits, num_dropped)
+    if isinstance(request.prompt, tuple):
+        yield from _token_ids(field, prompt_token_ids, limits, len(request.prompt) - num_tokens)
     for resumed_field, resumed in resumed_lists(request):
         if num_tokens + len(resumed) > context:
             why = f"{len(resumed)} tokens after a prompt of {num_tokens} exceed the context of {context}"
