@@ -347,3 +347,11 @@ def test_an_invalid_token_is_found_where_it_is_in_a_prompt_that_is_truncated() -
     asked = GenerationRequest("r", (1, 2, 3, 1000), truncate_prompt_tokens=2)
     (violation,) = prompt_violations(asked, (3, 1000), LIMITS)
     assert violation.field == "token_ids.ids[3]"
+
+
+@pytest.mark.parametrize("seconds", [0.0, -0.5, math.inf, math.nan])
+def test_an_interval_of_chunks_is_positive_and_finite(seconds: float) -> None:
+    base = GenerationRequest("r", "Hi")
+    (violation,) = request_violations(replace(base, chunks=ChunkOptions(interval_s=seconds)), LIMITS)
+    assert violation.field == "output_options.chunk_interval"
+    assert list(request_violations(replace(base, chunks=ChunkOptions(interval_s=1e-9)), LIMITS)) == []
