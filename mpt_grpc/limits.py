@@ -103,5 +103,7 @@ MAX_TOKENIZED_CHARACTERS = 1 << 18
 """The longest text that may be tokenized."""
 MAX_RETURNED_TOKENS = 1 << 17
 """The most tokens of a tokenized text that are returned."""
+MAX_LOGPROBS = 1 << 20
+"""The most log probabilities of one response, alternatives included. They are some 20 MB in a message."""
 MAX_CANCELLED = 1000
 """The most requests that one call cancels."""

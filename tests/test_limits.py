@@ -11,6 +11,7 @@ from mpt_grpc.limits import (
     MAX_BYTES,
     MAX_CANCELLED,
     MAX_COUNTS,
+    MAX_LOGPROBS,
     MAX_RETURNED_TOKENS,
     MAX_TEXT_CHARACTERS,
     MAX_TOKEN_IDS,
@@ -77,6 +78,7 @@ def test_the_limits_of_other_calls_are_documented() -> None:
     limits = f"at most {MAX_TOKENIZED_CHARACTERS:,} characters and {MAX_RETURNED_TOKENS:,} tokens."
     assert f"The text, {limits}" in PROTO
     assert f"The token IDs, at most {MAX_TOKEN_IDS:,}, each" in PROTO
+    assert f"may be more than {MAX_LOGPROBS:,} is refused" in comment("output_options.top_logprobs")
     assert f"The IDs of the requests, at most {MAX_CANCELLED}." in PROTO
 
 

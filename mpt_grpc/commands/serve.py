@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import importlib.util
 import signal
 
@@ -28,10 +27,6 @@ def run(parsed: argparse.Namespace) -> None:
     from mpt_grpc.server.welcome import welcome
 
     def on_ready(server: RunningServer) -> None:
-        # What has been loaded stays. Otherwise garbage collections, which large requests cause, visit all of it, and
-        # streams wait for that.
-        gc.collect()
-        gc.freeze()
         print(welcome(server), flush=True)
 
     asyncio.run(serve(settings, on_ready))

@@ -214,8 +214,11 @@ class StepLoop:
 
     def _state(self) -> EngineState:
         self._measure_load()
-        now_s, cached_blocks = self.now_s(), self._scheduler.cached_blocks
-        return EngineState(now_s, self.load, cached_blocks, self._requests.in_flight(now_s), self._requests.ended)
+        now_s = self.now_s()
+        in_flight = self._requests.in_flight(now_s)
+        # Other threads begin and end the preparation of requests meanwhile: the load counts those that are shown.
+        load = replace(self.load, num_preparing=sum(not request.sequences for request in in_flight))
+        return EngineState(now_s, load, self._scheduler.cached_blocks, in_flight, self._requests.ended)
 
     def _stop(self) -> None:
         self._running = False

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mpt_grpc.errors import FieldViolation
-from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, RANGES
+from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, MAX_LOGPROBS, RANGES
 from mpt_grpc.request import (
     ChunkOptions,
     Conversation,
@@ -83,7 +84,8 @@ def prompt_violations(
             field, f"{num_tokens} tokens leave no room for a new token in the context of {context}: shorten the prompt"
         )
         return
-    yield from _token_ids(field, prompt_token_ids, limits)
+    if isinstance(request.prompt, tuple):
+        yield from _token_ids(field, prompt_token_ids, limits, len(request.prompt) - num_tokens)
     for resumed_field, resumed in resumed_lists(request):
         if num_tokens + len(resumed) > context:
             why = f"{len(resumed)} tokens after a prompt of {num_tokens} exceed the context of {context}"
@@ -94,6 +96,8 @@ def prompt_violations(
             f"{max_new_tokens} new tokens after a prompt of {num_tokens} exceed the context of {context}:"
             f" request at most {context - num_tokens} or shorten the prompt",
         )
+        return
+    yield from _num_logprobs(request, num_tokens, limits)
 
 
 def _sampling(sampling: SamplingParameters, limits: RequestLimits) -> Iterator[FieldViolation]:
@@ -155,6 +159,21 @@ def _logprobs(logprobs: LogprobOptions) -> Iterator[FieldViolation]:
         yield FieldViolation("output_options.top_logprobs", "requires return_logprobs or return_prompt_logprobs")
 
 
+def _num_logprobs(
+    request: GenerationRequest, num_prompt_tokens: int, limits: RequestLimits
+) -> Iterator[FieldViolation]:
+    """Yields a violation if the response may have too many log probabilities to be returned."""
+    logprobs, most = request.logprobs, request.stopping.max_new_tokens
+    if most is None:
+        most = min(limits.default_max_new_tokens, limits.max_context_tokens - num_prompt_tokens)
+    num_tokens = num_prompt_tokens * logprobs.prompt + most * request.sampling.num_sequences * logprobs.output
+    if (count := num_tokens * (1 + logprobs.num_top)) > MAX_LOGPROBS:
+        why = f"up to {num_tokens} tokens would have {count} log probabilities with their alternatives"
+        yield FieldViolation(
+            "output_options.top_logprobs", f"{why}; at most {MAX_LOGPROBS} are returned: request fewer, or fewer tokens"
+        )
+
+
 def _combinations(request: GenerationRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
     """Yields the violations of fields that cannot be combined."""
     sampling, decoding, stopping = request.sampling, request.decoding, request.stopping
@@ -204,9 +223,11 @@ def _resumed(request: GenerationRequest, max_new_tokens: int, limits: RequestLim
         yield from _token_ids(field, resumed, limits)
 
 
-def _token_ids(field: str, token_ids: Iterable[int], limits: RequestLimits) -> Iterator[FieldViolation]:
-    """Yields a violation for the first invalid token ID."""
-    for index, token in enumerate(token_ids):
+def _token_ids(
+    field: str, token_ids: Iterable[int], limits: RequestLimits, first_index: int = 0
+) -> Iterator[FieldViolation]:
+    """Yields a violation for the first invalid token ID of those that begin at `first_index` of the field."""
+    for index, token in enumerate(token_ids, first_index):
         if not 0 <= token < limits.vocab_size:
             yield FieldViolation(f"{field}[{index}]", f"{token} is not a token ID: IDs are below {limits.vocab_size}")
             return
@@ -215,7 +236,15 @@ def _token_ids(field: str, token_ids: Iterable[int], limits: RequestLimits) -> I
 def _number(field: str, value: float, item: str | None = None) -> Iterator[FieldViolation]:
     """Yields a violation if the value is out of the field's range; `item` names the part of the field that it is."""
     if value not in RANGES[field]:
-        yield FieldViolation(item or field, f"{value} is not in {RANGES[field]}")
+        yield FieldViolation(item or field, f"{_shown(value)} is not in {RANGES[field]}")
+
+
+def _shown(value: float) -> float:
+    """Returns the shortest number that becomes this one when it is stored in 32 bits, as it is in the API."""
+    if isinstance(value, int):
+        return value
+    shorter = (float(f"{value:.{digits}g}") for digits in range(1, 9))
+    return next((number for number in shorter if ctypes.c_float(number).value == value), value)
 
 
 def _count(field: str, count: int) -> Iterator[FieldViolation]:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi_offline import FastAPIOffline
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Match
 
 from mpt_grpc import __version__
 from mpt_grpc.gateway import openapi, schemas, tokens
-from mpt_grpc.gateway.access_log import note_refusal
 from mpt_grpc.gateway.callers import CallerMiddleware, Callers, KnownServer
 from mpt_grpc.gateway.completions import complete, stream_completion
-from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_response, shortened
-from mpt_grpc.gateway.events import EventStream, disconnected, event
+from mpt_grpc.gateway.disconnection import unless_disconnected
+from mpt_grpc.gateway.error_handlers import add_error_handlers, field_names
+from mpt_grpc.gateway.errors import BadRequestError, shortened
+from mpt_grpc.gateway.events import EventStream, event
 from mpt_grpc.gateway.field_rules import COMPLETION_RULES, RESPONSE_RULES, TOKENIZATION_RULES
 from mpt_grpc.gateway.health import unreadiness
 from mpt_grpc.gateway.model_response import ModelResponse
@@ -30,10 +28,9 @@ from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.parsing import parse
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 from mpt_grpc.gateway.response_request import ResponseRequest
-from mpt_grpc.gateway.responses import ChatResponse, Json, TextResponse, rendered
+from mpt_grpc.gateway.responses import ChatResponse, Json, PartedResponse, TextResponse, built
 from mpt_grpc_client import Client, MptGrpcError
 
-_Result = TypeVar("_Result")
 MAX_OUTPUTS = 256
 """The maximum number of outputs of one text completion, prompts times n: they all start at once."""
 _EVENTS = "text/event-stream"
@@ -100,9 +97,7 @@ def make_app(
     _add_routes(app, routes)
     add_page(app, callers, shows_engine=shows_engine)
     app.add_middleware(CallerMiddleware, callers=callers)
-    for kind in (MptGrpcError, BadRequestError, Exception):
-        app.add_exception_handler(kind, _on_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
+    add_error_handlers(app)
     return app
 
 
@@ -160,8 +155,8 @@ class _Gateway:
         options["request_id"] = _request_id(request)
         if body.stream:
             return await _events(request, response.chunks(lambda: client.stream(messages, **options)), response)
-        generation = await _unless_disconnected(request, client.generate(messages, **options))
-        return await rendered(lambda: response.complete(generation), has_logprobs=body.has_logprobs)
+        generation = await unless_disconnected(request, client.generate(messages, **options))
+        return await built(lambda: PartedResponse(response.complete(generation)), has_logprobs=body.has_logprobs)
 
     async def completions(self, request: Request) -> Response:
         """Continues one or several prompts, in one response or as server-sent events."""
@@ -174,7 +169,7 @@ class _Gateway:
         if body.stream:
             chunks = stream_completion(client, body, response, request_id)
             return await _events(request, chunks, response)
-        return await _unless_disconnected(request, complete(client, body, response, request_id))
+        return await unless_disconnected(request, complete(client, body, response, request_id))
 
     async def embeddings(self) -> Response:
         """Not supported: the model only generates text."""
@@ -197,13 +192,14 @@ class _Gateway:
         request.state.field_names = {"prompt": "messages"} if body.messages else {}
         blocking_client = self._blocking_client and self._blocking_client.with_metadata(*request.state.caller)
         call = tokens.tokenize(self._callers.client(request), blocking_client, body, _request_id(request))
-        return await _unless_disconnected(request, call)
+        return await unless_disconnected(request, call)
 
     async def detokenize(self, request: Request) -> Response:
         """Returns the text of token IDs."""
         request.state.field_names = tokens.DETOKENIZE_FIELD_NAMES
         body = await parse(request, tokens.DetokenizeRequest, TOKENIZATION_RULES)
-        return JSONResponse(await tokens.detokenize(self._callers.client(request), body))
+        call = tokens.detokenize(self._callers.client(request), body)
+        return JSONResponse(await unless_disconnected(request, call))
 
     async def tokenizer_info(self, request: Request) -> Response:
         """Returns the special tokens and the context length."""
@@ -254,22 +250,6 @@ def _request_id(request: Request) -> str:
     return request_id
 
 
-async def _unless_disconnected(request: Request, call: Awaitable[_Result]) -> _Result:
-    """Awaits a call, and cancels it if the HTTP caller disconnects in the meantime."""
-    calling = asyncio.ensure_future(call)
-    disconnecting = asyncio.ensure_future(disconnected(request.receive))
-    try:
-        await asyncio.wait({calling, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
-        if not calling.done():
-            calling.cancel()
-            raise BadRequestError("the caller has disconnected", status=499)
-        return calling.result()
-    finally:
-        calling.cancel()
-        disconnecting.cancel()
-        await asyncio.wait({calling, disconnecting})  # so that the call does not outlive the request
-
-
 async def _events(
     request: Request, chunks: AsyncIterator[Json], response: ChatResponse | TextResponse | ModelResponse
 ) -> Response:
@@ -278,10 +258,10 @@ async def _events(
     An empty chunk is sent whenever the stream has been idle for a while. A comment would not do: LangChain ignores
     comments and times out.
     """
-    first = await _unless_disconnected(request, _next(chunks))
+    first = await unless_disconnected(request, _next(chunks))
 
     def failure(error: MptGrpcError) -> bytes:
-        return event(response.failure(error, _field_names(request)))
+        return event(response.failure(error, field_names(request)))
 
     request.state.failure_event = failure
 
@@ -302,40 +282,3 @@ async def _events(
 
 async def _next(chunks: AsyncIterator[Json]) -> Json | None:
     return await anext(chunks, None)
-
-
-async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, BadRequestError):
-        note_refusal(request.scope, error)
-    return error_response(error, _field_names(request))
-
-
-async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    status, why, headers = error.status_code, str(error.detail), dict(error.headers or {})
-    if status == 404:
-        why = f"no such endpoint: {shortened(request.url.path)}; see /docs for the endpoints"
-    if status == 405:
-        allowed = _allowed_methods(request)
-        headers["allow"] = ", ".join(allowed)
-        # GET implies HEAD.
-        methods = " or ".join(method for method in allowed if method != "HEAD")
-        why = f"{request.method} is not allowed for {shortened(request.url.path)}; use {methods}"
-    response = error_response(BadRequestError(why, status=status))
-    response.headers.update(headers)
-    return response
-
-
-def _allowed_methods(request: Request) -> list[str]:
-    """Returns the methods of all routes for the path of a request. Files, which have no such route, allow GET."""
-    methods: set[str] = set()
-    for route in request.app.routes:
-        if route.matches(request.scope)[0] is Match.PARTIAL:
-            methods |= route.methods
-    return sorted(methods) or ["GET", "HEAD"]
-
-
-def _field_names(request: Request) -> Mapping[str, str]:
-    """Returns this endpoint's names for the client library's options, where they differ."""
-    names: Mapping[str, str] = getattr(request.state, "field_names", FIELD_NAMES)
-    return names

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.gateway.interleave import interleave
 from mpt_grpc.gateway.requests import CompletionRequest
-from mpt_grpc.gateway.responses import TextResponse, rendered, text_choice
+from mpt_grpc.gateway.responses import PartedResponse, TextResponse, built, encoded, text_choice
 from mpt_grpc.gateway.text_logprobs import TextLogprobs
 from mpt_grpc_client import AsyncClient, GenerateOptions, Generation, TokenLogprob, Usage
 
@@ -21,28 +21,41 @@ Json = dict[str, Any]
 
 
 async def complete(client: AsyncClient, body: CompletionRequest, response: TextResponse, request_id: str) -> Response:
-    """Returns the complete response. If one of several prompts fails, all do. Raises MptGrpcError."""
-    prompts, options = body.prompts, body.options()
-    calls = [
-        asyncio.ensure_future(client.generate(prompt, **_with_request_id(options, request_id, number)))
-        for number, prompt in enumerate(prompts)
+    """Returns the response. If one of several prompts fails, all do. Raises BadRequestError or MptGrpcError."""
+    body.check_num_logprobs()
+    options = body.options()
+    completing = [
+        asyncio.ensure_future(_choices(client, body, prompt, _with_request_id(options, request_id, number), number))
+        for number, prompt in enumerate(body.prompts)
     ]
     try:
-        generations = await asyncio.gather(*calls)
+        completed = await asyncio.gather(*completing)
     finally:
-        for call in calls:
-            call.cancel()
-    echoes = [await _echo(client, body, *pair) for pair in zip(prompts, generations, strict=True)]
+        for task in completing:
+            task.cancel()
+    choices = [choice for of_prompt, _ in completed for choice in of_prompt]
+    content = response.complete(choices, [usage for _, usage in completed])
+    return await built(lambda: PartedResponse(content), has_logprobs=body.logprobs is not None)
 
-    def build() -> Json:
-        choices: list[Json] = []
-        for generation, (echo, first_token) in zip(generations, echoes, strict=True):
-            for output in generation.outputs:
-                logprobs = _logprobs(body, generation, output.logprobs, first_token)
-                choices.append(text_choice(len(choices), echo + output.text, logprobs, output.finish))
-        return response.complete(choices, [generation.usage for generation in generations])
 
-    return await rendered(build, has_logprobs=body.logprobs is not None)
+async def _choices(
+    client: AsyncClient, body: CompletionRequest, prompt: str | list[int], options: GenerateOptions, number: int
+) -> tuple[list[bytes], Usage]:
+    """Returns the choices of the prompt with this number, and its usage.
+
+    They are encoded as soon as they are complete: log probabilities take twenty times as much memory before.
+    """
+    generation = await client.generate(prompt, **options)
+    echo, first_token = await _echo(client, body, prompt, generation)
+
+    def build() -> list[bytes]:
+        choices = []
+        for index, output in enumerate(generation.outputs, number * (body.n or 1)):
+            logprobs = _logprobs(body, generation, output.logprobs, first_token)
+            choices.append(encoded(text_choice(index, echo + output.text, logprobs, output.finish)))
+        return choices
+
+    return await built(build, has_logprobs=body.logprobs is not None), generation.usage
 
 
 async def _echo(

@@ -10,6 +10,8 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mpt_grpc.gateway.disconnection import disconnected
+
 KEEPALIVE_S = 15
 DONE = b"data: [DONE]\n\n"
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -19,12 +21,6 @@ def event(value: dict[str, Any]) -> bytes:
     """Returns a JSON value as an event. Its `type`, if it has one, is also the event's."""
     name = f"event: {value['type']}\n" if "type" in value else ""
     return f"{name}data: {_encode(value)}\n\n".encode()
-
-
-async def disconnected(receive: Receive) -> None:
-    """Returns when the caller has disconnected. The request must have been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class EventStream(Response):

@@ -22,6 +22,7 @@ _IGNORED = "user store service_tier safety_identifier prompt_cache_key prompt_ca
 _REFUSED = {"chat_template": "not supported per request; set it on the server, with --chat-template"}
 _EXPECTED = {
     "stop": "must be a string or a list of strings",
+    "priority": "must be an integer from -100 to 100",
     "seed": "must be an integer from 0 to 2^64 - 1",
     "logit_bias": "must map token IDs to numbers",
     "guided_json": "must be a JSON schema",

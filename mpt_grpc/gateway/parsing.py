@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
-from typing import Any, NoReturn, TypeVar, get_args
+from functools import partial
+from typing import Any, TypeVar, get_args
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from mpt_grpc.gateway.disconnection import unless_disconnected
 from mpt_grpc.gateway.errors import BadRequestError, shortened
 from mpt_grpc.gateway.field_rules import FieldRules
 from mpt_grpc.gateway.reading import read
 from mpt_grpc.gateway.strict import MAX_ITEMS, TOO_MANY_ITEMS
-from mpt_grpc.limits import is_deeper_than
+from mpt_grpc.json_values import parse_json
+from mpt_grpc.limits import MAX_TOKEN_IDS, is_deeper_than
+from mpt_grpc.worker_threads import WorkerThreads
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
-MAX_VALUES = 1 << 18
+MAX_NAMES = 1 << 16
+"""The maximum number of names of fields in a body, those of all its objects together."""
+MAX_VALUES = MAX_TOKEN_IDS + MAX_NAMES
 """The maximum number of values in a body, in all its arrays and objects together."""
 MAX_DEPTH = 128
 _MAX_BYTES_ON_LOOP = 4 << 10
 """The largest body that is parsed in less time than it takes to hand it to a thread and back."""
 # One thread, since parsing holds Python's global lock: streams proceed between two bodies.
-_parser = ThreadPoolExecutor(1, thread_name_prefix="parse")
-_STRING_OR_VALUE = re.compile(rb'"[^"]*"?|[\[{,]')
+_parser = WorkerThreads(1, "parse")
+_COUNTED_BYTES = 64 << 10
+"""The bytes in which values are counted at once."""
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -37,7 +42,9 @@ async def parse(request: Request, kind: type[_Parsed], rules: FieldRules, *, max
     body = await read(request)
     if len(body) <= _MAX_BYTES_ON_LOOP:
         return _parsed(body, kind, rules, max_prompts)
-    return await asyncio.get_running_loop().run_in_executor(_parser, _parsed, body, kind, rules, max_prompts)
+    parsing = asyncio.wrap_future(_parser.submit(partial(_parsed, body, kind, rules, max_prompts)))
+    del body  # which leaves the queue if its caller leaves before its turn
+    return await unless_disconnected(request, parsing)
 
 
 def _parsed(body: bytes, kind: type[_Parsed], rules: FieldRules, max_prompts: int) -> _Parsed:
@@ -52,15 +59,20 @@ def _parsed(body: bytes, kind: type[_Parsed], rules: FieldRules, max_prompts: in
 
 def _check_num_values(body: bytes) -> None:
     """Refuses a body with too many values before it is parsed, since Python does nothing else during that time."""
-    if sum(map(body.count, b"[{,")) <= MAX_VALUES:
+    if sum(map(body.count, b"[{,")) <= MAX_VALUES and body.count(b":") <= MAX_NAMES:
         return
     # Some of these characters may be text.
-    num_values = 0
+    num_values = num_names = is_text = 0
     without_escapes = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    for match in _STRING_OR_VALUE.finditer(without_escapes):
-        num_values += match[0] in b"[{,"
-        if num_values > MAX_VALUES:
-            raise BadRequestError(f"the body contains more than {MAX_VALUES} values; send fewer")
+    for start in range(0, len(without_escapes), _COUNTED_BYTES):
+        pieces = without_escapes[start : start + _COUNTED_BYTES].split(b'"')
+        outside = b"".join(pieces[is_text::2])
+        is_text ^= (len(pieces) - 1) & 1
+        num_values += sum(map(outside.count, b"[{,"))
+        num_names += outside.count(b":")
+    for count, most, what in ((num_values, MAX_VALUES, "values"), (num_names, MAX_NAMES, "names of fields")):
+        if count > most:
+            raise BadRequestError(f"the body contains more than {most} {what}; send fewer")
 
 
 def _check_counts(fields: Mapping[str, Any], max_prompts: int) -> None:
@@ -79,9 +91,11 @@ def _check_counts(fields: Mapping[str, Any], max_prompts: int) -> None:
 def _known_fields(body: bytes, rules: FieldRules) -> dict[str, Any]:
     """Returns the fields of a body, except those that are null or ignored. Raises BadRequestError."""
     try:
-        fields = json.loads(body.decode(), parse_float=_finite, parse_constant=_refuse_constant)
+        fields = parse_json(body.decode())
     except RecursionError as error:
         raise _too_deep() from error
+    except UnicodeDecodeError as error:
+        raise BadRequestError("the body is not valid UTF-8") from error
     except ValueError as error:
         raise BadRequestError(f"the body is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
@@ -98,18 +112,6 @@ def _known_fields(body: bytes, rules: FieldRules) -> dict[str, Any]:
         if may_have_surrogates and not _is_text(value):
             raise BadRequestError(f"{shortened(name)}: not valid Unicode; remove lone surrogates", shortened(name))
     return fields
-
-
-def _finite(number: str) -> float:
-    """Returns a number with a fraction or an exponent. Raises ValueError if no double is as large."""
-    value = float(number)
-    if math.isinf(value):
-        raise ValueError(f"{shortened(number)} is beyond the range of a double")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _too_deep() -> BadRequestError:

@@ -15,6 +15,7 @@ from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError
 from mpt_grpc.gateway.messages import ChatMessage
 from mpt_grpc.gateway.strict import Strict
 from mpt_grpc.gateway.tools import Tool, ToolChoice, tool_options
+from mpt_grpc.limits import MAX_LOGPROBS, RANGES
 from mpt_grpc_client import (
     Choice,
     Constraint,
@@ -28,6 +29,10 @@ from mpt_grpc_client import (
 
 Uint = Annotated[int, Field(ge=0, lt=1 << 32)]
 """An integer that fits in the gRPC API's uint32 fields."""
+_MAX_TOKENS = 16
+"""The `max_tokens` of text completions that do not set it, as OpenAI's."""
+_MAX_PRIORITY = int(RANGES["priority"].high)
+_MAX_ALTERNATIVES = int(RANGES["output_options.top_logprobs"].high)
 _Item = TypeVar("_Item")
 Text = Annotated[str, Field(min_length=1)]
 Many = Annotated[list[_Item], Field(fail_fast=True)]
@@ -110,7 +115,7 @@ class GenerationFields(Strict):
     max_whitespace: Uint | None = None
     chunk_tokens: Uint | None = None
     chunk_interval: Annotated[float, Field(gt=0, le=86_400)] | None = None
-    priority: Annotated[int, Field(gt=-(1 << 31), lt=1 << 31)] | None = None
+    priority: Annotated[int, Field(ge=-_MAX_PRIORITY, le=_MAX_PRIORITY)] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: Many[str] | None = None
@@ -267,6 +272,19 @@ class CompletionRequest(CompletionFields):
             why = f"{num_prompts} prompts with {n} outputs each exceed the limit of {limit} outputs in one request"
             raise BadRequestError(f"n: {why}", "n")
 
+    def check_num_logprobs(self) -> None:
+        """Raises BadRequestError if the outputs of all prompts would have too many log probabilities together."""
+        if self.logprobs is not None:
+            num_tokens = (
+                len(self.prompts) * (self.n or 1) * (_MAX_TOKENS if self.max_tokens is None else self.max_tokens)
+            )
+            num_logprobs = num_tokens * (1 + min(self.logprobs, _MAX_ALTERNATIVES))
+            if num_logprobs > MAX_LOGPROBS:
+                why = f"up to {num_tokens} tokens would have {num_logprobs} log probabilities with their alternatives"
+                raise BadRequestError(
+                    f"logprobs: {why}; at most {MAX_LOGPROBS} are returned in one response", "logprobs"
+                )
+
     @property
     def field_names(self) -> Mapping[str, str]:
         # For text completions, `logprobs` is the number of alternatives.
@@ -277,7 +295,7 @@ class CompletionRequest(CompletionFields):
             raise BadRequestError("best_of: must equal n; set n instead", "best_of")
         options = super().options()
         if self.max_tokens is None:
-            options["max_new_tokens"] = 16  # OpenAI's default
+            options["max_new_tokens"] = _MAX_TOKENS
         options["return_logprobs"] = self.logprobs is not None
         options["return_prompt_logprobs"] = self.echo and self.logprobs is not None
         options["return_prompt_token_ids"] = self.echo

@@ -264,12 +264,14 @@ class ResponseRequest(ConversationFields):
             if isinstance(item, MessageItem):
                 add(Message(_ROLES.get(item.role, Role.SYSTEM), _text(item.content)), name)
             elif isinstance(item, FunctionCallOutputItem):
+                names[f"prompt[{len(messages)}].tool_call_id"] = f"{name}.call_id"
                 add(Message(Role.TOOL, _text(item.output), tool_call_id=item.call_id), name)
             elif isinstance(item, FunctionCallItem):
                 if not messages or messages[-1].role is not Role.ASSISTANT:
                     add(Message(Role.ASSISTANT, ""), name)
                 calls = messages[-1].tool_calls
-                names[f"prompt[{len(messages) - 1}].tool_calls[{len(calls)}]"] = name
+                place = f"prompt[{len(messages) - 1}].tool_calls[{len(calls)}]"
+                names[place], names[f"{place}.id"] = name, f"{name}.call_id"
                 call = ToolCall(item.call_id, item.name, item.arguments)
                 messages[-1] = replace(messages[-1], tool_calls=[*calls, call])
         if not messages:

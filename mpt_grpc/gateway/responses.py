@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 
 from mpt_grpc.gateway.errors import error_body
 from mpt_grpc.gateway.events import DONE
@@ -25,6 +26,7 @@ from mpt_grpc_client import (
 )
 
 Json = dict[str, Any]
+_Result = TypeVar("_Result")
 
 _LENGTH = (FinishReason.MAX_NEW_TOKENS, FinishReason.CONTEXT_LENGTH, FinishReason.TIME_LIMIT)
 
@@ -42,20 +44,26 @@ def usage(usages: Iterable[Usage]) -> Json:
     }
 
 
-async def rendered(build: Callable[[], Json], *, has_logprobs: bool) -> Response:
-    """Returns the HTTP response with the content that `build` returns.
+async def built(build: Callable[[], _Result], *, has_logprobs: bool) -> _Result:
+    """Returns what `build` returns. It runs in a thread if there are log probabilities, of which there may be many."""
+    return await asyncio.to_thread(build) if has_logprobs else build()
 
-    Log probabilities make it large: then it is built and encoded in a thread, choice by choice or item by item, because
-    the encoder holds Python's global lock.
+
+class PartedResponse(JSONResponse):
+    """A response that is encoded choice by choice or item by item, because the encoder holds Python's global lock.
+
+    Choices that are bytes are already encoded.
     """
-    return await asyncio.to_thread(lambda: _InParts(build())) if has_logprobs else _InParts(build())
 
-
-class _InParts(JSONResponse):
     def render(self, content: Json) -> bytes:
-        encode, name = super().render, "choices" if "choices" in content else "output"
-        rest = encode({field: value for field, value in content.items() if field != name})
-        return b'%b,"%b":[%b]}' % (rest[:-1], name.encode(), b",".join(map(encode, content[name])))
+        name = "choices" if "choices" in content else "output"
+        rest = encoded({field: value for field, value in content.items() if field != name})
+        parts = (part if isinstance(part, bytes) else encoded(part) for part in content[name])
+        return b'%b,"%b":[%b]}' % (rest[:-1], name.encode(), b",".join(parts))
+
+
+def encoded(value: Json) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 class _Completion:
@@ -132,7 +140,8 @@ class TextResponse(_Completion):
     def __init__(self, model: str, request_id: str) -> None:
         self._envelope = {**_envelope_for("cmpl", model, request_id), "object": "text_completion"}
 
-    def complete(self, choices: list[Json], usages: Iterable[Usage]) -> Json:
+    def complete(self, choices: list[bytes], usages: Iterable[Usage]) -> Json:
+        """Returns the response with choices that are already encoded."""
         return {**self._envelope, "choices": choices, "usage": usage(usages)}
 
     def chunk(self, choice: Json) -> Json:
@@ -144,7 +153,7 @@ class TextResponse(_Completion):
 
     def usage_chunk(self, usages: Iterable[Usage]) -> Json:
         """Returns the last chunk of a stream with `include_usage`."""
-        return self.complete([], usages)
+        return {**self._envelope, "choices": [], "usage": usage(usages)}
 
 
 def text_choice(index: int, text: str, logprobs: Json | None, finish: Finish | None) -> Json:

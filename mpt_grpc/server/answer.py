@@ -41,17 +41,19 @@ class Answer:
 
     def complete(self, deltas: Sequence[OutputDelta]) -> pb.GenerateResponse:
         generation = collect(deltas)
-        return pb.GenerateResponse(
-            request_id=self.request_id,
-            prompt=self._prompt(generation.prompt_logprobs),
-            outputs=list(map(self._output, self._stream.prepared.request.outputs, generation.outputs)),
-            summary=self._summary(generation.stats),
-        )
+        response = pb.GenerateResponse(request_id=self.request_id, summary=self._summary(generation.stats))
+        self._fill_prompt(response.prompt, generation.prompt_logprobs)
+        for index, output in zip(self._stream.prepared.request.outputs, generation.outputs, strict=True):
+            message = response.outputs.add(index=index, text=output.text, num_tokens=len(output.token_ids))
+            self._fill_output(message, output)
+        return response
 
     def part(self, delta: OutputDelta, *, is_first: bool) -> pb.StreamGenerateResponse:
-        response = pb.StreamGenerateResponse(request_id=self.request_id, output=self._output(delta.index, delta))
+        output = pb.Output(index=delta.index, text=delta.text, num_tokens=len(delta.token_ids))
+        self._fill_output(output, delta)
+        response = pb.StreamGenerateResponse(request_id=self.request_id, output=output)
         if is_first:
-            response.prompt.CopyFrom(self._prompt(delta.prompt_logprobs))
+            self._fill_prompt(response.prompt, delta.prompt_logprobs)
             response.fingerprint = self._fingerprint
             self._sent = {index: list(resumed) for index, resumed in self._stream.prepared.request.outputs.items()}
         self._sent[delta.index] += delta.token_ids
@@ -68,26 +70,23 @@ class Answer:
             info.outputs.extend(pb.PartialOutput(index=index, token_ids=ids) for index, ids in self._sent.items())
         return info
 
-    def _prompt(self, logprobs: Sequence[TokenLogprob]) -> pb.PromptInfo:
+    def _fill_prompt(self, message: pb.PromptInfo, logprobs: Sequence[TokenLogprob]) -> None:
         token_ids = self._stream.prepared.prompt_token_ids
-        return pb.PromptInfo(
-            num_tokens=len(token_ids),
-            token_ids=token_ids if self._options.return_prompt_token_ids else (),
-            logprobs=convert.logprobs(logprobs, self._tokenizer),
-        )
+        message.num_tokens = len(token_ids)
+        if self._options.return_prompt_token_ids:
+            message.token_ids.extend(token_ids)
+        convert.add_logprobs(message, logprobs, self._tokenizer)
 
-    def _output(self, index: int, output: OutputDelta | Output) -> pb.Output:
-        message = pb.Output(index=index, text=output.text, num_tokens=len(output.token_ids))
+    def _fill_output(self, message: pb.Output, output: OutputDelta | Output) -> None:
+        """Adds to an output with its index and its text what else there is of it."""
         if self._returns_token_ids:
             message.token_ids.extend(output.token_ids)
-        if output.logprobs:
-            message.logprobs.extend(convert.logprobs(output.logprobs, self._tokenizer))
+        convert.add_logprobs(message, output.logprobs, self._tokenizer)
         if output.tool_calls:
             message.tool_calls.extend(convert.tool_calls(output.tool_calls))
         if output.finish is not None:
             message.finish.CopyFrom(convert.finish(output.finish))
-            message.seed = sequence_seed(self._stream.prepared.request.sampling.seed or 0, index)
-        return message
+            message.seed = sequence_seed(self._stream.prepared.request.sampling.seed or 0, message.index)
 
     def _summary(self, stats: RequestStats) -> pb.Summary:
         call = current_call()

@@ -30,20 +30,18 @@ _FINISH_REASONS = {
 }
 
 
-def logprobs(values: Iterable[TokenLogprob], tokenizer: Tokenizer) -> list[pb.TokenLogprob]:
-    return [
-        pb.TokenLogprob(
+def add_logprobs(message: pb.PromptInfo | pb.Output, values: Iterable[TokenLogprob], tokenizer: Tokenizer) -> None:
+    """Adds log probabilities one by one: copying a long list of messages would stop all threads."""
+    for value in values:
+        logprob = message.logprobs.add(
             token_id=value.token_id,
             token_bytes=tokenizer.token_bytes(value.token_id),
             logprob=value.logprob,
             rank=value.rank,
-            top_logprobs=[
-                pb.TopLogprob(token_id=token_id, token_bytes=tokenizer.token_bytes(token_id), logprob=logprob)
-                for token_id, logprob in value.top
-            ],
         )
-        for value in values
-    ]
+        for token_id, top_logprob in value.top:
+            token_bytes = tokenizer.token_bytes(token_id)
+            logprob.top_logprobs.add(token_id=token_id, token_bytes=token_bytes, logprob=top_logprob)
 
 
 def tool_calls(values: Iterable[ToolCall]) -> list[pb.ToolCall]:
@@ -64,9 +62,10 @@ def summary(stats: RequestStats, trace_id: str) -> pb.Summary:
 
 
 def tokens(tokenizer: Tokenizer, token_ids: Iterable[int]) -> pb.TokenizeResponse:
-    return pb.TokenizeResponse(
-        tokens=[pb.Token(token_id=token, token_bytes=tokenizer.token_bytes(token)) for token in token_ids]
-    )
+    response = pb.TokenizeResponse()
+    for token in token_ids:  # one by one, as log probabilities
+        response.tokens.add(token_id=token, token_bytes=tokenizer.token_bytes(token))
+    return response
 
 
 def model_info(model: LoadedModel, preparation: Preparation) -> pb.GetModelInfoResponse:

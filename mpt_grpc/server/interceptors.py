@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
-from grpc_health.v1.health import SERVICE_NAME as HEALTH
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -33,9 +34,11 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 
 _SERVICES: Mapping[str, ServiceDescriptor] = {
-    service.full_name: service for module in (pb, debug_pb2) for service in module.DESCRIPTOR.services_by_name.values()
+    service.full_name: service
+    for module in (pb, debug_pb2, health_pb2, reflection_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
 }
-SERVICE, DEBUG_SERVICE = _SERVICES
+SERVICE, DEBUG_SERVICE, _HEALTH, _REFLECTION = _SERVICES
 _log = logging.getLogger(__name__)
 _ROLES: Mapping[str, tuple[Role, ...]] = {
     "Generate": (Role.GENERATE,),
@@ -57,7 +60,7 @@ _Serving: TypeAlias = Callable[[_CallContext], AbstractAsyncContextManager[None]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the methods of this project's services and reflection; health passes through unchanged."""
+    """Wraps the methods of all services; of health, only the parsing of messages."""
 
     message_limits: MessageLimits
     telemetry: Telemetry
@@ -78,8 +81,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         method = handler_call_details.method.removeprefix("/")
         service, _, name = method.partition("/")
-        if handler is None or service == HEALTH:
-            return handler
+        if handler is None:
+            return None
+        assert handler.request_deserializer is not None
+        # Messages are parsed where errors become statuses, and not by gRPC, which would report UNKNOWN.
+        parse = partial(self._parse, _SERVICES[service].methods_by_name[name], handler.request_deserializer)
+        if service == _HEALTH:
+            return _health(parse, handler)
         metadata = handler_call_details.invocation_metadata or ()
         authorization = next((str(value) for key, value in metadata if key == "authorization"), None)
         try:
@@ -89,11 +97,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return grpc.stream_stream_rpc_method_handler(
                 _refusal(partial(self._serving, method, ANONYMOUS), str(error))
             )
-        if service not in _SERVICES:
-            return _reflection(serving, handler)
-        assert handler.request_deserializer is not None
-        parse = partial(self._parse, _SERVICES[service].methods_by_name[name], handler.request_deserializer)
-        # Messages are parsed where errors become statuses, and not by gRPC, which would report UNKNOWN.
+        if service == _REFLECTION:
+            return _reflection(serving, parse, handler)
         codecs = (None, handler.response_serializer)
         if handler.unary_stream is not None:
             stream = _stream(serving, parse, handler.unary_stream, self.writes)
@@ -183,16 +188,33 @@ def _stream(
     return stream
 
 
-def _reflection(serving: _Serving, handler: _Handler) -> _Handler:
-    """Returns the handler of reflection, the only other service, whose messages gRPC parses."""
+def _health(parse: Callable[[bytes], Any], handler: _Handler) -> _Handler:
+    """Returns the handler of a method of health, which needs no role and leaves no trace."""
+    serve: Callable[..., Any] = handler.unary_unary or handler.unary_stream  # type: ignore[assignment]
+    kind = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+
+    async def parsed(data: bytes, context: _CallContext) -> Any:
+        try:
+            message = parse(data)
+        except MptServerError as error:
+            await status.abort(context, error)
+        del data  # a watch lasts as long as its caller
+        return await serve(message, context)
+
+    return kind(parsed, None, handler.response_serializer)
+
+
+def _reflection(serving: _Serving, parse: Callable[[bytes], Any], handler: _Handler) -> _Handler:
+    """Returns the handler of reflection, the only method whose requests are a stream."""
     reflect: Callable[..., Any] = handler.stream_stream  # type: ignore[assignment]
 
-    async def stream(requests: Any, context: _CallContext) -> AsyncIterator[Any]:
-        async with serving(context), aclosing(reflect(requests, context)) as responses:
+    async def stream(messages: Any, context: _CallContext) -> AsyncIterator[Any]:
+        requests = (parse(data) async for data in messages)
+        async with serving(context), aclosing(requests), aclosing(reflect(requests, context)) as responses:
             async for response in responses:
                 yield response
 
-    return grpc.stream_stream_rpc_method_handler(stream, handler.request_deserializer, handler.response_serializer)
+    return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
 
 
 def _refusal(serving: _Serving, why: str) -> Callable[..., Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import uuid
-from typing import Any, NoReturn
+from typing import Any
 
 from mpt_grpc.caller import ANONYMOUS, Caller
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
+from mpt_grpc.json_values import parse_json
 from mpt_grpc.limits import is_deeper_than
 from mpt_grpc.request import (
     CacheOptions,
@@ -117,7 +118,7 @@ def _template_kwargs(text: str) -> dict[str, Any]:
     """Returns the values of a JSON object. Raises InvalidRequestError."""
     field = "conversation.chat_template_kwargs"
     try:
-        values = json.loads(text, parse_constant=_refuse_constant)
+        values = parse_json(text)
         text.encode()
         json.dumps(values, ensure_ascii=False).encode()
     except RecursionError as error:
@@ -131,10 +132,6 @@ def _template_kwargs(text: str) -> dict[str, Any]:
     if is_deeper_than(values, _MAX_KWARGS_DEPTH):
         raise InvalidRequestError(FieldViolation(field, _TOO_DEEP))
     return values
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _sampling(message: pb.SamplingParameters, defaults: GenerationDefaults) -> SamplingParameters:

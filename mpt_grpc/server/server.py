@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import math
 import os
@@ -28,6 +27,7 @@ from mpt_grpc.errors import DrainingError, ModelError, MptServerError
 from mpt_grpc.listening import exposure
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.allocator import trim
+from mpt_grpc.server.garbage import GarbageCollection
 from mpt_grpc.server.http import serving_http
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.local_channel import LocalChannel
@@ -95,10 +95,7 @@ async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -
         async with running_server(settings) as server:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, on_signal)
-            # Objects created at startup live forever; a collection that scanned them would pause every stream for
-            # 150 ms.
-            gc.collect()
-            gc.freeze()
+            server.garbage = GarbageCollection()
             on_ready(server)
             await _first(drain, server.engine_failed)
             if drain.is_set():
@@ -148,6 +145,8 @@ class RunningServer:
         self.http_port: int | None = None
         self.metrics_port: int | None = None
         self.channelz_port: int | None = None
+        self.garbage: GarbageCollection | None = None
+        """Set in a process of the server's own."""
         self._servicer, self._access, self._writes = servicer, access, writes
         self.engine_failed = asyncio.Event()
         """Set when the engine has ended by itself, so that only a new process can serve again."""
@@ -175,6 +174,8 @@ class RunningServer:
             if self.engine.failure is not None:
                 self.engine_failed.set()
             if not self.engine.num_in_flight:
+                if self.garbage is not None:
+                    self.garbage.collect_when_idle(self.engine.load.num_steps)
                 await asyncio.to_thread(trim)
             await asyncio.sleep(_WATCH_INTERVAL_S)
 

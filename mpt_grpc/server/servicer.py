@@ -105,18 +105,19 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         return convert.tokens(tokenizer, token_ids)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: _CallContext) -> pb.DetokenizeResponse:
-        tokenizer = self._engine.preparation.tokenizer
         if len(request.token_ids) > MAX_TOKEN_IDS:
             why = f"{len(request.token_ids)} items; at most {MAX_TOKEN_IDS} are allowed"
             raise InvalidRequestError(FieldViolation("token_ids", why))
+        return await self._texts.run(partial(self._text, request), is_quick=len(request.token_ids) <= QUICK_SIZE)
+
+    def _text(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        tokenizer = self._engine.preparation.tokenizer
         for index, token in enumerate(request.token_ids):
             if token >= tokenizer.vocab_size:
                 why = f"{token} is not a token ID: IDs are below {tokenizer.vocab_size}"
                 raise InvalidRequestError(FieldViolation(f"token_ids[{index}]", why))
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        decode = partial(tokenizer.decode, request.token_ids, skip)
-        text = await self._texts.run(decode, is_quick=len(request.token_ids) <= QUICK_SIZE)
-        return pb.DetokenizeResponse(text=text)
+        return pb.DetokenizeResponse(text=tokenizer.decode(request.token_ids, skip))
 
     async def Cancel(self, request: pb.CancelRequest, context: _CallContext) -> pb.CancelResponse:
         if len(request.request_ids) > MAX_CANCELLED:

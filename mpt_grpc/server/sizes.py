@@ -39,6 +39,13 @@ class MessageLimits:
     def __init__(self, limits: RequestLimits) -> None:
         num_ids = MAX_TOKEN_IDS + limits.max_context_tokens + limits.vocab_size
         self._max_numbers = MAX_TOKEN_IDS + num_ids
+        self._max_counts = {
+            **MAX_COUNTS,
+            "token_ids.ids": MAX_TOKEN_IDS,
+            "resume_token_ids": limits.max_context_tokens - 1,
+            "resume_outputs.token_ids": MAX_TOKEN_IDS,
+            "decoding.allowed_token_ids": limits.vocab_size,
+        }
         text = 4 * MAX_TEXT_CHARACTERS  # UTF-8 has up to 4 bytes for a character
         prompt = max(text, limits.max_prompt_bytes, _ID_BYTES * MAX_TOKEN_IDS)
         items = 16 * sum(MAX_COUNTS.values()) + sum(MAX_BYTES.values())
@@ -61,7 +68,7 @@ class MessageLimits:
         if len(data) > _PARSED_UNCOUNTED_BYTES:
             field = field_beyond(data, method.input_type, _MAX_FIELDS, self._max_numbers)
             if field is not None:
-                most = MAX_COUNTS.get(field, _MAX_FIELDS)
+                most = self._max_counts.get(field, _MAX_FIELDS)
                 raise InvalidRequestError(FieldViolation(field, f"too many items; at most {most} are allowed"))
 
 
@@ -82,6 +89,10 @@ def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[
         ("resume_token_ids", len(message.resume_token_ids), limits.max_context_tokens - 1),
         ("resume_outputs", len(message.resume_outputs), MAX_COUNTS["resume_outputs"]),
         ("resume_outputs.token_ids", sum(len(o.token_ids) for o in message.resume_outputs), MAX_TOKEN_IDS),
+        *(
+            (f"resume_outputs[{number}].token_ids", len(output.token_ids), limits.max_context_tokens - 1)
+            for number, output in enumerate(message.resume_outputs[: MAX_COUNTS["resume_outputs"]])
+        ),
         ("decoding.allowed_token_ids", len(decoding.allowed_token_ids), limits.vocab_size),
         ("decoding.choice.options", len(decoding.choice.options), MAX_COUNTS["decoding.choice.options"]),
         ("decoding.logit_bias", len(decoding.logit_bias), MAX_COUNTS["decoding.logit_bias"]),
@@ -103,9 +114,10 @@ def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[
 
 def _call_violations(messages: Iterable[pb.Message]) -> Iterator[FieldViolation]:
     num_calls = size = 0
-    longest, most = 0, MAX_BYTES["conversation.messages.tool_call_id"]
-    for message in messages:
-        longest = max(longest, len(message.tool_call_id.encode()))
+    longest, most = (0, ""), MAX_BYTES["conversation.messages.tool_call_id"]
+    for index, message in enumerate(messages):
+        path = f"conversation.messages[{index}]"
+        longest = max(longest, (len(message.tool_call_id.encode()), f"{path}.tool_call_id"))
         if calls := message.tool_calls:
             num_calls += len(calls)
             if num_calls > MAX_COUNTS["conversation.messages.tool_calls"]:
@@ -113,9 +125,10 @@ def _call_violations(messages: Iterable[pb.Message]) -> Iterator[FieldViolation]
                 yield FieldViolation("conversation.messages.tool_calls", why)
                 return
             size += sum(call.ByteSize() for call in calls)
-            longest = max(longest, *(len(call.id.encode()) for call in calls))
+            ids = ((len(call.id.encode()), f"{path}.tool_calls[{number}].id") for number, call in enumerate(calls))
+            longest = max(longest, *ids)
     if size > MAX_BYTES["conversation.messages.tool_calls"]:
         why = f"{size} bytes in all messages; at most {MAX_BYTES['conversation.messages.tool_calls']} are allowed"
         yield FieldViolation("conversation.messages.tool_calls", why)
-    if longest > most:
-        yield FieldViolation("conversation.messages.tool_call_id", f"{longest} bytes; at most {most} are allowed")
+    if longest[0] > most:
+        yield FieldViolation(longest[1], f"{longest[0]} bytes; at most {most} are allowed")

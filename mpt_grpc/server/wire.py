@@ -61,7 +61,7 @@ class _Walk:
                 elif size and number in _packed_lists(message):
                     self._numbers_left -= _num_varints(data[pos : pos + size])
                     if self._numbers_left < 0:
-                        return f"{path}{_name(message, number)}"
+                        return f"{path}{'.' if is_in_item else ''}{_name(message, number)}"
                 pos += size
             elif wire_type == _VARINT:
                 _, pos = self._varint(pos)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llguidance import LLMatcher
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
+from mpt_grpc.json_values import parse_json
 from mpt_grpc.limits import MAX_BYTES
 from mpt_grpc.request import Choice, JsonObject, JsonSchema, OutputConstraint, Regex, ToolCalls
 from mpt_grpc.text.json_schema import rewrite
@@ -161,7 +162,7 @@ def _json_grammar(schema: str, field: str, max_whitespace: int = 1) -> str:
     try:
         # llguidance parses it first, because it rejects JSON that is nested too deeply for Python.
         _compile(schema, form)
-        content = json.loads(schema)
+        content = parse_json(schema)
         if "x-guidance" in content:
             raise UnsupportedSchemaError('"x-guidance" is not supported: remove it')
         if (rewritten := rewrite(content)) is False:

@@ -111,7 +111,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of `ids`. Bytes that are not valid UTF-8 become U+FFFD; unknown IDs are ignored."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        if len(ids) <= QUICK_SIZE:
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        (text,) = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)  # as in `encode`
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """Returns the bytes of one token, which may end inside a character; b"" for an unknown ID.

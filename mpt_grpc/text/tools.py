@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
+from mpt_grpc.json_values import parse_json
 from mpt_grpc.limits import MAX_TOOL_NAME_CHARACTERS, is_deeper_than
 from mpt_grpc.request import Conversation, Message, Tool, ToolChoice
 from mpt_grpc.text.literals import applied, strings
@@ -72,7 +73,7 @@ def tool_violations(conversation: Conversation) -> Iterator[FieldViolation]:
 def parameters(tool: Tool, field: str) -> dict[str, Any]:
     """Returns the schema of a tool's arguments. Raises InvalidRequestError, which names the field."""
     try:
-        schema = json.loads(tool.parameters or _NO_PARAMETERS)
+        schema = parse_json(tool.parameters or _NO_PARAMETERS)
         _check_unicode(schema)
     except UnicodeEncodeError as error:
         raise InvalidRequestError(FieldViolation(field, "not valid Unicode: remove lone surrogates")) from error
@@ -155,7 +156,7 @@ def _plain(message: Message) -> Message:
 def argument_values(arguments: str) -> Any:
     """Returns the arguments of a call, or their text if they are not valid JSON, as in a call that was cut short."""
     try:
-        values = json.loads(arguments or "{}")
+        values = parse_json(arguments or "{}")
         _check_unicode(values)
     except (ValueError, RecursionError):
         return arguments

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from conftest import SteppedRunner, generation, submit
@@ -10,8 +13,8 @@ from conftest import SteppedRunner, generation, submit
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.inquiries import StateInquiries
 from mpt_grpc.engine.stream import collect
-from mpt_grpc.errors import DrainingError, UnavailableError
-from mpt_grpc.request import SamplingParameters
+from mpt_grpc.errors import DrainingError, InvalidRequestError, UnavailableError
+from mpt_grpc.request import GenerationRequest, SamplingParameters
 from mpt_grpc.results import FinishReason
 
 PROMPT = tuple(range(1, 41))
@@ -63,6 +66,28 @@ def test_state_lists_recently_ended_requests_and_cached_blocks(make_engine: Call
     assert state.in_flight == ()
     assert len(state.cached_blocks) == 2
     assert state.load.num_free_blocks == blocks_before
+
+
+def test_state_counts_the_preparing_requests_that_it_lists(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    interval_s, has_ended = sys.getswitchinterval(), threading.Event()
+
+    def send() -> None:
+        while not has_ended.is_set():
+            with suppress(InvalidRequestError):  # so many tokens are prepared in another thread, and do not fit
+                engine.generate(GenerationRequest("refused", (5,) * 5000))
+
+    sending = threading.Thread(target=send)
+    sys.setswitchinterval(1e-6)
+    try:
+        sending.start()
+        for _ in range(500):
+            state = engine.state().result(30)
+            assert state.load.num_preparing == sum(not request.sequences for request in state.in_flight)
+    finally:
+        has_ended.set()
+        sending.join()
+        sys.setswitchinterval(interval_s)
 
 
 def test_stopped_engine_does_not_return_its_state(make_engine: Callable[..., Engine]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from mpt_grpc.engine.validation import RequestLimits, prompt_violations, request_violations
 from mpt_grpc.errors import FieldViolation
-from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, RANGES
+from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, MAX_LOGPROBS, RANGES
 from mpt_grpc.request import (
     CacheOptions,
     ChunkOptions,
@@ -298,3 +299,59 @@ def test_every_invalid_field_is_listed() -> None:
         cache=CacheOptions(salt="s" * 200),
     )
     assert fields(invalid) == ["request_id", "cache.salt", "sampling.top_p", "stopping.min_new_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("num_top", "num_sequences", "has_prompt", "max_new_tokens", "beyond"),
+    [
+        (15, 1, False, MAX_LOGPROBS // 16, 0),
+        (15, 1, False, MAX_LOGPROBS // 16 + 1, MAX_LOGPROBS + 16),
+        (15, 2, False, MAX_LOGPROBS // 32 + 1, MAX_LOGPROBS + 32),
+        (15, 1, True, MAX_LOGPROBS // 16 - 2, 0),
+        (15, 1, True, MAX_LOGPROBS // 16 - 1, MAX_LOGPROBS + 16),
+        (19, 8, False, None, 8 * 20 * 100_000),
+        (0, 8, False, None, 0),
+    ],
+)
+def test_log_probabilities_beyond_those_of_a_message_are_refused(
+    num_top: int, num_sequences: int, has_prompt: bool, max_new_tokens: int | None, beyond: int
+) -> None:
+    asked = replace(
+        GenerationRequest("r", (1, 2)),
+        sampling=SamplingParameters(num_sequences=num_sequences),
+        stopping=StoppingCriteria(max_new_tokens=max_new_tokens),
+        logprobs=LogprobOptions(prompt=has_prompt, output=True, num_top=num_top),
+    )
+    limits = replace(LIMITS, max_context_tokens=100_002, default_max_new_tokens=200_000)
+    found = list(prompt_violations(asked, (1, 2), limits))
+    assert [violation.field for violation in found] == ["output_options.top_logprobs"] * bool(beyond)
+    assert all(f" {beyond} log probabilities" in violation.description for violation in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (100.1, "100.1"),
+        (ctypes.c_float(100.1).value, "100.1"),
+        (-0.1, "-0.1"),
+        (1e-8 - 1, "-0.99999999"),
+        (1e39, "1e+39"),
+    ],
+)
+def test_a_number_out_of_range_is_shown_as_it_was_written(value: float, shown: str) -> None:
+    (violation,) = request_violations(request("sampling.temperature", value), LIMITS)
+    assert violation.description == f"{shown} is not in [0, 100]"
+
+
+def test_an_invalid_token_is_found_where_it_is_in_a_prompt_that_is_truncated() -> None:
+    asked = GenerationRequest("r", (1, 2, 3, 1000), truncate_prompt_tokens=2)
+    (violation,) = prompt_violations(asked, (3, 1000), LIMITS)
+    assert violation.field == "token_ids.ids[3]"
+
+
+@pytest.mark.parametrize("seconds", [0.0, -0.5, math.inf, math.nan])
+def test_an_interval_of_chunks_is_positive_and_finite(seconds: float) -> None:
+    base = GenerationRequest("r", "Hi")
+    (violation,) = request_violations(replace(base, chunks=ChunkOptions(interval_s=seconds)), LIMITS)
+    assert violation.field == "output_options.chunk_interval"
+    assert list(request_violations(replace(base, chunks=ChunkOptions(interval_s=1e-9)), LIMITS)) == []

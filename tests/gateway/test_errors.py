@@ -39,6 +39,7 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
         ("/v1/completions", {"prompt": "a", "top_k": 1 << 40}, "top_k"),
         ("/v1/completions", {"prompt": "a", "logit_bias": {"-1": 1}}, "logit_bias"),
         ("/v1/completions", {"prompt": "a", "priority": 1 << 40}, "priority"),
+        ("/v1/completions", {"prompt": "a", "priority": -101}, "priority"),
     ],
 )
 def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any) -> None:
@@ -52,6 +53,12 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
     ("fields", "message"),
     [
         ({"messages": []}, "messages: must be a list of at least one message"),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [CALL, {**CALL, "id": "c" * 257}]}, USER]},
+            "messages[1].tool_calls[1].id: 257 bytes; at most 256 are allowed",
+        ),
+        ({"messages": [USER], "priority": 101}, "priority: must be an integer from -100 to 100"),
+        ({"messages": [USER], "temperature": 100.1}, "temperature: 100.1 is not in [0, 100]"),
         ({"messages": [USER, {"role": "robot", "content": "3"}]}, "messages[1].role: must be system, developer,"),
         ({"messages": [USER, {**USER, "content": [{"type": "image_url"}]}]}, "messages[1].content: must be text"),
         (

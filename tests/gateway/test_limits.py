@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -14,21 +15,25 @@ from typing import Any
 import pytest
 from conftest import demo_settings
 from http_calls import fetch, read_response, send
+from pydantic import BaseModel, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
 from mpt_grpc.gateway import protocol, reading
+from mpt_grpc.gateway.errors import BadRequestError
+from mpt_grpc.gateway.field_rules import FieldRules
 from mpt_grpc.gateway.middleware import SMALL_BODY_BYTES, BodyMemoryMiddleware
-from mpt_grpc.gateway.parsing import MAX_VALUES
+from mpt_grpc.gateway.parsing import MAX_NAMES, MAX_VALUES, parse
 from mpt_grpc.gateway.reading import MAX_BODY_BYTES
 from mpt_grpc.gateway.strict import MAX_ITEMS
-from mpt_grpc.limits import MAX_TEXT_CHARACTERS
+from mpt_grpc.limits import MAX_LOGPROBS, MAX_TEXT_CHARACTERS, MAX_TOKEN_IDS
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings
 from mpt_grpc_client import OverloadedError
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
+F = {"type": "function", "function": {"name": "f"}}
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +127,13 @@ async def test_the_parts_of_a_message_are_counted(gateway: RunningServer) -> Non
         b'{"prompt": [' + b"1," * MAX_VALUES + b"1]}",
         b'{"stop": [' + b'"\\",",' * MAX_VALUES + b'""]}',
         b'{"messages": [' + b"{}," * MAX_VALUES + b"{}]}",
+        b'{"metadata": [' + b'{"":[],"":0},' * (MAX_NAMES // 2 + 1) + b"{}]}",
         b'{"prompt": "' + b"," * (MAX_VALUES + 1),
         b'{"prompt": "' + b'\\",' * (MAX_VALUES + 1),
         b'{"\\ud83d": 1}',
         b'{"messages": [{"role": "user", "content": "a", "\\udc00": 1}]}',
         b'{"prompt": "\xed\xa0\x80"}',
+        json.dumps({"messages": [USER], "tools": [F], "tool_choice": {**F, "function": {"name": "g" * 9999}}}).encode(),
         '{"prompt": "a"}'.encode("utf-16"),
         b'{"prompt": "a", "' + b"x" * 1_000_000 + b'": 1}',
         b'{"prompt": "a", "n": 1' + b"0" * 5000 + b"}",
@@ -142,12 +149,28 @@ async def test_a_body_that_is_no_request_is_refused_with_a_short_error(gateway: 
     assert len(response["error"]["message"]) < 500
 
 
-async def test_text_may_consist_of_characters_that_separate_values(gateway: RunningServer) -> None:
-    text = ',[{"\\' * (MAX_TEXT_CHARACTERS // 5)
-    assert 2 * sum(map(text.count, ",[{")) > MAX_VALUES
-    body = {"prompt": [text] * 2, "truncate_prompt_tokens": 5, "max_tokens": 1}
+async def test_as_many_token_ids_may_be_sent_as_the_server_takes(gateway: RunningServer) -> None:
+    status, response = await fetch(gateway, "POST", "/detokenize", {"tokens": [65] * MAX_TOKEN_IDS})
+    assert (status, len(response["prompt"])) == (200, MAX_TOKEN_IDS)
+    body = {"prompt": [5] * MAX_TOKEN_IDS, "truncate_prompt_tokens": 5, "max_tokens": 1}
     status, response = await fetch(gateway, "POST", TEXT, body)
-    assert (status, response["usage"]["prompt_tokens"]) == (200, 10)
+    assert (status, response["usage"]["prompt_tokens"]) == (200, 5)
+
+
+async def test_more_log_probabilities_than_a_response_may_have_are_refused(gateway: RunningServer) -> None:
+    # 32 prompts with two tokens more than 1,560 each, and 21 log probabilities for each token.
+    body = {"prompt": ["a"] * 32, "max_tokens": 1562, "logprobs": 20}
+    status, response = await fetch(gateway, "POST", TEXT, body)
+    assert (status, response["error"]["param"]) == (400, "logprobs")
+    assert f"1049664 log probabilities with their alternatives; at most {MAX_LOGPROBS}" in response["error"]["message"]
+
+
+async def test_text_may_consist_of_characters_that_separate_values(gateway: RunningServer) -> None:
+    text = ',[{:"\\' * (MAX_TEXT_CHARACTERS // 6)
+    assert 3 * sum(map(text.count, ",[{")) > MAX_VALUES
+    body = {"prompt": [text] * 3, "truncate_prompt_tokens": 5, "max_tokens": 1}
+    status, response = await fetch(gateway, "POST", TEXT, body)
+    assert (status, response["usage"]["prompt_tokens"]) == (200, 15)
 
 
 async def test_the_longest_text_may_be_escaped(gateway: RunningServer) -> None:
@@ -270,6 +293,40 @@ async def test_the_largest_bodies_keep_the_event_loop_for_less_than_a_quarter_se
     gc.unfreeze()
     assert response.result()[0] == 400
     assert longest_s < 0.25
+
+
+async def test_a_caller_who_leaves_before_the_body_is_parsed_is_no_longer_waited_for() -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    class Slow(BaseModel):
+        @model_validator(mode="before")
+        @classmethod
+        def _wait(cls, value: Any) -> Any:
+            has_begun.set()
+            may_end.wait(30)
+            return value
+
+    def request(last: str) -> Request:
+        body = json.dumps({"padding": "x" * SMALL_BODY_BYTES}).encode()
+        messages = iter([{"type": "http.request", "body": body}, {"type": last}])
+
+        async def receive() -> Any:
+            if (message := next(messages))["type"] == "wait":
+                await asyncio.Event().wait()
+            return message
+
+        return Request({"type": "http", "method": "POST", "headers": []}, receive)
+
+    slow = asyncio.create_task(parse(request("wait"), Slow, FieldRules()))
+    await asyncio.to_thread(has_begun.wait, 30)
+    try:
+        with pytest.raises(BadRequestError, match="disconnected") as left:
+            await asyncio.wait_for(parse(request("http.disconnect"), Slow, FieldRules()), 30)
+        assert left.value.status == 499
+        assert not slow.done()
+    finally:
+        may_end.set()
+    await slow
 
 
 async def test_bodies_share_a_bounded_memory() -> None:

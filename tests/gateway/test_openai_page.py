@@ -9,6 +9,7 @@ from mpt_grpc.gateway import app, middleware, parsing, protocol, reading, serve,
 from mpt_grpc.gateway.field_rules import COMPLETION_RULES, RESPONSE_RULES
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 from mpt_grpc.gateway.response_request import ResponseRequest
+from mpt_grpc.limits import MAX_LOGPROBS
 
 PAGE = (Path(__file__).parents[2] / "docs/openai.md").read_text(encoding="utf-8")
 GROUPS = {"all": ("chat", "text", "responses"), "both": ("chat", "text"), "chat, responses": ("chat", "responses")}
@@ -49,6 +50,8 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
         ),
         "items of a field, other than token IDs": f"{strict.MAX_ITEMS:,}",
         "values in a body, token IDs included": f"{parsing.MAX_VALUES:,}",
+        "names of fields in a body, those of all objects together": f"{parsing.MAX_NAMES:,}",
+        "log probabilities of a response, alternatives included": f"{MAX_LOGPROBS:,}",
         "nesting of a body": f"{parsing.MAX_DEPTH} levels",
         "size of a body": f"{reading.MAX_BODY_BYTES >> 20} MiB",
         "time for a body": f"{reading.BODY_TIMEOUT_S} seconds, and {reading.STALL_TIMEOUT_S} seconds between its parts",

@@ -231,6 +231,8 @@ def test_the_oldest_items_are_dropped_with_truncation(server: Any) -> None:
         ({"input": [ASK, {"type": "function_call", "call_id": "1"}]}, "input[1].name: must be text, the name of"),
         ({"input": [ASK, {**OUTPUT, "output": 3}]}, "input[1].output: must be text, or a list of parts"),
         ({"input": [ASK, ASSISTANT, CALL, {**CALL, "name": "a b"}, OUTPUT]}, "input[3].name: must have 1 to 64"),
+        ({"input": [ASK, {**CALL, "call_id": "c" * 257}, OUTPUT]}, "input[1].call_id: 257 bytes; at most 256 are"),
+        ({"input": [ASK, CALL, {**OUTPUT, "call_id": "c" * 257}]}, "input[2].call_id: 257 bytes; at most 256 are"),
         ({"input": [ASK, ASSISTANT], "instructions": "Hm."}, "input[1].role: the last message must have the role"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type: must be function; the server has no tools of its own"),
         ({"tools": [{**WEATHER, "name": "a b"}]}, "tools[0].name: must have 1 to 64 letters"),

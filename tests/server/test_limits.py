@@ -134,6 +134,14 @@ async def test_the_largest_count_is_accepted_and_one_more_refused(make_service: 
     assert await violations(service.stub, make(most + 1)) & {field, "decoding.choice.options"}
 
 
+PLACES = {
+    "conversation.messages[1].tool_calls[0].id": "conversation.messages.tool_call_id",
+    "decoding.choice.options[0]": "decoding.choice.options",
+    "stopping.stop_strings[0]": "stopping.stop_strings",
+}
+"""The limits that apply to items of fields, by the place of an item."""
+
+
 @pytest.mark.parametrize("field", SIZED)
 async def test_the_largest_size_is_accepted_and_one_more_refused(make_service: Any, field: str) -> None:
     service, make, most = await make_service(), SIZED[field], MAX_BYTES[field]
@@ -142,7 +150,7 @@ async def test_the_largest_size_is_accepted_and_one_more_refused(make_service: A
         try:
             await service.stub.Generate(make(size))
         except grpc.aio.AioRpcError as error:
-            described = {v.field.partition("[")[0]: v.description for v in bad_request(error).field_violations}
+            described = {PLACES.get(v.field, v.field): v.description for v in bad_request(error).field_violations}
             assert described.keys() == {field}
             assert ("bytes" in described[field]) == is_too_long
         else:
@@ -209,8 +217,11 @@ async def test_absurd_counts_are_refused_while_a_stream_goes_on(make_service: An
 
 async def test_resumed_tokens_are_counted_over_all_outputs(make_service: Any) -> None:
     service, half = await make_service(), [5] * (MAX_TOKEN_IDS // 2)
-    assert await violations(service.stub, resumed_outputs([half, [*half, 5]])) == {"resume_outputs.token_ids"}
     too_long = {"resume_outputs[0].token_ids", "resume_outputs[1].token_ids"}
+    assert await violations(service.stub, resumed_outputs([half, [*half, 5]])) == {
+        *too_long,
+        "resume_outputs.token_ids",
+    }
     assert await violations(service.stub, resumed_outputs([half, half])) == too_long
 
 
@@ -233,10 +244,20 @@ MANY_FIELDS = {
     "stopping.stop_strings": stopping(stop_strings=[""] * 300_000),
     "token_ids.ids": request(token_ids=pb.TokenIds(ids=[5] * 1_500_000)),
     "resume_token_ids": request(resume_token_ids=[5] * 1_500_000),
+    "resume_outputs.token_ids": request(resume_outputs=[pb.PartialOutput(token_ids=[5] * 1_500_000)]),
+    "decoding.allowed_token_ids": decoding(allowed_token_ids=[5] * 1_500_000),
     "priority": bytes([pb.GenerateRequest.DESCRIPTOR.fields_by_name["priority"].number << 3, 1]) * 300_000,
     "request": b"\xa8\x1f\x01" * 300_000,  # a field that the server does not know
 }
 """A message with too many fields or numbers to be parsed in milliseconds, by the field of which it has them."""
+MAX_ITEMS = {
+    "token_ids.ids": MAX_TOKEN_IDS,
+    "resume_token_ids": CONTEXT - 1,
+    "resume_outputs.token_ids": MAX_TOKEN_IDS,
+    "decoding.allowed_token_ids": VOCAB,
+    "priority": 15_000,
+    "request": 15_000,
+}
 
 
 @pytest.mark.parametrize("field", MANY_FIELDS)
@@ -247,7 +268,7 @@ async def test_messages_with_too_many_items_are_refused_before_they_are_parsed(m
         await send(message if isinstance(message, bytes) else message.SerializeToString())
     (violation,) = bad_request(refused.value).field_violations
     assert violation.field == field
-    assert "too many items; at most" in violation.description
+    assert violation.description == f"too many items; at most {({**MAX_COUNTS, **MAX_ITEMS})[field]} are allowed"
 
 
 @pytest.mark.parametrize("data", [b"\x08" + b"\x80" * 200_000, b"\x0a\xff\xff\xff\x0f" * 50_000])
@@ -306,3 +327,25 @@ async def test_violations_that_do_not_fit_are_counted(make_service: Any) -> None
 async def test_invalid_durations_are_refused(make_service: Any, limit: Duration) -> None:
     service = await make_service()
     assert await violations(service.stub, stopping(time_limit=limit)) == {"stopping.time_limit"}
+
+
+OTHER_METHODS = {
+    "/grpc.health.v1.Health/Check": "unary_unary",
+    "/grpc.health.v1.Health/Watch": "unary_stream",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": "stream_stream",
+    "/mpt.v1.TextGenerationService/GetModelInfo": "unary_unary",
+    "/mpt.v1alpha1.DebugService/GetEngineState": "unary_unary",
+}
+"""Methods whose messages are short, and their kinds."""
+
+
+@pytest.mark.parametrize("data", [b"\x0a\x90\xbf\x05" + b"x" * 90_000, b"\xff\xff"], ids=["too long", "not a message"])
+@pytest.mark.parametrize("method", OTHER_METHODS)
+async def test_messages_of_every_method_are_bounded_and_checked(make_service: Any, method: str, data: bytes) -> None:
+    service = await make_service()
+    kind = OTHER_METHODS[method]
+    call = getattr(service.channel, kind)(method)(iter([data]) if kind == "stream_stream" else data, timeout=10)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await (call if kind == "unary_unary" else call.read())
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "request: " in str(raised.value.details())

@@ -167,7 +167,8 @@ class AsyncClient:
     async def get_engine_state(self, *, timeout: float | None = None) -> debug.EngineState:
         """Returns the requests in progress and the KV cache blocks they hold. It may change in any release."""
         request = debug_pb2.GetEngineStateRequest()
-        return debug.engine_state(await self._call(lambda c: c.debug_service.GetEngineState, request, timeout))
+        response = await self._call(lambda c: c.debug_service.GetEngineState, request, timeout)
+        return await converted(debug.engine_state, response)
 
     async def _call(
         self,

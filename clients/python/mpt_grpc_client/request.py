@@ -154,14 +154,16 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, options: GenerateOp
         request.text = prompt
     elif isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
         raise TypeError(f"must be a string, token IDs or messages, not {type(prompt).__name__}")
-    elif any(isinstance(part, Message | Mapping) for part in prompt):
-        messages = cast(Sequence[Message | Mapping[str, Any]], prompt)
-        request.conversation.CopyFrom(conversation(messages, options))
-        return
-    elif any(isinstance(part, str) for part in prompt):
-        raise TypeError("must be one string, token IDs, or messages such as Message(Role.USER, 'Hello')")
     else:
-        request.token_ids.CopyFrom(pb.TokenIds(ids=cast(Sequence[int], prompt)))
+        kinds = set(map(type, prompt))  # of each part, this costs least
+        if any(issubclass(kind, Message | Mapping) for kind in kinds):
+            messages = cast(Sequence[Message | Mapping[str, Any]], prompt)
+            request.conversation.CopyFrom(conversation(messages, options))
+            return
+        if any(issubclass(kind, str) for kind in kinds):
+            raise TypeError("must be one string, token IDs, or messages such as Message(Role.USER, 'Hello')")
+        request.token_ids.SetInParent()
+        request.token_ids.ids.extend(cast(Sequence[int], prompt))
     if options.get("drop_oldest_turns"):
         raise ValueError("requires a prompt of messages; use truncate_prompt_tokens for other prompts")
     of_messages = ("add_generation_prompt", "chat_template_kwargs", "tools", "tool_choice", "allowed_tools")

@@ -927,7 +927,8 @@ class OutputOptions(_message.Message):
     """
     top_logprobs: _builtins.int
     """The number of most likely tokens to return at each position along with the log probability. Requires
-    `return_logprobs` or `return_prompt_logprobs`. Range: 0 to 20. Default: 0.
+    `return_logprobs` or `return_prompt_logprobs`. Range: 0 to 20. Default: 0. A request whose log probabilities, these
+    included, may be more than 1,048,576 is refused.
     """
     skip_special_tokens: _builtins.bool
     """Whether to omit special tokens from the text. The token that ended the output is always omitted. Default: true."""

@@ -1,0 +1,31 @@
+"""JSON of callers is read unchanged, or refused in their words."""
+
+from __future__ import annotations
+
+import pytest
+
+from mpt_grpc.json_values import parse_json
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [('{"a": [1, -2.5e3, "é", null, true]}', {"a": [1, -2500.0, "é", None, True]}), ("9" * 4300, int("9" * 4300))],
+)
+def test_values_are_read_exactly(text: str, value: object) -> None:
+    assert parse_json(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("1" * 4301, "an integer has more than 4300 digits"),
+        ("[1e400]", "1e400 is beyond the range of a double"),
+        ("1" * 500 + ".0", "1" * 100 + "… is beyond the range of a double"),
+        ("-Infinity", "-Infinity is not a number in JSON"),
+        ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    ],
+)
+def test_what_is_not_json_is_refused_with_the_reason(text: str, why: str) -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  (the whole text is compared)
+        parse_json(text)
+    assert str(raised.value) == why
