@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, read_json, read_text
+from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, has_file, read_json, read_text
 from mpt_grpc.text import byte_level_files, sentencepiece_model
 from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer
 from mpt_grpc.text.literals import SpecialTexts
@@ -78,11 +78,11 @@ class Tokenizer:
         path, config = folder / "tokenizer.json", read_tokenizer_config(folder)
         text = read_text(path)
         if text is None:
-            found = [folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()]
+            found = [folder / name for name in SENTENCEPIECE_FILES if has_file(folder / name)]
             if found:
                 path = found[0]
                 text = sentencepiece_model.tokenizer_json(path)
-            elif all((folder / name).is_file() for name in BYTE_LEVEL_FILES):
+            elif all(has_file(folder / name) for name in BYTE_LEVEL_FILES):
                 text = byte_level_files.tokenizer_json(folder, config.class_name)
             else:
                 raise ModelError(f"{path}: not found; {_missing(folder)}")
