@@ -89,7 +89,7 @@ class AdapterConfig:
         config = cls(
             rank=fields.size("r", 8),
             alpha=8.0 if alpha is None else alpha,
-            use_rslora=fields.get("use_rslora") is not None and fields.boolean("use_rslora", False),
+            use_rslora=fields.boolean("use_rslora", False),
             rank_pattern=_pattern(fields, "rank_pattern", least=1),
             alpha_pattern=_pattern(fields, "alpha_pattern", least=0),
             target_modules=_modules(fields, "target_modules", ("Wqkv",)),
