@@ -64,8 +64,15 @@ def find_checkpoint(model: str, revision: str | None = None, *, weights: bool = 
         raise ModelError(f"--model {model}: no such folder, and not a Hub ID of the form OWNER/NAME")
     folder = path if is_folder else _download(model, revision, weights)
     if not (has_config if is_folder else (folder / "config.json").exists()):
-        raise ModelError(f"--model {model}: no config.json; a model needs it, its tokenizer's files and the weights")
+        raise ModelError(f"--model {model}: no config.json; {_remedy(folder)}")
     return Checkpoint(path.resolve().name if is_folder else model, folder)
+
+
+def _remedy(folder: Path) -> str:
+    """Returns what to do about a folder that is not a model's."""
+    if (folder / "adapter_config.json").is_file():
+        return f"it is an adapter: use --adapter {folder}, with its model as --model"
+    return "a model needs it, its tokenizer's files and the weights"
 
 
 def _download(model: str, revision: str | None, weights: bool) -> Path:

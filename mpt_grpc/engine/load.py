@@ -143,7 +143,7 @@ def _resolve(settings: Settings) -> _Parts:
     shapes = parameter_shapes(config)
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
-        why = f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
+        why = f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}: use the model's own"
         raise ModelError(f"{folder}: {why}")
     if not tokenizer.eos_token_ids:
         _log.warning(
