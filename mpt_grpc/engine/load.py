@@ -143,8 +143,8 @@ def _resolve(settings: Settings) -> _Parts:
     shapes = parameter_shapes(config)
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
-        why = f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}: use the model's own"
-        raise ModelError(f"{folder}: {why}")
+        why = f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
+        raise ModelError(f"{folder}: {why}: use the model's own")
     if not tokenizer.eos_token_ids:
         _log.warning(
             "%s specifies no end-of-sequence token: outputs end only at max_new_tokens or a stop string", folder
