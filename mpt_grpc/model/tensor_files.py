@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +39,7 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 def _pytorch(file: Path) -> Iterator[tuple[str, Tensor]]:
     # Before version 1.6, PyTorch saved no zip files, which are the only ones that it maps into memory.
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=_beginning(file).startswith(_ZIP))
-    entries = state if isinstance(state, dict) else {None: state}
+    entries: dict[Any, Any] = state if isinstance(state, dict) else {None: state}
     for name, value in entries.items():
         if not isinstance(name, str) or not (_is_dense(value) or value is None):
             nested = f"; save its {name!r} alone" if isinstance(name, str) and isinstance(value, dict) else ""
