@@ -68,7 +68,7 @@ def test_tokenizer_json_alone(folder: Path) -> None:
     assert_as_in_transformers(folder)
 
 
-@pytest.mark.parametrize("class_name", ["GPT2Tokenizer", "GPTNeoXTokenizer"])
+@pytest.mark.parametrize("class_name", ["GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer"])
 def test_a_vocabulary_and_merges_are_a_tokenizer(folder: Path, class_name: str) -> None:
     first = next_id(folder)
     tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).model.save(str(folder))
@@ -79,6 +79,12 @@ def test_a_vocabulary_and_merges_are_a_tokenizer(folder: Path, class_name: str) 
     tokenizer, composed = assert_as_in_transformers(folder), "cafe\u0301"
     assert tokenizer.vocab_size == first + 1
     assert list(tokenizer.encode(composed)) == AutoTokenizer.from_pretrained(folder).encode(composed)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_text((folder / name).read_text(encoding="utf-8") + "\n\n", encoding="utf-8-sig")
+    assert list(tokenizer.encode(composed)) == list(Tokenizer.from_folder(folder).encode(composed))
+    (folder / "merges.txt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelError, match=r"merges\.txt: cannot be read: it is a pointer of Git LFS"):
+        Tokenizer.from_folder(folder)
     (folder / "merges.txt").write_text("a b c\n")
     with pytest.raises(ModelError, match=r"vocab\.json, merges\.txt: not the files of a byte-level tokenizer"):
         Tokenizer.from_folder(folder)
