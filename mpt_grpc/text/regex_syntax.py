@@ -7,8 +7,10 @@ import re
 # An escape, a character class, or the beginning of a group. A class that is not closed extends to the end, and nothing
 # is tried twice: otherwise the time would grow with the square of the length.
 _SYNTAX = re.compile(
-    r"\\(?P<escape>.?)|\[\^?\]?(?:\\.|\[:\w++:\]|[^\]\\])*+\]?|\(\?(?P<group>P[=>]|<?[=!]|[#>|&(0-9])", re.S
+    r"\\(?P<escape>.?)|\[\^?\]?(?:\\.|\[:\w++:\]|[^\]\\])*+\]?|\(\?(?P<group>P[=>]|<?[=!]|[#>|&(0-9])",
+    re.S,
 )
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def unsupported_syntax(pattern: str) -> str | None:
@@ -17,10 +19,13 @@ def unsupported_syntax(pattern: str) -> str | None:
         escape, group = found["escape"], found["group"]
         if escape == "":
             return "ends in a single backslash: write two to match one"
-        if escape is not None and escape in "bB":
+        if escape in ("b", "B"):
             return f'word boundaries ("\\{escape}") are not supported: write out the characters around them'
-        if (escape is not None and escape in "123456789k") or group == "P=":
+        if (escape and escape in "123456789k") or group == "P=":
             return "backreferences are not supported: write the text out again"
+        # An escape outside of classes is only the beginning of what is found.
+        if half := _SURROGATE.search(pattern, found.start(), max(found.end(), found.start() + 4)):
+            return f'halves of surrogate pairs ("{half[0]}…") are not supported: write the character itself'
         if group in ("=", "!", "<=", "<!"):
             return f'look-around ("(?{group}") is not supported: remove it'
         if group is not None:
