@@ -400,7 +400,7 @@ REFUSED: list[tuple[Constraint, str, str]] = [
     (JsonSchema('{"type": '), "json_schema", "invalid JSON"),
     (JsonSchema("[]"), "json_schema", "must be a JSON object"),
     (JsonSchema("true"), "json_schema", "must be a JSON object"),
-    (JsonSchema('{"type": "strin"}'), "json_schema", "Invalid type: strin"),
+    (JsonSchema('{"type": "strin"}'), "json_schema", '/type: "strin" is not a type'),
     (JsonSchema('{"uniqueItems": true}'), "json_schema", '"uniqueItems" is not supported'),
     (JsonSchema('{"not": {}}'), "json_schema", "no output can satisfy it"),
     (JsonSchema('{"oneOf": [{"minimum": 1}, {"minimum": 2}]}'), "json_schema", '"oneOf" is not supported'),
