@@ -76,7 +76,9 @@ class _Rewriter:
         self.is_narrowed = False
 
     def schema(self, schema: Any, place: Place) -> Any:
-        """Returns the schema at a place rewritten, and anything else unchanged for llguidance to refuse."""
+        """Returns the schema at a place rewritten, and a list as it is: in `dependencies`, it has names."""
+        if not isinstance(schema, dict | list | bool):
+            raise error(place, "must be a schema: an object, true or false")
         if not isinstance(schema, dict):
             return self._value(schema, place)
         self.rewritten.add(id(schema))

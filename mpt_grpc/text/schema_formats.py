@@ -11,18 +11,19 @@ _DATE = (
     f"({_YEAR}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
     "|([0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)-02-29)"
 )
-_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?([zZ]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 _LABEL = (
     "[a-zA-Z0-9]([a-zA-Z0-9-]{0,2}[a-zA-Z0-9]"
     "|[a-zA-Z0-9-]([a-zA-Z0-9][a-zA-Z0-9-]|-[a-zA-Z0-9])[a-zA-Z0-9-]{0,58}[a-zA-Z0-9])?"
 )
 _PATTERNS = {
     "date": f"^{_DATE}$",
-    "date-time": f"^{_DATE}[tT]{_TIME}$",
+    "date-time": f"^{_DATE}T{_TIME}$",
     "hostname": rf"^{_LABEL}(\.{_LABEL})*$",
     "time": f"^{_TIME}$",
 }
-"""Formats for which llguidance allows invalid values: days, leap seconds, and host names that need IDNA's tables."""
+"""Formats for which llguidance allows values that few programs read: days that do not exist, leap seconds, lower-case
+letters in times, and host names that need IDNA's tables."""
 ENFORCED_FORMATS = _FORMATS | _PATTERNS.keys()
 
 

@@ -96,6 +96,7 @@ def test_keywords_without_effect_are_dropped(keywords: dict[str, Any]) -> None:
         ({"type": "array", "uniqueItems": True, "maxItems": 1}, [1], [1, 1]),
         ({"type": "string", "format": "date-time"}, "2000-02-29T23:59:59.5Z", "2000-02-29T22:58:60Z"),
         ({"type": "string", "format": "time"}, "00:00:00+01:00", "24:00:00Z"),
+        ({"type": "string", "format": "date-time"}, "2000-02-29T23:59:59Z", "2000-02-29t23:59:59z"),
         ({"type": "string", "format": "hostname"}, "a.b-c.example", "xn--a"),
         ({"type": "string", "format": "hostname"}, "a" * 63 + ".b", "a" * 64),
         ({"type": "string", "deprecated": True, "$comment": "c", "x-own": {"not": {}}, "required": []}, "a", 1),
@@ -388,6 +389,15 @@ def test_what_cannot_be_enforced_exactly_is_refused_with_its_place(schema: dict[
         {"if": True, "then": {"type": "string"}, "allOf": 1},
         {"type": "object", "required": 1},
         {"type": "object", "required": [{}]},
+        {"minimum": "1"},
+        {"multipleOf": True},
+        {"pattern": None},
+        {"format": None},
+        {"enum": None},
+        {"items": None},
+        {"additionalProperties": 1},
+        {"anyOf": {}},
+        {"patternProperties": []},
     ],
 )
 def test_keywords_of_the_wrong_type_are_refused_with_their_place(malformed: dict[str, Any]) -> None:
