@@ -509,3 +509,11 @@ def test_a_malformed_regex_is_refused_in_time_proportional_to_its_length(text: s
             COMPILER.compile(constraint)
 
     assert processor_seconds(compile_it) < 0.5
+
+
+def test_a_failure_of_the_library_is_told_without_its_internals() -> None:
+    matcher = COMPILER.compile(LarkGrammar('start: text "END"\ntext[stop="END"]: /(?s:.*)/'))
+    assert refusal(lambda: feed(matcher, "ENDEND")) == (
+        "decoding.lark_grammar",
+        "makes the library that enforces constraints fail: change it",
+    )
