@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from mpt_grpc.request import (
     SamplingParameters,
     StoppingCriteria,
 )
+
+_MAX_FLOAT = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ def _token_ids(field: str, token_ids: Iterable[int], limits: RequestLimits) -> I
 def _number(field: str, value: float, item: str | None = None) -> Iterator[FieldViolation]:
     """Yields a violation if the value is out of the field's range; `item` names the part of the field that it is."""
     if value not in RANGES[field]:
-        yield FieldViolation(item or field, f"{value} is not in {RANGES[field]}")
+        yield FieldViolation(item or field, f"{_as_sent(value)} is not in {RANGES[field]}")
 
 
 def _count(field: str, count: int) -> Iterator[FieldViolation]:
@@ -226,3 +229,13 @@ def _count(field: str, count: int) -> Iterator[FieldViolation]:
 def _text(field: str, text: str) -> Iterator[FieldViolation]:
     if len(text.encode()) > MAX_BYTES[field]:
         yield FieldViolation(field, f"longer than {MAX_BYTES[field]} bytes")
+
+
+def _as_sent(value: float) -> float:
+    """Returns a number with the digits that tell it from other floats, if it may have been sent as one."""
+    if not isinstance(value, float) or not abs(value) < _MAX_FLOAT:
+        return value
+    sent = struct.pack("f", value)
+    shortened = (float(f"{value:.{num_digits}g}") for num_digits in range(6, 10))
+    is_float = struct.unpack("f", sent)[0] == value
+    return next((short for short in shortened if is_float and struct.pack("f", short) == sent), value)
