@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_TOKEN = re.compile(r"\\[pP](?:\{[^}]*\}|.)|\\.|\[:\^?\w+:\]|(?P<open>\[\^?\]?)|(?P<close>\])|.", re.S)
+_TOKEN = re.compile(r"\\[pP](?:\{[^}]{0,64}\}|.)|\\.|\[:\^?\w+:\]|(?P<open>\[\^?\]?)|(?P<close>\])|.", re.S)
 _NARROWED = {
     r"\W": r"[\W&&[^\p{L}\p{N}]]",
     r"\D": r"[\D&&[^\p{Nd}]]",
