@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, WEIGHT_LAYOUTS, shard_names
+from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, WEIGHT_LAYOUTS, has_file, shard_names
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -52,7 +52,7 @@ def find_checkpoint(model: str, revision: str | None = None, *, weights: bool = 
     try:
         path = Path(model).expanduser()
         is_folder, is_there = path.is_dir(), path.exists()
-        has_config = is_folder and (path / "config.json").exists()
+        has_config = is_folder and has_file(path / "config.json")
     except (OSError, RuntimeError) as error:  # RuntimeError if there is no home folder for ~
         raise ModelError(f"--model {model}: {getattr(error, 'strerror', error)}") from error
     if revision is not None and (model == "demo" or is_folder):
@@ -63,9 +63,16 @@ def find_checkpoint(model: str, revision: str | None = None, *, weights: bool = 
     if not is_folder and (is_there or model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise ModelError(f"--model {model}: no such folder, and not a Hub ID of the form OWNER/NAME")
     folder = path if is_folder else _download(model, revision, weights)
-    if not (has_config if is_folder else (folder / "config.json").exists()):
-        raise ModelError(f"--model {model}: no config.json; a model needs it, its tokenizer's files and the weights")
+    if not (has_config if is_folder else has_file(folder / "config.json")):
+        raise ModelError(f"--model {model}: no config.json; {_remedy(folder)}")
     return Checkpoint(path.resolve().name if is_folder else model, folder)
+
+
+def _remedy(folder: Path) -> str:
+    """Returns what to do about a folder that is not a model's."""
+    if (folder / "adapter_config.json").is_file():
+        return f"it is an adapter: use --adapter {folder}, with its model as --model"
+    return "a model needs it, its tokenizer's files and the weights"
 
 
 def _download(model: str, revision: str | None, weights: bool) -> Path:

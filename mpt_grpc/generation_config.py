@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mpt_grpc.errors import ModelError
 from mpt_grpc.model_files import read_json
@@ -40,17 +41,25 @@ def generation_defaults(folder: Path) -> GenerationDefaults:
     config = read_json(path)
     if config is None:
         raise ModelError(f"--generation-config model: {folder} has no generation_config.json; use server")
-    given = {name: config[name] for name in _RANGES if config.get(name) is not None}
-    if config.get("do_sample") is False:
+    given: dict[str, Any] = {name: _whole(config[name]) for name in _RANGES if config.get(name) is not None}
+    samples = config.get("do_sample")
+    if samples is False:
         given["temperature"] = 0
     obstacles = [f"{name}: {value!r}: {why}" for name, value in given.items() if (why := _range_violation(name, value))]
+    if not isinstance(samples, bool | None):
+        obstacles.append(f"do_sample: {samples!r}: expected true or false")
     for name, off in _UNSUPPORTED.items():
         value = config.get(name)
-        if value and value != off:
+        if not (value is None or value is False or value in ("", [], {}) or value == off):
             obstacles.append(f"{name}: {value!r}: not supported as a default")
     if obstacles:
         raise ModelError(f"{path}: {'; '.join(obstacles)}; change it or use --generation-config server")
     return GenerationDefaults(**given)
+
+
+def _whole(value: object) -> object:
+    """Returns 50.0 as 50."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _range_violation(name: str, value: object) -> str | None:

@@ -23,17 +23,28 @@ LFS_REMEDY = "it is a pointer of Git LFS to the file; run git lfs pull in the ch
 _MAX_NAME_BYTES = 255
 
 
-def read_text(path: Path) -> str | None:
-    """Returns the text of the file, or None if it does not exist. Raises ModelError."""
+def has_file(path: Path) -> bool:
+    """Whether there is a regular file. Raises ModelError for what only has its name, such as a link to nothing."""
     try:
-        if path.exists() and not path.is_file():
+        if path.is_file():
+            return True
+        if path.exists():
             # Reading from a pipe or a device might wait forever.
             raise ModelError(f"{path}: not a regular file; replace it by the file of the model")
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
         if path.is_symlink():
-            raise ModelError(f"{path}: a symbolic link to {path.readlink()}, which does not exist") from error
+            why = "which does not exist; download the model again"
+            raise ModelError(f"{path}: a symbolic link to {path.readlink()}, {why}")
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    return False
+
+
+def read_text(path: Path) -> str | None:
+    """Returns the text of the file, or None if it does not exist. Raises ModelError."""
+    if not has_file(path):
         return None
+    try:
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error
     if text.startswith(LFS_POINTER):
@@ -63,7 +74,7 @@ def shard_names(index: Path) -> list[str]:
     names = set()
     for name in weight_map.values():
         plain = str(Path(name)) if isinstance(name, str) else ""  # without a leading ./
-        if Path(plain).name != plain or len(plain.encode(errors="replace")) > _MAX_NAME_BYTES:
+        if not plain or Path(plain).name != plain or len(plain.encode(errors="replace")) > _MAX_NAME_BYTES:
             raise WeightsError(f"{index}: shard {name!r} is not in the folder")
         names.add(plain)
     return sorted(names)

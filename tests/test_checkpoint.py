@@ -93,6 +93,13 @@ def test_finds_the_demo_model_and_folders(tmp_path: Path) -> None:
     (tmp_path / "my-mpt").mkdir()
     with pytest.raises(ModelError, match=r"--model .*my-mpt: no config\.json; a model needs it"):
         find_checkpoint(f"{tmp_path}/my-mpt")
+    (tmp_path / "my-mpt" / "adapter_config.json").touch()
+    with pytest.raises(ModelError, match=r"no config\.json; it is an adapter: use --adapter .*my-mpt, with its model"):
+        find_checkpoint(f"{tmp_path}/my-mpt")
+    (tmp_path / "my-mpt" / "config.json").symlink_to("../../blobs/0")
+    with pytest.raises(ModelError, match=r"config\.json: a symbolic link to \.\./\.\./blobs/0, which does not exist"):
+        find_checkpoint(f"{tmp_path}/my-mpt")
+    (tmp_path / "my-mpt" / "config.json").unlink()
     (tmp_path / "my-mpt" / "config.json").touch()
     assert find_checkpoint(f"{tmp_path}/my-mpt/").name == "my-mpt"
 

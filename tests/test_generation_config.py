@@ -29,6 +29,10 @@ def test_values_that_the_file_does_not_set_stay_the_servers(tmp_path: Path) -> N
     assert defaults(tmp_path, **config) == GenerationDefaults()
 
 
+def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
+    assert defaults(tmp_path, top_k=50.0, max_new_tokens=64.0) == GenerationDefaults(top_k=50, max_new_tokens=64)
+
+
 def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"top_k": 5}', encoding="utf-8-sig")
     assert generation_defaults(tmp_path).top_k == 5
@@ -39,9 +43,20 @@ def test_do_sample_false_is_greedy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -1), ("top_k", 1.5), ("top_p", 0), ("min_p", "0.1"), ("max_new_tokens", True)]
+    ("name", "value"),
+    [
+        ("temperature", -1),
+        ("top_k", 1.5),
+        ("top_p", 0),
+        ("min_p", "0.1"),
+        ("max_new_tokens", True),
+        ("do_sample", "false"),
+        ("forced_eos_token_id", 0),
+        ("forced_bos_token_id", 0),
+        ("bad_words_ids", [[0]]),
+    ],
 )
-def test_a_value_out_of_range_is_refused_with_its_field(tmp_path: Path, name: str, value: Any) -> None:
+def test_a_value_that_cannot_be_a_default_is_refused_with_its_field(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(ModelError, match=f"generation_config.json: {name}: "):
         defaults(tmp_path, **{name: value})
 

@@ -93,7 +93,7 @@ def resolve(settings: Settings) -> Parts:
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
         why = f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
-        raise ModelError(f"{folder}: {why}")
+        raise ModelError(f"{folder}: {why}: use the model's own")
     if not tokenizer.eos_token_ids:
         _log.warning(
             "%s specifies no end-of-sequence token: outputs end only at max_new_tokens or a stop string", folder

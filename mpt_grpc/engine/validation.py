@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from mpt_grpc.request import (
     SamplingParameters,
     StoppingCriteria,
 )
+
+_MAX_FLOAT = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -255,3 +258,13 @@ def _count(field: str, count: int) -> Iterator[FieldViolation]:
 def _text(field: str, text: str) -> Iterator[FieldViolation]:
     if len(text.encode()) > MAX_BYTES[field]:
         yield FieldViolation(field, f"longer than {MAX_BYTES[field]} bytes")
+
+
+def _as_sent(value: float) -> float:
+    """Returns a number with the digits that tell it from other floats, if it may have been sent as one."""
+    if not isinstance(value, float) or not abs(value) < _MAX_FLOAT:
+        return value
+    sent = struct.pack("f", value)
+    shortened = (float(f"{value:.{num_digits}g}") for num_digits in range(6, 10))
+    is_float = struct.unpack("f", sent)[0] == value
+    return next((short for short in shortened if is_float and struct.pack("f", short) == sent), value)

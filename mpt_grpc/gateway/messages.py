@@ -47,6 +47,7 @@ class ChatMessage(Strict):
     reasoning: Any = None
     reasoning_content: Any = None
     cache_control: Any = None
+    provider_specific_fields: Any = None
     parsed: Any = None
     audio: None = None
     function_call: None = None

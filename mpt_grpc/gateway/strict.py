@@ -20,12 +20,17 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_num_fields(cls, value: Any) -> Any:
-        """Refuses too many fields before they are validated, since each unknown one costs an error."""
-        if isinstance(value, dict) and len(value) > MAX_ITEMS:
+    def _check_fields(cls, value: Any) -> Any:
+        """Refuses too many fields before they are validated, since each unknown one costs an error.
+
+        Drops unknown fields that are null: clients dump so what only others have.
+        """
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MAX_ITEMS:
             why = f"{len(value)} fields; at most {MAX_ITEMS} are allowed"
             raise PydanticCustomError(TOO_MANY_ITEMS, "{why}", {"why": why})
-        return value
+        return {name: field for name, field in value.items() if field is not None or name in cls.model_fields}
 
 
 def check_num_items(value: Any) -> Any:

@@ -52,6 +52,7 @@ _IGNORED = frozenset(
     " loftq_config lora_dropout lora_ga_config megatron_config megatron_core merge_weights peft_version"
     " qalora_group_size revision runtime_config task_type velora_config".split()
 )
+_REMEDY = "where PEFT can merge it, serve the model that merge_and_unload returns"
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,15 @@ class AdapterConfig:
         if raw is None:
             raise ConfigError(f"--adapter {path.parent}: no {path.name}; expected a folder as PEFT saves it")
         if raw.get("peft_type") != "LORA":
-            raise ConfigError(f"{path}: peft_type: {raw.get('peft_type')!r} is not supported; only 'LORA' is")
+            why = f"peft_type: {raw.get('peft_type')!r} is not supported; only 'LORA' is"
+            raise ConfigError(f"{path}: {why}; {_REMEDY}")
         fields = Fields(raw)
         fields.check_limited(_LIMITED)
         alpha = fields.number("lora_alpha")
         config = cls(
             rank=fields.size("r", 8),
             alpha=8.0 if alpha is None else alpha,
-            use_rslora=fields.get("use_rslora") is not None and fields.boolean("use_rslora", False),
+            use_rslora=fields.boolean("use_rslora", False),
             rank_pattern=_pattern(fields, "rank_pattern", least=1),
             alpha_pattern=_pattern(fields, "alpha_pattern", least=0),
             target_modules=_modules(fields, "target_modules", ("Wqkv",)),
@@ -100,7 +102,7 @@ class AdapterConfig:
         )
         fields.check_unknown(_READ, _LIMITED, _IGNORED.__contains__)
         if fields.obstacles:
-            raise ConfigError(f"{path}: {'; '.join(fields.obstacles)}")
+            raise ConfigError(f"{path}: {'; '.join(fields.obstacles)}; {_REMEDY}")
         return config
 
     def rank_of(self, module: str) -> float:

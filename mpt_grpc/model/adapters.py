@@ -16,6 +16,7 @@ from torch import Tensor
 from mpt_grpc.errors import WeightsError
 from mpt_grpc.model.adapter_config import ADAPTABLE, EMBEDDINGS, AdapterConfig
 from mpt_grpc.model.tensor_files import read_tensors
+from mpt_grpc.model_files import has_file
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
@@ -46,7 +47,7 @@ class Adapter:
         Raises ConfigError with every unsupported field, and WeightsError with the tensors that do not fit the model.
         """
         config = AdapterConfig.from_file(folder / "adapter_config.json")
-        file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+        file = next((folder / name for name in _FILES if has_file(folder / name)), None)
         if file is None:
             raise WeightsError(f"--adapter {folder}: no weights; expected {' or '.join(_FILES)}")
         # PEFT wraps the layers that it adapts, and calls the original layer base_layer.

@@ -160,17 +160,17 @@ def _n_kv_heads(fields: Fields, n_heads: int) -> int:
         fields.refuse("attn_config.attn_type", kind, f"supported: {', '.join(implied)}")
         return n_heads
     n_kv_heads = implied[kind]
-    if not isinstance(n_kv_heads, int) or n_kv_heads < 1 or n_heads % n_kv_heads:
+    if not is_number(n_kv_heads, 1) or n_heads % n_kv_heads:
         fields.refuse("attn_config.kv_n_heads", n_kv_heads, f"expected a divisor of n_heads, which is {n_heads}")
         return n_heads
     if stated is not None and stated != n_kv_heads:
         fields.refuse("attn_config.kv_n_heads", stated, f"attn_type {kind!r} requires {n_kv_heads}")
-    return n_kv_heads
+    return int(n_kv_heads)
 
 
 def _rope(fields: Fields, head_dim: int) -> Rope | None:
     """Returns the rotary position embeddings, whose two implementations in llm-foundry compute the same."""
-    if fields.get("attn_config.rope") is None or not fields.boolean("attn_config.rope", False):
+    if not fields.boolean("attn_config.rope", False):
         return None
     theta = fields.number("attn_config.rope_theta")
     theta = 10_000.0 if theta is None else theta

@@ -89,11 +89,16 @@ READ: Mapping[str, str] = {
 }
 """The implemented fields, with what they mean."""
 
+_QUANTIZED = "quantized weights (use the checkpoint from which they were made)"
+
 LIMITED = (
     one_of("norm_type", NORM_TYPES, "another normalization"),
     LimitedField("block_overrides", "null or without overrides", "layers that differ", _has_no_overrides),
     LimitedField("fc_type", "torch or te", "another linear layer", _is_plain_linear),
-    LimitedField("quantization_config", "null or without effect", "quantized weights", _is_not_quantized),
+    *(
+        LimitedField(name, "null or without effect", _QUANTIZED, _is_not_quantized)
+        for name in ("quantization_config", "compression_config")
+    ),
     one_of("is_causal", (True, None), "bidirectional attention"),
     one_of("attn_config.prefix_lm", (False, None), "bidirectional attention over a prefix"),
     one_of("attn_config.qk_gn", (False, None), "group normalization of queries and keys"),
@@ -136,9 +141,9 @@ IGNORED = frozenset(
     " tie_encoder_decoder tokenizer_class tokenizer_name top_k top_p torch_dtype torchscript transformers_version"
     " typical_p use_bfloat16"
     # transformers and training tools: lengths that MPT does not read, and how a checkpoint is loaded or trained.
-    " code_revision gradient_checkpointing low_cpu_mem_usage max_new_tokens max_position_embeddings model_max_length"
-    " n_positions pad_token revision seq_length transformers.js_config trust_remote_code use_return_dict"
-    " use_safetensors".split()
+    " code_revision fused_cross_entropy gradient_checkpointing low_cpu_mem_usage max_new_tokens max_position_embeddings"
+    " model_max_length n_positions pad_token pretraining_tp revision seq_length transformers.js_config"
+    " trust_remote_code use_return_dict use_safetensors".split()
 )
 """The fields that do not affect the logits at inference, whatever their value. transformers also writes its own into
 the objects `attn_config` and `ffn_config`."""
@@ -146,4 +151,9 @@ the objects `attn_config` and `ffn_config`."""
 
 def is_ignored(name: str) -> bool:
     """Whether a field, named by its path, does not affect the logits."""
-    return name in IGNORED or (name.startswith(("attn_config.", "ffn_config.")) and name.rpartition(".")[2] in IGNORED)
+    leaf = name.rpartition(".")[2]
+    return (
+        name in IGNORED
+        or leaf.endswith(("dropout", "pdrop"))
+        or (name.startswith(("attn_config.", "ffn_config.")) and leaf in IGNORED)
+    )

@@ -78,7 +78,10 @@ class Fields:
         return self.values.get(name, default)
 
     def boolean(self, name: str, default: bool) -> bool:
+        """Returns a switch, of which null leaves one off that is off by default."""
         value = self.get(name, default)
+        if value is None and not default:
+            return False
         if not isinstance(value, bool):
             self.refuse(name, value, "expected true or false")
             return default

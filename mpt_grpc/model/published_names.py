@@ -2,7 +2,7 @@
 
 MosaicGPT, as MPT-1B is called in its files, is MPT with other names: the options of attention stand in `config.json`
 itself, and the layers have other names. transformers accepts further names of some fields, and saves a model without
-its output layer under names without `transformer.`.
+its output layer under names without `transformer.`. Trainers add the names of modules around the model, and constants.
 """
 
 from __future__ import annotations
@@ -35,6 +35,22 @@ _MOSAIC_GPT_TRAINING = frozenset(
     " low_precision_layernorm param_init_fn".split()
 )
 _MULTIQUERY = "multiquery_attention"
+_AROUND = re.compile(r"(?<![^.])(model|module|base_model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""The modules that Composer, PEFT, PyTorch and DeepSpeed put around a model or a layer, which compute nothing."""
+_CONSTANT = re.compile(r"\.(rotary_embedding\..+|inv_freq|attn_bias|attn_mask|position_ids|_extra_state)$")
+_ORIGINAL = "use the checkpoint from which they were made"
+_FOREIGN: Mapping[str, str] = {
+    r"\.(qweight|qzeros|scales|g_idx)$": f"weights quantized by GPTQ or AWQ are not supported; {_ORIGINAL}",
+    r"\.SCB$|\.weight_format$|\.weight\.(absmax|quant_|nested_)": (
+        f"weights quantized by bitsandbytes are not supported; {_ORIGINAL}"
+    ),
+    r"\.(weight|input|output)_(packed|shape|scale|scale_inv|zero_point|g_idx|global_scale)$": (
+        f"weights quantized by compressed-tensors or to FP8 are not supported; {_ORIGINAL}"
+    ),
+    r"\.(base_layer|lora_\w+)\.": "an adapter is not merged; save the model as merge_and_unload returns it",
+    r"\.attn\.(Wq|Wk|Wv|Wkv)\.": "separate weights of queries, keys and values are not supported",
+}
+"""Tensors by which a checkpoint is known that cannot be loaded, with the reason and a remedy."""
 _WITHOUT_PREFIX = re.compile(r"(wte|wpe|blocks|norm_f|rotary_embedding)\.")
 _MOSAIC_GPT_LAYERS: Mapping[str, str] = {
     ".ln_1.": ".norm_1.",
@@ -63,11 +79,22 @@ def given_name(name: str, raw: Mapping[str, Any]) -> str:
 
 def renamed_tensor(name: str) -> str:
     """Returns the name that a tensor has in MPT's published checkpoints; other tensors keep theirs."""
+    name = _AROUND.sub("", name)
     if _WITHOUT_PREFIX.match(name):
         name = f"transformer.{name}"
     for old, new in _MOSAIC_GPT_LAYERS.items():
         name = name.replace(old, new)
     return name
+
+
+def is_constant(name: str) -> bool:
+    """Whether a tensor is one that config.json determines, or the state of a training library."""
+    return _CONSTANT.search(name) is not None
+
+
+def why_foreign(name: str) -> str | None:
+    """Returns why a checkpoint with this tensor cannot be loaded, if it is of a known kind."""
+    return next((why for pattern, why in _FOREIGN.items() if re.search(pattern, name)), None)
 
 
 def _renamed_from_mosaic_gpt(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,10 +39,12 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 def _pytorch(file: Path) -> Iterator[tuple[str, Tensor]]:
     # Before version 1.6, PyTorch saved no zip files, which are the only ones that it maps into memory.
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=_beginning(file).startswith(_ZIP))
-    if not isinstance(state, dict) or not all(isinstance(name, str) and _is_dense(state[name]) for name in state):
-        raise WeightsError(f"{file}: expected a mapping of names to dense tensors")
-    for name in state:
-        yield name, state[name]
+    entries: dict[Any, Any] = state if isinstance(state, dict) else {None: state}
+    for name, value in entries.items():
+        if not isinstance(name, str) or not (_is_dense(value) or value is None):
+            nested = f"; save its {name!r} alone" if isinstance(name, str) and isinstance(value, dict) else ""
+            raise WeightsError(f"{file}: expected a mapping of names to dense tensors{nested}")
+    yield from ((name, value) for name, value in entries.items() if value is not None)
 
 
 def _is_dense(value: object) -> bool:
@@ -70,5 +73,5 @@ def _reason(file: Path, error: Exception) -> str:
     if not beginning:
         return "the file is empty"
     if isinstance(error, RuntimeError | SafetensorError):
-        return " ".join(str(error).split()).partition(". ")[0]
-    return "it contains other objects than tensors, or it is damaged"
+        return f"{' '.join(str(error).split()).partition('. ')[0]}; download or save it again"
+    return "it contains other objects than tensors, or it is damaged; save a state_dict alone, or download it again"

@@ -6,7 +6,7 @@ The weights are in a single file, or in shards with an index. Adapters are merge
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -19,13 +19,15 @@ from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.linear import Embedding, Linear, Norm, WeightFormat
 from mpt_grpc.model.mpt import MPT
-from mpt_grpc.model.published_names import renamed_tensor
+from mpt_grpc.model.published_names import is_constant, renamed_tensor, why_foreign
 from mpt_grpc.model.tensor_files import read_tensors
-from mpt_grpc.model_files import WEIGHT_LAYOUTS, shard_names
+from mpt_grpc.model_files import WEIGHT_LAYOUTS, has_file, shard_names
 
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
-_COMPUTED = "transformer.rotary_embedding."
-"""The prefix of the constants of rotary position embeddings, which old versions of transformers store."""
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx")
+"""The suffixes of files in which weights may be that are not read."""
+_MAX_LISTED = 4
+_COMPARE = "check that config.json is that of these weights"
 
 
 def load_model(folder: Path, config: MPTConfig, weight_format: WeightFormat, adapters: Sequence[Adapter] = ()) -> MPT:
@@ -77,17 +79,18 @@ def weight_files(folder: Path) -> list[Path]:
     """Returns the weight files in order. Raises WeightsError naming the missing file if there is one."""
     for single, index in WEIGHT_LAYOUTS:
         # As transformers does: an index beside a complete file is a leftover.
-        if (folder / single).is_file():
+        if has_file(folder / single):
             return [folder / single]
-        if (folder / index).is_file():
+        if has_file(folder / index):
             names = shard_names(folder / index)
             for name in names:
-                if not (folder / name).is_file():
+                if not has_file(folder / name):
                     raise WeightsError(f"{folder / index}: shard {name!r} is not in the folder")
             return [folder / name for name in names]
-    raise WeightsError(
-        f"{folder}: no weights found; expected one of {', '.join(name for pair in WEIGHT_LAYOUTS for name in pair)}"
-    )
+    expected = ", ".join(name for pair in WEIGHT_LAYOUTS for name in pair)
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_WEIGHTS)
+    found = f"; found {', '.join(others[:_MAX_LISTED])}" if others else ""
+    raise WeightsError(f"{folder}: no weights found; expected one of {expected}, as transformers saves them{found}")
 
 
 def _fill(
@@ -104,25 +107,24 @@ def _fill(
     missing = set(expected)
     with _progress(total_bytes) as advance:
         for name, tensor in _with_tied_head(tensors, dtype) if config.tied_head else tensors:
-            if name.startswith(_COMPUTED):
-                continue
             if name not in expected:
-                is_bias = name.endswith(".bias") and name.removesuffix("bias") + "weight" in expected
-                hint = "; config.json sets no_bias to true, which is also the default" if is_bias else ""
-                raise WeightsError(f"tensor {name!r} is not part of this model{hint}")
+                if is_constant(name):
+                    continue
+                raise WeightsError(f"tensor {name!r} is not part of this model; {_why_unexpected(name, expected)}")
             if name not in missing:
                 raise WeightsError(f"tensor {name!r} is stored twice")
-            _check_shape(name, tensor, expected[name])
             if not tensor.is_floating_point():
-                why = "supported: floating-point types, since weights that were quantized are not loaded"
+                why = "supported: floating-point types; use the checkpoint from which quantized weights were made"
                 raise WeightsError(f"tensor {name!r} has type {tensor.dtype}; {why}")
+            _check_shape(name, tensor, expected[name])
             for adapter in adapters:
                 tensor = adapter.merged(name, tensor)
             _set(model, name, tensor, weight_format)
             missing.remove(name)
             advance(tensor.numel() * item_bytes)
     if missing:
-        raise WeightsError(f"tensor {min(missing)!r} is missing; {len(missing)} missing in total")
+        why = f"{len(missing)} missing in total; {_COMPARE}"
+        raise WeightsError(f"tensor {min(missing)!r} is missing; {why}")
     model.transformer.prepack(weight_format)
     model.weight_format = weight_format
     return model.eval()
@@ -152,7 +154,16 @@ def _with_tied_head(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -
 
 def _check_shape(name: str, tensor: Tensor, expected: torch.Size) -> None:
     if tensor.shape != expected:
-        raise WeightsError(f"tensor {name!r} has shape {list(tensor.shape)}, not {list(expected)}")
+        why = (
+            _COMPARE if tensor.numel() else "it is empty; gather the parameters before saving, as zero_to_fp32.py does"
+        )
+        raise WeightsError(f"tensor {name!r} has shape {list(tensor.shape)}, not {list(expected)}; {why}")
+
+
+def _why_unexpected(name: str, expected: Collection[str]) -> str:
+    if name.endswith(".bias") and name.removesuffix("bias") + "weight" in expected:
+        return "config.json sets no_bias to true, which is also the default"
+    return why_foreign(name) or _COMPARE
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor, weight_format: WeightFormat) -> None:

@@ -71,6 +71,8 @@ def refusal_reason(error: str) -> str:
         return f"{_short(resource[1])} is not fetched: copy it into $defs and refer to that"
     if keys := re.search(r"Unimplemented keys: \[(.{0,200}?)\]", error):
         return f"{_short(keys[1])} is not supported: remove it"
+    if error.startswith("panic"):
+        return "makes the library that enforces constraints fail: change it"
     if "oneOf constraints" in error:
         return '"oneOf" is not supported where several options may match: use anyOf'
     if "special token" in error:

@@ -1,8 +1,8 @@
 """Rewrites JSON Schemas into equivalent ones that llguidance supports.
 
 Keywords without effect are dropped, and some that llguidance lacks are expressed by others. Every text that the result
-allows conforms to the original schema. Bounds beyond the integers that a double represents exactly are narrowed to
-those, because llguidance computes with doubles; other such numbers are refused instead of becoming different ones.
+allows conforms to the original schema. `schema_numbers.py` narrows or refuses numbers that llguidance would turn into
+others, and `schema_patterns.py` narrows patterns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpt_grpc.text.regex_syntax import unsupported_syntax
-from mpt_grpc.text.schema_checks import SIZES, UnsupportedSchemaError, check_numbers, check_types, error
+from mpt_grpc.text.schema_checks import SIZES, UnsupportedSchemaError, check_types, error
+from mpt_grpc.text.schema_formats import ENFORCED_FORMATS, express_format
+from mpt_grpc.text.schema_numbers import check_numbers, narrow_bounds
+from mpt_grpc.text.schema_patterns import narrow_patterns
 from mpt_grpc.text.schema_places import (
     IDS,
     LISTS,
@@ -25,28 +28,10 @@ from mpt_grpc.text.schema_places import (
     reachable,
     resolved,
 )
-from mpt_grpc.text.schema_unions import MAX_EXACT, Narrowing, narrowings
+from mpt_grpc.text.schema_unions import Narrowing, narrowings
 
 Schema = dict[str, Any] | bool
 
-_FORMATS = frozenset("duration email ipv4 ipv6 unknown uri uuid".split())
-"""The values of `format` that llguidance enforces."""
-_DATE = (
-    "([0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
-    "|([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)-02-29)"
-)
-_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?([zZ]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
-_LABEL = (
-    "[a-zA-Z0-9]([a-zA-Z0-9-]{0,2}[a-zA-Z0-9]"
-    "|[a-zA-Z0-9-]([a-zA-Z0-9][a-zA-Z0-9-]|-[a-zA-Z0-9])[a-zA-Z0-9-]{0,58}[a-zA-Z0-9])?"
-)
-_PATTERNS = {
-    "date": f"^{_DATE}$",
-    "date-time": f"^{_DATE}[tT]{_TIME}$",
-    "hostname": rf"^{_LABEL}(\.{_LABEL})*$",
-    "time": f"^{_TIME}$",
-}
-"""Formats for which llguidance allows invalid values: days, leap seconds, and host names that need IDNA's tables."""
 _DATA = ("const", "enum")
 """The keywords whose values are compared with, whatever they contain."""
 _UNSUPPORTED = (
@@ -91,7 +76,9 @@ class _Rewriter:
         self.is_narrowed = False
 
     def schema(self, schema: Any, place: Place) -> Any:
-        """Returns the schema at a place rewritten, and anything else unchanged for llguidance to refuse."""
+        """Returns the schema at a place rewritten, and a list as it is: in `dependencies`, it has names."""
+        if not isinstance(schema, dict | list | bool):
+            raise error(place, "must be a schema: an object, true or false")
         if not isinstance(schema, dict):
             return self._value(schema, place)
         self.rewritten.add(id(schema))
@@ -203,8 +190,8 @@ def _annotations(schema: dict[str, Any]) -> None:
         "$schema": lambda value: "json-schema.org/draft" not in str(value),
         "additionalItems": lambda _: not isinstance(schema.get("items"), list),
         **dict.fromkeys(IDS, lambda value: isinstance(value, str)),
-        "format": lambda value: isinstance(value, str) and value not in _FORMATS | _PATTERNS.keys(),
-        "uniqueItems": lambda value: value is False,
+        "format": lambda value: isinstance(value, str) and value not in ENFORCED_FORMATS,
+        "uniqueItems": lambda value: value is False or schema.get("maxItems") in (0, 1),
         "propertyNames": lambda value: value in ({}, True),
         "unevaluatedProperties": lambda value: value in ({}, True),
         "unevaluatedItems": lambda value: value in ({}, True),
@@ -222,20 +209,6 @@ def _annotations(schema: dict[str, Any]) -> None:
 def _sizes(schema: dict[str, Any]) -> None:
     """Writes 2.0 as 2, which llguidance requires of sizes."""
     schema.update({name: int(schema[name]) for name in SIZES if name in schema})
-
-
-def _formats(schema: dict[str, Any]) -> None:
-    """Expresses formats by patterns."""
-    name = schema.get("format")
-    if not isinstance(name, str) or name not in _PATTERNS:
-        return
-    del schema["format"]
-    if name == "hostname":
-        schema["maxLength"] = min(schema.get("maxLength", 253), 253)
-    if "pattern" in schema:
-        schema["allOf"] = [*schema.get("allOf", ()), {"pattern": _PATTERNS[name]}]
-    else:
-        schema["pattern"] = _PATTERNS[name]
 
 
 def _property_names(schema: dict[str, Any]) -> None:
@@ -268,17 +241,6 @@ def _dependencies(schema: dict[str, Any]) -> None:
         schema.pop(keyword, None)
     if choices:
         schema["allOf"] = [*schema.get("allOf", ()), *choices]
-
-
-def _bounds(schema: dict[str, Any]) -> None:
-    """Narrows bounds to exact integers, which only excludes values that no text needs."""
-    for name, sign in (("maximum", 1), ("exclusiveMaximum", 1), ("minimum", -1), ("exclusiveMinimum", -1)):
-        value = schema.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value * sign > MAX_EXACT:
-            del schema[name]
-            inclusive = name.removeprefix("exclusive").lower()
-            if not isinstance(schema.get(inclusive), int | float) or schema[inclusive] * sign > MAX_EXACT:
-                schema[inclusive] = MAX_EXACT * sign
 
 
 def _conditions(schema: dict[str, Any]) -> None:
@@ -316,5 +278,6 @@ def _unevaluated(schema: dict[str, Any]) -> None:
 
 
 _STEPS = (
-    _annotations, _sizes, _bounds, _formats, _property_names, _dependencies, _conditions, _contains, _unevaluated,
+    _annotations, _sizes, narrow_bounds, _property_names, narrow_patterns, express_format, _dependencies, _conditions,
+    _contains, _unevaluated,
 )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Refuses JSON Schemas whose keywords have values of the wrong type, or numbers that a double does not represent."""
+"""Refuses JSON Schemas whose keywords have values of the wrong type."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from mpt_grpc.text.schema_places import Inside, Place, pointer
@@ -19,6 +19,17 @@ SIZES = (
     "minContains",
     "maxContains",
 )
+TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
+_NUMBER = int | float
+_KINDS: Mapping[str, tuple[Any, str]] = {
+    **dict.fromkeys(("allOf", "anyOf", "oneOf"), (list, "a list of schemas")),
+    **dict.fromkeys(("minimum", "maximum", "multipleOf"), (_NUMBER, "a number")),
+    **dict.fromkeys(("properties", "patternProperties"), (dict, "an object")),
+    **dict.fromkeys(("dependencies", "dependentRequired", "dependentSchemas"), (dict, "an object")),
+    **dict.fromkeys(("pattern", "format"), (str, "a string")),
+    "enum": (list, "a list"),
+}
+"""The types of keywords' values in Python, and in words."""
 
 
 class UnsupportedSchemaError(ValueError):
@@ -27,50 +38,22 @@ class UnsupportedSchemaError(ValueError):
 
 def check_types(schema: dict[str, Any], place: Place) -> None:
     """Refuses values that the rewriting could not compute with."""
+    kinds = schema.get("type", [])
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind not in TYPES:
+            raise error(Inside(place, "type"), f"{json.dumps(kind)} is not a type: use {', '.join(TYPES)}")
+    for name, (kind, words) in _KINDS.items():
+        if name in schema and (
+            not isinstance(schema[name], kind) or (kind is _NUMBER and isinstance(schema[name], bool))
+        ):
+            raise error(Inside(place, name), f"must be {words}")
     for name in SIZES:
         size = schema.get(name, 0)
         if not isinstance(size, int | float) or isinstance(size, bool) or not 0 <= size <= MAX_EXACT or size % 1:
             raise error(Inside(place, name), f"must be a whole number from 0 to {MAX_EXACT}")
-    for name in ("properties", "dependencies", "dependentRequired", "dependentSchemas"):
-        if not isinstance(schema.get(name, {}), dict):
-            raise error(Inside(place, name), "must be an object")
-    if not isinstance(schema.get("allOf", []), list):
-        raise error(Inside(place, "allOf"), "must be a list of schemas")
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         raise error(Inside(place, "required"), "must be a list of property names")
-
-
-def check_numbers(schema: dict[str, Any], place: Place) -> None:
-    """Refuses numbers that llguidance would turn into others."""
-    for name in ("const", "enum", "multipleOf"):
-        for where, number in _numbers(schema.get(name), Inside(place, name)):
-            _check_exact(number, where)
-    for name, sign in (("minimum", 1), ("exclusiveMinimum", 1), ("maximum", -1), ("exclusiveMaximum", -1)):
-        for where, number in _numbers(schema.get(name), Inside(place, name)):
-            if number * sign > 0:  # other bounds are narrowed
-                _check_exact(number, where)
-
-
-def _check_exact(number: float, place: Place) -> None:
-    if isinstance(number, int) and abs(number) > MAX_EXACT:
-        raise error(place, f"{number}: integers beyond {MAX_EXACT} are not supported: use a string")
-    if not math.isfinite(number):
-        raise error(place, "the number is beyond the range of a double: use a string")
-
-
-def _numbers(value: Any, place: Place) -> Iterator[tuple[Place, float]]:
-    """Yields the numbers in a JSON value with their places."""
-    if isinstance(value, bool):
-        return
-    if isinstance(value, int | float):
-        yield place, value
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _numbers(item, Inside(place, index))
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _numbers(item, Inside(place, key))
 
 
 def error(place: Place, why: str) -> UnsupportedSchemaError:

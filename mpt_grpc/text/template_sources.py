@@ -80,7 +80,10 @@ def _own_sources(folder: Path, configured: object) -> dict[str, str]:
             named = [(name, text) for name, text in entries if isinstance(name, str) and isinstance(text, str)]
             if len(named) == len(configured):
                 return dict(named)
-    raise ModelError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list of named templates")
+        case dict() if all(isinstance(text, str) for text in configured.values()):
+            return configured
+    why = "chat_template must be a string, or named templates in a list or an object"
+    raise ModelError(f"{folder / 'tokenizer_config.json'}: {why}")
 
 
 def _read(path: str) -> str:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders
+from tokenizers import decoders, models
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, read_json, read_text
+from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, has_file, read_json, read_text
 from mpt_grpc.text import byte_level_files, sentencepiece_model
 from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer
 from mpt_grpc.text.literals import SpecialTexts
@@ -53,6 +53,8 @@ class Tokenizer:
     ) -> None:
         backend.no_truncation()  # a file may enable both, but prompts must not be silently truncated or padded
         backend.no_padding()
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None  # which makes the tokens of a text random
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.max_token_bytes = max(map(len, (t.encode() for t in backend.get_vocab(with_added_tokens=True))), default=0)
         self.eos_token_ids = eos_token_ids
@@ -78,11 +80,11 @@ class Tokenizer:
         path, config = folder / "tokenizer.json", read_tokenizer_config(folder)
         text = read_text(path)
         if text is None:
-            found = [folder / name for name in SENTENCEPIECE_FILES if (folder / name).is_file()]
+            found = [folder / name for name in SENTENCEPIECE_FILES if has_file(folder / name)]
             if found:
                 path = found[0]
                 text = sentencepiece_model.tokenizer_json(path)
-            elif all((folder / name).is_file() for name in BYTE_LEVEL_FILES):
+            elif all(has_file(folder / name) for name in BYTE_LEVEL_FILES):
                 text = byte_level_files.tokenizer_json(folder, config.class_name)
             else:
                 raise ModelError(f"{path}: not found; {_missing(folder)}")
@@ -214,11 +216,14 @@ def _with_prefix_space(text: str, add_prefix_space: bool | None) -> str:
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig, folder: Path) -> None:
-    """Adds the tokens that tokenizer.json lacks, in the order of their IDs."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    missing = [(token_id, token) for text, (token_id, token) in config.added_tokens.items() if text not in known]
+    """Adds the tokens that tokenizer.json lacks, in the order of their IDs, and replaces the flags of others."""
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    missing = [entry for text, entry in config.added_tokens.items() if text not in known]
     missing.sort(key=lambda entry: (entry[0] is None, entry[0] or 0))
-    backend.add_tokens([token for _, token in missing])
+    changed = [token for text, (_, token) in config.added_tokens.items() if config.replaces_flags and text in known]
+    for token in changed:
+        token.special |= known[token.content].special  # which the backend does not forget
+    backend.add_tokens([*changed, *(token for _, token in missing)])
     for token_id, token in missing:
         actual = backend.token_to_id(token.content)
         if token_id is not None and actual != token_id:

@@ -18,9 +18,11 @@ from tokenizers import AddedToken
 from mpt_grpc.errors import ModelError
 from mpt_grpc.model_files import BYTE_LEVEL_FILES, read_json, read_text
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
-_WITH_DEFAULTS = ("GPTNeoX", "GPT2", "CodeGen")
-"""How the names of the classes begin whose special tokens are `<|endoftext|>` unless the files name others."""
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The named tokens, in the order in which transformers adds those that tokenizer.json lacks."""
+_BYTE_LEVEL = ("GPTNeoX", "GPT2", "CodeGen")
+"""How the names of the byte-level classes begin: tokenizer_config.json decides whether they add a prefix space, and
+their special tokens are `<|endoftext|>` unless the files name others."""
 _END = "<|endoftext|>"
 _ADDABLE = ("bos_token", "eos_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -36,6 +38,8 @@ class TokenizerConfig:
     """The text of each named token: `bos_token`, `eos_token` and so on."""
     added_tokens: Mapping[str, tuple[int | None, AddedToken]]
     """The tokens that the tokenizer must have, by their text, with their IDs where the files specify them."""
+    replaces_flags: bool
+    """Whether the flags of these tokens replace those in tokenizer.json."""
     added_to_texts: tuple[str, ...]
     """The named tokens that transformers adds at the beginning or the end of every text."""
     add_prefix_space: bool | None
@@ -56,7 +60,9 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
             raise ModelError(f"{path}: {key}: expected a token, not {config[key]!r}")
     if config.get("split_special_tokens"):
         raise ModelError(f"{path}: split_special_tokens: special tokens are always recognized; remove the field")
-    named = _tokens({**_defaults(folder, config), **{k: value for k, value in config.items() if k.endswith("_token")}})
+    others = (key for key in config if key.endswith("_token"))
+    values = {**_defaults(folder, config), **config}
+    named = _tokens({key: values.get(key) for key in dict.fromkeys((*_NAMED, *others))})
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or {}
     if not isinstance(extra, dict | list):
         raise ModelError(f"{path}: additional_special_tokens: expected a list of tokens, not {extra!r}")
@@ -65,15 +71,15 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     added = _from_decoder(path, config["added_tokens_decoder"], special) if has_decoder else _legacy(folder, special)
     for text, token in special.items():
         added.setdefault(text, (None, token))
-    add_prefix_space = config.get("add_prefix_space")
     return TokenizerConfig(
         class_name=_class_name(config),
         special_tokens={key: token.content for key, token in named.items()},
         added_tokens=added,
+        replaces_flags=has_decoder,
         added_to_texts=tuple(
             token.content for key, token in named.items() if key in _ADDABLE and config.get(f"add_{key}") is True
         ),
-        add_prefix_space=add_prefix_space if isinstance(add_prefix_space, bool) else None,
+        add_prefix_space=config.get("add_prefix_space") is True if _is_byte_level(config) else None,
         chat_template=config.get("chat_template"),
     )
 
@@ -81,9 +87,13 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
 def _defaults(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Returns the named tokens of the tokenizer's class that the files need not name, if the vocabulary has them."""
     vocabulary = read_text(folder / "tokenizer.json") or read_text(folder / BYTE_LEVEL_FILES[0]) or ""
-    if not _class_name(config).startswith(_WITH_DEFAULTS) or json.dumps(_END) not in vocabulary:
+    if not _is_byte_level(config) or json.dumps(_END) not in vocabulary:
         return {}
     return dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)
+
+
+def _is_byte_level(config: Mapping[str, Any]) -> bool:
+    return _class_name(config).startswith(_BYTE_LEVEL)
 
 
 def _class_name(config: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 from dataclasses import replace
 from typing import Any
 
@@ -144,6 +145,13 @@ def test_biases_are_accepted_up_to_their_count() -> None:
     assert violations(request("decoding.logit_bias", dict.fromkeys(range(most), 1.0)), limits) == []
     (violation,) = violations(request("decoding.logit_bias", dict.fromkeys(range(most + 1), 1.0)), limits)
     assert violation == FieldViolation("decoding.logit_bias", f"{most + 1} items; at most {most} are allowed")
+
+
+@pytest.mark.parametrize("sent", [100.1, -0.1, 1e30, -1e-30])
+def test_a_number_that_arrives_as_a_float_is_shown_as_it_was_sent(sent: float) -> None:
+    (arrived,) = struct.unpack("f", struct.pack("f", sent))
+    (violation,) = violations(request("sampling.temperature", arrived))
+    assert violation.description.startswith(f"{sent} is not in ")
 
 
 def test_each_bias_is_in_its_range() -> None:

@@ -75,6 +75,7 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"tools": [FUNCTION], "tool_choice": NAMED}, "tool_choice: no function in tools is named 'g'"),
         ({"tools": [FUNCTION] * 129}, "tools: 129 items; at most 128 are allowed"),
         ({"max_completion_tokens": 5000}, "max_completion_tokens: "),
+        ({"temperature": 100.1}, "temperature: 100.1 is not in [0, 100]"),
         ({"min_tokens": 500}, "min_tokens: 500 is not in [0, 256], where the upper bound is the limit of new tokens"),
         ({"n": 2, "max_tokens": 0}, "n: must be 1 if the limit of new tokens is 0: there is no output"),
         ({"top_logprobs": 2}, "top_logprobs: requires logprobs"),

@@ -108,7 +108,14 @@ ASSISTANT = {
         [ASK, {"role": "assistant", "content": "Yes.", "tool_calls": [], "id": "msg_1", "parsed": None}, ASK],
         [
             ASK,
-            {"role": "assistant", "content": "Yes.", "tool_calls": None, "reasoning_content": "Hm.", "name": None},
+            {
+                "role": "assistant",
+                "content": "Yes.",
+                "tool_calls": None,
+                "reasoning_content": "Hm.",
+                "name": None,
+                "images": None,
+            },
             ASK,
         ],
         [ASK, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, ASK],

@@ -85,6 +85,7 @@ def test_absent_fields_have_the_defaults_of_llm_foundry() -> None:
         (tiny_config({"attn_type": "multiquery_attention", "kv_n_heads": 1}), "n_kv_heads", 1),
         (tiny_config({"attn_type": "multihead_attention", "kv_n_heads": 4}), "n_kv_heads", 4),
         (tiny_config({"attn_type": GQA, "kv_n_heads": 2}), "n_kv_heads", 2),
+        (tiny_config({"attn_type": GQA, "kv_n_heads": 2.0}), "n_kv_heads", 2),
         (tiny_config({"softmax_scale": 0.25}), "softmax_scale", 0.25),
         (tiny_config({"softmax_scale": None}), "softmax_scale", 0.25),
         (tiny_config({"alibi": False}), "alibi", False),
@@ -230,8 +231,9 @@ def test_unimplemented_model_fields_are_named_in_the_error(field: str, value: ob
         (tiny_config(num_hidden_layers=3), "num_hidden_layers: 3: differs from n_layers, which is 2"),
         (
             tiny_config(quantization_config={"bits": 4}),
-            "quantization_config: {'bits': 4}: would need quantized weights",
+            "quantization_config: {'bits': 4}: would need quantized weights (use the checkpoint from which they were",
         ),
+        (tiny_config(compression_config={"format": "x"}), "compression_config: {'format': 'x'}: would need quantized"),
         (tiny_config(num_experts=8), "num_experts: 8: unknown field, which may change the computation; remove it if"),
         (tiny_config(n_layers=1 << 24), "n_layers: 16777216: expected an integer from 1 to 1024"),
         ({}, "model_type: None"),
@@ -274,6 +276,8 @@ def test_a_config_saved_by_transformers_is_read(tmp_path: Path) -> None:
         tiny_config(_attn_implementation="eager", unsloth_version="1", gradient_checkpointing=True, is_causal=True),
         tiny_config({"_commit_hash": "0", "model_type": ""}, max_position_embeddings=2048, hidden_size=64),
         tiny_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": False}),
+        tiny_config({"qk_ln": None, "rope": None, "attn_pdrop": 0.1}, ffn_config=None, pretraining_tp=1),
+        tiny_config(attention_dropout=0.0, hidden_dropout=0.1, fused_cross_entropy=True),
     ],
 )
 def test_values_that_change_nothing_are_accepted(inert: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from model.conftest import load, make_checkpoint, random_tokens, random_weights, run_prompt, tiny_config
+from model.conftest import Format, load, make_checkpoint, random_tokens, random_weights, run_prompt, tiny_config
 from transformers import MptConfig, MptForCausalLM
 
 from mpt_grpc.errors import ConfigError, WeightsError
@@ -120,6 +120,80 @@ def test_a_tied_embedding_may_be_stored_by_the_name_of_the_output_layer(tmp_path
     make_checkpoint(tmp_path / "both", CONFIG, {**weights, HEAD: weights[EMBEDDING].to(torch.bfloat16)})
     make_checkpoint(tmp_path / "head", CONFIG, {HEAD if n == EMBEDDING else n: t for n, t in weights.items()})
     assert torch.equal(logits(tmp_path / "head"), logits(tmp_path / "both"))
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        "model.",
+        "module.",
+        "model.module.",
+        "_orig_mod.",
+        "_orig_mod.model.",
+        "base_model.model.",
+        "_fsdp_wrapped_module.",
+    ],
+)
+def test_modules_around_the_model_compute_nothing(tmp_path: Path, around: str) -> None:
+    weights = random_weights(CONFIG)
+    make_checkpoint(tmp_path / "plain", CONFIG, weights)
+    make_checkpoint(tmp_path / "around", CONFIG, {around + name: tensor for name, tensor in weights.items()})
+    assert torch.equal(logits(tmp_path / "around"), logits(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("around", ["_orig_mod.", "_fsdp_wrapped_module._checkpoint_wrapped_module."])
+def test_modules_around_a_layer_compute_nothing(tmp_path: Path, around: str) -> None:
+    weights = random_weights(CONFIG)
+    make_checkpoint(tmp_path / "plain", CONFIG, weights)
+    named = {name.replace("blocks.1.", f"blocks.1.{around}"): tensor for name, tensor in weights.items()}
+    make_checkpoint(tmp_path / "around", CONFIG, named)
+    assert torch.equal(logits(tmp_path / "around"), logits(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_constants_and_the_state_of_libraries_are_ignored(tmp_path: Path, format: Format) -> None:  # noqa: A002
+    constants = {
+        "transformer.attn_bias": torch.zeros(1, 4, 1, 128),
+        "transformer.blocks.0.attn.rotary_emb.inv_freq": torch.zeros(8),
+        "transformer.position_ids": torch.arange(8),
+        "transformer.blocks.0.attn.Wqkv._extra_state": torch.zeros(0, dtype=torch.uint8),
+    }
+    weights = random_weights(CONFIG)
+    make_checkpoint(tmp_path / "plain", CONFIG, weights)
+    make_checkpoint(tmp_path / "more", CONFIG, {**weights, **constants}, format=format)
+    assert torch.equal(logits(tmp_path / "more"), logits(tmp_path / "plain"))
+
+
+QKV = "transformer.blocks.0.attn.Wqkv"
+
+
+@pytest.mark.parametrize(
+    ("leaves", "message"),
+    [
+        (("qweight", "qzeros", "scales", "g_idx"), "weights quantized by GPTQ or AWQ are not supported; use the check"),
+        (
+            ("SCB", "weight_format"),
+            "weights quantized by bitsandbytes are not supported; use the checkpoint from which",
+        ),
+        (("weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"), "quantized by bitsandbytes"),
+        (
+            ("weight_packed", "weight_scale", "weight_shape"),
+            "quantized by compressed-tensors or to FP8 are not supported",
+        ),
+        (("weight_scale_inv",), "quantized by compressed-tensors or to FP8"),
+        (("base_layer.weight",), "an adapter is not merged; save the model as merge_and_unload returns it"),
+        (("lora_A.default.weight", "lora_B.default.weight"), "an adapter is not merged"),
+        (("../Wq.weight", "../Wk.weight"), "separate weights of queries, keys and values are not supported"),
+    ],
+)
+def test_weights_of_other_kinds_are_refused_with_what_they_are(
+    tmp_path: Path, leaves: tuple[str, ...], message: str
+) -> None:
+    weights = {name: tensor for name, tensor in random_weights(CONFIG).items() if not name.startswith(QKV)}
+    names = (f"{QKV}.{leaf}".replace("Wqkv.../", "") for leaf in leaves)
+    make_checkpoint(tmp_path, CONFIG, {**weights, **{name: torch.zeros(4, dtype=torch.int32) for name in names}})
+    with pytest.raises(WeightsError, match=rf"^tensor '{QKV[:-4]}.*' is not part of this model; .*{message}"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from mpt_grpc.model.weights import num_parameters, random_model, weight_files
 
 CONFIG = tiny_config()
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
+COMPARE = "check that config.json is that of these weights"
 FORMATS = pytest.mark.parametrize("format", ["safetensors", "bin"])
 
 
@@ -93,12 +94,12 @@ def test_a_checkpoint_saved_by_transformers_is_loaded(tmp_path: Path, max_shard_
     [
         pytest.param(
             edited(transformer__blocks__1__norm_2__weight=None),
-            "tensor 'transformer.blocks.1.norm_2.weight' is missing; 1 missing in total",
+            "tensor 'transformer.blocks.1.norm_2.weight' is missing; 1 missing in total; " + COMPARE,
             id="missing",
         ),
         pytest.param(
             edited(transformer__blocks__2__norm_1__weight=torch.ones(64)),
-            "tensor 'transformer.blocks.2.norm_1.weight' is not part of this model",
+            "tensor 'transformer.blocks.2.norm_1.weight' is not part of this model; " + COMPARE,
             id="extra",
         ),
         pytest.param(
@@ -109,8 +110,14 @@ def test_a_checkpoint_saved_by_transformers_is_loaded(tmp_path: Path, max_shard_
         ),
         pytest.param(
             edited(transformer__blocks__0__attn__Wqkv__weight=torch.zeros(64, 192)),
-            "tensor 'transformer.blocks.0.attn.Wqkv.weight' has shape [64, 192], not [192, 64]",
+            "tensor 'transformer.blocks.0.attn.Wqkv.weight' has shape [64, 192], not [192, 64]; " + COMPARE,
             id="misshapen",
+        ),
+        pytest.param(
+            edited(transformer__blocks__0__attn__Wqkv__weight=torch.zeros(0)),
+            "tensor 'transformer.blocks.0.attn.Wqkv.weight' has shape [0], not [192, 64]; it is empty; gather the"
+            " parameters before saving, as zero_to_fp32.py does",
+            id="empty",
         ),
     ],
 )
@@ -142,6 +149,33 @@ def test_a_stored_head_is_accepted_only_if_it_equals_the_embedding(
     head[HEAD][95, 63] += 0.5
     make_checkpoint(tmp_path, CONFIG, head | weights if head_first else weights | head, shards=shards, format=format)
     with pytest.raises(WeightsError, match=r"'lm_head.weight' differs .* sets tie_word_embeddings to true"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["state_dict", "module"])
+def test_weights_inside_of_a_mapping_are_refused_with_its_name(tmp_path: Path, layout: str) -> None:
+    make_checkpoint(tmp_path, CONFIG, format="bin")
+    torch.save({layout: random_weights(CONFIG), "step": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=f"expected a mapping of names to dense tensors; save its '{layout}' alone"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ggml-model-q4_0.gguf", "ep1-ba1-rank0.pt", "model.fp16.safetensors"])
+def test_other_files_with_weights_are_named_where_none_can_be_read(tmp_path: Path, name: str) -> None:
+    make_checkpoint(tmp_path, CONFIG)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with pytest.raises(WeightsError, match=rf"no weights found; expected one of model\.safetensors, .*; found {name}$"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors"])
+def test_a_link_to_nothing_is_no_missing_file(tmp_path: Path, name: str) -> None:
+    make_checkpoint(tmp_path, CONFIG, shards=1 if name == "model.safetensors" else 2)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("../../blobs/0")
+    with pytest.raises(
+        ModelError, match=rf"{name}: a symbolic link to \.\./\.\./blobs/0, which does not exist; download"
+    ):
         load(tmp_path)
 
 

@@ -400,7 +400,7 @@ REFUSED: list[tuple[Constraint, str, str]] = [
     (JsonSchema('{"type": '), "json_schema", "invalid JSON"),
     (JsonSchema("[]"), "json_schema", "must be a JSON object"),
     (JsonSchema("true"), "json_schema", "must be a JSON object"),
-    (JsonSchema('{"type": "strin"}'), "json_schema", "Invalid type: strin"),
+    (JsonSchema('{"type": "strin"}'), "json_schema", '/type: "strin" is not a type'),
     (JsonSchema('{"uniqueItems": true}'), "json_schema", '"uniqueItems" is not supported'),
     (JsonSchema('{"not": {}}'), "json_schema", "no output can satisfy it"),
     (JsonSchema('{"oneOf": [{"minimum": 1}, {"minimum": 2}]}'), "json_schema", '"oneOf" is not supported'),
@@ -422,6 +422,10 @@ REFUSED: list[tuple[Constraint, str, str]] = [
     (JsonSchema(" " * (MAX_SOURCE_BYTES + 1)), "json_schema", "65537 bytes"),
     (Regex("("), "regex", "unclosed group"),
     (Regex(r"(a)\1"), "regex", "backreferences are not supported"),
+    (Regex(r"a\++b{2,}+"), "regex", 'possessive quantifiers ("{2,}+") are not supported: remove the last "+"'),
+    (Regex(r"\0"), "regex", 'octal escapes ("\\0") are not supported: write "\\x00"'),
+    (Regex("(?R)"), "regex", 'groups that begin with "(?R" are not supported'),
+    (Regex(r"\ud83d\ude00"), "regex", "halves of surrogate pairs"),
     (Regex(r"(?=a)b"), "regex", 'look-around ("(?=") is not supported'),
     (Regex(r"\w+\b"), "regex", r'word boundaries ("\b") are not supported'),
     (Regex("(?m)^a$"), "regex", '"$" is only supported at the end of a pattern'),
@@ -505,3 +509,11 @@ def test_a_malformed_regex_is_refused_in_time_proportional_to_its_length(text: s
             COMPILER.compile(constraint)
 
     assert processor_seconds(compile_it) < 0.5
+
+
+def test_a_failure_of_the_library_is_told_without_its_internals() -> None:
+    matcher = COMPILER.compile(LarkGrammar('start: text "END"\ntext[stop="END"]: /(?s:.*)/'))
+    assert refusal(lambda: feed(matcher, "ENDEND")) == (
+        "decoding.lark_grammar",
+        "makes the library that enforces constraints fail: change it",
+    )

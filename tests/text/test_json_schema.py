@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import tracemalloc
+from decimal import Decimal
 from typing import Any, Literal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 from processor_time import processor_seconds
 from pydantic import BaseModel, Field
@@ -15,18 +18,24 @@ from pydantic import BaseModel, Field
 from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.request import JsonSchema
 from mpt_grpc.text.grammar import make_grammar
-from mpt_grpc.text.json_schema import MAX_EXACT, rewrite
+from mpt_grpc.text.json_schema import rewrite
+from mpt_grpc.text.schema_unions import MAX_EXACT
 
 BYTES = LLTokenizer("byte")
 INT64 = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
 
 
-def conforms(schema: Any, value: Any) -> bool:
-    """Whether the grammar of the schema accepts a value as JSON."""
+def accepts(schema: Any, text: str) -> bool:
+    """Whether the grammar of the schema accepts a text."""
     matcher = LLMatcher(BYTES, make_grammar(JsonSchema(json.dumps(schema))))
     assert not matcher.is_error(), matcher.get_error()
-    tokens = BYTES.tokenize_str(json.dumps(value))
+    tokens = BYTES.tokenize_str(text)
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+def conforms(schema: Any, value: Any) -> bool:
+    """Whether the grammar of the schema accepts a value as JSON."""
+    return accepts(schema, json.dumps(value))
 
 
 @pytest.mark.parametrize(
@@ -82,8 +91,12 @@ def test_keywords_without_effect_are_dropped(keywords: dict[str, Any]) -> None:
         ({"type": "array", "minItems": 2.0}, [1, 2], [1]),
         ({"type": ["string", "null"], "format": "date", "pattern": "^2"}, "2024-02-29", "2023-02-29"),
         ({"format": "date"}, None, "2100-02-29"),
+        ({"type": "string", "format": "date"}, "0004-02-29", "0000-02-29"),
+        ({"type": "string", "format": "date"}, "0001-01-01", "0000-01-01"),
+        ({"type": "array", "uniqueItems": True, "maxItems": 1}, [1], [1, 1]),
         ({"type": "string", "format": "date-time"}, "2000-02-29T23:59:59.5Z", "2000-02-29T22:58:60Z"),
         ({"type": "string", "format": "time"}, "00:00:00+01:00", "24:00:00Z"),
+        ({"type": "string", "format": "date-time"}, "2000-02-29T23:59:59Z", "2000-02-29t23:59:59z"),
         ({"type": "string", "format": "hostname"}, "a.b-c.example", "xn--a"),
         ({"type": "string", "format": "hostname"}, "a" * 63 + ".b", "a" * 64),
         ({"type": "string", "deprecated": True, "$comment": "c", "x-own": {"not": {}}, "required": []}, "a", 1),
@@ -96,6 +109,84 @@ def test_keywords_without_effect_are_dropped(keywords: dict[str, Any]) -> None:
 def test_other_keywords_are_expressed_exactly(schema: dict[str, Any], good: Any, bad: Any) -> None:
     assert conforms(schema, good)
     assert not conforms(schema, bad)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "good", "bad"),
+    [
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, [1e-9, 0.5], [0, -1e-9, 0.51]),
+        ({"exclusiveMinimum": 0, "exclusiveMaximum": 1e-5}, [1e-6], [0, 1e-5]),
+        ({"exclusiveMinimum": 1.0, "exclusiveMaximum": 1.9}, [1.000001, 1.5], [1, 1.9, 2]),
+        ({"exclusiveMaximum": 0, "minimum": -0.5}, [-0.1], [0]),
+        ({"exclusiveMaximum": -1, "minimum": -1.5}, [-1.001], [-1, -1.6]),
+        ({"exclusiveMaximum": -0.0}, [-0.1, -5], [0, 0.1]),
+        ({"allOf": [{"exclusiveMinimum": 3}, {"maximum": 3.5}]}, [3.1], [3, 3.6]),
+        ({"maximum": 47.589999999999996}, [47.1, 46], [47.59]),
+        ({"minimum": -3.7999999999999996e-07, "maximum": 0}, [-3.5e-07], [-3.8e-07]),
+        ({"minimum": 1e-300, "maximum": 2}, [1e-9], [0]),
+        ({"minimum": 2, "exclusiveMinimum": True, "maximum": 2.5}, [2.1], [2]),
+        ({"minimum": 2, "exclusiveMinimum": False}, [2], [1]),
+        ({"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 2}, [1], [0, 2]),
+    ],
+)
+def test_bounds_of_numbers_are_enforced(bounds: dict[str, Any], good: list[float], bad: list[float]) -> None:
+    schema = {"type": "number", **bounds}
+    accepted = {value: accepts(schema, f"{Decimal(repr(value)):f}") for value in (*good, *bad)}
+    assert accepted == dict.fromkeys(good, True) | dict.fromkeys(bad, False)
+
+
+NUMBERS = st.integers(-9, 9) | st.decimals(-2, 2, places=3).map(float)
+
+
+@settings(max_examples=60, derandomize=True)
+@given(
+    lower=st.sampled_from(["minimum", "exclusiveMinimum"]),
+    upper=st.sampled_from(["maximum", "exclusiveMaximum"]),
+    bounds=st.tuples(NUMBERS, NUMBERS).map(sorted).filter(lambda bounds: bounds[0] < bounds[1]),
+)
+def test_no_number_beyond_a_bound_is_allowed(lower: str, upper: str, bounds: list[float]) -> None:
+    schema = {"type": "number", lower: bounds[0], upper: bounds[1]}
+    low, high = (Decimal(repr(bound)) for bound in bounds)
+    for bound in (low, high):
+        for step in [Decimal(sign) / 10**place for sign in (-1, 0, 1) for place in range(5)]:
+            value = bound + step
+            is_above = value > low or (value == low and lower == "minimum")
+            is_below = value < high or (value == high and upper == "maximum")
+            assert (is_above and is_below) or not accepts(schema, f"{value:f}"), value
+
+
+CHARACTERS = [chr(code) for code in (*range(0x80), 0x85, 0xA0, 0xB2, 0xE9, 0x660, 0x2028, 0x3000, 0x4E00, 0x1F600)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r'[^"]', r"[^\\]", r'[^"\\/]', r"[^'\"]", r"[^]a]", r"[]a]", r"[^-a]", r"[^ -~]", r"[\x00-\x1f]", r"[^a-z\"]",
+        r"\w", r"\W", r"\d", r"\D", r"\s", r"\S", r"[^\w]", r"[^\d]", r"[^\s]", r"[^\w\s]", r"[\W_]", r"[^\W]",
+        r"[^\S]", r"[\s\S]", r"[\w.-]", r"[a^]", r"[^\]]", r"\[", r"\\",
+    ],
+)  # fmt: skip
+def test_a_pattern_allows_no_character_that_does_not_match(pattern: str) -> None:
+    schemas = ({"pattern": f"^{pattern}$"}, {"propertyNames": {"pattern": f"^{pattern}$"}, "minProperties": 1})
+    wrong = [
+        character
+        for character in CHARACTERS
+        for schema, value in zip(schemas, (character, {character: 0}), strict=True)
+        if not re.fullmatch(pattern, character)
+        if any(accepts(schema, json.dumps(value, ensure_ascii=ascii_only)) for ascii_only in (True, False))
+    ]
+    assert wrong == []
+    if pattern != r"[\x00-\x1f]":
+        matching = [
+            character for character in CHARACTERS if " " < character < "\x7f" and re.fullmatch(pattern, character)
+        ]
+        assert all(accepts(schemas[0], json.dumps(character)) for character in matching)
+
+
+def test_classes_may_be_nested() -> None:
+    for pattern in (r"^[a-f&&[^b]]$", r"^[[:alpha:]--b]$", r"^\P{L}|[acd]$", r"^[^\P{L}b]$"):
+        accepted = {text: accepts({"pattern": pattern}, f'"{text}"') for text in "abc"}
+        assert accepted == {"a": True, "b": False, "c": True}, pattern
 
 
 DATE = {"type": "string", "format": "date"}
@@ -266,6 +357,20 @@ def test_unsupported_keywords_only_matter_where_they_are_used() -> None:
         ({"pattern": "(?P<a>b)(?P=a)"}, "/pattern: backreferences are not supported"),
         ({"minProperties": 3, "required": ["a"]}, "/minProperties: more than one property beyond the required ones"),
         ({"maxLength": 0.5}, "/maxLength: must be a whole number"),
+        ({"enum": [1e23]}, "/enum/0: 1e+23: integers beyond"),
+        (
+            {"const": 0.1234567890123456789},
+            "/const: 0.12345678901234568: has too many digits to be exact: use at most 15",
+        ),
+        ({"const": 1e-202}, "/const: 1e-202: has too many digits to be exact"),
+        (
+            {"items": {"type": "STRING"}},
+            '/items/type: "STRING" is not a type: use array, boolean, integer, null, number',
+        ),
+        (
+            {"pattern": r"[\ud83c-\udbff]"},
+            r'/pattern: halves of surrogate pairs ("\ud8…") are not supported: write the',
+        ),
         ({"minItems": -1}, "/minItems: must be a whole number"),
     ],
 )
@@ -284,6 +389,15 @@ def test_what_cannot_be_enforced_exactly_is_refused_with_its_place(schema: dict[
         {"if": True, "then": {"type": "string"}, "allOf": 1},
         {"type": "object", "required": 1},
         {"type": "object", "required": [{}]},
+        {"minimum": "1"},
+        {"multipleOf": True},
+        {"pattern": None},
+        {"format": None},
+        {"enum": None},
+        {"items": None},
+        {"additionalProperties": 1},
+        {"anyOf": {}},
+        {"patternProperties": []},
     ],
 )
 def test_keywords_of_the_wrong_type_are_refused_with_their_place(malformed: dict[str, Any]) -> None:

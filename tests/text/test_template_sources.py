@@ -95,6 +95,16 @@ def test_template_files_replace_the_templates_of_the_tokenizer_config(save: Call
     assert prompt("auto", folder) == "file"
 
 
+def test_an_object_of_templates_is_read_as_transformers_does(save: Callable[..., Path]) -> None:
+    folder = save(chat_template={"default": "own", "rag": "another"})
+    (folder / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    expected = PreTrainedTokenizerFast.from_pretrained(folder)
+    conversation = [{"role": "user", "content": "Hi"}]
+    for wanted, name in (("auto", None), ("rag", "rag")):
+        text = expected.apply_chat_template(conversation, chat_template=name, tokenize=False)
+        assert prompt(wanted, folder) == text
+
+
 def test_a_list_without_a_default_is_reported_with_what_is_used_instead(
     save: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,7 +148,7 @@ def test_syntax_error_in_a_given_template_is_reported_with_its_line(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "template",
-    ["a\n{% if %}", 7, [{"name": "default", "template": 7}], {"default": "a"}],
+    ["a\n{% if %}", 7, [{"name": "default", "template": 7}], {"default": 7}],
 )
 def test_invalid_template_of_a_model_raises_model_error(save: Callable[..., Path], template: Any) -> None:
     folder = save(chat_template=template)

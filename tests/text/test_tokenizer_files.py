@@ -22,6 +22,7 @@ TEXTS = (
     " the fox",
     "<extra> and <|endoftext|>",
     "x <|im_start|> <pad>",
+    "a <extra> b<extra>c",
     "日本語",
 )
 END = "<|endoftext|>"
@@ -44,6 +45,10 @@ def write(folder: Path, name: str, content: Any) -> None:
     (folder / name).write_text(json.dumps(content), encoding="utf-8")
 
 
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def next_id(folder: Path) -> int:
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size(with_added_tokens=True)
 
@@ -63,7 +68,7 @@ def test_tokenizer_json_alone(folder: Path) -> None:
     assert_as_in_transformers(folder)
 
 
-@pytest.mark.parametrize("class_name", ["GPT2Tokenizer", "GPTNeoXTokenizer"])
+@pytest.mark.parametrize("class_name", ["GPT2Tokenizer", "GPTNeoXTokenizer", "CodeGenTokenizer"])
 def test_a_vocabulary_and_merges_are_a_tokenizer(folder: Path, class_name: str) -> None:
     first = next_id(folder)
     tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).model.save(str(folder))
@@ -74,6 +79,12 @@ def test_a_vocabulary_and_merges_are_a_tokenizer(folder: Path, class_name: str) 
     tokenizer, composed = assert_as_in_transformers(folder), "cafe\u0301"
     assert tokenizer.vocab_size == first + 1
     assert list(tokenizer.encode(composed)) == AutoTokenizer.from_pretrained(folder).encode(composed)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_text((folder / name).read_text(encoding="utf-8") + "\n\n", encoding="utf-8-sig")
+    assert list(tokenizer.encode(composed)) == list(Tokenizer.from_folder(folder).encode(composed))
+    (folder / "merges.txt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelError, match=r"merges\.txt: cannot be read: it is a pointer of Git LFS"):
+        Tokenizer.from_folder(folder)
     (folder / "merges.txt").write_text("a b c\n")
     with pytest.raises(ModelError, match=r"vocab\.json, merges\.txt: not the files of a byte-level tokenizer"):
         Tokenizer.from_folder(folder)
@@ -128,6 +139,39 @@ def test_special_tokens_are_added_with_their_flags(folder: Path) -> None:
     assert_as_in_transformers(folder)
 
 
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+
+
+@pytest.mark.parametrize("flag", [*FLAGS, "special"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_flags_in_the_configuration_replace_those_in_tokenizer_json(folder: Path, flag: str, listed: bool) -> None:
+    content, plain = read(folder / "tokenizer.json"), dict.fromkeys(FLAGS, False) | {"special": True}
+    first = next_id(folder)
+    content["added_tokens"].append({"id": first, "content": "<extra>", **plain, flag: not listed})
+    write(folder, "tokenizer.json", content)
+    decoder = {"0": {"content": END, "special": True}, str(first): {"content": "<extra>", **plain, flag: listed}}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "added_tokens_decoder": decoder}
+    write(folder, "tokenizer_config.json", config)
+    assert_as_in_transformers(folder)
+
+
+def test_named_tokens_that_tokenizer_json_lacks_are_added_in_the_order_of_their_names(folder: Path) -> None:
+    names = ("mask_token", "cls_token", "pad_token", "sep_token", "unk_token", "image_token")
+    tokens = {name: f"<{name}>" for name in names}
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, **tokens})
+    tokenizer, expected = assert_as_in_transformers(folder), AutoTokenizer.from_pretrained(folder)
+    text = "".join(tokens.values())
+    assert list(tokenizer.encode(text)) == expected.encode(text)
+
+
+def test_tokens_of_texts_are_not_random(folder: Path) -> None:
+    content, text = read(folder / "tokenizer.json"), "the fox and the hello of a user" * 9
+    expected = Tokenizer.from_folder(folder).encode(text)
+    content["model"]["dropout"] = 0.5
+    write(folder, "tokenizer.json", content)
+    assert Tokenizer.from_folder(folder).encode(text) == expected
+
+
 def test_tokens_that_transformers_adds_to_texts_are_known_and_not_added(folder: Path) -> None:
     write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END})
     assert assert_as_in_transformers(folder).omitted_tokens == ()
@@ -156,12 +200,17 @@ def test_the_error_for_a_model_without_tokenizer_says_which_one_it_has(folder: P
         Tokenizer.from_folder(folder)
 
 
-@pytest.mark.parametrize("adds", [True, False])
-def test_add_prefix_space_is_obeyed(folder: Path, adds: bool) -> None:
-    config = {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": adds, "eos_token": END}
-    write(folder, "tokenizer_config.json", config)
-    tokenizer = assert_as_in_transformers(folder)
-    assert tokenizer.decode(tokenizer.encode("fox")) == (" fox" if adds else "fox")
+@pytest.mark.parametrize("class_name", ["GPTNeoXTokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast", None])
+@pytest.mark.parametrize("adds", [{"add_prefix_space": True}, {"add_prefix_space": False}, {}])
+@pytest.mark.parametrize("adds_otherwise", [True, False])
+def test_byte_level_classes_obey_add_prefix_space_of_the_configuration(
+    folder: Path, class_name: str | None, adds: dict[str, bool], adds_otherwise: bool
+) -> None:
+    content = read(folder / "tokenizer.json")
+    content["pre_tokenizer"]["add_prefix_space"] = adds_otherwise
+    write(folder, "tokenizer.json", content)
+    write(folder, "tokenizer_config.json", {"tokenizer_class": class_name, **adds, "eos_token": END})
+    assert_as_in_transformers(folder)
 
 
 def test_a_token_with_an_id_that_is_not_free_is_refused(folder: Path) -> None:
