@@ -198,11 +198,13 @@ class ConversationFields(GenerationFields):
     """The fields shared by chat completions and responses; vLLM's."""
 
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
     def options(self) -> GenerateOptions:
         templated: GenerateOptions = {
             "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
             "chat_template_kwargs": self.chat_template_kwargs,
         }
         return {**super().options(), **templated}
@@ -239,6 +241,8 @@ class ChatCompletionRequest(ConversationFields, CompletionFields):
         if self.top_logprobs and not self.logprobs:
             raise BadRequestError("top_logprobs: requires logprobs; set it to true", "top_logprobs")
         options["drop_oldest_turns"] = self.drop_oldest_turns
+        if self.messages[-1].prefix:
+            options["continue_final_message"] = True
         options.update(tool_options(self.tools, self.tool_choice, self.parallel_tool_calls))
         options["return_logprobs"] = self.has_logprobs
         options["top_logprobs"] = self.top_logprobs

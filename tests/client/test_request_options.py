@@ -61,6 +61,7 @@ OPTIONS = {
     "truncate_prompt_tokens": (100, "truncate_prompt_tokens", 100),
     "drop_oldest_turns": (True, "conversation.drop_oldest_turns", True),
     "add_generation_prompt": (False, "conversation.add_generation_prompt", False),
+    "continue_final_message": (True, "conversation.continue_final_message", True),
     "chat_template_kwargs": ({"n": 2}, "conversation.chat_template_kwargs", '{"n": 2}'),
     "tools": (
         [Tool("add", "Adds.", {"type": "object"})],
@@ -213,7 +214,9 @@ def test_turns_can_be_dropped_only_from_messages(scripted, client, prompt):
     assert not scripted.requests
 
 
-@pytest.mark.parametrize("option", [{"add_generation_prompt": False}, {"chat_template_kwargs": {"a": 1}}])
+@pytest.mark.parametrize(
+    "option", [{"add_generation_prompt": False}, {"continue_final_message": True}, {"chat_template_kwargs": {"a": 1}}]
+)
 def test_options_of_the_chat_template_require_messages(scripted, client, option):
     with pytest.raises(InvalidRequestError, match=f"^{next(iter(option))}: requires a prompt of messages"):
         client.generate("Once", **option)

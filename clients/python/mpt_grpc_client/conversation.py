@@ -34,6 +34,7 @@ def conversation(messages: Sequence[Message | Mapping[str, Any]], options: Gener
         tool_choice=pb.ToolChoice.Value(f"TOOL_CHOICE_{(choice or 'unspecified').upper()}"),
         allowed_tools=allowed_tools,
         parallel_tool_calls=options.get("parallel_tool_calls"),
+        continue_final_message=options.get("continue_final_message"),
     )
 
 

@@ -164,8 +164,9 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, options: GenerateOp
         request.token_ids.CopyFrom(pb.TokenIds(ids=cast(Sequence[int], prompt)))
     if options.get("drop_oldest_turns"):
         raise ValueError("requires a prompt of messages; use truncate_prompt_tokens for other prompts")
-    of_messages = ("add_generation_prompt", "chat_template_kwargs", "tools", "tool_choice", "allowed_tools")
-    if any(options.get(name) not in (None, (), [], {}) for name in (*of_messages, "parallel_tool_calls")):
+    of_messages = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+    of_tools = ("tools", "tool_choice", "allowed_tools", "parallel_tool_calls")
+    if any(options.get(name) not in (None, (), [], {}) for name in (*of_messages, *of_tools)):
         raise ValueError("requires a prompt of messages, to which the chat template applies")
 
 
