@@ -1,4 +1,7 @@
-"""Each field of the requests of OpenAI's SDK is handled as docs/openai.md says. Run by `test_sdks.py` like `scenarios.py`."""
+"""Each field of the requests of OpenAI's SDK is handled as docs/openai.md says.
+
+Run by `test_sdks.py` like `scenarios.py`.
+"""
 
 from __future__ import annotations
 
@@ -120,19 +123,29 @@ def every_field_of_a_response(url: str) -> None:
 
 def every_field_of_a_chat(url: str) -> None:
     annotations = chat_params.CompletionCreateParamsBase.__annotations__
-    walk("chat", annotations, CHAT, {"messages": CHAT["messages"], "model": "demo", "max_tokens": 1}, sdk(url).chat.completions.create)
+    walk(
+        "chat",
+        annotations,
+        CHAT,
+        {"messages": CHAT["messages"], "model": "demo", "max_tokens": 1},
+        sdk(url).chat.completions.create,
+    )
 
 
 def every_field_of_a_text(url: str) -> None:
     annotations = text_params.CompletionCreateParamsBase.__annotations__
-    walk("text", annotations, TEXT, {"prompt": "The fox", "model": "demo", "max_tokens": 1}, sdk(url).completions.create)
+    walk(
+        "text", annotations, TEXT, {"prompt": "The fox", "model": "demo", "max_tokens": 1}, sdk(url).completions.create
+    )
 
 
 def walk(
     endpoint: str, annotations: Any, values: dict[str, Any], required: dict[str, Any], create: Callable[..., Any]
 ) -> None:
     assert {*annotations, "stream"} == set(values)
-    names = {"responses": ("all", "responses"), "chat": ("all", "both", "chat"), "text": ("all", "both", "text")}[endpoint]
+    names = {"responses": ("all", "responses"), "chat": ("all", "both", "chat"), "text": ("all", "both", "text")}[
+        endpoint
+    ]
     support = {name: level for name, group, level in ROWS if set(group.split(", ")) & set(names)}
     assert not set(values) - set(support), "the page lists every field"
     for name, value in values.items():
