@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from ctypes import c_float
 from dataclasses import dataclass
 
 from mpt_grpc.errors import FieldViolation
@@ -215,7 +216,7 @@ def _token_ids(field: str, token_ids: Iterable[int], limits: RequestLimits) -> I
 def _number(field: str, value: float, item: str | None = None) -> Iterator[FieldViolation]:
     """Yields a violation if the value is out of the field's range; `item` names the part of the field that it is."""
     if value not in RANGES[field]:
-        yield FieldViolation(item or field, f"{value} is not in {RANGES[field]}")
+        yield FieldViolation(item or field, f"{_as_sent(value)} is not in {RANGES[field]}")
 
 
 def _count(field: str, count: int) -> Iterator[FieldViolation]:
@@ -226,3 +227,11 @@ def _count(field: str, count: int) -> Iterator[FieldViolation]:
 def _text(field: str, text: str) -> Iterator[FieldViolation]:
     if len(text.encode()) > MAX_BYTES[field]:
         yield FieldViolation(field, f"longer than {MAX_BYTES[field]} bytes")
+
+
+def _as_sent(value: float) -> str:
+    """Returns a number as its caller wrote it: the API's floats have 32 bits, of which this is the shortest decimal."""
+    if isinstance(value, int):
+        return str(value)
+    decimals = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+    return str(next((decimal for decimal in decimals if c_float(decimal).value == value), value))

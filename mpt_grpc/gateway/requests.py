@@ -232,7 +232,8 @@ class ChatCompletionRequest(ConversationFields, CompletionFields):
     def field_names(self) -> Mapping[str, str]:
         # The limit has two names; errors use the one that was sent.
         newer = {} if self.max_completion_tokens is None else {"max_new_tokens": "max_completion_tokens"}
-        return {**super().field_names, "prompt": "messages", "allowed_tools": "tool_choice", **newer}
+        tools = {f"tools[{index}]": f"tools[{index}].function" for index in range(len(self.tools or ()))}
+        return {**super().field_names, "prompt": "messages", "allowed_tools": "tool_choice", **newer, **tools}
 
     def options(self) -> GenerateOptions:
         options = super().options()
