@@ -77,7 +77,7 @@ def prompt_violations(
     num_tokens, context = len(prompt_token_ids), limits.max_context_tokens
     max_new_tokens = request.stopping.max_new_tokens
     if not prompt_token_ids:
-        yield FieldViolation("prompt", "empty: set text, token_ids or conversation, with at least one token")
+        yield FieldViolation("prompt", "empty: pass text, token IDs or messages, with at least one token")
         return
     if num_tokens > context - (max_new_tokens != 0):
         yield FieldViolation(
