@@ -50,8 +50,16 @@ define environment
 endef
 
 # Clients of the OpenAI-compatible API.
+CLIENTS := $(patsubst tests/gateway/%.txt,.venv/%/ready,$(wildcard tests/gateway/*.txt))
 .venv/%/ready: tests/gateway/%.txt
 	$(call environment,$(PYTHON),-r $<)
+
+# Those in JavaScript, with the packages pinned in package-lock.json.
+VERCEL := tests/gateway/vercel/node_modules
+$(VERCEL): tests/gateway/vercel/package-lock.json
+	@echo 'Installing $@.'
+	@cd $(@D) && npm ci --silent
+	@touch $@
 
 # Libraries that make bench compares the server with.
 PEERS := $(patsubst benchmarks/peers/%.txt,.venv/peer-%/ready,$(wildcard benchmarks/peers/*.txt))
@@ -116,7 +124,7 @@ check: protos ## Check format, lint, types, layers, protos, prose and links
 	$(BIN)/lychee --offline --include-fragments --no-progress $$(git ls-files '*.md')
 
 .PHONY: test
-test: .venv/dev .venv/sdks/ready .venv/litellm/ready .venv/client-oldest/ready .venv/client-newest/ready $(if $(shell command -v npm),clients/typescript/dist) ## Run every test
+test: .venv/dev $(CLIENTS) .venv/client-oldest/ready .venv/client-newest/ready $(if $(shell command -v npm),clients/typescript/dist $(VERCEL)) ## Run every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 .PHONY: mutate

@@ -49,7 +49,8 @@ def _run(parsed: argparse.Namespace) -> int:
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     try:
         importlib.import_module(f"mpt_grpc.commands.{parsed.command}").run(parsed)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is if the shell closed it
+            sys.stdout.flush()
     except InvalidRequestError as error:
         violations = [f"{options.flag(v.field, parsed)}: {v.description}" for v in error.violations]
         return _fail("; ".join(violations) or str(error))
@@ -64,9 +65,16 @@ def _run(parsed: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader has closed the pipe. Python would try to flush once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
+    except OSError as error:  # such as a full disk
+        _discard_output()
+        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
     return 0
+
+
+def _discard_output() -> None:
+    """Discards what is left to print: Python would try to flush it once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

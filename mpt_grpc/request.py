@@ -73,6 +73,8 @@ class Conversation:
     """The names of the tools that may be called; empty allows all."""
     parallel_tool_calls: bool = True
     """Whether an output may have several calls."""
+    continue_final_message: bool = False
+    """Whether the prompt ends within the last message, of the assistant, which the output continues."""
 
     @property
     def shown_tools(self) -> tuple[Tool, ...]:

@@ -21,8 +21,8 @@ from mpt_grpc.commands.batch_file import (
     BatchRequest,
     InvalidLine,
     count_lines,
+    open_input,
     open_output,
-    read_input,
     read_requests,
 )
 from mpt_grpc.commands.connection import client_options
@@ -43,11 +43,10 @@ def run(parsed: argparse.Namespace) -> None:
 
     Raises BatchError if a request fails, or before the end if the server refuses or does not respond.
     """
-    content = read_input(parsed.input)
-    counts = _Counts(total=count_lines(content))
-    with open_output(parsed.output) as output:
+    with open_input(parsed.input) as file, open_output(parsed.output) as output:
+        counts = _Counts(total=count_lines(file))
         try:
-            asyncio.run(_run(parsed, read_requests(content), output, counts))
+            asyncio.run(_run(parsed, read_requests(file), output, counts))
         finally:
             hint = "; run the same command again to continue" if parsed.output != STANDARD_STREAM else ""
             print(f"{counts}{hint if counts.num_done < counts.total else ''}", file=sys.stderr)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import json
+import os
+import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from mpt_grpc.errors import BatchError
@@ -17,7 +20,7 @@ from mpt_grpc.gateway.parsing import MAX_DEPTH
 from mpt_grpc.limits import is_deeper_than
 
 STANDARD_STREAM = "-"
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _ID_PREFIX = "batch_req_"
 _BEGINNING = f'{{"id": "{_ID_PREFIX}'.encode()
 
@@ -42,23 +45,33 @@ class InvalidLine:
     message: str
 
 
-def read_input(path: str) -> bytes:
-    """Returns the content of a file or of standard input. Raises BatchError."""
+@contextmanager
+def open_input(path: str) -> Iterator[BinaryIO]:
+    """Opens a file, or a copy of standard input, which can be read several times. Raises BatchError."""
+    if path == STANDARD_STREAM:
+        with TemporaryFile() as copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+            yield copy
+        return
     try:
-        return sys.stdin.buffer.read() if path == STANDARD_STREAM else Path(path).read_bytes()
+        file = Path(path).open("rb")  # noqa: SIM115 - an error inside the block would be another one
     except OSError as error:
         raise BatchError(f"{path}: {error.strerror}") from error
+    with file:
+        yield file
 
 
-def count_lines(content: bytes) -> int:
+def count_lines(file: BinaryIO) -> int:
     """Returns how many lines are not blank."""
-    return sum(1 for line in io.BytesIO(content) if line.strip())
+    file.seek(0)
+    return sum(1 for line in file if line.strip())
 
 
-def read_requests(content: bytes) -> Iterator[BatchRequest | InvalidLine]:
+def read_requests(file: BinaryIO) -> Iterator[BatchRequest | InvalidLine]:
     """Yields what is on each line that is not blank."""
+    file.seek(0)
     custom_ids: set[str] = set()
-    for number, line in enumerate(io.BytesIO(content), 1):
+    for number, line in enumerate(file, 1):
         if line.strip():
             request = _parsed(f"{_ID_PREFIX}{number}", line, custom_ids)
             if request.custom_id is not None:
@@ -82,7 +95,7 @@ def _parsed(id_: str, line: bytes, earlier_custom_ids: set[str]) -> BatchRequest
     if fields.get("method") != "POST":
         return InvalidLine(id_, custom_id, "invalid_method", "method: must be POST")
     if url not in URLS:
-        return InvalidLine(id_, custom_id, "invalid_url", f"url: must be {' or '.join(URLS)}")
+        return InvalidLine(id_, custom_id, "invalid_url", f"url: must be one of {', '.join(URLS)}")
     if not isinstance(body, dict):
         return InvalidLine(id_, custom_id, "invalid_body", "body: must be an object, the body of the request")
     if is_deeper_than(body, MAX_DEPTH):
@@ -130,6 +143,8 @@ class BatchOutput:
 
     def read_earlier(self, path: str) -> None:
         """Reads the results of earlier runs and drops an incomplete one. Raises BatchError if it is another file."""
+        if not S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            return  # a device or a pipe, which may never end
         self._file.seek(0)
         end = 0
         for number, line in enumerate(self._file, 1):
@@ -155,14 +170,17 @@ def open_output(path: str) -> Iterator[BatchOutput]:
         yield BatchOutput(sys.stdout.buffer)
         return
     try:
-        file = Path(path).open("ab+")  # noqa: SIM115 - an error inside the block would be another one
+        is_regular = not Path(path).exists() or Path(path).is_file()
+        file = Path(path).open("ab+" if is_regular else "wb")  # noqa: SIM115 - an error inside the block would be another one
     except OSError as error:
         raise BatchError(f"--output: {path}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BatchError(f"--output: another run is writing to {path}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         output = BatchOutput(file)
         output.read_earlier(path)
         yield output
+    except BlockingIOError as error:
+        raise BatchError(f"--output: another run is writing to {path}") from error
+    finally:
+        with suppress(OSError):  # writes once more what could not be written, which has been reported
+            file.close()

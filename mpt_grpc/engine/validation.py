@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import struct
 from collections.abc import Iterable, Iterator
+from ctypes import c_float
 from dataclasses import dataclass
 
 from mpt_grpc.errors import FieldViolation
@@ -21,8 +20,6 @@ from mpt_grpc.request import (
     SamplingParameters,
     StoppingCriteria,
 )
-
-_MAX_FLOAT = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def prompt_violations(
     num_tokens, context = len(prompt_token_ids), limits.max_context_tokens
     max_new_tokens = request.stopping.max_new_tokens
     if not prompt_token_ids:
-        yield FieldViolation("prompt", "empty: set text, token_ids or conversation, with at least one token")
+        yield FieldViolation("prompt", "empty: pass text, token IDs or messages, with at least one token")
         return
     if num_tokens > context - (max_new_tokens != 0):
         yield FieldViolation(
@@ -239,15 +236,7 @@ def _token_ids(
 def _number(field: str, value: float, item: str | None = None) -> Iterator[FieldViolation]:
     """Yields a violation if the value is out of the field's range; `item` names the part of the field that it is."""
     if value not in RANGES[field]:
-        yield FieldViolation(item or field, f"{_shown(value)} is not in {RANGES[field]}")
-
-
-def _shown(value: float) -> float:
-    """Returns the shortest number that becomes this one when it is stored in 32 bits, as it is in the API."""
-    if isinstance(value, int):
-        return value
-    shorter = (float(f"{value:.{digits}g}") for digits in range(1, 9))
-    return next((number for number in shorter if ctypes.c_float(number).value == value), value)
+        yield FieldViolation(item or field, f"{_as_sent(value)} is not in {RANGES[field]}")
 
 
 def _count(field: str, count: int) -> Iterator[FieldViolation]:
@@ -260,11 +249,9 @@ def _text(field: str, text: str) -> Iterator[FieldViolation]:
         yield FieldViolation(field, f"longer than {MAX_BYTES[field]} bytes")
 
 
-def _as_sent(value: float) -> float:
-    """Returns a number with the digits that tell it from other floats, if it may have been sent as one."""
-    if not isinstance(value, float) or not abs(value) < _MAX_FLOAT:
-        return value
-    sent = struct.pack("f", value)
-    shortened = (float(f"{value:.{num_digits}g}") for num_digits in range(6, 10))
-    is_float = struct.unpack("f", sent)[0] == value
-    return next((short for short in shortened if is_float and struct.pack("f", short) == sent), value)
+def _as_sent(value: float) -> str:
+    """Returns a number as its caller wrote it: the API's floats have 32 bits, of which this is the shortest decimal."""
+    if isinstance(value, int):
+        return str(value)
+    decimals = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+    return str(next((decimal for decimal in decimals if c_float(decimal).value == value), value))

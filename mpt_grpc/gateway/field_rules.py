@@ -18,8 +18,11 @@ class FieldRules:
     """The valid values of fields with several types, for each of which Pydantic would report its own error."""
 
 
-_IGNORED = "user store service_tier safety_identifier prompt_cache_key prompt_cache_retention"
-_REFUSED = {"chat_template": "not supported per request; set it on the server, with --chat-template"}
+_IGNORED = "user store service_tier safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention"
+_REFUSED = {
+    "chat_template": "not supported per request; set it on the server, with --chat-template",
+    "moderation": "not supported; set a guard on the server",
+}
 _EXPECTED = {
     "stop": "must be a string or a list of strings",
     "priority": "must be an integer from -100 to 100",
@@ -44,21 +47,23 @@ COMPLETION_RULES = FieldRules(
         **_EXPECTED,
         "prompt": "must be text, a list of token IDs, or a list of either, and not empty",
         "messages": "must be a list of at least one message, each with a role and content",
-        "messages.role": "must be system, developer, user, assistant or tool",
-        "messages.tool_calls": "must be a list of calls, each with an id and a function with its name and arguments",
-        "messages.content": "must be text, or a list of parts of type text; images and audio are not supported",
+        "messages[]": "must be an object with a role and content",
+        "messages[].role": "must be system, developer, user, assistant or tool",
+        "messages[].tool_calls": "must be a list of calls, each with an id and a function with its name and arguments",
+        "messages[].function_call": "not supported; use tool_calls",
+        "messages[].audio": "not supported",
+        "messages[].content": "must be text, or a list of parts of type text; images and audio are not supported",
     },
 )
 """Those of chat and text completions."""
 RESPONSE_RULES = FieldRules(
-    frozenset(f"{_IGNORED} prompt_cache_options reasoning max_tool_calls image access_programs".split()),
+    frozenset(f"{_IGNORED} reasoning max_tool_calls image access_programs".split()),
     {
         "previous_response_id": "not supported, since responses are not stored; send the conversation as input",
         "conversation": "not supported, since conversations are not stored; send the conversation as input",
         "prompt": "not supported, since prompts are not stored; send instructions and input",
         "background_options": "not supported, since responses are not stored; read the response, or its stream",
         "context_management": "not supported; shorten the input, or set truncation to auto",
-        "moderation": "not supported; set a guard on the server",
         **_REFUSED,
     },
     {
@@ -66,13 +71,14 @@ RESPONSE_RULES = FieldRules(
         "background": "must be false, since responses are not stored",
         "input": "must be text, or a list of items of type message, function_call, function_call_output or reasoning,"
         " and not empty",
-        "input.role": "must be system, developer, user or assistant",
-        "input.content": "must be text, or a list of parts of type input_text or output_text; images, files and audio"
+        "input[]": "must be an item of type message, function_call, function_call_output or reasoning",
+        "input[].role": "must be system, developer, user or assistant",
+        "input[].content": "must be text, or a list of parts of type input_text or output_text; images, files and audio"
         " are not supported",
-        "input.call_id": "must be text, the call_id of a call",
-        "input.name": "must be text, the name of a function",
-        "input.arguments": "must be JSON, as text",
-        "input.output": "must be text, or a list of parts of type input_text; images and files are not supported",
+        "input[].call_id": "must be text, the call_id of a call",
+        "input[].name": "must be text, the name of a function",
+        "input[].arguments": "must be JSON, as text",
+        "input[].output": "must be text, or a list of parts of type input_text; images and files are not supported",
         "tools.type": "must be function; the server has no tools of its own",
     },
 )

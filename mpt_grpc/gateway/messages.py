@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from mpt_grpc.gateway.strict import Strict, check_num_items
@@ -19,6 +19,7 @@ class TextPart(Strict):
     text: str
     # Sent for other providers.
     cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
     annotations: Any = None
 
 
@@ -51,6 +52,16 @@ class ChatMessage(Strict):
     parsed: Any = None
     audio: None = None
     function_call: None = None
+    prefix: bool | None = None
+    """Whether the output continues this message, if it is the last one and the assistant's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_what_servers_add(cls, value: Any) -> Any:
+        """Leaves out unknown fields of an assistant's message, which another server may have sent."""
+        if isinstance(value, dict) and value.get("role") == "assistant":
+            return {name: field for name, field in value.items() if name in cls.model_fields}
+        return value
 
     # Between two messages, this Python code also lets other threads run, which Pydantic's own does not.
     _check_num_items = field_validator("content", "tool_calls", mode="before")(check_num_items)

@@ -124,22 +124,25 @@ def _refusal(error: ValidationError, kind: type[BaseModel], rules: FieldRules) -
     param = shortened(str(first["loc"][0]))
     if first["type"] == "extra_forbidden":
         return BadRequestError(_unknown_field(first["loc"], kind, rules), param)
-    key, path = _described(first["loc"], rules.expected)
+    key, path = _described(first["loc"], kind, rules.expected)
     why = first["msg"] if first["type"] == TOO_MANY_ITEMS else rules.expected.get(key, first["msg"])
     return BadRequestError(f"{path}: {why}", param)
 
 
-def _described(loc: Sequence[str | int], expected: Mapping[str, str]) -> tuple[str, str]:
-    """Returns where an error is as a key of `expected` and as a path with indexes.
+def _described(loc: Sequence[str | int], kind: type[BaseModel], expected: Mapping[str, str]) -> tuple[str, str]:
+    """Returns where an error is as a key of `expected`, in which `[]` stands for an index, and as a path with indexes.
 
     Inside a field that is described as a whole, the parts with which Pydantic identifies its types are left out.
     """
-    key = path = ""
+    models, key, path = [kind], "", ""
     for part in loc:
+        fields = [annotation for model in models for name, annotation in _fields(model).items() if name == part]
         if isinstance(part, int):
             path += f"[{part}]"
-        elif f"{key}.{part}" in expected or key not in expected:
+            key += "[]" if f"{key}[]" in expected else ""
+        elif f"{key}.{part}" in expected or key not in expected or (key.endswith("[]") and fields):
             key, path = f"{key}.{part}".lstrip("."), f"{path}.{part}".lstrip(".")
+            models = [model for annotation in fields for model in _models(annotation)]
     return key, path
 
 

@@ -80,6 +80,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_unparsed = 0
         self._stop_timer()
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            # Such a caller does not know chunks: the end of the connection is the end of a response without a length.
+            self.cycle.chunked_encoding = False
+            self.cycle.expected_content_length = _AnyLength()
 
     def on_body(self, body: bytes) -> None:
         self._num_unparsed = 0
@@ -124,6 +128,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._is_idle:
             self.transport.write(_message(error_response(error), error.status))
         self.transport.close()
+
+
+class _AnyLength(int):
+    """The length of a response that may have any, as uvicorn checks it."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+    def __sub__(self, other: int) -> _AnyLength:
+        return self
 
 
 def _message(response: Response, status: int) -> bytes:

@@ -203,11 +203,13 @@ class ConversationFields(GenerationFields):
     """The fields shared by chat completions and responses; vLLM's."""
 
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
     def options(self) -> GenerateOptions:
         templated: GenerateOptions = {
             "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
             "chat_template_kwargs": self.chat_template_kwargs,
         }
         return {**super().options(), **templated}
@@ -235,7 +237,8 @@ class ChatCompletionRequest(ConversationFields, CompletionFields):
     def field_names(self) -> Mapping[str, str]:
         # The limit has two names; errors use the one that was sent.
         newer = {} if self.max_completion_tokens is None else {"max_new_tokens": "max_completion_tokens"}
-        return {**super().field_names, "prompt": "messages", "allowed_tools": "tool_choice", **newer}
+        tools = {f"tools[{index}]": f"tools[{index}].function" for index in range(len(self.tools or ()))}
+        return {**super().field_names, "prompt": "messages", "allowed_tools": "tool_choice", **newer, **tools}
 
     def options(self) -> GenerateOptions:
         options = super().options()
@@ -244,6 +247,8 @@ class ChatCompletionRequest(ConversationFields, CompletionFields):
         if self.top_logprobs and not self.logprobs:
             raise BadRequestError("top_logprobs: requires logprobs; set it to true", "top_logprobs")
         options["drop_oldest_turns"] = self.drop_oldest_turns
+        if self.messages[-1].prefix:
+            options["continue_final_message"] = True
         options.update(tool_options(self.tools, self.tool_choice, self.parallel_tool_calls))
         options["return_logprobs"] = self.has_logprobs
         options["top_logprobs"] = self.top_logprobs

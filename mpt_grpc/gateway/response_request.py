@@ -87,6 +87,14 @@ class ReasoningItem(BaseModel):
     type: Literal["reasoning"]
 
 
+class ItemReference(BaseModel):
+    """A reference to an item that OpenAI's server would have stored. Refused by `ResponseRequest.conversation`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["item_reference"]
+
+
 def _item_type(item: Any) -> str:
     type_ = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
     return type_ if isinstance(type_, str) else "message"
@@ -100,7 +108,8 @@ Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[FunctionCallItem, Tag("function_call")]
     | Annotated[FunctionCallOutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[ItemReference, Tag("item_reference")],
     Discriminator(_item_type),
 ]
 
@@ -110,7 +119,8 @@ class _Tool(Strict):
 
 
 class FunctionTool(Function, _Tool):  # in this order, the type is checked first
-    # All tools are shown to the model, which calls them directly, and whose results are not checked.
+    # All tools are shown to the model, which calls them directly, and whose results are awaited and not checked.
+    async_: bool | None = Field(default=None, alias="async")
     defer_loading: bool | None = None
     allowed_callers: Any = None
     output_schema: Any = None
@@ -274,6 +284,9 @@ class ResponseRequest(ConversationFields):
                 names[place], names[f"{place}.id"] = name, f"{name}.call_id"
                 call = ToolCall(item.call_id, item.name, item.arguments)
                 messages[-1] = replace(messages[-1], tool_calls=[*calls, call])
+            elif isinstance(item, ItemReference):
+                why = "an item_reference is not supported, since items are not stored; send the item itself"
+                raise BadRequestError(f"{name}: {why}, as clients do if store is false", "input")
         if not messages:
             raise BadRequestError("input: has no message, call or output; add one", "input")
         return messages, names

@@ -33,6 +33,7 @@ class TokenizeRequest(BaseModel):
     prompt: str | None = None
     messages: Some[ChatMessage] | None = None
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -87,6 +88,7 @@ async def _tokenize_messages(
         max_new_tokens=0,
         return_prompt_token_ids=True,
         add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
         chat_template_kwargs=body.chat_template_kwargs,
         request_id=request_id,
     )

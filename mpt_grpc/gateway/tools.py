@@ -25,6 +25,8 @@ class Function(Strict):
 class Tool(Strict):
     type: Literal["function"]
     function: Function
+    cache_control: Any = None
+    """Sent for other providers."""
 
 
 class FunctionName(Strict):

@@ -106,6 +106,7 @@ def _conversation(message: pb.Conversation) -> Conversation:
         tool_choice=_TOOL_CHOICES[message.tool_choice],
         allowed_tools=tuple(message.allowed_tools),
         parallel_tool_calls=message.parallel_tool_calls if message.HasField("parallel_tool_calls") else True,
+        continue_final_message=message.continue_final_message,
     )
 
 

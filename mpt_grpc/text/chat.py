@@ -66,7 +66,13 @@ def conversation_token_ids(
         if is_plain:
             shown, shown_tools = as_plain_messages(shown, tools), ()
         return template.render(
-            shown, conversation.add_generation_prompt, kwargs, shown_tools, change, values_of=values_of
+            shown,
+            conversation.add_generation_prompt,
+            kwargs,
+            shown_tools,
+            change,
+            values_of=values_of,
+            continue_final_message=conversation.continue_final_message,
         )
 
     def tokens_without(num_dropped: int) -> tuple[int, ...]:
@@ -142,8 +148,15 @@ def _check(conversation: Conversation, template: ChatTemplate) -> None:
         field = f"{_FIELD}[{index}].role"
         if message.role not in _ROLES:
             violations.append(FieldViolation(field, f"unknown role: use one of {', '.join(_ROLES)}"))
-    if conversation.add_generation_prompt and messages[-1].role in ("system", "assistant"):
+    last = messages[-1]
+    if conversation.continue_final_message:
+        if last.role != "assistant" or last.tool_calls:
+            why = "only a last message with the role 'assistant' and without calls is continued: add one, or set false"
+            violations.append(FieldViolation("conversation.continue_final_message", why))
+    elif conversation.add_generation_prompt and last.role in ("system", "assistant"):
         why = "the last message must have the role 'user' or 'tool', unless add_generation_prompt is false"
+        if last.role == "assistant":
+            why += " or continue_final_message is true"
         violations.append(FieldViolation(f"{_FIELD}[{len(messages) - 1}].role", why))
     for name in sorted(template.reserved_names & conversation.chat_template_kwargs.keys()):
         why = f"{name!r} is set by the server, from the field of this name or the model's files: leave it out"

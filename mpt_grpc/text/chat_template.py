@@ -51,8 +51,10 @@ class ChatTemplate:
         tools: Sequence[Tool] = (),
         change: Callable[[str], str] = str,
         values_of: Callable[[str], Any] = argument_values,
+        continue_final_message: bool = False,
     ) -> str:
-        """Returns the prompt for the assistant's next message, whose beginning `add_generation_prompt` adds.
+        """Returns the prompt for the assistant's next message, whose beginning `add_generation_prompt` adds, or for the
+        rest of the last message if `continue_final_message`.
 
         `kwargs` are further variables of the template. `change` is applied to all that the caller wrote. `values_of`
         parses the arguments of calls. Raises InvalidRequestError if the template fails.
@@ -65,10 +67,13 @@ class ChatTemplate:
             **self.tokens,
             **({"tools": [applied(change, function(tool)) for tool in tools]} if tools else {}),
             "messages": [_variables(message, names, change, values_of) for message in messages],
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
+        if continue_final_message:
+            variables["messages"][-1]["content"] += _END
         try:
-            return self.template.render(variables)
+            prompt = self.template.render(variables)
+            return _before_end(prompt) if continue_final_message else prompt
         except _RefusedByTemplateError as error:
             why = f"refused by the model's chat template: {error}"
             raise InvalidRequestError(FieldViolation("conversation.messages", why)) from error
@@ -76,6 +81,18 @@ class ChatTemplate:
             given = "these messages and chat_template_kwargs" if kwargs else "these messages"
             why = f"the model's chat template fails on {given} ({type(error).__name__}): use others"
             raise InvalidRequestError(FieldViolation("conversation.messages", why)) from error
+
+
+# Ends with a space, so that it shows whether the template removes whitespace there.
+_END = "<END OF THE CONTINUED MESSAGE> "
+
+
+def _before_end(prompt: str) -> str:
+    """Returns a prompt up to the end of the message that is continued."""
+    end = prompt.rfind(_END.strip())
+    if end < 0:
+        raise _RefusedByTemplateError("it does not show the last message, which therefore cannot be continued")
+    return prompt[:end] if prompt.startswith(_END, end) else prompt[:end].rstrip()
 
 
 def _variables(

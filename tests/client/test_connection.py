@@ -27,6 +27,24 @@ def test_a_token_is_not_sent_to_another_machine_without_tls_unless_that_is_allow
         kind(target, token="secret", allow_insecure_token=False)
 
 
+@pytest.mark.parametrize("target", ["localhost:99999", "localhost:0", "localhost:", "[::1]:x", "grpcs://a.example:-1"])
+def test_a_port_that_does_not_exist_is_refused(target):
+    with pytest.raises(InvalidTargetError, match="has no valid port: use 1 to 65535"):
+        Client(target)
+
+
+@pytest.mark.parametrize(
+    "target", ["xds:///models", "ipv6:[::1]:5", "ipv4:127.0.0.1:5", "[::1]:5", "unix:x", "unix:a:b"]
+)
+def test_other_targets_are_left_to_grpc(target):
+    Client(target)
+
+
+def test_a_target_of_bytes_is_a_type_error():
+    with pytest.raises(TypeError, match=r"^target: must be a string .*, not bytes"):
+        Client(b"localhost:50051")
+
+
 @pytest.mark.parametrize("target", ["grpcs://models.example:50051", "localhost:50051", "[::1]:50051", "unix:/run/x"])
 def test_a_token_is_sent_with_tls_and_within_the_machine(target):
     Client(target, token="secret")

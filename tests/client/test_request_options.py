@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as ProtoMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from pydantic import BaseModel
 
 from mpt_grpc_client import (
     Choice,
@@ -21,6 +23,7 @@ from mpt_grpc_client import (
     RepetitionGuard,
     Role,
     Tool,
+    ToolCall,
 )
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
@@ -61,6 +64,7 @@ OPTIONS = {
     "truncate_prompt_tokens": (100, "truncate_prompt_tokens", 100),
     "drop_oldest_turns": (True, "conversation.drop_oldest_turns", True),
     "add_generation_prompt": (False, "conversation.add_generation_prompt", False),
+    "continue_final_message": (True, "conversation.continue_final_message", True),
     "chat_template_kwargs": ({"n": 2}, "conversation.chat_template_kwargs", '{"n": 2}'),
     "tools": (
         [Tool("add", "Adds.", {"type": "object"})],
@@ -181,6 +185,57 @@ def test_messages_may_be_mappings_and_roles_may_be_strings(scripted, client):
     assert scripted.requests[0] == scripted.requests[1]
 
 
+@pytest.mark.parametrize("name", ["model", "stop_token_ids", "allowed_token_ids", "resume_token_ids", "cache_salt"])
+@pytest.mark.parametrize("value", [b"ab", bytearray(b"ab"), memoryview(b"ab")])
+def test_bytes_are_taken_neither_for_text_nor_for_token_ids(scripted, client, name, value):
+    with pytest.raises(TypeError, match=f"^{name}: must be a "):
+        client.generate("Hi", **{name: value})
+    assert not scripted.requests
+
+
+class Reply(BaseModel):
+    """As OpenAI's SDK has it."""
+
+    role: str
+    content: str | None
+    tool_calls: list[dict[str, Any]] | None = None
+    refusal: str | None = None
+
+
+FUNCTION_CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [
+            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]},
+            {"role": "user", "content": "Hi", "name": "Ann"},
+            {"role": "assistant", "content": None, "tool_calls": [FUNCTION_CALL], "audio": None, "annotations": []},
+            {"role": "tool", "tool_call_id": "1", "content": "2"},
+        ],
+        [
+            Reply(role="system", content="Be short."),
+            Reply(role="user", content="Hi"),
+            Reply(role="assistant", content=None, tool_calls=[FUNCTION_CALL]),
+            {"role": "tool", "tool_call_id": "1", "content": "2"},
+        ],
+        [
+            SystemMessage("Be short."),
+            HumanMessage([{"type": "text", "text": "Hi"}]),
+            AIMessage("", tool_calls=[{"name": "add", "args": {"a": 1}, "id": "1"}]),
+            ToolMessage("2", tool_call_id="1"),
+        ],
+    ],
+)
+def test_messages_may_be_those_of_other_libraries(scripted, client, messages):
+    client.generate(messages)
+    calls = [ToolCall("1", "add", '{"a": 1}')]
+    ours = [("system", "Be short."), ("user", "Hi"), ("assistant", "", calls), ("tool", "2", (), "1")]
+    client.generate([Message(*parts) for parts in ours])
+    assert scripted.requests[0] == scripted.requests[1]
+
+
 @pytest.mark.parametrize(
     ("prompt", "error"),
     [
@@ -188,8 +243,18 @@ def test_messages_may_be_mappings_and_roles_may_be_strings(scripted, client):
         (7, r"^prompt: must be .*, not int"),
         ({"role": "user", "content": "Hi"}, r"^prompt: must be .*, not dict"),
         (["Once", "upon"], r"^prompt: must be one string"),
-        ([1.5], r"^prompt: "),
-        ([{"role": "user", "content": "Hi", "name": "Ann"}], r"^prompt: a message has the keys .*, not name"),
+        ([1.5], r"^prompt: token IDs must be whole numbers, not \[1.5\]"),
+        ([{"role": "user", "content": "Hi", "colour": "red"}], r"^prompt: a message has the keys .*, not colour"),
+        ([{"role": "user"}], r"^prompt: a message has a 'role' and a 'content'; this one has \['role'\]"),
+        ([{"content": "Hi"}], r"^prompt: a message has a 'role' and a 'content'"),
+        ([{"role": "user", "content": b"Hi"}], r"^prompt: the content of a message must be text.*, not bytes"),
+        ([Message("user", b"Hi")], r"^prompt: the content of a message must be text.*, not bytes"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"^prompt: .* a part of type 'image_url' is not"),
+        ([{"role": "assistant", "tool_calls": ["f"]}], r"^prompt: a call is a ToolCall, or a mapping"),
+        ([Message("user", "Hi"), "Hi"], r"^prompt: a message is a Message, a mapping or a pydantic model, not str"),
+        (Message("user", "Hi"), r"^prompt: must be .*, not Message: put it in a list"),
+        (bytearray(b"abc"), r"^prompt: must be a string, token IDs or messages, not bytearray"),
+        (iter([5, 6]), r"^prompt: must be a list of token IDs or messages, .*, not an iterator"),
     ],
 )
 def test_a_prompt_of_another_type_is_a_type_error(scripted, client, prompt, error):
@@ -213,7 +278,9 @@ def test_turns_can_be_dropped_only_from_messages(scripted, client, prompt):
     assert not scripted.requests
 
 
-@pytest.mark.parametrize("option", [{"add_generation_prompt": False}, {"chat_template_kwargs": {"a": 1}}])
+@pytest.mark.parametrize(
+    "option", [{"add_generation_prompt": False}, {"continue_final_message": True}, {"chat_template_kwargs": {"a": 1}}]
+)
 def test_options_of_the_chat_template_require_messages(scripted, client, option):
     with pytest.raises(InvalidRequestError, match=f"^{next(iter(option))}: requires a prompt of messages"):
         client.generate("Once", **option)

@@ -141,7 +141,7 @@ def test_calls_and_results_are_messages() -> None:
         _, called, result = build_request(prompt).conversation.messages
         assert called.tool_calls == [pb.ToolCall(id="1", name="add", arguments='{"left": 1}')]
         assert (result.role, result.tool_call_id) == (pb.ROLE_TOOL, "1")
-    with pytest.raises(TypeError, match="a call is a ToolCall, not dict"):
+    with pytest.raises(TypeError, match="a call is a ToolCall, or a mapping with 'id' and 'function', not"):
         build_request([*ASK, {**as_mapping, "tool_calls": [{"id": "1"}]}])
 
 

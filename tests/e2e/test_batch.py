@@ -21,7 +21,7 @@ from server_process import ServerProcess, running
 from mpt_grpc_client import Client
 
 CLI = (sys.executable, "-m", "mpt_grpc.cli", "batch")
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 
 
 def line(custom_id: str, max_tokens: int = 8, url: str = COMPLETIONS, **body: Any) -> str:
@@ -76,9 +76,10 @@ def test_a_result_is_what_the_same_request_returns_over_http(server: Any, tmp_pa
         line("text", logprobs=1, echo=True),
         line("chat", url=CHAT),
         line("choice", guided_choice=["x", "y"], ignore_eos=False),
+        json.dumps({"custom_id": "response", "method": "POST", "url": RESPONSES, "body": {"input": "Hi", "seed": 1}}),
     ]
     status, printed = run(server, tmp_path, lines)
-    assert (status, printed) == (0, ["3 of 3 requests: 3 succeeded, 0 failed"])
+    assert (status, printed) == (0, ["4 of 4 requests: 4 succeeded, 0 failed"])
     found = {result.pop("custom_id"): result for result in results(tmp_path)}
     for number, request in enumerate(map(json.loads, lines), 1):
         result = found.pop(request["custom_id"])
@@ -89,8 +90,38 @@ def test_a_result_is_what_the_same_request_returns_over_http(server: Any, tmp_pa
         body, expected = result["response"]["body"], call(server, request["url"], request["body"])
         assert result["response"]["request_id"] in body["id"]
         assert body.keys() == expected.keys()
-        assert body["choices"] == expected["choices"]
+        if request["url"] == RESPONSES:
+            assert body["output"][0]["content"] == expected["output"][0]["content"]
+        else:
+            assert body["choices"] == expected["choices"]
     assert not found
+
+
+def test_a_large_file_is_not_read_into_memory(server: Any, tmp_path: Path) -> None:
+    """Its lines are not sent, since they lack the method."""
+    program = (
+        "import sys; from mpt_grpc.cli import main; main(sys.argv[1:]);"
+        " print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])"
+    )
+    peaks = []
+    for number in (1, 96):
+        lines = (json.dumps({"custom_id": str(index), "body": {"prompt": "x" * (1 << 20)}}) for index in range(number))
+        source = tmp_path / f"{number}.jsonl"
+        source.write_text("\n".join(lines), encoding="utf-8")
+        arguments = ("batch", str(source), "-o", str(tmp_path / f"out_{number}.jsonl"), "--target", server.target)
+        ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+        assert f"{number} of {number} requests: 0 succeeded, {number} failed" in ended.stderr
+        peaks.append(int(ended.stdout))
+    assert peaks[1] - peaks[0] < 32 << 10
+
+
+@pytest.mark.parametrize(("output", "status"), [("/dev/null", 0), ("/dev/full", 1)])
+def test_the_output_may_be_a_device(server: Any, tmp_path: Path, output: str, status: int) -> None:
+    (tmp_path / "in.jsonl").write_text(line("one", 1), encoding="utf-8")
+    command = (*CLI, str(tmp_path / "in.jsonl"), "-o", output, "--target", server.target)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == status
+    assert ("mpt-grpc: --output: No space left on device" in ended.stderr) is (status == 1)
 
 
 def test_a_line_that_fails_has_an_error_and_does_not_end_the_run(server: Any, tmp_path: Path) -> None:

@@ -158,6 +158,22 @@ def test_a_reader_that_closes_the_pipe_ends_generate_without_an_error(server: An
     assert (len(ended.stdout), ended.stderr) == (5, "")
 
 
+@pytest.mark.parametrize(
+    ("redirection", "status", "stderr"),
+    [(">/dev/full", 1, "mpt-grpc: standard output: No space left on device\n"), (">&-", 0, "")],
+)
+@pytest.mark.parametrize("form", ["", "--json"])
+def test_output_that_cannot_be_written_is_one_line(
+    server: Any, redirection: str, status: int, stderr: str, form: str
+) -> None:
+    command = f"{sys.executable} -m mpt_grpc.cli generate x --max-new-tokens 2 {form} {redirection}"
+    environment = {**os.environ, "MPT_GRPC_TARGET": server.target}
+    ended = subprocess.run(
+        ["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120, env=environment, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (status, stderr)
+
+
 @pytest.mark.parametrize("command", ["serve", "gateway", "generate", "chat", "batch", "verify", "eval", "bench"])
 def test_help_imports_neither_torch_nor_grpc(command: str) -> None:
     code = f"""

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import openai
-from openai.types.responses import response_create_params
 from openai_sdk import raised, sdk
 from pydantic import BaseModel
 
@@ -115,63 +112,6 @@ def response_errors(url: str) -> None:
     assert bad_request(extra_body={"surprise": 1}).param == "surprise"
     missing = raised(openai.NotFoundError, lambda: sdk(url).responses.retrieve("resp_1"))
     assert "not stored" in str(missing)
-
-
-FIELDS: dict[str, Any] = {
-    "access_programs": {"cyber": "standard"},
-    "background": False,
-    "background_options": {"completion_window": "soonest"},
-    "context_management": [{"type": "compaction"}],
-    "conversation": "conv_1",
-    "image": {"context_compression": "auto"},
-    "include": ["reasoning.encrypted_content"],
-    "input": QUESTION,
-    "instructions": "Be brief.",
-    "max_output_tokens": 1,
-    "max_tool_calls": 3,
-    "metadata": {"order": "17"},
-    "model": "demo",
-    "moderation": {"model": "omni-moderation-latest"},
-    "parallel_tool_calls": False,
-    "previous_response_id": "resp_1",
-    "prompt": {"id": "pmpt_1"},
-    "prompt_cache_key": "key",
-    "prompt_cache_options": {"mode": "implicit"},
-    "prompt_cache_retention": "24h",
-    "reasoning": {"effort": "low", "summary": "auto"},
-    "safety_identifier": "me",
-    "service_tier": "auto",
-    "store": True,
-    "stream": False,
-    "stream_options": {"include_obfuscation": False},
-    "temperature": 0.5,
-    "text": {"format": {"type": "text"}, "verbosity": "low"},
-    "tool_choice": "auto",
-    "tools": [WEATHER],
-    "top_logprobs": 0,
-    "top_p": 0.9,
-    "truncation": "auto",
-    "user": "me",
-}
-
-
-def every_field_of_a_response(url: str) -> None:
-    """Each field of the SDK's request is handled as docs/openai.md says."""
-    base = response_create_params.ResponseCreateParamsBase.__annotations__
-    assert {*base, "stream"} == set(FIELDS)
-    page = (Path(__file__).parents[2] / "docs/openai.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| (?:all|[\w, ]*responses) \| (\w+) \|", page, re.MULTILINE)
-    support = dict(rows)
-    assert not set(FIELDS) - set(support), "the page lists every field"
-    request = {"model": "demo", "input": QUESTION, "max_output_tokens": 1}
-    for name, value in FIELDS.items():
-        call = lambda name=name, value=value: sdk(url).responses.create(**{**request, name: value})  # noqa: E731
-        if support[name] == "refused":
-            error = raised(openai.BadRequestError, call)
-            assert error.param == name
-            assert "unknown" not in str(error)
-        else:
-            assert call().status == "incomplete", name
 
 
 if __name__ == "__main__":

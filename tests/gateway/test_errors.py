@@ -70,7 +70,10 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"messages": [{**USER, "tool_calls": [CALL]}]}, "messages[0].tool_calls: only messages with the role"),
         ({"messages": [{**USER, "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0]: must be a list of calls"),
         ({"messages": [USER], "tool_choice": "required"}, "tool_choice: no tool to call; set tools"),
-        ({"tools": [{**FUNCTION, "function": {"name": "a b"}}]}, "tools[0].name: must have 1 to 64 letters"),
+        ({"tools": [{**FUNCTION, "function": {"name": "a b"}}]}, "tools[0].function.name: must have 1 to 64"),
+        ({"temperature": 100.1}, "temperature: 100.1 is not in [0, 100]"),
+        ({"top_p": 1.0000001}, "top_p: 1.0000001 is not in (0, 1]"),
+        ({"logit_bias": {"5": -1e30}}, "logit_bias[5]: -1e+30 is not in [-100, 100]"),
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0]"),
         ({"tools": [FUNCTION], "tool_choice": NAMED}, "tool_choice: no function in tools is named 'g'"),
         ({"tools": [FUNCTION] * 129}, "tools: 129 items; at most 128 are allowed"),
@@ -105,6 +108,14 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"chat_template_kwargs": {"a": "b" * (16 << 10)}}, "chat_template_kwargs: 16"),
         ({"add_generation_prompt": "soon"}, "add_generation_prompt: "),
         ({"messages": [USER, {**USER, "role": "assistant"}]}, "messages[1].role: the last message must have the role"),
+        ({"messages": ["Hi"]}, "messages[0]: must be an object with a role and content"),
+        ({"messages": [USER, {**USER, "name": 5}]}, "messages[1].name: Input should be a valid string"),
+        ({"messages": [{**USER, "prefx": True}]}, "messages[0]: unknown field 'prefx'; did you mean 'prefix'?"),
+        (
+            {"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": ""}}, USER]},
+            "messages[0].function_call: not supported; use tool_calls",
+        ),
+        ({"messages": [{**USER, "prefix": True}]}, "continue_final_message: only a last message with the role 'assis"),
     ],
 )
 def test_errors_name_the_fields_as_they_were_sent(fields: dict[str, Any], message: str, server: Any) -> None:
@@ -164,6 +175,37 @@ def test_the_chat_template_gets_its_fields(server: Any) -> None:
     assert whole["usage"]["prompt_tokens"] > bare["usage"]["prompt_tokens"]
     reply = {"role": "assistant", "content": "Yes."}
     assert call(server, "/v1/chat/completions", {"messages": [reply], "add_generation_prompt": False, **fields})
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "last", "fields"),
+    [
+        ("/v1/chat/completions", "messages", {}, {"continue_final_message": True}),
+        ("/v1/chat/completions", "messages", {}, {"continue_final_message": True, "add_generation_prompt": False}),
+        ("/v1/chat/completions", "messages", {"prefix": True}, {}),
+        ("/v1/responses", "input", {}, {"continue_final_message": True}),
+    ],
+)
+def test_the_assistants_last_message_is_continued(
+    path: str, name: str, last: dict[str, Any], fields: dict[str, Any], server: Any
+) -> None:
+    """The text is that of the prompt that the template makes, up to the end of the message."""
+    messages = [USER, {"role": "assistant", "content": "The fox is"}]
+    tokens = call(server, "/tokenize", {"messages": messages, "continue_final_message": True})["tokens"]
+    assert call(server, "/detokenize", {"tokens": tokens})["prompt"].endswith("\nAssistant: The fox is")
+    rest = {"max_tokens": 8, "temperature": 0, "stop": ["\nUser:"]}
+    expected = call(server, "/v1/completions", {"prompt": tokens, **rest})["choices"][0]["text"]
+    if path == "/v1/responses":
+        rest["max_output_tokens"] = rest.pop("max_tokens")
+    response = call(server, path, {name: [USER, {**messages[1], **last}], **fields, **rest})
+    reply = response["choices"][0]["message"] if "choices" in response else response["output"][0]["content"][0]
+    assert reply["text" if "output" in response else "content"] == expected
+
+
+def test_what_other_servers_add_to_a_reply_is_ignored(server: Any) -> None:
+    added = {"provider_specific_fields": None, "thinking_blocks": [], "images": [], "reasoning_details": [{"a": 1}]}
+    messages = [USER, {"role": "assistant", "content": "Yes.", **added}, USER]
+    assert call(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 1})["choices"]
 
 
 def test_oldest_turns_are_dropped_on_request(server: Any) -> None:

@@ -255,6 +255,25 @@ async def test_a_path_may_end_with_slashes(gateway: RunningServer, method: str, 
     assert response.keys() == same[1].keys()
 
 
+@pytest.mark.parametrize(("stream", "path"), [(True, "completions"), (True, "responses"), (False, "completions")])
+async def test_a_response_to_http_1_0_has_no_chunks_and_ends_with_the_connection(
+    gateway: RunningServer, stream: bool, path: str
+) -> None:
+    body = {"prompt" if path == "completions" else "input": "x", "stream": stream, "stop": " "}
+    content = json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
+    writer.write(f"POST /v1/{path} HTTP/1.0\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
+    _, headers, received = await read_response(reader, writer)
+    assert "transfer-encoding" not in headers
+    assert headers["connection"] == "close"
+    if stream:
+        lines = received.decode().split("\n")
+        assert lines.pop() == ""
+        assert {line.partition(":")[0] for line in lines} <= {"data", "event", ""}
+    else:
+        assert received["choices"]
+
+
 async def test_the_version_is_that_of_the_package(gateway: RunningServer) -> None:
     assert await fetch(gateway, "GET", "/version") == (200, {"version": __version__})
 

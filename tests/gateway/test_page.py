@@ -20,7 +20,7 @@ from playwright.async_api import Browser, Page, async_playwright, expect
 
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings
-from mpt_grpc_client import AsyncClient
+from mpt_grpc_client import AsyncClient, Message, Role
 
 BIN = Path(sys.executable).parent
 CHROMIUM = shutil.which("chromium")
@@ -73,7 +73,7 @@ async def generate(page: Page, **settings: Any) -> None:
         if not await field.is_visible():
             await page.get_by_text("More settings").click()
         await (field.check() if value is True else field.fill(str(value)))
-    await page.get_by_role("button", name="Generate").click()
+    await page.locator("[type=submit]").click()
 
 
 async def wait_for_status(page: Page, status: str, count: int) -> None:
@@ -108,6 +108,7 @@ async def test_streams_beyond_the_browsers_connections_wait_and_can_be_stopped(p
     stops = page.get_by_role("button", name="Stop", exact=True)
     await stops.nth(0).click()
     await wait_for_status(page, "stopped", 1)
+    await expect(page.locator(".output").last.locator(".token").first).to_be_visible()
     await stops.last.click()
     await wait_for_status(page, "stopped · ", 1)
     await expect(page.locator(".output header").filter(has_text="waiting")).to_have_count(3)
@@ -116,8 +117,8 @@ async def test_streams_beyond_the_browsers_connections_wait_and_can_be_stopped(p
 
 
 async def test_a_chat_message_is_formatted_with_the_chat_template(page: Page) -> None:
-    await page.get_by_label("Reply to a chat message").check()
-    await generate(page, prompt="Who are you?", streams=1, max_tokens=12, temperature=0, ignore_eos=True, stop="\\nU")
+    await page.get_by_label("Chat", exact=True).check()
+    await generate(page, message="Who are you?", max_tokens=12, temperature=0, ignore_eos=True, stop="\\nU")
     await wait_for_status(page, "token limit · 12 tokens", 1)
     assert await page.locator(".output .text").text_content()
 
@@ -249,14 +250,96 @@ async def test_the_page_works_with_the_keyboard_alone(page: Page) -> None:
 
 
 async def test_a_chat_shows_the_prompt_that_the_template_makes(page: Page) -> None:
-    await page.get_by_label("Reply to a chat message").check()
-    await page.fill("[name=prompt]", "Are you sly?")
+    await page.get_by_label("Chat", exact=True).check()
+    await page.fill("[name=message]", "Are you sly?")
     await page.get_by_text("Prompt after the chat template").click()
     await expect(page.locator("#rendered")).to_contain_text("Are you sly?")
     await page.fill("[name=system]", "You are a fox.")
     await expect(page.locator("#rendered")).to_contain_text("You are a fox.")
-    await page.get_by_label("Continue the text").check()
+    shown = page.locator("#rendered .token")
+    await expect(page.get_by_text("Prompt after the chat template")).to_contain_text(f"({await shown.count()} tokens)")
+    await page.locator("#rendered .text").focus()
+    await page.keyboard.press("ArrowRight")
+    await expect(page.locator("#token li")).to_have_text([re.compile("first$")])
+    await page.keyboard.press("ArrowRight")
+    await expect(page.locator("#token li.chosen")).to_contain_text("%")
+    await page.get_by_label("Continue a text").check()
     await expect(page.locator("#rendered")).to_be_hidden()
+
+
+async def chat(page: Page, message: str) -> str:
+    """Sends a message with the keyboard, and returns the chosen reply once all replies to it have ended."""
+    await page.locator("[name=message]").focus()
+    await page.keyboard.type(message)
+    await page.keyboard.press("Enter")
+    turn = page.locator("#turns > li").last
+    await expect(turn.locator(".message")).to_have_text(message)
+    await expect(page.locator("#stop-all")).to_be_disabled()
+    return (await turn.locator(".output:has(:checked) .text, .output:only-child .text").text_content() or "").strip()
+
+
+async def test_a_conversation_goes_on_from_the_chosen_replies(page: Page, served: RunningServer) -> None:
+    options: Any = {"max_tokens": 6, "temperature": "0, 1.5", "seed": 3}
+    await page.get_by_label("Chat", exact=True).check()
+    for name, value in options.items():
+        await page.fill(f"[name={name}]", str(value))
+    await page.fill("[name=system]", "You are a fox.")
+    first = await chat(page, "Who are you?")
+    await page.locator("#turns > li").last.get_by_label("Continue with this reply").nth(1).check()
+    chosen = (await page.locator("#turns .output").nth(1).locator(".text").text_content() or "").strip()
+    assert chosen != first
+    reply = await chat(page, "Are you sly?")
+    await expect(page.get_by_label("Continue with this reply").nth(1)).to_be_disabled()
+    messages: list[Any] = [
+        Message(Role.SYSTEM, "You are a fox."),
+        Message(Role.USER, "Who are you?"),
+        Message(Role.ASSISTANT, chosen),
+        Message(Role.USER, "Are you sly?"),
+    ]
+    async with AsyncClient(served.target) as client:
+        result = await client.generate(messages, max_new_tokens=6, temperature=0, seed=3)
+    assert reply == result.text.strip()
+
+
+async def test_the_last_turn_of_a_conversation_is_retried_or_edited(page: Page) -> None:
+    await page.get_by_label("Chat", exact=True).check()
+    await page.fill("[name=max_tokens]", "6")
+    await page.fill("[name=temperature]", "0")
+    first = await chat(page, "Who are you?")
+    reply = await chat(page, "Are you sly?")
+    await page.fill("[name=message]", "a draft")
+    await page.fill("[name=max_tokens]", "9")
+    await page.get_by_role("button", name="Retry").last.press("Enter")
+    await wait_for_status(page, "9 tokens", 1)
+    longer = (await page.locator("#turns .text").last.text_content() or "").strip()
+    assert longer.startswith(reply)
+    assert await page.locator("[name=message]").input_value() == "a draft"
+    await page.get_by_role("button", name="Edit").last.press("Enter")
+    await expect(page.locator("#turns > li")).to_have_count(1)
+    await expect(page.locator("[name=message]")).to_be_focused()
+    assert await page.locator("[name=message]").input_value() == "Are you sly?"
+    await page.get_by_role("button", name="Clear").click()
+    await expect(page.locator("#turns > li")).to_have_count(0)
+    await page.fill("[name=message]", "")
+    await page.fill("[name=max_tokens]", "6")
+    assert await chat(page, "Who are you?") == first
+
+
+async def test_a_stopped_reply_is_continued_and_a_failed_one_is_left_out(page: Page) -> None:
+    await page.get_by_label("Chat", exact=True).check()
+    await page.get_by_text("Request as code").click()
+    await generate(page, message=LONG, max_tokens=1500, ignore_eos=True)
+    await expect(page.locator("#turns .token").nth(3)).to_be_visible()
+    await expect(page.locator("[type=submit]")).to_be_disabled()
+    await page.keyboard.press("Escape")
+    await wait_for_status(page, "stopped", 1)
+    await page.fill("[name=message]", "Go on.")
+    await expect(page.locator("#code pre")).to_contain_text('"role":"assistant"')
+    await page.get_by_role("button", name="Edit").click()
+    await generate(page, message="Who are you?", temperature=-1)
+    await expect(page.get_by_role("alert")).to_have_text(re.compile("temperature"))
+    await page.fill("[name=message]", "Go on.")
+    await expect(page.locator("#code pre")).not_to_contain_text("Who are you?")
 
 
 async def test_temperatures_and_seeds_are_compared_side_by_side(page: Page, served: RunningServer) -> None:
@@ -274,14 +357,19 @@ async def test_temperatures_and_seeds_are_compared_side_by_side(page: Page, serv
             assert await output.locator(".text").text_content() == f"The fox{text}"
 
 
-@pytest.mark.parametrize("kind", ["Continue the text", "Reply to a chat message"])
+@pytest.mark.parametrize("kind", ["Continue a text", "Chat"])
 @pytest.mark.parametrize("language", ["curl", "grpcurl", "Python"])
 async def test_a_request_as_code_generates_the_same(
     page: Page, served: RunningServer, language: str, kind: str
 ) -> None:
-    await page.get_by_label(kind).check()
-    await generate(page, prompt="It's a fox\n", streams=1, max_tokens=8, temperature="0.5", seed="7", stop="zzz")
+    await page.get_by_label(kind, exact=True).check()
+    written: dict[str, Any]
+    written = {"message": "It's a fox"} if kind == "Chat" else {"prompt": "It's a fox\n", "streams": 1}
+    await generate(page, **written, max_tokens=8, temperature="0.5", seed="7", stop="zzz")
     await wait_for_status(page, "8 tokens", 1)
+    shown = (await page.locator(".output .text").text_content() or "").removeprefix("It's a fox\n")
+    if kind == "Chat":
+        await page.get_by_role("button", name="Edit").click()
     await page.get_by_text("Request as code").click()
     await page.locator("#code select").select_option(language)
     code = (await page.locator("#code pre").text_content() or "").replace("localhost:50051", served.target)
@@ -291,7 +379,6 @@ async def test_a_request_as_code_generates_the_same(
     environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment)
     printed = (await process.communicate())[0].decode()
-    shown = (await page.locator(".output .text").text_content() or "").removeprefix("It's a fox\n")
     assert shown.strip() in (printed if language == "Python" else json.loads('"' + _text(printed) + '"'))
 
 
@@ -306,12 +393,12 @@ def _text(response: str) -> str:
 async def test_the_page_is_accessible_and_fits_with_everything_open(page: Page, scheme: Any, width: int) -> None:
     await page.set_viewport_size({"width": width, "height": 844})
     await page.emulate_media(color_scheme=scheme)
-    await page.get_by_label("Reply to a chat message").check()
+    await page.get_by_label("Chat", exact=True).check()
     for summary in await page.locator("summary").all():
         await summary.click()
     await expect(page.locator("#rendered")).not_to_be_empty()
-    await generate(page, prompt="Once upon a time", streams=2, max_tokens=12, temperature="0, 2", ignore_eos=True)
-    await wait_for_status(page, "12 tokens", 4)
+    await generate(page, message="Who are you?", max_tokens=12, temperature="0, 2", ignore_eos=True)
+    await wait_for_status(page, "12 tokens", 2)
     found = await Axe().run(page)
     assert [violation["id"] for violation in found.response["violations"]] == []
     assert await page.evaluate("document.documentElement.scrollWidth") == width

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.limits import MAX_COUNTS
-from mpt_grpc.request import Conversation, Message
+from mpt_grpc.request import Conversation, Message, ToolCall
 from mpt_grpc.text.chat import conversation_token_ids
 from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.template_sources import find_chat_template
@@ -65,6 +65,26 @@ def test_without_the_beginning_of_a_reply_the_last_message_may_have_any_role(mes
     assert conversation_token_ids(conversation, template, encode, token_bytes, 1000, 1) == encode(
         template.render(messages, False)
     )
+
+
+@pytest.mark.parametrize(
+    "messages", [(HI,), (HI, HELLO, SYSTEM), (HI, Message("assistant", "", (ToolCall("1", "run", "{}"),)))]
+)
+def test_only_a_last_message_of_the_assistant_without_calls_is_continued(messages: tuple[Message, ...]) -> None:
+    template = find_chat_template("base", Path("none"), "demo")
+    conversation = Conversation(messages, continue_final_message=True)
+    with pytest.raises(InvalidRequestError) as caught:
+        conversation_token_ids(conversation, template, encode, token_bytes, 1000, 1)
+    assert [violation.field for violation in caught.value.violations] == ["conversation.continue_final_message"]
+
+
+def test_a_continued_message_stays_when_turns_are_dropped() -> None:
+    template = find_chat_template("{% for m in messages %}{{ m.content }}|{% endfor %}", Path("none"), "demo")
+    messages = (HI, HELLO, WHO, Message("assistant", "I am a"))
+    for context, expected in ((40, "Hi|Hello!|Who are you?|I am a"), (22, "Who are you?|I am a")):
+        conversation = Conversation(messages, drop_oldest_turns=True, continue_final_message=True)
+        ids = conversation_token_ids(conversation, template, encode, token_bytes, context, 1)
+        assert "".join(map(chr, ids)) == expected
 
 
 def test_names_that_the_server_sets_are_refused_as_template_kwargs(tmp_path: Path) -> None:

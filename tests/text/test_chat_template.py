@@ -157,6 +157,33 @@ def test_templates_are_rendered_as_by_transformers(
     assert find_chat_template(source, folder, "demo").render(messages, begins, kwargs) == expected
 
 
+TRIMMING = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} [end]\n{% endfor %}"
+
+
+@pytest.mark.parametrize("source", [LLAMA_LIKE, WITH_KWARGS, TRIMMING])
+@pytest.mark.parametrize("text", ["I am", " I am ", "I am\n", ""])
+def test_a_message_is_continued_as_by_transformers(source: str, text: str, folder: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+    (expected,), _ = render_jinja_template(
+        [turns], chat_template=source, continue_final_message=True, bos_token="<s>", eos_token="</s>"
+    )
+    messages = (HI, Message("assistant", text))
+    assert find_chat_template(source, folder, "demo").render(messages, continue_final_message=True) == expected
+
+
+@pytest.mark.parametrize("name", ["base", "instruct", "chatml"])
+def test_a_prompt_that_continues_a_message_ends_with_it(name: str) -> None:
+    template = find_chat_template(name, Path("none"), "demo")
+    messages = (HI, Message("assistant", "I am"))
+    assert template.render(messages, continue_final_message=True).endswith(" I am" if name == "base" else "\nI am")
+
+
+def test_a_template_that_does_not_show_the_last_message_cannot_continue_it(folder: Path) -> None:
+    template = find_chat_template("{{ messages[0].content }}", folder, "demo")
+    with pytest.raises(InvalidRequestError, match="it does not show the last message"):
+        template.render((HI, HELLO), continue_final_message=True)
+
+
 HERMES_LIKE = """{% if tools %}<tools>
 {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}</tools>

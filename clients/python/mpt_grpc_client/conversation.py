@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpt_grpc_client.constraints import closed_schema
-from mpt_grpc_client.prompts import Message, Role
+from mpt_grpc_client.messages import as_message
+from mpt_grpc_client.prompts import MessageLike, Role
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
-from mpt_grpc_client.tools import ToolCall, ToolLike, as_tool
+from mpt_grpc_client.tools import ToolLike, as_tool
 
 if TYPE_CHECKING:
     from mpt_grpc_client.options import GenerateOptions
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _CHOICES = ("auto", "none", "required")
 
 
-def conversation(messages: Sequence[Message | Mapping[str, Any]], options: GenerateOptions) -> pb.Conversation:
+def conversation(messages: Sequence[MessageLike], options: GenerateOptions) -> pb.Conversation:
     """Returns the conversation with its options. Raises TypeError or ValueError for what is not valid."""
     kwargs, choice = options.get("chat_template_kwargs"), options.get("tool_choice")
     allowed_tools = options.get("allowed_tools") or ()
@@ -34,6 +35,7 @@ def conversation(messages: Sequence[Message | Mapping[str, Any]], options: Gener
         tool_choice=pb.ToolChoice.Value(f"TOOL_CHOICE_{(choice or 'unspecified').upper()}"),
         allowed_tools=allowed_tools,
         parallel_tool_calls=options.get("parallel_tool_calls"),
+        continue_final_message=options.get("continue_final_message"),
     )
 
 
@@ -45,28 +47,14 @@ def _tool(tool: ToolLike) -> pb.Tool:
     return pb.Tool(name=tool.name, description=tool.description, parameters=parameters)
 
 
-def _message(message: Message | Mapping[str, Any]) -> pb.Message:
-    if not isinstance(message, Message):
-        if unknown := message.keys() - {"role", "content", "tool_calls", "tool_call_id"}:
-            raise TypeError(f"a message has the keys 'role' and 'content', not {', '.join(sorted(unknown))}")
-        calls, call_id = message.get("tool_calls", ()), message.get("tool_call_id", "")
-        message = Message(message["role"], message["content"], calls, call_id)
-    try:
-        role = Role(message.role)
-    except ValueError as error:
-        raise ValueError(f"{message.role!r} is not a role: use 'system', 'user', 'assistant' or 'tool'") from error
+def _message(given: MessageLike) -> pb.Message:
+    message = as_message(given)
     return pb.Message(
-        role=pb.Role.Value(f"ROLE_{role.name}"),
+        role=pb.Role.Value(f"ROLE_{Role(message.role).name}"),
         content=message.content,
-        tool_calls=map(_call, message.tool_calls),
+        tool_calls=[pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls],
         tool_call_id=message.tool_call_id,
     )
-
-
-def _call(call: ToolCall) -> pb.ToolCall:
-    if not isinstance(call, ToolCall):
-        raise TypeError(f"a call is a ToolCall, not {type(call).__name__}")
-    return pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
 
 
 def _json_object(values: Mapping[str, Any]) -> str:

@@ -100,6 +100,8 @@ class GenerateOptions(TypedDict, total=False):
     add_generation_prompt: bool | None
     """Whether the prompt ends with the beginning of the assistant's message. Default: True. If False, it ends with the
     last message, which may have any role."""
+    continue_final_message: bool | None
+    """Whether the output continues the last message, which must be the assistant's. Default: False."""
     chat_template_kwargs: Mapping[str, Any] | None
     """Variables of the chat template, as JSON values of at most 16 KiB. Default: none. Names that the server sets, such
     as `messages` and `eos_token`, are refused."""

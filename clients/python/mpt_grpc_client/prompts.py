@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mpt_grpc_client.tools import ToolCall
 
@@ -32,6 +32,13 @@ class Message:
     """The ID of the call whose result a tool's message is."""
 
 
-Prompt = str | Sequence[int] | Sequence[Message | Mapping[str, Any]]
-"""Text, token IDs, or the messages of a conversation, the last of which is the user's or a tool's. A mapping has the
-keys `role` and `content`, and may have `tool_calls` and `tool_call_id`."""
+class DumpableMessage(Protocol):
+    """A message as a pydantic model, such as OpenAI's, or as an object of LangChain."""
+
+    def model_dump(self) -> dict[str, Any]: ...
+
+
+MessageLike = Message | Mapping[str, Any] | DumpableMessage
+"""A message of a conversation; a mapping has OpenAI's format, whose content is text or a list of parts of text."""
+Prompt = str | Sequence[int] | Sequence[MessageLike]
+"""Text, token IDs, or the messages of a conversation, the last of which is the user's or a tool's."""

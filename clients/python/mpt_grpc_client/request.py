@@ -13,8 +13,9 @@ from google.protobuf.duration_pb2 import Duration
 from mpt_grpc_client.constraints import Choice, JsonObject, JsonSchema, LarkGrammar, Regex
 from mpt_grpc_client.conversation import conversation
 from mpt_grpc_client.errors import FieldViolation, InvalidRequestError
+from mpt_grpc_client.messages import is_message
 from mpt_grpc_client.options import GenerateOptions, RepetitionGuard
-from mpt_grpc_client.prompts import Message, Prompt
+from mpt_grpc_client.prompts import MessageLike, Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 _OTHER_NAMES = {
@@ -44,6 +45,7 @@ _KINDS_OF_TYPES: dict[Any, str] = {
     RepetitionGuard | None: "a RepetitionGuard",
 }
 """What an option must be, by its type. The errors of others say it themselves."""
+_BYTES = (bytes, bytearray, memoryview)
 _KINDS = {
     "time_limit": "a number of seconds",
     "chunk_interval": "a number of seconds",
@@ -60,12 +62,15 @@ def build_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.Gene
     unknown = options.keys() - GenerateOptions.__optional_keys__
     if unknown:
         raise TypeError("; ".join(map(unknown_option, sorted(unknown))))
+    values = cast(dict[str, Any], options)
+    for name, value in values.items():
+        if isinstance(value, _BYTES):  # which protobuf takes for text or for a list of numbers
+            raise _invalid(name, TypeError(f"must not be {type(value).__name__}"), _kind(name), value)
     try:
         return _request(prompt, options)
     except (TypeError, ValueError, OverflowError) as error:
         name = _invalid_argument(prompt, options)
-        kind = _KINDS.get(name) or _KINDS_OF_TYPES.get(get_type_hints(GenerateOptions).get(name))
-        raise _invalid(name, error, kind, cast(dict[str, Any], options).get(name)) from error
+        raise _invalid(name, error, _kind(name), values.get(name)) from error
 
 
 def tokenize_request(text: str) -> pb.TokenizeRequest:
@@ -90,6 +95,11 @@ def _naming(name: str, kind: str, value: Any) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise _invalid(name, error, kind, value) from error
+
+
+def _kind(name: str) -> str | None:
+    """Returns what an option must be."""
+    return _KINDS.get(name) or _KINDS_OF_TYPES.get(get_type_hints(GenerateOptions).get(name))
 
 
 def _invalid(name: str, error: Exception, kind: str | None, value: Any) -> Exception:
@@ -152,22 +162,28 @@ def _request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
 def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, options: GenerateOptions) -> None:
     if isinstance(prompt, str):
         request.text = prompt
-    elif isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
-        raise TypeError(f"must be a string, token IDs or messages, not {type(prompt).__name__}")
-    else:
-        kinds = set(map(type, prompt))  # of each part, this costs least
-        if any(issubclass(kind, Message | Mapping) for kind in kinds):
-            messages = cast(Sequence[Message | Mapping[str, Any]], prompt)
-            request.conversation.CopyFrom(conversation(messages, options))
-            return
-        if any(issubclass(kind, str) for kind in kinds):
-            raise TypeError("must be one string, token IDs, or messages such as Message(Role.USER, 'Hello')")
-        request.token_ids.SetInParent()
+    elif isinstance(prompt, (*_BYTES, Mapping)) or not isinstance(prompt, Iterable):
+        why = ": put it in a list" if is_message(prompt) else ""
+        raise TypeError(f"must be a string, token IDs or messages, not {type(prompt).__name__}{why}")
+    elif isinstance(prompt, Iterator):
+        raise TypeError("must be a list of token IDs or messages, which can be read several times, not an iterator")
+    elif set(map(type, prompt)) == {int}:  # of all checks of a long prompt, this costs least
         request.token_ids.ids.extend(cast(Sequence[int], prompt))
+    elif any(map(is_message, prompt)):
+        request.conversation.CopyFrom(conversation(cast(Sequence[MessageLike], prompt), options))
+        return
+    elif any(isinstance(part, str) for part in prompt):
+        raise TypeError("must be one string, token IDs, or messages such as Message(Role.USER, 'Hello')")
+    else:
+        try:
+            request.token_ids.CopyFrom(pb.TokenIds(ids=cast(Sequence[int], prompt)))
+        except TypeError as error:
+            raise TypeError(f"token IDs must be whole numbers, not {reprlib.repr(prompt)}") from error
     if options.get("drop_oldest_turns"):
         raise ValueError("requires a prompt of messages; use truncate_prompt_tokens for other prompts")
-    of_messages = ("add_generation_prompt", "chat_template_kwargs", "tools", "tool_choice", "allowed_tools")
-    if any(options.get(name) not in (None, (), [], {}) for name in (*of_messages, "parallel_tool_calls")):
+    of_messages = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+    of_tools = ("tools", "tool_choice", "allowed_tools", "parallel_tool_calls")
+    if any(options.get(name) not in (None, (), [], {}) for name in (*of_messages, *of_tools)):
         raise ValueError("requires a prompt of messages, to which the chat template applies")
 
 

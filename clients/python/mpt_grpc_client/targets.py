@@ -16,8 +16,8 @@ _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 def resolve_target(target: str | None) -> str:
     """Returns the given target, or that of the environment variable MPT_GRPC_TARGET, or `localhost:50051`.
 
-    Raises InvalidTargetError for a URL, for a path without `unix:`, and for a host without a port, for which gRPC would
-    assume port 443.
+    Raises InvalidTargetError for a URL, for a path without `unix:`, for a host without a port, for which gRPC would
+    assume port 443, and for a port that does not exist, for which it would take another.
     """
     if target is not None and not isinstance(target, str):
         raise TypeError(f"target: must be a string such as 'localhost:50051', not {type(target).__name__}")
@@ -31,6 +31,9 @@ def resolve_target(target: str | None) -> str:
         raise InvalidTargetError(f"target {resolved!r} is a path: write 'unix:{resolved}' for a Unix socket")
     if not re.search("[:/]", resolved.removeprefix(TLS_SCHEME)):
         raise InvalidTargetError(f"target {resolved!r} has no port: write '{resolved}:50051'")
+    address = re.fullmatch(r"([^:/]+|\[[^/]*\]):([^:/]*)", resolved.removeprefix(TLS_SCHEME))
+    if address and not resolved.startswith("unix") and not (address[2].isdecimal() and 0 < int(address[2]) < 1 << 16):
+        raise InvalidTargetError(f"target {resolved!r} has no valid port: use 1 to 65535")
     return resolved
 
 
@@ -38,7 +41,9 @@ def resolve_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
     """Returns the targets in a list, or in a string in which commas separate them; see `resolve_target`."""
     if target is None or isinstance(target, str):
         target = (target or os.environ.get("MPT_GRPC_TARGET") or "").split(",")
-    targets = tuple(dict.fromkeys(map(resolve_target, target if isinstance(target, Sequence) else [target])))
+    if isinstance(target, bytes) or not isinstance(target, Sequence):
+        target = [target]  # which has the wrong type
+    targets = tuple(dict.fromkeys(map(resolve_target, target)))
     if not targets:
         raise InvalidTargetError("target: the list is empty")
     return targets

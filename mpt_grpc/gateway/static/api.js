@@ -5,8 +5,8 @@ const MAX_CONNECTIONS = 5;
 let open = 0;
 const waiting = new Set();
 
-// Yields {requestId, text, tokens, finish}, where a token is {bytes, logprob, alternatives: [{text, logprob}]}. Throws an
-// Error with the server's message.
+// Yields {requestId, text, tokens, finish}, where a token is {bytes, logprob, alternatives: [{text, logprob}]}; the first
+// token of a prompt has no log probability. Throws an Error with the server's message.
 export async function* completion(kind, body, signal) {
   await connection(signal);
   try {
@@ -31,10 +31,13 @@ async function connection(signal) {
   open++;
 }
 
-// Returns the text of the prompt that the chat template makes of messages. Throws an Error with the server's message.
+// Returns {text, tokens}, as of a piece, of the prompt that the chat template makes of messages. Throws an Error with the
+// server's message.
 export async function renderedPrompt(messages) {
-  const { tokens } = await (await post("tokenize", { messages })).json();
-  return (await (await post("detokenize", { tokens })).json()).prompt;
+  const { tokens: prompt } = await (await post("tokenize", { messages })).json();
+  const body = { prompt, max_tokens: 0, echo: true, logprobs: NUM_ALTERNATIVES, skip_special_tokens: false };
+  const { choices: [{ text, logprobs }] } = await (await post("v1/completions", body)).json();
+  return { text, tokens: textTokens(logprobs) };
 }
 
 async function post(path, body, signal) {
@@ -99,7 +102,7 @@ function textTokens(logprobs) {
   return (logprobs?.tokens ?? []).map((token, index) => ({
     bytes: bytesOf(token),
     logprob: logprobs.token_logprobs[index],
-    alternatives: Object.entries(logprobs.top_logprobs[index]).map(([text, logprob]) => ({ text, logprob })),
+    alternatives: Object.entries(logprobs.top_logprobs[index] ?? {}).map(([text, logprob]) => ({ text, logprob })),
   }));
 }
 

@@ -21,9 +21,10 @@ function curl(kind, body) {
   return `curl ${quoted(url.href)} -H 'content-type: application/json' -d ${quoted(JSON.stringify(body))}`;
 }
 
-function grpcurl({ prompt, messages, ...settings }) {
+function grpcurl({ prompt, messages, drop_oldest_turns, ...settings }) {
   const conversation = messages && {
     messages: messages.map(({ role, content }) => ({ role: `ROLE_${role.toUpperCase()}`, content })),
+    drop_oldest_turns,
   };
   const request = messages ? { conversation } : { text: prompt };
   for (const [group, names] of Object.entries(GROUPS)) {
@@ -35,7 +36,7 @@ function grpcurl({ prompt, messages, ...settings }) {
 }
 
 function python({ prompt, messages, ...settings }) {
-  const names = Object.assign({}, ...Object.values(GROUPS));
+  const names = Object.assign({ drop_oldest_turns: "drop_oldest_turns" }, ...Object.values(GROUPS));
   const options = Object.entries(settings)
     .filter(([, value]) => value !== undefined)
     .map(([name, value]) => `, ${names[name]}=${literal(value)}`);

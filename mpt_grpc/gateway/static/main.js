@@ -1,38 +1,56 @@
-// The form and the requests that it starts, one for each stream.
+// The form and the requests that it starts, one for each stream: outputs of a text, or replies in a conversation.
 import { completion, renderedPrompt } from "./api.js";
 import { asCode } from "./code.js";
+import { Conversation } from "./conversation.js";
 import { pollEngine } from "./engine.js";
 import { Output } from "./output.js";
 import { bodyOf, problems, settings, variants } from "./settings.js";
+import { TokenText } from "./tokens.js";
 
 const form = document.getElementById("request");
 const stopAll = document.getElementById("stop-all");
 const clear = document.getElementById("clear");
 const announcement = document.getElementById("announcement");
+const results = document.getElementById("results");
 const list = document.getElementById("outputs");
-const chat = document.getElementById("chat");
 const code = document.getElementById("code");
-const outputs = new Set();
+const rendered = document.getElementById("rendered");
+const { text, chat, prompt, message, streams } = form.elements;
 const RENDER_DELAY_MS = 400;
-let rendered = ""; // the messages whose prompt is shown, or is about to be
+const outputs = new Set(); // of the text
+const conversation = new Conversation(document.getElementById("turns"), {
+  chosen: refresh,
+  retried: (content) => {
+    const fields = new FormData(form);
+    fields.set("message", content);
+    generate(fields);
+  },
+  edited: (content) => {
+    message.value = content;
+    refresh();
+    message.focus();
+  },
+});
+let renderedMessages = ""; // those whose prompt is shown, or is about to be
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
+  if (isChat() && conversation.running) return;
   const fields = new FormData(form);
-  const kind = fields.get("kind");
-  document.getElementById("no-outputs").hidden = true;
-  for (const variant of variants(fields).reverse()) {
-    const output = new Output(kind === "text" ? fields.get("prompt") : "", variant.label);
-    outputs.add(output);
-    list.prepend(output.element);
-    const body = bodyOf(fields, { ...settings(fields), ...variant.settings });
-    output.run(completion(kind, body, output.signal)).then(refresh);
+  if (isChat()) {
+    message.value = "";
+    message.focus();
   }
-  refresh();
+  generate(fields);
 });
 
-form.elements.prompt.addEventListener("keydown", (event) => {
+prompt.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+});
+message.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  form.requestSubmit();
 });
 form.addEventListener("input", refreshForm);
 for (const details of form.querySelectorAll("details")) details.addEventListener("toggle", refreshForm);
@@ -42,7 +60,8 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
 });
 clear.addEventListener("click", () => {
-  for (const output of outputs) {
+  if (isChat()) conversation.clear();
+  else for (const output of outputs) {
     if (output.running) continue;
     outputs.delete(output);
     output.element.remove();
@@ -50,34 +69,74 @@ clear.addEventListener("click", () => {
   refresh();
 });
 
+function isChat() {
+  return form.elements.kind.value === "chat";
+}
+
+function generate(fields) {
+  document.getElementById("no-outputs").hidden = true;
+  const started = variants(fields).map((variant) => {
+    const output = new Output(fields.get("prompt") ?? "", variant.label);
+    const body = bodyOf(fields, conversation.messages, { ...settings(fields), ...variant.settings });
+    output.run(completion(fields.get("kind"), body, output.signal)).then(refresh);
+    return output;
+  });
+  if (isChat()) {
+    conversation.add(fields.get("message"), started);
+  } else {
+    list.prepend(...started.map((output) => output.element));
+    for (const output of started) outputs.add(output);
+  }
+  refresh();
+}
+
 function stop() {
-  for (const output of outputs) output.stop();
+  for (const output of [...outputs, ...conversation.replies]) output.stop();
 }
 
+// Shows what is running.
 function refresh() {
-  const running = [...outputs].filter((output) => output.running).length;
+  const running = [...outputs, ...conversation.replies].filter((output) => output.running).length;
   stopAll.disabled = running === 0;
-  clear.disabled = running === outputs.size;
-  announcement.textContent = running ? `${running} running` : "all completed";
+  clear.disabled = isChat() ? conversation.replies.length === 0 : [...outputs].every((output) => output.running);
+  form.querySelector("[type=submit]").disabled = isChat() && conversation.running;
+  announcement.textContent = running ? `${running} running` : isChat() ? conversation.lastReply : "all completed";
+  refreshForm();
 }
 
+// Shows the fields of the selected kind, and what is made of them.
 function refreshForm() {
   const fields = new FormData(form);
   for (const [name, problem] of Object.entries(problems(fields))) form.elements[name].setCustomValidity(problem);
-  chat.hidden = fields.get("kind") !== "chat";
   if (code.open) showCode(fields);
-  if (!chat.hidden && chat.querySelector("details").open) showRendered(bodyOf(fields, {}).messages);
+  if (isChat() && chat.querySelector("details").open) showRendered(bodyOf(fields, conversation.messages, {}).messages);
+}
+
+// A conversation is above its next message, and the outputs of a text are below it.
+function showKind() {
+  for (const [field, hidden] of [[text, isChat()], [chat, !isChat()], [streams, isChat()]]) field.disabled = hidden;
+  document.documentElement.dataset.kind = form.elements.kind.value;
+  document.getElementById("outputs-title").textContent = isChat() ? "Conversation" : "Outputs";
+  if (isChat()) form.before(results);
+  else form.after(results);
+  refresh();
 }
 
 // Shows the prompt that the server makes of the messages, once they have not changed for a while: it is computed for that.
 async function showRendered(messages) {
   const key = JSON.stringify(messages);
-  if (key === rendered) return;
-  rendered = key;
+  if (key === renderedMessages) return;
+  renderedMessages = key;
   await new Promise((resolve) => setTimeout(resolve, RENDER_DELAY_MS));
-  if (key !== rendered) return;
-  const text = await renderedPrompt(messages).catch((error) => error.message);
-  if (key === rendered) document.getElementById("rendered").textContent = text;
+  if (key !== renderedMessages) return;
+  const prompt = await renderedPrompt(messages).catch((error) => error);
+  if (key !== renderedMessages) return;
+  rendered.textContent = prompt.message ?? "";
+  document.getElementById("rendered-count").textContent = prompt.tokens ? `(${prompt.tokens.length} tokens)` : "";
+  if (!prompt.tokens) return;
+  const shown = new TokenText("", "Prompt");
+  shown.add({ ...prompt, finish: "length" });
+  rendered.append(shown.element);
 }
 
 // Shows the request of the first stream.
@@ -89,7 +148,7 @@ function showCode(fields) {
 
 function codeOf(fields) {
   const [first] = variants(fields);
-  const body = bodyOf(fields, { ...settings(fields), ...first.settings });
+  const body = bodyOf(fields, conversation.messages, { ...settings(fields), ...first.settings });
   return asCode(code.querySelector("select").value, fields.get("kind"), body);
 }
 
@@ -108,5 +167,6 @@ fetch("v1/models")
       `${model.id} · up to ${model.max_model_len.toLocaleString()} tokens per request`;
   })
   .catch(() => {}); // The engine panel reports that the server is not reachable.
-refreshForm();
+for (const kind of form.elements.kind) kind.addEventListener("change", showKind);
+showKind();
 pollEngine();

@@ -7,6 +7,7 @@ const MAX_SHOWN_PROMPT = 200;
 export class Output {
   constructor(prompt, label) {
     this.running = true;
+    this.generated = "";
     this._label = label;
     this._abort = new AbortController();
     this.element = document.createElement("article");
@@ -21,7 +22,7 @@ export class Output {
     this._error = document.createElement("p");
     this._error.className = "error";
     this._error.setAttribute("role", "alert");
-    this._text = new TokenText(shortened(prompt));
+    this._text = new TokenText(shortened(prompt), "Output");
     this.element.append(header, this._text.element, this._error);
     this._tokens = 0;
     this._showStatus("waiting");
@@ -35,6 +36,16 @@ export class Output {
     if (this.running) this._abort.abort();
   }
 
+  // Adds a radio button of the group `name`, which chooses this output, and returns it.
+  choice(name) {
+    const button = document.createElement("input");
+    Object.assign(button, { type: "radio", name });
+    const label = document.createElement("label");
+    label.append(button, "Continue with this reply");
+    this.element.append(label);
+    return button;
+  }
+
   // Shows pieces until the last one. Never throws.
   async run(pieces) {
     const start = performance.now();
@@ -46,6 +57,7 @@ export class Output {
         if (piece.tokens.length) first ??= performance.now();
         this._tokens += piece.tokens.length;
         this._text.add(piece);
+        this.generated += piece.text;
         state = piece.finish ?? state;
         this._showStatus(state || "running", first === null ? null : first - start, first);
       }

@@ -21,7 +21,7 @@ export function variants(fields) {
   const result = [];
   for (const temperature of temperatures) {
     for (const first of seeds) {
-      for (let number = 0; number < Number(fields.get("streams")); number++) {
+      for (let number = 0; number < streams(fields); number++) {
         const seed = first === undefined ? undefined : first + number;
         const names = [];
         if (temperatures.length > 1) names.push(`temperature ${temperature}`);
@@ -33,24 +33,29 @@ export function variants(fields) {
   return result;
 }
 
-// Returns the body of a request: the prompt, or the messages of a chat, and the settings.
-export function bodyOf(fields, chosen) {
-  const prompt = fields.get("prompt");
-  if (fields.get("kind") === "text") return { prompt, ...chosen };
+// Returns the body of a request: the prompt, or the messages of a chat after those of the conversation, and the settings.
+export function bodyOf(fields, conversation, chosen) {
+  if (fields.get("kind") === "text") return { prompt: fields.get("prompt"), ...chosen };
   const system = fields.get("system") ? [{ role: "system", content: fields.get("system") }] : [];
-  return { messages: [...system, { role: "user", content: prompt }], ...chosen };
+  const messages = [...system, ...conversation, { role: "user", content: fields.get("message") }];
+  return { messages, drop_oldest_turns: true, ...chosen };
 }
 
 // Returns what is wrong with each list of numbers, by the name of its field; empty for one that is right.
 export function problems(fields) {
   const temperature = parts(fields.get("temperature")).every((part) => /^-?(\d+\.?\d*|\.\d+)$/.test(part));
   const seed = parts(fields.get("seed")).every((part) => /^\d+$/.test(part) && Number.isSafeInteger(Number(part)));
-  const count = numbers(fields.get("temperature")).length * numbers(fields.get("seed")).length * Number(fields.get("streams"));
+  const count = numbers(fields.get("temperature")).length * numbers(fields.get("seed")).length * streams(fields);
   const excess = count > MAX_STREAMS ? `These are ${count} streams; at most ${MAX_STREAMS} can be compared.` : "";
   return {
     temperature: temperature ? excess : "Use numbers separated by commas, such as 0.2, 0.8.",
     seed: seed ? "" : "Use whole numbers below 2^53, separated by commas, such as 7, 8.",
   };
+}
+
+// A chat has one stream for each pair of a temperature and a seed.
+function streams(fields) {
+  return Number(fields.get("streams") ?? 1);
 }
 
 // Returns the numbers of a list with commas; one that is undefined if it is empty.

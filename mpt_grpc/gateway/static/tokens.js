@@ -6,12 +6,12 @@ const tooltip = document.getElementById("token");
 const tokenOf = new WeakMap();
 
 export class TokenText {
-  constructor(prompt) {
+  constructor(prompt, label) {
     this.element = document.createElement("div");
     this.element.className = "text";
     this.element.tabIndex = 0;
     this.element.setAttribute("role", "group");
-    this.element.setAttribute("aria-label", "Output; use the arrow keys to move through its tokens");
+    this.element.setAttribute("aria-label", `${label}; use the arrow keys to move through its tokens`);
     const promptText = document.createElement("span");
     promptText.className = "muted";
     promptText.textContent = prompt;
@@ -71,8 +71,7 @@ export class TokenText {
 
 function tokenElement(token, shown) {
   const element = document.createElement("span");
-  const probability = Math.exp(token.logprob);
-  const level = PROBABILITY_LIMITS.filter((limit) => probability < limit).length;
+  const level = token.logprob === null ? 0 : PROBABILITY_LIMITS.filter((limit) => Math.exp(token.logprob) < limit).length;
   element.className = level ? `token unlikely-${level}` : "token";
   element.textContent = shown;
   tokenOf.set(element, token);
@@ -96,7 +95,7 @@ function show(element) {
 }
 
 function row({ text, logprob, chosen = false }) {
-  const probability = Math.exp(logprob);
+  const probability = logprob === null ? 0 : Math.exp(logprob);
   const item = document.createElement("li");
   item.className = chosen ? "chosen" : "";
   const name = document.createElement("code");
@@ -108,7 +107,7 @@ function row({ text, logprob, chosen = false }) {
   track.append(bar);
   const number = document.createElement("span");
   number.className = "number";
-  number.textContent = `${(100 * probability).toFixed(probability < 0.1 ? 2 : 1)}%`;
+  number.textContent = logprob === null ? "first" : `${(100 * probability).toFixed(probability < 0.1 ? 2 : 1)}%`;
   item.append(name, track, number);
   return item;
 }

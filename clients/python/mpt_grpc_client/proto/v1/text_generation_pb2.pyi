@@ -337,6 +337,7 @@ class Conversation(_message.Message):
     TOOL_CHOICE_FIELD_NUMBER: _builtins.int
     ALLOWED_TOOLS_FIELD_NUMBER: _builtins.int
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
     drop_oldest_turns: _builtins.bool
     """Whether to drop the oldest turns if the conversation and `max_new_tokens` do not fit in the context together. The
     system message and the last message are always kept. Default: false, and a conversation that is too long is refused.
@@ -355,10 +356,14 @@ class Conversation(_message.Message):
     """Whether the model calls tools. Default: TOOL_CHOICE_AUTO."""
     parallel_tool_calls: _builtins.bool
     """Whether an output may have several calls, at most 16. Default: true."""
+    continue_final_message: _builtins.bool
+    """Whether the output continues the last message, of ROLE_ASSISTANT and without calls: the prompt ends with its text.
+    `add_generation_prompt` then has no effect. A constraint applies to the new text only. Default: false.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """The messages in order, at most 1024. The last one must have ROLE_USER or ROLE_TOOL, unless `add_generation_prompt` is
-        false. Some chat templates impose further rules, such as alternating roles.
+        false or `continue_final_message` is true. Some chat templates impose further rules, such as alternating roles.
         """
 
     @_builtins.property
@@ -385,15 +390,18 @@ class Conversation(_message.Message):
         tool_choice: Global___ToolChoice.ValueType = ...,
         allowed_tools: _abc.Iterable[_builtins.str] | None = ...,
         parallel_tool_calls: _builtins.bool | None = ...,
+        continue_final_message: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_chat_template_kwargs", b"_chat_template_kwargs", "_drop_oldest_turns", b"_drop_oldest_turns", "_parallel_tool_calls", b"_parallel_tool_calls", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "drop_oldest_turns", b"drop_oldest_turns", "parallel_tool_calls", b"parallel_tool_calls"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_chat_template_kwargs", b"_chat_template_kwargs", "_continue_final_message", b"_continue_final_message", "_drop_oldest_turns", b"_drop_oldest_turns", "_parallel_tool_calls", b"_parallel_tool_calls", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "continue_final_message", b"continue_final_message", "drop_oldest_turns", b"drop_oldest_turns", "parallel_tool_calls", b"parallel_tool_calls"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_chat_template_kwargs", b"_chat_template_kwargs", "_drop_oldest_turns", b"_drop_oldest_turns", "_parallel_tool_calls", b"_parallel_tool_calls", "add_generation_prompt", b"add_generation_prompt", "allowed_tools", b"allowed_tools", "chat_template_kwargs", b"chat_template_kwargs", "drop_oldest_turns", b"drop_oldest_turns", "messages", b"messages", "parallel_tool_calls", b"parallel_tool_calls", "tool_choice", b"tool_choice", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "_chat_template_kwargs", b"_chat_template_kwargs", "_continue_final_message", b"_continue_final_message", "_drop_oldest_turns", b"_drop_oldest_turns", "_parallel_tool_calls", b"_parallel_tool_calls", "add_generation_prompt", b"add_generation_prompt", "allowed_tools", b"allowed_tools", "chat_template_kwargs", b"chat_template_kwargs", "continue_final_message", b"continue_final_message", "drop_oldest_turns", b"drop_oldest_turns", "messages", b"messages", "parallel_tool_calls", b"parallel_tool_calls", "tool_choice", b"tool_choice", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_generation_prompt: _TypeAlias = _typing.Literal["add_generation_prompt"]  # noqa: Y015
     _WhichOneofArgType__add_generation_prompt: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]  # noqa: Y015
     _WhichOneofReturnType__chat_template_kwargs: _TypeAlias = _typing.Literal["chat_template_kwargs"]  # noqa: Y015
     _WhichOneofArgType__chat_template_kwargs: _TypeAlias = _typing.Literal["_chat_template_kwargs", b"_chat_template_kwargs"]  # noqa: Y015
+    _WhichOneofReturnType__continue_final_message: _TypeAlias = _typing.Literal["continue_final_message"]  # noqa: Y015
+    _WhichOneofArgType__continue_final_message: _TypeAlias = _typing.Literal["_continue_final_message", b"_continue_final_message"]  # noqa: Y015
     _WhichOneofReturnType__drop_oldest_turns: _TypeAlias = _typing.Literal["drop_oldest_turns"]  # noqa: Y015
     _WhichOneofArgType__drop_oldest_turns: _TypeAlias = _typing.Literal["_drop_oldest_turns", b"_drop_oldest_turns"]  # noqa: Y015
     _WhichOneofReturnType__parallel_tool_calls: _TypeAlias = _typing.Literal["parallel_tool_calls"]  # noqa: Y015
@@ -402,6 +410,8 @@ class Conversation(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__add_generation_prompt) -> _WhichOneofReturnType__add_generation_prompt | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chat_template_kwargs) -> _WhichOneofReturnType__chat_template_kwargs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__continue_final_message) -> _WhichOneofReturnType__continue_final_message | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__drop_oldest_turns) -> _WhichOneofReturnType__drop_oldest_turns | None: ...
     @_typing.overload
