@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections import Counter
@@ -66,11 +67,21 @@ def _spans(file: str | Path) -> list[_Span]:
     """Returns the spans in a file, or in standard input if it is `-`. Raises SettingsError."""
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-        return [_span(json.loads(line)) for line in text.splitlines() if line]
     except OSError as error:
         raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except UnicodeDecodeError as error:
         raise SettingsError(f"{file}: is not a file of serve --trace-file") from error
+    lines = [line for line in text.split("\n") if line]
+    spans = []
+    for line in lines:
+        # A full disk or a crash leaves lines that are cut off.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            spans.append(_span(json.loads(line)))
+    if lines and not spans:
+        raise SettingsError(f"{file}: is not a file of serve --trace-file")
+    if num_broken := len(lines) - len(spans):
+        print(f"mpt-grpc: {file}: {num_broken} broken lines are left out", file=sys.stderr)
+    return spans
 
 
 def _span(span: Mapping[str, Any]) -> _Span:

@@ -21,11 +21,12 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from prometheus_client import CollectorRegistry
 
 from mpt_grpc import __version__
 from mpt_grpc.errors import SettingsError
+from mpt_grpc.telemetry.trace_file import TraceFile
 
 EXPORT_TIMEOUT_S = 2.0
 """How long a process waits for collectors when it ends."""
@@ -60,10 +61,9 @@ def make_tracer_provider(
             exporters.append(HttpSpanExporter(meter_provider=meters))
     if trace_file is not None:
         try:
-            out = trace_file.open("a", encoding="utf-8")
+            exporters.append(TraceFile(trace_file))
         except OSError as error:
             raise SettingsError(f"--trace-file: cannot write {trace_file}: {error.strerror}") from error
-        exporters.append(ConsoleSpanExporter(out=out, formatter=lambda span: span.to_json(indent=None) + "\n"))
     if not exporters:
         return None
     provider = TracerProvider(resource=_resource(service), shutdown_on_exit=False, meter_provider=meters)

@@ -78,6 +78,16 @@ SPAN = {
 }
 
 
+def test_lines_that_a_full_disk_has_cut_off_are_left_out_of_a_trace(tmp_path: Path) -> None:
+    line, file = json.dumps(SPAN), tmp_path / "spans"
+    file.write_text(f"{line[:40]}\n{line}\n{line[:90]}")
+    shown = run("trace", "show", str(file))
+    assert shown.stdout.splitlines()[1].startswith("Generate")
+    assert shown.stderr == f"mpt-grpc: {file}: 2 broken lines are left out\n"
+    file.write_text(line[:40])
+    assert run("trace", "show", str(file)).stderr == f"mpt-grpc: {file}: is not a file of serve --trace-file\n"
+
+
 @pytest.mark.parametrize("no_color", [{}, {"NO_COLOR": "1"}])
 def test_a_trace_from_standard_input_has_colors_unless_no_color_is_set(no_color: dict[str, str]) -> None:
     command = (sys.executable, "-m", "mpt_grpc.cli", "trace", "show", "-")
