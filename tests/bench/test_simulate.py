@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_plan import DATA_SHEETS, MPT_7B, step_cost
-from benchmarks.simulate import ROUTERS, Request, arrivals, card_seconds, card_tokens, simulate
+from benchmarks.simulate import LEAST, arrivals, card_seconds, card_tokens, read_trace, traced_arrivals
+from benchmarks.simulate_chats import CHAT_ROUTERS, chats, measure
+from benchmarks.simulation import ROUTERS, Request, simulate
 from mpt_grpc.model.config import MPTConfig
-
-LEAST = ROUTERS["least of all"]
 
 
 def one_second(*_: int) -> float:
@@ -37,7 +37,7 @@ def test_every_router_serves_all_and_knowing_the_load_helps() -> None:
         simulate(requests, 4, card_tokens("A100"), card_seconds("A100", 0.7), router)
         assert all(request.arrival_s < request.first_token_s <= request.end_s for request in requests)
         waits[name] = sum(request.first_token_s - request.arrival_s for request in requests)
-    assert waits["least of all"] <= waits["random"]
+    assert waits["least of all, as one Python client or gateway"] <= waits["random"]
 
 
 def test_a_step_takes_what_the_plan_of_the_card_says() -> None:
@@ -59,3 +59,35 @@ def test_the_page_on_scaling_has_the_numbers_of_the_plan() -> None:
 def test_a_request_that_never_fits_is_refused() -> None:
     with pytest.raises(ValueError, match="more than the 100 tokens"):
         simulate([Request(0.0, 100, 5)], 1, 100, one_second, LEAST)
+
+
+def test_a_conversation_is_computed_once_until_others_take_its_room() -> None:
+    turns = [
+        Request(0.0, 600, 5, conversation=1),
+        Request(100.0, 1000, 5, conversation=1),
+        Request(200.0, 2000, 5, conversation=2),
+        Request(300.0, 1400, 5, conversation=1),
+    ]
+    simulate(turns, 1, 3000, one_second, LEAST)
+    assert [turn.num_cached for turn in turns] == [0, 605, 0, 0]
+    assert [turn.first_token_s - turn.arrival_s for turn in turns] == [2.0, 1.0, 4.0, 3.0]
+
+
+def test_routing_by_prompt_finds_conversations_that_turns_do_not() -> None:
+    hits = {}
+    for name, router in CHAT_ROUTERS.items():
+        requests = chats(60.0, 2000)
+        simulate(requests, 4, card_tokens("A100"), card_seconds("A100", 0.7), router)
+        hits[name] = measure(requests)[0]
+    assert hits["by prompt"] > 2 * max(hits["in turns"], hits["least busy"])
+
+
+def test_a_trace_is_compressed_to_the_load_and_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.6805900,9000,0\n"
+    )
+    requests = traced_arrivals(read_trace(file), rate=0.25, number=4, max_tokens=2048)
+    assert [request.arrival_s for request in requests] == pytest.approx([0.0, 8.0, 8.0, 16.0])
+    assert [(request.prompt_tokens, request.output_tokens) for request in requests[:2]] == [(374, 44), (1024, 1)]
