@@ -95,7 +95,7 @@ def main() -> None:
     parsed = parser.parse_args()
     serve = partial(simulate, cache_tokens=card_tokens(parsed.card), seconds=card_seconds(parsed.card, parsed.share))
     uncached = capacity(
-        serve, lambda rate, number: [replace(r, arrival_s=0.0, conversation=None) for r in chats(rate, number)]
+        serve, lambda _, number: [replace(r, arrival_s=0.0, conversation=None) for r in chats(50.0, number)]
     )
     print(f"{parsed.card}: {uncached:.1f} turns/s at most on one server without a prefix cache\n")
     print("| servers | routing | prompt tokens in the cache | first token ms, median | 99% | good |")

@@ -257,7 +257,7 @@ def test_a_variable_with_which_nothing_would_be_exported_is_refused_at_startup(
 def test_an_interval_of_metrics_that_is_not_positive_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "-5")
-    with pytest.raises(SettingsError, match="^OTEL_METRIC_EXPORT_INTERVAL"):
+    with pytest.raises(SettingsError, match=r"^OTEL_METRIC_EXPORT_INTERVAL: "):
         make_meter_provider(None)
 
 
