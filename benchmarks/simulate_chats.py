@@ -28,7 +28,9 @@ _TURNS_SENT = 4.4
 _LONG_S = 120.0
 """By then, most conversations have ended."""
 _FIRST_S, _TOKEN_S = 0.5, 0.025
-_SERVERS = (1, 4, 16, 64, 256)
+_SERVERS, _FLEET, _LOADS = (1, 4, 16, 64, 256), 16, (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05)
+_Measured = tuple[float, float, float, float]
+"""What `measure` returns."""
 
 
 def by_prompt(servers: Sequence[Server], number: int, request: Request, _: random.Random) -> Server:
@@ -69,7 +71,7 @@ def chats(rate: float, number: int, seed: int = 0) -> list[Request]:
     return sorted(requests, key=lambda request: request.arrival_s)[:number]
 
 
-def measure(requests: Sequence[Request]) -> tuple[float, float, float, float]:
+def measure(requests: Sequence[Request]) -> _Measured:
     """Returns the fraction of cached prompt tokens, the median and the 99% of the first token, and that of good ones.
 
     The first half is left out, in which the caches do not have all conversations that had begun already.
@@ -98,30 +100,41 @@ def main() -> None:
         serve, lambda _, number: [replace(r, arrival_s=0.0, conversation=None) for r in chats(50.0, number)]
     )
     print(f"{parsed.card}: {uncached:.1f} turns/s at most on one server without a prefix cache\n")
-    print("| servers | routing | prompt tokens in the cache | first token ms, median | 99% | good |")
-    print("|---|---|---|---|---|---|")
-    results: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in CHAT_ROUTERS}
-    for num_servers in _SERVERS:
-        for name, router in CHAT_ROUTERS.items():
-            requests = chats(parsed.load * uncached * num_servers, parsed.requests * num_servers)
-            serve(requests, num_servers, router=router)
-            hits, median_s, p99_s, good = measured = measure(requests)
-            results[name].append(measured)
-            cells = (f"{hits:.0%}", f"{1000 * median_s:,.0f}", f"{1000 * p99_s:,.0f}", f"{good:.1%}")
-            print(f"| {num_servers} | {name} | {' | '.join(cells)} |", flush=True)
+
+    def table(title: str, cases: Sequence[tuple[str, int, float]]) -> dict[str, list[_Measured]]:
+        """Prints the cases, which have a name, a number of servers and a load; returns a list for each routing."""
+        print(f"| {title} | routing | prompt tokens in the cache | first token ms, median | 99% | good |")
+        print("|---|---|---|---|---|---|")
+        results: dict[str, list[_Measured]] = {name: [] for name in CHAT_ROUTERS}
+        for case, num_servers, load in cases:
+            for name, router in CHAT_ROUTERS.items():
+                requests = chats(load * uncached * num_servers, parsed.requests * num_servers)
+                serve(requests, num_servers, router=router)
+                hits, median_s, p99_s, good = measured = measure(requests)
+                results[name].append(measured)
+                cells = (f"{hits:.0%}", f"{1000 * median_s:,.0f}", f"{1000 * p99_s:,.0f}", f"{good:.1%}")
+                print(f"| {case} | {name} | {' | '.join(cells)} |", flush=True)
+        print()
+        return results
+
+    by_number = table(f"servers at {parsed.load:.0%} load", [(str(n), n, parsed.load) for n in _SERVERS])
+    by_load = table(f"load of {_FLEET} servers", [(f"{load:.0%}", _FLEET, load) for load in _LOADS])
     if parsed.plot is not None:
-        _plot(results, parsed.plot)
+        _plot(by_number, by_load, parsed.plot)
 
 
-def _plot(results: dict[str, list[tuple[float, float, float, float]]], path: Path) -> None:
+def _plot(by_number: dict[str, list[_Measured]], by_load: dict[str, list[_Measured]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    titles = ((2, "first token, 99%, s"), (3, "requests that are good"))
-    for axes, (column, title) in zip(figure.subplots(1, 2), titles, strict=True):
-        for name, rows in results.items():
-            axes.plot(_SERVERS, [row[column] for row in rows], marker="o", label=name)
-        axes.set(title=title, xlabel="servers", xscale="log", xticks=_SERVERS, xticklabels=_SERVERS, ylim=(0, None))
+    left, right = figure.subplots(1, 2)
+    for name, rows in by_number.items():
+        left.plot(_SERVERS, [row[2] for row in rows], marker="o", label=name)
+        right.plot(_LOADS, [row[3] for row in by_load[name]], marker="o", label=name)
+    left.set(title="first token, 99%, s", xlabel="servers", xscale="log", xticks=_SERVERS, xticklabels=_SERVERS)
+    right.set(title=f"requests that are good, on {_FLEET} servers", xlabel="load")
+    for axes in (left, right):
+        axes.set_ylim(0, None)
         axes.legend()
     figure.savefig(path)
 

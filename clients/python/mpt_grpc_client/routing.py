@@ -14,7 +14,7 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 BEGINNING_BYTES = 512
 """How much of a text or a message counts, and how long a prompt must be for its place to matter: about 128 tokens."""
 _BEGINNING_TOKENS = 128
-_LOAD_FACTOR, _FREE_LOAD = 1.25, 4
+_LOAD_FACTOR, _FREE_LOAD = 1.1, 4
 """A server is passed over while it has more calls than both this many, and this multiple of the mean."""
 
 
