@@ -40,7 +40,13 @@ class TraceMiddleware:
             f"{method} {path}",
             context,
             SpanKind.SERVER,
-            {names.HTTP_METHOD: method, names.HTTP_ROUTE: path, names.REQUEST_ID: scope["state"]["request_id"]},
+            {
+                names.HTTP_METHOD: method,
+                names.HTTP_ROUTE: path,
+                names.URL_PATH: path,
+                names.URL_SCHEME: scope["scheme"],
+                names.REQUEST_ID: scope["state"]["request_id"],
+            },
         )
 
         if span.is_recording():
@@ -50,6 +56,7 @@ class TraceMiddleware:
             if message["type"] == "http.response.start":
                 span.set_attribute(names.HTTP_STATUS_CODE, message["status"])
                 if message["status"] >= 500:
+                    span.set_attribute(names.ERROR_TYPE, str(message["status"]))
                     span.set_status(StatusCode.ERROR)
             await send(message)
 
