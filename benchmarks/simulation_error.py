@@ -71,7 +71,7 @@ async def _step_times(clients: Sequence[AsyncClient]) -> Callable[[int, int, int
 
 
 async def _mean(clients: Sequence[AsyncClient], num_streams: int, prompt: int, output: int) -> float:
-    """Returns the mean time between tokens of so many streams on each server, or to the first if it is the only one."""
+    """Returns the median time between tokens, or to the only one, of `num_streams` streams on each server."""
     times: list[float] = []
     for _ in range(4):
         streams = [Request(0.0, prompt, output) for _ in range(num_streams * len(clients))]

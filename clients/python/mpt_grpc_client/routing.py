@@ -15,7 +15,7 @@ BEGINNING_BYTES = 512
 """How much of a text or a message counts, and how long a prompt must be for its place to matter: about 128 tokens."""
 _BEGINNING_TOKENS = 128
 _LOAD_FACTOR, _FREE_LOAD = 1.1, 4
-"""A server is passed over while it has more calls than both this many, and this multiple of the mean."""
+"""A server is skipped while it has more calls than `_FREE_LOAD`, and than `_LOAD_FACTOR` times the mean."""
 
 
 def beginning(request: pb.GenerateRequest) -> bytes:
