@@ -50,6 +50,9 @@ class Server:
     decoding: list[tuple[int, int, Request]] = field(default_factory=list)
     num_steps: int = 0
     used_tokens: int = 0
+    """What the requests with a slot have reserved."""
+    context_tokens: int = 0
+    """What the running outputs attend to."""
     cached: dict[int, int] = field(default_factory=dict)
     """The tokens of conversations in the prefix cache, the least recently used first."""
     cached_tokens: int = 0
@@ -81,21 +84,22 @@ class Server:
             request.num_computed += part
             if request.num_computed == request.prompt_tokens:
                 started.append(self.prompts.popleft())
-        # What requests reserve is a little more than what they attend to: they reach it with their last token.
-        context = self.used_tokens // (len(self.decoding) + len(self.prompts) + len(started))
-        return seconds(len(self.decoding), context, chunk), started
+        return seconds(len(self.decoding), self.context_tokens // max(1, len(self.decoding)), chunk), started
 
     def end_step(self, now_s: float, started: list[Request]) -> list[Request]:
         """Gives each output its token, and returns the requests that have ended."""
         self.num_steps += 1
+        self.context_tokens += len(self.decoding)
         for request in started:
             request.first_token_s = now_s
+            self.context_tokens += request.prompt_tokens + 1
             heapq.heappush(self.decoding, (self.num_steps + request.output_tokens - 1, id(request), request))
         ended = []
         while self.decoding and self.decoding[0][0] <= self.num_steps:
             request = heapq.heappop(self.decoding)[2]
             request.end_s = now_s
             self.used_tokens -= request.num_tokens
+            self.context_tokens -= request.num_tokens
             if request.conversation is not None:
                 self._uncache(request.conversation)  # of a turn that was computed at the same time
                 self.cached[request.conversation] = request.num_tokens

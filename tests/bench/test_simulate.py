@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import quantiles
 
 import pytest
 
@@ -11,6 +15,11 @@ from benchmarks.simulate import LEAST, arrivals, card_seconds, card_tokens, read
 from benchmarks.simulate_chats import CHAT_ROUTERS, chats, measure
 from benchmarks.simulation import ROUTERS, Request, simulate
 from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
+from mpt_grpc.schedule.block_pool import BlockPool
+from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
+from mpt_grpc.settings import SchedulerSettings
+from mpt_grpc.step import StepResult
 
 
 def one_second(*_: int) -> float:
@@ -59,6 +68,52 @@ def test_the_page_on_scaling_has_the_numbers_of_the_plan() -> None:
 def test_a_request_that_never_fits_is_refused() -> None:
     with pytest.raises(ValueError, match="more than the 100 tokens"):
         simulate([Request(0.0, 100, 5)], 1, 100, one_second, LEAST)
+
+
+def scheduled(requests: Sequence[Request], cache_tokens: int, seconds: Callable[[int, int, int], float]) -> None:
+    """Serves requests by the server's own scheduler, with steps of the given times, and notes their times."""
+    settings, now_s = SchedulerSettings(), 0.0
+    limits = SchedulerLimits(settings.max_running_requests, settings.max_step_tokens, 2048, settings.prefill_slowdown)
+    scheduler = Scheduler(limits, BlockPool(cache_tokens // 16, 16), frozenset())
+    arriving, arrived = deque(requests), dict[int, Request]()
+    while arriving or scheduler.has_work:
+        if not scheduler.has_work:
+            now_s = max(now_s, arriving[0].arrival_s)
+        while arriving and arriving[0].arrival_s <= now_s:
+            request = arriving.popleft()
+            stopping = StoppingCriteria(max_new_tokens=request.output_tokens)
+            added = GenerationRequest(
+                f"r{len(arrived)}", "", SamplingParameters(seed=1), stopping=stopping, cache=CacheOptions(bypass=True)
+            )
+            ((sequence, _),) = scheduler.add(added, (1,) * request.prompt_tokens)
+            arrived[sequence.sequence_id] = request
+        plan = scheduler.plan()
+        outputs = [step for step in plan.sequences if step.num_known == 1]
+        context = sum(step.length for step in outputs) // max(1, len(outputs))
+        duration_s = seconds(len(outputs), context, plan.num_tokens - len(outputs))
+        now_s += duration_s
+        result = StepResult({step.sequence_id: (1,) for step in plan.sequences if step.choices})
+        for sequence, _ in scheduler.commit(plan, result, duration_s):
+            request = arrived[sequence.sequence_id]
+            request.first_token_s = request.first_token_s or now_s
+            request.end_s = now_s
+
+
+@pytest.mark.parametrize(("num_servers", "load"), [(1, 0.5), (3, 0.9)])
+def test_the_simulation_is_close_to_the_servers_own_scheduler(num_servers: int, load: float) -> None:
+    tokens, seconds = card_tokens("H200"), card_seconds("H200", 0.7)
+    simulated = arrivals(load * 23.0 * num_servers, 150 * num_servers, prompt=512, output=256, max_tokens=2048)
+    real = [replace(request) for request in simulated]
+    simulate(simulated, num_servers, tokens, seconds, ROUTERS["in turns"])
+    for server in range(num_servers):
+        scheduled(real[server::num_servers], tokens, seconds)
+    for name, measured in (
+        ("first token", [[one.first_token_s - one.arrival_s for one in served] for served in (simulated, real)]),
+        ("end", [[one.end_s - one.arrival_s for one in served] for served in (simulated, real)]),
+    ):
+        for cut in (9, 18):  # the median and 95%
+            ours, theirs = (quantiles(values, n=20)[cut] for values in measured)
+            assert ours == pytest.approx(theirs, rel=0.1), (name, cut)
 
 
 def test_a_conversation_is_computed_once_until_others_take_its_room() -> None:
