@@ -52,4 +52,5 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        # In ASCII, whatever the encoding of the terminal, and without the line breaks of Unicode.
+        return json.dumps(line, default=str)

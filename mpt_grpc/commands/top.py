@@ -116,14 +116,15 @@ def _requests(state: EngineState, num_rows: int) -> RenderableType:
     """Returns the requests in progress that are the oldest."""
     requests = sorted(state.active_requests, key=lambda request: request.arrival_time)
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("request", no_wrap=True, ratio=1)
-    for column in ("age", "state", "prompt", "cached", "output", "first token", "tokens/s", "preempted"):
+    # The only column that may wrap is the one that a narrow terminal shortens first. Its text does not.
+    table.add_column("request")
+    for column in ("age", "state", "prompt", "cached", "output", "first", "tokens/s", "preempted"):
         table.add_column(column, no_wrap=True, justify="right")
     for request in requests[:num_rows]:
         usage, timings = request.usage, request.timings
         decode_s = timings.decode_time or 0
         table.add_row(
-            Text(printable(request.request_id[:_MAX_ID])),
+            Text(printable(request.request_id[:_MAX_ID]), no_wrap=True, overflow="ellipsis"),
             _duration(state.time - request.arrival_time),
             _phase(request),
             str(usage.num_prompt_tokens),

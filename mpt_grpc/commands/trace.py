@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections import Counter
@@ -18,8 +19,10 @@ from rich.text import Text
 from mpt_grpc.commands.printable import printable
 from mpt_grpc.errors import SettingsError
 
-_BAR_WIDTH = 48
+_BAR_WIDTH, _MIN_BAR_WIDTH = 48, 12
 _NAME_WIDTH = 28
+_OTHERS_WIDTH = 14
+"""What the spaces and the duration take."""
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -40,12 +43,19 @@ def print_waterfall(console: Console, file: str | Path, trace_id: str | None = N
     first_s = min(span.start_s for span in chosen)
     length_s = max(max(span.end_s for span in chosen) - first_s, 1e-6)
     console.print(f"trace {found[-1]}")
-    for span, depth in _in_order(chosen):
-        left = round((span.start_s - first_s) / length_s * _BAR_WIDTH)
-        bar = " " * left + "█" * max(1, round((span.end_s - span.start_s) / length_s * _BAR_WIDTH))
-        name = f"{'  ' * depth}{span.name.rpartition('Service/')[2]}"[:_NAME_WIDTH]
+    rows = [
+        (f"{'  ' * depth}{span.name.rpartition('Service/')[2]}"[:_NAME_WIDTH], span)
+        for span, depth in _in_order(chosen)
+    ]
+    width = _BAR_WIDTH
+    if console.is_terminal:
+        needed = _NAME_WIDTH + _OTHERS_WIDTH + 2 + max(len(span.summary) for span in chosen)
+        width = min(width, max(_MIN_BAR_WIDTH, console.width - needed))
+    for name, span in rows:
+        left = round((span.start_s - first_s) / length_s * width)
+        bar = " " * left + "█" * max(1, round((span.end_s - span.start_s) / length_s * width))
         duration = f"{(span.end_s - span.start_s) * 1e3:8.1f} ms"
-        line = f"{name:<{_NAME_WIDTH}} {bar:<{_BAR_WIDTH + 1}} {duration}  {span.summary}"
+        line = f"{name:<{_NAME_WIDTH}} {bar:<{width + 1}} {duration}  {span.summary}"
         console.print(Text(line.rstrip(), style="red" if span.has_failed else ""), soft_wrap=True)
 
 
@@ -66,11 +76,21 @@ def _spans(file: str | Path) -> list[_Span]:
     """Returns the spans in a file, or in standard input if it is `-`. Raises SettingsError."""
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-        return [_span(json.loads(line)) for line in text.splitlines() if line]
     except OSError as error:
         raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except UnicodeDecodeError as error:
         raise SettingsError(f"{file}: is not a file of serve --trace-file") from error
+    lines = [line for line in text.split("\n") if line]
+    spans = []
+    for line in lines:
+        # A full disk or a crash leaves lines that are cut off.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            spans.append(_span(json.loads(line)))
+    if lines and not spans:
+        raise SettingsError(f"{file}: is not a file of serve --trace-file")
+    if num_broken := len(lines) - len(spans):
+        print(f"mpt-grpc: {file}: {num_broken} broken lines are left out", file=sys.stderr)
+    return spans
 
 
 def _span(span: Mapping[str, Any]) -> _Span:

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
@@ -28,12 +29,16 @@ from mpt_grpc.commands.server_options import settings
 from mpt_grpc.deploy.child import parse
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.settings import ALL_ADDRESSES
+from mpt_grpc_client import InvalidRequestError, Message, routing
+from mpt_grpc_client.request import build_request
 
 _STOP_MARGIN_S = 10.0
 """How much longer than its grace period a server may take to stop."""
 _MAX_SILENCE_S = 10.0
 """After how long without a report a server counts as hung."""
 _LIST_TIMEOUT_S = 5.0
+_MAX_PARSED_BYTES = 1 << 20
+"""Larger bodies are not parsed here, since this would delay other requests."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Endpoint:
     """For gRPC clients."""
     openai_url: str | None
     """The origin of the OpenAI-compatible API; None with `--no-http`."""
+    num_requests: int = 0
+    """The requests in progress at its last report."""
 
 
 class Server:
@@ -63,8 +70,8 @@ class Server:
         threading.Thread(target=self._listen, daemon=True).start()
 
     async def endpoint(self) -> Endpoint:
-        """Returns where the server listens."""
-        return self._endpoint
+        """Returns where the server listens, and its load."""
+        return replace(self._endpoint, num_requests=self._num_requests)
 
     async def check_health(self) -> None:
         """Raises RuntimeError if the server has ended, reports that it is not live, or reports nothing."""
@@ -96,7 +103,7 @@ class Server:
 
 
 class Targets:
-    """The HTTP route of the application: `/` lists the targets, and `/v1` redirects to one of the servers in turn."""
+    """The HTTP route of the application: `/` lists the targets, and `/v1` redirects to a server, by prompt."""
 
     def __init__(self, servers: DeploymentHandle[Any]) -> None:
         self._servers, self._turn = servers, itertools.count()
@@ -114,14 +121,41 @@ class Targets:
     async def __call__(self, request: Request) -> Response:
         endpoints = await self.endpoints()
         path, query = request.url.path, f"?{request.url.query}" if request.url.query else ""
-        urls = [endpoint.openai_url for endpoint in endpoints if endpoint.openai_url]
+        over_http = [endpoint for endpoint in endpoints if endpoint.openai_url]
         if path == "/" and endpoints:
             return PlainTextResponse(",".join(endpoint.target for endpoint in endpoints))
-        if path.startswith("/v1/") and urls:
-            return RedirectResponse(f"{urls[next(self._turn) % len(urls)]}{path}{query}", status_code=307)
+        if path.startswith("/v1/") and over_http:
+            chosen = self._chosen(over_http, beginning_of(await request.body()))
+            return RedirectResponse(f"{chosen.openai_url}{path}{query}", status_code=307)
         if endpoints:
             return PlainTextResponse("there is nothing at this path; / lists the targets", status_code=404)
         return PlainTextResponse("no server is running", status_code=503, headers={"retry-after": "1"})
+
+    def _chosen(self, endpoints: Sequence[Endpoint], beginning: bytes) -> Endpoint:
+        # Loads are up to a second old. By them, all requests of that second would go to the least busy server.
+        loads = [endpoint.num_requests if beginning else 0 for endpoint in endpoints]
+        targets = [endpoint.target for endpoint in endpoints]
+        return endpoints[routing.order(beginning, targets, loads, next(self._turn) % len(endpoints))[0]]
+
+
+def beginning_of(body: bytes) -> bytes:
+    """Returns what `routing.beginning` does for the prompt of a request of OpenAI's API; nothing if it has none."""
+    if len(body) > _MAX_PARSED_BYTES:
+        return b""
+    try:
+        fields = json.loads(body)
+        prompt = fields.get("messages") or fields.get("input") or fields.get("prompt")
+        if not isinstance(prompt, str):
+            prompt = [message if isinstance(message, int) else _message(message) for message in prompt]
+        return routing.beginning(build_request(prompt))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, InvalidRequestError):
+        return b""
+
+
+def _message(message: dict[str, Any]) -> Message:
+    role, content = message["role"], message["content"]
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return Message("system" if role == "developer" else role, text)
 
 
 def by_requests(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:

@@ -232,11 +232,13 @@ class RequestTable:
         stats = self._remove(record, now_s, error)
         self._undelivered.append((record.stream.receive, TokenEvent(0, error=error, stats=stats)))
 
-    def fail_all(self, make_error: Callable[[], Exception]) -> None:
-        """Ends all requests with an error and without statistics, including those not yet in the scheduler."""
+    def fail_all(self, make_error: Callable[[], Exception], now_s: float) -> None:
+        """Ends all requests with an error, including those not yet in the scheduler."""
         with self._lock:
             for record in self._by_request_id.values():
-                self._undelivered.append((record.stream.receive, TokenEvent(0, error=make_error())))
+                error, stats = make_error(), record.stats(now_s)
+                self._report_end(record, stats, error)
+                self._undelivered.append((record.stream.receive, TokenEvent(0, error=error, stats=stats)))
             self._by_request_id.clear()
             self._time_limited.clear()
 

@@ -13,6 +13,13 @@ from mpt_grpc.gateway.errors import BadRequestError, shortened
 
 _POLLED_PATHS = ("/debug/engine", "/health", "/metrics", "/ready")
 _MAX_LOGGED = 300
+_NOTED = {
+    "caller": "certified_name",
+    "trace_id": "trace_id",
+    "request_id": "request_id",
+    "error": "refusal",
+}
+"""The fields of a line that a request may have, by their names in its state."""
 _log = logging.getLogger("mpt_grpc.access")
 
 
@@ -51,8 +58,8 @@ def _log_request(scope: Scope, status: int, duration_s: float) -> None:
         return
     method, path = scope["method"], quote(shortened(scope["path"]))
     summary, peer = f"{method} {path} {status}", ":".join(map(str, scope["client"] or ()))
-    noted = {"request_id": scope["state"].get("request_id"), "error": scope["state"].get("refusal")}
-    fields: dict[str, Any] = {name: value for name, value in noted.items() if value is not None}
+    noted = {name: scope["state"].get(key) for name, key in _NOTED.items()}
+    fields: dict[str, Any] = {name: value for name, value in noted.items() if value}
     # Text of callers is quoted, so that it cannot forge a line of the log.
     details = "".join(f" {name}={value!r}" for name, value in fields.items())
     named = {"method": method, "path": path, "http_status": status, "duration_s": round(duration_s, 6), "peer": peer}

@@ -32,11 +32,12 @@ class MetricsMiddleware:
                 status = message["status"]
             await send(message)
 
-        method, start_s = scope["method"] if scope["method"] in _METHODS else _OTHER_METHOD, time.monotonic()
-        self._metrics.begin(method)
+        method, scheme = scope["method"] if scope["method"] in _METHODS else _OTHER_METHOD, scope["scheme"]
+        start_s = time.monotonic()
+        self._metrics.begin(method, scheme)
         try:
             await self._app(scope, receive, send_and_note)
         finally:
             # The router adds its route to the scope; a path that it does not know is no label.
             route: Any = scope.get("route")
-            self._metrics.end(method, getattr(route, "path", None), status, time.monotonic() - start_s)
+            self._metrics.end(method, scheme, getattr(route, "path", None), status, time.monotonic() - start_s)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from opentelemetry import context as trace_context
 from opentelemetry.context import Context
-from opentelemetry.trace import SpanKind, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace import SpanKind, StatusCode, Tracer, format_trace_id, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -40,13 +40,23 @@ class TraceMiddleware:
             f"{method} {path}",
             context,
             SpanKind.SERVER,
-            {names.HTTP_METHOD: method, names.HTTP_ROUTE: path, names.REQUEST_ID: scope["state"]["request_id"]},
+            {
+                names.HTTP_METHOD: method,
+                names.HTTP_ROUTE: path,
+                names.URL_PATH: path,
+                names.URL_SCHEME: scope["scheme"],
+                names.REQUEST_ID: scope["state"]["request_id"],
+            },
         )
+
+        if span.is_recording():
+            scope["state"]["trace_id"] = format_trace_id(span.get_span_context().trace_id)
 
         async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 span.set_attribute(names.HTTP_STATUS_CODE, message["status"])
                 if message["status"] >= 500:
+                    span.set_attribute(names.ERROR_TYPE, str(message["status"]))
                     span.set_status(StatusCode.ERROR)
             await send(message)
 

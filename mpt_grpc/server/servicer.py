@@ -176,6 +176,9 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
                 self.idle.set()
 
     def _submit(self, message: pb.GenerateRequest, timeout_s: float | None) -> AsyncStream:
+        call = current_call()
+        if message.request_id:
+            call.logged["request_id"] = message.request_id
         if message.model not in ("", self._model.name):
             wanted = message.model[: MAX_BYTES["model"]]
             raise UnknownModelError(f"model {wanted!r} is not loaded; the loaded model is {self._model.name!r}")
@@ -184,7 +187,6 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             differing = ", ".join(differences(fingerprint, message.resume_fingerprint))
             why = f"this server differs from the one that began the output in {differing or 'its fingerprint'}"
             raise FingerprintError(f"{why}: its tokens might not be the same")
-        call = current_call()
         request = generation_request(message, self._model.defaults, call.caller)
         call.logged["request_id"] = request.request_id
         call.operation = operation(request)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -21,11 +22,12 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from prometheus_client import CollectorRegistry
 
 from mpt_grpc import __version__
 from mpt_grpc.errors import SettingsError
+from mpt_grpc.telemetry.trace_file import TraceFile
 
 EXPORT_TIMEOUT_S = 2.0
 """How long a process waits for collectors when it ends."""
@@ -53,22 +55,23 @@ def make_tracer_provider(
     meters = meter_provider or NoOpMeterProvider()
     _enable_own_metrics()
     exporters: list[SpanExporter] = []
-    match _otlp_protocol("TRACES"):
-        case "grpc":
-            exporters.append(GrpcSpanExporter(meter_provider=meters))
-        case "http/protobuf":
-            exporters.append(HttpSpanExporter(meter_provider=meters))
+    with _refusing_variables():
+        match _otlp_protocol("TRACES"):
+            case "grpc":
+                exporters.append(GrpcSpanExporter(meter_provider=meters))
+            case "http/protobuf":
+                exporters.append(HttpSpanExporter(meter_provider=meters))
     if trace_file is not None:
         try:
-            out = trace_file.open("a", encoding="utf-8")
+            exporters.append(TraceFile(trace_file))
         except OSError as error:
             raise SettingsError(f"--trace-file: cannot write {trace_file}: {error.strerror}") from error
-        exporters.append(ConsoleSpanExporter(out=out, formatter=lambda span: span.to_json(indent=None) + "\n"))
     if not exporters:
         return None
-    provider = TracerProvider(resource=_resource(service), shutdown_on_exit=False, meter_provider=meters)
-    for exporter in exporters:
-        provider.add_span_processor(BatchSpanProcessor(exporter, meter_provider=meters))
+    with _refusing_variables():
+        provider = TracerProvider(resource=_resource(service), shutdown_on_exit=False, meter_provider=meters)
+        for exporter in exporters:
+            provider.add_span_processor(BatchSpanProcessor(exporter, meter_provider=meters))
     return provider
 
 
@@ -82,14 +85,15 @@ def make_meter_provider(registry: CollectorRegistry | None, *, service: str = "m
         return None
     _enable_own_metrics()
     readers: list[MetricReader] = []
-    match _otlp_protocol("METRICS"):
-        case "grpc":
-            readers.append(PeriodicExportingMetricReader(GrpcMetricExporter()))
-        case "http/protobuf":
-            readers.append(PeriodicExportingMetricReader(HttpMetricExporter()))
-    if registry is not None:
-        readers.append(PrometheusMetricReader(scope_info_enabled=False, registry=registry))
-    return MeterProvider(readers, _resource(service), shutdown_on_exit=False) if readers else None
+    with _refusing_variables():
+        match _otlp_protocol("METRICS"):
+            case "grpc":
+                readers.append(PeriodicExportingMetricReader(GrpcMetricExporter()))
+            case "http/protobuf":
+                readers.append(PeriodicExportingMetricReader(HttpMetricExporter()))
+        if registry is not None:
+            readers.append(PrometheusMetricReader(scope_info_enabled=False, registry=registry))
+        return MeterProvider(readers, _resource(service), shutdown_on_exit=False) if readers else None
 
 
 def shut_down(providers: Iterable[Provider], timeout_s: float) -> None:
@@ -117,18 +121,41 @@ def _resource(service: str) -> Resource:
     return Resource.create().merge(resource)
 
 
+@contextmanager
+def _refusing_variables() -> Iterator[None]:
+    """Turns OpenTelemetry's error for the value of a variable into one that names the variable."""
+    try:
+        yield
+    except SettingsError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())
+        named = [name for name, value in os.environ.items() if name.startswith("OTEL_") and value and value in why]
+        raise SettingsError(f"{' or '.join(sorted(named)) or 'the OTEL_ variables'}: {why}") from error
+
+
 def _otlp_protocol(signal: _Signal) -> str | None:
     """Returns the protocol by which a signal is exported, or None if it is not. Raises SettingsError."""
-    if not any(os.environ.get(f"OTEL_EXPORTER_OTLP_{one}ENDPOINT") for one in ("", f"{signal}_")):
-        return None
-    kind = os.environ.get(f"OTEL_{signal}_EXPORTER", "otlp")
-    if kind == "none":
-        return None
-    if kind != "otlp":
+    kind = os.environ.get(f"OTEL_{signal}_EXPORTER") or "otlp"
+    if kind not in ("otlp", "none"):
         raise SettingsError(f"OTEL_{signal}_EXPORTER: {kind!r} is not supported; use otlp or none")
-    variables = (f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-    name = next((name for name in variables if os.environ.get(name)), variables[1])
-    protocol = os.environ.get(name, "grpc")
+    endpoint_name, endpoint = _variable(signal, "ENDPOINT", "")
+    if kind == "none" or not endpoint:
+        return None
+    name, protocol = _variable(signal, "PROTOCOL", "grpc")
     if protocol not in ("grpc", "http/protobuf"):
         raise SettingsError(f"{name}: {protocol!r} is not supported; use grpc or http/protobuf")
+    if protocol == "http/protobuf" and not endpoint.startswith(("http://", "https://")):
+        raise SettingsError(f"{endpoint_name}: {endpoint!r} is not a URL, such as http://localhost:4318")
+    for kind in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE"):
+        name, file = _variable(signal, kind, "")
+        if file and not os.access(file, os.R_OK):
+            # OpenTelemetry would go on without it.
+            raise SettingsError(f"{name}: cannot read {file}")
     return protocol
+
+
+def _variable(signal: _Signal, kind: str, default: str) -> tuple[str, str]:
+    """Returns the name of the variable that applies to a signal, and its value."""
+    own, common = f"OTEL_EXPORTER_OTLP_{signal}_{kind}", f"OTEL_EXPORTER_OTLP_{kind}"
+    return next(((name, value) for name in (own, common) if (value := os.environ.get(name))), (common, default))

@@ -161,18 +161,20 @@ class HttpMetrics:
             explicit_bucket_boundaries_advisory=list(_CALL_BUCKETS),
         )
 
-    def begin(self, method: str) -> None:
+    def begin(self, method: str, scheme: str) -> None:
         """Records the arrival of a request."""
-        self._active.add(1, {names.HTTP_METHOD: method})
+        self._active.add(1, {names.HTTP_METHOD: method, names.URL_SCHEME: scheme})
 
-    def end(self, method: str, route: str | None, status: int | None, duration_s: float) -> None:
+    def end(self, method: str, scheme: str, route: str | None, status: int | None, duration_s: float) -> None:
         """Records the end of a request. Both `route` and `status` are None if it has none."""
-        self._active.add(-1, {names.HTTP_METHOD: method})
-        attributes: dict[str, str | int] = {names.HTTP_METHOD: method}
+        attributes: dict[str, str | int] = {names.HTTP_METHOD: method, names.URL_SCHEME: scheme}
+        self._active.add(-1, attributes)
         if route is not None:
             attributes[names.HTTP_ROUTE] = route
         if status is not None:
             attributes[names.HTTP_STATUS_CODE] = status
+            if status >= 500:
+                attributes[names.ERROR_TYPE] = str(status)
         self._duration.record(duration_s, attributes)
 
 

@@ -1,7 +1,7 @@
 """All names of spans, events, metrics and attributes.
 
-Those that begin with rpc, http, gen_ai or error follow OpenTelemetry's semantic conventions 1.44. Those that begin with
-mpt are this project's own.
+Those that begin with rpc, http, url, gen_ai or error follow OpenTelemetry's semantic conventions 1.44. Those that begin
+with mpt are this project's own.
 """
 
 SCOPE = "mpt-grpc"
@@ -24,6 +24,8 @@ RPC_STATUS_CODE = "rpc.response.status_code"
 HTTP_METHOD = "http.request.method"
 HTTP_ROUTE = "http.route"
 HTTP_STATUS_CODE = "http.response.status_code"
+URL_PATH = "url.path"
+URL_SCHEME = "url.scheme"
 ERROR_TYPE = "error.type"
 
 # Attributes of requests

@@ -10,9 +10,11 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
@@ -153,6 +155,26 @@ async def test_the_route_redirects_openais_clients_to_the_servers_in_turn(cluste
     answers = {await asyncio.to_thread(complete) for _ in range(2)}
     assert len(answers) == 2
     assert {number for _, number in answers} == {4}
+
+
+async def test_the_route_redirects_all_turns_of_a_conversation_to_one_server(cluster: Cluster) -> None:
+    await cluster.targets_when(2)
+    messages = [
+        {"role": "system", "content": "You are the keeper of a lighthouse. " * 20},
+        {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": "The keeper."},
+        {"role": "user", "content": [{"type": "text", "text": "Of what?"}]},
+    ]
+
+    def redirected(number: int, url: str) -> str:
+        connection = HTTPConnection(urlsplit(url).netloc, timeout=10)
+        connection.request("POST", "/v1/chat/completions", json.dumps({"messages": messages[:number]}))
+        location = connection.getresponse().headers["location"]
+        connection.close()
+        return str(location)
+
+    locations = {await asyncio.to_thread(redirected, number, cluster.url) for number in (2, 4, 2, 4)}
+    assert len(locations) == 1
 
 
 async def test_streams_of_a_killed_replica_go_on_without_a_difference_and_serve_restarts_it(

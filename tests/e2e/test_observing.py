@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 import subprocess
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from server_process import ServerProcess, running
 
+from mpt_grpc.commands.trace import print_waterfall
 from mpt_grpc_client import Client
 
 
@@ -27,9 +31,10 @@ def traced(trace_file: Path) -> Iterator[ServerProcess]:
         yield server
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = (sys.executable, "-m", "mpt_grpc.cli", *arguments)
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    environment = os.environ | variables
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
 
 
 def test_top_shows_the_load_and_the_requests_in_progress(traced: Any) -> None:
@@ -46,6 +51,21 @@ def test_top_shows_the_load_and_the_requests_in_progress(traced: Any) -> None:
     (row,) = [line.split() for line in shown.stdout.splitlines() if "the-long-one" in line]
     assert "decode" in row
     assert "\x1b" not in shown.stdout, "a caller's text is not obeyed by the terminal"
+
+
+def test_in_a_narrow_terminal_only_ids_are_shortened(traced: Any) -> None:
+    request_id = "a2ab7df0-0fb6-4f43-b0a2-0e4f8f0f25ac"
+    with (
+        Client(traced.target) as client,
+        client.stream("Once", max_new_tokens=1900, ignore_eos=True, request_id=request_id) as stream,
+    ):
+        next(stream)
+        shown = run("top", "--once", "--interval", "100ms", "--target", traced.target, COLUMNS="80").stdout
+    head, row = next((head, row) for head, row in itertools.pairwise(shown.splitlines()) if head.startswith("request "))
+    assert head.split() == ["request", "age", "state", "prompt", "cached", "output", "first", "tokens/s", "preempted"]
+    shortened, rest = row.split("… ")
+    assert request_id.startswith(shortened)
+    assert " s decode " in rest
 
 
 def test_trace_show_prints_the_last_trace_of_a_request_or_the_one_that_is_named(traced: Any, trace_file: Path) -> None:
@@ -76,6 +96,25 @@ SPAN = {
     "status": {"status_code": "ERROR", "description": "refused"},
     "events": [],
 }
+
+
+def test_lines_that_a_full_disk_has_cut_off_are_left_out_of_a_trace(tmp_path: Path) -> None:
+    line, file = json.dumps(SPAN), tmp_path / "spans"
+    file.write_text(f"{line[:40]}\n{line}\n{line[:90]}")
+    shown = run("trace", "show", str(file))
+    assert shown.stdout.splitlines()[1].startswith("Generate")
+    assert shown.stderr == f"mpt-grpc: {file}: 2 broken lines are left out\n"
+    file.write_text(line[:40])
+    assert run("trace", "show", str(file)).stderr == f"mpt-grpc: {file}: is not a file of serve --trace-file\n"
+
+
+def test_a_trace_fits_in_a_narrow_terminal(tmp_path: Path) -> None:
+    (tmp_path / "spans").write_text(json.dumps(SPAN))
+    shown = io.StringIO()
+    print_waterfall(Console(file=shown, width=80, force_terminal=True, color_system=None), tmp_path / "spans")
+    (bar,) = shown.getvalue().splitlines()[1:]
+    assert bar.endswith("refused")
+    assert len(bar) <= 80
 
 
 @pytest.mark.parametrize("no_color", [{}, {"NO_COLOR": "1"}])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from conftest import demo_settings, generation
 
 from mpt_grpc.engine import load
 from mpt_grpc.engine.stream import AsyncStream
+from mpt_grpc.errors import DrainingError
 from mpt_grpc.reports import RequestReport, StepReport
 
 
@@ -40,3 +42,16 @@ async def test_the_steps_of_a_request_come_after_the_end_of_the_one_before_with_
             _ = [delta async for delta in stream]
         await asyncio.sleep(0)
     assert reports.seen == ["a step of 1", "the end of 1", "a step of 3", "the end of 3"]
+
+
+async def test_requests_that_are_cut_off_when_the_engine_closes_are_reported_before_their_error() -> None:
+    reports = Reports()
+    engine, _ = load.load_engine(demo_settings(), loop=asyncio.get_running_loop())
+    with engine:
+        engine.observe(reports)
+        stream = engine.submit(generation("r", (1, 2), max_new_tokens=1000), AsyncStream)
+        await anext(aiter(stream))
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(DrainingError):
+            _ = [delta async for delta in stream]
+    assert reports.seen[-1] == "the end of 1"

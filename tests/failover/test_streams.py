@@ -300,6 +300,19 @@ async def test_calls_are_spread_and_a_dead_server_is_not_tried_again_and_again(
     assert relay.num_connections <= 4
 
 
+async def test_the_turns_of_a_conversation_go_to_the_server_that_has_its_beginning(
+    servers: tuple[RunningServer, RunningServer],
+) -> None:
+    messages = [Message(Role.SYSTEM, "You keep a lighthouse. " * 25), Message(Role.USER, "Who are you?")]
+    num_prompt_tokens = 0
+    async with AsyncClient([server.target for server in servers], timeout=60) as client:
+        for _ in range(4):
+            result = await client.generate(messages, max_new_tokens=8, ignore_eos=True)
+            assert result.usage.num_cached_tokens > num_prompt_tokens - 16  # a block
+            num_prompt_tokens = result.usage.num_prompt_tokens
+            messages += [Message(Role.ASSISTANT, result.text), Message(Role.USER, "And then?")]
+
+
 async def test_a_name_stands_for_all_its_addresses(servers: tuple[RunningServer, RunningServer]) -> None:
     options: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True, "seed": 5}
     async with relaying(servers[0].target) as one, relaying(servers[1].target, "::1", one.port) as other:

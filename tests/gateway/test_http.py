@@ -360,7 +360,8 @@ async def test_a_request_ended_by_a_shutdown_is_counted_with_its_status(stepped:
     found = json.loads(reader.get_metrics_data().to_json())["resource_metrics"][0]["scope_metrics"][0]["metrics"]
     (duration,) = [metric for metric in found if metric["name"] == "http.server.request.duration"]
     (point,) = duration["data"]["data_points"]
-    assert (point["attributes"]["http.response.status_code"], point["count"]) == (503, 1)
+    attributes = point["attributes"]
+    assert (attributes["http.response.status_code"], attributes["error.type"], point["count"]) == (503, "503", 1)
 
 
 async def test_the_end_of_the_grace_period_ends_the_stream_of_a_response_with_its_failure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -23,7 +24,7 @@ from otlp_collector import Collector, running_collector
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.server.server import running_server
 from mpt_grpc.settings import TelemetrySettings
-from mpt_grpc.telemetry.exporting import make_tracer_provider, shut_down
+from mpt_grpc.telemetry.exporting import make_meter_provider, make_tracer_provider, shut_down
 from mpt_grpc_client import AsyncClient
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
@@ -222,6 +223,42 @@ def test_an_unsupported_variable_is_refused_at_startup(
     monkeypatch.setenv(variable, value)
     with pytest.raises(SettingsError, match=f"^{variable}: '{value}' is not supported; use"):
         make_tracer_provider(None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [
+        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "10s"}, "OTEL_EXPORTER_OTLP_TIMEOUT: could not convert string to float: '10s'"),
+        ({"OTEL_EXPORTER_OTLP_COMPRESSION": "zstd"}, "OTEL_EXPORTER_OTLP_COMPRESSION: "),
+        ({"OTEL_BSP_MAX_QUEUE_SIZE": "10"}, "the OTEL_ variables: max_export_batch_size must be"),
+        (
+            {"OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE": "/no/ca"},
+            "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE: cannot read /no/ca",
+        ),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4318", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"},
+            "OTEL_EXPORTER_OTLP_ENDPOINT: 'collector:4318' is not a URL, such as http://localhost:4318",
+        ),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "", "OTEL_TRACES_EXPORTER": "console"},
+            "OTEL_TRACES_EXPORTER: 'console' is not",
+        ),
+    ],
+)
+def test_a_variable_with_which_nothing_would_be_exported_is_refused_at_startup(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], why: str
+) -> None:
+    for name, value in ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"} | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"^{re.escape(why)}"):
+        make_tracer_provider(None)
+
+
+def test_an_interval_of_metrics_that_is_not_positive_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "-5")
+    with pytest.raises(SettingsError, match=r"^OTEL_METRIC_EXPORT_INTERVAL: "):
+        make_meter_provider(None)
 
 
 @pytest.mark.parametrize(("variable", "value"), [("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "none")])

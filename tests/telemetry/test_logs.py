@@ -11,9 +11,10 @@ import pytest
 from http_calls import call
 from server_process import running
 
-from mpt_grpc_client import Client, DeadlineExceededError, InvalidRequestError
+from mpt_grpc_client import Client, DeadlineExceededError, InvalidRequestError, MptGrpcError
 
 PROMPT = "The king of the silver mountain"
+WEIRD_ID = "é \u2028 \x85 \x1b[2J \"{}'\\"
 
 
 def leave(server: Any, body: bytes, length: int, *, after: bytes) -> None:
@@ -35,6 +36,8 @@ def lines() -> list[dict[str, Any]]:
             client.generate(PROMPT, max_new_tokens=3, ignore_eos=True, request_id="order-17")
             with pytest.raises(InvalidRequestError):
                 client.generate(PROMPT, temperature=-1)
+            with pytest.raises(MptGrpcError):
+                client.generate(PROMPT, model="nope", request_id=WEIRD_ID)
             with pytest.raises(DeadlineExceededError):
                 client.generate(PROMPT, max_new_tokens=1900, ignore_eos=True, timeout=0.2, request_id="late")
         call(server, "/v1/completions", {"prompt": PROMPT, "max_tokens": 3})
@@ -43,6 +46,7 @@ def lines() -> list[dict[str, Any]]:
         leave(server, body, len(body), after=b"data: ")
         server.terminate()
         assert server.wait() == 0
+        assert server.stderr.isascii()
         return [json.loads(line) for line in server.stderr.splitlines()]
 
 
@@ -60,11 +64,21 @@ def test_a_request_has_one_line_with_its_counts_timings_and_trace(lines: list[di
     assert len(found["trace_id"]) == 32
 
 
+def test_the_lines_of_a_request_over_http_lead_to_each_other_and_to_the_trace(lines: list[dict[str, Any]]) -> None:
+    own = line(lines, method="Generate", peer="inproc")
+    found = line(lines, method="POST", request_id=own["request_id"])
+    assert (found["http_status"], found["trace_id"]) == (200, own["trace_id"])
+
+
 def test_a_refused_request_has_its_error_and_a_late_one_its_status(lines: list[dict[str, Any]]) -> None:
     assert "sampling.temperature" in line(lines, status="INVALID_ARGUMENT")["error"]
     late = line(lines, request_id="late")
     assert late["status"] == "DEADLINE_EXCEEDED"
     assert (late["prompt_tokens"], late["output_tokens"] > 0) == (6, True)
+
+
+def test_a_line_is_one_line_of_ascii_whatever_a_caller_wrote(lines: list[dict[str, Any]]) -> None:
+    assert line(lines, request_id=WEIRD_ID)["status"] == "NOT_FOUND"
 
 
 def test_a_caller_who_leaves_is_one_line_and_no_traceback(lines: list[dict[str, Any]]) -> None:

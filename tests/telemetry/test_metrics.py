@@ -14,6 +14,7 @@ import grpc
 import opentelemetry.semconv._incubating.attributes.gen_ai_attributes as gen_ai
 import opentelemetry.semconv._incubating.attributes.http_attributes as http
 import opentelemetry.semconv._incubating.attributes.rpc_attributes as rpc
+import opentelemetry.semconv._incubating.attributes.url_attributes as url
 import opentelemetry.semconv._incubating.metrics.gen_ai_metrics as gen_ai_metrics
 import opentelemetry.semconv._incubating.metrics.http_metrics as http_metrics
 import opentelemetry.semconv._incubating.metrics.rpc_metrics as rpc_metrics
@@ -227,12 +228,12 @@ def test_callers_beyond_the_bound_are_counted_together() -> None:
 def test_names_are_those_of_the_conventions() -> None:
     known = {
         value
-        for module in (gen_ai, http, rpc, errors, gen_ai_metrics, http_metrics, rpc_metrics)
+        for module in (gen_ai, http, url, rpc, errors, gen_ai_metrics, http_metrics, rpc_metrics)
         for value in vars(module).values()
         if isinstance(value, str)
     }
     ours = {value for key, value in vars(names).items() if key.isupper()}
-    conventional = {name for name in ours if name.startswith(("rpc.", "http.", "gen_ai.", "error."))}
+    conventional = {name for name in ours if name.startswith(("rpc.", "http.", "url.", "gen_ai.", "error."))}
     assert len(conventional) > 20
     assert conventional - known == set()
 
@@ -263,7 +264,7 @@ async def test_the_page_of_the_documentation_lists_every_label(service: Service)
     page = (DOCS / "telemetry.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `((?:mpt|gen_ai|rpc|http)_\w+)` \| (.*) \|.*\|$", page, re.MULTILINE))
     documented = {
-        name: set(re.findall(r"`((?:mpt|gen_ai|rpc|http|error)_\w+)`", row)) - {"error_type"}
+        name: set(re.findall(r"`((?:mpt|gen_ai|rpc|http|url|error)_\w+)`", row)) - {"error_type"}
         for name, row in rows.items()
     }
     exposed: dict[str, set[str]] = {name: set() for name in documented}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import resource
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from otlp_collector import Collector, attributes, running_collector
 from mpt_grpc.schedule.step_times import StepTimes
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings, TelemetrySettings
+from mpt_grpc.telemetry.exporting import make_tracer_provider
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 
@@ -237,3 +240,27 @@ async def test_a_full_disk_under_the_trace_file_costs_only_spans(caplog: pytest.
             assert (await stub.Generate(request(1))).summary.trace_id
     failures = [record for record in caplog.records if record.name.startswith("opentelemetry")]
     assert [failure.getMessage() for failure in failures] == ["Exception while exporting Span."]
+
+
+def test_a_line_that_a_full_disk_has_cut_off_is_ended_before_the_next_span(tmp_path: Path) -> None:
+    file = tmp_path / "spans"
+    provider = make_tracer_provider(file)
+    assert provider is not None
+    tracer, free = provider.get_tracer("test"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, free[1]))
+    try:
+        tracer.start_span("lost").end()
+        provider.force_flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+    tracer.start_span("kept").end()
+    provider.shutdown()
+    with file.open("a") as crashed:
+        crashed.write("{")
+    again = make_tracer_provider(file)
+    assert again is not None
+    again.get_tracer("test").start_span("after a crash").end()
+    again.shutdown()
+    lines = file.read_text().split("\n")
+    assert [len(lines[0]), lines[2], lines[4]] == [100, "{", ""]
+    assert [json.loads(lines[index])["name"] for index in (1, 3)] == ["kept", "after a crash"]

@@ -214,7 +214,8 @@ class AsyncClient:
             span.end()
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncTextStream:
-        attempts, span = self._attempts(timeout), CallSpan(request, streams=True)
+        attempts = self._attempts(timeout, request)
+        span = CallSpan(request, streams=True, on_end=attempts.end)
         continuation = None
         if self._connections.is_balanced:
             continuation = Continuation(request, resume_inexact=self._resume_inexact)
@@ -227,10 +228,12 @@ class AsyncClient:
 
         return AsyncTextStream(call, request.sampling.num_sequences, attempts, continuation, span)
 
-    def _attempts(self, timeout: float | None) -> Attempts[AsyncConnection]:
+    def _attempts(
+        self, timeout: float | None, generation: pb.GenerateRequest | None = None
+    ) -> Attempts[AsyncConnection]:
         owner = "client" if timeout is None else "call"
         timeout = self._timeout if timeout is None else check_timeout(timeout)
-        return Attempts(self._connections.rotation, timeout, retries=self._retries, owner=owner)
+        return Attempts(self._connections.rotation, timeout, retries=self._retries, owner=owner, generation=generation)
 
 
 class _Connections:

@@ -229,7 +229,8 @@ class Client:
         return outcome
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> TextStream:
-        attempts, span = self._attempts(timeout), CallSpan(request, streams=True)
+        attempts = self._attempts(timeout, request)
+        span = CallSpan(request, streams=True, on_end=attempts.end)
         continuation = None
         if self._rotation.is_balanced:
             continuation = Continuation(request, resume_inexact=self._resume_inexact)
@@ -242,10 +243,10 @@ class Client:
 
         return TextStream(call, request.sampling.num_sequences, attempts, continuation, span)
 
-    def _attempts(self, timeout: float | None) -> Attempts[Connection]:
+    def _attempts(self, timeout: float | None, generation: pb.GenerateRequest | None = None) -> Attempts[Connection]:
         owner = "client" if timeout is None else "call"
         timeout = self._timeout if timeout is None else check_timeout(timeout)
-        return Attempts(self._rotation, timeout, retries=self._retries, owner=owner)
+        return Attempts(self._rotation, timeout, retries=self._retries, owner=owner, generation=generation)
 
     def _check_open(self) -> None:
         if self._rotation.is_closed:

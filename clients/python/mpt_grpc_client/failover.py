@@ -1,4 +1,4 @@
-"""Which server a call goes to: round robin over a client's servers, and on to the next one when one fails.
+"""Which server a call goes to: the one that `routing` prefers, and on to the next one when one fails.
 
 No I/O happens here; the synchronous and the asynchronous client share it.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import grpc
 
+from mpt_grpc_client import routing
 from mpt_grpc_client.errors import (
     DeadlineExceededError,
     MptGrpcError,
@@ -20,6 +21,7 @@ from mpt_grpc_client.errors import (
     UnavailableError,
     from_rpc_error,
 )
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.targets import proxy_variable
 
 _MAX_ROUNDS = 4
@@ -41,10 +43,12 @@ class Server(Generic[_Connection]):
     """The number of times it was set aside since it last responded."""
     aside_until_s: float = 0.0
     """Until then, by the monotonic clock, it is tried only after the others."""
+    generations: set[Any] = field(default_factory=set)
+    """The attempts of this client's generations that are in progress here."""
 
 
 class Rotation(Generic[_Connection]):
-    """The servers of a client, which take turns. One that fails is set aside: for 1 s at first, for up to 30 s later.
+    """The servers of a client. One that fails is set aside: for 1 s at first, for up to 30 s later.
 
     Any thread may use it.
     """
@@ -58,13 +62,18 @@ class Rotation(Generic[_Connection]):
         self._lock = threading.Lock()
         self._turn = 0
 
-    def order(self) -> list[Server[_Connection]]:
-        """Returns the servers in the order in which a call is to try them, and passes the turn on."""
+    def order(self, beginning: bytes = b"") -> list[Server[_Connection]]:
+        """Returns the servers in the order in which a call is to try them, and passes the turn on.
+
+        beginning: that of the prompt, see `routing.beginning`.
+        """
         with self._lock:
-            start, self._turn = self._turn, (self._turn + 1) % len(self.servers)
+            turn, self._turn = self._turn, (self._turn + 1) % len(self.servers)
+        targets = [server.target for server in self.servers]
+        loads = [len(server.generations) for server in self.servers]
+        preferred = [self.servers[index] for index in routing.order(beginning, targets, loads, turn)]
         now_s = time.monotonic()
-        in_turn = self.servers[start:] + self.servers[:start]
-        return sorted(in_turn, key=lambda server: max(0.0, server.aside_until_s - now_s))
+        return sorted(preferred, key=lambda server: max(0.0, server.aside_until_s - now_s))
 
     def set_aside(self, server: Server[_Connection]) -> None:
         """Notes that a server has failed; calls that fail together count once."""
@@ -84,18 +93,28 @@ class Attempts(Generic[_Connection]):
     """The attempts of one call. `server` is the one to call now."""
 
     def __init__(
-        self, rotation: Rotation[_Connection], timeout: float | None, *, retries: bool, owner: str = "call"
+        self,
+        rotation: Rotation[_Connection],
+        timeout: float | None,
+        *,
+        retries: bool,
+        owner: str = "call",
+        generation: pb.GenerateRequest | None = None,
     ) -> None:
         """timeout: that of all attempts together, in seconds.
 
         retries: whether to try all servers again, up to three times, after they have failed.
         owner: whose timeout it is, in the words of an error.
+        generation: the request of one, which is routed by its prompt, and counts as load of its server until `end`.
         """
         self._rotation, self._timeout, self._owner = rotation, timeout, owner
         self._start_s = time.monotonic()
         self._max_rounds = _MAX_ROUNDS if retries else 1
         self._num_rounds = 1
-        self._remaining = rotation.order()
+        self._beginning = b""
+        if generation is not None and len(rotation.servers) > 1:
+            self._beginning = routing.beginning(generation)
+        self._remaining = rotation.order(self._beginning)
         self._failures: dict[str, MptGrpcError] = {}
         """The last failure of each server since one responded."""
         self._breaks: list[str] = []
@@ -103,6 +122,18 @@ class Attempts(Generic[_Connection]):
         self._num_tokens = 0
         """The tokens since the last break."""
         self.server = self._remaining.pop(0)
+        self._is_counted = generation is not None
+        self._count()
+
+    def end(self) -> None:
+        """Notes that the call has ended. Any thread may call it, more than once."""
+        self._is_counted = False
+        self.server.generations.discard(self)
+
+    def _count(self) -> None:
+        # Adding to a set and removing from it are atomic, and a lock could be held where a finalizer calls `end`.
+        if self._is_counted:
+            self.server.generations.add(self)
 
     def at(self, server: Server[_Connection]) -> Attempts[_Connection]:
         """Returns the single attempt at this server that is a part of the same call, with the same deadline."""
@@ -166,9 +197,11 @@ class Attempts(Generic[_Connection]):
             self._num_rounds += 1
             if self._num_rounds > self._max_rounds or all(f.reason == _DIFFERS for f in self._failures.values()):
                 return self._summary(failure)
-            self._remaining = self._rotation.order()
+            self._remaining = self._rotation.order(self._beginning)
             pause = self._pause()
+        self.server.generations.discard(self)
         self.server = self._remaining.pop(0)
+        self._count()
         return pause if self.timeout is None else min(pause, self.timeout)
 
     def _may_succeed_elsewhere(self, failure: MptGrpcError) -> bool:

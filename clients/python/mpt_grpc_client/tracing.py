@@ -5,6 +5,7 @@ Without OpenTelemetry's SDK in the program, nothing is recorded, and calls send 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 from google.protobuf.descriptor import Descriptor
@@ -19,8 +20,12 @@ from mpt_grpc_client.version import __version__
 class CallSpan:
     """The span of one call from its first attempt to its end, whichever servers it is sent to."""
 
-    def __init__(self, request: Message, *, streams: bool = False) -> None:
-        """`streams`: whether the request is that of the method that streams its response."""
+    def __init__(self, request: Message, *, streams: bool = False, on_end: Callable[[], None] = lambda: None) -> None:
+        """streams: whether the request is that of the method that streams its response.
+
+        on_end: is called when the call ends, perhaps more than once.
+        """
+        self._on_end = on_end
         method = _method(request.DESCRIPTOR, streams)
         self._span = trace.get_tracer("mpt_grpc_client", __version__).start_span(
             method, kind=trace.SpanKind.CLIENT, attributes={"rpc.system.name": "grpc", "rpc.method": method}
@@ -48,6 +53,7 @@ class CallSpan:
 
     def end(self, code: str = "OK") -> None:
         """Ends the span with the code of gRPC. Has no effect once it has ended."""
+        self._on_end()
         if self._span.is_recording():
             self._span.set_attribute("rpc.response.status_code", code)
             self._span.end()
