@@ -26,6 +26,8 @@ CERTIFIED_NAME = "mpt-grpc-certified-name-bin"
 """The metadata by which a gateway in the server's process passes on the name in the certificate of its caller."""
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _NAME_RULE = "1 to 64 letters, digits and ._@- are required"
+_SHA256 = re.compile("[0-9a-f]{64}")
+_MAX_QUOTA = 10**12
 _BEARER = re.compile(r"bearer +([!-~]+)", re.IGNORECASE)
 _CERTIFIED = frozenset({Role.GENERATE, Role.OBSERVE})
 
@@ -128,7 +130,7 @@ def _content(file: Path) -> dict[str, Any]:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"--tokens-file: cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"--tokens-file: {file} is not TOML: {error}") from error
     tokens, quotas = content.get("tokens", []), content.get("quotas", {})
     if problems := [*_structure_problems(content)] or [*_token_problems(tokens), *_quota_problems(quotas, tokens)]:
@@ -151,19 +153,19 @@ def _structure_problems(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _token_problems(tokens: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    seen: dict[Any, int] = {}
+    seen: dict[str, int] = {}
     for number, token in enumerate(tokens):
         yield from (f"tokens[{number}].{problem}" for problem in _problems(token))
-        if (first := seen.setdefault(token.get("sha256"), number)) != number:
+        if (first := seen.setdefault(str(token.get("sha256")), number)) != number:
             yield f"tokens[{number}].sha256: is that of tokens[{first}]"
 
 
 def _problems(token: Mapping[str, Any]) -> Iterator[str]:
     known = ("name", "sha256", "roles", "expires")
     yield from (f"{key}: unknown; use {', '.join(known)}" for key in token if key not in known)
-    if not _NAME.fullmatch(str(token.get("name", ""))):
+    if not _matches(_NAME, token.get("name")):
         yield f"name: {_NAME_RULE}"
-    if not re.fullmatch("[0-9a-f]{64}", str(token.get("sha256", ""))):
+    if not _matches(_SHA256, token.get("sha256")):
         yield "sha256: 64 hexadecimal digits in lower case are required"
     roles = token.get("roles")
     if not isinstance(roles, list) or not roles or not set(map(str, roles)) <= set(Role):
@@ -173,14 +175,18 @@ def _problems(token: Mapping[str, Any]) -> Iterator[str]:
         yield "expires: a time with its offset is required, such as 2027-01-01T00:00:00Z"
 
 
+def _matches(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
 def _quota_problems(quotas: Mapping[str, Mapping[str, Any]], tokens: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     known = [field.name for field in fields(Quota)]
-    names = {token.get("name") for token in tokens}
+    names = [token.get("name") for token in tokens]
     for name, quota in quotas.items():
         if name not in names:
             yield f"quotas.{name}: no token has this name"
         for key, value in quota.items():
             if key not in known:
                 yield f"quotas.{name}.{key}: unknown; use {' or '.join(known)}"
-            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                yield f"quotas.{name}.{key}: a number above 0 is required"
+            elif not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_QUOTA:
+                yield f"quotas.{name}.{key}: a number from 1 to {_MAX_QUOTA} is required"

@@ -40,6 +40,9 @@ class FileValue(Generic[Value]):
                     self.value = self._read()
                 except SettingsError as error:
                     _log.error("%s; the previous content stays in effect", error)
+                except Exception:
+                    names = ", ".join(map(str, self._files))
+                    _log.exception("%s could not be read; the previous content stays in effect", names)
             return self.value
 
     def _file_state(self) -> tuple[tuple[int, int, int] | None, ...]:

@@ -63,7 +63,7 @@ def _read(settings: TlsSettings) -> Certificate:
     try:
         # Without a password here, OpenSSL would ask for it in the terminal.
         context.load_cert_chain(settings.certificate, settings.key, password="")
-    except (ssl.SSLError, ValueError) as error:
+    except (OSError, ValueError) as error:
         why = f"--tls-cert, --tls-key: {settings.certificate} and {settings.key}"
         raise SettingsError(f"{why} are not a certificate and its unencrypted key, in PEM") from error
     if client_ca is not None:

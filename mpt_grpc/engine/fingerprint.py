@@ -29,6 +29,8 @@ _WHOLE_BYTES = 64 << 20
 """Files up to this size are covered whole."""
 _NUM_SAMPLES, _SAMPLE_BYTES = 1024, 4096
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
+_LIBRARIES = ("jinja2", "llguidance", "regex", "tokenizers")
+"""Those that make a prompt's tokens, decide which tokens a constraint allows, and match words of guards."""
 _TEXTS = ("*token*.json", "*.model", *BYTE_LEVEL_FILES, "*.jinja", "additional_chat_templates/*.jinja")
 
 
@@ -60,9 +62,10 @@ def fingerprint(
     texts = sorted({path for pattern in _TEXTS for path in folder.glob(pattern)})
     given = [chat_template, settings.chat_template, *chain.from_iterable(guard.partition("=") for guard in guards)]
     ends = repr(sorted(eos_token_ids)).encode()
+    libraries = [f"{name} {version(name)}".encode() for name in _LIBRARIES]
     parts = {
         "model": _digest(_contents([*configurations, *weights])),
-        "text": _digest(chain(_contents(texts), [ends], *(_content_or_text(text) for text in given))),
+        "text": _digest(chain(_contents(texts), [ends], libraries, *(_content_or_text(text) for text in given))),
         "defaults": _digest([repr((defaults, max_context_tokens)).encode()]),
         "precision": f"{dtype_name(weight_format.stored_dtype)}/{dtype_name(cache_dtype)}",
         "numerics": _numerics(weight_format, attention),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -78,7 +79,7 @@ def error_response(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> 
         headers = {"connection": "close"}  # the rest of the request may never arrive
     if isinstance(error, OverloadedError) and error.retry_after is not None:
         headers = {
-            "retry-after": str(max(1, round(error.retry_after))),
+            "retry-after": str(max(1, math.ceil(error.retry_after))),
             "retry-after-ms": str(round(error.retry_after * 1000)),
         }
     if isinstance(error, QuotaExceededError):

@@ -46,6 +46,8 @@ from mpt_grpc_client.channel import is_balanced, resolve
 from mpt_grpc_client.purpose import Purpose
 
 KEEP_ALIVE_TIMEOUT_S = 5
+_MAX_QUEUED_CONNECTIONS = 2048
+"""Those that the system accepts ahead of this process."""
 _PAGE_TIMEOUT_S = 10
 """The time in which the caller of `/metrics` on its own port reads a part of the page."""
 _ERROR_TIMEOUT_S = 3
@@ -158,6 +160,7 @@ async def _serving(
         ws="none",
         log_config=None,
         access_log=False,
+        backlog=1,  # for asyncio; see _Listener
         timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
         timeout_graceful_shutdown=math.ceil(grace_s) + _ERROR_TIMEOUT_S,
         ssl_context_factory=None if tls is None else lambda *_: tls,
@@ -196,7 +199,7 @@ def _listen(host: str, port: int, flag: str) -> list[socket.socket]:
         for family, address in _addresses(host):
             # asyncio disables Nagle's algorithm, which delays a response of two packets by 40 ms, only for this
             # protocol.
-            listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+            listener: socket.socket = _Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             try:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
@@ -214,6 +217,17 @@ def _listen(host: str, port: int, flag: str) -> list[socket.socket]:
             listener.close()
         raise port_error(error, host, port, flag) from error
     return listeners
+
+
+class _Listener(socket.socket):
+    """A socket with a queue of connections whose length is its own, instead of the one that asyncio passes.
+
+    asyncio accepts as many connections as that in one turn of its loop. While no file can be opened, each attempt logs
+    a traceback and plans another turn: thousands of them would stop all streams and fill the disk.
+    """
+
+    def listen(self, _backlog: int = 0) -> None:
+        super().listen(_MAX_QUEUED_CONNECTIONS)
 
 
 def _addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:

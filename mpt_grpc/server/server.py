@@ -64,6 +64,8 @@ _CHANNEL_OPTIONS = (
     # Calls beyond what the queue holds are refused by this server, with the time to wait, not dropped by gRPC.
     ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
+    # gRPC would end calls with CANCELLED that this process, starved of processors, has not begun within 30 s.
+    ("grpc.server_max_unrequested_time_in_server", _MAX_INT),
     # Ends the calls of a client whose machine has vanished.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),

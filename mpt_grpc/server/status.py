@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -67,7 +68,7 @@ async def abort(
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", status.SerializeToString())]
     if isinstance(error, OverloadedError):
         # gRPC's built-in retries read this trailer; hand-written ones read RetryInfo.
-        trailers.append(("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
+        trailers.append(("grpc-retry-pushback-ms", str(_retry_after_ms(error))))
     await context.abort(code, message, tuple(trailers))
 
 
@@ -80,11 +81,16 @@ def _details(error: MptServerError, reason: str) -> Iterator[Message]:
         yield error_details_pb2.BadRequest(field_violations=_violations(error))
     if isinstance(error, OverloadedError):
         delay = duration_pb2.Duration()
-        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        delay.FromMilliseconds(_retry_after_ms(error))
         yield error_details_pb2.RetryInfo(retry_delay=delay)
         why = _shortened(str(error), _MAX_MESSAGE_BYTES)
         quota = error_details_pb2.QuotaFailure.Violation(subject=subject, description=why)
         yield error_details_pb2.QuotaFailure(violations=[quota])
+
+
+def _retry_after_ms(error: OverloadedError) -> int:
+    """Returns the time to wait, rounded up: who comes earlier is refused again."""
+    return math.ceil(error.retry_after_s * 1000)
 
 
 def _violations(error: InvalidRequestError) -> Iterator[error_details_pb2.BadRequest.FieldViolation]:

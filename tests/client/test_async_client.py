@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -216,3 +217,29 @@ async def test_a_stream_that_failed_and_was_cancelled_ends_in_both_clients(servi
         await client.get_model_info()
         stream.cancel()
         assert [chunk async for chunk in stream] == []
+
+
+def test_cancelling_a_task_that_converts_a_chunk_cancels_its_call(endless, scripted, target):
+    """grpc.aio does not notice it, since the task does not wait for grpc.aio."""
+    scripted.chunks[0].output.text = "Once " * 10_000  # which is converted in a thread
+
+    class FullPool(ThreadPoolExecutor):
+        def submit(self, *_arguments, **_options):
+            self.submitted.set()
+            return Future()
+
+    async def read() -> None:
+        pool = FullPool()
+        pool.submitted = asyncio.Event()
+        asyncio.get_running_loop().set_default_executor(pool)
+        async with AsyncClient(target, timeout=30) as client:
+            stream = client.stream("Once")
+            task = asyncio.create_task(anext(stream))
+            await pool.submitted.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            while not endless.left.is_set():  # noqa: ASYNC110  (the service runs in threads)
+                await asyncio.sleep(0)
+
+    asyncio.run(read())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from server_process import running
+from server_process import CLI, running
 from tokenizers import Tokenizer
 from transformers import MptForCausalLM
 
@@ -193,3 +196,23 @@ def test_a_second_signal_ends_a_server_whose_model_hangs() -> None:
                 list(stream)
         assert faulty.wait() == 1
     assert "the engine has not stopped within 0.5 s" in faulty.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit and /proc")
+def test_connections_that_use_up_all_files_stop_no_stream_and_leave_few_lines_in_the_log() -> None:
+    max_files = 48
+    with running(cli=("prlimit", f"--nofile={max_files}", *CLI)) as server, ExitStack() as stack:
+        client = stack.enter_context(Client(server.target, timeout=60))
+        stream = client.stream("Once", max_new_tokens=300, ignore_eos=True)
+        next(stream)
+        host, _, port = server.openai_url.removeprefix("http://").removesuffix("/v1").partition(":")
+        for _ in range(2 * max_files):
+            stack.enter_context(socket.create_connection((host, int(port))))
+        while len(os.listdir(f"/proc/{server.pid}/fd")) < max_files:
+            pass
+        for _ in stream:
+            pass
+        assert stream.num_tokens == 300
+        server.terminate()
+        assert server.wait() == 0
+        assert 0 < server.stderr.count("out of system resource") < 60  # one a second

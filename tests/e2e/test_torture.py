@@ -1,4 +1,4 @@
-"""`make torture` and `make soak` in short."""
+"""`make torture` and `make soak` in short, and the recording of what they show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tools import recording
+
 ROOT = Path(__file__).parents[2]
+KEPT_RECORDING = recording.RECORDING
 
 
 def test_streams_of_killed_servers_go_on_without_a_difference() -> None:
@@ -25,3 +30,16 @@ def test_nothing_is_left_of_callers_good_and_bad() -> None:
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, (ended.stdout, ended.stderr)
     assert re.search(r"blocks in use +0 +0\n", ended.stdout)
+
+
+def test_the_recording_is_of_a_stream_that_survives_two_servers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(recording, "RECORDING", tmp_path / "stream.svg")
+    recording.main()
+    made, kept = (path.read_text(encoding="utf-8") for path in (recording.RECORDING, KEPT_RECORDING))
+    for svg in (made, kept):
+        text = re.sub("<[^>]*>", "", svg).replace("&#160;", " ")
+        assert text.count("[killed]") == 2
+        assert "continued by 2 other servers, with the text of a single one" in text
+        assert "url(http" not in svg

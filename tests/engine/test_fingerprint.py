@@ -95,6 +95,18 @@ def test_the_settings_that_tokens_depend_on_are_covered(changes: dict[str, Any],
     assert differences(taken(DEMO), taken(DEMO, **changes)) == parts
 
 
+@pytest.mark.parametrize("library", ["jinja2", "llguidance", "regex", "tokenizers"])
+def test_the_versions_of_the_libraries_for_texts_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: str
+) -> None:
+    before = taken(DEMO)
+    installed = tmp_path / f"{library}-0.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {library}\nVersion: 0.0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert differences(before, taken(DEMO)) == ["text"]
+
+
 def test_the_content_of_a_guards_file_counts_and_not_its_path(tmp_path: Path) -> None:
     one, same, other = (tmp_path / name for name in ("one", "same", "other"))
     for path, word in ((one, "fox"), (same, "fox"), (other, "crow")):

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from http_calls import call
 
+from mpt_grpc.gateway.errors import error_response
+from mpt_grpc_client import OverloadedError
+
 USER = {"role": "user", "content": "Hi"}
 BAD_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -78,7 +81,6 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"tools": [FUNCTION], "tool_choice": NAMED}, "tool_choice: no function in tools is named 'g'"),
         ({"tools": [FUNCTION] * 129}, "tools: 129 items; at most 128 are allowed"),
         ({"max_completion_tokens": 5000}, "max_completion_tokens: "),
-        ({"temperature": 100.1}, "temperature: 100.1 is not in [0, 100]"),
         ({"min_tokens": 500}, "min_tokens: 500 is not in [0, 256], where the upper bound is the limit of new tokens"),
         ({"n": 2, "max_tokens": 0}, "n: must be 1 if the limit of new tokens is 0: there is no output"),
         ({"top_logprobs": 2}, "top_logprobs: requires logprobs"),
@@ -212,3 +214,9 @@ def test_oldest_turns_are_dropped_on_request(server: Any) -> None:
     messages = [USER, {"role": "assistant", "content": "word " * 3000}, USER]
     response = call(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 1, "drop_oldest_turns": True})
     assert response["usage"]["prompt_tokens"] < 100
+
+
+def test_the_time_to_wait_is_rounded_up_to_whole_seconds() -> None:
+    """A caller who comes earlier is refused again."""
+    headers = error_response(OverloadedError("busy", retry_after=1.2)).headers
+    assert (headers["retry-after"], headers["retry-after-ms"]) == ("2", "1200")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -82,6 +83,7 @@ async def test_tokens_beyond_those_of_a_minute_are_refused_with_the_time_to_wait
     sent = await send(server, "POST", "/v1/completions", BODY, authorization="Bearer chatty")
     status, headers, body = await read_response(*sent)
     assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert int(headers["retry-after"]) == math.ceil(float(headers["retry-after-ms"]) / 1000)
     assert headers["x-ratelimit-limit-tokens"] == "12"
     assert headers["x-ratelimit-remaining-tokens"] == "0"
     assert float(headers["x-ratelimit-reset-tokens"].removesuffix("s")) == float(headers["retry-after-ms"]) / 1000

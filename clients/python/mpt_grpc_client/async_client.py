@@ -13,7 +13,14 @@ import grpc
 from google.protobuf.message import Message
 
 from mpt_grpc_client import debug, responses
-from mpt_grpc_client.async_stream import AsyncConnection, AsyncStreamCall, AsyncTextStream, converted, is_cancelled
+from mpt_grpc_client.async_stream import (
+    AsyncConnection,
+    AsyncStreamCall,
+    AsyncTextStream,
+    converted,
+    is_cancelled,
+    wait,
+)
 from mpt_grpc_client.channel import ConnectionOptions, Endpoint, check_kind, check_timeout, is_balanced, resolve
 from mpt_grpc_client.continuation import UNSEEN_CHUNK_TOKENS, Continuation
 from mpt_grpc_client.errors import MptGrpcError, closed_error
@@ -199,7 +206,7 @@ class AsyncClient:
                     if isinstance(pause, MptGrpcError):
                         raise pause from error
                     span.add_attempt(failed, failure)
-                    await asyncio.sleep(pause)
+                    await wait(pause, attempts, asyncio.Event())
                 except asyncio.CancelledError as error:
                     if is_cancelled():
                         raise
@@ -287,6 +294,7 @@ class _Connections:
         self._is_closed = True
         channels = [self._channel]
         if self._rotation is not None:
+            self._rotation.close()
             channels = [server.connection.channel for server in self._rotation.servers]
         await asyncio.gather(*(channel.close() for channel in channels if channel is not None))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Self, TypeAlias, TypeVar
 
 import grpc
@@ -57,7 +58,7 @@ class AsyncTextStream(responses.PartialGeneration):
         self._continuation = continuation
         if continuation is not None:
             self._resumptions = continuation.resumptions
-        self._cancelled = False
+        self._cancelled, self._pause_over = False, asyncio.Event()
         # gRPC cancels the call of a stream that the program no longer has.
         weakref.finalize(self, span.end, "CANCELLED")
         try:
@@ -96,12 +97,15 @@ class AsyncTextStream(responses.PartialGeneration):
         """Cancels the generation on the server. Has no effect once it has ended."""
         self._cancelled = True
         self._call.cancel()
+        self._pause_over.set()
         self._span.end("CANCELLED")
 
     async def _next_delta(self) -> Delta | None:
         try:
             delta = await self._received()
         except BaseException as error:
+            # grpc.aio leaves the call as it is if the task is cancelled between two of its steps.
+            self._call.cancel()
             self._span.fail(error)
             raise
         if delta is None or self._result is not None:
@@ -144,7 +148,7 @@ class AsyncTextStream(responses.PartialGeneration):
         if isinstance(pause, MptGrpcError):
             raise pause from cause
         self._span.add_attempt(failed, failure)
-        await asyncio.sleep(pause)
+        await wait(pause, self._attempts, self._pause_over)
         if not self._cancelled:
             self._call = self._start_call(self._attempts.server, self._attempts.timeout)
 
@@ -154,6 +158,12 @@ async def converted(convert: Callable[[_Message], _Result], message: _Message) -
     if message.ByteSize() > _LARGE_BYTES:
         return await asyncio.to_thread(convert, message)
     return convert(message)
+
+
+async def wait(pause: float, attempts: Attempts[AsyncConnection], over: asyncio.Event) -> None:
+    """Waits as long as there is to wait before the next attempt, unless it is over earlier or the client is closed."""
+    with attempts.rotation.pausing(over.set), suppress(TimeoutError):
+        await asyncio.wait_for(over.wait(), pause)
 
 
 def is_cancelled() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -92,7 +92,7 @@ class Client:
 
     def close(self) -> None:
         """Cancels the calls in progress and disconnects."""
-        self._rotation.is_closed = True
+        self._rotation.close()
         for server in self._rotation.servers:
             server.connection.channel.close()
 
@@ -196,7 +196,9 @@ class Client:
                     if isinstance(pause, MptGrpcError):
                         raise pause from error
                     span.add_attempt(failed, failure)
-                    time.sleep(pause)
+                    pause_over = threading.Event()
+                    with attempts.rotation.pausing(pause_over.set):
+                        pause_over.wait(pause)
                 else:
                     attempts.succeeded()
                     return response

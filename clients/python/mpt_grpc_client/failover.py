@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -61,6 +62,29 @@ class Rotation(Generic[_Connection]):
         """Whether their connections are."""
         self._lock = threading.Lock()
         self._turn = 0
+        self._pauses = set[Callable[[], None]]()
+        """What ends the pauses of calls."""
+
+    def close(self) -> None:
+        """Notes that the connections are closed, and ends the pauses of calls."""
+        with self._lock:
+            self.is_closed, pauses = True, list(self._pauses)
+        for end in pauses:
+            end()
+
+    @contextmanager
+    def pausing(self, end: Callable[[], None]) -> Iterator[None]:
+        """A call pauses inside the block. `end` is called when the client is closed, at once if it is already."""
+        with self._lock:
+            self._pauses.add(end)
+            is_closed = self.is_closed
+        try:
+            if is_closed:
+                end()
+            yield
+        finally:
+            with self._lock:
+                self._pauses.discard(end)
 
     def order(self, beginning: bytes = b"") -> list[Server[_Connection]]:
         """Returns the servers in the order in which a call is to try them, and passes the turn on.
@@ -107,7 +131,7 @@ class Attempts(Generic[_Connection]):
         owner: whose timeout it is, in the words of an error.
         generation: the request of one, which is routed by its prompt, and counts as load of its server until `end`.
         """
-        self._rotation, self._timeout, self._owner = rotation, timeout, owner
+        self.rotation, self._timeout, self._owner = rotation, timeout, owner
         self._start_s = time.monotonic()
         self._max_rounds = _MAX_ROUNDS if retries else 1
         self._num_rounds = 1
@@ -148,11 +172,11 @@ class Attempts(Generic[_Connection]):
 
     def succeeded(self, num_tokens: int = 0) -> None:
         """Notes that the server has responded, with `num_tokens`; if it fails later, all servers are tried anew."""
-        self._rotation.put_back(self.server)
+        self.rotation.put_back(self.server)
         self._num_tokens += num_tokens
         if self._num_tokens >= PROGRESS_TOKENS:
             self._breaks.clear()
-        if self._rotation.is_balanced:
+        if self.rotation.is_balanced:
             self._num_rounds, self._remaining = 0, []
             self._failures.clear()
 
@@ -182,11 +206,11 @@ class Attempts(Generic[_Connection]):
 
     def after(self, failure: MptGrpcError) -> float | MptGrpcError:
         """Moves on to the next server; returns the seconds to wait before, or the error to raise if there is none."""
-        if not (self._rotation.is_balanced and self._may_succeed_elsewhere(failure)):
+        if not (self.rotation.is_balanced and self._may_succeed_elsewhere(failure)):
             return failure
         self._failures[self.server.target] = failure
         if failure.code in _BROKEN:
-            self._rotation.set_aside(self.server)
+            self.rotation.set_aside(self.server)
         if self._broke_server(failure):
             self._breaks.append(self.server.target)
             self._num_tokens = 0
@@ -197,7 +221,7 @@ class Attempts(Generic[_Connection]):
             self._num_rounds += 1
             if self._num_rounds > self._max_rounds or all(f.reason == _DIFFERS for f in self._failures.values()):
                 return self._summary(failure)
-            self._remaining = self._rotation.order(self._beginning)
+            self._remaining = self.rotation.order(self._beginning)
             pause = self._pause()
         self.server.generations.discard(self)
         self.server = self._remaining.pop(0)

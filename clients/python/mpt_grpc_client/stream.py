@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Self, TypeAlias
@@ -53,7 +53,7 @@ class TextStream(responses.PartialGeneration):
         self._continuation = continuation
         if continuation is not None:
             self._resumptions = continuation.resumptions
-        self._cancelled = False
+        self._cancelled, self._pause_over = False, threading.Event()
         # gRPC cancels the call of a stream that the program no longer has.
         weakref.finalize(self, span.end, "CANCELLED")
         try:
@@ -92,6 +92,7 @@ class TextStream(responses.PartialGeneration):
         """Cancels the generation on the server. Has no effect once it has ended. Any thread may call it."""
         self._cancelled = True
         self._call.cancel()
+        self._pause_over.set()
         self._span.end("CANCELLED")
 
     def _next_delta(self) -> Delta | None:
@@ -136,7 +137,8 @@ class TextStream(responses.PartialGeneration):
         if isinstance(pause, MptGrpcError):
             raise pause from cause
         self._span.add_attempt(failed, failure)
-        time.sleep(pause)
+        with self._attempts.rotation.pausing(self._pause_over.set):
+            self._pause_over.wait(pause)
         if not self._cancelled:
             self._call = self._start_call(self._attempts.server, self._attempts.timeout)
         # Another thread may have cancelled the stream meanwhile, when it had the earlier call.

@@ -1773,10 +1773,11 @@ class GetServerInfoResponse(_message.Message):
     """The version of the server."""
     fingerprint: _builtins.str
     """What the server's tokens depend on besides the request, as `name:value` pairs separated by spaces, in a fixed order:
-    `model` (the configuration and the weights), `text` (the tokenizer, the chat template and the guards), `defaults` (of
-    options, and the context length), `precision` (of the weights and the KV cache), `numerics` (the device and the code
-    that computes) and `sampler` (its version). Servers with the same fingerprint generate the same tokens for the same
-    request and seed, to the extent that one server does. Of large weight files only a sample of the bytes is covered.
+    `model` (the configuration and the weights), `text` (the tokenizer, the tokens at which outputs end, the chat
+    template, the guards, and the versions of the libraries that apply them or a constraint), `defaults` (of options, and
+    the context length), `precision` (of the weights and the KV cache), `numerics` (the device and the code that computes)
+    and `sampler` (its version). Servers with the same fingerprint generate the same tokens for the same request and seed,
+    to the extent that one server does. Of large weight files only a sample of the bytes is covered.
     """
     @_builtins.property
     def uptime(self) -> _duration_pb2.Duration:

@@ -1,0 +1,78 @@
+"""The pause before all servers of a client are tried again: what ends it early."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+
+from mpt_grpc_client import AsyncClient, Client, MptGrpcError
+
+
+@pytest.fixture
+def busy(service, other_service):
+    """Two servers that ask callers to wait for an hour."""
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.FromSeconds(3600)
+    for one in (service, other_service):
+        one.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", "OVERLOADED", retry)
+    return service, other_service
+
+
+async def both_refused(busy):
+    while not all(one.requests for one in busy):  # noqa: ASYNC110  (the services run in threads)
+        await asyncio.sleep(0)
+
+
+async def test_cancelling_a_stream_in_a_thread_ends_its_pause(busy, target, other_target):
+    with Client([target, other_target]) as client:
+        stream = client.stream("Once")
+        reading = asyncio.create_task(asyncio.to_thread(list, stream))
+        await both_refused(busy)
+        stream.cancel()
+        assert await reading == []
+
+
+async def test_cancelling_an_async_stream_ends_its_pause(busy, target, other_target):
+    async with AsyncClient([target, other_target]) as client:
+        stream = client.stream("Once")
+
+        async def read() -> list[str]:
+            return [text async for text in stream]
+
+        reading = asyncio.create_task(read())
+        await both_refused(busy)
+        stream.cancel()
+        assert await reading == []
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "get_model_info"])
+async def test_closing_a_client_ends_the_pauses_of_threads(busy, target, other_target, call):
+    client = Client([target, other_target])
+    calls = {
+        "generate": lambda: client.generate("Once"),
+        "stream": lambda: list(client.stream("Once")),
+        "get_model_info": client.get_model_info,
+    }
+    calling = asyncio.create_task(asyncio.to_thread(calls[call]))
+    await both_refused(busy)
+    client.close()
+    with pytest.raises(MptGrpcError, match="the client is closed"):
+        await calling
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "get_model_info"])
+async def test_closing_an_async_client_ends_the_pauses_of_tasks(busy, target, other_target, call):
+    client = AsyncClient([target, other_target])
+    calls = {
+        "generate": lambda: client.generate("Once"),
+        "stream": lambda: anext(client.stream("Once")),
+        "get_model_info": client.get_model_info,
+    }
+    calling = asyncio.ensure_future(calls[call]())
+    await both_refused(busy)
+    await client.close()
+    with pytest.raises(MptGrpcError, match="the client is closed"):
+        await calling
