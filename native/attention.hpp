@@ -41,6 +41,7 @@ template <class Stored>
 struct Attention {
     static constexpr bool IS_SCALED = std::is_same_v<Stored, int8_t>;
     static constexpr int64_t SCALE_ITEMS = IS_SCALED ? sizeof(bf16) : 0;
+    static constexpr uint32_t EXPONENT = 0x7f800000;  // of float32, all ones where the number is not finite
 
     const AttentionStep &step;
     Stored *keys, *values;
@@ -98,19 +99,35 @@ struct Attention {
             store_rounded(scale, std::max(most * (1.01f / 127), 1e-30f));
             inverse = 1 / to_float(*scale);
         }
-        for (int64_t i = 0; i < step.head_dim; i++) {
-            Stored &item = to[i * stride];
-            bool is_finite = std::fabs(from[i]) < INFINITY;
-            if constexpr (IS_SCALED) {
-                item = int8_t(is_finite ? rounded(from[i] * inverse) : 0.f);
-            } else {
-                if (is_finite) store_rounded(&item, from[i]);
-                is_finite = is_finite && std::fabs(to_float(item)) < INFINITY;
-                if (!is_finite) store_rounded(&item, 0.f);
-            }
-            finite &= is_finite;
+        constexpr int64_t PART = 64;
+        for (int64_t i = 0; i < step.head_dim; i += PART) {
+            const int64_t count = std::min(PART, step.head_dim - i);
+            Stored items[PART];
+            finite &= convert(from + i, count, inverse, items);
+            for (int64_t j = 0; j < count; j++) to[(i + j) * stride] = items[j];
         }
         return finite;
+    }
+
+    // Without branches, so that the compiler makes vectors of it. Returns whether all are finite.
+    static bool convert(const float *from, int64_t count, [[maybe_unused]] float inverse, Stored *items) {
+        uint32_t wrong = 0;
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t bits;
+            memcpy(&bits, from + i, 4);
+            bool is_finite = (bits & EXPONENT) != EXPONENT;
+            if constexpr (IS_SCALED) {
+                items[i] = int8_t(rounded(is_finite ? from[i] * inverse : 0.f));
+            } else if constexpr (std::is_same_v<Stored, bf16>) {
+                const uint32_t half = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // as store_rounded
+                is_finite &= (half << 16 & EXPONENT) != EXPONENT;
+                items[i].bits = is_finite ? uint16_t(half) : 0;
+            } else {
+                items[i] = is_finite ? from[i] : 0.f;
+            }
+            wrong |= !is_finite;
+        }
+        return wrong == 0;
     }
 
     // A tile of the cache, as scattered in memory as its block.
