@@ -14,19 +14,23 @@ struct Norm {
 };
 
 inline void normalize(const float *x, int64_t size, const Norm &norm, float *y) {
-    const auto reduce = [&](auto value) {
+    // The mean of what `add` adds for each vector; lanes beyond the last value add nothing.
+    const auto mean_of = [&](auto add) {
         Floats sums{};
-        for (int64_t i = 0; i < size; i += LANES) {
-            Floats v{};
-            memcpy(&v, x + i, 4 * std::min<int64_t>(LANES, size - i));
-            Floats result = value(v);
-            for (int64_t j = size - i; j < LANES; j++) result[j] = 0;
-            sums += result;
+        int64_t i = 0;
+        for (; i + LANES <= size; i += LANES) sums = add(sums, load<Floats>(x + i));
+        if (i < size) {
+            Floats last{};
+            memcpy(&last, x + i, 4 * (size - i));
+            const Floats before = sums;
+            sums = add(sums, last);
+            for (int64_t j = size - i; j < LANES; j++) sums[j] = before[j];
         }
         return sum(sums) / float(size);
     };
-    const float mean = norm.is_rms ? 0.f : reduce([](Floats v) { return v; });
-    const float variance = reduce([&](Floats v) { return (v - mean) * (v - mean); });
+    const float mean = norm.is_rms ? 0.f : mean_of([](Floats sums, Floats v) { return sums + v; });
+    const float variance =
+        mean_of([&](Floats sums, Floats v) { return multiply_add(v - mean, v - mean, sums); });
     const float scale = 1 / std::sqrt(variance + norm.eps);
     for (int64_t i = 0; i < size; i++) {
         const float value = (x[i] - mean) * scale * norm.weight[i];
