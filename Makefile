@@ -165,8 +165,9 @@ bench-quick: .venv/dev ## The same in minutes: a small model, one round
 		--peers openvino-16 openvino-8 ctranslate2-8 transformers-16 $(ARGS)
 
 .PHONY: bench-gpu
-bench-gpu: ## Check and measure the kernels on this machine's GPU, in 8 minutes; PYTHON needs torch and safetensors
-	PYTHONPATH=.:clients/python $(PYTHON) -m benchmarks.gpu_speed $(ARGS)
+bench-gpu: ## Check and measure this machine's GPU, first the kernels and then serving; PYTHON needs the server's libraries and transformers
+	PYTHONPATH=.:clients/python $(PYTHON) -m benchmarks.gpu_speed --minutes 5
+	PYTHONPATH=.:clients/python $(PYTHON) -m benchmarks.gpu_serving
 
 # The tools of a release, whose requirements differ from those of the tests.
 .venv/release/ready:

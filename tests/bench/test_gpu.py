@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import gpu_speed
+from benchmarks import gpu_serving, gpu_speed
 from benchmarks.gpu_plan import DATA_SHEETS, MPT_7B, Limits, memory_table, step_cost
 from mpt_grpc.model.config import MPTConfig
 
@@ -29,6 +29,16 @@ def test_decoding_is_limited_by_memory_and_a_long_chunk_by_products() -> None:
 
 def test_the_table_of_memory_is_that_of_the_readme() -> None:
     assert memory_table() in Path("README.md").read_text(encoding="utf-8")
+
+
+def test_serving_is_measured_beside_transformers(tmp_path: Path) -> None:
+    output = tmp_path / "serving.json"
+    gpu_serving.main(["--device", "cpu", "--output", str(output)])
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert set(report["served"]) == {"alone", "64 at once", "mixed lengths"}
+    assert set(report["in process"]) == {"alone", "64 at once"}
+    assert all(row["output_tokens_per_s"] > 0 and row["ttft_ms"] > 0 for row in report["served"].values())
+    assert all(report["transformers"][load] > 0 for load in report["served"])
 
 
 def test_the_program_for_a_card_runs_all_its_parts_on_a_cpu(tmp_path: Path) -> None:
