@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISREG
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
@@ -143,8 +141,6 @@ class BatchOutput:
 
     def read_earlier(self, path: str) -> None:
         """Reads the results of earlier runs and drops an incomplete one. Raises BatchError if it is another file."""
-        if not S_ISREG(os.fstat(self._file.fileno()).st_mode):
-            return  # a device or a pipe, which may never end
         self._file.seek(0)
         end = 0
         for number, line in enumerate(self._file, 1):
@@ -169,18 +165,24 @@ def open_output(path: str) -> Iterator[BatchOutput]:
     if path == STANDARD_STREAM:
         yield BatchOutput(sys.stdout.buffer)
         return
+    is_special = Path(path).exists() and not Path(path).is_file()
     try:
-        is_regular = not Path(path).exists() or Path(path).is_file()
-        file = Path(path).open("ab+" if is_regular else "wb")  # noqa: SIM115 - an error inside the block would be another one
+        file = Path(path).open("wb" if is_special else "ab+")  # noqa: SIM115 - an error inside the block would be another one
     except OSError as error:
         raise BatchError(f"--output: {path}: {error.strerror}") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         output = BatchOutput(file)
-        output.read_earlier(path)
+        if not is_special:  # a device or a pipe has no earlier results, and others may write to it
+            _lock(file, path)
+            output.read_earlier(path)
         yield output
-    except BlockingIOError as error:
-        raise BatchError(f"--output: another run is writing to {path}") from error
     finally:
         with suppress(OSError):  # writes once more what could not be written, which has been reported
             file.close()
+
+
+def _lock(file: BinaryIO, path: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BatchError(f"--output: another run is writing to {path}") from error

@@ -116,10 +116,12 @@ def test_a_large_file_is_not_read_into_memory(server: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("output", "status"), [("/dev/null", 0), ("/dev/full", 1)])
-def test_the_output_may_be_a_device(server: Any, tmp_path: Path, output: str, status: int) -> None:
+def test_the_output_may_be_a_device_that_others_use(server: Any, tmp_path: Path, output: str, status: int) -> None:
     (tmp_path / "in.jsonl").write_text(line("one", 1), encoding="utf-8")
     command = (*CLI, str(tmp_path / "in.jsonl"), "-o", output, "--target", server.target)
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    with Path(output).open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == status
     assert ("mpt-grpc: --output: No space left on device" in ended.stderr) is (status == 1)
 
