@@ -29,6 +29,7 @@ from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.model.weights import num_parameters
 from mpt_grpc.request import GenerationDefaults
 from mpt_grpc.schedule.block_pool import BlockPool
+from mpt_grpc.schedule.drafts import MAX_DRAFTS
 from mpt_grpc.schedule.scheduler import Scheduler, SchedulerLimits
 from mpt_grpc.settings import SchedulerSettings, Settings
 
@@ -137,7 +138,9 @@ def runner_on_gpu(settings: Settings, parts: Parts, memory: GpuMemory, *, random
         memory,
         reserved_bytes=reserved_bytes if wanted.kv_cache_bytes is None else STEP_BYTES,
     )
-    model, cache_bytes = parts.load_model(random=random), needs.cache_bytes
+    cache_bytes = needs.cache_bytes
+    with _fitting("the weights", "use --quantize int8 or a GPU with more memory"):
+        model = parts.load_model(random=random)
     with _explained(parts.attention):
         if wanted.kv_cache_bytes is None:
             steps = LargestSteps(
@@ -145,6 +148,7 @@ def runner_on_gpu(settings: Settings, parts: Parts, memory: GpuMemory, *, random
                 limits.max_running_requests,
                 parts.max_context_tokens,
                 parts.tokenizer.vocab_size,
+                max_choices=1 + MAX_DRAFTS if limits.speculate == "ngram" else 1,
             )
             make_runner = partial(parts.runner, model)
             cache_bytes = bytes_left(memory, reserved_bytes, parts.cache, make_runner, steps)
@@ -160,19 +164,32 @@ def runner_on_gpu(settings: Settings, parts: Parts, memory: GpuMemory, *, random
 @contextmanager
 def _explained(attention: AttentionName) -> Iterator[None]:
     """Raises ModelError or SettingsError, with a remedy, where a GPU cannot compute a step."""
+    remedy = "lower --max-step-tokens, --max-context-tokens or --max-running-requests, or raise --memory-fraction"
     try:
-        yield
+        with _fitting("the largest steps", remedy):
+            yield
     except (ModelError, SettingsError, DeviceLostError):
         raise
-    except MemoryError as error:
-        remedy = "lower --max-step-tokens, --max-context-tokens or --max-running-requests, or raise --memory-fraction"
-        raise ModelError(f"the largest steps do not fit into the GPU's memory: {error}: {remedy}") from error
     except Exception as error:
         if attention != "triton":
             raise
-        lines = str(error).splitlines() or [""]
-        why = f"{type(error).__name__}: {lines[0]}"
-        raise SettingsError(f"--attention: triton fails on this GPU ({why}); use torch") from error
+        raise SettingsError(
+            f"--attention: triton fails on this GPU ({type(error).__name__}: {_first_line(error)}); use torch"
+        ) from error
+
+
+@contextmanager
+def _fitting(what: str, remedy: str) -> Iterator[None]:
+    """Raises ModelError, with a remedy, where something does not fit."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        why = f"{what} do not fit into the GPU's memory: {_first_line(error)}"
+        raise ModelError(f"{why}: {remedy}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _assemble(

@@ -17,14 +17,19 @@ from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
-from mpt_grpc.request import SamplingParameters
+from mpt_grpc.request import DecodingOptions, SamplingParameters
 from mpt_grpc.settings import CacheSettings
 from mpt_grpc.step import PromptScoring, SamplingInputs, SequenceStep, StepPlan
 
 _MIN_SUGGESTED_BLOCKS = 32
 _TRIAL_BLOCKS = 64
 _NUM_TOP = 20
-_COSTLIEST = SamplingParameters(temperature=1, seed=0, top_k=50, top_p=0.9, min_p=0.01, typical_p=0.9)
+_COSTLIEST = SamplingInputs(
+    SamplingParameters(temperature=1, seed=0, top_k=50, top_p=0.9, min_p=0.01, typical_p=0.9),
+    DecodingOptions(frequency_penalty=1),
+    output_token_ids=(0,),
+    num_top_logprobs=_NUM_TOP,
+)
 
 
 def memory_needs(
@@ -45,7 +50,7 @@ def memory_needs(
     Raises ModelError if memory cannot hold it, and SettingsError if --kv-cache cannot hold a block.
     """
     dtype = weight_format.stored_dtype
-    free_bytes, cache_bytes = memory.free_bytes(), wanted.kv_cache_bytes
+    free_bytes, cache_bytes = max(0, memory.free_bytes()), wanted.kv_cache_bytes
     if cache_bytes is not None and cache_bytes < block_bytes:
         raise SettingsError(f"--kv-cache: {cache_bytes:,} bytes cannot hold a block, which takes {block_bytes:,}")
     if cache_bytes is None:
@@ -69,6 +74,8 @@ class LargestSteps:
     max_context_tokens: int
     vocab_size: int
     """The tokenizer's."""
+    max_choices: int = 1
+    """The most tokens that are chosen for one sequence: more than one with drafts."""
 
     def run(self, runner: Runner, block_size: int) -> None:
         """Computes steps that take as much memory as any can, on a cache of `_TRIAL_BLOCKS`, whose blocks repeat."""
@@ -84,15 +91,18 @@ class LargestSteps:
         while tokens_left:
             count = min(tokens_left, self.max_context_tokens)
             scoring = PromptScoring(0, (0,) * (count - 1), _NUM_TOP) if count > 1 else None
-            yield self._sequence(tokens_left, count, block_size, scoring)
+            yield self._sequence(tokens_left, count, 1, block_size, scoring)
             tokens_left -= count
 
     def _outputs(self, block_size: int) -> Iterator[SequenceStep]:
-        return (self._sequence(number, 1, block_size, None) for number in range(self.max_sequences))
+        num = min(self.max_choices, self.max_step_tokens // self.max_sequences, self.max_context_tokens)
+        return (self._sequence(number, num, num, block_size, None) for number in range(self.max_sequences))
 
-    def _sequence(self, number: int, count: int, block_size: int, scoring: PromptScoring | None) -> SequenceStep:
+    def _sequence(
+        self, number: int, count: int, num_choices: int, block_size: int, scoring: PromptScoring | None
+    ) -> SequenceStep:
         table = tuple(block % _TRIAL_BLOCKS for block in range(-(-self.max_context_tokens // block_size)))
-        inputs = (SamplingInputs(_COSTLIEST, num_top_logprobs=_NUM_TOP),)
+        inputs = (_COSTLIEST,) * num_choices
         start = self.max_context_tokens - count
         return SequenceStep(number, "trial", (0,) * count, start, table, inputs, scoring=scoring)
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_ROWS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True)
 class GpuMatrix:
@@ -37,10 +39,19 @@ class GpuMatrix:
 
     @staticmethod
     def _restored(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return weight if scales is None else (weight.to(torch.float32) * scales[:, None]).to(dtype)
+        if scales is None:
+            return weight
+        # Rounded once, without a copy in float32.
+        return torch.mul(weight, scales[:, None], out=weight.new_empty(weight.shape, dtype=dtype))
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Returns a matrix rounded to 8 bits, in units of the scales [d_out], float32, that it also returns."""
-    scales = (weight.abs().amax(dim=1).to(torch.float32) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-    return (weight.to(torch.float32) / scales[:, None]).round_().to(torch.int8), scales
+    lowest, highest = weight.aminmax(dim=1)
+    scales = (torch.maximum(-lowest, highest).to(torch.float32) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+    units = torch.empty_like(weight, dtype=torch.int8)
+    # In parts: while a model is loaded, its card has little room for a whole matrix in float32.
+    parts = (tensor.split(_ROWS_AT_ONCE) for tensor in (weight, scales[:, None], units))
+    for part, scale, to in zip(*parts, strict=True):
+        to.copy_((part / scale).round_())
+    return units, scales

@@ -22,6 +22,8 @@ from mpt_grpc.step import SequenceStep, StepPlan
 _log = logging.getLogger(__name__)
 
 Work = Callable[[], tuple[Tensor, ...]]
+Compute = Callable[[AttentionMetadata], tuple[Tensor, ...]]
+"""Queues a step without waiting for anything; returns one row for each sequence, and what follows from all of them."""
 
 
 class Recorder(Protocol):
@@ -40,16 +42,17 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all: cuBLAS keeps memory for each stream that it has computed on.
+        self._stream = torch.cuda.Stream()
 
     def record(self, work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         # Kernels are compiled and loaded by the first run, which cannot be recorded.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             results = work()
         graph.replay()
         return graph.replay, results
@@ -66,20 +69,13 @@ class _Recording:
 class DecodeGraphs:
     """Runs steps in which each sequence computes and chooses one token."""
 
-    def __init__(
-        self,
-        recorder: Recorder,
-        compute: Callable[[AttentionMetadata], tuple[Tensor, ...]],
-        metadata: MetadataBuilder,
-        device: torch.device,
-    ) -> None:
-        """`compute` queues a step without waiting for anything; it returns one row for each sequence, and what follows
-        from all of them.
-        """
-        self._recorder, self._compute, self._metadata, self._device = recorder, compute, metadata, device
+    def __init__(self, recorder: Recorder, metadata: MetadataBuilder, device: torch.device) -> None:
+        self._recorder, self._metadata, self._device = recorder, metadata, device
         self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._results: tuple[Tensor, ...] | None = None
+        """Those of the largest steps, whose memory those of the others share."""
 
-    def record(self, max_sequences: int, max_tokens: int) -> None:
+    def record(self, compute: Compute, max_sequences: int, max_tokens: int) -> None:
         """Records the steps of up to so many sequences with at most `max_tokens` tokens each.
 
         They write to the cache's first block. If the device cannot record, or not all of them, the others are computed.
@@ -90,13 +86,13 @@ class DecodeGraphs:
         for size in sizes:
             for splits in reversed([1 << power for power in range(most_splits.bit_length())]):
                 try:
-                    self._recordings[size, splits] = self._record(size, splits)
+                    self._recordings[size, splits] = self._record(compute, size, splits)
                 except RuntimeError as error:
                     _log.warning("some decoding steps are computed without CUDA graphs, which is slower: %s", error)
                     return
 
     def run(self, plan: StepPlan) -> tuple[Tensor, ...] | None:
-        """Returns what `compute` does, valid until the next step; None if the step must be computed without a graph."""
+        """Returns what `Compute` does, valid until the next step; None if the step must be computed without a graph."""
         if not all(map(_decodes, plan.sequences)):
             return None
         num_sequences = len(plan.sequences)
@@ -109,7 +105,7 @@ class DecodeGraphs:
         rows, *rest = recording.results
         return rows[:num_sequences], *rest
 
-    def _record(self, size: int, splits: int) -> _Recording:
+    def _record(self, compute: Compute, size: int, splits: int) -> _Recording:
         sequence = SequenceStep(-1, "recorded", (0,), 0, (0,), ())
         arrays = self._arrays((sequence,) * size, splits)
         arrays[-1] = np.arange(size)  # a token is chosen after each
@@ -117,8 +113,15 @@ class DecodeGraphs:
         # The lengths stand for all that fit into as many splits.
         longest = (splits * SPLIT_KEYS - 1,) * size
         metadata = AttentionMetadata(tuple(range(size + 1)), longest, *split_like(inputs, arrays))
-        replay, results = self._recorder.record(lambda: self._compute(metadata))
+        replay, results = self._recorder.record(lambda: self._shared(compute(metadata)))
+        self._results = self._results or results
         return _Recording(inputs, replay, results)
+
+    def _shared(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self._results is None:
+            return results
+        pairs = zip(self._results, results, strict=True)
+        return tuple((shared[: len(result)] if result.ndim else shared).copy_(result) for shared, result in pairs)
 
     def _arrays(self, sequences: tuple[SequenceStep, ...], splits: int) -> list[Array]:
         return self._metadata.arrays(StepPlan(sequences), num_blocks=splits * SPLIT_KEYS // self._metadata.block_size)

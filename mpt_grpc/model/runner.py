@@ -24,8 +24,8 @@ from mpt_grpc.step import SamplingInputs, SequenceStep, StepPlan
 _SCORING_CHUNK_TOKENS = 64
 """How many prompt tokens are scored at once: their logits take 13 MB with a vocabulary of 50,000 tokens."""
 
-_WARM_UP_TOKENS = 64
-"""More than a sequence that decodes has, so that the kernels for chunks compute them."""
+_WARM_UP_TOKENS = (64, 192)
+"""The lengths of chunks for which other kernels compute than for steps that decode, and each other's."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Runner:
         self._metadata = MetadataBuilder(cache.block_size, device)
         self._graphs = None
         if recorder is not None:
-            self._graphs = DecodeGraphs(recorder, lambda m: self.compute(m)[1:], self._metadata, device)
+            self._graphs = DecodeGraphs(recorder, self._metadata, device)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
@@ -88,15 +88,19 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, max_sequences: int, max_tokens: int) -> None:
-        """Computes a chunk and records decoding steps, so that no request waits for it. All blocks must be free.
+        """Computes chunks and records decoding steps, so that no request waits for it. All blocks must be free.
 
         They are recorded for all sizes up to so many sequences, of at most `max_tokens` tokens each.
         """
-        num_tokens = min(_WARM_UP_TOKENS, self._cache.num_blocks * self._cache.block_size)
-        blocks = tuple(range(-(-num_tokens // self._cache.block_size)))
-        self.run(StepPlan((SequenceStep(-1, "warm-up", (0,) * num_tokens, 0, blocks, ()),)))
+        size, inputs = self._cache.block_size, SamplingInputs(SamplingParameters(temperature=0, seed=0))
+        for length in _WARM_UP_TOKENS:
+            num_tokens = min(length, max_tokens, self._cache.num_blocks * size)
+            blocks = tuple(range(-(-num_tokens // size)))
+            # With the logits of all tokens, as for drafts.
+            step = SequenceStep(-1, "warm-up", (0,) * num_tokens, 0, blocks, (inputs,) * num_tokens)
+            self.run(StepPlan((step,)))
         if self._graphs is not None:
-            self._graphs.record(max_sequences, max_tokens)
+            self._graphs.record(lambda metadata: self.compute(metadata)[1:], max_sequences, max_tokens)
 
     def gives_equal_bits(self) -> bool:
         """Whether tokens have the same logits alone and beside others. The cache must have 16 blocks, all free."""

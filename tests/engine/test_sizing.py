@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from conftest import demo_settings
+from torch import Tensor
 
 from mpt_grpc.engine.computation import attention_backend
 from mpt_grpc.engine.load import runner_on_gpu
 from mpt_grpc.engine.parts import BLOCK_SIZE, Parts, resolve
+from mpt_grpc.engine.sizing import LargestSteps
 from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.model.attention import AttentionMetadata
+from mpt_grpc.model.graphs import Work
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.mpt import MPT, Attend
 from mpt_grpc.model.runner import Runner
@@ -51,6 +57,13 @@ class Seen:
     def bind(self, cache: KVCache, metadata: AttentionMetadata) -> Attend:
         self.steps.append(metadata)
         return self._attend(cache, metadata)
+
+
+class Forgetting:
+    """A `Recorder` that keeps nothing of the work but its results."""
+
+    def record(self, work: Work) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        return lambda: None, work()
 
 
 class Disturbed:
@@ -115,6 +128,41 @@ def test_the_trial_has_the_largest_steps() -> None:
     assert prompts.starts[0] + 96 == parts.max_context_tokens
     assert len(outputs.token_ids) == len(outputs.starts) == 8
     assert set(outputs.starts) == {parts.max_context_tokens - 1}
+    assert len(outputs.chosen) == 8
+
+
+def test_the_trial_has_the_most_drafts() -> None:
+    parts = resolve(settings())
+    seen = Seen(attention_backend(parts.attention, parts.config, parts.weight_format).bind)
+    runner = Runner(parts.load_model(random=False), parts.cache(64), seen, torch.device("cpu"), 100)
+    LargestSteps(100, 4, 1000, 100, max_choices=17).run(runner, BLOCK_SIZE)
+    LargestSteps(20, 4, 1000, 100, max_choices=17).run(runner, BLOCK_SIZE)
+    assert [len(step.chosen) for step in seen.steps] == [1, 4 * 17, 1, 4 * 5]
+
+
+def test_the_memory_of_the_trial_is_free_when_the_cache_is_made() -> None:
+    caches: list[weakref.ref[Tensor]] = []
+
+    class Recorded(Parts):
+        def cache(self, num_blocks: int) -> KVCache:
+            assert all(keys() is None for keys in caches)
+            cache = super().cache(num_blocks)
+            caches.append(weakref.ref(cache.keys))
+            return cache
+
+        def runner(self, model: MPT, cache: KVCache) -> Runner:
+            backend = attention_backend(self.attention, self.config, self.weight_format)
+            return Runner(model, cache, backend, self.weight_format.device, self.tokenizer.vocab_size, Forgetting())
+
+    wanted = replace(settings(), scheduler=SchedulerSettings(max_running_requests=1, max_step_tokens=16))
+    parts = resolve(wanted)
+    parts = Recorded(**{name: getattr(parts, name) for name in parts.__dataclass_fields__})
+    gc.disable()  # as if a collection came too late
+    try:
+        runner_on_gpu(wanted, parts, Card(), random=False)
+    finally:
+        gc.enable()
+    assert len(caches) == 2
 
 
 def test_a_given_size_is_not_tried() -> None:
@@ -129,6 +177,26 @@ def test_steps_that_leave_nothing_are_refused_with_what_to_lower() -> None:
     with pytest.raises(ModelError, match=r"the largest steps do not fit .*: lower --max-step-tokens") as refused:
         runner_on_gpu(settings(), parts_of(settings(), card), card, random=False)
     assert "\n" not in str(refused.value)
+
+
+def test_weights_that_do_not_fit_while_they_are_loaded_are_one_line() -> None:
+    class Large(Parts):
+        def load_model(self, *, random: bool) -> MPT:  # noqa: ARG002
+            raise torch.OutOfMemoryError("CUDA out of memory.\nSee the documentation")
+
+    parts = resolve(settings())
+    parts = Large(**{name: getattr(parts, name) for name in parts.__dataclass_fields__})
+    with pytest.raises(ModelError) as refused:
+        runner_on_gpu(settings(), parts, Card(), random=False)
+    why = "the weights do not fit into the GPU's memory: CUDA out of memory."
+    assert str(refused.value) == f"{why}: use --quantize int8 or a GPU with more memory"
+
+
+def test_a_card_of_which_others_use_more_than_the_limit_has_nothing_free() -> None:
+    card = Card()
+    card.used_bytes = CARD_BYTES + MIB
+    with pytest.raises(ModelError, match=r"only 0\.0 MiB of memory are free"):
+        runner_on_gpu(settings(), parts_of(settings(), card), card, random=False)
 
 
 def test_where_triton_fails_the_message_names_the_other_choice() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,13 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.gpu_kernels import CARDS, SHAPES, Shape, compile_launch, launches_of, products
 from mpt_grpc.model.attention.triton_backend import TritonAttention
+from mpt_grpc.model.config import MPTConfig
+from mpt_grpc.model.kv_cache import KVCache
+from mpt_grpc.model.linear import WeightFormat
+from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.triton_launch import Launch
+from mpt_grpc.model.weights import load_model
+from mpt_grpc.step import PromptScoring, SequenceStep, StepPlan
 
 SMALLEST_SHARED_BYTES = 99 << 10
 """What a program may have on any card with compute capability 8.0 or newer."""
@@ -87,3 +95,35 @@ def test_steps_of_all_sizes_run_the_same_code(monkeypatch: pytest.MonkeyPatch) -
     assert len(compiled) > 20
     names = sorted(kernel.name for kernel in set(compiled))
     assert names == ["attend", "attend", "merge", "store"], "attend has one form for chunks and one for decoding"
+
+
+@pytest.mark.parametrize("max_sequences", [3, 20])
+def test_a_warm_up_launches_every_form_of_each_kernel(
+    max_sequences: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A form is compiled when it is first launched, so that requests would wait for another one."""
+    forms: set[tuple[object, ...]] = set()
+
+    def note(launch: Launch) -> None:
+        constants = sorted((name, value) for name, value in launch.arguments.items() if name.isupper())
+        forms.add((launch.kernel, *constants, launch.num_warps, launch.num_stages))
+
+    monkeypatch.setattr(Launch, "__call__", note)
+    checks.make_checkpoint(tmp_path, checks.tiny_config())
+    weight_format = WeightFormat(torch.float16, checks.CPU, quantize=True, by_triton=True)
+    config = MPTConfig.from_file(tmp_path / "config.json")
+    model = load_model(tmp_path, config, weight_format)
+    cache = KVCache(config, 64, checks.BLOCK_SIZE, torch.float16, checks.CPU)
+    attention, recorder = TritonAttention(config, checks.CPU), checks.Repeating()
+    runner = Runner(model, cache, attention, checks.CPU, config.vocab_size, recorder)
+    runner.warm_up(max_sequences, max_tokens=300)
+    known = len(forms)
+    chunks = [[(0, length)] for length in (2, 16, 17, 70, 129, 200)]
+    decoding = [[(9, 1)] * number for number in range(1, max_sequences + 1)]
+    for spans in chunks + decoding:
+        plan, _ = checks.make_plan(spans, random.Random(0))
+        runner.run(plan)
+    scored = SequenceStep(0, "scored", (1,) * 70, 0, tuple(range(5)), (), scoring=PromptScoring(0, (1,) * 69, 0))
+    with suppress(FloatingPointError):  # nothing has been computed
+        runner.run(StepPlan((scored,)))
+    assert len(forms) == known > 15

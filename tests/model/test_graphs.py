@@ -49,6 +49,13 @@ def test_replayed_steps_have_the_logits_of_computed_ones(model: MPT) -> None:
     assert (recorder.num_recordings, recorder.num_replays) == (5 * 3, 40)
 
 
+def test_results_of_all_sizes_share_the_memory_of_the_largest(model: MPT) -> None:
+    stepper = Stepper(model, recorder=Repeating())
+    stepper.warm_up(max_sequences=3, max_tokens=200)
+    rows = [stepper.step({name: [1] for name in names})["a"] for names in ("a", "ab", "abc")]
+    assert len({row.untyped_storage().data_ptr() for row in rows}) == 1
+
+
 def test_only_steps_that_decode_are_replayed(model: MPT) -> None:
     recorder = Repeating()
     stepper = Stepper(model, recorder=recorder)
