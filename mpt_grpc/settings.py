@@ -59,7 +59,7 @@ class CacheSettings:
     kv_cache_bytes: int | None = None
     """None takes 1 GiB on a CPU and, on a GPU, what weights and steps leave of `memory_fraction`."""
     memory_fraction: float = 0.95
-    """The fraction of a GPU's memory that may be used."""
+    """The fraction of a GPU's memory that may be in use, by other processes as well."""
     memory_limit_bytes: int | None = None
     """How much of its memory a GPU is taken to have; None is all of it."""
 

@@ -43,7 +43,7 @@ def add_scheduling(serve: argparse.ArgumentParser) -> None:
         type=float,
         default=defaults.cache.memory_fraction,
         metavar="X",
-        help="fraction of a GPU's memory that may be used",
+        help="fraction of a GPU's memory that may be in use, by other processes as well",
     )
     memory.add_argument(
         "--memory-limit",
