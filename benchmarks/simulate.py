@@ -25,6 +25,7 @@ from mpt_grpc.model.config import MPTConfig
 MEMORY = {"L4": 24e9, "A100": 80e9, "H100": 80e9, "H200": 141e9}
 """The bytes of the cards in `DATA_SHEETS`."""
 _MEMORY_FRACTION = 0.9
+"""What weights and cache take, as simulated; recorded steps and a step's tensors take the rest."""
 LEAST = ROUTERS["least of all, as one Python client or gateway"]
 _CONFIG = MPTConfig.from_dict(MPT_7B)
 

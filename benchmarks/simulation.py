@@ -39,7 +39,7 @@ class Request:
         return self.prompt_tokens + self.output_tokens
 
 
-@dataclass
+@dataclass(eq=False)
 class Server:
     """A server between two steps. Outputs are ordered by the number of the step with their last token."""
 
@@ -47,7 +47,7 @@ class Server:
     waiting: deque[Request] = field(default_factory=deque)
     prompts: deque[Request] = field(default_factory=deque)
     """Requests with a slot whose prompts are not computed yet."""
-    decoding: list[tuple[int, int, Request]] = field(default_factory=list)
+    decoding: list[tuple[int, float, int, Request]] = field(default_factory=list)
     num_steps: int = 0
     used_tokens: int = 0
     """What the requests with a slot have reserved."""
@@ -93,10 +93,11 @@ class Server:
         for request in started:
             request.first_token_s = now_s
             self.context_tokens += request.prompt_tokens + 1
-            heapq.heappush(self.decoding, (self.num_steps + request.output_tokens - 1, id(request), request))
+            last_step = self.num_steps + request.output_tokens - 1
+            heapq.heappush(self.decoding, (last_step, request.arrival_s, id(request), request))
         ended = []
         while self.decoding and self.decoding[0][0] <= self.num_steps:
-            request = heapq.heappop(self.decoding)[2]
+            request = heapq.heappop(self.decoding)[-1]
             request.end_s = now_s
             self.used_tokens -= request.num_tokens
             self.context_tokens -= request.num_tokens

@@ -20,7 +20,7 @@ from mpt_grpc.settings import CacheSettings, ModelSettings
 
 AttentionName = Literal["native", "triton", "torch"]
 _log = logging.getLogger(__name__)
-_NEEDS_KERNELS = "int8 needs the compiled kernels on a CPU, a type other than float16, and widths divisible by 4"
+_NEEDS_KERNELS = "needs the compiled kernels on a CPU, a type other than float16, and widths divisible by 4"
 
 
 def choose_computation(wanted: ModelSettings, config: MPTConfig) -> tuple[WeightFormat, AttentionName]:
@@ -42,9 +42,9 @@ def choose_weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightForm
     device = _device(wanted)
     kernels = _kernels(config) if device.type == "cpu" and wanted.dtype != "float16" else None
     if wanted.quantize == "int8" and kernels is None and device.type == "cpu":
-        raise SettingsError(f"--quantize: {_NEEDS_KERNELS}")
+        raise SettingsError(f"--quantize: int8 {_NEEDS_KERNELS}")
     if wanted.batch_invariant and kernels is None and device.type == "cpu":
-        raise SettingsError("--batch-invariant: needs the compiled kernels on a CPU; omit it")
+        raise SettingsError(f"--batch-invariant: {_NEEDS_KERNELS}; omit it")
     if wanted.dtype != "auto":
         dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[wanted.dtype]
     elif device.type == "cuda":
@@ -87,8 +87,8 @@ def choose_cache_dtype(wanted: CacheSettings, weight_format: WeightFormat, atten
     if wanted.kv_cache_dtype == "auto":
         return weight_format.dtype
     if attention == "torch":
-        on_gpu = weight_format.device.type == "cuda"
-        raise SettingsError(f"--kv-cache-dtype: {'on a GPU, int8 needs Triton' if on_gpu else _NEEDS_KERNELS}")
+        why = "needs Triton on a GPU" if weight_format.device.type == "cuda" else _NEEDS_KERNELS
+        raise SettingsError(f"--kv-cache-dtype: int8 {why}")
     return torch.int8
 
 
