@@ -160,7 +160,7 @@ def _n_kv_heads(fields: Fields, n_heads: int) -> int:
         fields.refuse("attn_config.attn_type", kind, f"supported: {', '.join(implied)}")
         return n_heads
     n_kv_heads = implied[kind]
-    if not is_number(n_kv_heads, 1) or n_heads % n_kv_heads:
+    if not is_number(n_kv_heads, 1) or n_kv_heads % 1 or n_heads % n_kv_heads:
         fields.refuse("attn_config.kv_n_heads", n_kv_heads, f"expected a divisor of n_heads, which is {n_heads}")
         return n_heads
     if stated is not None and stated != n_kv_heads:

@@ -223,6 +223,7 @@ def test_unimplemented_model_fields_are_named_in_the_error(field: str, value: ob
         (tiny_config({"rope": True}, d_model=60), "attn_config.rope: True: needs an even width"),
         ({**tiny_config(), "attn_config": []}, "attn_config: expected a JSON object, not []"),
         (tiny_config({"attn_type": GQA}), "attn_config.kv_n_heads: None"),
+        (tiny_config({"attn_type": GQA, "kv_n_heads": 2.5}, n_heads=5, d_model=80), "attn_config.kv_n_heads: 2.5"),
         (tiny_config({"attn_type": GQA, "kv_n_heads": 3}), "attn_config.kv_n_heads: 3"),
         (tiny_config({"attn_type": GQA, "kv_n_heads": 0}), "attn_config.kv_n_heads: 0"),
         (tiny_config({"attn_type": "multiquery_attention", "kv_n_heads": 2}), "attn_config.kv_n_heads: 2"),
