@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mpt_grpc import __version__
-from mpt_grpc.commands import bench_options, connection, model_options, options, server_options
+from mpt_grpc.commands import bench_options, connection, listening_options, model_options, options, server_options
 from mpt_grpc.commands.logs import add_log
 from mpt_grpc.commands.units import positive_int, seconds
 from mpt_grpc.errors import MptServerError
@@ -146,10 +146,10 @@ def _parser() -> _Parser:
         formatter_class=_HelpFormatter,
     )
     connection.add_connection(gateway)
-    server_options.add_http(gateway)
-    server_options.add_tls(gateway)
-    server_options.add_grace(gateway)
-    server_options.add_read_timeout(gateway)
+    listening_options.add_http(gateway)
+    listening_options.add_tls(gateway)
+    listening_options.add_grace(gateway)
+    listening_options.add_read_timeout(gateway)
     add_log(gateway)
 
     generate = add("generate", "continue a prompt", "Continue a prompt and print the text as it is generated.")

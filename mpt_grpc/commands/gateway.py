@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry
 
 from mpt_grpc.access import Access
-from mpt_grpc.commands import logs, server_options
+from mpt_grpc.commands import listening_options, logs
 from mpt_grpc.commands.connection import connection_options
 from mpt_grpc.gateway.metrics import MetricsPage
 from mpt_grpc.gateway.serve import running_gateway
@@ -37,11 +37,11 @@ def run(parsed: argparse.Namespace) -> None:
     logs.configure(parsed.log_level, parsed.log_format)
     server = ServerSettings(
         host=parsed.host,
-        tls=server_options.tls_settings(parsed),
+        tls=listening_options.tls_settings(parsed),
         grace_s=parsed.grace,
         read_timeout_s=parsed.read_timeout,
     )
-    http, connection = server_options.http_settings(parsed, parsed.http_port), connection_options(parsed)
+    http, connection = listening_options.http_settings(parsed, parsed.http_port), connection_options(parsed)
     if warning := exposure(server.host, {"TLS (--tls-cert)": server.tls is None}):
         _log.warning("%s", warning)
     for endpoint in resolve(parsed.target, connection):

@@ -6,18 +6,16 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from mpt_grpc.commands import listening_options
 from mpt_grpc.commands.logs import add_log
 from mpt_grpc.commands.model_options import model_settings
 from mpt_grpc.commands.units import num_bytes, seconds
-from mpt_grpc.errors import SettingsError
 from mpt_grpc.settings import (
     CacheSettings,
-    HttpSettings,
     SchedulerSettings,
     ServerSettings,
     Settings,
     TelemetrySettings,
-    TlsSettings,
 )
 
 
@@ -106,9 +104,9 @@ def add_server(serve: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="Unix socket on which the gRPC server listens instead of the port (default: none)",
     )
-    add_http(server)
+    listening_options.add_http(server)
     server.add_argument("--no-http", action="store_true", help="serve gRPC only")
-    add_tls(server)
+    listening_options.add_tls(server)
     server.add_argument(
         "--tokens-file",
         type=Path,
@@ -117,8 +115,8 @@ def add_server(serve: argparse.ArgumentParser) -> None:
         " changes (default: none)",
     )
     server.add_argument("--no-reflection", action="store_true", help="serve no description of the API over gRPC")
-    add_grace(server)
-    add_read_timeout(server)
+    listening_options.add_grace(server)
+    listening_options.add_read_timeout(server)
     server.add_argument(
         "--stall-timeout",
         type=seconds,
@@ -174,95 +172,6 @@ def _add_telemetry(telemetry: argparse._ActionsContainer) -> None:
     )
 
 
-def add_http(parser: argparse._ActionsContainer) -> None:
-    """Adds where the OpenAI-compatible API is served."""
-    parser.add_argument(
-        "--host",
-        default=ServerSettings().host,
-        help="address to listen on; 0.0.0.0 for all",
-    )
-    parser.add_argument(
-        "--http-port",
-        type=int,
-        default=HttpSettings().port,
-        metavar="N",
-        help="port of the OpenAI-compatible API and the web page; 0 selects a free port",
-    )
-    parser.add_argument(
-        "--strict-model-names",
-        action="store_true",
-        help="refuse HTTP requests that name another model instead of serving them with the loaded one",
-    )
-    parser.add_argument(
-        "--allow-host",
-        action="append",
-        metavar="NAME",
-        help="accept this name in the Host header on a loopback address; may be repeated (default: only names of this"
-        " machine)",
-    )
-    parser.add_argument(
-        "--allow-origin",
-        action="append",
-        metavar="ORIGIN",
-        help="accept requests from this website, such as http://localhost:3000; * for all; may be repeated (default:"
-        " none)",
-    )
-
-
-def add_tls(parser: argparse._ActionsContainer) -> None:
-    """Adds the certificates of a server."""
-    for flag, what in (
-        ("--tls-cert", "serve with TLS and this certificate, followed by those of its issuers, in PEM"),
-        ("--tls-key", "key of the certificate"),
-        ("--tls-client-ca", "accept only clients with a certificate of one of these authorities"),
-    ):
-        parser.add_argument(flag, type=Path, metavar="FILE", help=f"{what}; read again when it changes (default: none)")
-
-
-def add_grace(parser: argparse._ActionsContainer) -> None:
-    """Adds how long a shutdown may take."""
-    parser.add_argument(
-        "--grace",
-        type=seconds,
-        default="30s",
-        metavar="TIME",
-        help="time for requests in progress to finish after SIGTERM",
-    )
-
-
-def add_read_timeout(parser: argparse._ActionsContainer) -> None:
-    """Adds how long callers may leave a stream unread."""
-    parser.add_argument(
-        "--read-timeout",
-        type=seconds,
-        default="600s",
-        metavar="TIME",
-        help="end streams to which nothing could be sent for this long, because their callers do not read",
-    )
-
-
-def http_settings(parsed: argparse.Namespace, port: int | None) -> HttpSettings:
-    """Returns the settings given by the flags that `serve` and `gateway` share. Raises SettingsError."""
-    return HttpSettings(
-        port=port,
-        strict_model_names=parsed.strict_model_names,
-        allow_hosts=tuple(parsed.allow_host or ()),
-        allow_origins=tuple(parsed.allow_origin or ()),
-    )
-
-
-def tls_settings(parsed: argparse.Namespace) -> TlsSettings | None:
-    """Returns the files of the server's certificate, or None without TLS. Raises SettingsError if one is missing."""
-    if parsed.tls_cert and parsed.tls_key:
-        return TlsSettings(parsed.tls_cert, parsed.tls_key, parsed.tls_client_ca)
-    if parsed.tls_cert or parsed.tls_key:
-        missing, given = ("--tls-key", "--tls-cert") if parsed.tls_cert else ("--tls-cert", "--tls-key")
-        raise SettingsError(f"{missing}: required with {given}")
-    if parsed.tls_client_ca:
-        raise SettingsError("--tls-client-ca: requires --tls-cert and --tls-key")
-    return None
-
-
 def settings(parsed: argparse.Namespace) -> Settings:
     """Returns the settings given by the flags of `serve`. Raises SettingsError."""
     return Settings(
@@ -289,7 +198,7 @@ def settings(parsed: argparse.Namespace) -> Settings:
             host=parsed.host,
             grpc_port=parsed.grpc_port,
             grpc_socket=parsed.grpc_socket,
-            tls=tls_settings(parsed),
+            tls=listening_options.tls_settings(parsed),
             tokens_file=parsed.tokens_file,
             reflection=not parsed.no_reflection,
             grace_s=parsed.grace,
@@ -297,7 +206,7 @@ def settings(parsed: argparse.Namespace) -> Settings:
             stall_timeout_s=parsed.stall_timeout,
             max_connection_age_s=parsed.max_connection_age,
         ),
-        http=http_settings(parsed, port=None if parsed.no_http else parsed.http_port),
+        http=listening_options.http_settings(parsed, port=None if parsed.no_http else parsed.http_port),
         guards=tuple(parsed.guard or ()),
         telemetry=TelemetrySettings(
             metrics_port=parsed.metrics_port,
