@@ -90,7 +90,7 @@ class Runner:
     def warm_up(self, max_sequences: int, max_tokens: int) -> None:
         """Computes a chunk and records decoding steps, so that no request waits for it. All blocks must be free.
 
-        They are recorded for all sizes up to so many sequences, of at most `max_tokens` tokens each.
+        Steps are recorded for up to `max_sequences` sequences, of at most `max_tokens` tokens each.
         """
         num_tokens = min(_WARM_UP_TOKENS, self._cache.num_blocks * self._cache.block_size)
         blocks = tuple(range(-(-num_tokens // self._cache.block_size)))
