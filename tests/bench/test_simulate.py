@@ -56,9 +56,6 @@ def test_a_step_takes_what_the_plan_of_the_card_says() -> None:
 
 def test_the_page_on_scaling_has_the_numbers_of_the_plan() -> None:
     page = (Path(__file__).parents[2] / "docs/scaling.md").read_text(encoding="utf-8")
-    for card in ("L4", "A100", "H200"):
-        tokens = card_tokens(card)
-        assert f" {tokens:,} tokens | {tokens // 768} | {tokens // 2048} |" in page
     for card in ("A100", "H100", "H200"):
         seconds = card_seconds(card, 0.7)
         times = [seconds(*batch, 0) for batch in ((1, 512), (16, 512), (64, 512), (64, 2048))]
