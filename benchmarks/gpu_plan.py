@@ -40,7 +40,7 @@ DATA_SHEETS = {
 
 MEMORY_GIB = {
     "V100, 16 GB": 15.8,
-    "larger, with `--memory-limit 16GiB`": 16.0,
+    "A100 and newer, with `--memory-limit 16GiB`": 16.0,
     "L4, A10, 24 GB": 22.5,
     "A100, 40 GB": 39.5,
     "A100, H100, 80 GB": 79.2,
@@ -91,7 +91,7 @@ def _token_bytes(config: MPTConfig, cache_bits: int) -> int:
 def memory_table() -> str:
     """Returns the tokens of KV cache, and the requests of 600 tokens, beside MPT-7B on cards, in Markdown."""
     config = MPTConfig.from_dict(MPT_7B)
-    rows = ["| card | float16 | `--quantize int8` | `--quantize int8 --kv-cache-dtype int8` |", "|---|---|---|---|"]
+    rows = ["| Card | float16 | `--quantize int8` | `--quantize int8 --kv-cache-dtype int8` |", "|---|---|---|---|"]
     for card, gib in MEMORY_GIB.items():
         cells = [card]
         for bits, cache_bits in ((16, 16), (8, 16), (8, 8)):

@@ -46,7 +46,7 @@ def _names(number: int) -> tuple[str, ...]:
 
 CHAT_ROUTERS: dict[str, Router] = {
     "in turns": ROUTERS["in turns"],
-    "least busy": LEAST,
+    "fewest requests": LEAST,
     "by prompt": by_prompt,
 }
 
@@ -131,8 +131,9 @@ def _plot(by_number: dict[str, list[_Measured]], by_load: dict[str, list[_Measur
     for name, rows in by_number.items():
         left.plot(_SERVERS, [row[2] for row in rows], marker="o", label=name)
         right.plot(_LOADS, [row[3] for row in by_load[name]], marker="o", label=name)
-    left.set(title="first token, 99%, s", xlabel="servers", xscale="log", xticks=_SERVERS, xticklabels=_SERVERS)
-    right.set(title=f"requests that are good, on {_FLEET} servers", xlabel="load")
+    left.set(title="Time to first token, 99th percentile", xlabel="servers", ylabel="seconds")
+    left.set(xscale="log", xticks=_SERVERS, xticklabels=_SERVERS)
+    right.set(title=f"Share of good requests, on {_FLEET} servers", xlabel="load")
     for axes in (left, right):
         axes.set_ylim(0, None)
         axes.legend()

@@ -1,4 +1,4 @@
-"""What the engine reports of its work, as values, and who receives them."""
+"""What the engine reports of its work, as values, and the receivers of these."""
 
 from __future__ import annotations
 

@@ -248,9 +248,9 @@ class ChunkOptions:
     """When a stream sends an output's new tokens: at its first one, its end, and whichever of these comes first."""
 
     num_tokens: int | None = None
-    """So many tokens are new; None is 1, or no number if there is an interval."""
+    """When this many tokens are new; None is 1, or any number if there is an interval."""
     interval_s: float | None = None
-    """A token is new and so much time has passed since the last ones were sent."""
+    """When a token is new and this many seconds have passed since the last ones were sent."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class ModelSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     attention: Literal["auto", "triton", "torch"] = "auto"
-    """Who attends on a GPU; 'auto' is Triton where it can."""
+    """What computes attention on a GPU; 'auto' is Triton where it runs."""
     batch_invariant: bool = False
     """Whether a GPU gives a token the same bits in any batch; a CPU with the compiled kernels always does."""
     quantize: Literal["none", "int8"] = "none"

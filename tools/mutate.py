@@ -1,11 +1,11 @@
 """Mutation testing with Cosmic Ray: changes one operator or constant at a time, and prints the changes, called mutants,
 that no test notices.
 
-Each mutant is tested by the tests of its own room, in a copy of the working tree, until the first one fails. Exits with
+Each mutant is tested by the tests of its group, in a copy of the working tree, until the first one fails. Exits with
 status 1 if fewer than 95% of the mutants are caught. Mutants that behave like the original are not counted: those that
 `tools/equivalent_mutants.txt` lists in lines `PATH: PATTERN  # REASON`, with a regular expression for printed changes.
 
-Usage: python tools/mutate.py [--all] [ROOM ...]
+Usage: python tools/mutate.py [--all] [GROUP ...]
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cosmic_ray.work_item import MutationSpec
 ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT = ROOT / "tools" / "equivalent_mutants.txt"
 COPY = ROOT / "build" / "mutants"
-ROOMS = {
+GROUPS = {
     "schedule": ("mpt_grpc/schedule/*.py", "tests/schedule"),
     "logits": ("mpt_grpc/model/logits.py", "tests/model/test_logits.py tests/model/test_sampler.py"),
     "sampler": (
@@ -48,9 +48,9 @@ ROOMS = {
     "validation": ("mpt_grpc/engine/validation.py", "tests/engine/test_validation.py"),
     "limits": ("mpt_grpc/limits.py", "tests/test_limits.py tests/engine/test_validation.py"),
 }
-"""The modules of each room and pytest's arguments for the tests that are to catch their mutants."""
+"""The modules of each group and pytest's arguments for the tests that are to catch their mutants."""
 SAMPLE = 32
-"""The number of mutants of each room that are tested unless all are wanted."""
+"""The number of mutants of each group that are tested unless all are wanted."""
 GOAL = 0.95
 OPERATORS = {
     f"core/{name}"
@@ -71,11 +71,11 @@ OPERATORS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Prints the changes to operators and constants that no test notices.")
-    parser.add_argument("rooms", nargs="*", metavar="ROOM", help=f"one of {', '.join(ROOMS)}; all by default")
-    parser.add_argument("--all", action="store_true", help=f"test all mutants, not a sample of {SAMPLE} per room")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"one of {', '.join(GROUPS)}; all by default")
+    parser.add_argument("--all", action="store_true", help=f"test all mutants, not a sample of {SAMPLE} per group")
     arguments = parser.parse_args()
-    if unknown := set(arguments.rooms) - set(ROOMS):
-        parser.error(f"unknown room: {', '.join(sorted(unknown))}; the rooms are {', '.join(ROOMS)}")
+    if unknown := set(arguments.groups) - set(GROUPS):
+        parser.error(f"unknown group: {', '.join(sorted(unknown))}; the groups are {', '.join(GROUPS)}")
     shutil.rmtree(COPY, ignore_errors=True)
     for name in ("clients", "docs", "mpt_grpc", "protos", "pyproject.toml", "tests"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -83,20 +83,20 @@ def main() -> int:
     os.chdir(COPY)
     torch.set_num_threads(1)
     num_caught = num_tested = 0
-    for room in arguments.rooms or ROOMS:
-        mutants = _mutants(room)
+    for group in arguments.groups or GROUPS:
+        mutants = _mutants(group)
         if not arguments.all and len(mutants) > SAMPLE:
             mutants = random.Random(0).sample(mutants, SAMPLE)
-        num_survivors = _print_survivors(room, mutants)
-        print(f"{room}: {len(mutants) - num_survivors} of {len(mutants)} mutants were caught", flush=True)
+        num_survivors = _print_survivors(group, mutants)
+        print(f"{group}: {len(mutants) - num_survivors} of {len(mutants)} mutants were caught", flush=True)
         num_caught, num_tested = num_caught + len(mutants) - num_survivors, num_tested + len(mutants)
     print(f"{num_caught / num_tested:.1%} of {num_tested} mutants were caught; the goal is {GOAL:.0%}")
     return int(num_caught < GOAL * num_tested)
 
 
-def _mutants(room: str) -> list[tuple[MutationSpec, str]]:
-    """Returns the mutants of a room's modules that are not equivalent, always in the same order, with their changes."""
-    paths = [path for pattern in ROOMS[room][0].split() for path in sorted(Path().glob(pattern))]
+def _mutants(group: str) -> list[tuple[MutationSpec, str]]:
+    """Returns the mutants of a group that are not equivalent, always in the same order, with their changes."""
+    paths = [path for pattern in GROUPS[group][0].split() for path in sorted(Path().glob(pattern))]
     with use_db(":memory:") as db:
         init(paths, db, {})
         mutations = [item.mutations[0] for item in db.work_items if item.mutations[0].operator_name in OPERATORS]
@@ -121,23 +121,23 @@ def _change(mutation: MutationSpec) -> str:
     return f"{mutation.module_path}: {old} -> {new}"
 
 
-def _print_survivors(room: str, mutants: list[tuple[MutationSpec, str]]) -> int:
+def _print_survivors(group: str, mutants: list[tuple[MutationSpec, str]]) -> int:
     """Tests the mutants and prints those that no test notices; returns their number."""
     start = time.monotonic()
-    assert _passes(room, timeout=None), f"the tests of {room} fail"
+    assert _passes(group, timeout=None), f"the tests of {group} fail"
     timeout = 5 * (time.monotonic() - start)
     num_survivors = 0
     for mutation, change in mutants:
         with use_mutation(mutation.module_path, get_operator(mutation.operator_name)(), mutation.occurrence):
-            if _passes(room, timeout):
+            if _passes(group, timeout):
                 print(change, flush=True)
                 num_survivors += 1
     return num_survivors
 
 
-def _passes(room: str, timeout: float | None) -> bool:
-    """Runs the tests of a room in a fork of this process, which saves them the imports of this one."""
-    process = get_context("fork").Process(target=_test, args=(ROOMS[room][1], timeout is None))
+def _passes(group: str, timeout: float | None) -> bool:
+    """Runs the tests of a group in a fork of this process, which saves them the imports of this one."""
+    process = get_context("fork").Process(target=_test, args=(GROUPS[group][1], timeout is None))
     process.start()
     process.join(timeout)
     process.kill()

@@ -33,9 +33,9 @@ from mpt_grpc.limits import RANGES
 
 _LOWEST_PRIORITY = RANGES["priority"].high  # over HTTP, lower values run first
 _RETRY_AFTER_MS = 1000
-"""The time to wait if an overloaded server tells none."""
+"""The time to wait if an overloaded server does not set one."""
 _REFUSES_ALL = (401, 403, 503)
-"""The statuses that tell of the caller or the server, and not of a request: all others would get them, too."""
+"""The statuses that concern the caller or the server, not one request: all others would get them, too."""
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -42,8 +42,8 @@ def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> 
         "--attention",
         choices=("auto", "triton", "torch"),
         default=defaults.attention,
-        help="what attends on a GPU; auto is Triton from compute capability 8.0 on, PyTorch on older cards and in"
-        " float32",
+        help="what computes attention on a GPU; auto is Triton from compute capability 8.0 on, PyTorch on older cards"
+        " and in float32",
     )
     model.add_argument(
         "--quantize",

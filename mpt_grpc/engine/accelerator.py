@@ -1,4 +1,4 @@
-"""What an NVIDIA GPU can compute with: whether PyTorch's build has kernels for it, and who attends."""
+"""What an NVIDIA GPU can compute with: whether PyTorch's build has kernels for it, and whether Triton runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Gpu:
         *,
         batch_invariant: bool = False,
     ) -> GpuAttention:
-        """Returns who attends. Raises SettingsError if Triton is wanted, or must see to equal bits, but cannot."""
+        """Returns what computes attention. Raises SettingsError if Triton is wanted or required, but cannot run."""
         why_not = self.why_no_triton(config, dtype)
         if wanted == "triton" and why_not is not None:
             raise SettingsError(f"--attention: triton {why_not}; use torch")

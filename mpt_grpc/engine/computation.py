@@ -1,4 +1,4 @@
-"""What computes the model, as far as settings leave it open: the device, types, compiled kernels, and who attends."""
+"""What computes the model, as far as settings leave it open: the device, types, kernels and attention."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NEEDS_KERNELS = "needs the compiled kernels on a CPU, a type other than float16
 
 
 def choose_computation(wanted: ModelSettings, config: MPTConfig) -> tuple[WeightFormat, AttentionName]:
-    """Returns how weights are held and multiplied, and who attends.
+    """Returns how weights are stored and multiplied, and what computes attention.
 
     Raises SettingsError if what is wanted is not available.
     """
@@ -57,7 +57,7 @@ def choose_weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightForm
 
 
 def choose_attention(wanted: ModelSettings, config: MPTConfig, weight_format: WeightFormat) -> AttentionName:
-    """Returns who attends, and says so of a GPU. Raises SettingsError if it cannot."""
+    """Returns what computes attention, which the log names for a GPU. Raises SettingsError if it cannot."""
     if weight_format.device.type == "cpu":
         if wanted.attention != "auto":
             why = "the compiled kernels attend, or PyTorch where there are none or MPT_GRPC_ISA is none"
@@ -83,7 +83,7 @@ def attention_backend(name: AttentionName, config: MPTConfig, weight_format: Wei
 
 
 def choose_cache_dtype(wanted: CacheSettings, weight_format: WeightFormat, attention: AttentionName) -> torch.dtype:
-    """Returns the type of the KV cache. Raises SettingsError if what attends cannot read it."""
+    """Returns the type of the KV cache. Raises SettingsError if the attention cannot read it."""
     if wanted.kv_cache_dtype == "auto":
         return weight_format.dtype
     if attention == "torch":

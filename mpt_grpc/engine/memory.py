@@ -76,7 +76,7 @@ class GpuMemory(Memory, Protocol):
 
 
 class CudaMemory:
-    """The `GpuMemory` on which PyTorch computes, or so much of it as a limit leaves."""
+    """The `GpuMemory` on which PyTorch computes, or the part of it that a limit allows."""
 
     def __init__(self, limit_bytes: int | None = None) -> None:
         free_bytes, self._card_bytes = torch.cuda.mem_get_info()

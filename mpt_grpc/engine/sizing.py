@@ -81,7 +81,7 @@ class LargestSteps:
         """Computes steps that take as much memory as any can, on a cache of `_TRIAL_BLOCKS`, whose blocks repeat."""
         sampler = Sampler(self.vocab_size)
         for plan in (StepPlan(tuple(self._prompts(block_size))), StepPlan(tuple(self._outputs(block_size)))):
-            with suppress(FloatingPointError):  # the server's warm-up tells of weights that are not finite
+            with suppress(FloatingPointError):  # the server's warm-up reports weights that are not finite
                 output = runner.run(plan)
                 sampler.sample(output.logits, plan.sequences, are_finite=output.are_finite)
 

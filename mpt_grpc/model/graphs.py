@@ -76,7 +76,7 @@ class DecodeGraphs:
         """Those of the largest steps, whose memory those of the others share."""
 
     def record(self, compute: Compute, max_sequences: int, max_tokens: int) -> None:
-        """Records the steps of up to so many sequences with at most `max_tokens` tokens each.
+        """Records the steps of up to `max_sequences` sequences with at most `max_tokens` tokens each.
 
         They write to the cache's first block. If the device cannot record, or not all of them, the others are computed.
         """
@@ -132,7 +132,7 @@ def _decodes(sequence: SequenceStep) -> bool:
 
 
 def _num_splits(num_tokens: int) -> int:
-    """Returns the number of splits for which a step is recorded whose longest sequence has so many tokens."""
+    """Returns the number of splits in the recording of a step whose longest sequence has `num_tokens` tokens."""
     return power_of_two(-(-num_tokens // SPLIT_KEYS))
 
 

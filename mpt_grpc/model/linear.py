@@ -34,9 +34,9 @@ class WeightFormat:
     quantize: bool = False
     """Whether matrices are rounded to 8 bits."""
     by_triton: bool = False
-    """Whether Triton multiplies on a GPU where PyTorch's products do not do: for 8 bits, and to be batch-invariant."""
+    """Whether Triton multiplies on a GPU instead of PyTorch: with 8 bits, or to be batch-invariant."""
     batch_invariant: bool = False
-    """Whether a row must have the same bits in any batch on a GPU; on a CPU the kernels always see to it."""
+    """Whether a row must have the same bits in any batch on a GPU; the kernels for CPUs always ensure it."""
 
     @property
     def stored_dtype(self) -> torch.dtype:

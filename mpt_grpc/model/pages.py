@@ -11,7 +11,7 @@ from torch import Tensor
 def zeros(num_bytes: int) -> Tensor:
     """Returns zeros, uint8 [num_bytes] on the CPU, in large pages where the system has them.
 
-    Raises MemoryError if the system refuses so much memory.
+    Raises MemoryError if the system refuses that much memory.
     """
     try:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -90,7 +90,7 @@ class Runner:
     def warm_up(self, max_sequences: int, max_tokens: int) -> None:
         """Computes chunks and records decoding steps, so that no request waits for it. All blocks must be free.
 
-        They are recorded for all sizes up to so many sequences, of at most `max_tokens` tokens each.
+        Steps are recorded for up to `max_sequences` sequences, of at most `max_tokens` tokens each.
         """
         size, inputs = self._cache.block_size, SamplingInputs(SamplingParameters(temperature=0, seed=0))
         for length in _WARM_UP_TOKENS:

@@ -30,8 +30,8 @@ class FairQueue:
         self._started: dict[str, set[Sequence]] = {}
         """Those that have started and not ended, by caller; without empty sets."""
         self._now = 0.0
-        """The most tokens that a caller has had when one of its sequences has started. Who arrives when none waits
-        begins there."""
+        """The most tokens that a caller has had when one of its sequences has started. A caller that arrives when none
+        waits begins there."""
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -96,7 +96,7 @@ class FairQueue:
         return self._served[caller.name]
 
     def _level(self, priority: int) -> float:
-        """Returns what a caller begins with who was idle."""
+        """Returns what a caller that was idle begins with."""
         return min(map(self._had, self._waiting.get(priority, ())), default=self._now)
 
     def _had(self, caller: str) -> float:

@@ -89,7 +89,7 @@ def _details(error: MptServerError, reason: str) -> Iterator[Message]:
 
 
 def _retry_after_ms(error: OverloadedError) -> int:
-    """Returns the time to wait, rounded up: who comes earlier is refused again."""
+    """Returns the time to wait, rounded up: a caller that returns earlier is refused again."""
     return math.ceil(error.retry_after_s * 1000)
 
 

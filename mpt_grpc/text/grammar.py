@@ -157,7 +157,7 @@ def _tool_grammar(constraint: ToolCalls) -> str:
 
 
 def _json_grammar(schema: str, field: str, max_whitespace: int = 1) -> str:
-    # A weak model may generate whitespace forever if it is unbounded; without any, it goes on with a number forever.
+    # A weak model may generate whitespace forever if it is unbounded; without any, it continues a number forever.
     form: JsonCompileOptions = {"lenient": False, "whitespace_flexible": False}
     if max_whitespace:
         form = {"lenient": False, "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{max_whitespace}}}"}

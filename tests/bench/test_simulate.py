@@ -131,7 +131,7 @@ def test_routing_by_prompt_finds_conversations_that_turns_do_not() -> None:
         requests = chats(60.0, 2000)
         simulate(requests, 4, card_tokens("A100"), card_seconds("A100", 0.7), router)
         hits[name] = measure(requests)[0]
-    assert hits["by prompt"] > 2 * max(hits["in turns"], hits["least busy"])
+    assert hits["by prompt"] > 2 * max(hits["in turns"], hits["fewest requests"])
 
 
 def test_a_trace_is_compressed_to_the_load_and_repeated(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def num_results(folder: Path) -> int:
 
 
 def wait_for_results(folder: Path, number: int) -> None:
-    """Waits until there are so many results, of which `tail` tells as they are written."""
+    """Waits until `tail`, which follows the output, has printed `number` results."""
     command = ("timeout", "60", "tail", "-F", "-n", "+1", str(folder / "out.jsonl"))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as tail:
         assert tail.stdout is not None

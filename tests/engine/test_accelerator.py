@@ -1,4 +1,4 @@
-"""Which build of PyTorch computes on which card, and who attends there; decided from what PyTorch reports of a card."""
+"""Which build of PyTorch and which attention a card gets, decided from what PyTorch reports of the card."""
 
 from __future__ import annotations
 

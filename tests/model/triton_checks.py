@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from model.conftest import CPU, GREEDY, Repeating, Stepper, make_checkpoint, random_tokens, random_weights, tiny_config
 from torch import Tensor
@@ -36,8 +37,17 @@ FINITE_ERROR = {torch.float32: 2e-6, torch.float16: 2e-3}
 
 
 def interpret() -> None:
-    """Has Triton, which is imported later, interpret its kernels."""
+    """Has Triton, which is imported later, interpret its kernels, with products that do not depend on a tile's shape.
+
+    A library's products in float32 differ in bits by the shape and by a row's place, which a card's do not.
+    """
     os.environ["TRITON_INTERPRET"] = "1"
+    product = np.matmul
+
+    def exact(a: Any, b: Any, dtype: Any = None) -> Any:
+        return product(a, b, dtype=np.float64).astype(np.float32 if dtype is None else dtype)
+
+    np.matmul = exact
 
 
 @dataclass(frozen=True)
@@ -188,10 +198,7 @@ def check_batch_invariance(spans: Sequence[tuple[int, int]]) -> None:
 
 
 def check_equal_bits_in_chunks(attn_config: dict[str, Any], count: int, ends: Sequence[int]) -> None:
-    """A batch-invariant context has the same bits in one chunk as in several, which end at `ends`.
-
-    They are multiples of 16: the interpreter's products, unlike a card's, differ in bits by the place in a tile.
-    """
+    """A batch-invariant context has the same bits in one chunk as in several, which end at `ends`."""
     config = make_config({**attn_config, "attn_type": "grouped_query_attention", "kv_n_heads": 2})
     backend = triton_attention(config, batch_invariant=True)
     whole = make_step(config, [(250, count)], torch.float16, torch.float16)

@@ -29,7 +29,7 @@ _MAX_ROUNDS = 4
 _FIRST_PAUSE_S = 0.1
 _MAX_ASIDE_S = 30.0
 MAX_BREAKS, PROGRESS_TOKENS = 3, 16
-"""A call is given up when so many servers in a row broke while they ran it, none of which generated so many tokens. A
+"""A call fails when `MAX_BREAKS` servers in a row broke while they ran it, each with less than `PROGRESS_TOKENS`: a
 request that crashes servers must not go through all of them."""
 _Connection = TypeVar("_Connection")
 

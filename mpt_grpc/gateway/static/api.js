@@ -31,7 +31,7 @@ async function connection(signal) {
   open++;
 }
 
-// Returns {text, tokens}, as of a piece, of the prompt that the chat template makes of messages. Throws an Error with the
+// Returns {text, tokens}, as in a piece, of the prompt that the chat template makes of messages. Throws an Error with the
 // server's message.
 export async function renderedPrompt(messages) {
   const { tokens: prompt } = await (await post("tokenize", { messages })).json();
