@@ -254,7 +254,17 @@ def test_whitespace_between_the_elements_of_json_is_bounded(constraint: Callable
 def test_by_default_one_space_may_follow_each_comma_and_colon(constraint: Constraint) -> None:
     for text in ('{"a":[1,2],"b":{}}', '{"a": [1, 2], "b": {}}'):
         assert feed(COMPILER.compile(constraint), text)
-    for text in ('{ "a"', '{"a" :', '{"a":  1', '{"a":\n1', '{"a":[1 ,', '{"a":[1,  ', '{"a":[1,\n', '{"a":1 }', '{"a":1}\n'):
+    for text in (
+        '{ "a"',
+        '{"a" :',
+        '{"a":  1',
+        '{"a":\n1',
+        '{"a":[1 ,',
+        '{"a":[1,  ',
+        '{"a":[1,\n',
+        '{"a":1 }',
+        '{"a":1}\n',
+    ):
         with pytest.raises(InvalidRequestError):
             feed(COMPILER.compile(constraint), text)
 
