@@ -38,7 +38,7 @@ def _no_collections() -> Iterator[None]:
 
 def num_messages() -> int:
     """Returns how many requests exist as messages, with their prompts."""
-    return sum(isinstance(found, pb.GenerateRequest) for found in gc.get_objects())
+    return sum(type(found) is pb.GenerateRequest for found in gc.get_objects())
 
 
 async def all_are_freed(before: int) -> None:
