@@ -130,15 +130,16 @@ class JsonSchema:
 
     schema: str
     """The schema as JSON text."""
-    max_whitespace: int = 1
-    """The most consecutive whitespace characters between the elements of the output."""
+    max_whitespace: int | None = None
+    """The most consecutive whitespace characters between the elements of the output; if None, one space may follow each
+    comma and colon."""
 
 
 @dataclass(frozen=True)
 class JsonObject:
     """Constrains the output to a JSON object."""
 
-    max_whitespace: int = 1
+    max_whitespace: int | None = None
 
 
 @dataclass(frozen=True)

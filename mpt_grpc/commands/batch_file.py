@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from mpt_grpc.errors import BatchError
 from mpt_grpc.gateway.parsing import MAX_DEPTH
+from mpt_grpc.json_values import parse_json
 from mpt_grpc.limits import is_deeper_than
 
 STANDARD_STREAM = "-"
@@ -79,7 +80,7 @@ def read_requests(file: BinaryIO) -> Iterator[BatchRequest | InvalidLine]:
 
 def _parsed(id_: str, line: bytes, earlier_custom_ids: set[str]) -> BatchRequest | InvalidLine:
     try:
-        fields = json.loads(line.decode())
+        fields = parse_json(line.decode())
     except (ValueError, RecursionError) as error:
         return InvalidLine(id_, None, "invalid_json_line", f"the line is not valid JSON: {error}")
     if not isinstance(fields, dict):

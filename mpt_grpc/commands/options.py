@@ -120,7 +120,10 @@ def add_constraint(parser: argparse.ArgumentParser) -> None:
     constraint.add_argument("--choice", action="append", metavar="TEXT", help="one of these texts; may be repeated")
     constraint.add_argument("--lark-grammar", type=_grammar, metavar="TEXT|FILE", help="a sentence of this grammar")
     group.add_argument(
-        "--max-whitespace", type=int, metavar="N", help="most whitespace between elements of JSON; 0 to 8 (default: 1)"
+        "--max-whitespace",
+        type=int,
+        metavar="N",
+        help="most whitespace between elements of JSON; 0 to 8 (default: one space after each comma and colon)",
     )
 
 

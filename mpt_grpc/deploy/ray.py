@@ -153,8 +153,8 @@ def beginning_of(body: bytes) -> bytes:
 
 
 def _message(message: dict[str, Any]) -> Message:
-    role, content = message["role"], message["content"]
-    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    role, content = message.get("role", "assistant"), message.get("content") or ""  # calls and results have less
+    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
     return Message("system" if role == "developer" else role, text)
 
 

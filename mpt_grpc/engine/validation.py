@@ -123,7 +123,7 @@ def _decoding(decoding: DecodingOptions, limits: RequestLimits) -> Iterator[Fiel
         why = f"{len(decoding.allowed_token_ids)} items; at most {limits.vocab_size} are allowed"
         yield FieldViolation("decoding.allowed_token_ids", why)
     yield from _token_ids("decoding.allowed_token_ids", decoding.allowed_token_ids, limits)
-    if isinstance(decoding.constraint, JsonSchema | JsonObject):
+    if isinstance(decoding.constraint, JsonSchema | JsonObject) and decoding.constraint.max_whitespace is not None:
         yield from _number("decoding.max_whitespace", decoding.constraint.max_whitespace)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -27,6 +28,8 @@ def field_names(request: Request) -> Mapping[str, str]:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    # They hold the error, and the request, until garbage is collected.
+    traceback.clear_frames(error.__traceback__)
     if isinstance(error, BadRequestError):
         note_refusal(request.scope, error)
     return error_response(error, field_names(request))

@@ -113,8 +113,8 @@ class LocalChannel(grpc.aio.Channel):
         except grpc.aio.AbortError:
             pass  # the context has the status
         except asyncio.CancelledError:
+            # Not raised again: the task would keep it, with these frames and the request, until garbage is collected.
             context.set_code(grpc.StatusCode.CANCELLED)
-            raise
         except Exception as error:
             _log.exception("%s failed", method)
             context.set_code(grpc.StatusCode.UNKNOWN)

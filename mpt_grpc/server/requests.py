@@ -161,11 +161,10 @@ def _decoding(message: pb.DecodingOptions, defaults: GenerationDefaults) -> Deco
 
 
 def _constraint(message: pb.DecodingOptions) -> Constraint | None:
-    kind, max_whitespace = message.WhichOneof("constraint"), JsonObject().max_whitespace
-    if message.HasField("max_whitespace"):
-        max_whitespace = message.max_whitespace
-        if kind not in ("json_schema", "json_object"):
-            raise InvalidRequestError(FieldViolation("decoding.max_whitespace", "requires json_schema or json_object"))
+    kind = message.WhichOneof("constraint")
+    max_whitespace = message.max_whitespace if message.HasField("max_whitespace") else None
+    if max_whitespace is not None and kind not in ("json_schema", "json_object"):
+        raise InvalidRequestError(FieldViolation("decoding.max_whitespace", "requires json_schema or json_object"))
     match kind:
         case "json_schema":
             return JsonSchema(message.json_schema, max_whitespace)

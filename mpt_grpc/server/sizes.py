@@ -102,6 +102,7 @@ def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[
         if count > most:
             yield FieldViolation(field, f"{count} items; at most {most} are allowed")
     sizes = {
+        "request_id": len(message.request_id.encode()),  # which is an attribute of spans
         "conversation.chat_template_kwargs": len(conversation.chat_template_kwargs.encode()),
         "conversation.tools": sum(tool.ByteSize() for tool in conversation.tools[: MAX_COUNTS["conversation.tools"]]),
         "resume_fingerprint": len(message.resume_fingerprint.encode()),

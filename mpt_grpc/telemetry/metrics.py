@@ -167,8 +167,8 @@ class HttpMetrics:
 
     def end(self, method: str, scheme: str, route: str | None, status: int | None, duration_s: float) -> None:
         """Records the end of a request. Both `route` and `status` are None if it has none."""
+        self._active.add(-1, {names.HTTP_METHOD: method, names.URL_SCHEME: scheme})
         attributes: dict[str, str | int] = {names.HTTP_METHOD: method, names.URL_SCHEME: scheme}
-        self._active.add(-1, attributes)
         if route is not None:
             attributes[names.HTTP_ROUTE] = route
         if status is not None:

@@ -156,10 +156,12 @@ def _tool_grammar(constraint: ToolCalls) -> str:
     return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}, *grammars]})
 
 
-def _json_grammar(schema: str, field: str, max_whitespace: int = 1) -> str:
-    # A weak model may generate whitespace forever if it is unbounded; without any, it continues a number forever.
+def _json_grammar(schema: str, field: str, max_whitespace: int | None = None) -> str:
+    # A weak model may generate whitespace forever if it is unbounded.
     form: JsonCompileOptions = {"lenient": False, "whitespace_flexible": False}
-    if max_whitespace:
+    if max_whitespace is None:
+        form |= {"item_separator": ", ?", "key_separator": ": ?"}
+    elif max_whitespace:
         form = {"lenient": False, "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{max_whitespace}}}"}
     try:
         # llguidance parses it first, because it rejects JSON that is nested too deeply for Python.

@@ -13,7 +13,7 @@ from typing import Any
 from mpt_grpc.text.regex_syntax import unsupported_syntax
 from mpt_grpc.text.schema_checks import SIZES, UnsupportedSchemaError, check_types, error
 from mpt_grpc.text.schema_formats import ENFORCED_FORMATS, express_format
-from mpt_grpc.text.schema_numbers import check_numbers, narrow_bounds
+from mpt_grpc.text.schema_numbers import bound_integers, check_numbers, narrow_bounds
 from mpt_grpc.text.schema_patterns import narrow_patterns
 from mpt_grpc.text.schema_places import (
     IDS,
@@ -278,6 +278,6 @@ def _unevaluated(schema: dict[str, Any]) -> None:
 
 
 _STEPS = (
-    _annotations, _sizes, narrow_bounds, _property_names, narrow_patterns, express_format, _dependencies, _conditions,
-    _contains, _unevaluated,
+    _annotations, _sizes, narrow_bounds, bound_integers, _property_names, narrow_patterns, express_format,
+    _dependencies, _conditions, _contains, _unevaluated,
 )  # fmt: skip

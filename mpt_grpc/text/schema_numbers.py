@@ -57,6 +57,17 @@ def narrow_bounds(schema: dict[str, Any]) -> None:
             schema[inclusive] = bound
 
 
+def bound_integers(schema: dict[str, Any]) -> None:
+    """Bounds integers by those that doubles represent, since a weak model would go on with digits."""
+    types = schema.get("type")
+    types = types if isinstance(types, list) else [types]
+    if "integer" not in types or "number" in types or "multipleOf" in schema:  # with which bounds would be costly
+        return
+    for keyword, bound in (("minimum", -MAX_EXACT), ("maximum", MAX_EXACT)):
+        if schema.keys().isdisjoint((keyword, f"exclusive{keyword.capitalize()}")):
+            schema[keyword] = bound
+
+
 def _is_read_exactly(number: float) -> bool:
     if isinstance(number, int):
         return True

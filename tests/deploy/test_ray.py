@@ -159,11 +159,14 @@ async def test_the_route_redirects_openais_clients_to_the_servers_in_turn(cluste
 
 async def test_the_route_redirects_all_turns_of_a_conversation_to_one_server(cluster: Cluster) -> None:
     await cluster.targets_when(2)
-    messages = [
+    call = {"name": "look", "arguments": "{}"}
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "You are the keeper of a lighthouse. " * 20},
         {"role": "user", "content": "Who are you?"},
         {"role": "assistant", "content": "The keeper."},
         {"role": "user", "content": [{"type": "text", "text": "Of what?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": call}]},
+        {"role": "tool", "tool_call_id": "c", "content": "A lighthouse."},
     ]
 
     def redirected(number: int, url: str) -> str:
@@ -173,7 +176,7 @@ async def test_the_route_redirects_all_turns_of_a_conversation_to_one_server(clu
         connection.close()
         return str(location)
 
-    locations = {await asyncio.to_thread(redirected, number, cluster.url) for number in (2, 4, 2, 4)}
+    locations = {await asyncio.to_thread(redirected, number, cluster.url) for number in (2, 4, 6, 2, 4, 6)}
     assert len(locations) == 1
 
 

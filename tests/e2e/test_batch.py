@@ -141,12 +141,13 @@ def test_a_line_that_fails_has_an_error_and_does_not_end_the_run(server: Any, tm
         line("typing", temprature=1),
         line("deep").replace("0", "[" * 900 + "]" * 900),
         "[" * 100_000,
+        '{"custom_id": ' + "1" * 5000 + "}",
     ]
     status, printed = run(server, tmp_path, lines)
     assert status == 1
     assert printed == [
-        "12 of 12 requests: 1 succeeded, 11 failed",
-        "mpt-grpc: 11 requests failed; their lines have the errors",
+        "13 of 13 requests: 1 succeeded, 12 failed",
+        "mpt-grpc: 12 requests failed; their lines have the errors",
     ]
     found = {result["id"]: result for result in results(tmp_path)}
     errors = {id_: result["error"]["code"] for id_, result in found.items() if result["error"]}
@@ -161,7 +162,9 @@ def test_a_line_that_fails_has_an_error_and_does_not_end_the_run(server: Any, tm
         "batch_req_9": "duplicate_custom_id",
         "batch_req_12": "invalid_body",
         "batch_req_13": "invalid_json_line",
+        "batch_req_14": "invalid_json_line",
     }
+    assert found["batch_req_14"]["error"]["message"].endswith("an integer has more than 4300 digits")
     refused = found["batch_req_11"]["response"]
     assert refused["status_code"] == 400
     assert "did you mean 'temperature'?" in refused["body"]["error"]["message"]

@@ -188,11 +188,13 @@ async def test_a_body_that_is_too_long_is_refused_by_its_length(gateway: Running
 async def test_a_body_without_a_length_is_refused_when_it_gets_too_long(gateway: RunningServer) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
     writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n")
+    status = asyncio.ensure_future(reader.readline())
     piece = b"%x\r\n%b\r\n" % (1 << 16, b" " * (1 << 16))
-    for _ in range(MAX_BODY_BYTES // (1 << 16) + 1):
+    for _ in range(MAX_BODY_BYTES // (1 << 16)):
         writer.write(piece)
         await writer.drain()
-    assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
+    writer.write(piece)
+    assert (await status).startswith(b"HTTP/1.1 413 ")
     writer.close()
 
 
@@ -209,11 +211,13 @@ async def test_a_body_that_stalls_is_ended(
 async def test_a_body_that_trickles_is_ended(gateway: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "BODY_TIMEOUT_S", 0.3)
     reader, writer = await send(gateway, "POST", TEXT, b" ", length=1000)
-    response = asyncio.ensure_future(read_response(reader, writer))
-    while not response.done():
+    # What is written after the end resets the connection, at which the rest of the response may be lost.
+    status = asyncio.ensure_future(reader.readline())
+    while not status.done():
         writer.write(b" ")
-        await asyncio.wait({response}, timeout=0.02)
-    assert response.result()[0] == 408
+        await asyncio.wait({status}, timeout=0.02)
+    writer.close()
+    assert status.result().startswith(b"HTTP/1.1 408 ")
 
 
 @pytest.mark.parametrize(

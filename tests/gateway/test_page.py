@@ -325,6 +325,19 @@ async def test_the_last_turn_of_a_conversation_is_retried_or_edited(page: Page) 
     assert await chat(page, "Who are you?") == first
 
 
+async def test_a_retry_with_a_setting_that_is_not_valid_keeps_the_message(page: Page) -> None:
+    await page.get_by_label("Chat", exact=True).check()
+    await page.fill("[name=max_tokens]", "6")
+    await chat(page, "Who are you?")
+    await page.fill("[name=temperature]", "warm")
+    await page.get_by_role("button", name="Retry").click()
+    await expect(page.locator("#turns > li")).to_have_count(0)
+    assert await page.locator("[name=message]").input_value() == "Who are you?"
+    await page.fill("[name=temperature]", "0")
+    await page.locator("[type=submit]").click()
+    await expect(page.locator("#turns .message")).to_have_text("Who are you?")
+
+
 async def test_a_stopped_reply_is_continued_and_a_failed_one_is_left_out(page: Page) -> None:
     await page.get_by_label("Chat", exact=True).check()
     await page.get_by_text("Request as code").click()

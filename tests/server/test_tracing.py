@@ -305,3 +305,12 @@ async def test_the_span_of_a_conversation_has_its_operation_and_number_of_output
     assert attributes["gen_ai.request.presence_penalty"] == -0.5
     assert attributes["gen_ai.response.finish_reasons"] == ["max_new_tokens"] * 2
     assert attributes["gen_ai.usage.output_tokens"] == spans["decode"]["attributes"]["gen_ai.usage.output_tokens"] == 8
+
+
+async def test_an_id_that_is_too_long_is_no_attribute_of_a_span(tmp_path: Path) -> None:
+    """A collector refuses what is larger than a few MiB, with all spans that are exported together."""
+    trace_file = tmp_path / "trace.jsonl"
+    async with stub_of_server(trace_file) as (stub, _):
+        with pytest.raises(grpc.aio.AioRpcError, match="request_id"):
+            await stub.Generate(generate_request(request_id="r" * 129), metadata=FROM_CALLER)
+    assert not any("request_id" in name for name in spans_in(trace_file, TRACE_ID)[f"{RPC}Generate"]["attributes"])

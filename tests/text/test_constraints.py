@@ -250,6 +250,31 @@ def test_whitespace_between_the_elements_of_json_is_bounded(constraint: Callable
             feed(COMPILER.compile(constraint(most)), "{" + space * (most + 1) + '"a"')
 
 
+@pytest.mark.parametrize("constraint", [JsonObject(), JsonSchema('{"type": "object"}')])
+def test_by_default_one_space_may_follow_each_comma_and_colon(constraint: Constraint) -> None:
+    for text in ('{"a":[1,2],"b":{}}', '{"a": [1, 2], "b": {}}'):
+        assert feed(COMPILER.compile(constraint), text)
+    for text in (
+        '{ "a"',
+        '{"a" :',
+        '{"a":  1',
+        '{"a":\n1',
+        '{"a":[1 ,',
+        '{"a":[1,  ',
+        '{"a":[1,\n',
+        '{"a":1 }',
+        '{"a":1}\n',
+    ):
+        with pytest.raises(InvalidRequestError):
+            feed(COMPILER.compile(constraint), text)
+
+
+def test_arguments_of_calls_have_no_line_breaks() -> None:
+    assert feed(COMPILER.compile(ToolCalls(RUN, True, 1, None)), CALL.replace("{}", '{"a": 1, "b":2}'))
+    with pytest.raises(InvalidRequestError):
+        feed(COMPILER.compile(ToolCalls(RUN, True, 1, None)), CALL.replace("{}", '{"a":\n1}'))
+
+
 # The end of an output.
 
 

@@ -135,6 +135,18 @@ def test_bounds_of_numbers_are_enforced(bounds: dict[str, Any], good: list[float
     assert accepted == dict.fromkeys(good, True) | dict.fromkeys(bad, False)
 
 
+@pytest.mark.parametrize("kind", ["integer", ["integer", "null"]])
+def test_integers_are_those_that_doubles_represent(kind: Any) -> None:
+    assert conforms({"type": kind}, MAX_EXACT)
+    assert conforms({"type": kind}, -MAX_EXACT)
+    assert not conforms({"type": kind}, MAX_EXACT + 1)
+    assert not conforms({"type": kind}, -MAX_EXACT - 1)
+    assert not conforms({"type": kind, "minimum": 5}, MAX_EXACT + 1)
+    assert not conforms({"type": kind, "exclusiveMaximum": 5}, -MAX_EXACT - 1)
+    for other in ({"type": "number"}, {"type": ["integer", "number"]}, {"type": kind, "multipleOf": 7}):
+        assert conforms(other, 7 * 10**17)
+
+
 NUMBERS = st.integers(-9, 9) | st.decimals(-2, 2, places=3).map(float)
 
 

@@ -158,6 +158,8 @@ class Attempts(Generic[_Connection]):
         # Adding to a set and removing from it are atomic, and a lock could be held where a finalizer calls `end`.
         if self._is_counted:
             self.server.generations.add(self)
+        if not self._is_counted:  # another thread has ended it meanwhile
+            self.server.generations.discard(self)
 
     def at(self, server: Server[_Connection]) -> Attempts[_Connection]:
         """Returns the single attempt at this server that is a part of the same call, with the same deadline."""

@@ -30,7 +30,7 @@ def beginning(request: pb.GenerateRequest) -> bytes:
         if request.conversation.ByteSize() < BEGINNING_BYTES:
             return b""
         for message in request.conversation.messages:
-            parts.append(message.content.encode()[:BEGINNING_BYTES])
+            parts.append(message.content[:BEGINNING_BYTES].encode()[:BEGINNING_BYTES])
             if message.role == pb.ROLE_USER:
                 break
     elif request.HasField("token_ids"):

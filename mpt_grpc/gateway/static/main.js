@@ -21,9 +21,11 @@ const outputs = new Set(); // of the text
 const conversation = new Conversation(document.getElementById("turns"), {
   chosen: refresh,
   retried: (content) => {
-    const fields = new FormData(form);
-    fields.set("message", content);
-    generate(fields);
+    const draft = message.value;
+    message.value = content;
+    form.requestSubmit();
+    // If a setting is not valid, the browser says so, and the message is still there to be sent.
+    message.value ||= draft;
   },
   edited: (content) => {
     message.value = content;

@@ -692,7 +692,7 @@ class DecodingOptions(_message.Message):
     """The output is derived from the rule `start` of this grammar, in llguidance's variant of Lark."""
     max_whitespace: _builtins.int
     """The most consecutive whitespace characters between the elements of an output that `json_schema` or `json_object`
-    constrains. 0 makes it compact, but some models then do not end a number. Range: 0 to 8. Default: 1.
+    constrains; 1 and more allow line breaks. Range: 0 to 8. Default: one space may follow each comma and colon.
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:

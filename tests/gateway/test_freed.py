@@ -1,0 +1,70 @@
+"""What a request holds is freed when it ends, however it ends, without waiting for a collection of garbage."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import demo_settings
+from http_calls import fetch, send
+
+from mpt_grpc.server.server import RunningServer, running_server
+from mpt_grpc.settings import HttpSettings
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+REFUSED: dict[str, dict[str, Any]] = {
+    TEXT: {"prompt": "Once", "temperature": -1},
+    CHAT: {"messages": [{"role": "user", "content": "Hi"}], "temperature": -1},
+}
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[RunningServer]:
+    async with running_server(replace(demo_settings(), http=HttpSettings(port=0))) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _no_collections() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def num_messages() -> int:
+    """Returns how many requests exist as messages, with their prompts."""
+    return sum(type(found) is pb.GenerateRequest for found in gc.get_objects())
+
+
+async def all_are_freed(before: int) -> None:
+    async with asyncio.timeout(30):
+        while num_messages() > before:  # noqa: ASYNC110
+            await asyncio.sleep(0)  # lets the tasks of the request end
+
+
+@pytest.mark.parametrize("path", REFUSED)
+async def test_a_refused_request_is_freed(gateway: RunningServer, path: str) -> None:
+    await fetch(gateway, "POST", path, REFUSED[path])
+    gc.collect()
+    before = num_messages()
+    assert (await fetch(gateway, "POST", path, REFUSED[path]))[0] == 400
+    await all_are_freed(before)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_whose_caller_leaves_is_freed(gateway: RunningServer, stream: bool) -> None:
+    gc.collect()
+    before = num_messages()
+    body = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True, "stream": stream}
+    _, writer = await send(gateway, "POST", TEXT, body)
+    async with asyncio.timeout(30):
+        while not gateway.engine.num_in_flight:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert num_messages() > before
+    writer.close()
+    await all_are_freed(before)
