@@ -51,7 +51,7 @@ class Running:
             del self._num_of[name], self._callers[name]
 
     def leaves_token_for(self, head: Sequence, num_tokens: int) -> bool:
-        """Whether `head`, which waits, has a share in a step of `num_tokens`; if the batch is full, in another's place."""
+        """Whether `head`, which waits, has a share of `num_tokens`; if the batch is full, in another's place."""
         by_rank = list(self.sequences)
         insort(by_rank, head, key=_rank)
         return shares(by_rank, num_tokens + self.is_full, head)[head] > 0

@@ -1,8 +1,8 @@
 """Decides what each step computes and applies the results.
 
-`plan` shares a step among the running sequences, and `commit` applies the chosen tokens. The fair queue decides which one
-starts next. When blocks run short, the lowest-ranked running sequence is preempted: its blocks
-are freed and it is recomputed later. The first sequence of a request is its primary; its siblings start once the prompt
+`plan` shares a step among the running sequences, and `commit` applies the chosen tokens. The fair queue decides which
+one starts next. When blocks run short, the lowest-ranked running sequence is preempted: its blocks are freed and it is
+recomputed later. The first sequence of a request is its primary; its siblings start once the prompt
 is computed and share its full blocks.
 """
 

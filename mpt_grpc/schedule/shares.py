@@ -1,8 +1,8 @@
 """How the running sequences share the tokens of a step.
 
-Each gets one. Beyond that, higher priorities come first, and among equal ones the callers have equal parts of the step, by
-weight; what one does not need is shared among the others. A caller's sequences get its part in the order of arrival. So
-a prompt waits for those of its own caller, and for no more of another than if that one had a single prompt.
+Each gets one. Beyond that, higher priorities come first, and among equal ones the callers have equal parts of the step,
+by weight; what one does not need is shared among the others. A caller's sequences get its part in the order of arrival.
+So a prompt waits for those of its own caller, and for no more of another than if that one had a single prompt.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def test_a_flood_doubles_the_steps_to_anothers_first_token_at_most(
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-1, 1), Lengths), min_size=1, max_size=8), st.booleans())
 def test_a_step_is_full_and_leaves_no_running_sequence_out(
     arrivals: list[tuple[str, int, int]],
-    has_weights: bool,  # noqa: FBT001
+    has_weights: bool,
 ) -> None:
     m = machine(2000, max_running=8, max_step_tokens=16, max_context=400)
     for number, (caller, priority, length) in enumerate(arrivals):
