@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the faults (default: 0)")
     parsed = parser.parse_args()
     random.seed(parsed.seed)
-    tallies = {}
+    tallies: dict[str, Tally] = {}
     if faults := [fault for fault in FAULTS if fault.name in parsed.faults]:
         tallies |= asyncio.run(run_faults(faults, parsed.rounds, parsed.streams))
     if parsed.loads:
