@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ async def cancel(callers: Callers, tally: Tally) -> None:
         async with callers.one.stream("Once", max_new_tokens=200, ignore_eos=True) as stream:
             if number % 2:
                 await anext(stream)
+            else:  # wherever the call is then, also before it is sent
+                await asyncio.sleep(random.uniform(0, 0.02))
 
     async def leave_often() -> None:
         for number in range(callers.num_cancels // NUM_SLOTS):
