@@ -132,8 +132,8 @@ mutate: .venv/mutate ## Show which small changes to the code no test notices, in
 	@$(BIN)/python tools/mutate.py $(ARGS)
 
 .PHONY: torture
-torture: .venv/dev ## Break servers in the middle of streams, which must not differ; ARGS="--rounds 100" for an hour of it
-	$(BIN)/python tools/torture.py $(ARGS)
+torture: .venv/dev ## Break and overload servers in the middle of streams, which must not differ; ARGS="--rounds 100" for hours of it
+	$(BIN)/python -m tools.torture $(ARGS)
 
 .PHONY: soak
 soak: .venv/dev ## Load a server with all that callers do, for 30 minutes, and see what is left; ARGS="--minutes 600" for more

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mpt_grpc_client import Client, GenerateOptions
-from tools.torture import FAULTS, ServerProcess
+from tools.streams import ServerProcess
 
 RECORDING = Path(__file__).parents[1] / "clients/python/stream.svg"
 PROMPT = "Once upon a time"
@@ -58,7 +58,7 @@ def recorded(servers: Sequence[ServerProcess]) -> Text:
                 running = by_target[stream.resumptions[-1].target]
             screen.append(text, COLORS[servers.index(running)])
             if stream.num_tokens >= kill_after:
-                running.fail(FAULTS[0])
+                running.process.kill()
                 kill_after = next(kills, MAX_NEW_TOKENS + 1)
                 screen.append("[killed]", "bold white on red")
     if stream.text != undisturbed or len(stream.resumptions) != len(KILLED_AFTER):

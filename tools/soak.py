@@ -27,7 +27,7 @@ from mpt_grpc_client import (
 )
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
-from tools.torture import ServerProcess, request
+from tools.streams import ServerProcess, request
 
 NUM_CALLERS = 16
 NUM_KINDS_OF_REQUESTS = 30

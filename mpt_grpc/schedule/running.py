@@ -13,6 +13,7 @@ from operator import attrgetter
 from mpt_grpc.caller import Caller
 from mpt_grpc.schedule.fair_queue import FairQueue
 from mpt_grpc.schedule.sequence import Sequence
+from mpt_grpc.schedule.shares import shares
 
 _rank = attrgetter("rank")
 
@@ -49,9 +50,11 @@ class Running:
         if not self._num_of[name]:
             del self._num_of[name], self._callers[name]
 
-    def num_ahead(self, head: Sequence) -> int:
-        """Returns how many tokens the sequences that rank before `head` have yet to compute."""
-        return sum(s.num_uncomputed for s in self.sequences if s.rank < head.rank)
+    def leaves_token_for(self, head: Sequence, num_tokens: int) -> bool:
+        """Whether `head`, which waits, has a share of `num_tokens`; if the batch is full, in another's place."""
+        by_rank = list(self.sequences)
+        insort(by_rank, head, key=_rank)
+        return shares(by_rank, num_tokens + self.is_full, head)[head] > 0
 
     def preemptible_for(self, head: Sequence, waiting: FairQueue) -> list[Sequence]:
         """Returns the running sequences that must make way for `head`, which waits, in their order.

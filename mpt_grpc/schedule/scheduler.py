@@ -1,8 +1,8 @@
 """Decides what each step computes and applies the results.
 
-`plan` serves the sequences in one pass, by priority and then by arrival; `commit` applies the chosen tokens. The fair
-queue decides which one starts next. When blocks run short, the lowest-ranked running sequence is preempted: its blocks
-are freed and it is recomputed later. The first sequence of a request is its primary; its siblings start once the prompt
+`plan` shares a step among the running sequences, and `commit` applies the chosen tokens. The fair queue decides which
+one starts next. When blocks run short, the lowest-ranked running sequence is preempted: its blocks are freed and it is
+recomputed later. The first sequence of a request is its primary; its siblings start once the prompt
 is computed and share its full blocks.
 """
 
@@ -21,6 +21,7 @@ from mpt_grpc.schedule.drafts import Drafter, TokenIds, most_useful
 from mpt_grpc.schedule.fair_queue import FairQueue
 from mpt_grpc.schedule.running import Running
 from mpt_grpc.schedule.sequence import Sequence
+from mpt_grpc.schedule.shares import shares
 from mpt_grpc.schedule.step_budget import StepBudget
 from mpt_grpc.step import Matcher, SequenceStep, StepPlan, StepResult
 
@@ -212,10 +213,10 @@ class Scheduler:
     def _admit(self, budget: int) -> None:
         """Starts waiting sequences, strictly in their order, while budget, slots and blocks for their tokens last.
 
-        A sequence preempts those that must make way for it if it fits once they are gone. Until the sequences that rank
-        before it leave it a token of the budget, it owns no blocks: more of its prompt may be in the prefix cache then.
+        A sequence preempts those that must make way for it if it fits once they are gone. Until the others leave it a
+        token of the budget, it owns no blocks: more of its prompt may be in the prefix cache then.
         """
-        while self._waiting and self._running.num_ahead(head := self._waiting.first) < budget:
+        while self._waiting and self._running.leaves_token_for(head := self._waiting.first, budget):
             hits = self._blocks.cached(head)
             if self._lacks_capacity_for(head, hits):
                 preemptible = self._running.preemptible_for(head, self._waiting)
@@ -241,21 +242,19 @@ class Scheduler:
         return self._blocks.would_have_room(staying, head, hits)
 
     def _steps(self, budget: int) -> list[SequenceStep]:
-        """Gives each running sequence one token, and the rest of the budget to those with more to compute, by rank.
+        """Shares the budget among the running sequences.
 
         A sequence for which no block is left is preempted, after all that rank lower.
         """
         steps: list[SequenceStep] = []
         running, block_size = self._running.sequences, self._pool.block_size
+        num_tokens = shares(running, budget)
         while len(steps) < len(running):
             sequence = running[len(steps)]
-            reserved = len(running) - len(steps) - 1
-            num_tokens = min(sequence.num_uncomputed, budget - reserved)
-            end = sequence.num_computed + num_tokens
+            end = sequence.num_computed + num_tokens[sequence]
             if end > len(sequence.block_table) * block_size and not self._extend(sequence, end):
                 break
-            steps.append(sequence.step(num_tokens))
-            budget -= num_tokens
+            steps.append(sequence.step(num_tokens[sequence]))
         return steps
 
     def _add_drafts(self, steps: list[SequenceStep]) -> None:

@@ -16,12 +16,12 @@ import pytest
 import yaml
 from conftest import demo_settings
 from programs import DEPLOY, output_of, program
-from relay import Relay, relaying
 
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc_client import AsyncClient
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
+from tools.relay import Relay, relaying
 
 SETTINGS = DEPLOY / "envoy/envoy.yaml"
 PROMPT = "Once upon a time there was a fox"

@@ -15,13 +15,24 @@ ROOT = Path(__file__).parents[2]
 KEPT_RECORDING = recording.RECORDING
 
 
+def rows(*arguments: str) -> dict[str, list[str]]:
+    """Returns the rows of the table by their first cell."""
+    command = (sys.executable, "-m", "tools.torture", "--rounds", "1", *arguments)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, (ended.stdout, ended.stderr)
+    cells = [line.strip("|").split("|") for line in ended.stdout.splitlines()]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells[2:]}
+
+
 def test_streams_of_killed_servers_go_on_without_a_difference() -> None:
-    command = (sys.executable, ROOT / "tools" / "torture.py", "--rounds", "1", "--faults", "kill")
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert ended.returncode == 0, ended.stderr
-    row = ended.stdout.splitlines()[-1]
-    assert (found := re.search(r"1  +30  +(\d+)  +0  +", row)), row
-    assert int(found[1]) > 0
+    (row,) = rows("--faults", "kill", "--loads").values()
+    assert row[:3] == ["1", "30", "0"]
+    assert int(row[3]) > 0
+
+
+def test_streams_beside_loads_are_not_different_either() -> None:
+    loads = rows("--faults", "--loads", "flood", "slow", "cancel", "huge", "--streams", "15", "--cancels", "320")
+    assert [(row[0], row[2], row[3]) for row in loads.values()] == [("1", "0", "1")] * 4
 
 
 def test_nothing_is_left_of_callers_good_and_bad() -> None:

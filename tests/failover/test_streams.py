@@ -17,7 +17,6 @@ from conftest import demo_settings
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_status.rpc_status import from_call
-from relay import Relay, relaying
 
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import Settings
@@ -38,6 +37,7 @@ from mpt_grpc_client import (
 )
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
+from tools.relay import Relay, relaying
 
 PROMPT = "Once upon a time there was a fox"
 PERSON = {

@@ -71,4 +71,4 @@ def test_a_sequence_that_does_not_run_is_not_counted() -> None:
     running.remove(first)
     running.remove(first)
     assert running.sequences == []
-    assert running.num_ahead(second) == 0
+    assert running.leaves_token_for(second, num_tokens=1)

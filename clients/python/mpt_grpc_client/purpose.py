@@ -80,6 +80,8 @@ def channel_options(target: str, purpose: Purpose) -> tuple[tuple[str, str | int
         ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
         # By default gRPC takes up to two minutes to notice that a server is back.
         ("grpc.max_reconnect_backoff_ms", 5_000),
+        # Of a name; by default, a change is noticed half a minute late.
+        ("grpc.dns_min_time_between_resolutions_ms", 500),
         ("grpc.keepalive_time_ms", 10_000 if has_others else 30_000),
         ("grpc.keepalive_timeout_ms", 5_000 if has_others else 10_000),
         *(_QUICK_DETECTION if has_others else ()),
