@@ -176,7 +176,8 @@ def test_a_line_that_fails_has_an_error_and_does_not_end_the_run(server: Any, tm
 
 
 def test_killed_runs_continue_without_a_line_lost_or_twice(server: Any, tmp_path: Path) -> None:
-    lines = [line(f"request {number}", 60 + 10 * (number % 5)) for number in range(40)]
+    # The last ones take so long that no run ends before it is killed.
+    lines = [line(f"request {number}", 60 + 10 * (number % 5) if number < 36 else 1500) for number in range(40)]
     output, before = tmp_path / "out.jsonl", b""
     for least in (3, 12, 21):
         with start(server, tmp_path, lines, "--concurrency", "4") as process:

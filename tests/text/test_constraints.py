@@ -270,9 +270,11 @@ def test_by_default_one_space_may_follow_each_comma_and_colon(constraint: Constr
 
 
 def test_arguments_of_calls_have_no_line_breaks() -> None:
-    assert feed(COMPILER.compile(ToolCalls(RUN, True, 1, None)), CALL.replace("{}", '{"a": 1, "b":2}'))
+    properties = {"a": {"type": "integer"}, "b": {"type": "integer"}}
+    tools = (Tool("run", "", json.dumps({"type": "object", "properties": properties, "required": ["a"]})),)
+    assert feed(COMPILER.compile(ToolCalls(tools, True, 1, None)), CALL.replace("{}", '{"a": 1, "b":2}'))
     with pytest.raises(InvalidRequestError):
-        feed(COMPILER.compile(ToolCalls(RUN, True, 1, None)), CALL.replace("{}", '{"a":\n1}'))
+        feed(COMPILER.compile(ToolCalls(tools, True, 1, None)), CALL.replace("{}", '{"a":\n1}'))
 
 
 # The end of an output.

@@ -120,10 +120,11 @@ class TestResponses:
         assert results == [client.generate(f"{STORY} {n}", ignore_eos=True, **GREEDY).text for n in range(4)]
 
     async def test_a_chain_streams(self, chat: ChatMpt) -> None:
-        chain = ChatPromptTemplate([("user", "{question}")]) | chat | StrOutputParser()
+        model = chat.bind(max_new_tokens=200)
+        chain = ChatPromptTemplate([("user", "{question}")]) | model | StrOutputParser()
         chunks = [chunk async for chunk in chain.astream({"question": "Who are you?"})]
         assert len(chunks) > 2
-        assert "".join(chunks) == chat.invoke("Who are you?").content
+        assert "".join(chunks) == model.invoke("Who are you?").content
 
     def test_several_outputs_are_several_generations(self, chat: ChatMpt, llm: MptLLM) -> None:
         for result in (
@@ -271,14 +272,15 @@ class TestMetadata:
     def test_callbacks_receive_each_chunk(self, chat: ChatMpt, llm: MptLLM) -> None:
         for model in (chat, llm):
             recorder = Recorder()
-            chunks = [getattr(chunk, "content", chunk) for chunk in model.stream(STORY, {"callbacks": [recorder]})]
+            stream = model.stream(STORY, {"callbacks": [recorder]}, max_new_tokens=200)
+            chunks = [getattr(chunk, "content", chunk) for chunk in stream]
             assert len(chunks) > 2
             assert recorder.tokens == chunks
 
     async def test_async_callbacks_receive_each_chunk(self, chat: ChatMpt, llm: MptLLM) -> None:
         for model in (chat, llm):
             recorder = AsyncRecorder()
-            stream = model.astream(STORY, {"callbacks": [recorder]})
+            stream = model.astream(STORY, {"callbacks": [recorder]}, max_new_tokens=200)
             chunks = [getattr(chunk, "content", chunk) async for chunk in stream]
             assert len(chunks) > 2
             assert recorder.tokens == chunks
