@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from random import Random
 
-PROMPT_TOKENS, NEW_TOKENS, PREFILL_TOKENS = 64, 64, 512
+PROMPT_TOKENS, NEW_TOKENS, PREFILL_TOKENS = 64, 128, 512
 PREFILL = f"prefill of {PREFILL_TOKENS}"
 """The row of the prefill; the others are named by their number of sequences."""
 _WARM_UP_TOKENS = 4
@@ -82,10 +82,11 @@ def measure(generate: Generate, sequences: Sequence[int], report: Callable[..., 
 
 
 def decode_rate(generation: Generation) -> float:
-    """Returns the tokens per second of all sequences together, from the last one's first token to the last token.
+    """Returns the tokens per second of all sequences together while all of them decode.
 
-    Counts the tokens after that first token.
+    This is from the last one's first token to the first one's last token.
     """
     start_s = max(times[0] for times in generation.token_times_s)
-    later = [time_s for times in generation.token_times_s for time_s in times if time_s > start_s]
-    return len(later) / (max(later) - start_s)
+    end_s = min(times[-1] for times in generation.token_times_s)
+    counted = [time_s for times in generation.token_times_s for time_s in times if start_s < time_s <= end_s]
+    return len(counted) / (end_s - start_s)
