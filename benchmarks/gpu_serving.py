@@ -15,11 +15,8 @@ import asyncio
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -30,6 +27,7 @@ import torch
 
 import mpt_grpc
 from benchmarks.gpu_plan import MPT_7B
+from benchmarks.peers.drivers.ours import served
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.engine.stream import ThreadStream, collect
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
@@ -98,24 +96,6 @@ def in_process(folder: Path, device: str, load: Load) -> Measured:
             elapsed_s = perf_counter() - start_s
     first_s = [(one.first_token_time_s or 0) - one.arrival_time_s for one in stats]
     return Measured.of(load, first_s, elapsed_s)
-
-
-@contextmanager
-def served(folder: Path, device: str) -> Iterator[str]:
-    """Yields the target of a server in a process of its own."""
-    flags = ["--model", str(folder), "--load-format", "random", "--device", device, "--grpc-port", "0", "--no-http"]
-    flags += ["--log-level", "warning"]
-    command = [sys.executable, "-m", "mpt_grpc", "serve", *flags, "--max-running-requests", str(_MAX_RUNNING)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            words = (line.split() for line in server.stdout)
-            target = next((line[1] for line in words if line[:1] == ["gRPC"]), None)
-            if target is None:
-                sys.exit(1)  # the server has said why
-            yield target
-        finally:
-            server.terminate()
 
 
 async def over_grpc(target: str, load: Load) -> Measured:
@@ -204,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder, MPT_7B if is_gpu else _TINY)
-        with served(folder, parsed.device) as target:
+        flags = ["--model", str(folder), "--load-format", "random", "--device", parsed.device]
+        with served(*flags, "--max-running-requests", str(_MAX_RUNNING)) as target:
             for load_name, load in loads.items():
                 note("served", load_name, vars(asyncio.run(over_grpc(target, load))))
         for load_name in ("alone", "64 at once"):

@@ -156,7 +156,11 @@ def runner_on_gpu(settings: Settings, parts: Parts, memory: GpuMemory, *, random
                 raise MemoryError("nothing is left for the KV cache")
         runner = parts.runner(model, parts.cache(cache_bytes // parts.block_bytes))
         runner.warm_up(limits.max_running_requests, parts.max_request_tokens(runner.num_blocks))
-    if parts.weight_format.batch_invariant and runner.num_blocks >= 16 and not runner.gives_equal_bits():
+    if (
+        parts.weight_format.batch_invariant
+        and parts.max_request_tokens(runner.num_blocks) >= 16 * BLOCK_SIZE
+        and not runner.gives_equal_bits()
+    ):
         raise SettingsError("--batch-invariant: on this GPU, a token's bits still depend on the batch; omit it")
     return needs, runner
 

@@ -18,9 +18,15 @@ from mpt_grpc_client import AsyncClient
 @contextmanager
 def open_model(folder: Path, bits: int, _threads: int) -> Iterator[Generate]:
     """OMP_NUM_THREADS, which is set for every driver, is the server's number of threads."""
-    flags = ["--model", str(folder), "--grpc-port", "0", "--no-http", "--log-level", "warning"]
-    flags += ["--quantize", "int8"] if bits == 8 else []
-    command = [sys.executable, "-m", "mpt_grpc.cli", "serve", *flags]
+    with served("--model", str(folder), *(["--quantize", "int8"] if bits == 8 else [])) as target:
+        yield lambda prompts, new_tokens: asyncio.run(_generate(target, prompts, new_tokens))
+
+
+@contextmanager
+def served(*flags: str) -> Iterator[str]:
+    """Yields the target of a server in a process of its own."""
+    quiet = ("--grpc-port", "0", "--no-http", "--log-level", "warning")
+    command = [sys.executable, "-m", "mpt_grpc.cli", "serve", *quiet, *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
@@ -28,7 +34,7 @@ def open_model(folder: Path, bits: int, _threads: int) -> Iterator[Generate]:
             target = next((line[1] for line in words if line[:1] == ["gRPC"]), None)
             if target is None:
                 sys.exit(1)  # the server has said why
-            yield lambda prompts, new_tokens: asyncio.run(_generate(target, prompts, new_tokens))
+            yield target
         finally:
             server.terminate()
 
