@@ -259,9 +259,10 @@ async def _events(
     comments and times out.
     """
     first = await unless_disconnected(request, _next(chunks))
+    names = field_names(request)  # without the request, which holds the function
 
     def failure(error: MptGrpcError) -> bytes:
-        return event(response.failure(error, field_names(request)))
+        return event(response.failure(error, names))
 
     request.state.failure_event = failure
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import demo_settings
 from http_calls import fetch, send
+from starlette.requests import Request
 
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings
@@ -23,7 +24,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 async def gateway() -> AsyncIterator[RunningServer]:
     async with running_server(replace(demo_settings(), http=HttpSettings(port=0))) as server:
         yield server
@@ -37,8 +38,8 @@ def _no_collections() -> Iterator[None]:
 
 
 def num_messages() -> int:
-    """Returns how many requests exist as messages, with their prompts."""
-    return sum(type(found) is pb.GenerateRequest for found in gc.get_objects())
+    """Returns how many requests exist, as messages with their prompts and as requests over HTTP."""
+    return sum(type(found) in (pb.GenerateRequest, Request) for found in gc.get_objects())
 
 
 async def all_are_freed(before: int) -> None:
@@ -53,6 +54,24 @@ async def test_a_refused_request_is_freed(gateway: RunningServer, path: str) -> 
     gc.collect()
     before = num_messages()
     assert (await fetch(gateway, "POST", path, REFUSED[path]))[0] == 400
+    await all_are_freed(before)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        (TEXT, {"prompt": "Once", "max_tokens": 3}),
+        (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 3}),
+    ],
+)
+async def test_an_answered_request_is_freed(
+    gateway: RunningServer, path: str, prompt: dict[str, Any], stream: bool
+) -> None:
+    gc.collect()
+    before = num_messages()
+    assert (await fetch(gateway, "POST", path, {**prompt, "stream": stream}))[0] == 200
     await all_are_freed(before)
 
 
