@@ -137,7 +137,7 @@ def calls_and_results_sent_back(url: str) -> None:
     messages.append(streamed.model_dump())
     messages += [{"role": "tool", "tool_call_id": call.id, "content": "no"} for call in streamed.tool_calls]
     last = sdk(url).chat.completions.create(messages=messages, **{**request, "tool_choice": "auto", "max_tokens": 5})
-    assert last.choices[0].message.content
+    assert 1 <= last.usage.completion_tokens <= 5
 
 
 def completions(url: str) -> None:
@@ -221,13 +221,13 @@ def async_sdk(url: str) -> None:
 def langchain_as_documented_for_mpt(url: str) -> None:
     chat = ChatOpenAI(base_url=url, api_key="random-string", max_tokens=128)
     response = chat.invoke([HumanMessage(content="What is the capital of France?")])
-    assert response.content
-    assert response.usage_metadata["output_tokens"] <= 128
+    assert 1 <= response.usage_metadata["output_tokens"] <= 128
     template = PromptTemplate(
         input_variables=["user_message"],
         template="The assistant gives short, true answers.\n\nUser: {user_message}\nAssistant:",
     )
-    assert (template | chat).invoke({"user_message": "Where does the fox live?"}).content
+    response = (template | chat).invoke({"user_message": "Where does the fox live?"})
+    assert 1 <= response.usage_metadata["output_tokens"] <= 128
 
 
 def langchain(url: str) -> None:
