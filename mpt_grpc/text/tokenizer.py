@@ -99,8 +99,8 @@ class Tokenizer:
         if eos_token_ids is None and eos_token is not None:
             # transformers would add it, but the model cannot generate a token that it was not trained with.
             if not is_eos_known and config.added_tokens[eos_token][0] is None:
-                why = f"eos_token {eos_token!r} is not in tokenizer.json"
-                raise ModelError(f"{folder / 'tokenizer_config.json'}: {why}")
+                files = "tokenizer_config.json or special_tokens_map.json"
+                raise ModelError(f"{folder}: eos_token {eos_token!r} is not in tokenizer.json; correct it in {files}")
             eos_token_ids = frozenset(i for i in (backend.token_to_id(eos_token),) if i is not None)
         return cls(backend, eos_token_ids or frozenset(), config.added_to_texts)
 

@@ -51,21 +51,16 @@ class TokenizerConfig:
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     """Reads the files in a model's folder, all of which are optional. Raises ModelError, which names the file."""
     path = folder / "tokenizer_config.json"
-    config = read_json(path) or {}
+    config = _read(path)
     has_decoder = config.get("added_tokens_decoder") is not None
     if not has_decoder:
-        config |= read_json(folder / "special_tokens_map.json") or {}
-    for key in _NAMED:
-        if config.get(key) is not None and _token(config[key]) is None:
-            raise ModelError(f"{path}: {key}: expected a token, not {config[key]!r}")
+        config |= _read(folder / "special_tokens_map.json")
     if config.get("split_special_tokens"):
         raise ModelError(f"{path}: split_special_tokens: special tokens are always recognized; remove the field")
     others = (key for key in config if key.endswith("_token"))
     values = {**_defaults(folder, config), **config}
     named = _tokens({key: values.get(key) for key in dict.fromkeys((*_NAMED, *others))})
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or {}
-    if not isinstance(extra, dict | list):
-        raise ModelError(f"{path}: additional_special_tokens: expected a list of tokens, not {extra!r}")
     extra = _tokens(extra if isinstance(extra, dict) else dict(enumerate(extra)))
     special = {token.content: token for token in (*named.values(), *extra.values())}
     added = _from_decoder(path, config["added_tokens_decoder"], special) if has_decoder else _legacy(folder, special)
@@ -82,6 +77,18 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         add_prefix_space=config.get("add_prefix_space") is True if _is_byte_level(config) else None,
         chat_template=config.get("chat_template"),
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns the content of a file that names special tokens, empty if it does not exist. Raises ModelError."""
+    content = read_json(path) or {}
+    for key in _NAMED:
+        if content.get(key) is not None and _token(content[key]) is None:
+            raise ModelError(f"{path}: {key}: expected a token, not {content[key]!r}")
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        if content.get(key) and not isinstance(content[key], dict | list):
+            raise ModelError(f"{path}: {key}: expected a list of tokens, not {content[key]!r}")
+    return content
 
 
 def _defaults(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -221,10 +221,30 @@ def test_a_token_with_an_id_that_is_not_free_is_refused(folder: Path) -> None:
         Tokenizer.from_folder(folder)
 
 
-@pytest.mark.parametrize("token", [3, "\ud800", {"content": None}])
-def test_a_value_that_is_not_a_token_is_refused(folder: Path, token: object) -> None:
-    write(folder, "tokenizer_config.json", {"eos_token": token})
-    with pytest.raises(ModelError, match=r"tokenizer_config\.json: eos_token: expected a token, not "):
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("eos_token", 3), ("eos_token", "\ud800"), ("eos_token", {"content": None}), ("additional_special_tokens", "<a>")],
+)
+def test_a_value_that_is_not_a_token_is_refused(folder: Path, name: str, field: str, value: object) -> None:
+    write(folder, name, {field: value})
+    with pytest.raises(ModelError, match=rf"{name}: {field}: expected a (list of )?token"):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_an_eos_token_that_the_vocabulary_lacks_is_refused(folder: Path, name: str) -> None:
+    write(folder, name, {"eos_token": "<|im_end|>"})
+    with pytest.raises(
+        ModelError, match=rf"eos_token '<\|im_end\|>' is not in tokenizer\.json; correct it in .*{name}"
+    ):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "config.json"])
+def test_an_empty_file_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_text("\n")
+    with pytest.raises(ModelError, match=rf"{name}: the file is empty; download it again"):
         Tokenizer.from_folder(folder)
 
 
