@@ -22,8 +22,8 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 """The named tokens, in the order in which transformers adds those that tokenizer.json lacks."""
 _BYTE_LEVEL = ("GPTNeoX", "GPT2", "CodeGen")
 """How the names of the byte-level classes begin: tokenizer_config.json decides whether they add a prefix space, and
-their special tokens are `<|endoftext|>` unless the files name others."""
-_END = "<|endoftext|>"
+their special tokens are `<|endoftext|>` and, for GPT-NeoX's, `<|padding|>` unless the files name others."""
+_END, _PADDING = "<|endoftext|>", "<|padding|>"
 _ADDABLE = ("bos_token", "eos_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -93,10 +93,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _defaults(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Returns the named tokens of the tokenizer's class that the files need not name, if the vocabulary has them."""
-    vocabulary = read_text(folder / "tokenizer.json") or read_text(folder / BYTE_LEVEL_FILES[0]) or ""
-    if not _is_byte_level(config) or json.dumps(_END) not in vocabulary:
+    if not _is_byte_level(config):
         return {}
-    return dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)
+    defaults = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)
+    if _class_name(config).startswith("GPTNeoX"):
+        defaults["pad_token"] = _PADDING
+    vocabulary = read_text(folder / "tokenizer.json") or read_text(folder / BYTE_LEVEL_FILES[0]) or ""
+    return {name: text for name, text in defaults.items() if json.dumps(text) in vocabulary}
 
 
 def _is_byte_level(config: Mapping[str, Any]) -> bool:

@@ -24,8 +24,9 @@ TEXTS = (
     "x <|im_start|> <pad>",
     "a <extra> b<extra>c",
     "日本語",
+    "a <|padding|> b",
 )
-END = "<|endoftext|>"
+END, PADDING = "<|endoftext|>", "<|padding|>"
 
 
 @pytest.fixture
@@ -34,7 +35,9 @@ def folder(tmp_path: Path) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[END, PADDING], initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(["the fox and the hello of a user, the fox"], trainer)
     backend.save(str(tmp_path / "tokenizer.json"))
     write(tmp_path, "config.json", {"model_type": "mpt"})
@@ -128,7 +131,7 @@ def test_tokens_that_no_file_names_are_those_of_the_class(folder: Path, config: 
         write(folder, "tokenizer_config.json", config)
     assert_as_in_transformers(folder)
     expected, tokens = AutoTokenizer.from_pretrained(folder), find_chat_template("auto", folder, "x").tokens
-    for name in ("bos_token", "eos_token", "unk_token"):
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         assert tokens.get(name) == getattr(expected, name), name
 
 
