@@ -59,11 +59,12 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
         raise ModelError(f"{path}: split_special_tokens: special tokens are always recognized; remove the field")
     others = (key for key in config if key.endswith("_token"))
     values = {**_defaults(folder, config), **config}
-    named = _tokens({key: values.get(key) for key in dict.fromkeys((*_NAMED, *others))})
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or {}
-    extra = _tokens(extra if isinstance(extra, dict) else dict(enumerate(extra)))
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    names = extra if isinstance(extra, dict) else {}
+    named = _tokens({key: values.get(key) for key in dict.fromkeys((*_NAMED, *others))} | names)
+    extra = _tokens({} if names else dict(enumerate(extra)))
     special = {token.content: token for token in (*named.values(), *extra.values())}
-    added = _from_decoder(path, config["added_tokens_decoder"], special) if has_decoder else _legacy(folder, special)
+    added = _from_decoder(path, config["added_tokens_decoder"]) if has_decoder else _legacy(folder, special)
     for text, token in special.items():
         added.setdefault(text, (None, token))
     return TokenizerConfig(
@@ -110,17 +111,13 @@ def _class_name(config: Mapping[str, Any]) -> str:
     return str(config.get("tokenizer_class") or "GPTNeoXTokenizer")  # that of MPT's tokenizers
 
 
-def _from_decoder(path: Path, decoder: Any, special: Collection[str]) -> dict[str, tuple[int | None, AddedToken]]:
-    """Returns the tokens of `added_tokens_decoder`. A token that has a name is special, whatever its flags."""
+def _from_decoder(path: Path, decoder: Any) -> dict[str, tuple[int | None, AddedToken]]:
+    """Returns the tokens of `added_tokens_decoder`."""
     added: dict[str, tuple[int | None, AddedToken]] = {}
     try:
         for token_id, entry in decoder.items():
             flags = {flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}
-            text = entry["content"]
-            added[text] = (
-                int(token_id),
-                AddedToken(text, **{**flags, "special": flags.get("special") or text in special}),
-            )
+            added[entry["content"]] = int(token_id), AddedToken(entry["content"], **{"special": False, **flags})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: added_tokens_decoder: not a map of IDs to tokens: {error!r}") from error
     return added

@@ -158,6 +158,30 @@ def test_flags_in_the_configuration_replace_those_in_tokenizer_json(folder: Path
     assert_as_in_transformers(folder)
 
 
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize(
+    ("naming", "is_special"),
+    [
+        ({"eos_token": "<|im_end|>"}, True),
+        ({"turn_token": "<|im_end|>"}, True),
+        ({"extra_special_tokens": {"turn": "<|im_end|>"}}, True),
+        ({"extra_special_tokens": ["<|im_end|>"]}, False),
+        ({"additional_special_tokens": ["<|im_end|>"]}, False),
+    ],
+)
+def test_a_known_token_becomes_special_by_a_name(
+    folder: Path, naming: dict[str, Any], is_special: bool, flag: str, listed: bool
+) -> None:
+    content, first = read(folder / "tokenizer.json"), next_id(folder)
+    flags = dict.fromkeys(FLAGS, False) | {"special": False, flag: True}
+    content["added_tokens"].append({"id": first, "content": "<|im_end|>", **flags})
+    write(folder, "tokenizer.json", content)
+    decoder = {"added_tokens_decoder": {str(first): {"content": "<|im_end|>", **flags}}} if listed else {}
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **naming, **decoder})
+    assert (first in assert_as_in_transformers(folder).special_token_ids) == is_special
+
+
 def test_named_tokens_that_tokenizer_json_lacks_are_added_in_the_order_of_their_names(folder: Path) -> None:
     names = ("mask_token", "cls_token", "pad_token", "sep_token", "unk_token", "image_token")
     tokens = {name: f"<{name}>" for name in names}
