@@ -32,6 +32,7 @@ _FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
+    "adapter_config.json",
 )
 
 
@@ -40,14 +41,18 @@ class Checkpoint:
     """A folder with a model's files, and the name under which the model is served."""
 
     name: str
+    """For a model of the Hub, its ID."""
     folder: Path
+    commit: str | None = None
+    """The commit of the Hub's repository; None for a model that is not from the Hub."""
 
 
-def find_checkpoint(model: str, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
+def find_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Finds `model`: 'demo', a folder, or a Hub ID, whose files are downloaded unless they are in the Hub's cache.
 
-    `revision` is a branch, tag or commit of the Hub's repository. With `weights=False` the weights are not downloaded.
-    Raises ModelError if there is no such model.
+    The weights are left to `download_weights`, so that a model that is refused for its small files costs no large
+    download. `revision` is a branch, tag or commit of the Hub's repository. Raises ModelError if there is no such
+    model.
     """
     try:
         path = Path(model).expanduser()
@@ -60,47 +65,53 @@ def find_checkpoint(model: str, revision: str | None = None, *, weights: bool = 
         raise ModelError(f"--revision {revision}: --model {model} is {kind}; only models of the Hub have revisions")
     if model == "demo":
         return Checkpoint("demo", DEMO)
-    if not is_folder and (is_there or model.startswith((".", "/", "~")) or model.count("/") != 1):
+    if is_there and not is_folder:
+        raise ModelError(f"--model {model}: not a folder; use the folder that contains config.json and the weights")
+    if not is_folder and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise ModelError(f"--model {model}: no such folder, and not a Hub ID of the form OWNER/NAME")
-    folder = path if is_folder else _download(model, revision, weights)
+    folder = path if is_folder else _download(model, revision, *_FILES)
     if not (has_config if is_folder else has_file(folder / "config.json")):
-        raise ModelError(f"--model {model}: no config.json; {_remedy(folder)}")
-    return Checkpoint(path.resolve().name if is_folder else model, folder)
+        raise ModelError(f"--model {model}: no config.json; {_remedy(folder, is_folder)}")
+    if is_folder:
+        return Checkpoint(path.resolve().name, folder)
+    if not has_file(folder / "tokenizer.json"):
+        _download(model, folder.name, *SENTENCEPIECE_FILES, *BYTE_LEVEL_FILES)
+    return Checkpoint(model, folder, commit=folder.name)
 
 
-def _remedy(folder: Path) -> str:
+def download_weights(checkpoint: Checkpoint) -> None:
+    """Downloads the weights of a model of the Hub unless they are in its cache. Raises ModelError."""
+    if checkpoint.commit is None:
+        return
+    folder = checkpoint.folder
+    for single, index in WEIGHT_LAYOUTS:
+        _download(checkpoint.name, checkpoint.commit, single, index)
+        if has_file(folder / single):
+            return
+        if has_file(folder / index):
+            _download(checkpoint.name, checkpoint.commit, *shard_names(folder / index))
+            return
+
+
+def _remedy(folder: Path, is_local: bool) -> str:
     """Returns what to do about a folder that is not a model's."""
     if (folder / "adapter_config.json").is_file():
-        return f"it is an adapter: use --adapter {folder}, with its model as --model"
+        where = folder if is_local else "the folder into which you download it"
+        return f"it is an adapter: use --adapter {where}, with its model as --model"
+    if (folder / "snapshots").is_dir():
+        return "it is a folder of the Hub's cache: use the model's ID, or one of the folders in snapshots"
     return "a model needs it, its tokenizer's files and the weights"
 
 
-def _download(model: str, revision: str | None, weights: bool) -> Path:
-    """Returns the folder in the Hub's cache, after downloading what the loader reads and nothing else."""
-
-    def fetch(revision: str | None, *names: str) -> Path:
-        # The Hub's library warns if nothing matches, so config.json, which is cached by then, is always among them.
-        return Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", *names]))
-
+def _download(model: str, revision: str | None, *names: str) -> Path:
+    """Downloads the files with these names, if there are any; returns the folder in the Hub's cache."""
     if not sys.stderr.isatty():
         disable_progress_bars()  # one of them would appear in the log
     try:
-        folder = fetch(revision, *_FILES)
-        commit = folder.name  # the branch may move between two downloads
-        if not (folder / "tokenizer.json").is_file():
-            fetch(commit, *SENTENCEPIECE_FILES, *BYTE_LEVEL_FILES)
-        for single, index in WEIGHT_LAYOUTS if weights else ():
-            fetch(commit, single, index)
-            if (folder / single).is_file():
-                break
-            if (folder / index).is_file():
-                fetch(commit, *shard_names(folder / index))
-                break
-    except ModelError:
-        raise
+        # The Hub's library warns if nothing matches, so config.json, which is cached by then, is always among them.
+        return Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", *names]))
     except Exception as error:  # those of the Hub's HTTP library, which depends on the version, are among them
         raise _unavailable(model, revision, error) from error
-    return folder
 
 
 def _unavailable(model: str, revision: str | None, error: Exception) -> ModelError:

@@ -27,6 +27,7 @@ _UNSUPPORTED: dict[str, object] = {
     **dict.fromkeys("bad_words_ids force_words_ids suppress_tokens begin_suppress_tokens".split()),
     **dict.fromkeys("forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty".split()),
     **dict.fromkeys("sequence_bias stop_strings top_h constraints dola_layers watermarking_config max_time".split()),
+    "token_healing": False,
 }
 """Fields that are not implemented as defaults, with the values that switch them off, besides null, false and empty."""
 

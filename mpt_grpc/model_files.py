@@ -49,6 +49,8 @@ def read_text(path: Path) -> str | None:
         raise ModelError(f"{path}: cannot be read: {error}") from error
     if text.startswith(LFS_POINTER):
         raise ModelError(f"{path}: cannot be read: {LFS_REMEDY}")
+    if not text.strip():
+        raise ModelError(f"{path}: the file is empty; download it again")
     return text
 
 

@@ -63,8 +63,11 @@ def hub_environment(home: Path, **variables: str) -> dict[str, str]:
 
 
 def find(model: str, home: Path, revision: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Calls `find_checkpoint` in a process, since the Hub's library reads its variables when it is imported."""
-    code = f"from mpt_grpc.checkpoint import *; c = find_checkpoint({model!r}, {revision!r}); print(c.name, c.folder)"
+    """Finds a checkpoint in a process, since the Hub's library reads its variables when it is imported."""
+    code = (
+        f"from mpt_grpc.checkpoint import *; c = find_checkpoint({model!r}, {revision!r}); download_weights(c);"
+        " print(c.name, c.folder)"
+    )
     environment = hub_environment(home, **variables)
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
@@ -96,6 +99,11 @@ def test_finds_the_demo_model_and_folders(tmp_path: Path) -> None:
     (tmp_path / "my-mpt" / "adapter_config.json").touch()
     with pytest.raises(ModelError, match=r"no config\.json; it is an adapter: use --adapter .*my-mpt, with its model"):
         find_checkpoint(f"{tmp_path}/my-mpt")
+    with pytest.raises(ModelError, match=r"not a folder; use the folder that contains config\.json"):
+        find_checkpoint(f"{tmp_path}/my-mpt/adapter_config.json")
+    (tmp_path / "models--owner--name" / "snapshots").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"it is a folder of the Hub's cache: use the model's ID, or one of the fold"):
+        find_checkpoint(f"{tmp_path}/models--owner--name")
     (tmp_path / "my-mpt" / "config.json").symlink_to("../../blobs/0")
     with pytest.raises(ModelError, match=r"config\.json: a symbolic link to \.\./\.\./blobs/0, which does not exist"):
         find_checkpoint(f"{tmp_path}/my-mpt")
@@ -224,6 +232,7 @@ UNAVAILABLE = {
     "no Hub": ("owner/public", None, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "--model owner/public: not available from"),
     "no such name": ("owner/--", None, {}, "--model owner/--: not available from the Hub: Repo id must"),
     "not a model": ("owner/empty", None, {}, "--model owner/empty: no config.json; a model needs it"),
+    "an adapter": ("owner/adapter", None, {}, "--model owner/adapter: no config.json; it is an adapter: use"),
     "a broken index": ("owner/broken", None, {}, ".*model.safetensors.index.json: not a shard index"),
 }
 
@@ -236,15 +245,32 @@ def test_what_is_not_available_is_refused_in_one_line_with_the_flag_to_change(
     hub.add("owner/private", TEXTS, "private")
     hub.add("owner/gated", TEXTS, "gated")
     hub.add("owner/empty", {"README.md": b"nothing else"})
+    hub.add("owner/adapter", {"adapter_config.json": b"{}"})
     hub.add("owner/broken", TEXTS | {"model.safetensors.index.json": b"{}"})
     model, revision, variables, message = UNAVAILABLE[case]
     assert re.match(message, error_of(model, tmp_path, revision, **{"HF_ENDPOINT": hub.url} | variables))
 
 
+@pytest.mark.parametrize("files", [{}, {"config.json": b'{"model_type": "llama"}'}, {"tokenizer.json": b"{}"}])
+def test_the_weights_of_a_model_that_is_refused_are_not_downloaded(
+    hub: FakeHub, tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    model = {path.name: path.read_bytes() for path in DEMO.iterdir()}
+    hub.add("owner/name", {**model, **files} if files else {"model.safetensors": b"without a configuration"})
+    code = (
+        "from mpt_grpc.engine.load import *; from mpt_grpc.settings import ModelSettings;"
+        " load_engine(Settings(model=ModelSettings('owner/name')))"
+    )
+    environment = hub_environment(tmp_path, HF_ENDPOINT=hub.url)
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert re.match(r"mpt_grpc\.errors\.(Model|Config)Error: ", process.stderr.splitlines()[-1])
+    assert "model.safetensors" not in hub.downloads
+
+
 def test_progress_is_shown_on_a_terminal(hub: FakeHub, tmp_path: Path) -> None:
     hub.add("owner/name", TEXTS | {"model.safetensors": b"x" * 100_000})
     terminal, stderr = pty.openpty()
-    code = "from mpt_grpc.checkpoint import *; find_checkpoint('owner/name')"
+    code = "from mpt_grpc.checkpoint import *; download_weights(find_checkpoint('owner/name'))"
     environment = hub_environment(tmp_path, HF_ENDPOINT=hub.url)
     termios.tcsetwinsize(terminal, (24, 80))
     shown = b""

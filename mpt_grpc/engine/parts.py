@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mpt_grpc.checkpoint import Checkpoint, find_checkpoint
+from mpt_grpc.checkpoint import Checkpoint, download_weights, find_checkpoint
 from mpt_grpc.engine.computation import (
     AttentionName,
     attention_backend,
@@ -63,9 +63,10 @@ class Parts:
         return min(self.max_context_tokens, num_blocks * BLOCK_SIZE)
 
     def load_model(self, *, random: bool) -> MPT:
-        """Reads the weights, or makes random ones."""
+        """Reads the weights, which are downloaded only now, or makes random ones."""
         if random:
             return random_model(self.config, self.weight_format)
+        download_weights(self.checkpoint)
         return load_model(self.checkpoint.folder, self.config, self.weight_format, self.adapters)
 
     def cache(self, num_blocks: int) -> KVCache:
@@ -86,7 +87,7 @@ class Parts:
 def resolve(settings: Settings) -> Parts:
     """Finds the checkpoint, reads its small files and resolves 'auto' values."""
     wanted = settings.model
-    checkpoint = find_checkpoint(wanted.model, wanted.revision, weights=wanted.load_format != "random")
+    checkpoint = find_checkpoint(wanted.model, wanted.revision)
     folder = checkpoint.folder
     config = MPTConfig.from_file(folder / "config.json")
     shapes = parameter_shapes(config)

@@ -70,7 +70,7 @@ class AdapterConfig:
     """Modules by the ends of their names, or a regular expression that matches whole names."""
     exclude_modules: tuple[str, ...] | str
     layers: tuple[int, ...]
-    """The layers in which `target_modules`, if they are names, are adapted; empty for all."""
+    """The layers in which `target_modules`, if they are ends of names, are adapted; empty for all."""
     bias: str
     """The biases that are replaced: 'none', 'all', or with 'lora_only' those of the adapted modules."""
     modules_to_save: tuple[str, ...]
@@ -119,7 +119,7 @@ class AdapterConfig:
             return False
         if _selects(self.exclude_modules, module) or not _selects(self.target_modules, module):
             return False
-        if isinstance(self.target_modules, str) or not self.layers:
+        if isinstance(self.target_modules, str) or module in self.target_modules or not self.layers:
             return True
         layer = re.search(r"\.blocks\.(\d+)\.", module)
         return layer is not None and int(layer[1]) in self.layers

@@ -2,7 +2,8 @@
 
 MosaicGPT, as MPT-1B is called in its files, is MPT with other names: the options of attention stand in `config.json`
 itself, and the layers have other names. transformers accepts further names of some fields, and saves a model without
-its output layer under names without `transformer.`. Trainers add the names of modules around the model, and constants.
+its output layer under names without `transformer.`. Trainers add the names of modules around the model, constants, and
+heads that are not for text.
 """
 
 from __future__ import annotations
@@ -35,9 +36,16 @@ _MOSAIC_GPT_TRAINING = frozenset(
     " low_precision_layernorm param_init_fn".split()
 )
 _MULTIQUERY = "multiquery_attention"
-_AROUND = re.compile(r"(?<![^.])(model|module|base_model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""The modules that Composer, PEFT, PyTorch and DeepSpeed put around a model or a layer, which compute nothing."""
-_CONSTANT = re.compile(r"\.(rotary_embedding\..+|inv_freq|attn_bias|attn_mask|position_ids|_extra_state)$")
+_AROUND = re.compile(
+    r"(?<![^.])(model|module|base_model|pretrained_model|_orig_mod|_forward_module|_fsdp_wrapped_module"
+    r"|_checkpoint_wrapped_module)\."
+)
+"""The modules that Composer, PEFT, TRL, PyTorch, Lightning and DeepSpeed put around a model or a layer, which compute
+nothing."""
+_WITHOUT_EFFECT = re.compile(
+    r"\.(rotary_embedding\..+|inv_freq|attn_bias|attn_mask|position_ids|_extra_state)$"  # constants and states
+    r"|^v_head\."  # which estimates rewards in TRL
+)
 _ORIGINAL = "use the checkpoint from which they were made"
 _FOREIGN: Mapping[str, str] = {
     r"\.(qweight|qzeros|scales|g_idx)$": f"weights quantized by GPTQ or AWQ are not supported; {_ORIGINAL}",
@@ -47,7 +55,9 @@ _FOREIGN: Mapping[str, str] = {
     r"\.(weight|input|output)_(packed|shape|scale|scale_inv|zero_point|g_idx|global_scale)$": (
         f"weights quantized by compressed-tensors or to FP8 are not supported; {_ORIGINAL}"
     ),
-    r"\.(base_layer|lora_\w+)\.": "an adapter is not merged; save the model as merge_and_unload returns it",
+    r"\.(base_layer|lora_\w+|ia3_l|modules_to_save|original_module)(\.|$)": (
+        "an adapter is not merged; save the model as merge_and_unload returns it"
+    ),
     r"\.attn\.(Wq|Wk|Wv|Wkv)\.": "separate weights of queries, keys and values are not supported",
 }
 """Tensors by which a checkpoint is known that cannot be loaded, with the reason and a remedy."""
@@ -87,9 +97,9 @@ def renamed_tensor(name: str) -> str:
     return name
 
 
-def is_constant(name: str) -> bool:
-    """Whether a tensor is one that config.json determines, or the state of a training library."""
-    return _CONSTANT.search(name) is not None
+def is_without_effect(name: str) -> bool:
+    """Whether a tensor does not affect the logits: config.json determines it, or only training uses it."""
+    return _WITHOUT_EFFECT.search(name) is not None
 
 
 def why_foreign(name: str) -> str | None:

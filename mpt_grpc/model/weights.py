@@ -19,12 +19,12 @@ from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.linear import Embedding, Linear, Norm, WeightFormat
 from mpt_grpc.model.mpt import MPT
-from mpt_grpc.model.published_names import is_constant, renamed_tensor, why_foreign
+from mpt_grpc.model.published_names import is_without_effect, renamed_tensor, why_foreign
 from mpt_grpc.model.tensor_files import read_tensors
 from mpt_grpc.model_files import WEIGHT_LAYOUTS, has_file, shard_names
 
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx")
+_OTHER_WEIGHTS = frozenset(".safetensors .bin .pt .pth .ckpt .distcp .gguf .ggml .h5 .msgpack .npz .nemo .onnx".split())
 """The suffixes of files in which weights may be that are not read."""
 _MAX_LISTED = 4
 _COMPARE = "check that config.json is that of these weights"
@@ -108,7 +108,7 @@ def _fill(
     with _progress(total_bytes) as advance:
         for name, tensor in _with_tied_head(tensors, dtype) if config.tied_head else tensors:
             if name not in expected:
-                if is_constant(name):
+                if is_without_effect(name):
                     continue
                 raise WeightsError(f"tensor {name!r} is not part of this model; {_why_unexpected(name, expected)}")
             if name not in missing:

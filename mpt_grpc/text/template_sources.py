@@ -70,7 +70,7 @@ def _own_sources(folder: Path, configured: object) -> dict[str, str]:
     additional = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     paths = {"default": folder / "chat_template.jinja", **{path.stem: path for path in additional}}
     texts = {name: text for name, path in paths.items() if (text := read_text(path)) is not None}
-    if texts or configured is None:
+    if texts or not configured:
         return texts
     match configured:
         case str():

@@ -99,8 +99,8 @@ class Tokenizer:
         if eos_token_ids is None and eos_token is not None:
             # transformers would add it, but the model cannot generate a token that it was not trained with.
             if not is_eos_known and config.added_tokens[eos_token][0] is None:
-                why = f"eos_token {eos_token!r} is not in tokenizer.json"
-                raise ModelError(f"{folder / 'tokenizer_config.json'}: {why}")
+                files = "tokenizer_config.json or special_tokens_map.json"
+                raise ModelError(f"{folder}: eos_token {eos_token!r} is not in tokenizer.json; correct it in {files}")
             eos_token_ids = frozenset(i for i in (backend.token_to_id(eos_token),) if i is not None)
         return cls(backend, eos_token_ids or frozenset(), config.added_to_texts)
 
@@ -216,17 +216,24 @@ def _with_prefix_space(text: str, add_prefix_space: bool | None) -> str:
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig, folder: Path) -> None:
-    """Adds the tokens that tokenizer.json lacks, in the order of their IDs, and replaces the flags of others."""
+    """Adds the tokens that tokenizer.json lacks, in the order of their IDs, and replaces the flags of others.
+
+    A token with a name is special, whatever its flags.
+    """
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    missing = [entry for text, entry in config.added_tokens.items() if text not in known]
-    missing.sort(key=lambda entry: (entry[0] is None, entry[0] or 0))
-    changed = [token for text, (_, token) in config.added_tokens.items() if config.replaces_flags and text in known]
-    for token in changed:
-        token.special |= known[token.content].special  # which the backend does not forget
-    backend.add_tokens([*changed, *(token for _, token in missing)])
-    for token_id, token in missing:
+    named = frozenset(config.special_tokens.values())
+    entries = sorted(config.added_tokens.values(), key=lambda entry: (entry[0] is None, entry[0] or 0))
+    tokens = []
+    for _, listed in entries:
+        old = known.get(listed.content)
+        token = listed if old is None or config.replaces_flags else old
+        # Special tokens stay special, as the backend does not forget them.
+        token.special |= token.content in named or (old is not None and old.special)
+        tokens.append(token)
+    backend.add_tokens(tokens)
+    for token_id, token in entries:
         actual = backend.token_to_id(token.content)
-        if token_id is not None and actual != token_id:
+        if token_id is not None and token.content not in known and actual != token_id:
             why = f"token {token.content!r} has the ID {token_id}, but tokenizer.json has room for it at {actual}"
             raise ModelError(f"{folder}: {why}")
 

@@ -22,8 +22,8 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 """The named tokens, in the order in which transformers adds those that tokenizer.json lacks."""
 _BYTE_LEVEL = ("GPTNeoX", "GPT2", "CodeGen")
 """How the names of the byte-level classes begin: tokenizer_config.json decides whether they add a prefix space, and
-their special tokens are `<|endoftext|>` unless the files name others."""
-_END = "<|endoftext|>"
+their special tokens are `<|endoftext|>` and, for GPT-NeoX's, `<|padding|>` unless the files name others."""
+_END, _PADDING = "<|endoftext|>", "<|padding|>"
 _ADDABLE = ("bos_token", "eos_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -51,24 +51,20 @@ class TokenizerConfig:
 def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     """Reads the files in a model's folder, all of which are optional. Raises ModelError, which names the file."""
     path = folder / "tokenizer_config.json"
-    config = read_json(path) or {}
+    config = _read(path)
     has_decoder = config.get("added_tokens_decoder") is not None
     if not has_decoder:
-        config |= read_json(folder / "special_tokens_map.json") or {}
-    for key in _NAMED:
-        if config.get(key) is not None and _token(config[key]) is None:
-            raise ModelError(f"{path}: {key}: expected a token, not {config[key]!r}")
+        config |= _read(folder / "special_tokens_map.json")
     if config.get("split_special_tokens"):
         raise ModelError(f"{path}: split_special_tokens: special tokens are always recognized; remove the field")
     others = (key for key in config if key.endswith("_token"))
     values = {**_defaults(folder, config), **config}
-    named = _tokens({key: values.get(key) for key in dict.fromkeys((*_NAMED, *others))})
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or {}
-    if not isinstance(extra, dict | list):
-        raise ModelError(f"{path}: additional_special_tokens: expected a list of tokens, not {extra!r}")
-    extra = _tokens(extra if isinstance(extra, dict) else dict(enumerate(extra)))
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    names = extra if isinstance(extra, dict) else {}
+    named = _tokens({key: values.get(key) for key in dict.fromkeys((*_NAMED, *others))} | names)
+    extra = _tokens({} if names else dict(enumerate(extra)))
     special = {token.content: token for token in (*named.values(), *extra.values())}
-    added = _from_decoder(path, config["added_tokens_decoder"], special) if has_decoder else _legacy(folder, special)
+    added = _from_decoder(path, config["added_tokens_decoder"]) if has_decoder else _legacy(folder, special)
     for text, token in special.items():
         added.setdefault(text, (None, token))
     return TokenizerConfig(
@@ -84,12 +80,27 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     )
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """Returns the content of a file that names special tokens, empty if it does not exist. Raises ModelError."""
+    content = read_json(path) or {}
+    for key in _NAMED:
+        if content.get(key) is not None and _token(content[key]) is None:
+            raise ModelError(f"{path}: {key}: expected a token, not {content[key]!r}")
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        if content.get(key) and not isinstance(content[key], dict | list):
+            raise ModelError(f"{path}: {key}: expected a list of tokens, not {content[key]!r}")
+    return content
+
+
 def _defaults(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Returns the named tokens of the tokenizer's class that the files need not name, if the vocabulary has them."""
-    vocabulary = read_text(folder / "tokenizer.json") or read_text(folder / BYTE_LEVEL_FILES[0]) or ""
-    if not _is_byte_level(config) or json.dumps(_END) not in vocabulary:
+    if not _is_byte_level(config):
         return {}
-    return dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)
+    defaults = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)
+    if _class_name(config).startswith("GPTNeoX"):
+        defaults["pad_token"] = _PADDING
+    vocabulary = read_text(folder / "tokenizer.json") or read_text(folder / BYTE_LEVEL_FILES[0]) or ""
+    return {name: text for name, text in defaults.items() if json.dumps(text) in vocabulary}
 
 
 def _is_byte_level(config: Mapping[str, Any]) -> bool:
@@ -100,17 +111,13 @@ def _class_name(config: Mapping[str, Any]) -> str:
     return str(config.get("tokenizer_class") or "GPTNeoXTokenizer")  # that of MPT's tokenizers
 
 
-def _from_decoder(path: Path, decoder: Any, special: Collection[str]) -> dict[str, tuple[int | None, AddedToken]]:
-    """Returns the tokens of `added_tokens_decoder`. A token that has a name is special, whatever its flags."""
+def _from_decoder(path: Path, decoder: Any) -> dict[str, tuple[int | None, AddedToken]]:
+    """Returns the tokens of `added_tokens_decoder`."""
     added: dict[str, tuple[int | None, AddedToken]] = {}
     try:
         for token_id, entry in decoder.items():
             flags = {flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}
-            text = entry["content"]
-            added[text] = (
-                int(token_id),
-                AddedToken(text, **{**flags, "special": flags.get("special") or text in special}),
-            )
+            added[entry["content"]] = int(token_id), AddedToken(entry["content"], **{"special": False, **flags})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: added_tokens_decoder: not a map of IDs to tokens: {error!r}") from error
     return added

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mpt_grpc.checkpoint import find_checkpoint
+from mpt_grpc.checkpoint import download_weights, find_checkpoint
 from mpt_grpc.errors import InternalError, ModelError
 from mpt_grpc.settings import ModelSettings
 from mpt_grpc.verification.check import Check
@@ -20,6 +20,7 @@ def checks(wanted: ModelSettings) -> Iterator[Check]:
     checkpoint = find_checkpoint(wanted.model, revision=wanted.revision)
     try:
         yield from text_checks(wanted, checkpoint)
+        download_weights(checkpoint)  # now, so that the engine and the references read the same commit
         yield from model_checks(wanted, checkpoint)
     except ModelError as error:
         yield Check("checkpoint", "FAILED", str(error))

@@ -51,6 +51,7 @@ def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], ba
         {"target_modules": EVERY_LAYER, "exclude_modules": r".*blocks\.1\.ffn.*"},
         {"target_modules": EVERY_LAYER, "layers_to_transform": 1},
         {"target_modules": EVERY_LAYER, "layers_to_transform": [0], "layers_pattern": "blocks"},
+        {"target_modules": ["transformer.blocks.0.attn.Wqkv", "up_proj"], "layers_to_transform": [1]},
         {
             "target_modules": EVERY_LAYER,
             "rank_pattern": {r"blocks\.0\.attn\.Wqkv": 3, "^transformer.blocks.1.ffn.*": 2},
@@ -75,6 +76,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(tmp_path: Path, config: dict[str
     "config",
     [
         {"target_modules": ["lm_head"]},  # PEFT saves the original output layer, too
+        {"target_modules": ["lm_head", "Wqkv"], "layers_to_transform": [1]},
         {"target_modules": ["Wqkv"], "modules_to_save": ["lm_head", "wte"]},
         {"target_modules": ["wte", "Wqkv"], "r": 4, "use_rslora": True},
         {"target_modules": ["wte"], "rank_pattern": {"wte": 3}, "alpha_pattern": {"wte": 5}},

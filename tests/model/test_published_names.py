@@ -131,6 +131,8 @@ def test_a_tied_embedding_may_be_stored_by_the_name_of_the_output_layer(tmp_path
         "_orig_mod.",
         "_orig_mod.model.",
         "base_model.model.",
+        "_forward_module.",
+        "pretrained_model.",
         "_fsdp_wrapped_module.",
     ],
 )
@@ -151,12 +153,13 @@ def test_modules_around_a_layer_compute_nothing(tmp_path: Path, around: str) -> 
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
-def test_constants_and_the_state_of_libraries_are_ignored(tmp_path: Path, format: Format) -> None:  # noqa: A002
+def test_constants_and_what_only_training_uses_are_ignored(tmp_path: Path, format: Format) -> None:  # noqa: A002
     constants = {
         "transformer.attn_bias": torch.zeros(1, 4, 1, 128),
         "transformer.blocks.0.attn.rotary_emb.inv_freq": torch.zeros(8),
         "transformer.position_ids": torch.arange(8),
         "transformer.blocks.0.attn.Wqkv._extra_state": torch.zeros(0, dtype=torch.uint8),
+        "v_head.summary.weight": torch.ones(1, 64),
     }
     weights = random_weights(CONFIG)
     make_checkpoint(tmp_path / "plain", CONFIG, weights)
@@ -183,6 +186,8 @@ QKV = "transformer.blocks.0.attn.Wqkv"
         (("weight_scale_inv",), "quantized by compressed-tensors or to FP8"),
         (("base_layer.weight",), "an adapter is not merged; save the model as merge_and_unload returns it"),
         (("lora_A.default.weight", "lora_B.default.weight"), "an adapter is not merged"),
+        (("original_module.weight", "modules_to_save.default.weight"), "an adapter is not merged"),
+        (("ia3_l",), "an adapter is not merged"),
         (("../Wq.weight", "../Wk.weight"), "separate weights of queries, keys and values are not supported"),
     ],
 )

@@ -160,7 +160,7 @@ def test_weights_inside_of_a_mapping_are_refused_with_its_name(tmp_path: Path, l
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["ggml-model-q4_0.gguf", "ep1-ba1-rank0.pt", "model.fp16.safetensors"])
+@pytest.mark.parametrize("name", ["ggml-model-q4_0.gguf", "ep1-ba1-rank0.pt", "model.fp16.safetensors", "last.ckpt"])
 def test_other_files_with_weights_are_named_where_none_can_be_read(tmp_path: Path, name: str) -> None:
     make_checkpoint(tmp_path, CONFIG)
     (tmp_path / "model.safetensors").rename(tmp_path / name)

@@ -52,7 +52,7 @@ JSON_LIKE = """{% if tools is not none or documents %}TOOLS{% endif %}
         {% break %}
     {% endif %}
 {{ {'who': message.role, 'said': message.content} | tojson }}
-{{ [message.content] | tojson(indent=2) }}{{ eos_token }}
+{{ [message.content] | tojson(indent=2) }}{{ [message.content] | tojson(true, 1, (';', '=')) }}{{ eos_token }}
     {% generation %}
 {{ message.content }}
     {% endgeneration %}

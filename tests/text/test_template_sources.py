@@ -157,6 +157,18 @@ def test_invalid_template_of_a_model_raises_model_error(save: Callable[..., Path
     assert find_chat_template("base", folder, "demo").name == "base"
 
 
+def test_an_empty_template_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").touch()
+    with pytest.raises(ModelError, match=r"chat_template\.jinja: the file is empty; download it again"):
+        find_chat_template("auto", tmp_path, "demo")
+    assert find_chat_template("base", tmp_path, "demo").name == "base"
+
+
+@pytest.mark.parametrize("template", ["", [], {}])
+def test_an_empty_value_is_no_template(save: Callable[..., Path], template: Any) -> None:
+    assert find_chat_template("auto", save(chat_template=template), "mpt-7b-chat").name == "chatml"
+
+
 def test_tokenizer_config_that_is_not_json_raises_model_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"tokenizer_config\.json"):

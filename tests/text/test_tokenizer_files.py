@@ -24,8 +24,9 @@ TEXTS = (
     "x <|im_start|> <pad>",
     "a <extra> b<extra>c",
     "日本語",
+    "a <|padding|> b",
 )
-END = "<|endoftext|>"
+END, PADDING = "<|endoftext|>", "<|padding|>"
 
 
 @pytest.fixture
@@ -34,7 +35,9 @@ def folder(tmp_path: Path) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[END, PADDING], initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(["the fox and the hello of a user, the fox"], trainer)
     backend.save(str(tmp_path / "tokenizer.json"))
     write(tmp_path, "config.json", {"model_type": "mpt"})
@@ -128,7 +131,7 @@ def test_tokens_that_no_file_names_are_those_of_the_class(folder: Path, config: 
         write(folder, "tokenizer_config.json", config)
     assert_as_in_transformers(folder)
     expected, tokens = AutoTokenizer.from_pretrained(folder), find_chat_template("auto", folder, "x").tokens
-    for name in ("bos_token", "eos_token", "unk_token"):
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         assert tokens.get(name) == getattr(expected, name), name
 
 
@@ -153,6 +156,30 @@ def test_flags_in_the_configuration_replace_those_in_tokenizer_json(folder: Path
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "added_tokens_decoder": decoder}
     write(folder, "tokenizer_config.json", config)
     assert_as_in_transformers(folder)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize(
+    ("naming", "is_special"),
+    [
+        ({"eos_token": "<|im_end|>"}, True),
+        ({"turn_token": "<|im_end|>"}, True),
+        ({"extra_special_tokens": {"turn": "<|im_end|>"}}, True),
+        ({"extra_special_tokens": ["<|im_end|>"]}, False),
+        ({"additional_special_tokens": ["<|im_end|>"]}, False),
+    ],
+)
+def test_a_known_token_becomes_special_by_a_name(
+    folder: Path, naming: dict[str, Any], is_special: bool, flag: str, listed: bool
+) -> None:
+    content, first = read(folder / "tokenizer.json"), next_id(folder)
+    flags = dict.fromkeys(FLAGS, False) | {"special": False, flag: True}
+    content["added_tokens"].append({"id": first, "content": "<|im_end|>", **flags})
+    write(folder, "tokenizer.json", content)
+    decoder = {"added_tokens_decoder": {str(first): {"content": "<|im_end|>", **flags}}} if listed else {}
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **naming, **decoder})
+    assert (first in assert_as_in_transformers(folder).special_token_ids) == is_special
 
 
 def test_named_tokens_that_tokenizer_json_lacks_are_added_in_the_order_of_their_names(folder: Path) -> None:
@@ -221,10 +248,30 @@ def test_a_token_with_an_id_that_is_not_free_is_refused(folder: Path) -> None:
         Tokenizer.from_folder(folder)
 
 
-@pytest.mark.parametrize("token", [3, "\ud800", {"content": None}])
-def test_a_value_that_is_not_a_token_is_refused(folder: Path, token: object) -> None:
-    write(folder, "tokenizer_config.json", {"eos_token": token})
-    with pytest.raises(ModelError, match=r"tokenizer_config\.json: eos_token: expected a token, not "):
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("eos_token", 3), ("eos_token", "\ud800"), ("eos_token", {"content": None}), ("additional_special_tokens", "<a>")],
+)
+def test_a_value_that_is_not_a_token_is_refused(folder: Path, name: str, field: str, value: object) -> None:
+    write(folder, name, {field: value})
+    with pytest.raises(ModelError, match=rf"{name}: {field}: expected a (list of )?token"):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_an_eos_token_that_the_vocabulary_lacks_is_refused(folder: Path, name: str) -> None:
+    write(folder, name, {"eos_token": "<|im_end|>"})
+    with pytest.raises(
+        ModelError, match=rf"eos_token '<\|im_end\|>' is not in tokenizer\.json; correct it in .*{name}"
+    ):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "config.json"])
+def test_an_empty_file_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_text("\n")
+    with pytest.raises(ModelError, match=rf"{name}: the file is empty; download it again"):
         Tokenizer.from_folder(folder)
 
 
