@@ -190,18 +190,31 @@ def _stream(
 
 def _health(parse: Callable[[bytes], Any], handler: _Handler) -> _Handler:
     """Returns the handler of a method of health, which needs no role and leaves no trace."""
-    serve: Callable[..., Any] = handler.unary_unary or handler.unary_stream  # type: ignore[assignment]
-    kind = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+    if handler.unary_stream is not None:
+        watch: Callable[..., Any] = handler.unary_stream
 
-    async def parsed(data: bytes, context: _CallContext) -> Any:
-        try:
-            message = parse(data)
-        except MptServerError as error:
-            await status.abort(context, error)
-        del data  # a watch lasts as long as its caller
-        return await serve(message, context)
+        async def stream(data: bytes, context: _CallContext) -> AsyncIterator[Any]:
+            async with _statuses(context), aclosing(watch(parse(data), context)) as responses:
+                del data  # a watch lasts as long as its caller
+                async for response in responses:
+                    yield response
 
-    return kind(parsed, None, handler.response_serializer)
+        return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
+    check: Callable[..., Any] = handler.unary_unary  # type: ignore[assignment]
+
+    async def unary(data: bytes, context: _CallContext) -> Any:
+        async with _statuses(context):
+            return await check(parse(data), context)
+
+    return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
+
+
+@asynccontextmanager
+async def _statuses(context: _CallContext) -> AsyncIterator[None]:
+    try:
+        yield
+    except MptServerError as error:
+        await status.abort(context, error)
 
 
 def _reflection(serving: _Serving, parse: Callable[[bytes], Any], handler: _Handler) -> _Handler:
