@@ -235,7 +235,9 @@ async def _serving(
         interceptor.telemetry = telemetry = make_telemetry(
             engine, model, tracers, meters, settings.telemetry.trace_steps
         )
-        servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.message_limits)
+        servicer = TextGenerationServicer(
+            engine, model, settings.scheduler, interceptor.message_limits, interceptor.messages
+        )
         channel = LocalChannel(interceptor)
         running = RunningServer(settings, target, channel, engine, model, servicer, access, interceptor.writes)
         debug = DebugServicer(engine, model)
