@@ -25,6 +25,7 @@ class FileValue(Generic[Value]):
         self._state = self._file_state()
         self.value = read()
         """The value when the files were last read."""
+        self.refresh()
 
     def refresh(self) -> Value:
         """Returns the value of the files as they are now, which are read if they have changed.
@@ -32,17 +33,20 @@ class FileValue(Generic[Value]):
         A change that cannot be read is logged once, and the previous value stays in effect.
         """
         with self._lock:
-            # Taken before the files are read, so that no later change is missed.
-            state = self._file_state()
-            if state != self._state:
+            failure: Exception | None = None
+            # The state is taken before the files are read. Those that change meanwhile, all at once if a link is moved
+            # to another folder, are read again, so that the value is not made of old and new ones.
+            while (state := self._file_state()) != self._state:
                 self._state = state
                 try:
-                    self.value = self._read()
-                except SettingsError as error:
-                    _log.error("%s; the previous content stays in effect", error)
-                except Exception:
-                    names = ", ".join(map(str, self._files))
-                    _log.exception("%s could not be read; the previous content stays in effect", names)
+                    self.value, failure = self._read(), None
+                except Exception as error:
+                    failure = error
+            if isinstance(failure, SettingsError):
+                _log.error("%s; the previous content stays in effect", failure)
+            elif failure is not None:
+                names = ", ".join(map(str, self._files))
+                _log.error("%s could not be read; the previous content stays in effect", names, exc_info=failure)
             return self.value
 
     def _file_state(self) -> tuple[tuple[int, int, int] | None, ...]:

@@ -22,3 +22,33 @@ def test_a_file_that_cannot_be_read_for_whatever_reason_leaves_the_value(
     assert first == second == f"{file} could not be read; the previous content stays in effect"
     file.write_text("-1", encoding="utf-8")
     assert value.refresh() == -1
+
+
+def point(link: Path, folder: Path) -> None:
+    """Moves a link to another folder at once, as Kubernetes does when a secret changes."""
+    new = link.with_name("new")
+    new.symlink_to(folder)
+    new.replace(link)
+
+
+def test_files_behind_a_link_that_moves_while_they_are_read_are_read_together(tmp_path: Path) -> None:
+    for number in ("1", "2", "3"):
+        folder = tmp_path / number
+        folder.mkdir()
+        for name in ("certificate", "key"):
+            (folder / name).write_text(number, encoding="utf-8")
+    point(tmp_path / "..data", tmp_path / "1")
+    files = [tmp_path / "..data" / name for name in ("certificate", "key")]
+    moves = ["2", "3"]
+
+    def read() -> tuple[str, str]:
+        certificate = files[0].read_text(encoding="utf-8")
+        if moves:
+            point(tmp_path / "..data", tmp_path / moves.pop(0))
+        return certificate, files[1].read_text(encoding="utf-8")
+
+    value = FileValue(files, read)
+    assert value.value == ("3", "3")
+    point(tmp_path / "..data", tmp_path / "1")
+    moves.append("2")
+    assert value.refresh() == ("2", "2")

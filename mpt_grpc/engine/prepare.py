@@ -23,6 +23,8 @@ from mpt_grpc.text.tokenizer import QUICK_SIZE, Tokenizer, encodes_quickly
 from mpt_grpc.worker_threads import WorkerThreads
 
 _NUM_TEXT_THREADS, _NUM_CONSTRAINT_THREADS = 2, 4
+_BIAS_COST = 8
+"""How many times as long as a token of a list it takes to check a bias."""
 
 
 @dataclass(frozen=True)
@@ -194,5 +196,6 @@ class Preparation:
 
 
 def _has_short_lists(request: GenerationRequest) -> bool:
-    num_listed = sum(len(token_ids) for _, token_ids in resumed_lists(request))
-    return num_listed + len(request.decoding.allowed_token_ids) <= QUICK_SIZE
+    decoding = request.decoding
+    num_listed = sum(len(token_ids) for _, token_ids in resumed_lists(request)) + len(decoding.allowed_token_ids)
+    return num_listed + _BIAS_COST * len(decoding.logit_bias) <= QUICK_SIZE

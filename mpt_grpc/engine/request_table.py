@@ -14,7 +14,7 @@ from opentelemetry.context import Context
 
 from mpt_grpc.engine.outbox import Delivery
 from mpt_grpc.engine.prepare import PreparedRequest
-from mpt_grpc.engine.service_times import ServiceTimes
+from mpt_grpc.engine.service_times import ServiceTimes, num_ahead
 from mpt_grpc.engine.state import EngineLoad, RequestState, SequenceState
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream
 from mpt_grpc.errors import DuplicateRequestError, OverloadedError
@@ -25,6 +25,8 @@ from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
 from mpt_grpc.step import StepPlan
 
 _NUM_ENDED = 64
+_CAUTION = 1.25
+"""How many times as long as expected a request may wait and end in time: one that ends too late costs others time."""
 _MIN_RETRY_AFTER_S, _MAX_RETRY_AFTER_S = 0.1, 30.0
 
 
@@ -126,19 +128,10 @@ class RequestTable:
                 self._time_limited[request.request_id] = record
 
     def _check_timeout(self, request: GenerationRequest, load: EngineLoad, timeout_s: float) -> None:
-        """Raises OverloadedError if the request would end too late, even if its caller's own came before all others.
-
-        The lock must be held.
-        """
-        num_ahead = sum(
-            other.request.sampling.num_sequences
-            for other in self._by_request_id.values()
-            if other.scheduled_time_s is None
-            and other.request.caller.name == request.caller.name
-            and other.request.priority >= request.priority
-        )
-        wait_s = self._times.wait_s(num_ahead, load.num_running)
-        needed_s = wait_s + self._times.run_s(_num_new_tokens(request))
+        """Raises OverloadedError if the request would probably end too late. The lock must be held."""
+        others = (record.request for record in self._by_request_id.values())
+        wait_s = self._times.wait_s(num_ahead(request, others) - load.num_running + 1, load.num_running)
+        needed_s = _CAUTION * wait_s + self._times.run_s(_num_new_tokens(request))
         if needed_s > timeout_s:
             why = f"the request would take about {needed_s:.1f} s, {wait_s:.1f} s of them in the queue"
             message = f"{why}, and its timeout leaves {timeout_s:.1f} s: retry later"
@@ -265,8 +258,9 @@ class RequestTable:
         self._report_end(record, stats, error)
         with self._lock:
             self._forget(record)
-            if record.prepared is not None and FinishReason.CANCELLED not in record.finish_reasons.values():
-                self._times.record(stats, _num_new_tokens(record.prepared.request) or 0)
+            if record.prepared is not None:
+                was_cancelled = FinishReason.CANCELLED in record.finish_reasons.values()
+                self._times.record(stats, _num_new_tokens(record.prepared.request) or 0, was_cancelled=was_cancelled)
         return stats
 
     def _report_end(self, record: RequestRecord, stats: RequestStats, error: Exception | None = None) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.gateway.strict import Strict, check_num_items
 from mpt_grpc.gateway.tools import MessageToolCall
+from mpt_grpc.limits import MAX_BYTES
 from mpt_grpc_client import Message, Role
 
+_MAX_KWARGS_BYTES = MAX_BYTES["conversation.chat_template_kwargs"]
 _ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT, "tool": Role.TOOL}
 
 
@@ -80,3 +84,12 @@ class ChatMessage(Strict):
         calls = [call.call() for call in self.tool_calls or ()]
         call_id = self.tool_call_id if self.role == "tool" else None
         return Message(_ROLES.get(self.role, Role.SYSTEM), text, calls, call_id or "")
+
+
+def check_template_kwargs(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of the chat template. Raises BadRequestError if they are too long to be sent."""
+    size = len(json.dumps(values, ensure_ascii=False).encode())
+    if size > _MAX_KWARGS_BYTES:
+        why = f"{size} bytes; at most {_MAX_KWARGS_BYTES} are allowed"
+        raise BadRequestError(f"chat_template_kwargs: {why}", "chat_template_kwargs")
+    return values

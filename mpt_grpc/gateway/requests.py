@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError
-from mpt_grpc.gateway.messages import ChatMessage
+from mpt_grpc.gateway.messages import ChatMessage, check_template_kwargs
 from mpt_grpc.gateway.strict import Strict
 from mpt_grpc.gateway.tools import Tool, ToolChoice, tool_options
 from mpt_grpc.limits import MAX_LOGPROBS, RANGES
@@ -170,6 +170,12 @@ class GenerationFields(Strict):
             raise BadRequestError(f"more than one constraint: {names}; set only one", given[1][0])
         return given[0] if given else None
 
+    @model_validator(mode="after")
+    def _serialize(self) -> Self:
+        """Serializes the schema of a constraint where the body is parsed, since it may be long."""
+        _ = self.constraint
+        return self
+
     def _constraints(self) -> Iterator[tuple[str, Constraint | None]]:
         outputs = self.structured_outputs or StructuredOutputs()
         yield "structured_outputs.json_object", JsonObject() if outputs.json_object else None
@@ -204,7 +210,7 @@ class ConversationFields(GenerationFields):
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(check_template_kwargs)] | None = None
 
     def options(self) -> GenerateOptions:
         templated: GenerateOptions = {
@@ -249,7 +255,8 @@ class ChatCompletionRequest(ConversationFields, CompletionFields):
         options["drop_oldest_turns"] = self.drop_oldest_turns
         if self.messages[-1].prefix:
             options["continue_final_message"] = True
-        options.update(tool_options(self.tools, self.tool_choice, self.parallel_tool_calls))
+        functions = [tool.function for tool in self.tools or ()]
+        options.update(tool_options(functions, self.tool_choice, self.parallel_tool_calls))
         options["return_logprobs"] = self.has_logprobs
         options["top_logprobs"] = self.top_logprobs
         return options

@@ -18,7 +18,6 @@ from mpt_grpc.gateway.tools import (
     AllowedTools,
     Function,
     FunctionName,
-    Tool,
     ToolChoice,
     ToolName,
     tool_options,
@@ -125,11 +124,6 @@ class FunctionTool(Function, _Tool):  # in this order, the type is checked first
     allowed_callers: Any = None
     output_schema: Any = None
 
-    @property
-    def tool(self) -> Tool:
-        parts = {name: getattr(self, name) for name in Function.model_fields}
-        return Tool(type="function", function=Function(**parts))
-
 
 class NamedFunction(FunctionName):
     type: Literal["function"]
@@ -216,7 +210,7 @@ class ResponseRequest(ConversationFields):
         options = super().options()
         options["max_new_tokens"] = self.max_output_tokens
         options["drop_oldest_turns"] = self.truncation == "auto"
-        options.update(tool_options([tool.tool for tool in self.tools or ()], self._choice, self.parallel_tool_calls))
+        options.update(tool_options(self.tools or (), self._choice, self.parallel_tool_calls))
         options["return_logprobs"] = self.has_logprobs
         options["top_logprobs"] = self.top_logprobs
         return options
@@ -233,7 +227,9 @@ class ResponseRequest(ConversationFields):
             "temperature": self.temperature,
             "text": {"format": text_format.model_dump(by_alias=True, exclude_none=True) if text_format else _PLAIN},
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": [tool.model_dump(include={"type", *Function.model_fields}) for tool in self.tools or ()],
+            "tools": [
+                {name: getattr(tool, name) for name in ("type", *Function.model_fields)} for tool in self.tools or ()
+            ],
             "top_logprobs": self.top_logprobs or 0,
             "top_p": self.top_p,
             "truncation": self.truncation or "disabled",

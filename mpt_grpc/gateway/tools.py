@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mpt_grpc.gateway.errors import BadRequestError, shortened
 from mpt_grpc.gateway.strict import Strict
 from mpt_grpc.limits import MAX_COUNTS
 from mpt_grpc_client import GenerateOptions, ToolCall
+from mpt_grpc_client import Tool as ClientTool
+from mpt_grpc_client.constraints import closed_schema
 
 _MAX_ALLOWED = MAX_COUNTS["conversation.allowed_tools"]
 
@@ -20,6 +25,18 @@ class Function(Strict):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
     """Ignored: arguments always conform to the parameters."""
+
+    @cached_property
+    def tool(self) -> ClientTool:
+        """The client library's tool."""
+        parameters = json.dumps(closed_schema(self.parameters), ensure_ascii=False) if self.parameters else None
+        return ClientTool(self.name, self.description or "", parameters)
+
+    @model_validator(mode="after")
+    def _serialize(self) -> Self:
+        """Serializes the parameters where the body is parsed, since they may be long."""
+        _ = self.tool
+        return self
 
 
 class Tool(Strict):
@@ -79,13 +96,13 @@ class MessageToolCall(BaseModel):
         return ToolCall(self.id, self.function.name, self.function.arguments)
 
 
-def tool_options(tools: list[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> GenerateOptions:
+def tool_options(functions: Sequence[Function], choice: ToolChoice | None, parallel: bool | None) -> GenerateOptions:
     """Returns the client library's options. Raises BadRequestError for a choice of tools that do not exist."""
-    if not tools:
+    if not functions:
         if choice not in (None, "none", "auto"):
             raise BadRequestError("tool_choice: no tool to call; set tools", "tool_choice")
         return GenerateOptions()
-    options = GenerateOptions(tools=[tool.function.model_dump() for tool in tools], parallel_tool_calls=parallel)
+    options = GenerateOptions(tools=[function.tool for function in functions], parallel_tool_calls=parallel)
     if isinstance(choice, str):
         options["tool_choice"] = choice
     elif isinstance(choice, ToolName):
@@ -93,7 +110,7 @@ def tool_options(tools: list[Tool] | None, choice: ToolChoice | None, parallel: 
     elif isinstance(choice, AllowedToolChoice):
         options["tool_choice"] = choice.allowed_tools.mode
         options["allowed_tools"] = [tool.function.name for tool in choice.allowed_tools.tools]
-    names = {tool.function.name for tool in tools}
+    names = {function.name for function in functions}
     for name in options.get("allowed_tools") or ():
         if name not in names:
             raise BadRequestError(f"tool_choice: no function in tools is named {shortened(name)!r}", "tool_choice")

@@ -59,8 +59,8 @@ class Running:
     def preemptible_for(self, head: Sequence, waiting: FairQueue) -> list[Sequence]:
         """Returns the running sequences that must make way for `head`, which waits, in their order.
 
-        They are those of lower priority, and, if its caller runs fewer than its share and has been served less, of the
-        same priority those that other callers run beyond theirs.
+        They are those of lower priority, and, if its caller runs fewer than its share, of the same priority those that
+        other callers, who have been served as much or more, run beyond theirs.
         """
         priority = head.request.priority
         num_beyond = self._num_beyond_shares(head.request.caller, waiting)
@@ -79,7 +79,7 @@ class Running:
         return preemptible
 
     def _num_beyond_shares(self, caller: Caller, waiting: FairQueue) -> dict[str, int]:
-        """Returns how many sequences others run beyond their shares of the slots, of those served more than `caller`.
+        """Returns how many sequences others run beyond their shares of the slots, of those served as much as `caller`.
 
         There are none if `caller` runs its share.
         """
@@ -91,6 +91,6 @@ class Running:
         num_beyond = {
             other.name: self._num_of[other.name] - math.floor(slots_per_weight * other.quota.weight)
             for other in callers
-            if waiting.served(other) > served
+            if waiting.served(other) >= served
         }
         return {name: number for name, number in num_beyond.items() if number > 0}

@@ -40,6 +40,8 @@ class Call:
     caller: Caller
     timeout_s: float | None
     """The time to its deadline when it began, or None without one."""
+    num_bytes: int = 0
+    """The size of its message."""
     operation: str | None = None
     """What a generation does, by its name in GenAI's conventions; None until its message has been read."""
     logged: dict[str, Any] = field(default_factory=dict)

@@ -25,6 +25,7 @@ from mpt_grpc.caller import ANONYMOUS, Caller, Role
 from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, MptServerError, UnauthenticatedError
 from mpt_grpc.server import status
 from mpt_grpc.server.call import Call, begin_call, current_call
+from mpt_grpc.server.message_work import MessageWork
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.server.writes import PendingWrites
 from mpt_grpc.telemetry import names
@@ -57,6 +58,7 @@ _ROLES: Mapping[str, tuple[Role, ...]] = {
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Serving: TypeAlias = Callable[[_CallContext], AbstractAsyncContextManager[None]]
+_Parse: TypeAlias = Callable[[bytes], Awaitable[Any]]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -67,9 +69,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """Both are to be set before the server starts."""
     writes: PendingWrites
     """The streams that wait for their callers to read."""
+    messages: MessageWork
 
     def __init__(self, access: Access) -> None:
-        self._arrivals, self.writes = Turnstile(), PendingWrites()
+        self._arrivals, self.writes, self.messages = Turnstile(), PendingWrites(), MessageWork()
         self._access = access
         self._propagator = TraceContextTextMapPropagator()
 
@@ -106,8 +109,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         assert handler.unary_unary is not None
         return grpc.unary_unary_rpc_method_handler(_unary(serving, parse, handler.unary_unary), *codecs)
 
-    def _parse(self, method: MethodDescriptor, parse: Callable[[bytes], Any], data: bytes) -> Any:
+    async def _parse(self, method: MethodDescriptor, parse: Callable[[bytes], Any], data: bytes) -> Any:
         """Returns the message. Raises InvalidRequestError."""
+        return await self.messages.run(lambda: self._parsed(method, parse, data), len(data))
+
+    def _parsed(self, method: MethodDescriptor, parse: Callable[[bytes], Any], data: bytes) -> Any:
         try:
             self.message_limits.check(data, method)
             return parse(data)
@@ -158,58 +164,72 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return span if span.is_recording() else None
 
 
-def _unary(serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any]) -> Callable[..., Any]:
+def _unary(serving: _Serving, parse: _Parse, serve: Callable[..., Any]) -> Callable[..., Any]:
     async def unary(data: bytes, context: _CallContext) -> Any:
         async with serving(context):
-            response = serve(parse(data), context)
+            current_call().num_bytes = len(data)
+            response = serve(await parse(data), context)
             del data  # this frame is part of a status that gRPC keeps
             return await response
 
     return unary
 
 
-def _stream(
-    serving: _Serving, parse: Callable[[bytes], Any], serve: Callable[..., Any], writes: PendingWrites
-) -> Callable[..., Any]:
+def _stream(serving: _Serving, parse: _Parse, serve: Callable[..., Any], writes: PendingWrites) -> Callable[..., Any]:
     async def stream(data: bytes, context: _CallContext) -> AsyncIterator[Any]:
         task = asyncio.current_task()
         assert task is not None
-        async with serving(context), aclosing(serve(parse(data), context)) as responses:
-            del data
+        async with serving(context):
             call = current_call()
-            try:
-                async for response in responses:
-                    writes.begin(task, context, call)
-                    yield response
+            call.num_bytes = len(data)
+            async with aclosing(serve(await parse(data), context)) as responses:
+                del data
+                try:
+                    async for response in responses:
+                        writes.begin(task, context, call)
+                        yield response
+                        writes.end(task)
+                finally:
                     writes.end(task)
-            finally:
-                writes.end(task)
 
     return stream
 
 
-def _health(parse: Callable[[bytes], Any], handler: _Handler) -> _Handler:
+def _health(parse: _Parse, handler: _Handler) -> _Handler:
     """Returns the handler of a method of health, which needs no role and leaves no trace."""
-    serve: Callable[..., Any] = handler.unary_unary or handler.unary_stream  # type: ignore[assignment]
-    kind = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+    if handler.unary_stream is not None:
+        watch: Callable[..., Any] = handler.unary_stream
 
-    async def parsed(data: bytes, context: _CallContext) -> Any:
-        try:
-            message = parse(data)
-        except MptServerError as error:
-            await status.abort(context, error)
-        del data  # a watch lasts as long as its caller
-        return await serve(message, context)
+        async def stream(data: bytes, context: _CallContext) -> AsyncIterator[Any]:
+            async with _statuses(context), aclosing(watch(await parse(data), context)) as responses:
+                del data  # a watch lasts as long as its caller
+                async for response in responses:
+                    yield response
 
-    return kind(parsed, None, handler.response_serializer)
+        return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
+    check: Callable[..., Any] = handler.unary_unary  # type: ignore[assignment]
+
+    async def unary(data: bytes, context: _CallContext) -> Any:
+        async with _statuses(context):
+            return await check(await parse(data), context)
+
+    return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
 
 
-def _reflection(serving: _Serving, parse: Callable[[bytes], Any], handler: _Handler) -> _Handler:
+@asynccontextmanager
+async def _statuses(context: _CallContext) -> AsyncIterator[None]:
+    try:
+        yield
+    except MptServerError as error:
+        await status.abort(context, error)
+
+
+def _reflection(serving: _Serving, parse: _Parse, handler: _Handler) -> _Handler:
     """Returns the handler of reflection, the only method whose requests are a stream."""
     reflect: Callable[..., Any] = handler.stream_stream  # type: ignore[assignment]
 
     async def stream(messages: Any, context: _CallContext) -> AsyncIterator[Any]:
-        requests = (parse(data) async for data in messages)
+        requests = (await parse(data) async for data in messages)
         async with serving(context), aclosing(requests), aclosing(reflect(requests, context)) as responses:
             async for response in responses:
                 yield response

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.metrics import MeterProvider
@@ -28,6 +28,7 @@ from mpt_grpc.listening import exposure
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.allocator import trim
 from mpt_grpc.server.garbage import GarbageCollection
+from mpt_grpc.server.health import Health
 from mpt_grpc.server.http import serving_http
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.local_channel import LocalChannel
@@ -152,17 +153,13 @@ class RunningServer:
         self._servicer, self._access, self._writes = servicer, access, writes
         self.engine_failed = asyncio.Event()
         """Set when the engine has ended by itself, so that only a new process can serve again."""
-        self._health = health.aio.HealthServicer()
+        self.health = Health()
         self._draining = False
-
-    @property
-    def health(self) -> health_pb2_grpc.HealthServicer:
-        return self._health
 
     async def drain(self, stop: asyncio.Event | None = None) -> None:
         """Refuses new requests and waits for those in progress, up to the grace period or until `stop` is set."""
         self._draining = True
-        await self._update_health()
+        self._update_health()
         self.engine.refuse(DrainingError("the server is shutting down; use another server"))
         await _first(self._servicer.idle, stop, timeout_s=self.settings.server.grace_s)
 
@@ -170,7 +167,7 @@ class RunningServer:
         """Updates health, reads access tokens again if their file has changed, ends streams that are not read, and
         frees memory when idle. Runs until cancelled."""
         while True:
-            await self._update_health()
+            self._update_health()
             await asyncio.to_thread(self._access.refresh)
             self._writes.end_unread(self.settings.server.read_timeout_s)
             if self.engine.failure is not None:
@@ -181,12 +178,12 @@ class RunningServer:
                 await asyncio.to_thread(trim)
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
-    async def _update_health(self) -> None:
+    def _update_health(self) -> None:
         """Sets the health of the process, and of the server and its service, which also stop serving in a drain."""
         is_live = not self.engine.is_stalled(self.settings.server.stall_timeout_s)
-        statuses = health_pb2.HealthCheckResponse
-        for service, serves in ((LIVE, is_live), *((name, is_live and not self._draining) for name in ("", SERVICE))):
-            await self._health.set(service, statuses.SERVING if serves else statuses.NOT_SERVING)
+        self.health.set(LIVE, is_serving=is_live)
+        for service in ("", SERVICE):
+            self.health.set(service, is_serving=is_live and not self._draining)
 
 
 @asynccontextmanager
@@ -238,7 +235,9 @@ async def _serving(
         interceptor.telemetry = telemetry = make_telemetry(
             engine, model, tracers, meters, settings.telemetry.trace_steps
         )
-        servicer = TextGenerationServicer(engine, model, settings.scheduler, interceptor.message_limits)
+        servicer = TextGenerationServicer(
+            engine, model, settings.scheduler, interceptor.message_limits, interceptor.messages
+        )
         channel = LocalChannel(interceptor)
         running = RunningServer(settings, target, channel, engine, model, servicer, access, interceptor.writes)
         debug = DebugServicer(engine, model)
@@ -258,9 +257,9 @@ async def _serving(
                 why = f"the model failed to generate its first tokens: {error.__cause__ or error}"
                 raise ModelError(why) from error
             engine.observe(telemetry)
-            await server.start()
             tasks = [asyncio.create_task(running.watch()), asyncio.create_task(measure_lag(telemetry.metrics))]
             try:
+                await server.start()
                 page = None if registry is None else (registry, access)
                 http_metrics = HttpMetrics((meters or NoOpMeterProvider()).get_meter(names.SCOPE))
                 async with AsyncExitStack() as stack:

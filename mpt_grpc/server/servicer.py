@@ -31,10 +31,12 @@ from mpt_grpc.limits import (
     MAX_TOKEN_IDS,
     MAX_TOKENIZED_CHARACTERS,
 )
+from mpt_grpc.request import GenerationRequest
 from mpt_grpc.results import OutputDelta
 from mpt_grpc.server import convert
 from mpt_grpc.server.answer import Answer
 from mpt_grpc.server.call import Call, current_call
+from mpt_grpc.server.message_work import MessageWork
 from mpt_grpc.server.quotas import Quotas
 from mpt_grpc.server.requests import generation_request
 from mpt_grpc.server.sizes import MessageLimits, check_sizes
@@ -56,10 +58,15 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
     """Serves text generation with one engine."""
 
     def __init__(
-        self, engine: Engine, model: LoadedModel, scheduling: SchedulerSettings, limits: MessageLimits
+        self,
+        engine: Engine,
+        model: LoadedModel,
+        scheduling: SchedulerSettings,
+        limits: MessageLimits,
+        messages: MessageWork,
     ) -> None:
         self._engine, self._model, self._scheduling = engine, model, scheduling
-        self._message_limits = limits
+        self._message_limits, self._messages = limits, messages
         self._started_s = time.monotonic()
         self._num_answers = 0
         self._quotas, self._texts = Quotas(), TextWork()
@@ -159,7 +166,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
         call = current_call()
         try:
             with self._quotas.request(call.caller) as meter:
-                stream = self._submit(message, context.time_remaining())
+                stream = await self._submit(message, context)
                 self._calls[stream.request_id] = call
                 deltas = aiter(stream) if meter is None else meter.metered(stream)
                 try:
@@ -175,10 +182,22 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             if not self._num_answers:
                 self.idle.set()
 
-    def _submit(self, message: pb.GenerateRequest, timeout_s: float | None) -> AsyncStream:
+    async def _submit(self, message: pb.GenerateRequest, context: _CallContext) -> AsyncStream:
         call = current_call()
+        request = await self._messages.run(lambda: self._request(message, call), call.num_bytes)
+        call.operation = operation(request)
+        span, parent = call.span, None
+        if span is not None:
+            span.set_attributes(request_attributes(request, self._model.name))
+            parent = set_span_in_context(span)
+        stream = self._engine.submit(request, AsyncStream, context=parent, timeout_s=context.time_remaining())
+        call.num_outputs = len(request.outputs)
+        return stream
+
+    def _request(self, message: pb.GenerateRequest, call: Call) -> GenerationRequest:
+        """Returns the request of a message. Takes the longer the larger the message is."""
         if message.request_id:
-            call.logged["request_id"] = message.request_id
+            call.logged["request_id"] = message.request_id[: MAX_BYTES["request_id"]]
         if message.model not in ("", self._model.name):
             wanted = message.model[: MAX_BYTES["model"]]
             raise UnknownModelError(f"model {wanted!r} is not loaded; the loaded model is {self._model.name!r}")
@@ -189,14 +208,7 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
             raise FingerprintError(f"{why}: its tokens might not be the same")
         request = generation_request(message, self._model.defaults, call.caller)
         call.logged["request_id"] = request.request_id
-        call.operation = operation(request)
-        span, parent = call.span, None
-        if span is not None:
-            span.set_attributes(request_attributes(request, self._model.name))
-            parent = set_span_in_context(span)
-        stream = self._engine.submit(request, AsyncStream, context=parent, timeout_s=timeout_s)
-        call.num_outputs = len(request.outputs)
-        return stream
+        return request
 
 
 class DebugServicer(debug_pb2_grpc.DebugServiceServicer):

@@ -105,6 +105,7 @@ def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[
         "request_id": len(message.request_id.encode()),  # which is an attribute of spans
         "conversation.chat_template_kwargs": len(conversation.chat_template_kwargs.encode()),
         "conversation.tools": sum(tool.ByteSize() for tool in conversation.tools[: MAX_COUNTS["conversation.tools"]]),
+        "cache.salt": len(message.cache.salt.encode()),
         "resume_fingerprint": len(message.resume_fingerprint.encode()),
     }
     for field, size in sizes.items():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -172,6 +174,20 @@ def test_a_server_whose_scheduler_thread_dies_ends_its_streams_and_exits_with_an
             assert caught.value.reason == "ENGINE_STOPPED"
         assert faulty.wait() == 1
     assert faulty.stderr.splitlines()[-1].startswith("mpt-grpc: the engine has stopped: RuntimeError")
+
+
+def test_a_server_whose_scheduler_thread_dies_ends_streams_over_http_with_an_error_event() -> None:
+    with running(cli=(sys.executable, "-c", FAULTY)) as faulty, Client(faulty.target, retries=False) as client:
+        body = {"prompt": "The fox", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+        with urllib.request.urlopen(f"{faulty.openai_url}/completions", json.dumps(body).encode(), 60) as events:
+            events.readline()
+            with pytest.raises(UnavailableError, match="the engine has stopped"):
+                client.generate("The fox", request_id="fatal")
+            *_, last = (line for line in events if line.strip())
+        error = json.loads(last.removeprefix(b"data: "))["error"]
+        assert error["message"].startswith("the engine has stopped")
+        assert error["code"] == "unavailable"
+        assert faulty.wait() == 1
 
 
 def is_refused(client: Client) -> bool:

@@ -25,15 +25,15 @@ def stats(prefill_s: float, decode_s: float) -> RequestStats:
 def test_long_prompts_with_short_outputs_do_not_make_tokens_seem_slow() -> None:
     times = ServiceTimes()
     for _ in range(50):
-        times.record(stats(prefill_s=2.0, decode_s=0.0), 1)
-        times.record(stats(prefill_s=0.0, decode_s=1.0), 100)
+        times.record(stats(prefill_s=2.0, decode_s=0.0), 1, was_cancelled=False)
+        times.record(stats(prefill_s=0.0, decode_s=1.0), 100, was_cancelled=False)
     assert times.run_s(100) <= 2
 
 
 def test_what_is_decoded_grows_with_what_is_allowed() -> None:
     times = ServiceTimes()
     for _ in range(8):
-        times.record(stats(prefill_s=1.0, decode_s=2.0), 100)
+        times.record(stats(prefill_s=1.0, decode_s=2.0), 100, was_cancelled=False)
     assert times.run_s(300) == pytest.approx(7)
     assert times.run_s(None) == pytest.approx(1)
     assert times.wait_s(6, 2) == pytest.approx(9)
@@ -42,6 +42,6 @@ def test_what_is_decoded_grows_with_what_is_allowed() -> None:
 def test_who_uses_all_tokens_does_not_make_a_high_limit_seem_to_take_long() -> None:
     times = ServiceTimes()
     for _ in range(50):
-        times.record(stats(prefill_s=0.0, decode_s=10.0), 100)
-        times.record(stats(prefill_s=0.0, decode_s=0.1), 1000)
+        times.record(stats(prefill_s=0.0, decode_s=10.0), 100, was_cancelled=False)
+        times.record(stats(prefill_s=0.0, decode_s=0.1), 1000, was_cancelled=False)
     assert times.run_s(1000) == pytest.approx(0.1)

@@ -15,12 +15,16 @@ from mpt_grpc.schedule.sequence import Sequence
 
 CALLERS = (Caller("one"), Caller("two"), Caller("heavy", quota=Quota(weight=3)))
 NUM_SLOTS = 8
-Arrivals = st.lists(st.tuples(st.sampled_from(CALLERS), st.integers(0, 1), st.integers(1, 30)), min_size=1, max_size=12)
+Arrivals = st.lists(st.tuples(st.sampled_from(CALLERS), st.integers(0, 1), st.integers(0, 30)), min_size=1, max_size=12)
 
 
-def sequence_of(number: int, caller: Caller, priority: int, max_new_tokens: int) -> Sequence:
-    wanted = replace(request(f"{number}", max_new_tokens, priority), caller=caller)
-    return Sequence(number, wanted, 0, (1,), max_context_tokens=100)
+def sequence_of(number: int, caller: Caller, priority: int, num_tokens: int = 0) -> Sequence:
+    """Returns a sequence that has so many tokens of its output."""
+    wanted = replace(request(f"{number}", priority=priority), caller=caller)
+    sequence = Sequence(number, wanted, 0, (1,), max_context_tokens=100)
+    for _ in range(num_tokens):
+        sequence.append(5)
+    return sequence
 
 
 def expected(running: list[Sequence], head: Sequence, waiting: FairQueue) -> list[Sequence]:
@@ -39,8 +43,8 @@ def expected(running: list[Sequence], head: Sequence, waiting: FairQueue) -> lis
         if s.request.priority < head.request.priority:
             preemptible.append(s)
         elif s.request.priority == head.request.priority and may_share:
-            was_served_more = waiting.served(caller) > waiting.served(head.request.caller)
-            if was_served_more and runs_beyond_share(caller):
+            was_served_as_much = waiting.served(caller) >= waiting.served(head.request.caller)
+            if was_served_as_much and runs_beyond_share(caller):
                 equal.append(s)
                 preemptible.append(s)
     return preemptible
@@ -58,14 +62,14 @@ def test_those_make_way_that_have_lower_priority_or_are_beyond_their_callers_sha
         running.add(sequence)
         if number in left or running.is_full:
             running.remove(sequence)
-    head = sequence_of(len(arrivals), caller, priority, max_new_tokens=5)
+    head = sequence_of(len(arrivals), caller, priority)
     waiting.add(head)
     assert running.preemptible_for(head, waiting) == expected(running.sequences, head, waiting)
 
 
 def test_a_sequence_that_does_not_run_is_not_counted() -> None:
     running = Running(NUM_SLOTS)
-    first, second = (sequence_of(number, CALLERS[0], 0, 5) for number in range(2))
+    first, second = (sequence_of(number, CALLERS[0], 0) for number in range(2))
     running.add(first)
     running.remove(second)
     running.remove(first)

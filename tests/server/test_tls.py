@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc
 import pytest
+from access_tokens import entry, write
 from certificates import Authority
 from conftest import demo_settings
 
@@ -26,6 +27,8 @@ from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings, TlsSettings
 from mpt_grpc.tls import server_certificate
 from mpt_grpc_client import AsyncClient, Client, UnavailableError
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 
 OPTIONS: Any = {"max_new_tokens": 3, "temperature": 0}
 Serve = Callable[[TlsSettings], AbstractAsyncContextManager[RunningServer]]
@@ -130,6 +133,64 @@ async def test_a_new_certificate_is_presented_without_a_restart_and_a_broken_one
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"--tls-cert, --tls-key: {tls.certificate} and ")
     assert line.endswith("the previous content stays in effect")
+
+
+async def test_a_secret_of_kubernetes_that_changes_is_used_without_a_restart(tmp_path: Path) -> None:
+    """Its files are links into the folder `..data`, which is a link itself, and the only one that is replaced."""
+    authorities = {"old": Authority.new(), "new": Authority.new()}
+    for name, authority in authorities.items():
+        (tmp_path / name).mkdir()
+        files = authority.write_server(tmp_path / name)
+        write(tmp_path / name / "tokens.toml", entry(f"token-{name}", name))
+    data = tmp_path / "..data"
+    data.symlink_to("old")
+    for name in ("server.pem", "server.key", "tokens.toml"):
+        (tmp_path / name).symlink_to(Path("..data") / name)
+    settings = demo_settings(64)
+    server = replace(
+        settings.server,
+        tls=TlsSettings(tmp_path / files.certificate.name, tmp_path / files.key.name),
+        tokens_file=tmp_path / "tokens.toml",
+    )
+    async with running_server(replace(settings, server=server, http=HttpSettings(port=0))) as running:
+        for name, other in (("old", "new"), ("new", "old")):
+            if name == "new":
+                moved = tmp_path / "..data_tmp"
+                moved.symlink_to("new")
+                moved.replace(data)
+            pem, context = authorities[name].pem, authorities[name].context(tmp_path)
+            while not await is_accepted(running, f"token-{name}", pem):  # tokens are read again every second
+                pass
+            assert not await is_accepted(running, f"token-{other}", pem)
+            await asyncio.to_thread(models, running.http_port, f"token-{name}", context)
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                await asyncio.to_thread(models, running.http_port, f"token-{other}", context)
+
+
+async def is_accepted(server: RunningServer, token: str, pem: bytes) -> bool:
+    """Returns whether a new connection is served with this token."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    address = server.target.removeprefix("grpcs://")
+    async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(pem), options) as channel:
+        stub: Any = TextGenerationServiceStub(channel)
+        try:
+            await stub.GetModelInfo(
+                pb.GetModelInfoRequest(), metadata=(("authorization", f"Bearer {token}"),), timeout=20
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+                raise
+            return False
+        return True
+
+
+def models(port: int | None, token: str, context: ssl.SSLContext) -> bytes:
+    """Returns the models over a new connection."""
+    request = urllib.request.Request(
+        f"https://localhost:{port}/v1/models", headers={"authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=60, context=context) as response:
+        return bytes(response.read())
 
 
 async def test_only_clients_with_a_certificate_of_the_current_authority_are_served(tmp_path: Path) -> None:
