@@ -79,10 +79,9 @@ class Call:
 
     def fail(self, metrics: Metrics, error: MptServerError) -> None:
         """Records that the call has failed."""
-        code, reason = status.code_and_reason(error)
         self.logged["error"] = str(error)
-        self._set_error(reason, str(error))
-        self._end(metrics, code, reason)
+        self._set_error(error.reason, str(error))
+        self._end(metrics, status.status_code(error), error.reason)
 
     @property
     def _duration_s(self) -> float:
