@@ -108,6 +108,24 @@ def test_lines_that_a_full_disk_has_cut_off_are_left_out_of_a_trace(tmp_path: Pa
     assert run("trace", "show", str(file)).stderr == f"mpt-grpc: {file}: is not a file of serve --trace-file\n"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"parent_id": {}}, {"context": 5}, {"events": [{"name": 5}]}, {"start_time": None}, {"status": []}, {"name": 5}],
+)
+def test_a_line_that_is_no_span_is_left_out_of_a_trace(tmp_path: Path, change: dict[str, Any]) -> None:
+    file = tmp_path / "spans"
+    file.write_text("\n".join(["[" * 100_000, "null", "\x00", json.dumps(SPAN | change), json.dumps(SPAN)]))
+    shown = run("trace", "show", str(file))
+    assert (shown.returncode, shown.stderr) == (0, f"mpt-grpc: {file}: 4 broken lines are left out\n")
+    assert len(shown.stdout.splitlines()) == 2
+
+
+def test_a_trace_of_many_spans_in_each_other_is_shown(tmp_path: Path) -> None:
+    ids = [{"context": {"trace_id": "0x1", "span_id": f"{n}"}, "parent_id": f"{n - 1}"} for n in range(3000)]
+    (tmp_path / "spans").write_text("\n".join(json.dumps(SPAN | one) for one in ids))
+    assert len(run("trace", "show", str(tmp_path / "spans")).stdout.splitlines()) == 3001
+
+
 def test_a_trace_fits_in_a_narrow_terminal(tmp_path: Path) -> None:
     (tmp_path / "spans").write_text(json.dumps(SPAN))
     shown = io.StringIO()
