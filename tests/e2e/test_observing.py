@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from server_process import ServerProcess, running
+from terminal import Terminal
 
 from mpt_grpc.commands.trace import print_waterfall
 from mpt_grpc_client import Client
@@ -66,6 +68,26 @@ def test_in_a_narrow_terminal_only_ids_are_shortened(traced: Any) -> None:
     shortened, rest = row.split("… ")
     assert request_id.startswith(shortened)
     assert " s decode " in rest
+
+
+def test_top_goes_on_when_its_server_is_started_again() -> None:
+    with running() as server, Client(server.target) as client:
+        client.generate("Once", max_new_tokens=200, ignore_eos=True)
+        target = server.target
+        watching = Terminal(server, "top", "--interval", "50ms", TERM="xterm", COLUMNS="100", LINES="30")
+        try:
+            watching.wait_for("outputs.*KV cache")
+            server.kill()
+            watching.type("")
+            watching.wait_for("no server responds.*trying again")
+            with running("--grpc-port", target.rpartition(":")[2]):
+                watching.type("")
+                watching.wait_for("outputs.*KV cache")
+                assert not re.search(r"-\d+/s", watching.output), "what the old server had counted is not subtracted"
+            watching.interrupt()
+            assert watching.process.wait(30) == 130
+        finally:
+            watching.close()
 
 
 def test_trace_show_prints_the_last_trace_of_a_request_or_the_one_that_is_named(traced: Any, trace_file: Path) -> None:
