@@ -10,7 +10,7 @@ from server_process import ServerProcess, running
 
 from mpt_grpc_client.version import __version__
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the kernels are compiled
 
 
 def assert_generates(environment: Any, target: str) -> None:
