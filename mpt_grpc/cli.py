@@ -22,6 +22,7 @@ from mpt_grpc.commands.logs import add_log
 from mpt_grpc.commands.units import positive_int, seconds
 from mpt_grpc.errors import MptServerError
 from mpt_grpc.settings import HttpSettings
+from mpt_grpc.telemetry import variables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(parsed: argparse.Namespace) -> int:
     # gRPC's core would repeat on stderr what is reported here in one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    if problem := variables.problem(is_server=parsed.command in ("serve", "gateway")):
+        return _fail(problem)
     from mpt_grpc_client import DeadlineExceededError, InvalidRequestError, InvalidTargetError, MptGrpcError
 
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -113,9 +116,7 @@ def _unknown_arguments(parser: _Parser, unknown: Sequence[str]) -> str:
 
 def _parser() -> _Parser:
     parser = _Parser(
-        prog="mpt-grpc",
-        description="Serve MPT language models over gRPC, or call such a server.",
-        allow_abbrev=False,
+        prog="mpt-grpc", description="Serve MPT language models over gRPC, or call such a server.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"mpt-grpc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -30,10 +30,14 @@ MptServerError
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 class MptServerError(Exception):
     """The base class of all errors that this package raises deliberately."""
+
+    reason: ClassVar[str] = "ENGINE_FAULT"
+    """The stable name of the error in the API, the metrics and the spans."""
 
 
 class ModelError(MptServerError):
@@ -83,6 +87,8 @@ class FieldViolation:
 class InvalidRequestError(RequestError):
     """One or more fields of the request are invalid; all of them are listed."""
 
+    reason = "INVALID_REQUEST"
+
     def __init__(self, *violations: FieldViolation) -> None:
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
         self.violations = violations
@@ -91,29 +97,43 @@ class InvalidRequestError(RequestError):
 class PromptRefusedError(RequestError):
     """A guard refused the prompt."""
 
+    reason = "PROMPT_REFUSED"
+
 
 class DuplicateRequestError(RequestError):
     """A request with this ID is in progress."""
+
+    reason = "DUPLICATE_REQUEST_ID"
 
 
 class FingerprintError(RequestError):
     """An output is to be resumed that a server with another fingerprint began."""
 
+    reason = "FINGERPRINT_MISMATCH"
+
 
 class UnknownModelError(RequestError):
     """The requested model is not loaded."""
+
+    reason = "UNKNOWN_MODEL"
 
 
 class UnauthenticatedError(MptServerError):
     """The caller has no valid access token."""
 
+    reason = "UNAUTHENTICATED"
+
 
 class PermissionDeniedError(MptServerError):
     """The caller lacks a role."""
 
+    reason = "PERMISSION_DENIED"
+
 
 class OverloadedError(MptServerError):
     """The queue is full, or the machine is too busy to check a new constraint."""
+
+    reason = "OVERLOADED"
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -122,6 +142,8 @@ class OverloadedError(MptServerError):
 
 class QuotaExceededError(OverloadedError):
     """The caller uses as much as its quota allows."""
+
+    reason = "QUOTA_EXCEEDED"
 
     def __init__(self, message: str, retry_after_s: float, caller: str, quota: str, limit: int) -> None:
         """quota: what is limited, 'requests' in progress or 'tokens' per minute, to `limit`."""
@@ -132,6 +154,8 @@ class QuotaExceededError(OverloadedError):
 class UnreadResponseError(MptServerError):
     """The caller of a stream has not read it for too long."""
 
+    reason = "NOT_READ"
+
 
 class UnavailableError(MptServerError):
     """The engine accepts no requests."""
@@ -140,9 +164,13 @@ class UnavailableError(MptServerError):
 class DrainingError(UnavailableError):
     """The server is shutting down."""
 
+    reason = "DRAINING"
+
 
 class EngineStoppedError(UnavailableError):
     """The engine has failed and the server must be restarted."""
+
+    reason = "ENGINE_STOPPED"
 
 
 class DeviceLostError(MptServerError):

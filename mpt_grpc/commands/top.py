@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import quantiles
 
@@ -17,27 +16,38 @@ from rich.text import Text
 from mpt_grpc.commands.connection import client_options
 from mpt_grpc.commands.printable import printable
 from mpt_grpc.errors import SettingsError
-from mpt_grpc_client import Client, Load, ServerInfo
+from mpt_grpc_client import Client, DeadlineExceededError, Load, ServerInfo, UnavailableError
 from mpt_grpc_client.debug import EngineState, RequestState
 from mpt_grpc_client.targets import resolve_targets
 
 _TIMEOUT_S = 10
 _BAR_WIDTH = 30
 _MAX_ID = 36
+_NO_LOAD = Load(0, 0, 0, 0, 0, 0, 0)
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Shows a server until Ctrl-C, or once. Raises SettingsError for several targets, and MptGrpcError."""
+    """Shows a server until Ctrl-C, also across restarts, or once.
+
+    Raises SettingsError for several targets, and MptGrpcError if the first measurement fails.
+    """
     if len(resolve_targets(parsed.target)) > 1:
         raise SettingsError("--target: top shows one server; name one")
     console = Console(highlight=False)
     with Client(parsed.target, timeout=_TIMEOUT_S, **client_options(parsed)) as client:
-        frames = _frames(client, parsed.interval, parsed.rows)
+        view = _View(client, parsed.rows)
+        time.sleep(parsed.interval)
         if parsed.once:
-            console.print(next(frames))
+            console.print(view.frame())
             return
-        with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
-            for frame in frames:
+        with Live(view.frame(), console=console, screen=console.is_terminal, auto_refresh=False) as live:
+            live.refresh()
+            while True:
+                time.sleep(parsed.interval)
+                try:
+                    frame = view.frame()
+                except (UnavailableError, DeadlineExceededError) as error:
+                    frame = Text(f"{error}; trying again")
                 live.update(frame, refresh=True)
 
 
@@ -52,15 +62,22 @@ class _Rates:
     """The fraction of the drafts that were accepted, or None without any."""
 
 
-def _frames(client: Client, interval_s: float, num_rows: int) -> Iterator[RenderableType]:
-    """Yields a frame after each interval."""
-    before, before_s = client.get_server_info().load, time.monotonic()
-    while True:
-        time.sleep(interval_s)
-        info, state = client.get_server_info(), client.get_engine_state()
+class _View:
+    """A server, as it is since the last measurement."""
+
+    def __init__(self, client: Client, num_rows: int) -> None:
+        self._client, self._num_rows = client, num_rows
+        self._before, self._before_s = client.get_server_info(), time.monotonic()
+
+    def frame(self) -> RenderableType:
+        """Measures. Raises MptGrpcError."""
+        info, state = self._client.get_server_info(), self._client.get_engine_state()
         now_s = time.monotonic()
-        yield _frame(info, state, _rates(before, info.load, now_s - before_s), num_rows)
-        before, before_s = info.load, now_s
+        load, duration_s = self._before.load, now_s - self._before_s
+        if info.uptime < self._before.uptime:  # it was started again, and counts from zero
+            load, duration_s = _NO_LOAD, info.uptime
+        self._before, self._before_s = info, now_s
+        return _frame(info, state, _rates(load, info.load, duration_s), self._num_rows)
 
 
 def _rates(before: Load, after: Load, duration_s: float) -> _Rates:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections import Counter
@@ -35,14 +34,18 @@ def print_waterfall(console: Console, file: str | Path, trace_id: str | None = N
 
     Raises SettingsError if the file has no such trace.
     """
-    spans = _spans(file)
-    found = [span.trace_id for span in spans if span.trace_id.startswith(trace_id or "") and span.name != "step"]
-    if not found:
+    spans, found = _Spans(file), None
+    for span in spans:
+        if span.trace_id.startswith(trace_id or "") and span.name != "step":
+            found = span.trace_id
+    if spans.num_broken:
+        print(f"mpt-grpc: {file}: {spans.num_broken} broken lines are left out", file=sys.stderr)
+    if found is None:
         raise SettingsError(f"{file}: has no trace {trace_id or 'of a request'}")
-    chosen = [span for span in spans if span.trace_id == found[-1]]
+    chosen = [span for span in spans if span.trace_id == found]
     first_s = min(span.start_s for span in chosen)
     length_s = max(max(span.end_s for span in chosen) - first_s, 1e-6)
-    console.print(f"trace {found[-1]}")
+    console.print(f"trace {found}")
     rows = [
         (f"{'  ' * depth}{span.name.rpartition('Service/')[2]}"[:_NAME_WIDTH], span)
         for span, depth in _in_order(chosen)
@@ -72,51 +75,71 @@ class _Span:
     """Its events, counted by name, or why it failed."""
 
 
-def _spans(file: str | Path) -> list[_Span]:
-    """Returns the spans in a file, or in standard input if it is `-`. Raises SettingsError."""
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{file}: is not a file of serve --trace-file") from error
-    lines = [line for line in text.split("\n") if line]
-    spans = []
-    for line in lines:
-        # A full disk or a crash leaves lines that are cut off.
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            spans.append(_span(json.loads(line)))
-    if lines and not spans:
-        raise SettingsError(f"{file}: is not a file of serve --trace-file")
-    if num_broken := len(lines) - len(spans):
-        print(f"mpt-grpc: {file}: {num_broken} broken lines are left out", file=sys.stderr)
-    return spans
+class _Spans:
+    """The spans in a file, or in standard input if it is `-`. A file is read anew each time, and never held whole."""
+
+    def __init__(self, file: str | Path) -> None:
+        self._file = file
+        self._piped = sys.stdin.buffer.readlines() if file == "-" else None
+        self.num_broken = 0
+        """Lines that a full disk or a crash has cut off, as far as the file has been read."""
+
+    def __iter__(self) -> Iterator[_Span]:
+        """Raises SettingsError for a file that cannot be read, or without any span."""
+        self.num_broken, num_spans = 0, 0
+        for line in self._lines():
+            try:
+                span = _span(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self.num_broken += 1
+                continue
+            num_spans += 1
+            yield span
+        if self.num_broken and not num_spans:
+            raise SettingsError(f"{self._file}: is not a file of serve --trace-file")
+
+    def _lines(self) -> Iterator[bytes]:
+        if self._piped is not None:
+            yield from filter(bytes.strip, self._piped)
+            return
+        try:
+            with open(self._file, "rb") as file:
+                yield from filter(bytes.strip, file)
+        except OSError as error:
+            raise SettingsError(f"{self._file}: cannot be read: {error.strerror}") from error
 
 
 def _span(span: Mapping[str, Any]) -> _Span:
-    context, status = span["context"], span["status"]
-    events = Counter(event["name"] for event in span["events"])
+    """Returns a span of a file. Raises ValueError, KeyError, TypeError or AttributeError if it is none."""
+    context, status, parent_id = span["context"], span["status"], span["parent_id"]
+    events = Counter(_text(event["name"]) for event in span["events"])
     summary = ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in events.items())
     return _Span(
-        span_id=context["span_id"],
-        parent_id=span["parent_id"],
-        trace_id=context["trace_id"].removeprefix("0x"),
-        name=span["name"],
+        span_id=_text(context["span_id"]),
+        parent_id=None if parent_id is None else _text(parent_id),
+        trace_id=_text(context["trace_id"]).removeprefix("0x"),
+        name=_text(span["name"]),
         start_s=datetime.fromisoformat(span["start_time"]).timestamp(),
         end_s=datetime.fromisoformat(span["end_time"]).timestamp(),
         has_failed=status["status_code"] == "ERROR",
-        summary=printable(status.get("description", "")) or summary,
+        summary=_text(status.get("description", "")) or summary,
     )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"not a string: {value!r}")
+    return printable(value)
 
 
 def _in_order(spans: Sequence[_Span]) -> Iterator[tuple[_Span, int]]:
     """Yields spans with their depths: by their start, and each one's children after it."""
     known = {span.span_id for span in spans}
-
-    def below(parent_id: str | None, depth: int) -> Iterator[tuple[_Span, int]]:
-        children = [s for s in spans if (s.parent_id if s.parent_id in known else None) == parent_id]
-        for span in sorted(children, key=lambda span: span.start_s):
-            yield span, depth
-            yield from below(span.span_id, depth + 1)
-
-    return below(None, 0)
+    children: dict[str | None, list[_Span]] = {}
+    for span in sorted(spans, key=lambda span: span.start_s, reverse=True):
+        children.setdefault(span.parent_id if span.parent_id in known else None, []).append(span)
+    pending = [(span, 0) for span in children.get(None, ())]
+    while pending:
+        span, depth = pending.pop()
+        yield span, depth
+        pending += [(child, depth + 1) for child in children.get(span.span_id, ())]

@@ -22,6 +22,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from mpt_grpc.commands import logs, model_options, server_options
 from mpt_grpc.errors import MptServerError, SettingsError
 from mpt_grpc.listening import address
+from mpt_grpc.telemetry import variables
 
 if TYPE_CHECKING:
     from mpt_grpc.server.server import RunningServer
@@ -48,6 +49,9 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
 def main() -> int:
     """Serves with the flags of `mpt-grpc serve`, and returns the exit status."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if problem := variables.problem(is_server=True):
+        _write(error=problem)
+        return 1
     # Imported here, since it imports torch, which the parent does without.
     from mpt_grpc.server.server import serve
 

@@ -1,5 +1,4 @@
-"""The response to one request: the messages of its outputs while they are generated, and what the log and the span say
-of it at the end."""
+"""The response to one request: the messages of its outputs while they are generated, and their summary."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ from mpt_grpc.request import sequence_seed
 from mpt_grpc.results import Output, OutputDelta, RequestStats, TokenLogprob
 from mpt_grpc.server import convert
 from mpt_grpc.server.call import current_call
-from mpt_grpc.telemetry import names
 from mpt_grpc.text.tokenizer import Tokenizer
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
@@ -90,25 +88,14 @@ class Answer:
 
     def _summary(self, stats: RequestStats) -> pb.Summary:
         call = current_call()
-        reasons = [finish.reason.name.lower() for finish in stats.finishes]
         call.logged |= {
             "cached_tokens": stats.num_cached_tokens,
             "queue_s": _elapsed_s(stats.arrival_time_s, stats.scheduled_time_s),
             "first_token_s": _elapsed_s(stats.arrival_time_s, stats.first_token_time_s),
             "preemptions": stats.num_preemptions,
-            "finish": ",".join(reasons),
         }
-        span = call.span
-        if span is None:
-            return convert.summary(stats, trace_id="")
-        span.set_attributes(
-            {
-                names.RESPONSE_FINISH_REASONS: reasons,
-                names.USAGE_INPUT_TOKENS: stats.num_prompt_tokens,
-                names.USAGE_OUTPUT_TOKENS: stats.num_output_tokens,
-            }
-        )
-        return convert.summary(stats, format_trace_id(span.get_span_context().trace_id))
+        trace_id = "" if call.span is None else format_trace_id(call.span.get_span_context().trace_id)
+        return convert.summary(stats, trace_id)
 
 
 def _elapsed_s(start_s: float, end_s: float | None) -> float | None:

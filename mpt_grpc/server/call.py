@@ -81,22 +81,24 @@ class Call:
 
     def fail(self, metrics: Metrics, error: MptServerError) -> None:
         """Records that the call has failed."""
-        code, reason = status.code_and_reason(error)
-        self.logged["error"] = str(error)
-        self._set_error(reason, str(error))
-        self._end(metrics, code, reason)
+        self._set_error(error.reason, str(error))
+        self._end(metrics, status.status_code(error), error.reason)
 
     @property
     def _duration_s(self) -> float:
         return time.monotonic() - self._start_s
 
     def _set_error(self, reason: str, description: str) -> None:
+        self.logged |= {"reason": reason, "error": description}
         if self.span is not None:
             self.span.set_attribute(names.ERROR_TYPE, reason)
             self.span.set_status(StatusCode.ERROR, description)
 
     def _end(self, metrics: Metrics, code: grpc.StatusCode, reason: str | None) -> None:
         duration_s, name = self._duration_s, self.method.rpartition("/")[2]
+        finishes = [finish_reason.name.lower() for finish_reason in self.finish_reasons]
+        if finishes:
+            self.logged["finish"] = ",".join(finishes)
         self._log(name, code, duration_s)
         metrics.record_call(
             self.method,
@@ -109,6 +111,8 @@ class Call:
             context=None if self.span is None else set_span_in_context(self.span),
         )
         if self.span is not None:
+            if finishes:
+                self.span.set_attribute(names.RESPONSE_FINISH_REASONS, finishes)
             self.span.set_attribute(names.RPC_STATUS_CODE, code.name)
             self.span.end()
 

@@ -42,6 +42,7 @@ from mpt_grpc.server.requests import generation_request
 from mpt_grpc.server.sizes import MessageLimits, check_sizes
 from mpt_grpc.server.text_work import TextWork
 from mpt_grpc.settings import SchedulerSettings
+from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.tracing import operation, request_attributes
 from mpt_grpc.text.tokenizer import QUICK_SIZE, encodes_quickly
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -247,4 +248,7 @@ def _num_logprobs(delta: OutputDelta) -> int:
 def _note_outputs(call: Call, stream: AsyncStream) -> None:
     """Adds what the caller has got to the call, however it ends."""
     call.finish_reasons = [finish.reason for finish in stream.finishes]
-    call.logged |= {"prompt_tokens": stream.num_prompt_tokens, "output_tokens": stream.num_output_tokens}
+    prompt_tokens, output_tokens = stream.num_prompt_tokens, stream.num_output_tokens
+    call.logged |= {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+    if call.span is not None:
+        call.span.set_attributes({names.USAGE_INPUT_TOKENS: prompt_tokens, names.USAGE_OUTPUT_TOKENS: output_tokens})

@@ -31,39 +31,37 @@ from mpt_grpc.errors import (
 _DOMAIN = "mpt-grpc"
 # gRPC limits all metadata of a response to 8 KiB. It percent-encodes the message, and details contain it once more.
 _MAX_MESSAGE_BYTES, _MAX_VIOLATIONS_BYTES, _MAX_TEXT_BYTES = 800, 2000, 400
-_TABLE: dict[type[MptServerError], tuple[grpc.StatusCode, str]] = {
-    InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
-    PromptRefusedError: (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_REFUSED"),
-    UnknownModelError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
-    DuplicateRequestError: (grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
-    UnauthenticatedError: (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
-    PermissionDeniedError: (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
-    FingerprintError: (grpc.StatusCode.FAILED_PRECONDITION, "FINGERPRINT_MISMATCH"),
-    OverloadedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
-    QuotaExceededError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
-    UnreadResponseError: (grpc.StatusCode.ABORTED, "NOT_READ"),
-    DrainingError: (grpc.StatusCode.UNAVAILABLE, "DRAINING"),
-    EngineStoppedError: (grpc.StatusCode.UNAVAILABLE, "ENGINE_STOPPED"),
-    InternalError: (grpc.StatusCode.INTERNAL, "ENGINE_FAULT"),
+_CODES: dict[type[MptServerError], grpc.StatusCode] = {
+    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    PromptRefusedError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownModelError: grpc.StatusCode.NOT_FOUND,
+    DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
+    FingerprintError: grpc.StatusCode.FAILED_PRECONDITION,
+    OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    QuotaExceededError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnreadResponseError: grpc.StatusCode.ABORTED,
+    DrainingError: grpc.StatusCode.UNAVAILABLE,
+    EngineStoppedError: grpc.StatusCode.UNAVAILABLE,
+    InternalError: grpc.StatusCode.INTERNAL,
 }
-
-
-REASONS = tuple(reason for _, reason in _TABLE.values())
+REASONS = tuple(error.reason for error in _CODES)
 """The stable names of all errors."""
 
 
-def code_and_reason(error: MptServerError) -> tuple[grpc.StatusCode, str]:
-    """Returns the status code of an error and its stable name in `ErrorInfo.reason`."""
-    return _TABLE.get(type(error), _TABLE[InternalError])
+def status_code(error: MptServerError) -> grpc.StatusCode:
+    """Returns the status code of an error."""
+    return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
 
 
 async def abort(
     context: grpc.aio.ServicerContext[Any, Any], error: MptServerError, more_details: Iterable[Message] = ()
 ) -> None:
     """Ends the call with the status of the error. Always raises."""
-    code, reason = code_and_reason(error)
+    code = status_code(error)
     message = _shortened(str(error), _MAX_MESSAGE_BYTES)
-    details = [_packed(detail) for detail in (*_details(error, reason), *more_details)]
+    details = [_packed(detail) for detail in (*_details(error), *more_details)]
     status = status_pb2.Status(code=code.value[0], message=message, details=details)
     trailers: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", status.SerializeToString())]
     if isinstance(error, OverloadedError):
@@ -72,11 +70,11 @@ async def abort(
     await context.abort(code, message, tuple(trailers))
 
 
-def _details(error: MptServerError, reason: str) -> Iterator[Message]:
+def _details(error: MptServerError) -> Iterator[Message]:
     subject, metadata = "server:requests", dict[str, str]()
     if isinstance(error, QuotaExceededError):
         subject, metadata = f"{error.caller}:{error.quota}", {"quota": error.quota, "limit": str(error.limit)}
-    yield error_details_pb2.ErrorInfo(reason=reason, domain=_DOMAIN, metadata=metadata)
+    yield error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN, metadata=metadata)
     if isinstance(error, InvalidRequestError):
         yield error_details_pb2.BadRequest(field_violations=_violations(error))
     if isinstance(error, OverloadedError):

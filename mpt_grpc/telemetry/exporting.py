@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -130,7 +131,13 @@ def _refusing_variables() -> Iterator[None]:
         raise
     except Exception as error:
         why = " ".join(str(error).split())
-        named = [name for name, value in os.environ.items() if name.startswith("OTEL_") and value and value in why]
+        # It contains the value, or the name of an argument, such as max_queue_size for OTEL_BSP_MAX_QUEUE_SIZE.
+        arguments = tuple(re.findall(r"[a-z]+(?:_[a-z]+)+", why))
+        named = [
+            name
+            for name, value in os.environ.items()
+            if name.startswith("OTEL_") and value and (value in why or name.lower().endswith(arguments))
+        ]
         raise SettingsError(f"{' or '.join(sorted(named)) or 'the OTEL_ variables'}: {why}") from error
 
 

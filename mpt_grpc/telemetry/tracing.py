@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import Link, Span, StatusCode, Tracer, get_current_span
 from opentelemetry.util.types import AttributeValue
 
+from mpt_grpc.errors import InternalError, MptServerError
 from mpt_grpc.reports import RequestReport, StepReport
 from mpt_grpc.request import Conversation, GenerationRequest
 from mpt_grpc.step import StepPlan
@@ -136,7 +137,8 @@ class _Phases:
         assert self._last is not None
         span, _ = self._last
         if report.error is not None:
-            span.set_attribute(names.ERROR_TYPE, type(report.error).__name__)
+            reasoned = report.error if isinstance(report.error, MptServerError) else InternalError()
+            span.set_attribute(names.ERROR_TYPE, reasoned.reason)
             span.set_status(StatusCode.ERROR)
         else:
             reasons = [reason.name.lower() for reason in report.finish_reasons]

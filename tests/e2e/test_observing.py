@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from server_process import ServerProcess, running
+from terminal import Terminal
 
 from mpt_grpc.commands.trace import print_waterfall
 from mpt_grpc_client import Client
@@ -68,6 +70,26 @@ def test_in_a_narrow_terminal_only_ids_are_shortened(traced: Any) -> None:
     assert " s decode " in rest
 
 
+def test_top_goes_on_when_its_server_is_started_again() -> None:
+    with running() as server, Client(server.target) as client:
+        client.generate("Once", max_new_tokens=200, ignore_eos=True)
+        target = server.target
+        watching = Terminal(server, "top", "--interval", "50ms", TERM="xterm", COLUMNS="100", LINES="30")
+        try:
+            watching.wait_for("outputs.*KV cache")
+            server.kill()
+            watching.type("")
+            watching.wait_for("no server responds.*trying again")
+            with running("--grpc-port", target.rpartition(":")[2]):
+                watching.type("")
+                watching.wait_for("outputs.*KV cache")
+                assert not re.search(r"-\d+/s", watching.output), "what the old server had counted is not subtracted"
+            watching.interrupt()
+            assert watching.process.wait(30) == 130
+        finally:
+            watching.close()
+
+
 def test_trace_show_prints_the_last_trace_of_a_request_or_the_one_that_is_named(traced: Any, trace_file: Path) -> None:
     with Client(traced.target) as client:
         ids = [client.generate("Once", max_new_tokens=3).trace_id for _ in range(2)]
@@ -106,6 +128,24 @@ def test_lines_that_a_full_disk_has_cut_off_are_left_out_of_a_trace(tmp_path: Pa
     assert shown.stderr == f"mpt-grpc: {file}: 2 broken lines are left out\n"
     file.write_text(line[:40])
     assert run("trace", "show", str(file)).stderr == f"mpt-grpc: {file}: is not a file of serve --trace-file\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"parent_id": {}}, {"context": 5}, {"events": [{"name": 5}]}, {"start_time": None}, {"status": []}, {"name": 5}],
+)
+def test_a_line_that_is_no_span_is_left_out_of_a_trace(tmp_path: Path, change: dict[str, Any]) -> None:
+    file = tmp_path / "spans"
+    file.write_text("\n".join(["[" * 100_000, "null", "\x00", json.dumps(SPAN | change), json.dumps(SPAN)]))
+    shown = run("trace", "show", str(file))
+    assert (shown.returncode, shown.stderr) == (0, f"mpt-grpc: {file}: 4 broken lines are left out\n")
+    assert len(shown.stdout.splitlines()) == 2
+
+
+def test_a_trace_of_many_spans_in_each_other_is_shown(tmp_path: Path) -> None:
+    ids = [{"context": {"trace_id": "0x1", "span_id": f"{n}"}, "parent_id": f"{n - 1}"} for n in range(3000)]
+    (tmp_path / "spans").write_text("\n".join(json.dumps(SPAN | one) for one in ids))
+    assert len(run("trace", "show", str(tmp_path / "spans")).stdout.splitlines()) == 3001
 
 
 def test_a_trace_fits_in_a_narrow_terminal(tmp_path: Path) -> None:

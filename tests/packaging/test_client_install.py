@@ -18,7 +18,7 @@ unwanted = ("torch", "numpy", "transformers", "mpt_grpc")
 print(mpt_grpc_client.Client.__name__, [name for name in unwanted if find_spec(name)])
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the kernels are compiled
 
 
 def test_the_wheel_installs_and_imports_alone(environment: Any, client_wheel: Path) -> None:

@@ -20,7 +20,7 @@ from mpt_grpc_client.version import __version__
 ROOT = Path(__file__).parents[2]
 NAMES = {"mpt-grpc": "mpt_grpc", "mpt-grpc-client": "mpt_grpc_client"}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the kernels are compiled
 
 
 def wheel_files(distributions: Path, name: str) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from server_process import ServerProcess, running
 
 from mpt_grpc_client.version import __version__
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the kernels are compiled
 
 
 def assert_generates(environment: Any, target: str) -> None:
@@ -47,7 +47,10 @@ def test_without_torch_serve_names_the_extra_and_generate_works(
 
 
 def test_with_torch_the_wheel_and_the_folder_serve(environment: Any, server_wheel: Path, source: Path) -> None:
-    environment.install(f"{server_wheel}[torch]")
+    with pytest.MonkeyPatch.context() as without_compiler:
+        for compiler in ("CC", "CXX"):
+            without_compiler.setenv(compiler, "/bin/false")
+        environment.install(f"{server_wheel}[torch]")
     assert_reports_one_version(environment)
     assert_serves_and_generates(environment)
 

@@ -32,8 +32,8 @@ async def test_a_call_is_logged_with_its_status_request_and_tokens(service: Any,
         assert line.startswith(f"{method} OK ")
         assert f"request_id='{request_id}'" in line
         assert re.search(
-            r" cached_tokens=0 queue_s=0\.\d+ first_token_s=0\.\d+ preemptions=0 finish='max_new_tokens'"
-            r" prompt_tokens=1 output_tokens=3$",
+            r" cached_tokens=0 queue_s=0\.\d+ first_token_s=0\.\d+ preemptions=0"
+            r" prompt_tokens=1 output_tokens=3 finish='max_new_tokens'$",
             line,
         )
 

@@ -230,7 +230,7 @@ def test_an_unsupported_variable_is_refused_at_startup(
     [
         ({"OTEL_EXPORTER_OTLP_TIMEOUT": "10s"}, "OTEL_EXPORTER_OTLP_TIMEOUT: could not convert string to float: '10s'"),
         ({"OTEL_EXPORTER_OTLP_COMPRESSION": "zstd"}, "OTEL_EXPORTER_OTLP_COMPRESSION: "),
-        ({"OTEL_BSP_MAX_QUEUE_SIZE": "10"}, "the OTEL_ variables: max_export_batch_size must be"),
+        ({"OTEL_BSP_MAX_QUEUE_SIZE": "10"}, "OTEL_BSP_MAX_QUEUE_SIZE: max_export_batch_size must be"),
         (
             {"OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE": "/no/ca"},
             "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE: cannot read /no/ca",

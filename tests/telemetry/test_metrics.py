@@ -21,7 +21,7 @@ import opentelemetry.semconv._incubating.metrics.rpc_metrics as rpc_metrics
 import opentelemetry.semconv.attributes.error_attributes as errors
 import pytest
 from conftest import demo_settings
-from http_calls import fetch
+from http_calls import fetch, read_response, send
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from otlp_collector import attributes, running_collector
@@ -190,6 +190,44 @@ def replace_port(server: RunningServer) -> Any:
 async def test_a_website_cannot_read_metrics_by_another_name_for_this_machine(service: Service) -> None:
     status, _ = await fetch(service.server, "GET", "/metrics", host="evil.example")
     assert status == 403
+
+
+async def test_the_page_is_negotiated_and_has_a_head(service: Service) -> None:
+    for accept, kind, end in (
+        ("*/*", "text/plain; version=0.0.4", b"\n"),
+        ("application/openmetrics-text; version=1.0.0", "application/openmetrics-text; version=1.0.0", b"\n# EOF\n"),
+    ):
+        _, headers, content = await read_response(*await send(service.server, "GET", "/metrics", accept=accept))
+        assert headers["content-type"].startswith(kind)
+        assert content.endswith(end)
+        status, head, nothing = await read_response(*await send(service.server, "HEAD", "/metrics", accept=accept))
+        assert (status, head["content-type"], nothing) == (200, headers["content-type"], b"")
+
+
+async def test_names_that_callers_choose_make_no_series(service: Service) -> None:
+    channel = grpc.aio.insecure_channel(service.server.target)
+
+    async def send_names(suffix: str) -> None:
+        await fetch(service.server, "GET", f"/{suffix}")
+        await fetch(service.server, "GET", f"/v1/models/{suffix}")
+        for method in (f"/mpt.v1.TextGenerationService/{suffix}", f"/{suffix}/Generate"):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await channel.unary_unary(method)(b"")
+        for fields in ({"model": suffix}, {"resume_fingerprint": suffix}):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await service.stub.Generate(request(1, request_id=suffix, **fields))
+
+    async def series() -> set[str]:
+        page = await service.page()
+        found = {f"{one.name}{sorted(one.labels.items())}" for family in page.values() for one in family.samples}
+        return {one for one in found if not one.startswith("mpt_event_loop")}
+
+    await send_names("a")
+    before = await series()
+    for number in range(20):
+        await send_names(f"a{number}")
+    assert await series() == before
+    await channel.close()
 
 
 async def test_metrics_are_exported_to_a_collector_with_exemplars(monkeypatch: pytest.MonkeyPatch) -> None:
