@@ -40,6 +40,15 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"an integer has more than {sys.get_int_max_str_digits()} digits") from error
 
 
+def is_unicode(value: Any) -> bool:
+    """Whether the texts in a JSON value have no lone surrogates, which may have been escaped."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _finite(number: str) -> float:
     """Returns a number with a fraction or an exponent. Raises ValueError if no double is as large."""
     value = float(number)

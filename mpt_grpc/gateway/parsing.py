@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -18,7 +17,7 @@ from mpt_grpc.gateway.errors import BadRequestError, shortened
 from mpt_grpc.gateway.field_rules import FieldRules, reason
 from mpt_grpc.gateway.reading import read
 from mpt_grpc.gateway.strict import MAX_ITEMS, TOO_MANY_ITEMS
-from mpt_grpc.json_values import parse_json
+from mpt_grpc.json_values import is_unicode, parse_json
 from mpt_grpc.limits import MAX_TOKEN_IDS, is_deeper_than
 from mpt_grpc.worker_threads import WorkerThreads
 
@@ -107,9 +106,9 @@ def _known_fields(body: bytes, rules: FieldRules) -> dict[str, Any]:
     for name, value in fields.items():
         if name in rules.refused:
             raise BadRequestError(f"{name}: {rules.refused[name]}", name)
-        if may_have_surrogates and not _is_text(name):
+        if may_have_surrogates and not is_unicode(name):
             raise BadRequestError("the name of a field is not valid Unicode; remove lone surrogates")
-        if may_have_surrogates and not _is_text(value):
+        if may_have_surrogates and not is_unicode(value):
             raise BadRequestError(f"{shortened(name)}: not valid Unicode; remove lone surrogates", shortened(name))
     return fields
 
@@ -176,11 +175,3 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for argument in get_args(annotation):
         yield from _models(argument)
-
-
-def _is_text(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
