@@ -42,7 +42,8 @@ class ChatMessage(Strict):
     name: str | None = None
     tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
-    # What SDKs and other servers add to the messages that they return.
+    # What SDKs and other servers add to the messages that they return, and lm-eval to those that it sends.
+    type: Literal["text", "message"] | None = None
     refusal: str | None = None
     id: str | None = None
     annotations: Any = None

@@ -7,16 +7,19 @@ contain: required properties, and the items that `minItems` counts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from mpt_grpc.text.refusals import TOO_COSTLY, shortened
+from mpt_grpc.text.refusals import IMPOSSIBLE, TOO_COSTLY, shortened
 from mpt_grpc.text.schema_checks import TYPES, UnsupportedSchemaError
 from mpt_grpc.text.schema_places import reachable, resolved
 
 _Schema: TypeAlias = dict[str, Any]
 _Need: TypeAlias = tuple[str, Any]
-"""The name of a property, or the keyword of items, and the schema of what a value has to contain there."""
+"""The name of a property, or the keyword of items, and the schema of what a value has to contain there.
+
+Without a name, the schema is one that the value itself has to match.
+"""
 _MAX_WORK = 100_000
 """How many schemas are looked at, which takes some 0.2 s of processor time. Ordinary ones need a few hundred."""
 _MAX_NAME = 40
@@ -49,26 +52,45 @@ class _Recursion:
                 id(schema) for schema in schemas if id(schema) not in self._finite and self._need(schema) is None
             )
         if (need := self._need(self._root)) is not None:
-            seen = set()
-            while isinstance(need[1], dict) and id(need[1]) not in seen:
-                seen.add(id(need[1]))
-                need = self._need(need[1]) or need
-            name = json.dumps(shortened(need[0], _MAX_NAME), ensure_ascii=False)
-            why = "inside of itself without an end" if isinstance(need[1], dict) else "where nothing is allowed"
-            raise UnsupportedSchemaError(f"no output can satisfy it: {name} is required {why}: make it optional")
+            raise UnsupportedSchemaError(self._reason(need))
+
+    def _reason(self, need: _Need) -> str:
+        """Returns why the root, which needs this, has no finite value."""
+        name, schema = need
+        seen = set()
+        while isinstance(schema, dict) and id(schema) not in seen:
+            seen.add(id(schema))
+            next_name, schema = self._need(schema) or ("", True)
+            name = next_name or name
+        if not name:
+            return IMPOSSIBLE
+        where = "inside of itself without an end" if isinstance(schema, dict) else "where nothing is allowed"
+        shown = json.dumps(shortened(name, _MAX_NAME), ensure_ascii=False)
+        return f"no output can satisfy it: {shown} is required {where}: make it optional"
 
     def _need(self, schema: _Schema) -> _Need | None:
-        """Returns what each value of a schema has to contain and is not known to be finite, or None."""
-        parts, choices = self._conjunction([schema])
-        need = self._need_of(parts)
+        """Returns what each value of a schema has to contain or match and is not known to be finite, or None."""
+        parts, choices = self._conjunction(schema)
+        if (need := self._need_of(parts)) is not None:
+            return need
+        members = [*schema.get("allOf", ()), *([resolved(self._root, schema["$ref"])] if "$ref" in schema else ())]
+        for member in members:
+            if self._is_unknown(("", member)):
+                return "", member
         for branches in choices:
-            needs = [self._need_of([*parts, *self._conjunction([branch])[0]]) for branch in branches]
-            need = need or (needs[-1] if needs and None not in needs else None)
-        return need
+            needs = [self._need_of_branch(parts, branch) for branch in branches]
+            if None not in needs:
+                return needs[-1] if needs else ("", False)
+        return None
 
-    def _conjunction(self, schemas: Sequence[Any]) -> tuple[list[_Schema], list[list[Any]]]:
+    def _need_of_branch(self, parts: list[_Schema], branch: Any) -> _Need | None:
+        """Returns what each value that matches some schemas and a branch needs, or None."""
+        need = self._need_of([*parts, *self._conjunction(branch)[0]])
+        return ("", branch) if need is None and self._is_unknown(("", branch)) else need
+
+    def _conjunction(self, schema: Any) -> tuple[list[_Schema], list[list[Any]]]:
         """Returns the schemas that hold together, through `$ref` and `allOf`, and the choices beside them."""
-        pending, seen = list(schemas), set()
+        pending, seen = [schema], set()
         parts, choices = [], []
         while pending:
             schema = pending.pop()

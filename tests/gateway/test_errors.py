@@ -210,6 +210,11 @@ def test_what_other_servers_add_to_a_reply_is_ignored(server: Any) -> None:
     assert call(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 1})["choices"]
 
 
+@pytest.mark.parametrize("kind", ["text", "message"])
+def test_a_message_may_have_the_type_that_evaluations_and_responses_give_it(kind: str, server: Any) -> None:
+    assert call(server, "/v1/chat/completions", {"messages": [{**USER, "type": kind}], "max_tokens": 1})["choices"]
+
+
 def test_oldest_turns_are_dropped_on_request(server: Any) -> None:
     messages = [USER, {"role": "assistant", "content": "word " * 3000}, USER]
     response = call(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 1, "drop_oldest_turns": True})
