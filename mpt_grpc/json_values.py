@@ -8,6 +8,18 @@ import sys
 from typing import Any, NoReturn
 
 _MAX_ECHOED = 100
+_REASONS = (
+    ("Expecting value", "a value is missing"),
+    ("Expecting property name", "a name in double quotes is missing"),
+    ("Expecting ':'", "a colon is missing"),
+    ("Expecting ','", "a comma or a closing bracket is missing"),
+    ("Illegal trailing comma", "a comma is followed by no value"),
+    ("Extra data", "the value ends, but the text goes on"),
+    ("Unterminated string", "the string has no end"),
+    ("Invalid control character", "a control character is not escaped"),
+    ("Invalid", "there is no such escape"),
+)
+"""The beginnings of Python's errors, and what each means. Python 3.13 added the one about commas."""
 
 
 def parse_json(text: str) -> Any:
@@ -15,14 +27,26 @@ def parse_json(text: str) -> Any:
 
     NaN and infinity, which Python accepts, are not JSON. A number may not exceed a double, or have too many digits.
     """
+    if text.startswith("\ufeff"):
+        raise ValueError("it begins with a byte order mark")
     try:
         return _DECODER.decode(text)
-    except json.JSONDecodeError:
-        raise
+    except json.JSONDecodeError as error:
+        reason = next((reason for start, reason in _REASONS if error.msg.startswith(start)), "the syntax is wrong")
+        raise ValueError(f"{reason} at line {error.lineno}, column {error.colno}") from error
     except ValueError as error:
         if "int_max_str_digits" not in str(error):
             raise
         raise ValueError(f"an integer has more than {sys.get_int_max_str_digits()} digits") from error
+
+
+def is_unicode(value: Any) -> bool:
+    """Whether the texts in a JSON value have no lone surrogates, which may have been escaped."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _finite(number: str) -> float:

@@ -22,7 +22,15 @@ def test_values_are_read_exactly(text: str, value: object) -> None:
         ("[1e400]", "1e400 is beyond the range of a double"),
         ("1" * 500 + ".0", "1" * 100 + "… is beyond the range of a double"),
         ("-Infinity", "-Infinity is not a number in JSON"),
-        ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("{", "a name in double quotes is missing at line 1, column 2"),
+        ("", "a value is missing at line 1, column 1"),
+        ('{"a" 1}', "a colon is missing at line 1, column 6"),
+        ("[1\n2]", "a comma or a closing bracket is missing at line 2, column 1"),
+        ("{} {}", "the value ends, but the text goes on at line 1, column 4"),
+        ('["a', "the string has no end at line 1, column 2"),
+        ('"\t"', "a control character is not escaped at line 1, column 2"),
+        (r'"\x"', "there is no such escape at line 1, column 2"),
+        ("\ufeff{}", "it begins with a byte order mark"),
     ],
 )
 def test_what_is_not_json_is_refused_with_the_reason(text: str, why: str) -> None:

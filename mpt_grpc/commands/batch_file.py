@@ -81,8 +81,11 @@ def read_requests(file: BinaryIO) -> Iterator[BatchRequest | InvalidLine]:
 def _parsed(id_: str, line: bytes, earlier_custom_ids: set[str]) -> BatchRequest | InvalidLine:
     try:
         fields = parse_json(line.decode())
+    except UnicodeDecodeError:
+        return InvalidLine(id_, None, "invalid_json_line", "the line is not valid UTF-8")
     except (ValueError, RecursionError) as error:
-        return InvalidLine(id_, None, "invalid_json_line", f"the line is not valid JSON: {error}")
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return InvalidLine(id_, None, "invalid_json_line", f"the line is not valid JSON: {why}")
     if not isinstance(fields, dict):
         return InvalidLine(id_, None, "invalid_json_line", "the line is not a JSON object")
     custom_id, url, body = fields.get("custom_id"), fields.get("url"), fields.get("body")

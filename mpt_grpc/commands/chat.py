@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from mpt_grpc.commands.chat_input import COMMANDS, messages
 from mpt_grpc.commands.connection import client_options
 from mpt_grpc.commands.options import generate_options
+from mpt_grpc.commands.printable import print_pieces
 from mpt_grpc_client import Client, GenerateOptions, Message, MptGrpcError, Role
 
 _KEYS = {"Ctrl-C": "stop the reply", "Alt-Enter": "start a new line, with the extra chat"}
@@ -67,14 +68,12 @@ class _Chat:
         stream = self._client.stream(messages, **self._options)
         try:
             with stream, _on_interrupt(stream.cancel) if self._is_terminal else contextlib.nullcontext():
-                for number, piece in enumerate(stream):
-                    print(piece if number else piece.lstrip(), end="", flush=True)
+                print_pieces(piece if number else piece.lstrip() for number, piece in enumerate(stream))
         except MptGrpcError as error:
             if not self._is_terminal:
                 raise
             print(f"mpt-grpc: {error}", file=sys.stderr)
             return
-        print()
         self._messages = [*messages, Message(Role.ASSISTANT, stream.text.strip())]
 
 

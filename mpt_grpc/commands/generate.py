@@ -11,6 +11,7 @@ from typing import Any
 
 from mpt_grpc.commands.connection import client_options
 from mpt_grpc.commands.options import generate_options
+from mpt_grpc.commands.printable import generated, print_pieces
 from mpt_grpc_client import Client, GenerateOptions, Generation
 
 
@@ -29,14 +30,12 @@ def run(parsed: argparse.Namespace) -> None:
 
 def _print_stream(client: Client, prompt: str, options: GenerateOptions) -> None:
     with client.stream(prompt, **options) as stream:
-        for piece in stream:
-            print(piece, end="", flush=True)
-    print()
+        print_pieces(stream)
 
 
 def _print_outputs(generation: Generation) -> None:
     for output in generation.outputs:
-        print(f"[{output.index}]\n{output.text}")
+        print(f"[{output.index}]\n{generated(output.text)}")
 
 
 def _as_json(value: Any) -> Any:

@@ -6,12 +6,12 @@ Imported to build the parser, even for `--help`, so grpc is imported only where 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mpt_grpc.commands.connection import add_connection
 from mpt_grpc.commands.units import seconds
+from mpt_grpc.json_values import parse_json
 
 if TYPE_CHECKING:
     from mpt_grpc_client import Constraint, GenerateOptions
@@ -248,9 +248,10 @@ def _unescaped(text: str) -> str:
 def _schema(text: str) -> str:
     schema = text if text.lstrip().startswith("{") or text in ("true", "false") else _content(text)
     try:
-        json.loads(schema)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: not valid JSON: {error}") from error
+        parse_json(schema)
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {error}"
+        raise argparse.ArgumentTypeError(f"{text}: {why}") from error
     return schema
 
 
@@ -262,4 +263,5 @@ def _content(file: str) -> str:
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{file}: {getattr(error, 'strerror', error)}") from error
+        why = error.strerror if isinstance(error, OSError) else "the file is not valid UTF-8"
+        raise argparse.ArgumentTypeError(f"{file}: {why}") from error

@@ -23,6 +23,7 @@ from mpt_grpc.gateway.errors import BadRequestError, shortened
 from mpt_grpc.gateway.events import EventStream, event
 from mpt_grpc.gateway.field_rules import COMPLETION_RULES, RESPONSE_RULES, TOKENIZATION_RULES
 from mpt_grpc.gateway.health import unreadiness
+from mpt_grpc.gateway.messages import message_fields
 from mpt_grpc.gateway.model_response import ModelResponse
 from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.parsing import parse
@@ -189,7 +190,7 @@ class _Gateway:
     async def tokenize(self, request: Request) -> Response:
         """Splits text into tokens."""
         body = await parse(request, tokens.TokenizeRequest, TOKENIZATION_RULES)
-        request.state.field_names = {"prompt": "messages"} if body.messages else {}
+        request.state.field_names = message_fields(body.messages) if body.messages else {}
         blocking_client = self._blocking_client and self._blocking_client.with_metadata(*request.state.caller)
         call = tokens.tokenize(self._callers.client(request), blocking_client, body, _request_id(request))
         return await unless_disconnected(request, call)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from starlette.responses import Response
@@ -15,9 +16,19 @@ from mpt_grpc.gateway.interleave import interleave
 from mpt_grpc.gateway.requests import CompletionRequest
 from mpt_grpc.gateway.responses import PartedResponse, TextResponse, built, encoded, text_choice
 from mpt_grpc.gateway.text_logprobs import TextLogprobs
-from mpt_grpc_client import AsyncClient, GenerateOptions, Generation, TokenLogprob, Usage
+from mpt_grpc_client import (
+    AsyncClient,
+    FieldViolation,
+    GenerateOptions,
+    Generation,
+    InvalidRequestError,
+    TokenLogprob,
+    Usage,
+)
 
 Json = dict[str, Any]
+_PROMPT_FIELDS = re.compile(r"^(prompt|token_ids)\b")
+"""The client library's names of a prompt that is continued, and of one that is turned into text."""
 
 
 async def complete(client: AsyncClient, body: CompletionRequest, response: TextResponse, request_id: str) -> Response:
@@ -45,8 +56,9 @@ async def _choices(
 
     They are encoded as soon as they are complete: log probabilities take twenty times as much memory before.
     """
-    generation = await client.generate(prompt, **options)
-    echo, first_token = await _echo(client, body, prompt, generation)
+    with _naming_prompt(body, number):
+        generation = await client.generate(prompt, **options)
+        echo, first_token = await _echo(client, body, prompt, generation)
 
     def build() -> list[bytes]:
         choices = []
@@ -117,17 +129,33 @@ async def _stream_prompt(
 ) -> AsyncGenerator[Json]:
     """Yields the new parts of the choices of the prompt with this number, then appends its usage to `usages`."""
     first_index = number * (body.n or 1)
-    if body.echo:
-        echo = await _text(client, prompt)
-        for index in range(body.n or 1):
-            yield text_choice(first_index + index, echo, None, None)
-    of_outputs: defaultdict[int, TextLogprobs] = defaultdict(lambda: TextLogprobs(body.logprobs or 0))
-    async with client.stream(prompt, **options) as stream:
-        async for delta in stream.deltas():
-            logprobs = of_outputs[delta.index].add(delta.logprobs) if delta.logprobs else None
-            if delta.text or logprobs or delta.finish:
-                yield text_choice(first_index + delta.index, delta.text, logprobs, delta.finish)
-        usages.append(stream.result.usage)
+    with _naming_prompt(body, number):
+        if body.echo:
+            echo = await _text(client, prompt)
+            for index in range(body.n or 1):
+                yield text_choice(first_index + index, echo, None, None)
+        of_outputs: defaultdict[int, TextLogprobs] = defaultdict(lambda: TextLogprobs(body.logprobs or 0))
+        async with client.stream(prompt, **options) as stream:
+            async for delta in stream.deltas():
+                logprobs = of_outputs[delta.index].add(delta.logprobs) if delta.logprobs else None
+                if delta.text or logprobs or delta.finish:
+                    yield text_choice(first_index + delta.index, delta.text, logprobs, delta.finish)
+            usages.append(stream.result.usage)
+
+
+@contextlib.contextmanager
+def _naming_prompt(body: CompletionRequest, number: int) -> Iterator[None]:
+    """Names the prompt with this number in errors about it, as the body contains it."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        is_one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
+        name = "prompt" if is_one else f"prompt[{number}]"
+        violations = tuple(
+            FieldViolation(_PROMPT_FIELDS.sub(name, violation.field), violation.description)
+            for violation in error.violations
+        )
+        raise InvalidRequestError(str(error), code=error.code, reason=error.reason, violations=violations) from error
 
 
 def _with_request_id(options: GenerateOptions, request_id: str, number: int) -> GenerateOptions:

@@ -60,7 +60,7 @@ def error_body(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> tupl
     if isinstance(error, InvalidRequestError) and error.violations:
         wrong = [(*_name(violation.field, names), violation.description) for violation in error.violations]
         message = "; ".join(f"{name}{rest}: {description}" for name, rest, description in wrong)
-        return 400, _body(message, "invalid_request_error", wrong[0][0].partition("[")[0], _reason_code(error))
+        return 400, _body(message, "invalid_request_error", top_level(wrong[0][0]), _reason_code(error))
     for kind, status, type_, code in _TABLE:
         if isinstance(error, kind):
             return status, _body(str(error), type_, None, code or _reason_code(error))
@@ -94,6 +94,11 @@ def error_response(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> 
 def shortened(text: str) -> str:
     """Returns the beginning of a caller's text, for an error or a log line."""
     return text if len(text) <= _MAX_ECHOED else f"{text[:_MAX_ECHOED]}…"
+
+
+def top_level(path: str) -> str:
+    """Returns the field of a body that a path begins with."""
+    return re.split(r"[.\[]", path)[0]
 
 
 def _body(message: str, type_: str, param: str | None, code: str | None) -> dict[str, Any]:

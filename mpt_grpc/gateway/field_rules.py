@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pydantic_core import ErrorDetails
+
 
 @dataclass(frozen=True)
 class FieldRules:
@@ -84,3 +86,29 @@ RESPONSE_RULES = FieldRules(
 )
 """Those of responses."""
 TOKENIZATION_RULES = FieldRules(COMPLETION_RULES.ignored)
+
+_REASONS = {
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be an object"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be an integer"),
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "missing": "required",
+    "none_required": "must be null",
+    "string_too_long": "more than {max_length} characters",
+    "string_too_short": "must not be empty",
+    "string_type": "must be a string",
+    "too_long": "more than {max_length} items",
+    "too_short": "must not be empty",
+}
+"""What is wrong with a value, by the type of Pydantic's error."""
+
+
+def reason(error: ErrorDetails) -> str:
+    """Returns what is wrong with a value."""
+    return _REASONS.get(error["type"], "not valid").format(**error.get("ctx", {}))

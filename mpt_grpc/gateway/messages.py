@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -45,7 +46,8 @@ class ChatMessage(Strict):
     name: str | None = None
     tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
-    # What SDKs and other servers add to the messages that they return.
+    # What SDKs and other servers add to the messages that they return, and lm-eval to those that it sends.
+    type: Literal["text", "message"] | None = None
     refusal: str | None = None
     id: str | None = None
     annotations: Any = None
@@ -84,6 +86,21 @@ class ChatMessage(Strict):
         calls = [call.call() for call in self.tool_calls or ()]
         call_id = self.tool_call_id if self.role == "tool" else None
         return Message(_ROLES.get(self.role, Role.SYSTEM), text, calls, call_id or "")
+
+
+def message_fields(messages: Sequence[ChatMessage], *, is_prefixed: bool = False) -> dict[str, str]:
+    """Returns the names of messages and of what they contain, by their paths in the client library's prompt.
+
+    is_prefixed: whether the last message itself asks to be continued, if anything does.
+    """
+    names = {"prompt": "messages", "prompt.tool_calls": "messages"}
+    if is_prefixed and messages[-1].prefix:
+        names["continue_final_message"] = f"messages[{len(messages) - 1}].prefix"
+    for index, message in enumerate(messages):
+        for number in range(len(message.tool_calls or ())):
+            call = f"[{index}].tool_calls[{number}]"
+            names[f"prompt{call}.name"] = f"messages{call}.function.name"
+    return names
 
 
 def check_template_kwargs(values: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -15,10 +14,10 @@ from pydantic import BaseModel, ValidationError
 
 from mpt_grpc.gateway.disconnection import unless_disconnected
 from mpt_grpc.gateway.errors import BadRequestError, shortened
-from mpt_grpc.gateway.field_rules import FieldRules
+from mpt_grpc.gateway.field_rules import FieldRules, reason
 from mpt_grpc.gateway.reading import read
 from mpt_grpc.gateway.strict import MAX_ITEMS, TOO_MANY_ITEMS
-from mpt_grpc.json_values import parse_json
+from mpt_grpc.json_values import is_unicode, parse_json
 from mpt_grpc.limits import MAX_TOKEN_IDS, is_deeper_than
 from mpt_grpc.worker_threads import WorkerThreads
 
@@ -107,9 +106,9 @@ def _known_fields(body: bytes, rules: FieldRules) -> dict[str, Any]:
     for name, value in fields.items():
         if name in rules.refused:
             raise BadRequestError(f"{name}: {rules.refused[name]}", name)
-        if may_have_surrogates and not _is_text(name):
+        if may_have_surrogates and not is_unicode(name):
             raise BadRequestError("the name of a field is not valid Unicode; remove lone surrogates")
-        if may_have_surrogates and not _is_text(value):
+        if may_have_surrogates and not is_unicode(value):
             raise BadRequestError(f"{shortened(name)}: not valid Unicode; remove lone surrogates", shortened(name))
     return fields
 
@@ -120,12 +119,14 @@ def _too_deep() -> BadRequestError:
 
 def _refusal(error: ValidationError, kind: type[BaseModel], rules: FieldRules) -> BadRequestError:
     """Returns the error for the first invalid or unknown field of a body of this kind."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    errors = error.errors(include_url=False, include_input=False)
+    # Where a field has several types, each has reported its error.
+    first = next((error for error in errors if error["type"] == TOO_MANY_ITEMS), errors[0])
     param = shortened(str(first["loc"][0]))
     if first["type"] == "extra_forbidden":
         return BadRequestError(_unknown_field(first["loc"], kind, rules), param)
     key, path = _described(first["loc"], kind, rules.expected)
-    why = first["msg"] if first["type"] == TOO_MANY_ITEMS else rules.expected.get(key, first["msg"])
+    why = first["msg"] if first["type"] == TOO_MANY_ITEMS else rules.expected.get(key) or reason(first)
     return BadRequestError(f"{path}: {why}", param)
 
 
@@ -137,10 +138,12 @@ def _described(loc: Sequence[str | int], kind: type[BaseModel], expected: Mappin
     models, key, path = [kind], "", ""
     for part in loc:
         fields = [annotation for model in models for name, annotation in _fields(model).items() if name == part]
-        if isinstance(part, int):
+        if named := [model for model in models if model.__name__ == part]:
+            models = named  # with which Pydantic identifies one of several types
+        elif isinstance(part, int):
             path += f"[{part}]"
             key += "[]" if f"{key}[]" in expected else ""
-        elif f"{key}.{part}" in expected or key not in expected or (key.endswith("[]") and fields):
+        elif f"{key}.{part}" in expected or key not in expected or fields:
             key, path = f"{key}.{part}".lstrip("."), f"{path}.{part}".lstrip(".")
             models = [model for annotation in fields for model in _models(annotation)]
     return key, path
@@ -172,11 +175,3 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for argument in get_args(annotation):
         yield from _models(argument)
-
-
-def _is_text(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, Self, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError
-from mpt_grpc.gateway.messages import ChatMessage, check_template_kwargs
-from mpt_grpc.gateway.strict import Strict
+from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, top_level
+from mpt_grpc.gateway.messages import ChatMessage, check_template_kwargs, message_fields
+from mpt_grpc.gateway.output_formats import ResponseFormat, StructuredOutputs
+from mpt_grpc.gateway.strict import Many, Some, Strict
 from mpt_grpc.gateway.tools import Tool, ToolChoice, tool_options
 from mpt_grpc.limits import MAX_LOGPROBS, RANGES
 from mpt_grpc_client import (
@@ -33,11 +34,7 @@ _MAX_TOKENS = 16
 """The `max_tokens` of text completions that do not set it, as OpenAI's."""
 _MAX_PRIORITY = int(RANGES["priority"].high)
 _MAX_ALTERNATIVES = int(RANGES["output_options.top_logprobs"].high)
-_Item = TypeVar("_Item")
 Text = Annotated[str, Field(min_length=1)]
-Many = Annotated[list[_Item], Field(fail_fast=True)]
-"""A list of which only the first invalid item is reported, since errors cost far more than items."""
-Some = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
 
 
@@ -45,45 +42,6 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     continuous_usage_stats: bool | None = None
-
-
-class StructuredOutputs(Strict):
-    """vLLM's field for constraints on the output."""
-
-    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
-    regex: str | None = None
-    choice: Many[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-
-
-class NamedSchema(Strict):
-    name: str
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = None
-
-    @property
-    def constraint(self) -> Constraint | None:
-        """The constraint, or None for plain text. Raises BadRequestError if the schema is missing."""
-        schema = None if self.json_schema is None else self.json_schema.schema_
-        return format_constraint(self.type, schema, "response_format", "json_schema")
-
-
-def format_constraint(type_: str, schema: dict[str, Any] | None, field: str, schema_field: str) -> Constraint | None:
-    """Returns the constraint of a format, None for plain text. Raises BadRequestError if its schema is missing."""
-    if type_ == "text":
-        return None
-    if type_ == "json_object":
-        return JsonObject()
-    if schema is None:
-        raise BadRequestError(f"{field}.{schema_field}: required if type is json_schema", field)
-    return JsonSchema(schema)
 
 
 class GenerationFields(Strict):
@@ -159,7 +117,8 @@ class GenerationFields(Strict):
     @property
     def field_names(self) -> Mapping[str, str]:
         """The names of this request's fields for the client library's options, where they differ."""
-        return {**FIELD_NAMES, "constraint": self.constraint[0] if self.constraint else ""}
+        stop = {"stop_strings[0]": "stop"} if isinstance(self.stop, str) else {}
+        return {**FIELD_NAMES, "constraint": self.constraint[0] if self.constraint else "", **stop}
 
     @cached_property
     def constraint(self) -> tuple[str, Constraint] | None:
@@ -167,7 +126,7 @@ class GenerationFields(Strict):
         given = [(name, constraint) for name, constraint in self._constraints() if constraint is not None]
         if len(given) > 1:
             names = ", ".join(name for name, _ in given)
-            raise BadRequestError(f"more than one constraint: {names}; set only one", given[1][0])
+            raise BadRequestError(f"more than one constraint: {names}; set only one", top_level(given[1][0]))
         return given[0] if given else None
 
     @model_validator(mode="after")
@@ -201,7 +160,7 @@ class CompletionFields(GenerationFields):
 
     def _constraints(self) -> Iterator[tuple[str, Constraint | None]]:
         if self.response_format is not None:
-            yield "response_format", self.response_format.constraint
+            yield self.response_format.constraint
         yield from super()._constraints()
 
 
@@ -244,7 +203,8 @@ class ChatCompletionRequest(ConversationFields, CompletionFields):
         # The limit has two names; errors use the one that was sent.
         newer = {} if self.max_completion_tokens is None else {"max_new_tokens": "max_completion_tokens"}
         tools = {f"tools[{index}]": f"tools[{index}].function" for index in range(len(self.tools or ()))}
-        return {**super().field_names, "prompt": "messages", "allowed_tools": "tool_choice", **newer, **tools}
+        messages = message_fields(self.messages, is_prefixed=not self.continue_final_message)
+        return {**super().field_names, "allowed_tools": "tool_choice", **newer, **tools, **messages}
 
     def options(self) -> GenerateOptions:
         options = super().options()

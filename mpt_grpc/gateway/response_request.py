@@ -11,17 +11,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.gateway.messages import RefusalPart
-from mpt_grpc.gateway.requests import ConversationFields, Many, Some, Text, Uint, format_constraint
-from mpt_grpc.gateway.strict import Strict, check_num_items
-from mpt_grpc.gateway.tools import (
-    AllowedToolChoice,
-    AllowedTools,
-    Function,
-    FunctionName,
-    ToolChoice,
-    ToolName,
-    tool_options,
-)
+from mpt_grpc.gateway.output_formats import format_constraint
+from mpt_grpc.gateway.requests import ConversationFields, Text, Uint
+from mpt_grpc.gateway.strict import Many, Some, Strict, check_num_items
+from mpt_grpc.gateway.tools import Function, FunctionChoice, FunctionTool, chosen, tool_options
 from mpt_grpc_client import Constraint, GenerateOptions, Message, Role, ToolCall
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -113,35 +106,6 @@ Item = Annotated[
 ]
 
 
-class _Tool(Strict):
-    type: Literal["function"]
-
-
-class FunctionTool(Function, _Tool):  # in this order, the type is checked first
-    # All tools are shown to the model, which calls them directly, and whose results are awaited and not checked.
-    async_: bool | None = Field(default=None, alias="async")
-    defer_loading: bool | None = None
-    allowed_callers: Any = None
-    output_schema: Any = None
-
-
-class NamedFunction(FunctionName):
-    type: Literal["function"]
-
-    @property
-    def tool_name(self) -> ToolName:
-        return ToolName(type="function", function=FunctionName(name=self.name))
-
-
-class AllowedFunctions(Strict):
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: list[NamedFunction]
-
-
-FunctionChoice = Literal["none", "auto", "required"] | NamedFunction | AllowedFunctions
-
-
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -201,8 +165,9 @@ class ResponseRequest(ConversationFields):
 
     @property
     def field_names(self) -> Mapping[str, str]:
-        names = {"prompt": "input", "allowed_tools": "tool_choice", "max_new_tokens": "max_output_tokens"}
-        return {**super().field_names, **names, **self._messages_and_names[1]}
+        names = {"allowed_tools": "tool_choice", "max_new_tokens": "max_output_tokens"}
+        messages = {"prompt": "input", "prompt.tool_calls": "input", **self._messages_and_names[1]}
+        return {**super().field_names, **names, **messages}
 
     def options(self) -> GenerateOptions:
         if self.top_logprobs and not self.has_logprobs:
@@ -210,7 +175,7 @@ class ResponseRequest(ConversationFields):
         options = super().options()
         options["max_new_tokens"] = self.max_output_tokens
         options["drop_oldest_turns"] = self.truncation == "auto"
-        options.update(tool_options(self.tools or (), self._choice, self.parallel_tool_calls))
+        options.update(tool_options(self.tools or (), chosen(self.tool_choice), self.parallel_tool_calls))
         options["return_logprobs"] = self.has_logprobs
         options["top_logprobs"] = self.top_logprobs
         return options
@@ -237,18 +202,8 @@ class ResponseRequest(ConversationFields):
 
     def _constraints(self) -> Iterator[tuple[str, Constraint | None]]:
         if self.text is not None and (form := self.text.format) is not None:
-            yield "text.format", format_constraint(form.type, form.schema_, "text.format", "schema")
+            yield format_constraint(form.type, form.schema_, "text.format", "text.format.schema")
         yield from super()._constraints()
-
-    @property
-    def _choice(self) -> ToolChoice | None:
-        choice = self.tool_choice
-        if isinstance(choice, NamedFunction):
-            return choice.tool_name
-        if isinstance(choice, AllowedFunctions):
-            allowed = AllowedTools(mode=choice.mode, tools=[tool.tool_name for tool in choice.tools])
-            return AllowedToolChoice(type="allowed_tools", allowed_tools=allowed)
-        return choice
 
     @cached_property
     def _messages_and_names(self) -> tuple[list[Message], Mapping[str, str]]:
@@ -274,6 +229,7 @@ class ResponseRequest(ConversationFields):
                 add(Message(Role.TOOL, _text(item.output), tool_call_id=item.call_id), name)
             elif isinstance(item, FunctionCallItem):
                 if not messages or messages[-1].role is not Role.ASSISTANT:
+                    names[f"prompt[{len(messages)}].role"] = name
                     add(Message(Role.ASSISTANT, ""), name)
                 calls = messages[-1].tool_calls
                 place = f"prompt[{len(messages) - 1}].tool_calls[{len(calls)}]"

@@ -3,14 +3,18 @@ fields and items are counted first."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_ITEMS = 1024
 """The maximum number of items of a field, except for token IDs, and of fields of an object."""
 TOO_MANY_ITEMS = "too_many_items"
+_Item = TypeVar("_Item")
+Many = Annotated[list[_Item], Field(fail_fast=True)]
+"""A list of which only the first invalid item is reported, since errors cost far more than items."""
+Some = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
 
 
 class Strict(BaseModel):
@@ -33,9 +37,9 @@ class Strict(BaseModel):
         return {name: field for name, field in value.items() if field is not None or name in cls.model_fields}
 
 
-def check_num_items(value: Any) -> Any:
+def check_num_items(value: Any, most: int = MAX_ITEMS) -> Any:
     """Refuses a list that is too long before its items are validated."""
-    if isinstance(value, list) and len(value) > MAX_ITEMS:
-        why = f"{len(value)} items; at most {MAX_ITEMS} are allowed in one request"
+    if isinstance(value, list) and len(value) > most:
+        why = f"{len(value)} items; at most {most} are allowed in one request"
         raise PydanticCustomError(TOO_MANY_ITEMS, "{why}", {"why": why})
     return value

@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse
 
 from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.gateway.messages import ChatMessage
-from mpt_grpc.gateway.requests import Many, Some, Uint
+from mpt_grpc.gateway.requests import Uint
+from mpt_grpc.gateway.strict import Many, Some
 from mpt_grpc.worker_threads import WorkerThreads
 from mpt_grpc_client import AsyncClient, Client, Token
 

@@ -1,22 +1,20 @@
-"""Tools and calls of them, in OpenAI's format."""
+"""Tools and calls of them, in OpenAI's formats: that of chat completions, and that of responses without a level."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mpt_grpc.gateway.errors import BadRequestError, shortened
-from mpt_grpc.gateway.strict import Strict
+from mpt_grpc.gateway.strict import Many, Strict, check_num_items
 from mpt_grpc.limits import MAX_COUNTS
 from mpt_grpc_client import GenerateOptions, ToolCall
 from mpt_grpc_client import Tool as ClientTool
 from mpt_grpc_client.constraints import closed_schema
-
-_MAX_ALLOWED = MAX_COUNTS["conversation.allowed_tools"]
 
 
 class Function(Strict):
@@ -55,17 +53,15 @@ class ToolName(Strict):
     function: FunctionName
 
 
+def check_num_allowed(value: Any) -> Any:
+    return check_num_items(value, MAX_COUNTS["conversation.allowed_tools"])
+
+
 class AllowedTools(Strict):
     mode: Literal["auto", "required"]
-    tools: Annotated[list[ToolName], Field(fail_fast=True)]
+    tools: Many[ToolName]
 
-    @field_validator("tools", mode="before")
-    @classmethod
-    def _check_num_tools(cls, value: Any) -> Any:
-        if isinstance(value, list) and len(value) > _MAX_ALLOWED:
-            why = f"{len(value)} items; at most {_MAX_ALLOWED} are allowed"
-            raise BadRequestError(f"tool_choice.allowed_tools.tools: {why}", "tool_choice")
-        return value
+    _check_num_tools = field_validator("tools", mode="before")(check_num_allowed)
 
 
 class AllowedToolChoice(Strict):
@@ -74,6 +70,47 @@ class AllowedToolChoice(Strict):
 
 
 ToolChoice = Literal["none", "auto", "required"] | ToolName | AllowedToolChoice
+
+
+class _Tool(Strict):
+    type: Literal["function"]
+
+
+class FunctionTool(Function, _Tool):  # in this order, the type is checked first
+    # All tools are shown to the model, which calls them directly, and whose results are awaited and not checked.
+    async_: bool | None = Field(default=None, alias="async")
+    defer_loading: bool | None = None
+    allowed_callers: Any = None
+    output_schema: Any = None
+
+
+class NamedFunction(FunctionName):
+    type: Literal["function"]
+
+    @property
+    def tool_name(self) -> ToolName:
+        return ToolName(type="function", function=FunctionName(name=self.name))
+
+
+class AllowedFunctions(Strict):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Many[NamedFunction]
+
+    _check_num_tools = field_validator("tools", mode="before")(check_num_allowed)
+
+
+FunctionChoice = Literal["none", "auto", "required"] | NamedFunction | AllowedFunctions
+
+
+def chosen(choice: FunctionChoice | None) -> ToolChoice | None:
+    """Returns a choice of tools as chat completions have it."""
+    if isinstance(choice, NamedFunction):
+        return choice.tool_name
+    if isinstance(choice, AllowedFunctions):
+        allowed = AllowedTools(mode=choice.mode, tools=[tool.tool_name for tool in choice.tools])
+        return AllowedToolChoice(type="allowed_tools", allowed_tools=allowed)
+    return choice
 
 
 class CalledFunction(BaseModel):

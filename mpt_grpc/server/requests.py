@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from typing import Any
 
 from mpt_grpc.caller import ANONYMOUS, Caller
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.json_values import parse_json
+from mpt_grpc.json_values import is_unicode, parse_json
 from mpt_grpc.limits import is_deeper_than
 from mpt_grpc.request import (
     CacheOptions,
@@ -120,18 +119,16 @@ def _template_kwargs(text: str) -> dict[str, Any]:
     field = "conversation.chat_template_kwargs"
     try:
         values = parse_json(text)
-        text.encode()
-        json.dumps(values, ensure_ascii=False).encode()
     except RecursionError as error:
         raise InvalidRequestError(FieldViolation(field, _TOO_DEEP)) from error
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(FieldViolation(field, "not valid Unicode: remove lone surrogates")) from error
     except ValueError as error:
         raise InvalidRequestError(FieldViolation(field, f"not valid JSON: {error}")) from error
     if not isinstance(values, dict):
         raise InvalidRequestError(FieldViolation(field, "must be a JSON object"))
     if is_deeper_than(values, _MAX_KWARGS_DEPTH):
         raise InvalidRequestError(FieldViolation(field, _TOO_DEEP))
+    if not is_unicode(values):
+        raise InvalidRequestError(FieldViolation(field, "not valid Unicode: remove lone surrogates"))
     return values
 
 

@@ -123,14 +123,14 @@ def _call_violations(messages: Iterable[pb.Message]) -> Iterator[FieldViolation]
         if calls := message.tool_calls:
             num_calls += len(calls)
             if num_calls > MAX_COUNTS["conversation.messages.tool_calls"]:
-                why = f"more than {MAX_COUNTS['conversation.messages.tool_calls']} items in all messages"
+                why = f"more than {MAX_COUNTS['conversation.messages.tool_calls']} calls in all messages"
                 yield FieldViolation("conversation.messages.tool_calls", why)
                 return
             size += sum(call.ByteSize() for call in calls)
             ids = ((len(call.id.encode()), f"{path}.tool_calls[{number}].id") for number, call in enumerate(calls))
             longest = max(longest, *ids)
     if size > MAX_BYTES["conversation.messages.tool_calls"]:
-        why = f"{size} bytes in all messages; at most {MAX_BYTES['conversation.messages.tool_calls']} are allowed"
-        yield FieldViolation("conversation.messages.tool_calls", why)
+        allowed = f"at most {MAX_BYTES['conversation.messages.tool_calls']} are allowed"
+        yield FieldViolation("conversation.messages.tool_calls", f"{size} bytes of calls in all messages; {allowed}")
     if longest[0] > most:
         yield FieldViolation(longest[1], f"{longest[0]} bytes; at most {most} are allowed")

@@ -235,5 +235,7 @@ def _num_characters(message: Message) -> int:
 
 def _remedy(conversation: Conversation) -> str:
     tools = "the tools or " if conversation.shown_tools else ""
-    messages = "the last message" if conversation.drop_oldest_turns else "the messages or set drop_oldest_turns"
+    messages = (
+        "the last message" if conversation.drop_oldest_turns else "the messages, or have the oldest turns dropped"
+    )
     return f"shorten {tools}{messages}"

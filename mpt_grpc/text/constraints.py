@@ -19,8 +19,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.request import OutputConstraint
-from mpt_grpc.text.grammar import constraint_field, make_grammar, refusal_reason
+from mpt_grpc.text.grammar import constraint_field, make_grammar
 from mpt_grpc.text.probe import Probe
+from mpt_grpc.text.refusals import refusal_reason
 from mpt_grpc.text.tokenizer import Tokenizer
 
 CACHE_BYTES = 32 << 20

@@ -1,32 +1,33 @@
-"""Converts constraints to llguidance's grammars, and its error messages to ones that make sense to the caller."""
+"""Converts constraints to llguidance's grammars."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.json_values import parse_json
-from mpt_grpc.limits import MAX_BYTES
+from mpt_grpc.json_values import is_unicode, parse_json
+from mpt_grpc.limits import MAX_BYTES, is_deeper_than
 from mpt_grpc.request import Choice, JsonObject, JsonSchema, OutputConstraint, Regex, ToolCalls
 from mpt_grpc.text.json_schema import rewrite
+from mpt_grpc.text.refusals import IMPOSSIBLE
 from mpt_grpc.text.regex_syntax import unsupported_syntax
 from mpt_grpc.text.schema_checks import UnsupportedSchemaError
+from mpt_grpc.text.schema_recursion import check_recursion
 from mpt_grpc.text.tools import CALL_END, CALL_START, parameters
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
+_MAX_DEPTH = 127
+_TOO_DEEP = f"nested too deeply: at most {_MAX_DEPTH} levels"
+_JSON_IN_LARK = re.compile(r'"(?:\\.|[^"\\])*+"|/(?!/)(?:\\.|[^/\\])++/|(?://|\#)[^\n]*+|(?P<json>%json\s*+)', re.S)
+"""A schema in a Lark grammar, or what may contain its characters: a string, a regular expression, or a comment."""
+_DECODER = json.JSONDecoder()
 MAX_SOURCE_BYTES = max(MAX_BYTES[f"decoding.{name}"] for name in ("json_schema", "regex", "lark_grammar"))
-TOO_COSTLY = "exceeds the server's limits on the cost of a constraint: simplify it"
-_COSTLY = re.compile(
-    r"fuel|limit (for|exceeded)|too (big|large|complex)|too many (expressions|states|items)"
-    r"|row has|Unable to determine|decimal literal",
-    re.I,
-)
 
 
 def make_grammar(constraint: OutputConstraint) -> str:
@@ -48,7 +49,7 @@ def make_grammar(constraint: OutputConstraint) -> str:
         return LLMatcher.grammar_from_regex(constraint.pattern)
     _check_source(constraint.grammar, field)
     # Wrapped in JSON, because llguidance reads text that begins with a brace as a different kind of grammar.
-    return json.dumps({"grammars": [{"lark_grammar": constraint.grammar}]})
+    return json.dumps({"grammars": [{"lark_grammar": _with_rewritten_schemas(constraint.grammar, field)}]})
 
 
 def constraint_field(constraint: OutputConstraint) -> str:
@@ -64,37 +65,20 @@ def constraint_field(constraint: OutputConstraint) -> str:
     return "decoding.choice" if isinstance(constraint, Choice) else "decoding.lark_grammar"
 
 
-def refusal_reason(error: str) -> str:
-    """Returns an llguidance error in one line, with a remedy."""
-    # The error contains what the caller wrote, where each pattern may begin many times: what they skip is bounded.
-    if resource := re.search(r"Resource '([^'\n]*)' is not present", error):
-        return f"{_short(resource[1])} is not fetched: copy it into $defs and refer to that"
-    if keys := re.search(r"Unimplemented keys: \[(.{0,200}?)\]", error):
-        return f"{_short(keys[1])} is not supported: remove it"
-    if error.startswith("panic"):
-        return "makes the library that enforces constraints fail: change it"
-    if "oneOf constraints" in error:
-        return '"oneOf" is not supported where several options may match: use anyOf'
-    if "special token" in error:
-        return "special tokens are not supported: remove them; the end-of-sequence token is added automatically"
-    if "NoExtension" in error or "Regex is empty" in error:
-        return "no output can satisfy it: change it"
-    if impossible := re.search(r"^Unsatisfiable schema: (.*)", error):
-        return f"no output can satisfy it: {_short(impossible[1])}: change it"
-    if anchor := re.search(r"lookarounds not supported yet; (Start|End)", error):
-        sign, place = {"Start": ("^", "beginning"), "End": ("$", "end")}[anchor[1]]
-        return f'"{sign}" is only supported at the {place} of a pattern: remove it'
-    if "lookarounds not supported yet" in error:
-        return "word boundaries are not supported: write out the characters around them"
-    if _COSTLY.search(error):
-        return TOO_COSTLY
-    # The reason follows a picture of the regular expression, or a position in the text derived from it.
-    detail = re.search(r"^error: (.*)$", error, re.M) or re.search(r"\(in regex\): (.*?)(;|$)", error, re.M)
-    reason = _short(detail[1] if detail else re.split(r": min=", error)[0])
-    if marked := re.search(r"^    (.*)\n    ( *)(\^+)$", error, re.M):
-        place = marked[1][len(marked[2]) :][: len(marked[3])]
-        return f'{reason} ("{_short(place, 20)}"): change it'
-    return f"{reason}: change it"
+def _with_rewritten_schemas(grammar: str, field: str) -> str:
+    """Returns a Lark grammar in which the schema after each `%json` has the meaning of a schema without a grammar."""
+    pieces, position = [], 0
+    while (found := _JSON_IN_LARK.search(grammar, position)) is not None:
+        start = end = found.end()
+        if found["json"]:
+            try:
+                end = _DECODER.raw_decode(grammar, start)[1]
+            except (ValueError, RecursionError):  # llguidance refuses it, too
+                break
+            (parsed,) = json.loads(_json_grammar(grammar[start:end], field))["grammars"]
+        pieces.append(grammar[position:start] + (json.dumps(parsed["json_schema"]) if found["json"] else ""))
+        position = end
+    return "".join([*pieces, grammar[position:]])
 
 
 def _check_source(source: str, field: str) -> None:
@@ -164,30 +148,32 @@ def _json_grammar(schema: str, field: str, max_whitespace: int | None = None) ->
     elif max_whitespace:
         form = {"lenient": False, "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{max_whitespace}}}"}
     try:
-        # llguidance parses it first, because it rejects JSON that is nested too deeply for Python.
-        _compile(schema, form)
-        content = parse_json(schema)
-        if "x-guidance" in content:
-            raise UnsupportedSchemaError('"x-guidance" is not supported: remove it')
-        if (rewritten := rewrite(content)) is False:
-            raise UnsupportedSchemaError("no output can satisfy it: change it")
-        return _compile(json.dumps(rewritten), form)
+        return LLMatcher.grammar_from_json_schema(json.dumps(_rewritten(schema)), overrides=form)
     except UnsupportedSchemaError as error:
         raise InvalidRequestError(FieldViolation(field, str(error))) from error
     except ValueError as error:
-        if "recursion limit" in str(error):
-            why = "nested too deeply: at most 127 levels"
-        elif "object schema" in str(error):
-            why = "a schema must be a JSON object"
-        else:
-            why = f"invalid JSON: {_short(str(error))}"
+        # The rewriting may add levels, and Python's integers have no limit.
+        why = _TOO_DEEP if "recursion limit" in str(error) else "a number in it is beyond the range of a double"
         raise InvalidRequestError(FieldViolation(field, why)) from error
 
 
-def _compile(schema: str, form: JsonCompileOptions) -> str:
-    return LLMatcher.grammar_from_json_schema(schema, overrides=form)
-
-
-def _short(text: str, max_length: int = 160) -> str:
-    line = text.strip().split("\n")[0]
-    return line if len(line) <= max_length else line[: max_length - 1] + "…"
+def _rewritten(schema: str) -> dict[str, Any]:
+    """Returns a schema as llguidance supports it. Raises UnsupportedSchemaError."""
+    try:
+        content = parse_json(schema)
+    except (ValueError, RecursionError) as error:
+        why = _TOO_DEEP if isinstance(error, RecursionError) else f"invalid JSON: {error}"
+        raise UnsupportedSchemaError(why) from error
+    if not isinstance(content, dict):
+        raise UnsupportedSchemaError("a schema must be a JSON object")
+    if is_deeper_than(content, _MAX_DEPTH):
+        raise UnsupportedSchemaError(_TOO_DEEP)
+    if not is_unicode(content):
+        raise UnsupportedSchemaError("not valid Unicode: remove lone surrogates")
+    if "x-guidance" in content:
+        raise UnsupportedSchemaError('"x-guidance" is not supported: remove it')
+    rewritten = rewrite(content)
+    if isinstance(rewritten, bool):
+        raise UnsupportedSchemaError(IMPOSSIBLE)
+    check_recursion(rewritten)
+    return rewritten

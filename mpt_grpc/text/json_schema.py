@@ -76,8 +76,8 @@ class _Rewriter:
         self.is_narrowed = False
 
     def schema(self, schema: Any, place: Place) -> Any:
-        """Returns the schema at a place rewritten, and a list as it is: in `dependencies`, it has names."""
-        if not isinstance(schema, dict | list | bool):
+        """Returns the schema at a place rewritten."""
+        if not isinstance(schema, dict | bool):
             raise error(place, "must be a schema: an object, true or false")
         if not isinstance(schema, dict):
             return self._value(schema, place)
@@ -129,7 +129,12 @@ class _Rewriter:
 
     def _keyword(self, name: str, value: Any, place: Place) -> Any:
         if name in MAPS and isinstance(value, dict):
-            return {key: self.schema(part, Inside(place, key)) for key, part in value.items()}
+            return {
+                key: part
+                if name == "dependencies" and isinstance(part, list)
+                else self.schema(part, Inside(place, key))
+                for key, part in value.items()
+            }
         if name in LISTS and isinstance(value, list):
             return [self.schema(part, Inside(place, index)) for index, part in enumerate(value)]
         if name in SINGLE:

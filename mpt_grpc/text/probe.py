@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, OverloadedError
-from mpt_grpc.text.grammar import TOO_COSTLY, refusal_reason
+from mpt_grpc.text.refusals import TOO_COSTLY, refusal_reason
 
 _PROBE = Path(__file__).with_name("constraint_probe.py")
 _PROBE_WALL_S = 4.5

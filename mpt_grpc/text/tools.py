@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.json_values import parse_json
+from mpt_grpc.json_values import is_unicode, parse_json
 from mpt_grpc.limits import MAX_TOOL_NAME_CHARACTERS, is_deeper_than
 from mpt_grpc.request import Conversation, Message, Tool, ToolChoice
 from mpt_grpc.text.literals import applied, strings
@@ -74,14 +74,13 @@ def parameters(tool: Tool, field: str) -> dict[str, Any]:
     """Returns the schema of a tool's arguments. Raises InvalidRequestError, which names the field."""
     try:
         schema = parse_json(tool.parameters or _NO_PARAMETERS)
-        _check_unicode(schema)
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(FieldViolation(field, "not valid Unicode: remove lone surrogates")) from error
     except (ValueError, RecursionError) as error:
         why = _TOO_DEEP if isinstance(error, RecursionError) else f"invalid JSON: {error}"
         raise InvalidRequestError(FieldViolation(field, why)) from error
     if is_deeper_than(schema, _MAX_DEPTH):
         raise InvalidRequestError(FieldViolation(field, _TOO_DEEP))
+    if not is_unicode(schema):
+        raise InvalidRequestError(FieldViolation(field, "not valid Unicode: remove lone surrogates"))
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         raise InvalidRequestError(FieldViolation(field, "must be a JSON Schema of the type 'object'"))
     return schema
@@ -157,17 +156,11 @@ def argument_values(arguments: str) -> Any:
     """Returns the arguments of a call, or their text if they are not valid JSON, as in a call that was cut short."""
     try:
         values = parse_json(arguments or "{}")
-        _check_unicode(values)
     except (ValueError, RecursionError):
         return arguments
-    return arguments if is_deeper_than(values, _MAX_DEPTH) else values
+    return arguments if is_deeper_than(values, _MAX_DEPTH) or not is_unicode(values) else values
 
 
 def _arguments(values: Any) -> str:
     """Returns arguments as JSON without tags, written as the model writes them."""
     return json.dumps(applied(lambda text: _TAG.sub("&lt;", text), values, to_names=True), ensure_ascii=False)
-
-
-def _check_unicode(value: Any) -> None:
-    """Raises UnicodeEncodeError, a ValueError, if a JSON value has lone surrogates, which may have been escaped."""
-    json.dumps(value, ensure_ascii=False).encode()

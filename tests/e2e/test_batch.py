@@ -175,6 +175,24 @@ def test_a_line_that_fails_has_an_error_and_does_not_end_the_run(server: Any, tm
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
+def test_bytes_that_are_not_text_and_lines_of_any_length_have_their_own_error(server: Any, tmp_path: Path) -> None:
+    invalid = [
+        b"\xef\xbb\xbf" + line("marked").encode(),
+        b'{"custom_id": "\xff"}',
+        line("long", prompt="x" * 5_000_000).encode(),
+    ]
+    (tmp_path / "in.jsonl").write_bytes(b"\r\n".join([*invalid, b"  ", line("last").encode()]))
+    command = (*CLI, str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--target", server.target)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("4 of 4 requests: 1 succeeded, 3 failed")
+    found = {result["id"]: result for result in results(tmp_path)}
+    assert found["batch_req_1"]["error"]["message"].endswith("not valid JSON: it begins with a byte order mark")
+    assert found["batch_req_2"]["error"]["message"] == "the line is not valid UTF-8"
+    assert found["batch_req_3"]["response"]["status_code"] == 413
+    assert found["batch_req_5"]["response"]["status_code"] == 200
+
+
 def test_killed_runs_continue_without_a_line_lost_or_twice(server: Any, tmp_path: Path) -> None:
     # The last ones take so long that no run ends before it is killed.
     lines = [line(f"request {number}", 60 + 10 * (number % 5) if number < 36 else 1500) for number in range(40)]

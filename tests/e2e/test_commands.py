@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from server_process import running
 from terminal import Terminal
 
 from mpt_grpc import __version__
@@ -226,3 +228,46 @@ def test_ctrl_c_ends_generate_with_status_130(server: Any) -> None:
     terminal.interrupt()
     assert terminal.process.wait(30) == 130
     terminal.close()
+
+
+def test_generated_control_characters_do_not_reach_a_terminal(server: Any) -> None:
+    flags = ("--regex", "\x1b\\[31m[a-c]\\n\x9b", "--max-new-tokens", "32")
+    terminal = Terminal(server, "generate", "Once", *flags)
+    terminal.wait_for("\N{REPLACEMENT CHARACTER}\\[31m[a-c]\r\n\N{REPLACEMENT CHARACTER}\r\n")
+    assert terminal.process.wait(30) == 0
+    terminal.close()
+    assert output_of(server, "generate", "Once", *flags).startswith("\x1b[31m")
+
+
+def test_new_conversations_forget_the_earlier_one(server: Any) -> None:
+    """A conversation that was discarded leaves no trace: the same message gets the same reply."""
+    flags = ("--max-new-tokens", "16", "--temperature", "0")
+    for command in ("/new", "/system"):
+        printed = output_of(server, "chat", *flags, stdin=f"Who are you?\n{command}\nWho are you?\n")
+        reply = output_of(server, "chat", *flags, stdin="Who are you?\n")
+        assert printed == reply * 2
+    system = output_of(server, "chat", *flags, stdin="/system Speak of kings.\nWho are you?\n")
+    assert system == output_of(server, "chat", *flags, "--system", "Speak of kings.", stdin="Who are you?\n")
+
+
+def test_a_conversation_outlives_its_server(tmp_path: Path) -> None:
+    """The part of a reply stays on a line of its own, and the next message is answered by a server that is back."""
+    socket, flags = ("--grpc-socket", str(tmp_path / "socket")), "--min-new-tokens 1200 --max-new-tokens 1200"
+    with running(*socket) as server:
+        chat = Terminal(server, "chat", *flags.split(), NO_COLOR="1")
+        with closing(chat):
+            chat.wait_for("> ")
+            chat.type("Who are you?\n")
+            chat.wait_for(r"you\?\r\n.{12}")
+            server.kill()
+            chat.wait_for("\r\nmpt-grpc: no server responds at .*\r\n> ")
+            chat.type("And then?\n")
+            chat.wait_for("\r\nmpt-grpc: no server responds at .*\r\n> ")
+            with running(*socket):
+                chat.type("And then?\n")
+                chat.wait_for(r"then\?\r\n.{12}")
+                chat.interrupt()
+                chat.wait_for("> ")
+            chat.type("\x04")
+            assert chat.process.wait(30) == 0
+            assert "\x1b" not in chat.output

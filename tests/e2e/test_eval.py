@@ -91,6 +91,17 @@ def test_text_is_generated_up_to_a_stop_string(harness: Any) -> None:
     assert harness.generate_until(requests("generate_until", prompts)) == [", and a "]
 
 
+def test_conversations_are_continued_up_to_a_stop_string(server: Any) -> None:
+    url = f"{server.openai_url}/chat/completions"
+    chat = get_model("local-chat-completions")(base_url=url, model="demo", num_concurrent=4)
+    message = {"role": "user", "content": "Who are you?"}
+    prompts = [(chat.apply_chat_template([message]), {"until": ["."], "max_gen_toks": 20}) for _ in range(2)]
+    first, second = chat.generate_until(requests("generate_until", prompts))
+    assert first == second
+    assert first
+    assert "." not in first
+
+
 def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = (sys.executable, "-m", "mpt_grpc.cli", "eval", *arguments)
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -71,7 +71,7 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content: must be text"),
         ({"messages": [{"role": "tool"}]}, "messages[0].content: must be text"),
         ({"messages": [{**USER, "tool_calls": [CALL]}]}, "messages[0].tool_calls: only messages with the role"),
-        ({"messages": [{**USER, "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0]: must be a list of calls"),
+        ({"messages": [{**USER, "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].function: required"),
         ({"messages": [USER], "tool_choice": "required"}, "tool_choice: no tool to call; set tools"),
         ({"tools": [{**FUNCTION, "function": {"name": "a b"}}]}, "tools[0].function.name: must have 1 to 64"),
         ({"temperature": 100.1}, "temperature: 100.1 is not in [0, 100]"),
@@ -85,7 +85,7 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"n": 2, "max_tokens": 0}, "n: must be 1 if the limit of new tokens is 0: there is no output"),
         ({"top_logprobs": 2}, "top_logprobs: requires logprobs"),
         ({"response_format": {"type": "yaml"}}, "response_format.type: "),
-        ({"response_format": BAD_SCHEMA}, "response_format: "),
+        ({"response_format": BAD_SCHEMA}, "response_format.json_schema.schema: /type: "),
         ({"guided_json": {"type": "x"}}, "guided_json: "),
         ({"guided_choice": []}, "guided_choice: empty"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex: unclosed group"),
@@ -98,7 +98,7 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
             {"stream_options": {"include_usge": True}},
             "stream_options: unknown field 'include_usge'; did you mean 'include",
         ),
-        ({"tools": [{**FUNCTION, "function": {"nam": "f"}}]}, "tools[0].function.name: Field required"),
+        ({"tools": [{**FUNCTION, "function": {"nam": "f"}}]}, "tools[0].function.name: required"),
         ({"seed": -1}, "seed: must be an integer from 0 to 2^64 - 1"),
         ({"seed": 1 << 64}, "seed: must be an integer from 0 to 2^64 - 1"),
         (
@@ -111,13 +111,13 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"add_generation_prompt": "soon"}, "add_generation_prompt: "),
         ({"messages": [USER, {**USER, "role": "assistant"}]}, "messages[1].role: the last message must have the role"),
         ({"messages": ["Hi"]}, "messages[0]: must be an object with a role and content"),
-        ({"messages": [USER, {**USER, "name": 5}]}, "messages[1].name: Input should be a valid string"),
+        ({"messages": [USER, {**USER, "name": 5}]}, "messages[1].name: must be a string"),
         ({"messages": [{**USER, "prefx": True}]}, "messages[0]: unknown field 'prefx'; did you mean 'prefix'?"),
         (
             {"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": ""}}, USER]},
             "messages[0].function_call: not supported; use tool_calls",
         ),
-        ({"messages": [{**USER, "prefix": True}]}, "continue_final_message: only a last message with the role 'assis"),
+        ({"messages": [{**USER, "prefix": True}]}, "messages[0].prefix: only a last message with the role 'assis"),
     ],
 )
 def test_errors_name_the_fields_as_they_were_sent(fields: dict[str, Any], message: str, server: Any) -> None:
@@ -208,6 +208,11 @@ def test_what_other_servers_add_to_a_reply_is_ignored(server: Any) -> None:
     added = {"provider_specific_fields": None, "thinking_blocks": [], "images": [], "reasoning_details": [{"a": 1}]}
     messages = [USER, {"role": "assistant", "content": "Yes.", **added}, USER]
     assert call(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 1})["choices"]
+
+
+@pytest.mark.parametrize("kind", ["text", "message"])
+def test_a_message_may_have_the_type_that_evaluations_and_responses_give_it(kind: str, server: Any) -> None:
+    assert call(server, "/v1/chat/completions", {"messages": [{**USER, "type": kind}], "max_tokens": 1})["choices"]
 
 
 def test_oldest_turns_are_dropped_on_request(server: Any) -> None:

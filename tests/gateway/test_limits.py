@@ -107,7 +107,7 @@ async def test_items_are_counted_before_they_are_validated(
 async def test_allowed_tools_are_counted_before_they_are_validated(gateway: RunningServer, item: Any) -> None:
     choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [item] * 129}}
     status, response = await fetch(gateway, "POST", CHAT, {"messages": [USER], "tool_choice": choice})
-    why = "tool_choice.allowed_tools.tools: 129 items; at most 128 are allowed"
+    why = "tool_choice.allowed_tools.tools: 129 items; at most 128 are allowed in one request"
     assert (status, response["error"]["message"]) == (400, why)
 
 

@@ -225,7 +225,7 @@ def test_the_oldest_items_are_dropped_with_truncation(server: Any) -> None:
         ({"input": [ASK] * 1025}, "input: 1025 items; at most 1024 are allowed"),
         ({"input": [ASK, {"type": "item_reference", "id": "msg_1"}]}, "input[1]: an item_reference is not supported"),
         ({"input": [ASK, {"type": "computer_call"}]}, "input[1]: must be an item of type message, function_call"),
-        ({"input": [ASK, {**ASK, "id": 5}]}, "input[1].id: Input should be a valid string"),
+        ({"input": [ASK, {**ASK, "id": 5}]}, "input[1].id: must be a string"),
         ({"input": [ASK, {"role": "robot", "content": "3"}]}, "input[1].role: must be system, developer, user or"),
         ({"input": [ASK, {**ASK, "content": [{"type": "input_image"}]}]}, "input[1].content: must be text, or a list"),
         ({"input": [{**ASK, "content": [{"type": "input_text", "text": ""}] * 1025}]}, "input[0].content: 1025 items"),
@@ -243,7 +243,7 @@ def test_the_oldest_items_are_dropped_with_truncation(server: Any) -> None:
         ({"tool_choice": "required"}, "tool_choice: no tool to call; set tools"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema: required if type is json"),
         ({"text": {"format": {"type": "yaml"}}}, "text.format.type: "),
-        ({"text": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "text.format: "),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "text.format.schema: /type: "),
         (
             {"text": {"format": {"type": "json_object"}}, "guided_regex": "a"},
             "more than one constraint: text.format, g",

@@ -124,7 +124,7 @@ def test_conversation_that_is_too_long_is_rejected_with_both_token_counts() -> N
     assert (
         f"{len(prompt)} + 5 tokens (prompt + output) exceed the context of {len(prompt) + 4}" in violation.description
     )
-    assert "drop_oldest_turns" in violation.description
+    assert "have the oldest turns dropped" in violation.description
     with pytest.raises(InvalidRequestError):
         prompt_text(SYSTEM, HI, HELLO, WHO, context=len(prompt))
 

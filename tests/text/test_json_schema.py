@@ -16,9 +16,10 @@ from processor_time import processor_seconds
 from pydantic import BaseModel, Field
 
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.request import JsonSchema
+from mpt_grpc.request import JsonSchema, LarkGrammar
 from mpt_grpc.text.grammar import make_grammar
 from mpt_grpc.text.json_schema import rewrite
+from mpt_grpc.text.schema_recursion import check_recursion
 from mpt_grpc.text.schema_unions import MAX_EXACT
 
 BYTES = LLTokenizer("byte")
@@ -477,3 +478,98 @@ def test_many_constants_exclude_each_other_unless_one_occurs_twice() -> None:
     numbers = [{"const": number} for number in range(200)]
     assert rewrite({"oneOf": numbers}) == {"anyOf": numbers}
     assert "oneOf" in rewrite({"oneOf": [*numbers, {"const": 7.0}]})  # type: ignore[operator]
+
+
+LIST = {"type": "object", "properties": {"next": {"$ref": "#/$defs/list"}}, "required": ["next"]}
+NULL = {"type": "null"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "name"),
+    [
+        ({**LIST, "properties": {"next": {"$ref": "#"}}}, "next"),
+        ({"$ref": "#/$defs/list", "$defs": {"list": LIST}}, "next"),
+        ({"anyOf": [{"$ref": "#/$defs/list"}], "$defs": {"list": LIST}}, "next"),
+        ({"allOf": [{"$ref": "#/$defs/list"}, {"type": "object"}], "$defs": {"list": LIST}}, "next"),
+        ({"type": "object", "properties": LIST["properties"], "dependentRequired": {"a": ["next"]},
+          "required": ["a"], "$defs": {"list": LIST}}, "next"),
+        ({"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"],
+          "$defs": {"a": {"$ref": "#/$defs/a"}}}, "a"),
+        ({"type": "object", "properties": {"a": {"anyOf": [{"anyOf": [{"$ref": "#"}]}, False]}},
+          "required": ["a"]}, "a"),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "items"),
+        ({"type": "array", "prefixItems": [{"$ref": "#"}], "minItems": 1}, "prefixItems"),
+        ({"type": "object", "additionalProperties": {"$ref": "#"}, "required": ["a"]}, "a"),
+        ({"type": "object", "additionalProperties": {"$ref": "#"}, "minProperties": 1}, "additionalProperties"),
+        ({"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}, "required": ["a"],
+          "$defs": {"b": {"type": "array", "items": {"$ref": "#"}, "minItems": 1}}}, "a"),
+    ],
+)  # fmt: skip
+def test_a_schema_of_only_infinite_values_is_refused(schema: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        make_grammar(JsonSchema(json.dumps(schema)))
+    (violation,) = raised.value.violations
+    assert violation.description.startswith(f'no output can satisfy it: "{name}" is required ')
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({**LIST, "properties": {"next": {"anyOf": [{"$ref": "#"}, NULL]}}}, {"next": {"next": None}}),
+        ({**LIST, "required": [], "properties": {"next": {"$ref": "#"}}}, {"next": {}}),
+        ({**LIST, "type": ["object", "null"], "properties": {"next": {"$ref": "#"}}}, {"next": None}),
+        ({"type": "array", "items": {"$ref": "#"}}, [[]]),
+        ({"type": "array", "prefixItems": [NULL, {"$ref": "#"}], "minItems": 1}, [None, [None]]),
+        ({"oneOf": [{"$ref": "#/$defs/list"}, NULL], "$defs": {"list": LIST}}, None),
+    ],
+)  # fmt: skip
+def test_a_recursive_schema_with_finite_values_is_enforced(schema: dict[str, Any], value: Any) -> None:
+    assert conforms(schema, value)
+
+
+def test_looking_for_infinite_values_takes_little_time() -> None:
+    """Definitions in an order in which each is found after the next one."""
+    order = [7 * number % 1000 for number in range(1000)]
+    links = {
+        str(i): {"type": "object", "required": ["a"], "properties": {"a": {"$ref": f"#/$defs/{i + 1}"}}} for i in order
+    }
+    schema = {"$ref": "#/$defs/0", "$defs": {**links, "1000": NULL}}
+    seconds = processor_seconds(lambda: rewrite(schema) and check_recursion(schema))
+    assert seconds < 1
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        """start: "x" %json {"type": "integer", "minimum": 0} "y" """,
+        """start: "x" %json {"type": "object", "propertyNames": {"enum": ["a"]}} "y" """,
+        """start: "x" object "y" // %json {
+        object: %json { "dependentRequired": {"a": ["b"]}, "type": "object",
+            "properties": {"a": {"type": "null"}, "b": {"type": "null"}}, "additionalProperties": false }""",
+    ],
+)
+def test_a_schema_in_a_grammar_means_the_same_as_alone(grammar: str) -> None:
+    schema = grammar[grammar.rindex("%json") + 5 :]
+    schema = json.dumps(json.JSONDecoder().raw_decode(schema.lstrip())[0])
+    for text in (
+        "{}",
+        '{"a": null}',
+        '{"b": null}',
+        '{"a": null, "b": null}',
+        '{"a":\n1}',
+        "9007199254740993",
+        "7",
+        "-1",
+    ):
+        alone = LLMatcher(BYTES, make_grammar(JsonSchema(schema)))
+        inside = LLMatcher(BYTES, make_grammar(LarkGrammar(grammar)))
+        tokens = BYTES.tokenize_str(text)
+        is_valid = alone.try_consume_tokens(tokens) == len(tokens) and alone.is_accepting()
+        tokens = BYTES.tokenize_str(f"x{text}y")
+        assert (inside.try_consume_tokens(tokens) == len(tokens)) is is_valid, text
+
+
+def test_what_looks_like_a_schema_in_a_string_or_comment_of_a_grammar_is_not_one() -> None:
+    grammar = 'start: "%json {" /%json [{]/ // %json {\n'
+    matcher = LLMatcher(BYTES, make_grammar(LarkGrammar(grammar)))
+    assert matcher.try_consume_tokens(BYTES.tokenize_str("%json {%json {")) == 14
