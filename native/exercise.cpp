@@ -87,7 +87,7 @@ static void exercise() {
             for (const int64_t inputs : {4, 132, 1300}) exercise_matrix(type, outputs, inputs);
     for (const Type type : {Type::float32, Type::bfloat16, Type::int8}) exercise_layers(type);
     for (const Type type : {Type::float32, Type::bfloat16, Type::int8})
-        for (const int64_t head_dim : {4, 32, 80})
+        for (const int64_t head_dim : {4, 15, 32, 80})
             for (const int64_t n_kv_heads : {1, 2, 4})
                 for (const int64_t window : {int64_t(5), INT64_MAX}) exercise_attention(type, head_dim, n_kv_heads, window);
 }

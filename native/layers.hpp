@@ -20,9 +20,13 @@ struct Layer {
 
 inline void attention(const AttentionStep &step, Type cache, Pool &pool) {
     switch (cache) {
-        case Type::float32: return attention<float>(step, pool);
-        case Type::bfloat16: return attention<bf16>(step, pool);
-        case Type::int8: return attention<int8_t>(step, pool);
+        case Type::float32: return attention<WidenedItems<float>>(step, pool);
+        case Type::bfloat16:
+#if defined(__AVX512BF16__)
+            if (step.head_dim % 2 == 0) return attention<PairedItems>(step, pool);
+#endif
+            return attention<WidenedItems<bf16>>(step, pool);
+        case Type::int8: return attention<WidenedItems<int8_t>>(step, pool);
     }
 }
 

@@ -40,7 +40,15 @@ struct Matmul {
         for (int i = 0; i < ROWS; i++)
             for (int j = 0; j < PANELS * VECTORS; j++)
                 sums[i][j] = begin == 0 ? Floats{} : load_columns(out + i * outputs, columns, j * LANES);
-        products.template add<ROWS, PANELS>(row, panel, begin, end, fetch, sums);
+        // Behind the end of a panel is the one beside it, which has been read: the last inputs fetch the panels after these.
+        // With the 16 registers of AVX2, GCC 12 compiles such a loop to one that takes 60% longer.
+        constexpr int64_t item = sizeof(*products.weights);
+        const int64_t skipped = (PANELS - 1) * PANEL * products.inputs * item;
+        int64_t turn = end;
+        if (LANES == 16 && fetch.step == 64) turn = (end - fetch.from / (PANEL * item)) / GROUP * GROUP;
+        if (turn <= begin) turn = end;
+        for (int64_t at = begin, to = turn; at < end; at = to, to = end)
+            products.template add<ROWS, PANELS>(row, panel, at, to, {fetch.from + (at < turn ? 0 : skipped), fetch.step}, sums);
         const bool is_last = end == products.inputs;
         for (int i = 0; i < ROWS; i++)
             for (int j = 0; j < PANELS * VECTORS; j++) {

@@ -106,41 +106,44 @@ inline float rounded(float x) {
     return (x + magic) - magic;
 }
 
-// The lower half of a vector plus the upper one.
-template <class Half, class Whole>
-inline Half folded(Whole v) {
+// The lower and the upper half of a vector, combined.
+template <class Half, class Whole, class Combine>
+inline Half folded(Whole v, const Combine &combine) {
     Half halves[2];
     memcpy(halves, &v, sizeof v);
-    return halves[0] + halves[1];
+    return combine(halves[0], halves[1]);
 }
 
-// The sum of all lanes, added pairwise.
-inline float sum(Floats v) {
+// All lanes, combined pairwise.
+template <class Combine>
+inline float reduced(Floats v, const Combine &combine) {
     typedef float Quarter __attribute__((vector_size(16)));
 #if defined(__AVX__)
     typedef float Half __attribute__((vector_size(32)));
 #if defined(__AVX512F__)
-    const Half half = folded<Half>(v);
+    const Half half = folded<Half>(v, combine);
 #else
     const Half half = v;
 #endif
-    const Quarter quarter = folded<Quarter>(half);
+    const Quarter quarter = folded<Quarter>(half, combine);
 #else
     const Quarter quarter = v;
 #endif
-    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+    return combine(combine(quarter[0], quarter[2]), combine(quarter[1], quarter[3]));
+}
+
+inline float sum(Floats v) {
+    return reduced(v, [](auto a, auto b) { return a + b; });
+}
+
+inline float highest(Floats v) {
+    return reduced(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline Floats lane_numbers() {
     Floats v;
     for (int i = 0; i < LANES; i++) v[i] = float(i);
     return v;
-}
-
-inline float highest(Floats v) {
-    float result = v[0];
-    for (int i = 1; i < LANES; i++) result = v[i] > result ? v[i] : result;
-    return result;
 }
 
 // e^x with a relative error below 2e-7; 0 below -87, where float32 has only subnormal numbers.

@@ -8,20 +8,30 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from model.conftest import Stepper, load, make_checkpoint, random_tokens, random_weights, run_prompt, tiny_config
+from model.conftest import (
+    KERNELS_BLOCK_SIZE,
+    Stepper,
+    load,
+    make_checkpoint,
+    random_tokens,
+    random_weights,
+    run_prompt,
+    tiny_config,
+)
 from torch import Tensor
 
 from mpt_grpc.engine.computation import choose_weight_format
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.errors import SettingsError
-from mpt_grpc.model.attention import AttentionMetadata
+from mpt_grpc.model.attention import AttentionMetadata, MetadataBuilder
 from mpt_grpc.model.attention.native_backend import NativeAttention
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.linear import Linear, Norm, WeightFormat
-from mpt_grpc.model.mpt import Attend
+from mpt_grpc.model.mpt import Attend, alibi_slopes
 from mpt_grpc.model.native import ACTIVATIONS, INSTRUCTION_SETS, Kernels, available_instruction_sets, load_kernels
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
+from mpt_grpc.step import SequenceStep, StepPlan
 
 CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 5, 7, 12, 13, 24, 97, 200)
@@ -157,7 +167,7 @@ def test_norms_are_those_of_float64(kernels: Kernels, size: int, is_rms: bool) -
 
 @pytest.mark.parametrize(("quantize", "cache_dtype"), [(False, None), (True, None), (True, torch.int8)])
 @pytest.mark.parametrize("attention", [{}, {"sliding_window_size": 150}, {"attn_type": "multiquery_attention"}])
-@pytest.mark.parametrize("d_model", [64, 80])
+@pytest.mark.parametrize("d_model", [60, 80, 320])
 @pytest.mark.usefixtures("kernels")
 def test_logits_have_the_same_bits_alone_in_a_crowd_and_in_chunks(
     tmp_path: Path, attention: dict[str, object], d_model: int, quantize: bool, cache_dtype: torch.dtype | None
@@ -171,6 +181,34 @@ def test_logits_have_the_same_bits_alone_in_a_crowd_and_in_chunks(
         chunks = {"a": tokens[done : done + size]} | {f"n{i}": random_tokens(i + 1) for i in range(neighbours)}
         done += size
         assert torch.equal(stepper.step(chunks)["a"], alone[done - 1]), done
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.int8, 0.03)]
+)
+@pytest.mark.parametrize("attention", [{}, {"sliding_window_size": 150}, {"attn_type": "multiquery_attention"}])
+@pytest.mark.parametrize("head_dim", [15, 20, 80])
+def test_attention_is_that_of_float64(
+    kernels: Kernels, head_dim: int, attention: dict[str, object], cache_dtype: torch.dtype, tolerance: float
+) -> None:
+    config = MPTConfig.from_dict(tiny_config({"alibi": True, **attention}, d_model=4 * head_dim, max_seq_len=512))
+    builder, backend = MetadataBuilder(KERNELS_BLOCK_SIZE, CPU), NativeAttention(config, kernels)
+    cache, blocks = KVCache(config, 24, KERNELS_BLOCK_SIZE, cache_dtype, CPU), tuple(range(23, -1, -1))
+    query, (key, value) = random(350, 4, head_dim), random(2, 350, config.n_kv_heads, head_dim, seed=1)
+    contexts, start = [], 0
+    for count in (203, 1, 146):
+        step = SequenceStep(0, "", (0,) * count, start, blocks, ())
+        attend = backend.bind(cache, builder.build(StepPlan((step,))))
+        contexts.append(attend(1, *(tensor[start : start + count] for tensor in (query, key, value))))
+        start += count
+    scores = torch.einsum("qhd,khd->hqk", query.double(), key.expand(-1, 4, -1).double()) * config.softmax_scale
+    distance = torch.arange(350) - torch.arange(350)[:, None]
+    scores += alibi_slopes(4, config.alibi_bias_max).double()[:, None, None] * distance
+    oldest = -350 if config.sliding_window is None else -config.sliding_window
+    scores.masked_fill_((distance > 0) | (distance < oldest), -torch.inf)
+    expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value.expand(-1, 4, -1).double())
+    error = torch.cat(contexts).double() - expected
+    assert (error.norm(dim=(1, 2)) <= tolerance * expected.norm(dim=(1, 2))).all()
 
 
 class LayerByLayer:

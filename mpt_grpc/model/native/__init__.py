@@ -1,9 +1,9 @@
 """The compiled kernels for CPUs: products with packed weights, norms, and attention over the paged cache.
 
 `native/` holds their source, which is compiled once for each instruction set when the package is installed. They
-compute with their own threads in float32, in products with 8-bit weights in integers, and in products with bfloat16
-weights, where the processor multiplies pairs of them, from rounded inputs. Each row's result has the same bits whatever
-rows are beside it.
+compute with their own threads in float32, in products with 8-bit weights in integers, and in products with weights or a
+cache of bfloat16, where the processor multiplies pairs of them, from rounded inputs. Each row's result has the same
+bits whatever rows are beside it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class NativeLayer(Structure):
 
 
 class AttentionStep(Structure):
-    """The arguments of `Kernels.attend`, described in native/attention.hpp."""
+    """The arguments of `Kernels.attend`, described in native/cache.hpp."""
 
     _fields_: ClassVar = [
         *((name, c_int64) for name in ("num_tokens", "num_sequences", "n_heads", "n_kv_heads", "head_dim")),
