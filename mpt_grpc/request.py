@@ -199,6 +199,11 @@ class DecodingOptions:
     constraint: Constraint | None = None
     """Restricts the output to a formal language."""
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether a token's logit depends on the tokens before it."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
     @cached_property
     def allowed_mask(self) -> bytes:
         """The allowed tokens as a bit mask, as far as the last one: bit i % 8 of byte i // 8 stands for token i."""

@@ -46,6 +46,11 @@ class SamplingInputs:
     num_top_logprobs: int | None = None
     """The number of most likely tokens to report; None if no TokenLogprob was requested."""
 
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host has to know the token before it can plan the next one, or computes more from it."""
+        return self.matcher is not None or self.num_top_logprobs is not None or self.decoding.penalizes
+
 
 @dataclass(frozen=True)
 class PromptScoring:
@@ -63,7 +68,8 @@ class SequenceStep(NamedTuple):
     """Unique among all sequences of the process; never reused."""
     request_id: str
     token_ids: tuple[int, ...]
-    """Known tokens, and after the last known one the drafts."""
+    """Known tokens, and after the last known one the drafts. A pending token, which is the last one then, is ~i: the
+    i-th choice of the step before, which is not known on the host yet."""
     start: int
     block_table: tuple[int, ...]
     """The blocks that store positions [0, start + len(token_ids)), in order; the same object until a block is added."""
@@ -108,6 +114,14 @@ class StepPlan:
     @property
     def num_drafts(self) -> int:
         return sum(len(sequence.choices) - 1 for sequence in self.sequences if sequence.choices)
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the next step can be planned only once this one's results are known on the host."""
+        return any(
+            step.scoring is not None or len(step.choices) > 1 or (step.choices and step.choices[0].needs_host)
+            for step in self.sequences
+        )
 
 
 @dataclass(frozen=True)

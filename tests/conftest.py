@@ -12,6 +12,7 @@ from typing import Any
 import hypothesis
 import pytest
 from server_process import ServerProcess, running
+from torch import Tensor
 
 from mpt_grpc.engine import load, parts
 from mpt_grpc.engine.engine import Engine
@@ -59,6 +60,12 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
         yield make
 
 
+@pytest.fixture
+def running_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has engines that are created in the test launch steps ahead, as on an accelerator."""
+    monkeypatch.setattr(load, "Engine", lambda *parts, **options: Engine(*parts, **{**options, "runs_ahead": True}))
+
+
 @pytest.fixture(scope="session")
 def shared_engine() -> Iterator[Engine]:
     """One engine shared by all tests that leave no state behind."""
@@ -101,14 +108,14 @@ class SteppedRunner(Runner):
         self._runs_freely = False
         self.plans: list[StepPlan] = []
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
         if plan.sequences[0].request_id == "warm-up":
-            return super().run(plan)
+            return super().run(plan, chosen)
         self.plans.append(plan)
         self._requested.release()
         if not self._runs_freely:
             self._allowed.acquire()
-        return super().run(plan)
+        return super().run(plan, chosen)
 
     def wait_for_step(self) -> StepPlan:
         """Blocks until the engine has planned a step not yet returned here, and returns its plan."""

@@ -18,6 +18,8 @@ from mpt_grpc.step import SequenceStep, StepPlan, StepResult
 
 BLOCK_SIZE = 4
 EOS = 0
+NONSENSE = 60
+"""A token that the simulated model never chooses."""
 
 
 def next_token(tokens: Sequence[int], seed: int = 1) -> int:
@@ -55,6 +57,12 @@ def request(
     )
 
 
+class WatchedPool(BlockPool):
+    def is_writable(self, block: int) -> bool:
+        """Whether the block has at most one owner and is not in the prefix cache."""
+        return self._owners[block] <= 1 and block not in self._digest_of
+
+
 @dataclass
 class Machine:
     """A scheduler and a simulated model that checks every plan.
@@ -73,12 +81,19 @@ class Machine:
     prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = field(default_factory=dict)
     num_computed: dict[str, int] = field(default_factory=dict)
     step_seconds: Callable[[int], float] = lambda num_tokens: 8.0 + num_tokens
+    runs_ahead: bool = False
+    """Whether a step is planned and computed before the one before it is committed, if that one's plan allows it."""
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.limits, BlockPool(self.num_blocks, BLOCK_SIZE), frozenset({EOS}))
+        self.pool = WatchedPool(self.num_blocks, BLOCK_SIZE)
+        self.scheduler = Scheduler(self.limits, self.pool, frozenset({EOS}))
         self.cache: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
         self.names: dict[int, str] = {}
         self.sequences: dict[str, SchedulerSequence] = {}
+        self.in_flight: tuple[StepPlan, StepResult | None] | None = None
+        """The step that is not committed yet, and its result unless it has failed."""
+        self._row_tokens: list[int] = []
+        """The tokens of the choices of the last step."""
 
     def add(self, added: GenerationRequest, prompt: tuple[int, ...]) -> None:
         cache = added.cache
@@ -98,36 +113,71 @@ class Machine:
 
     def plan(self) -> StepPlan:
         plan = self.scheduler.plan()
-        assert bool(plan.sequences) == self.scheduler.has_work
+        assert bool(plan.sequences) == self.scheduler.has_work or self.in_flight
         assert plan.num_tokens <= self.limits.max_step_tokens
         assert len(plan.sequences) <= self.limits.max_running_requests
         assert len({s.sequence_id for s in plan.sequences}) == len(plan.sequences)
-        assert len(plan.sequences) == self.scheduler.num_running, "a running sequence was left out"
+        ending = set() if self.in_flight is None else {s.sequence_id for s in self.in_flight[0].sequences}
+        left_out = self.scheduler.num_running - len(plan.sequences)
+        assert 0 <= left_out <= len(ending - {s.sequence_id for s in plan.sequences}), "a running sequence was left out"
         written = [entry for s in plan.sequences for entry in self._cache_entries(s, s.start, s.length)]
         assert len(written) == len(set(written)), "two sequences write the same cache entry"
         return plan
 
     def run(
-        self, plan: StepPlan, failing: frozenset[str] = frozenset(), deferred: frozenset[str] = frozenset()
+        self,
+        plan: StepPlan,
+        failing: frozenset[str] = frozenset(),
+        deferred: frozenset[str] = frozenset(),
+        *,
+        fails: bool = False,
     ) -> dict[str, TokenEvent]:
+        """Computes a plan and returns the events of the steps that are committed then.
+
+        Sequences may be `failing` alone; if all of the step `fails`, what remains of it is computed again.
+        """
+        previous = self.in_flight
+        self.in_flight = (plan, self._compute(plan, failing, deferred, fails=fails)) if plan.sequences else None
+        events = {} if previous is None else self._commit(*previous)
+        if self.in_flight is not None and (not self.runs_ahead or plan.needs_host or deferred):
+            (last, result), self.in_flight = self.in_flight, None
+            events |= self._commit(last, result)
+        return events
+
+    def _compute(
+        self, plan: StepPlan, failing: frozenset[str], deferred: frozenset[str], *, fails: bool
+    ) -> StepResult | None:
+        """Returns the result of a step, or None if it fails; it has written nonsense then."""
+        is_void = self.in_flight is not None and self.in_flight[1] is None
+        previous, self._row_tokens = self._row_tokens, list[int]()
         chosen: dict[int, tuple[int, ...]] = {}
         logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
         scored = {}
         for s in plan.sequences:
             name = self.names[s.sequence_id]
             known = (*self.prompts[name], *self.outputs[name])
+            if s.token_ids[-1] < 0:
+                known += (previous[~s.token_ids[-1]],)
+                s = s._replace(token_ids=(*s.token_ids[:-1], known[-1]))
             sharers = self.sharers[name]
             end = s.start + s.num_known
+            num_output_tokens = len(known) - len(self.prompts[name])
             assert s.token_ids == known[s.start : end] + s.drafts
             max_new_tokens = self.sequences[name].request.stopping.max_new_tokens or 0
-            wants_token = len(self.outputs[name]) != max_new_tokens
+            wants_token = num_output_tokens != max_new_tokens
             assert bool(s.choices) == (end == len(known) and wants_token)
             if s.drafts:
                 assert len(s.choices) == 1 + len(s.drafts)
-                assert len(self.outputs[name]) + len(s.choices) <= max_new_tokens
+                assert num_output_tokens + len(s.choices) <= max_new_tokens
                 assert s.length + 1 <= self.limits.max_context_tokens
             assert len(s.block_table) >= -(-s.length // BLOCK_SIZE)
-            assert len(s.block_table) == -(-s.length // BLOCK_SIZE) or self.limits.speculates
+            assert len(s.block_table) == -(-s.length // BLOCK_SIZE) or self.limits.speculates or self.runs_ahead
+            for block in s.block_table[s.start // BLOCK_SIZE : -(-s.length // BLOCK_SIZE)]:
+                assert self.pool.is_writable(block), "writes to what others may read"
+            if fails or is_void:
+                self.cache |= dict.fromkeys(self._cache_entries(s, s.start, s.length), ("nobody", ()))
+                self._row_tokens += [NONSENSE] * len(s.choices)
+                continue
             known += s.drafts
             for position, entry in enumerate(self._cache_entries(s, 0, s.start)):
                 assert self.cache[entry] == (sharers, known[: position + 1]), "reads what another sequence wrote"
@@ -135,12 +185,13 @@ class Machine:
                 self.cache[entry] = (sharers, known[: position + 1])
             self.num_computed[name] = self.num_computed.get(name, 0) + len(s.token_ids)
             if s.choices:
-                assert s.output_position == len(self.outputs[name])
+                assert s.output_position == num_output_tokens
                 if name not in deferred:
                     chosen[s.sequence_id] = self._chosen(s, known[:end])
                     ends = range(end + 1, end + 1 + len(chosen[s.sequence_id]))
                     accepted = known[:end] + chosen[s.sequence_id]
                     logprobs[s.sequence_id] = tuple(logprob_of(accepted[:stop]) for stop in ends)
+                    self._row_tokens.append(chosen[s.sequence_id][0])
             if s.scoring is not None:
                 first = s.start + s.scoring.first
                 assert s.scoring.token_ids == known[first + 1 : first + 1 + len(s.scoring.token_ids)]
@@ -150,8 +201,15 @@ class Machine:
                 )
                 scored[s.sequence_id] = tuple(logprob_of(known[:end]) for end in ends)
         errors = {s.sequence_id: InternalError("fault") for s in plan.sequences if self.names[s.sequence_id] in failing}
-        seconds = self.step_seconds(plan.num_tokens) if plan.sequences else None
-        committed = self.scheduler.commit(plan, StepResult(chosen, logprobs, scored, errors), seconds)
+        return None if fails or is_void else StepResult(chosen, logprobs, scored, errors)
+
+    def _commit(self, plan: StepPlan, result: StepResult | None) -> dict[str, TokenEvent]:
+        if result is None:
+            self.in_flight = None
+            remaining = self.scheduler.recover(plan)
+            result = self._compute(remaining, frozenset(), frozenset(), fails=False)
+            assert result is not None
+        committed = self.scheduler.commit(plan, result, self.step_seconds(plan.num_tokens))
         named = [(self.names[sequence.sequence_id], event) for sequence, event in committed]
         events = dict(named)
         assert len(events) == len(committed) or self.limits.speculates
@@ -176,7 +234,7 @@ class Machine:
     def finish(self) -> None:
         """Steps until all sequences have ended; each step computes at least one token, so the number is bounded."""
         for _ in range(5000):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and self.in_flight is None:
                 break
             self.step()
         assert not self.scheduler.has_work
@@ -206,8 +264,8 @@ def machine(
     max_context: int = 100,
     prefill_slowdown: float = math.inf,
     speculates: bool = False,
+    runs_ahead: bool = False,
 ) -> Machine:
     context = min(max_context, num_blocks * BLOCK_SIZE)
-    return Machine(
-        SchedulerLimits(max_running, max_step_tokens, context, prefill_slowdown, speculates=speculates), num_blocks
-    )
+    limits = SchedulerLimits(max_running, max_step_tokens, context, prefill_slowdown, speculates=speculates)
+    return Machine(limits, num_blocks, runs_ahead=runs_ahead)

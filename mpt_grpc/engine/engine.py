@@ -57,14 +57,20 @@ class Engine:
         sampler: Sampler,
         *,
         max_in_flight: int,
+        runs_ahead: bool,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """Takes the components that `load.py` builds. Events are delivered on `loop`, or else by the thread itself."""
+        """Takes the components that `load.py` builds. `runs_ahead` is that of `StepLoop`.
+
+        Events are delivered on `loop`, or else by the thread itself.
+        """
         self.preparation = preparation
         self._loop = loop
         self._outbox = Outbox(loop)
         self._requests = RequestTable(max_in_flight)
-        self._steps = StepLoop(scheduler, runner, sampler, preparation, self._requests, self._outbox)
+        self._steps = StepLoop(
+            scheduler, runner, sampler, preparation, self._requests, self._outbox, runs_ahead=runs_ahead
+        )
         self._preparers = Preparers()
         self._lock = threading.Lock()
         self._refusal: UnavailableError | None = None

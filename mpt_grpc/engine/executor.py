@@ -4,16 +4,50 @@ thread."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from mpt_grpc.engine.masks import MaskWorkers
 from mpt_grpc.errors import DeviceLostError, InternalError
 from mpt_grpc.model.runner import Runner
-from mpt_grpc.model.sampler import Sampler
+from mpt_grpc.model.sampler import Chosen, Sampler
+from mpt_grpc.results import TokenLogprob
 from mpt_grpc.step import StepPlan, StepResult, merged
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that a CPU has computed, and an accelerator has in its queue."""
+
+    plan: StepPlan
+    start_s: float
+    """When it was launched, by the monotonic clock."""
+    chosen: Chosen | Exception
+    """The error if it could not be launched."""
+    prompt_logprobs: Mapping[int, tuple[TokenLogprob, ...]]
+    errors: Mapping[int, Exception]
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """The chosen tokens on the device, int64 [n]; None if there are none."""
+        return self.chosen.token_ids if isinstance(self.chosen, Chosen) and len(self.chosen.token_ids) else None
+
+    @property
+    def may_be_followed(self) -> bool:
+        """Whether the next step may be launched before the result of this one is known."""
+        return not (isinstance(self.chosen, Exception) or self.plan.needs_host)
+
+    def result(self) -> StepResult:
+        """Returns the result, for which it waits. Raises an error if the step has failed."""
+        if isinstance(self.chosen, Exception):
+            raise self.chosen
+        result = self.chosen.result()
+        return replace(result, prompt_logprobs=self.prompt_logprobs, errors={**result.errors, **self.errors})
 
 
 class StepExecutor:
@@ -32,26 +66,38 @@ class StepExecutor:
         self._masks = MaskWorkers(on_ready=on_mask_ready)
         self._on_out_of_memory = on_out_of_memory
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Computes a step. Sequences that fail, even alone, have an error in the result. Raises DeviceLostError."""
+    def launch(self, plan: StepPlan, previous: LaunchedStep | None = None) -> LaunchedStep:
+        """Starts a step. If its plan has pending tokens, `previous` is the step that chooses them.
+
+        Raises DeviceLostError; other errors are those of the result.
+        """
+        start_s = time.monotonic()
         try:
-            return self._compute(plan)
+            return self._launch(plan, start_s, previous)
         except DeviceLostError:
             raise
         except Exception as error:
-            if len(plan.sequences) == 1:
-                # Numbers that are not finite come from the weights: the way through the code says nothing about them.
-                shown = None if isinstance(error, FloatingPointError) else error
-                _log.error("request %r failed: %s", plan.sequences[0].request_id, error, exc_info=shown)
-                fault = InternalError(f"the engine failed: {type(error).__name__}")
-                fault.__cause__ = error
-                return StepResult({}, errors={plan.sequences[0].sequence_id: fault})
-            # Repeating a step is harmless, so its halves are tried, down to the sequences that fail alone.
-            _log.warning("a step of %d sequences failed: its halves are tried", len(plan.sequences), exc_info=error)
-            if isinstance(error, MemoryError):
-                self._on_out_of_memory()
-            middle = len(plan.sequences) // 2
-            return merged([self.execute(StepPlan(half)) for half in (plan.sequences[:middle], plan.sequences[middle:])])
+            return LaunchedStep(plan, start_s, error, {}, {})
+
+    def repeat(self, failed: StepPlan, remaining: StepPlan, error: Exception) -> StepResult:
+        """Computes what remains of a step that has failed with `error`.
+
+        Sequences that fail, even alone, have an error in the result. Raises DeviceLostError.
+        """
+        if len(failed.sequences) == 1:
+            # Numbers that are not finite come from the weights: the way through the code says nothing about them.
+            shown = None if isinstance(error, FloatingPointError) else error
+            _log.error("request %r failed: %s", failed.sequences[0].request_id, error, exc_info=shown)
+            fault = InternalError(f"the engine failed: {type(error).__name__}")
+            fault.__cause__ = error
+            return StepResult({}, errors={failed.sequences[0].sequence_id: fault})
+        # Repeating a step is harmless, so its halves are tried, down to the sequences that fail alone.
+        _log.warning("a step of %d sequences failed: its halves are tried", len(failed.sequences), exc_info=error)
+        if isinstance(error, MemoryError):
+            self._on_out_of_memory()
+        middle = len(remaining.sequences) // 2
+        halves = (remaining.sequences[:middle], remaining.sequences[middle:])
+        return merged([self._execute(StepPlan(half)) for half in halves if half])
 
     def forget(self, sequence_id: int) -> None:
         """Drops the masks of a sequence that has ended."""
@@ -60,15 +106,22 @@ class StepExecutor:
     def close(self) -> None:
         self._masks.close()
 
-    def _compute(self, plan: StepPlan) -> StepResult:
+    def _execute(self, plan: StepPlan) -> StepResult:
+        try:
+            return self.launch(plan).result()
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            return self.repeat(plan, plan, error)
+
+    def _launch(self, plan: StepPlan, start_s: float, previous: LaunchedStep | None) -> LaunchedStep:
         self._masks.start(plan)
-        output = self._runner.run(plan)
+        output = self._runner.run(plan, None if previous is None else previous.token_ids)
         masks = self._masks.collect(plan)
         choosing = [sequence for sequence in plan.sequences if sequence.choices]
         ready = [sequence for sequence in choosing if masks.is_ready(sequence)]
         logits = output.logits
         if len(ready) < len(choosing):
             logits = logits[[masks.is_ready(sequence) for sequence in choosing for _ in sequence.choices]]
-        result = self._sampler.sample(logits, ready, masks.bits, are_finite=output.are_finite)
-        errors = {**result.errors, **masks.errors}
-        return replace(result, prompt_logprobs=output.prompt_logprobs, errors=errors)
+        chosen = self._sampler.choose(logits, ready, masks.bits, are_finite=output.are_finite)
+        return LaunchedStep(plan, start_s, chosen, output.prompt_logprobs, masks.errors)

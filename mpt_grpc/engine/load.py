@@ -228,6 +228,8 @@ def _assemble(
         runner,
         Sampler(tokenizer.vocab_size),
         max_in_flight=max_in_flight,
+        # A CPU has computed a step once it is launched; drafts of the next tokens depend on the last ones.
+        runs_ahead=parts.weight_format.device.type != "cpu" and limits.speculate != "ngram",
         loop=loop,
     )
 

@@ -1,5 +1,5 @@
-"""The loop of the scheduler thread, which alone accesses the model, the cache and the sequences: it plans a step, has
-it executed, and reports what it did.
+"""The loop of the scheduler thread, which alone accesses the model, the cache and the sequences: it plans a step,
+launches it, and reports what it did. On an accelerator, it plans and launches the next one while that one runs.
 
 Other threads send it commands through a queue: to add a request, to end one or one of its outputs, and to stop. It
 sends back token events through an outbox.
@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from mpt_grpc.engine.assembly import RequestAssembly
-from mpt_grpc.engine.executor import StepExecutor
+from mpt_grpc.engine.executor import LaunchedStep, StepExecutor
 from mpt_grpc.engine.inquiries import StateInquiries
 from mpt_grpc.engine.outbox import Outbox
 from mpt_grpc.engine.outputs import request_assembly
@@ -49,7 +49,10 @@ class StepLoop:
         preparation: Preparation,
         requests: RequestTable,
         outbox: Outbox,
+        *,
+        runs_ahead: bool,
     ) -> None:
+        """With `runs_ahead`, a step is launched before the result of the one before is read, where that is possible."""
         self.load = EngineLoad(num_free_blocks=scheduler.num_free_blocks)
         self.inquiries = StateInquiries()
         self._scheduler, self._preparation, self._requests, self._outbox = scheduler, preparation, requests, outbox
@@ -61,6 +64,11 @@ class StepLoop:
             on_mask_ready=lambda: commands.put(_nothing),
             on_out_of_memory=scheduler.shrink_steps,
         )
+        self._runs_ahead = runs_ahead
+        self._in_flight: LaunchedStep | None = None
+        """The step that was launched last, until its results are applied."""
+        self._completion_s = 0.0
+        """When the last step was complete, by the monotonic clock."""
         self._waits_for_masks = False
         """Whether no token can be chosen until a mask is ready, which a command will signal."""
         self._running = True
@@ -99,21 +107,14 @@ class StepLoop:
             self.inquiries.answer(self._state)
             self._end_overdue()
             self._deliver()  # the events of requests that have just ended do not wait for the step
-            plan = self._scheduler.plan()
+            plan = self._scheduler.plan()  # on an accelerator, the step before is in flight
             self._measure_load()  # before the step, which may be long
-            self._waits_for_masks = False
-            if plan.sequences:
-                self._mark_scheduled(plan)
-                start_s = time.monotonic()
-                result = self._executor.execute(plan)
-                duration_s = time.monotonic() - start_s
-                self._waits_for_masks = all(result.is_deferred(sequence) for sequence in plan.sequences)
-                events = self._scheduler.commit(plan, result, None if result.errors else duration_s)
-                new_tokens = Counter(sequence.sequence_id for sequence, event in events if event.token_id is not None)
-                number = self.load.num_steps
-                self._requests.report_step(plan, new_tokens, start_s + self._epoch_s, duration_s, number)
-                self._record_step(plan, result, events, new_tokens)
+            previous, self._in_flight = self._in_flight, self._launch(plan) if plan.sequences else None
+            self._complete(previous)
+            if not (self._runs_ahead and self._in_flight is not None and self._in_flight.may_be_followed):
+                self._complete_last()
             self._deliver()
+        self._complete_last()
 
     def close(self, why: UnavailableError) -> None:
         """Ends all requests in flight with `why`, after `run`."""
@@ -123,7 +124,7 @@ class StepLoop:
         self._deliver()
 
     def _run_commands(self) -> None:
-        if self._waits_for_masks or not self._scheduler.has_work:
+        if self._in_flight is None and (self._waits_for_masks or not self._scheduler.has_work):
             end_time_s = self._requests.next_end_time_s
             timeout_s = None if end_time_s is None else min(max(0.0, end_time_s - self.now_s()), _MAX_WAIT_S)
             with suppress(queue.Empty):
@@ -134,6 +135,33 @@ class StepLoop:
             except queue.Empty:
                 return
             command()
+
+    def _launch(self, plan: StepPlan) -> LaunchedStep:
+        self._mark_scheduled(plan)
+        return self._executor.launch(plan, self._in_flight)
+
+    def _complete_last(self) -> None:
+        """Waits for the step that was launched last, if there is one in flight, and applies its result."""
+        last, self._in_flight = self._in_flight, None
+        self._complete(last)
+
+    def _complete(self, step: LaunchedStep | None) -> None:
+        """Waits for a step, if there is one, and applies its result. If it fails, the one launched after it is void."""
+        if step is None:
+            return
+        plan = step.plan
+        try:
+            result = step.result()
+        except Exception as error:
+            self._in_flight = None
+            result = self._executor.repeat(plan, self._scheduler.recover(plan), error)
+        start_s, self._completion_s = max(step.start_s, self._completion_s), time.monotonic()
+        duration_s = self._completion_s - start_s
+        self._waits_for_masks = all(result.is_deferred(sequence) for sequence in plan.sequences)
+        events = self._scheduler.commit(plan, result, None if result.errors else duration_s)
+        new_tokens = Counter(sequence.sequence_id for sequence, event in events if event.token_id is not None)
+        self._requests.report_step(plan, new_tokens, start_s + self._epoch_s, duration_s, self.load.num_steps)
+        self._record_step(plan, result, events, new_tokens)
 
     def _add(self, record: RequestRecord, prepared: PreparedRequest, assembly: RequestAssembly) -> None:
         if not self._requests.is_preparing(record):

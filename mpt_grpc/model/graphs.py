@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpt_grpc.model.attention import Array, AttentionMetadata, MetadataBuilder
 from mpt_grpc.model.attention.tiling import SPLIT_KEYS, power_of_two
-from mpt_grpc.model.transfer import flattened, overwrite, send, split_like
+from mpt_grpc.model.transfer import fill_in, flattened, overwrite, send, split_like
 from mpt_grpc.step import SequenceStep, StepPlan
 
 _log = logging.getLogger(__name__)
@@ -91,8 +91,11 @@ class DecodeGraphs:
                     _log.warning("some decoding steps are computed without CUDA graphs, which is slower: %s", error)
                     return
 
-    def run(self, plan: StepPlan) -> tuple[Tensor, ...] | None:
-        """Returns what `Compute` does, valid until the next step; None if the step must be computed without a graph."""
+    def run(self, plan: StepPlan, chosen: Tensor | None = None) -> tuple[Tensor, ...] | None:
+        """Returns what `Compute` does, valid until the next step; None if the step must be computed without a graph.
+
+        `chosen` has the tokens that are pending in the plan.
+        """
         if not all(map(_decodes, plan.sequences)):
             return None
         num_sequences = len(plan.sequences)
@@ -101,6 +104,8 @@ class DecodeGraphs:
             return None
         padding = plan.sequences[-1:] * (size - num_sequences)
         overwrite(recording.inputs, flattened(self._arrays(plan.sequences + padding, splits)))
+        if chosen is not None:
+            fill_in(recording.inputs[:size], chosen)  # the tokens come first
         recording.replay()
         rows, *rest = recording.results
         return rows[:num_sequences], *rest

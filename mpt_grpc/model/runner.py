@@ -16,7 +16,7 @@ from mpt_grpc.model.graphs import DecodeGraphs, Recorder
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.mpt import MPT
-from mpt_grpc.model.transfer import send
+from mpt_grpc.model.transfer import fill_in, send
 from mpt_grpc.request import SamplingParameters
 from mpt_grpc.results import TokenLogprob
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepPlan
@@ -64,14 +64,16 @@ class Runner:
             self._graphs = DecodeGraphs(recorder, self._metadata, device)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepOutput:
+    def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
         """Computes one step. Idempotent: running a plan again writes the same values to the same cache positions.
+
+        If tokens of the plan are pending, `chosen` has those that the step before has chosen, int64 [n] on the device.
 
         Raises DeviceLostError if the accelerator has failed permanently, MemoryError if the step does not fit in
         memory, FloatingPointError if a prompt token's log probability is not finite.
         """
         try:
-            return self._run(plan)
+            return self._run(plan, chosen)
         except torch.AcceleratorError as error:
             raise DeviceLostError(f"the accelerator has failed: {error}") from error
         except torch.OutOfMemoryError as error:
@@ -114,11 +116,13 @@ class Runner:
                 return False
         return True
 
-    def _run(self, plan: StepPlan) -> StepOutput:
-        if self._graphs is not None and (results := self._graphs.run(plan)) is not None:
+    def _run(self, plan: StepPlan, chosen: Tensor | None) -> StepOutput:
+        if self._graphs is not None and (results := self._graphs.run(plan, chosen)) is not None:
             logits, are_finite = results
             return StepOutput(logits, {}, are_finite)
         metadata = self._metadata.build(plan)
+        if chosen is not None:
+            fill_in(metadata.token_ids, chosen)
         hidden, logits, are_finite = self.compute(metadata)
         return StepOutput(logits, self._prompt_logprobs(plan, metadata, hidden), are_finite)
 

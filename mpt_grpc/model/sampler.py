@@ -18,6 +18,7 @@ Steps 1 to 4 and 6 are implemented in `logits.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from operator import is_
 from types import MappingProxyType
@@ -28,7 +29,7 @@ from torch import Tensor
 from mpt_grpc.errors import InternalError
 from mpt_grpc.model.logits import adjust, apply_filters, is_adjusted, rows_per_chunk
 from mpt_grpc.model.logprobs import token_logprobs
-from mpt_grpc.model.transfer import send
+from mpt_grpc.model.transfer import Receipt, send
 from mpt_grpc.results import TokenLogprob
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepResult
 
@@ -44,7 +45,6 @@ class Sampler:
         self._last: _Batch | None = None
         """What the inputs of the last step imply; those of the next are mostly the same objects."""
 
-    @torch.inference_mode()
     def sample(
         self,
         logits: Tensor,
@@ -53,14 +53,25 @@ class Sampler:
         *,
         are_finite: Tensor | None = None,
     ) -> StepResult:
+        """Chooses tokens and waits for them. The arguments and errors are those of `choose` and `Chosen.result`."""
+        return self.choose(logits, sequences, masks, are_finite=are_finite).result()
+
+    @torch.inference_mode()
+    def choose(
+        self,
+        logits: Tensor,
+        sequences: Sequence[SequenceStep],
+        masks: Mapping[int, Sequence[bytes]] = _NO_MASKS,
+        *,
+        are_finite: Tensor | None = None,
+    ) -> Chosen:
         """Samples from the rows of `logits` [n, at least vocab_size], float32; `logits` is not modified.
 
-        The rows belong to the sequences' choices, in order. `masks` maps sequence IDs to constraint masks for the first
-        choices: token i is allowed if bit i % 8 of byte i // 8 is set. A sequence gets the tokens of its choices up to
-        the first that differs from the draft. If the first row of a sequence is not finite or its mask allows no token,
-        an InternalError is returned for that sequence only.
+        On an accelerator, this only queues the work. Log probabilities, if requested, are computed when the result is
+        read, from the same `logits`.
 
-        `are_finite` is that of the step's `StepOutput`; raises FloatingPointError if it is false.
+        The rows belong to the sequences' choices, in order. `masks` maps sequence IDs to constraint masks for the first
+        choices: token i is allowed if bit i % 8 of byte i // 8 is set. `are_finite` is that of the step's `StepOutput`.
         """
         logits = logits[:, : self._vocab_size]
         batch = self._batch(tuple([inputs for sequence in sequences for inputs in sequence.choices]), logits)
@@ -70,9 +81,41 @@ class Sampler:
         chosen = _choose(processed, batch, positions)
         is_finite = logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite()  # both propagate NaN
         is_allowed = processed.gather(1, chosen[:, None])[:, 0] > -torch.inf
-        # The only transfer to the host: on an accelerator it waits for all work queued before it.
+        # The only transfer to the host, unless log probabilities are requested.
         results = [chosen, is_finite, is_allowed, *(() if are_finite is None else (are_finite[None],))]
-        num, values = len(chosen), torch.cat(results).tolist()
+        receipt = Receipt(torch.cat(results))
+        return Chosen(chosen, sequences, masks, batch, receipt, logits if batch.num_top else None)
+
+    def _batch(self, inputs: tuple[SamplingInputs, ...], logits: Tensor) -> _Batch:
+        last = self._last
+        is_same = last is not None and len(inputs) == len(last.inputs) and all(map(is_, inputs, last.inputs))
+        if last is None or not is_same:
+            last = self._last = _Batch(inputs, logits)
+        return last
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The tokens that were chosen in a step; on an accelerator, on their way to the host."""
+
+    token_ids: Tensor
+    """On the device, int64 [n]: the token of each choice."""
+    _sequences: Sequence[SequenceStep]
+    _masks: Mapping[int, Sequence[bytes]]
+    _batch: _Batch
+    _receipt: Receipt
+    _logits: Tensor | None
+
+    @torch.inference_mode()
+    def result(self) -> StepResult:
+        """Returns the result of the step, for which it waits.
+
+        A sequence gets the tokens of its choices up to the first that differs from the draft. If the first row of a
+        sequence is not finite or its mask allows no token, there is an InternalError for that sequence only. Raises
+        FloatingPointError if the step's activations are not finite.
+        """
+        sequences, masks = self._sequences, self._masks
+        num, values = len(self.token_ids), self._receipt.read()
         token_ids, finite, allowed = values[:num], values[num : 2 * num], values[2 * num : 3 * num]
         if not all(values[3 * num :]):
             raise FloatingPointError("the model's activations are not finite")
@@ -94,15 +137,8 @@ class Sampler:
                 errors[sequence_id] = InternalError(why)
             first += len(sequence.choices)
         chosen_ids = {sequence_id: tuple(token_ids[part.start : part.stop]) for sequence_id, part in rows.items()}
-        logprobs = _logprobs(logits, batch, rows, token_ids) if batch.num_top else {}
+        logprobs = {} if self._logits is None else _logprobs(self._logits, self._batch, rows, token_ids)
         return StepResult(chosen_ids, logprobs, errors=errors)
-
-    def _batch(self, inputs: tuple[SamplingInputs, ...], logits: Tensor) -> _Batch:
-        last = self._last
-        is_same = last is not None and len(inputs) == len(last.inputs) and all(map(is_, inputs, last.inputs))
-        if last is None or not is_same:
-            last = self._last = _Batch(inputs, logits)
-        return last
 
 
 class _Batch:

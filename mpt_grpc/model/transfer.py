@@ -1,4 +1,5 @@
-"""Transfers from the host to the device that computes; on an accelerator the host does not wait for them."""
+"""Transfers between the host and the device that computes. On an accelerator the host does not wait for those to the
+device, and for one from there only when it reads what has arrived."""
 
 from __future__ import annotations
 
@@ -18,6 +19,29 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def overwrite(target: Tensor, tensor: Tensor) -> None:
     """Copies a tensor of the CPU into one on a device."""
     target.copy_(_pinned(tensor, target.device), non_blocking=True)
+
+
+def fill_in(token_ids: Tensor, chosen: Tensor) -> None:
+    """Overwrites pending tokens, which are ~i, with the i-th of those that the step before has chosen."""
+    token_ids.copy_(torch.where(token_ids < 0, chosen[(~token_ids).clamp_(min=0)], token_ids))
+
+
+class Receipt:
+    """A tensor of a device on its way to the host; on a CPU, it is there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._event = tensor, None
+        if tensor.is_cuda:
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[int]:
+        """Returns the items of a tensor [n], once all work that was queued before it is done, but not later work."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensor.tolist()
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

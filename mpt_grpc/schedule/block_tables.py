@@ -25,7 +25,7 @@ class BlockTables:
         primary = sequence.primary
         if primary is None:
             return []
-        num_shared = min(primary.num_computed, primary.num_prompt_tokens) // self._block_size
+        num_shared = min(primary.num_full_blocks, primary.num_prompt_tokens // self._block_size)
         return list(primary.block_table[: min(num_cacheable_blocks, num_shared)])
 
     def has_room(self, running: Iterable[Sequence], head: Sequence, hits: list[int]) -> bool:
@@ -58,12 +58,13 @@ class BlockTables:
         """Records the number of computed tokens; new full blocks enter the prefix cache."""
         sequence.num_computed = num_computed
         num_full = num_computed // self._block_size
-        if num_full <= sequence.num_inserted_blocks or sequence.request.cache.bypass:
+        if num_full <= sequence.num_full_blocks:
             return
-        digests = sequence.digests(num_full, self._block_size)
-        for index in range(sequence.num_inserted_blocks, num_full):
-            self._pool.insert(sequence.block_table[index], digests[index])
-        sequence.num_inserted_blocks = num_full
+        if not sequence.request.cache.bypass:
+            digests = sequence.digests(num_full, self._block_size)
+            for index in range(sequence.num_full_blocks, num_full):
+                self._pool.insert(sequence.block_table[index], digests[index])
+        sequence.num_full_blocks = num_full
 
     def release(self, sequence: Sequence) -> None:
         """Frees the blocks of a sequence, and with them what has been computed."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
+from mpt_grpc.schedule.step_budget import StepBudget
 from mpt_grpc.schedule.step_times import StepTimes
+from mpt_grpc.step import SequenceStep
 
 TokenIds = Sequence[int]
 MAX_DRAFTS = 16
@@ -63,6 +66,35 @@ def _continued(token_ids: TokenIds, start: int) -> TokenIds:
     """Returns the tokens from `start` on; beyond the last one it repeats them, as a text does that runs in circles."""
     period = len(token_ids) - start
     return [token_ids[start + i % period] for i in range(MAX_DRAFTS)]
+
+
+class Drafters:
+    """The drafters of all sequences."""
+
+    def __init__(self) -> None:
+        self._drafters: dict[int, Drafter] = {}
+
+    def draft(
+        self, running: Sequence[ScheduledSequence], steps: Sequence[SequenceStep], budget: StepBudget
+    ) -> dict[int, tuple[int, ...]]:
+        """Returns the drafts that pay, by the places of the sequences that are to get them."""
+        drafts: dict[int, TokenIds] = {}
+        candidates: dict[int, tuple[float, int]] = {}
+        for place, (sequence, step) in enumerate(zip(running, steps, strict=True)):
+            if not step.choices:
+                continue
+            if sequence.sequence_id not in self._drafters:
+                self._drafters[sequence.sequence_id] = Drafter()
+            drafter = self._drafters[sequence.sequence_id]
+            drafts[place] = drafter.draft(sequence.token_ids)
+            candidates[place] = drafter.accuracy, min(len(drafts[place]), sequence.max_remaining - 1)
+        num_tokens = sum(len(step.token_ids) for step in steps)
+        counts = most_useful(candidates, num_tokens, budget.max_tokens - num_tokens, budget.times)
+        return {place: tuple(drafts[place][:count]) for place, count in counts.items()}
+
+    def forget(self, sequence: ScheduledSequence) -> None:
+        """Drops the drafter of a sequence that has ended."""
+        self._drafters.pop(sequence.sequence_id, None)
 
 
 def most_useful(

@@ -1,9 +1,9 @@
 """Decides what each step computes and applies the results.
 
-`plan` shares a step among the running sequences, and `commit` applies the chosen tokens. The fair queue decides which
-one starts next. When blocks run short, the lowest-ranked running sequence is preempted: its blocks are freed and it is
-recomputed later. The first sequence of a request is its primary; its siblings start once the prompt
-is computed and share its full blocks.
+`plan` shares a step among the running sequences, and `commit` applies the chosen tokens; the next step may be planned
+in between. The fair queue decides which sequence starts next. When blocks run short, the lowest-ranked running sequence
+is preempted: its blocks are freed and it is recomputed later. The first sequence of a request is its primary; its
+siblings start once the prompt is computed and share its full blocks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from mpt_grpc.request import GenerationRequest
 from mpt_grpc.results import Finish, FinishReason, TokenEvent, TokenLogprob
 from mpt_grpc.schedule.block_pool import BlockPool
 from mpt_grpc.schedule.block_tables import BlockTables
-from mpt_grpc.schedule.drafts import Drafter, TokenIds, most_useful
+from mpt_grpc.schedule.drafts import Drafters
 from mpt_grpc.schedule.fair_queue import FairQueue
+from mpt_grpc.schedule.in_flight import InFlight
 from mpt_grpc.schedule.running import Running
 from mpt_grpc.schedule.sequence import Sequence
 from mpt_grpc.schedule.shares import shares
@@ -55,6 +56,7 @@ class Scheduler:
         self._blocks = BlockTables(pool)
         self._running = Running(limits.max_running_requests)
         self._waiting = FairQueue()
+        self._in_flight = InFlight()
         self._sequences: dict[int, Sequence] = {}
         self._num_arrivals = 0
         self._budget = StepBudget(limits.max_step_tokens, limits.max_running_requests, limits.prefill_slowdown)
@@ -63,8 +65,7 @@ class Scheduler:
         self._preempted: list[str] = []
         self._resumed: list[str] = []
         """The requests of the sequences that this step preempts, and that run again."""
-        self._drafters: dict[int, Drafter] = {}
-        """By sequence; empty without speculation."""
+        self._drafters = Drafters()
 
     @property
     def num_running(self) -> int:
@@ -135,12 +136,16 @@ class Scheduler:
         if sequence.primary is not None and sequence in sequence.primary.siblings:
             sequence.primary.siblings.remove(sequence)
         self._blocks.release(sequence)
-        self._drafters.pop(sequence.sequence_id, None)
+        self._drafters.forget(sequence)
         self._release_siblings(sequence)
         return True
 
     def plan(self) -> StepPlan:
-        """Returns what to compute next; the plan is empty only if there is no work."""
+        """Returns what to compute next; the plan is empty only if there is no work, or all of it is in flight.
+
+        A step may be in flight, unless its plan needs the host.
+        """
+        self._in_flight.look_ahead(self._sequences)
         budget = self._budget.num_tokens(self._running.sequences, has_waiting=bool(self._waiting))
         self._admit(budget)
         steps = self._steps(max(budget, self.num_running))
@@ -148,7 +153,18 @@ class Scheduler:
             self._add_drafts(steps)
         plan = StepPlan(tuple(steps), tuple(self._started), tuple(self._preempted), tuple(self._resumed))
         self._started, self._preempted, self._resumed = [], [], []
+        self._in_flight.look_back()
+        self._in_flight.add(plan)
         return plan
+
+    def recover(self, plan: StepPlan) -> StepPlan:
+        """Returns what remains to be computed of a step that has failed, with all tokens known.
+
+        A step behind it is forgotten; what that one started or preempted remains so.
+        """
+        if (next_ := self._in_flight.forget_next(plan)) is not None:
+            self._started, self._preempted, self._resumed = [*next_.started], [*next_.preempted], [*next_.resumed]
+        return self._in_flight.remaining(plan, self._sequences)
 
     def shrink_steps(self) -> None:
         """Makes the next steps smaller, because one did not fit in memory."""
@@ -159,14 +175,15 @@ class Scheduler:
     ) -> list[tuple[Sequence, TokenEvent]]:
         """Applies the result of `plan`, in its order; returns an event for each token and each sequence that ended.
 
-        Sequences that have ended in the meantime are skipped. `seconds` is how long the step took, unless it failed.
+        Sequences that have ended or were preempted since are skipped. `seconds` is how long it took, unless it failed.
         """
         self._budget.record(plan.num_tokens, seconds)
+        lost = self._in_flight.remove(plan)
         events = []
         for step in plan.sequences:
             sequence_id = step.sequence_id
             sequence = self._sequences.get(sequence_id)
-            if sequence is None:
+            if sequence is None or sequence_id in lost:
                 continue
             if result.errors and (error := result.errors.get(sequence_id)) is not None:
                 self.end(sequence)
@@ -220,7 +237,8 @@ class Scheduler:
             hits = self._blocks.cached(head)
             if self._lacks_capacity_for(head, hits):
                 preemptible = self._running.preemptible_for(head, self._waiting)
-                if not preemptible or not self._fits_without(preemptible, head, hits):
+                staying = [s for s in self._running.sequences if s not in preemptible]
+                if not preemptible or not self._blocks.would_have_room(staying, head, hits):
                     return
                 while self._lacks_capacity_for(head, hits):
                     self._preempt(preemptible.pop(0))
@@ -236,11 +254,6 @@ class Scheduler:
         """Whether the batch has no free slot, or too few blocks are free for the running sequences and `head`."""
         return self._running.is_full or not self._blocks.has_room(self._running.sequences, head, hits)
 
-    def _fits_without(self, preemptible: list[Sequence], head: Sequence, hits: list[int]) -> bool:
-        """Whether there would be enough blocks for `head` if none of `preemptible` were running."""
-        staying = [s for s in self._running.sequences if s not in preemptible]
-        return self._blocks.would_have_room(staying, head, hits)
-
     def _steps(self, budget: int) -> list[SequenceStep]:
         """Shares the budget among the running sequences.
 
@@ -249,33 +262,21 @@ class Scheduler:
         steps: list[SequenceStep] = []
         running, block_size = self._running.sequences, self._pool.block_size
         num_tokens = shares(running, budget)
-        while len(steps) < len(running):
-            sequence = running[len(steps)]
-            end = sequence.num_computed + num_tokens[sequence]
+        for sequence in running:  # of which only later ones are preempted
+            if not (count := num_tokens[sequence]):  # its last token is in flight
+                continue
+            end = sequence.num_computed + count
             if end > len(sequence.block_table) * block_size and not self._extend(sequence, end):
                 break
-            steps.append(sequence.step(num_tokens[sequence]))
+            steps.append(sequence.step(count))
         return steps
 
     def _add_drafts(self, steps: list[SequenceStep]) -> None:
         """Adds drafts to the steps of running sequences where that pays, as far as budget and free blocks last."""
-        drafts: dict[int, TokenIds] = {}
-        candidates: dict[int, tuple[float, int]] = {}
-        for place, (sequence, step) in enumerate(zip(self._running.sequences, steps, strict=True)):
-            if not step.choices:
-                continue
-            if sequence.sequence_id not in self._drafters:
-                self._drafters[sequence.sequence_id] = Drafter()
-            drafter = self._drafters[sequence.sequence_id]
-            drafts[place] = drafter.draft(sequence.token_ids)
-            room = min(sequence.num_remaining, self._limits.max_context_tokens - len(sequence.token_ids)) - 1
-            candidates[place] = drafter.accuracy, min(len(drafts[place]), room)
-        num_tokens = sum(len(step.token_ids) for step in steps)
-        max_drafts = self._budget.max_tokens - num_tokens
-        for place, count in most_useful(candidates, num_tokens, max_drafts, self._budget.times).items():
+        for place, drafts in self._drafters.draft(self._running.sequences, steps, self._budget).items():
             sequence, step = self._running.sequences[place], steps[place]
-            if self._blocks.extend(sequence, step.length + count):
-                steps[place] = sequence.step(len(step.token_ids), tuple(drafts[place][:count]))
+            if self._blocks.extend(sequence, step.length + len(drafts)):
+                steps[place] = sequence.step(len(step.token_ids), drafts)
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Allocates blocks for the first `num_tokens` tokens, for which others of no higher rank are preempted.
@@ -290,6 +291,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._in_flight.lose(sequence)
         self._running.remove(sequence)
         self._blocks.release(sequence)
         sequence.num_preemptions += 1

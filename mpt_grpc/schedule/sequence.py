@@ -41,8 +41,8 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob] = []
         """Log probabilities of the prompt's tokens from the second on; computed on the primary only."""
         self.block_table: tuple[int, ...] = ()
-        self.num_inserted_blocks = 0
-        """The number of leading blocks that are in the prefix cache."""
+        self.num_full_blocks = 0
+        """The number of leading blocks whose tokens are all computed; they are in the prefix cache unless bypassed."""
         self.num_cached_tokens: int | None = None
         """The number of prompt tokens found in the prefix cache when the sequence first ran; None before that."""
         self.num_preemptions = 0
@@ -51,8 +51,7 @@ class Sequence:
         """The request's other sequences, while they wait for this one to compute the prompt."""
         self._matcher = matcher
         decoding = request.decoding
-        self._penalizes_prompt = decoding.repetition_penalty != 1
-        self._penalizes = self._penalizes_prompt or decoding.frequency_penalty != 0 or decoding.presence_penalty != 0
+        self._penalizes_prompt, self._penalizes = decoding.repetition_penalty != 1, decoding.penalizes
         sampling = SamplingInputs(
             replace(request.sampling, seed=sequence_seed(request.sampling.seed or 0, index)),
             decoding,
@@ -77,6 +76,11 @@ class Sequence:
     def num_remaining(self) -> int:
         """The number of tokens that the output may still get."""
         return (self.request.stopping.max_new_tokens or 0) - self.num_output_tokens
+
+    @property
+    def max_remaining(self) -> int:
+        """The number of tokens that the output may still get in the context."""
+        return min(self.num_remaining, self._max_context_tokens - len(self.token_ids))
 
     @property
     def wants_token(self) -> bool:
@@ -144,13 +148,13 @@ class Sequence:
 
     def start(self, blocks: list[int], num_tokens: int) -> None:
         """Starts running with the first `num_tokens` tokens taken from the prefix cache, in `blocks`."""
-        self.block_table, self.num_computed, self.num_inserted_blocks = tuple(blocks), num_tokens, len(blocks)
+        self.block_table, self.num_computed, self.num_full_blocks = tuple(blocks), num_tokens, len(blocks)
         if self.num_cached_tokens is None:
             self.num_cached_tokens = min(num_tokens, self.num_prompt_tokens)
 
     def release(self) -> tuple[int, ...]:
         """Discards what has been computed and returns the blocks it occupied."""
-        blocks, self.block_table, self.num_computed, self.num_inserted_blocks = self.block_table, (), 0, 0
+        blocks, self.block_table, self.num_computed, self.num_full_blocks = self.block_table, (), 0, 0
         return blocks
 
     def step(self, num_tokens: int, drafts: tuple[int, ...] = ()) -> SequenceStep:

@@ -16,12 +16,12 @@ from mpt_grpc.schedule.sequence import Sequence
 def shares(by_rank: list[Sequence], num_tokens: int, head: Sequence | None = None) -> dict[Sequence, int]:
     """Returns how many tokens each sequence computes if the step has `num_tokens`, which is one for each at least.
 
-    `head` is one of them that is not running yet: it may get none.
+    `head` is one of them that is not running yet: it may get none. One that has nothing to compute gets none.
     """
     computed = {sequence: sequence.num_uncomputed for sequence in by_rank}
     if sum(computed.values()) <= num_tokens:
         return computed
-    least = {sequence: int(sequence is not head) for sequence in by_rank}
+    least = {sequence: min(1, num) if sequence is not head else 0 for sequence, num in computed.items()}
     rest, reserved = num_tokens, sum(least.values())
     for _, peers in groupby(by_rank, key=lambda sequence: sequence.request.priority):
         by_caller: dict[str, list[Sequence]] = {}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import SteppedRunner, demo_settings, generation, submit
+from torch import Tensor
 
 from mpt_grpc.engine import load, parts
 from mpt_grpc.engine.assembly import PlainOutput
@@ -344,10 +345,10 @@ def test_closing_a_stream_early_cancels_the_request(
 class FaultyRunner(Runner):
     """Fails on steps that contain token 666."""
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
         if any(666 in sequence.token_ids for sequence in plan.sequences):
             raise RuntimeError("a kernel has failed")
-        return super().run(plan)
+        return super().run(plan, chosen)
 
 
 def test_failing_request_does_not_affect_others(
@@ -367,7 +368,7 @@ def test_failing_request_does_not_affect_others(
 
 
 class LostDevice(Runner):
-    def run(self, plan: StepPlan) -> StepOutput:  # noqa: ARG002
+    def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:  # noqa: ARG002
         raise DeviceLostError("an illegal memory access was encountered")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 from conftest import demo_settings, generation, submit
+from torch import Tensor
 
 from mpt_grpc.engine import parts
 from mpt_grpc.engine.engine import Engine
@@ -28,11 +29,11 @@ class SmallMemory(Runner):
 
     num_failed = 0
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
         if plan.num_tokens > 40:
             SmallMemory.num_failed += 1
             raise MemoryError("no memory")
-        return super().run(plan)
+        return super().run(plan, chosen)
 
 
 def test_steps_that_do_not_fit_in_memory_are_computed_in_parts(

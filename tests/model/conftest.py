@@ -184,13 +184,18 @@ class Stepper:
         self._free.append(0)
         self.step({"unrelated": random_tokens(block_size, config.vocab_size, seed=1)})
 
-    def step(self, chunks: Mapping[str, Sequence[int]], samples: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def step(
+        self,
+        chunks: Mapping[str, Sequence[int]],
+        samples: Iterable[str] | None = None,
+        pending: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Appends a chunk to each sequence in one step; returns the logits [vocab_size] of those named in `samples`.
 
-        Without `samples`, the logits of all sequences are returned.
+        Without `samples`, the logits of all sequences are returned. A token ~i is the i-th of the `pending` ones.
         """
         sampling = list(chunks) if samples is None else [name for name in chunks if name in set(samples)]
-        return dict(zip(sampling, self._run(chunks, sampling, {}).logits, strict=True))
+        return dict(zip(sampling, self._run(chunks, sampling, {}, pending).logits, strict=True))
 
     def score(
         self, chunks: Mapping[str, Sequence[int]], scoring: Mapping[str, PromptScoring]
@@ -211,7 +216,11 @@ class Stepper:
         self._free += self._tables.pop(name)
 
     def _run(
-        self, chunks: Mapping[str, Sequence[int]], samples: Collection[str], scoring: Mapping[str, PromptScoring]
+        self,
+        chunks: Mapping[str, Sequence[int]],
+        samples: Collection[str],
+        scoring: Mapping[str, PromptScoring],
+        pending: Tensor | None = None,
     ) -> StepOutput:
         steps = []
         for name, chunk in chunks.items():
@@ -224,7 +233,7 @@ class Stepper:
             steps.append(
                 SequenceStep(sequence_id, name, tuple(chunk), start, tuple(table), inputs, scoring=scoring.get(name))
             )
-        output = self._runner.run(StepPlan(tuple(steps)))
+        output = self._runner.run(StepPlan(tuple(steps)), pending)
         if not output.are_finite:
             raise FloatingPointError("the model's activations are not finite")  # as the sampler does
         return output

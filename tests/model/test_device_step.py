@@ -31,6 +31,7 @@ from mpt_grpc.model.attention.triton_backend import TritonAttention
 DEVICE, BLOCK_SIZE, VOCAB_SIZE = torch.device("meta"), 16, 96
 MAX_CALLS_A_LAYER, MAX_CALLS_A_STEP = 20, 50
 """The calls of each layer, and the others; a layer of MPT-7B makes 15."""
+MAX_CALLS_FOR_PENDING = 6
 LONG = [(2000 + 16 * i, 1) for i in range(64)]
 """Context and new tokens of each sequence."""
 SAMPLED = SamplingParameters(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, typical_p=0.95, seed=1)
@@ -80,16 +81,19 @@ def make_runner(attention: type[TritonAttention] | type[TorchAttention], n_layer
     return Runner(model, cache, backend, DEVICE, VOCAB_SIZE)
 
 
-def calls_of_a_step(runner: Runner, plan: StepPlan, sampler: Sampler | None = None) -> Calls:
+def calls_of_a_step(
+    runner: Runner, plan: StepPlan, sampler: Sampler | None = None, pending: Tensor | None = None
+) -> Calls:
     """Returns the calls of the model and the sampler up to the first result that the host reads, which are the tokens.
 
-    After them it only reads log probabilities, if they are requested.
+    After them it only reads log probabilities, if they are requested. `pending` are tokens of the step before.
     """
     calls, sampler = Calls(), sampler or Sampler(VOCAB_SIZE)
     with calls:
-        output = runner.run(plan)
+        output = runner.run(plan, pending)
+        chosen = sampler.choose(output.logits, plan.sequences, are_finite=output.are_finite)
     with calls, pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
-        sampler.sample(output.logits, plan.sequences, are_finite=output.are_finite)
+        chosen.result()
     return calls
 
 
@@ -128,6 +132,18 @@ def test_a_decoding_step_takes_one_transfer_and_one_more_for_random_numbers() ->
         plan = make_plan(LONG, parameters)
         calls_of_a_step(runner, plan, sampler)  # what stays the same from step to step
         assert calls_of_a_step(runner, plan, sampler).num_transfers == num_transfers
+
+
+def test_pending_tokens_stay_on_the_device() -> None:
+    runner, sampler = make_runner(TritonAttention, 2), Sampler(VOCAB_SIZE)
+    plan = make_plan(LONG, SamplingParameters(temperature=0, seed=0))
+    known = calls_of_a_step(runner, plan, sampler)
+    steps = tuple(step._replace(token_ids=(~row,)) for row, step in enumerate(plan.sequences))
+    chosen = torch.empty(len(steps), dtype=torch.int64, device=DEVICE)
+    calls = calls_of_a_step(runner, StepPlan(steps), sampler, chosen)
+    assert not DATA_DEPENDENT & set(calls.names)
+    assert calls.num_transfers == known.num_transfers
+    assert len(calls.names) <= len(known.names) + MAX_CALLS_FOR_PENDING
 
 
 def test_the_model_takes_nothing_from_the_host() -> None:

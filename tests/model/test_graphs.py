@@ -49,6 +49,23 @@ def test_replayed_steps_have_the_logits_of_computed_ones(model: MPT) -> None:
     assert (recorder.num_recordings, recorder.num_replays) == (5 * 3, 40)
 
 
+def test_pending_tokens_are_those_that_the_step_before_has_chosen(model: MPT) -> None:
+    """In chunks and decoding steps, whether replayed or computed."""
+    recorder = Repeating()
+    chosen = torch.tensor([7, 0, 95, 41])
+    known = {"a": [chosen[2].item()], "b": [8], "c": [chosen[0].item()]}
+    pending = {"a": [~2], "b": [8], "c": [~0]}
+    for stepper in (Stepper(model), Stepper(model, recorder=recorder)):
+        stepper.warm_up()
+        expected = Stepper(model)
+        for rest in ([], [], [3, 4]):
+            chunks = ({name: [*rest, *tokens] for name, tokens in of.items()} for of in (known, pending))
+            rows, actual = expected.step(next(chunks)), stepper.step(next(chunks), pending=chosen)
+            for name, row in rows.items():
+                torch.testing.assert_close(actual[name], row, rtol=0, atol=1e-5)
+    assert recorder.num_replays == 2
+
+
 def test_results_of_all_sizes_share_the_memory_of_the_largest(model: MPT) -> None:
     stepper = Stepper(model, recorder=Repeating())
     stepper.warm_up(max_sequences=3, max_tokens=200)

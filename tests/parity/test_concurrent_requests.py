@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import submit
+from torch import Tensor
 
 from mpt_grpc.engine import parts
 from mpt_grpc.engine.engine import Engine
@@ -103,24 +104,35 @@ def random_request(name: str, rng: Random) -> GenerationRequest:
     )
 
 
+def without_needs(request: GenerationRequest) -> GenerationRequest:
+    """Returns the request without what needs its tokens on the host before the next step."""
+    decoding = replace(
+        request.decoding, repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, constraint=None
+    )
+    return replace(request, decoding=decoding, logprobs=LogprobOptions())
+
+
 class ArrivingRunner(Runner):
     """Submits requests just before predetermined steps."""
 
     arrivals: Iterator[tuple[int, Callable[[], None]]] = iter(())
     due: tuple[int, Callable[[], None]] | None = None
     num_steps = 0
+    num_ahead = 0
+    """The number of steps that were launched before the tokens of the one before were read."""
 
     def expect(self, arrivals: list[tuple[int, Callable[[], None]]]) -> None:
         self.arrivals = iter(arrivals)
         self.due = next(self.arrivals, None)
         self.num_steps = 0
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
         while self.due is not None and self.due[0] <= self.num_steps:
             self.due[1]()
             self.due = next(self.arrivals, None)
         self.num_steps += 1
-        return super().run(plan)
+        self.num_ahead += chosen is not None
+        return super().run(plan, chosen)
 
 
 @pytest.fixture
@@ -170,15 +182,34 @@ def assert_same_logprobs(actual: Sequence[TokenLogprob], expected: Sequence[Toke
     assert [p.logprob for p in actual] == pytest.approx([p.logprob for p in expected], abs=1e-3)
 
 
-@pytest.mark.parametrize("seed", range(NUM_ROUNDS))
+@pytest.fixture
+def runs_ahead(request: pytest.FixtureRequest) -> bool:
+    """Whether the engine launches steps ahead; a parameter."""
+    if request.param:
+        request.getfixturevalue("running_ahead")
+    return bool(request.param)
+
+
+@pytest.mark.parametrize(
+    ("seed", "runs_ahead"),
+    [*((seed, False) for seed in range(NUM_ROUNDS)), *((seed, True) for seed in range(NUM_ROUNDS, 2 * NUM_ROUNDS))],
+    indirect=["runs_ahead"],
+)
 def test_16_concurrent_requests_yield_the_same_results_as_alone(
-    seed: int, shared_engine: Engine, make_engine: Callable[..., Engine], runners: list[ArrivingRunner]
+    seed: int,
+    shared_engine: Engine,
+    runs_ahead: bool,
+    make_engine: Callable[..., Engine],
+    runners: list[ArrivingRunner],
 ) -> None:
+    """Few requests of those rounds in which steps are launched ahead prevent that."""
     rng = Random(seed)
     requests: list[GenerationRequest] = []
     expected: dict[str, Generation] = {}
     for number in range(NUM_REQUESTS):
         request = random_request(f"r{number}", rng)
+        if runs_ahead and rng.random() < 0.9:
+            request = without_needs(request)
         if number == 0:  # runs until all others have arrived
             stopping = StoppingCriteria(max_new_tokens=3 * NUM_REQUESTS, ignore_eos=True)
             request = GenerationRequest("r0", PROMPTS[0], SamplingParameters(seed=seed), stopping=stopping, priority=2)
@@ -202,3 +233,4 @@ def test_16_concurrent_requests_yield_the_same_results_as_alone(
     for name, generation in generations.items():
         assert_same(name, generation, expected[name])
     assert sum(generation.stats.num_preemptions for generation in generations.values()) > 0
+    assert (runners[0].num_ahead > 0) == runs_ahead

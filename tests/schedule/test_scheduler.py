@@ -70,7 +70,7 @@ arrivals = st.builds(
     st.integers(0, 20),
     st.integers(24, 48),
     st.sampled_from([math.inf, 1.2, 2.0]),
-    st.booleans(),
+    st.sampled_from(["waits", "speculates", "runs ahead", "runs ahead"]),
     st.randoms(use_true_random=False),
 )
 def test_every_request_yields_the_same_output_as_when_it_runs_alone(
@@ -80,10 +80,18 @@ def test_every_request_yields_the_same_output_as_when_it_runs_alone(
     extra_budget: int,
     max_context: int,
     prefill_slowdown: float,
-    speculates: bool,
+    mode: str,
     random: Random,
 ) -> None:
-    m = machine(num_blocks, max_running, max_running + extra_budget, max_context, prefill_slowdown, speculates)
+    m = machine(
+        num_blocks,
+        max_running,
+        max_running + extra_budget,
+        max_context,
+        prefill_slowdown,
+        speculates=mode == "speculates",
+        runs_ahead=mode == "runs ahead",
+    )
     context = m.limits.max_context_tokens
     fates: dict[str, Arrival] = {}
     expected: dict[str, list[int]] = {}
@@ -113,7 +121,8 @@ def test_every_request_yields_the_same_output_as_when_it_runs_alone(
                 if fates[name].fate == "cancel in a step":
                     m.end(name)
             failing = frozenset(name for name in planned if fates[name].fate == "fail")
-            m.run(plan, failing, deferred=frozenset(name for name in planned if random.random() < 0.2))
+            deferred = frozenset(name for name in planned if random.random() < (0.02 if m.runs_ahead else 0.2))
+            m.run(plan, failing, deferred, fails=random.random() < 0.1)
         if a.fate == "cancel":
             m.end(f"r{number}_")
             assert not m.end(f"r{number}_")
