@@ -552,6 +552,26 @@ def test_several_prompts_share_what_running_outputs_leave() -> None:
     assert list(m.ended) == ["book0", "book1", "book2"]
 
 
+@pytest.mark.parametrize("num_slow", [0, 1])
+def test_a_prompt_starts_beside_one_output_whatever_the_times_of_steps(num_slow: int) -> None:
+    m = machine(400, max_step_tokens=512, max_context=1000, prefill_slowdown=1.8)
+    m.add(replace(request("chat"), stopping=ENDLESS), (1,))
+    for _ in range(10):
+        m.step()
+    plain, slow = m.step_seconds, num_slow
+
+    def seconds(num_tokens: int) -> float:
+        nonlocal slow
+        slow -= num_tokens > 1
+        return plain(num_tokens) * (10 if num_tokens > 1 and slow >= 0 else 1)
+
+    m.step_seconds = seconds
+    m.add(request("book", 1), (2,) * 20)
+    for _ in range(30):
+        m.step()
+    assert list(m.ended) == ["book"]
+
+
 def test_right_drafts_save_steps() -> None:
     plain, speculating = (machine(max_context=300, speculates=speculates) for speculates in (False, True))
     for m in (plain, speculating):
