@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from mpt_grpc.engine.memory import dtype_name
+from mpt_grpc.model import linear
 from mpt_grpc.model.linear import WeightFormat
 from mpt_grpc.model.weights import weight_files
 from mpt_grpc.model_files import BYTE_LEVEL_FILES
@@ -28,6 +29,7 @@ SAMPLER_VERSION = 1
 _WHOLE_BYTES = 64 << 20
 """Files up to this size are covered whole."""
 _NUM_SAMPLES, _SAMPLE_BYTES = 1024, 4096
+_MODEL_CODE = Path(linear.__file__).parent
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
 _LIBRARIES = ("jinja2", "llguidance", "regex", "tokenizers")
 """Those that make a prompt's tokens, decide which tokens a constraint allows, and match words of guards."""
@@ -87,6 +89,7 @@ def _numerics(weight_format: WeightFormat, attention: str) -> str:
         name = "cuda"
         code += [torch.cuda.get_device_name(weight_format.device).encode(), str(torch.version.cuda).encode()]
         code.append(f"{attention} {version(attention)}".encode())
+        code += [path.read_bytes() for path in sorted(_MODEL_CODE.rglob("triton_*.py"))]
         if weight_format.batch_invariant:
             name = "cuda-batch-invariant"
     elif weight_format.kernels is not None:
