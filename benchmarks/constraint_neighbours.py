@@ -13,20 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from mpt_grpc.constraint import Choice, Constraint, JsonSchema, LarkGrammar, Regex
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.errors import MptServerError
-from mpt_grpc.request import (
-    Choice,
-    Constraint,
-    DecodingOptions,
-    GenerationRequest,
-    JsonSchema,
-    LarkGrammar,
-    Regex,
-    SamplingParameters,
-    StoppingCriteria,
-)
+from mpt_grpc.request import DecodingOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import Settings
 
 NUM_PLAIN, NUM_TOKENS, NUM_NEIGHBOURS = 4, 300, 2

@@ -22,8 +22,8 @@ import referencing
 from llguidance import LLMatcher, LLTokenizer
 
 import mpt_grpc
+from mpt_grpc.constraint import JsonSchema
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.request import JsonSchema
 from mpt_grpc.text.constraints import ConstraintCompiler
 from mpt_grpc.text.tokenizer import Tokenizer
 

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mpt_grpc.request import ToolCall
+from mpt_grpc.conversation import ToolCall
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mpt_grpc.conversation import ToolCalls
 from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
 from mpt_grpc.engine.prepare import Preparation, PreparedRequest
 from mpt_grpc.engine.tool_output import ToolOutput
-from mpt_grpc.request import ToolCalls
 from mpt_grpc.results import Finish
 from mpt_grpc.text.detokenizer import TextAssembler
 from mpt_grpc.text.guards import watch_all

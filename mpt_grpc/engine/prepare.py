@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from mpt_grpc.conversation import Conversation, ToolCalls
 from mpt_grpc.engine.validation import RequestLimits, prompt_violations, request_violations, resumed_lists
 from mpt_grpc.errors import FieldViolation, InvalidRequestError, PromptRefusedError
 from mpt_grpc.limits import MAX_TEXT_CHARACTERS
-from mpt_grpc.request import Conversation, GenerationRequest, StoppingCriteria, ToolCalls
+from mpt_grpc.request import GenerationRequest, StoppingCriteria
 from mpt_grpc.step import Matcher
 from mpt_grpc.text.chat import conversation_token_ids
 from mpt_grpc.text.chat_template import ChatTemplate

@@ -11,9 +11,9 @@ import queue
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
+from mpt_grpc.conversation import ToolCall
 from mpt_grpc.engine.assembly import RequestAssembly
 from mpt_grpc.engine.prepare import PreparedRequest
-from mpt_grpc.request import ToolCall
 from mpt_grpc.results import Finish, Generation, Output, OutputDelta, TokenEvent, TokenLogprob
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from hashlib import blake2b
 
+from mpt_grpc.conversation import ToolCalls
 from mpt_grpc.engine.assembly import OutputAssembly
-from mpt_grpc.request import ToolCalls
 from mpt_grpc.results import Finish, FinishReason, OutputDelta, TokenEvent
 from mpt_grpc.text.tool_calls import ToolCallReader
 

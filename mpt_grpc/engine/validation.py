@@ -7,15 +7,14 @@ from collections.abc import Iterable, Iterator
 from ctypes import c_float
 from dataclasses import dataclass
 
+from mpt_grpc.constraint import JsonObject, JsonSchema
+from mpt_grpc.conversation import Conversation
 from mpt_grpc.errors import FieldViolation
 from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, MAX_LOGPROBS, RANGES
 from mpt_grpc.request import (
     ChunkOptions,
-    Conversation,
     DecodingOptions,
     GenerationRequest,
-    JsonObject,
-    JsonSchema,
     LogprobOptions,
     SamplingParameters,
     StoppingCriteria,

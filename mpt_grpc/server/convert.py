@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from mpt_grpc.conversation import ToolCall
 from mpt_grpc.engine.load import LoadedModel
 from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.engine.state import EngineLoad, EngineState, RequestState
-from mpt_grpc.request import ToolCall
 from mpt_grpc.results import Finish, FinishReason, RequestStats, TokenLogprob
 from mpt_grpc.text.tokenizer import Tokenizer
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb

@@ -6,31 +6,22 @@ import uuid
 from typing import Any
 
 from mpt_grpc.caller import ANONYMOUS, Caller
+from mpt_grpc.constraint import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
+from mpt_grpc.conversation import Conversation, Message, Tool, ToolCall, ToolChoice
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.json_values import is_unicode, parse_json
 from mpt_grpc.limits import is_deeper_than
 from mpt_grpc.request import (
     CacheOptions,
-    Choice,
     ChunkOptions,
-    Constraint,
-    Conversation,
     DecodingOptions,
     GenerationDefaults,
     GenerationRequest,
-    JsonObject,
-    JsonSchema,
-    LarkGrammar,
     LogprobOptions,
-    Message,
     PartialOutput,
-    Regex,
     RepetitionGuard,
     SamplingParameters,
     StoppingCriteria,
-    Tool,
-    ToolCall,
-    ToolChoice,
 )
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 

@@ -14,9 +14,10 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import Link, Span, StatusCode, Tracer, get_current_span
 from opentelemetry.util.types import AttributeValue
 
+from mpt_grpc.conversation import Conversation
 from mpt_grpc.errors import InternalError, MptServerError
 from mpt_grpc.reports import RequestReport, StepReport
-from mpt_grpc.request import Conversation, GenerationRequest
+from mpt_grpc.request import GenerationRequest
 from mpt_grpc.step import StepPlan
 from mpt_grpc.telemetry import names
 

@@ -8,9 +8,9 @@ from functools import cache
 from itertools import accumulate, dropwhile
 from typing import Any
 
+from mpt_grpc.conversation import Conversation, Message
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.limits import MAX_COUNTS
-from mpt_grpc.request import Conversation, Message
 from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.literals import SpecialTexts, literal_token_ids, strings
 from mpt_grpc.text.tools import argument_values, as_plain_messages, tool_texts, tool_violations, without_tags

@@ -13,8 +13,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mpt_grpc.conversation import Message, Tool
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.request import Message, Tool
 from mpt_grpc.text.literals import applied
 from mpt_grpc.text.tools import CALL_START, argument_values, function
 

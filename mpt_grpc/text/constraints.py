@@ -17,8 +17,8 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
+from mpt_grpc.conversation import OutputConstraint
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.request import OutputConstraint
 from mpt_grpc.text.grammar import constraint_field, make_grammar
 from mpt_grpc.text.probe import Probe
 from mpt_grpc.text.refusals import refusal_reason

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher
 
+from mpt_grpc.constraint import Choice, JsonObject, JsonSchema, Regex
+from mpt_grpc.conversation import OutputConstraint, ToolCalls
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.json_values import is_unicode, parse_json
 from mpt_grpc.limits import MAX_BYTES, is_deeper_than
-from mpt_grpc.request import Choice, JsonObject, JsonSchema, OutputConstraint, Regex, ToolCalls
 from mpt_grpc.text.json_schema import rewrite
 from mpt_grpc.text.refusals import IMPOSSIBLE
 from mpt_grpc.text.regex_syntax import unsupported_syntax

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from mpt_grpc.request import ToolCall, ToolCalls
+from mpt_grpc.conversation import ToolCall, ToolCalls
 from mpt_grpc.text.tools import CALL_END, CALL_START
 
 _HEAD = re.compile(r'\n\{"name": "([\w-]+)", "arguments": ', re.ASCII)

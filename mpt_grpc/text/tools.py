@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mpt_grpc.conversation import Conversation, Message, Tool, ToolChoice
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.json_values import is_unicode, parse_json
 from mpt_grpc.limits import MAX_TOOL_NAME_CHARACTERS, is_deeper_than
-from mpt_grpc.request import Conversation, Message, Tool, ToolChoice
 from mpt_grpc.text.literals import applied, strings
 
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"

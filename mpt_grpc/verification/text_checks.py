@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpt_grpc.checkpoint import Checkpoint
-from mpt_grpc.request import Message
+from mpt_grpc.conversation import Message
 from mpt_grpc.settings import ModelSettings
 from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.template_sources import find_chat_template

@@ -15,20 +15,14 @@ from conftest import generation, submit
 from model.conftest import Repeating
 from torch import Tensor
 
+from mpt_grpc.constraint import Regex
 from mpt_grpc.engine import parts
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import InternalError, UnavailableError
 from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.reports import RequestReport, StepReport
-from mpt_grpc.request import (
-    CacheOptions,
-    DecodingOptions,
-    GenerationRequest,
-    LogprobOptions,
-    Regex,
-    SamplingParameters,
-)
+from mpt_grpc.request import CacheOptions, DecodingOptions, GenerationRequest, LogprobOptions, SamplingParameters
 from mpt_grpc.results import FinishReason, Generation
 from mpt_grpc.step import StepPlan
 

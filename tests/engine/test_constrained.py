@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from json_schemas import conforms, schemas
 
+from mpt_grpc.constraint import JsonSchema
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream, collect
 from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError
-from mpt_grpc.request import DecodingOptions, JsonSchema, SamplingParameters
+from mpt_grpc.request import DecodingOptions, SamplingParameters
 from mpt_grpc.results import FinishReason
 from mpt_grpc.step import Matcher
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import SteppedRunner, demo_settings, generation, submit
 from torch import Tensor
 
+from mpt_grpc.constraint import JsonObject
 from mpt_grpc.engine import load, parts
 from mpt_grpc.engine.assembly import PlainOutput
 from mpt_grpc.engine.engine import Engine
@@ -31,7 +32,6 @@ from mpt_grpc.request import (
     ChunkOptions,
     DecodingOptions,
     GenerationRequest,
-    JsonObject,
     LogprobOptions,
     PartialOutput,
     RepetitionGuard,

@@ -11,10 +11,11 @@ from dataclasses import replace
 import pytest
 from conftest import generation, submit
 
+from mpt_grpc.constraint import JsonSchema
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import DuplicateRequestError, InternalError, InvalidRequestError, OverloadedError
-from mpt_grpc.request import DecodingOptions, JsonSchema, SamplingParameters
+from mpt_grpc.request import DecodingOptions, SamplingParameters
 from mpt_grpc.results import FinishReason
 from mpt_grpc.text.guards import OutputWatch
 

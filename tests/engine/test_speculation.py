@@ -8,14 +8,13 @@ from dataclasses import replace
 import pytest
 from conftest import generation, submit
 
+from mpt_grpc.constraint import JsonSchema, Regex
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.request import (
     DecodingOptions,
     GenerationRequest,
-    JsonSchema,
     LogprobOptions,
-    Regex,
     RepetitionGuard,
     SamplingParameters,
     StoppingCriteria,

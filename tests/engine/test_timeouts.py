@@ -10,10 +10,11 @@ import pytest
 from conftest import SteppedRunner, generation
 
 from mpt_grpc.caller import Caller
+from mpt_grpc.conversation import Conversation, Message
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream, collect
 from mpt_grpc.errors import InvalidRequestError, OverloadedError
-from mpt_grpc.request import Conversation, GenerationRequest, Message, SamplingParameters
+from mpt_grpc.request import GenerationRequest, SamplingParameters
 
 NO_TIME_S, LONG_S = 1e-9, 1e6
 

@@ -10,20 +10,18 @@ from typing import Any
 
 import pytest
 
+from mpt_grpc.constraint import JsonObject, Regex
+from mpt_grpc.conversation import Conversation, Message
 from mpt_grpc.engine.validation import RequestLimits, prompt_violations, request_violations
 from mpt_grpc.errors import FieldViolation
 from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, MAX_LOGPROBS, RANGES
 from mpt_grpc.request import (
     CacheOptions,
     ChunkOptions,
-    Conversation,
     DecodingOptions,
     GenerationRequest,
-    JsonObject,
     LogprobOptions,
-    Message,
     PartialOutput,
-    Regex,
     RepetitionGuard,
     SamplingParameters,
     StoppingCriteria,

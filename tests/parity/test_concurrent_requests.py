@@ -15,23 +15,18 @@ import pytest
 from conftest import submit
 from torch import Tensor
 
+from mpt_grpc.constraint import Choice, JsonObject, JsonSchema, LarkGrammar, Regex
+from mpt_grpc.conversation import Conversation, Message
 from mpt_grpc.engine import parts
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream, collect
 from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.request import (
     CacheOptions,
-    Choice,
-    Conversation,
     DecodingOptions,
     GenerationRequest,
-    JsonObject,
-    JsonSchema,
-    LarkGrammar,
     LogprobOptions,
-    Message,
     PartialOutput,
-    Regex,
     RepetitionGuard,
     SamplingParameters,
     StoppingCriteria,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpt_grpc.conversation import Conversation, Message, ToolCall
 from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.limits import MAX_COUNTS
-from mpt_grpc.request import Conversation, Message, ToolCall
 from mpt_grpc.text.chat import conversation_token_ids
 from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.template_sources import find_chat_template

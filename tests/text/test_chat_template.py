@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mpt_grpc.conversation import Message, Tool, ToolCall
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.request import Message, Tool, ToolCall
 from mpt_grpc.text.template_sources import find_chat_template
 
 DOLLY = Path(__file__).parents[2].parent / "shared" / "data" / "traces" / "dolly_hhrlhf_train_small.jsonl"

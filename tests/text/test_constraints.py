@@ -19,8 +19,9 @@ from json_schemas import conforms, objects, schemas
 from processor_time import processor_seconds
 
 import mpt_grpc
+from mpt_grpc.constraint import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
+from mpt_grpc.conversation import Tool, ToolCall, ToolCalls
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.request import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex, Tool, ToolCall, ToolCalls
 from mpt_grpc.step import Matcher
 from mpt_grpc.text.constraints import CACHE_BYTES, ConstraintCompiler
 from mpt_grpc.text.grammar import MAX_SOURCE_BYTES

@@ -15,8 +15,8 @@ from llguidance import LLMatcher, LLTokenizer
 from processor_time import processor_seconds
 from pydantic import BaseModel, Field
 
+from mpt_grpc.constraint import JsonSchema, LarkGrammar
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.request import JsonSchema, LarkGrammar
 from mpt_grpc.text.grammar import make_grammar
 from mpt_grpc.text.json_schema import rewrite
 from mpt_grpc.text.schema_recursion import check_recursion

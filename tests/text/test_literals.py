@@ -15,8 +15,8 @@ from processor_time import processor_seconds
 from tokenizers import AddedToken
 
 import mpt_grpc
+from mpt_grpc.conversation import Conversation, Message
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.request import Conversation, Message
 from mpt_grpc.text.chat import conversation_token_ids
 from mpt_grpc.text.chat_template import ChatTemplate, compiled
 from mpt_grpc.text.literals import SpecialTexts, literal_token_ids

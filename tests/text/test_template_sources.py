@@ -12,8 +12,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mpt_grpc.checkpoint import DEMO
+from mpt_grpc.conversation import Message
 from mpt_grpc.errors import ModelError, SettingsError
-from mpt_grpc.request import Message
 from mpt_grpc.text.template_sources import find_chat_template
 
 HI = Message("user", "Hi")

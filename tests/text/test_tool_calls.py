@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpt_grpc.request import JsonObject, ToolCall, ToolCalls
+from mpt_grpc.constraint import JsonObject
+from mpt_grpc.conversation import ToolCall, ToolCalls
 from mpt_grpc.text.tool_calls import ToolCallReader
 
 ARGUMENTS = st.dictionaries(

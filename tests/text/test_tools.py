@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpt_grpc.conversation import Conversation, Message, Tool, ToolCall, ToolChoice
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.request import Conversation, Message, Tool, ToolCall, ToolChoice
 from mpt_grpc.text.chat import conversation_token_ids
 from mpt_grpc.text.literals import SpecialTexts
 from mpt_grpc.text.template_sources import find_chat_template
