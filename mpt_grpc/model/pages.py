@@ -8,7 +8,6 @@ import mmap
 import torch
 from torch import Tensor
 
-
 _MADV_POPULATE_WRITE = 23
 """Of Linux 5.14; Python has no name for it."""
 
@@ -16,8 +15,8 @@ _MADV_POPULATE_WRITE = 23
 def zeros(num_bytes: int) -> Tensor:
     """Returns zeros, uint8 [num_bytes] on the CPU, in large pages where the system has them.
 
-    On Linux, all pages are in memory at once: finding each at its first use could take a step of the model many times as
-    long. Raises MemoryError if the system refuses that much memory.
+    On Linux, all pages are in memory at once: finding them at their first use would prolong single steps manifold.
+    Raises MemoryError if the system refuses that much memory.
     """
     try:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
