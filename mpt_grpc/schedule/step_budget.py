@@ -28,8 +28,8 @@ class StepBudget:
         """Returns how many tokens the step may compute, drafts apart.
 
         Prompts may slow running outputs down by `prefill_slowdown`, compared with a step of one token for each
-        sequence. If no such step was measured lately, the next one is of that kind. A waiting prompt gets at least one
-        token: unless larger steps are tried, their times remain unknown.
+        sequence. If no such step was measured lately, the next one is of that kind. Every other one may have one token
+        more at least: unless larger steps are tried, their times remain unknown.
         """
         num_ready = sum(sequence.num_uncomputed == 1 for sequence in running)
         is_alone = not num_ready or (num_ready == len(running) and not has_waiting)
@@ -37,8 +37,9 @@ class StepBudget:
             return self.max_tokens
         num_tokens = len(running)
         if self.times.is_recent(num_tokens):
-            num_tokens = self.times.num_tokens(self._prefill_slowdown * self.times.seconds(num_tokens))
-        return min(max(num_tokens, len(running) + has_waiting), self.max_tokens)
+            allowed = self.times.num_tokens(self._prefill_slowdown * self.times.seconds(num_tokens))
+            num_tokens = max(num_tokens + 1, allowed)
+        return min(num_tokens, self.max_tokens)
 
     def record(self, num_tokens: int, seconds: float | None) -> None:
         """Adds a step; `seconds` is how long it took, unless it failed."""

@@ -531,6 +531,24 @@ def test_a_prompt_beside_running_outputs_slows_them_down_by_the_factor_only() ->
     assert sum(seconds > 1.6 * alone for seconds in beside) > 0.9 * len(beside), "the prompt gets all that it may"
 
 
+@pytest.mark.parametrize("num_running", [1, 2, 3, 7])
+def test_a_request_that_waits_does_not_delay_a_prompt_that_runs(num_running: int) -> None:
+    num_steps = []
+    for num_waiting in (0, 1):
+        m = machine(400, max_running=num_running + 1, max_step_tokens=512, max_context=1000, prefill_slowdown=1.8)
+        for number in range(num_running):
+            m.add(replace(request(f"chat{number}"), stopping=ENDLESS), (number + 1,) * 9)
+        for _ in range(3):
+            m.step()
+        for number, length in enumerate([400, 9][: 1 + num_waiting]):
+            m.add(request(f"book{number}", 1), (number + 30,) * length)
+        num_steps.append(0)
+        while "book0" not in m.ended:
+            m.step()
+            num_steps[-1] += 1
+    assert num_steps[0] == num_steps[1] < 70
+
+
 def test_without_a_factor_a_prompt_gets_whole_steps() -> None:
     assert running_beside_a_prompt(math.inf)[1] == [512, 96]
 
