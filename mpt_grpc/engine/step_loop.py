@@ -149,15 +149,16 @@ class StepLoop:
         """Waits for a step, if there is one, and applies its result. If it fails, the one launched after it is void."""
         if step is None:
             return
-        plan = step.plan
+        plan = computed = step.plan
         try:
             result = step.result()
         except Exception as error:
             self._in_flight = None
-            result = self._executor.repeat(plan, self._scheduler.recover(plan), error)
+            computed = self._scheduler.recover(plan)
+            result = self._executor.repeat(plan, computed, error)
         start_s, self._completion_s = max(step.start_s, self._completion_s), time.monotonic()
         duration_s = self._completion_s - start_s
-        self._waits_for_masks = all(result.is_deferred(sequence) for sequence in plan.sequences)
+        self._waits_for_masks = bool(computed.sequences) and all(map(result.is_deferred, computed.sequences))
         events = self._scheduler.commit(plan, result, None if result.errors else duration_s)
         new_tokens = Counter(sequence.sequence_id for sequence, event in events if event.token_id is not None)
         self._requests.report_step(plan, new_tokens, start_s + self._epoch_s, duration_s, self.load.num_steps)

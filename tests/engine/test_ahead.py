@@ -264,6 +264,41 @@ def test_requests_that_come_and_go_while_steps_are_in_flight(
     assert engine.load.num_free_blocks == 40
 
 
+class FailingOnceEmpty(Runner):
+    """Its fourth step fails, when its requests have been cancelled and another one has come."""
+
+    num_steps = 0
+    meanwhile: Callable[[], None]
+
+    def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
+        self.num_steps += 1
+        output = super().run(plan, chosen)
+        if self.num_steps != 4:
+            return output
+        FailingOnceEmpty.meanwhile()
+        return replace(output, are_finite=torch.tensor(False))
+
+
+def test_nothing_waits_after_a_failed_step_of_which_nothing_remains(
+    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]
+) -> None:
+    monkeypatch.setattr(parts, "Runner", FailingOnceEmpty)
+    later = generation("later", max_new_tokens=5)
+    later = replace(later, stopping=replace(later.stopping, time_limit_s=10))
+    added = []
+
+    def meanwhile() -> None:
+        engine.cancel("a")
+        engine.cancel("b")
+        added.append(submit(engine, later))
+
+    monkeypatch.setattr(FailingOnceEmpty, "meanwhile", meanwhile, raising=False)
+    engine = make_engine()
+    gone = [submit(engine, generation(name, max_new_tokens=1000)) for name in "ab"]
+    assert [collect(stream).finish.reason for stream in gone] == [FinishReason.CANCELLED] * 2
+    assert collect(added[0]).finish.reason is FinishReason.MAX_NEW_TOKENS
+
+
 class Recorded(Runner):
     """A runner whose decoding steps are replayed, as on a GPU."""
 
