@@ -45,7 +45,7 @@ class ServiceTimes:
 
     def run_s(self, num_new_tokens: int | None) -> float:
         """Returns how long a request runs at least whose outputs may get `num_new_tokens` each; None is not known."""
-        if self._num_measured < _NUM_NEEDED:
+        if len(self._token_s) < _NUM_NEEDED:
             return 0.0
         return _low(self._prefill_s) + _low(self._token_s) * (num_new_tokens or 0)
 

@@ -45,3 +45,11 @@ def test_who_uses_all_tokens_does_not_make_a_high_limit_seem_to_take_long() -> N
         times.record(stats(prefill_s=0.0, decode_s=10.0), 100, was_cancelled=False)
         times.record(stats(prefill_s=0.0, decode_s=0.1), 1000, was_cancelled=False)
     assert times.run_s(1000) == pytest.approx(0.1)
+
+
+def test_requests_that_were_cancelled_show_how_long_others_wait_and_not_how_long_one_runs() -> None:
+    times = ServiceTimes()
+    for _ in range(20):
+        times.record(stats(prefill_s=1.0, decode_s=2.0), 100, was_cancelled=True)
+    assert times.run_s(300) == 0
+    assert times.wait_s(6, 2) == pytest.approx(9)
