@@ -10,13 +10,15 @@ from torch import Tensor
 
 _MADV_POPULATE_WRITE = 23
 """Of Linux 5.14; Python has no name for it."""
+_PART_BYTES = 64 << 20
+"""No other thread runs Python during a call, and a virtual machine may need seconds for a gigabyte."""
 
 
 def zeros(num_bytes: int) -> Tensor:
     """Returns zeros, uint8 [num_bytes] on the CPU, in large pages where the system has them.
 
-    On Linux, all pages are in memory at once: finding them at their first use would prolong single steps manifold.
-    Raises MemoryError if the system refuses that much memory.
+    On Linux, all pages are in memory at once: a step of the model that is the first to use many of them could take
+    several times as long. Raises MemoryError if the system refuses that much memory.
     """
     try:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -25,7 +27,8 @@ def zeros(num_bytes: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
         memory.madvise(mmap.MADV_HUGEPAGE)
         try:
-            memory.madvise(_MADV_POPULATE_WRITE)
+            for start in range(0, num_bytes, _PART_BYTES):
+                memory.madvise(_MADV_POPULATE_WRITE, start, min(_PART_BYTES, num_bytes - start))
         except OSError as error:
             if error.errno != errno.EINVAL:  # of an older system
                 raise MemoryError(f"no memory for {num_bytes} bytes") from error
