@@ -22,7 +22,7 @@ from mpt_grpc.engine.outputs import request_assembly
 from mpt_grpc.engine.prepare import Preparation, PreparedRequest
 from mpt_grpc.engine.request_table import RequestRecord, RequestTable
 from mpt_grpc.engine.state import EngineLoad, EngineState
-from mpt_grpc.errors import UnavailableError
+from mpt_grpc.errors import DeviceLostError, UnavailableError
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.results import Finish, FinishReason, TokenEvent
@@ -152,6 +152,8 @@ class StepLoop:
         plan = computed = step.plan
         try:
             result = step.result()
+        except DeviceLostError:
+            raise
         except Exception as error:
             self._in_flight = None
             computed = self._scheduler.recover(plan)

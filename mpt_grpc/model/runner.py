@@ -10,13 +10,12 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from mpt_grpc.errors import DeviceLostError
 from mpt_grpc.model.attention import AttentionBackend, AttentionMetadata, MetadataBuilder
 from mpt_grpc.model.graphs import DecodeGraphs, Recorder
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.mpt import MPT
-from mpt_grpc.model.transfer import fill_in, send
+from mpt_grpc.model.transfer import device_errors, fill_in, send
 from mpt_grpc.request import SamplingParameters
 from mpt_grpc.results import TokenLogprob
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepPlan
@@ -63,6 +62,7 @@ class Runner:
         if recorder is not None:
             self._graphs = DecodeGraphs(recorder, self._metadata, device)
 
+    @device_errors()
     @torch.inference_mode()
     def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
         """Computes one step. Idempotent: running a plan again writes the same values to the same cache positions.
@@ -74,8 +74,6 @@ class Runner:
         """
         try:
             return self._run(plan, chosen)
-        except torch.AcceleratorError as error:
-            raise DeviceLostError(f"the accelerator has failed: {error}") from error
         except torch.OutOfMemoryError as error:
             raise MemoryError(str(error)) from error
         except RuntimeError as error:

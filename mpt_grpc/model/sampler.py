@@ -29,7 +29,7 @@ from torch import Tensor
 from mpt_grpc.errors import InternalError
 from mpt_grpc.model.logits import adjust, apply_filters, is_adjusted, rows_per_chunk
 from mpt_grpc.model.logprobs import token_logprobs
-from mpt_grpc.model.transfer import Receipt, send
+from mpt_grpc.model.transfer import Receipt, device_errors, send
 from mpt_grpc.results import TokenLogprob
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepResult
 
@@ -56,6 +56,7 @@ class Sampler:
         """Chooses tokens and waits for them. The arguments and errors are those of `choose` and `Chosen.result`."""
         return self.choose(logits, sequences, masks, are_finite=are_finite).result()
 
+    @device_errors()
     @torch.inference_mode()
     def choose(
         self,
@@ -72,6 +73,8 @@ class Sampler:
 
         The rows belong to the sequences' choices, in order. `masks` maps sequence IDs to constraint masks for the first
         choices: token i is allowed if bit i % 8 of byte i // 8 is set. `are_finite` is that of the step's `StepOutput`.
+
+        Raises DeviceLostError.
         """
         logits = logits[:, : self._vocab_size]
         batch = self._batch(tuple([inputs for sequence in sequences for inputs in sequence.choices]), logits)
@@ -106,13 +109,14 @@ class Chosen:
     _receipt: Receipt
     _logits: Tensor | None
 
+    @device_errors()
     @torch.inference_mode()
     def result(self) -> StepResult:
         """Returns the result of the step, for which it waits.
 
         A sequence gets the tokens of its choices up to the first that differs from the draft. If the first row of a
         sequence is not finite or its mask allows no token, there is an InternalError for that sequence only. Raises
-        FloatingPointError if the step's activations are not finite.
+        FloatingPointError if the step's activations are not finite, and DeviceLostError.
         """
         sequences, masks = self._sequences, self._masks
         num, values = len(self.token_ids), self._receipt.read()

@@ -3,12 +3,24 @@ device, and for one from there only when it reads what has arrived."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from mpt_grpc.errors import DeviceLostError
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Raises DeviceLostError where the accelerator has failed permanently, which any call may notice."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise DeviceLostError(f"the accelerator has failed: {error}") from error
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from conftest import SteppedRunner, demo_settings, generation, submit
 from torch import Tensor
 
@@ -26,7 +27,9 @@ from mpt_grpc.errors import (
     OverloadedError,
     UnavailableError,
 )
+from mpt_grpc.model import sampler
 from mpt_grpc.model.runner import Runner, StepOutput
+from mpt_grpc.model.transfer import Receipt
 from mpt_grpc.request import (
     CacheOptions,
     ChunkOptions,
@@ -380,6 +383,18 @@ def test_lost_device_stops_the_engine(monkeypatch: pytest.MonkeyPatch, make_engi
         collect(stream)
     with pytest.raises(UnavailableError, match="illegal memory access"):
         engine.generate(generation())
+
+
+def test_a_device_that_is_lost_during_a_step_stops_the_engine(
+    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]
+) -> None:
+    class LostReceipt(Receipt):
+        def read(self) -> list[int]:
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(sampler, "Receipt", LostReceipt)
+    with pytest.raises(UnavailableError, match="illegal memory access"):
+        make_engine().generate(generation())
 
 
 def test_closing_fails_requests_in_flight(make_engine: Callable[..., Engine], stepped: list[SteppedRunner]) -> None:
