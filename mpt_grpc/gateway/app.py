@@ -85,6 +85,8 @@ def make_app(
         _Route("DELETE", "/v1/responses/{name}", gateway.stored_response),
         _Route("GET", "/v1/responses/{name}/input_items", gateway.stored_response),
         _Route("POST", "/v1/responses/{name}/cancel", gateway.stored_response),
+        _Route("POST", "/v1/responses/input_tokens", gateway.other_use_of_input),
+        _Route("POST", "/v1/responses/compact", gateway.other_use_of_input),
         _Route("POST", "/v1/embeddings", gateway.embeddings),
         _Route("GET", "/v1/models", gateway.models, responses=models),
         _Route("GET", "/v1/models/{name:path}", gateway.model, responses={_JSON: schemas.Model}),
@@ -147,6 +149,11 @@ class _Gateway:
     async def stored_response(self) -> Response:
         """Not supported: responses are not stored."""
         raise BadRequestError("responses are not stored; send the conversation as input", status=404)
+
+    async def other_use_of_input(self) -> Response:
+        """Not supported: input is only replied to."""
+        why = "not supported; /tokenize counts tokens, and truncation in /v1/responses drops the oldest messages"
+        raise BadRequestError(why, status=404)
 
     async def _reply(
         self, request: Request, body: ChatCompletionRequest | ResponseRequest, response: ChatResponse | ModelResponse

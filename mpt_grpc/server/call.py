@@ -120,7 +120,8 @@ class Call:
         level = logging.DEBUG if name in _POLLED and code is grpc.StatusCode.OK else logging.INFO
         if not _log.isEnabledFor(level):
             return
-        fields = {key: _shortened(value) for key, value in self.logged.items()}
+        # Copied first: the thread that translates the message of a cancelled call may be adding its ID.
+        fields = {key: _shortened(value) for key, value in self.logged.copy().items()}
         # Text of callers is quoted, so that it cannot forge a line of the log.
         details = "".join(f" {key}={value!r}" for key, value in fields.items())
         summary = f"{name} {code.name}"

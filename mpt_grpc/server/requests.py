@@ -152,7 +152,8 @@ def _constraint(message: pb.DecodingOptions) -> Constraint | None:
     kind = message.WhichOneof("constraint")
     max_whitespace = message.max_whitespace if message.HasField("max_whitespace") else None
     if max_whitespace is not None and kind not in ("json_schema", "json_object"):
-        raise InvalidRequestError(FieldViolation("decoding.max_whitespace", "requires json_schema or json_object"))
+        why = "requires a JSON Schema or a JSON object as the constraint"
+        raise InvalidRequestError(FieldViolation("decoding.max_whitespace", why))
     match kind:
         case "json_schema":
             return JsonSchema(message.json_schema, max_whitespace)

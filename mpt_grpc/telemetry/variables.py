@@ -27,7 +27,8 @@ def problem(*, is_server: bool) -> str | None:
             continue
         for pattern, (is_valid, what) in rules.items():
             if re.fullmatch(pattern, name) and not is_valid(os.environ[name]):
-                return f"{name}: {os.environ[name]!r} is not {what}"
+                shown = "the value" if name.endswith("HEADERS") else repr(os.environ[name])  # which may be secret
+                return f"{name}: {shown} is not {what}"
     return None
 
 
@@ -47,6 +48,16 @@ def _number(is_valid: Callable[[float], bool], what: str) -> _Rule:
 
 def _one_of(*values: str) -> _Rule:
     return lambda value: value.lower() in values, " or ".join((", ".join(values[:-1]), values[-1]))
+
+
+def _ratio() -> _Rule:
+    """Returns the rule for the argument of the sampler, which other samplers than those of a ratio ignore."""
+    is_ratio, what = _number(lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+    def check(value: str) -> bool:
+        return not os.environ.get("OTEL_TRACES_SAMPLER", "").lower().endswith("traceidratio") or is_ratio(value)
+
+    return check, what
 
 
 def _installed(group: str, *others: str, required: str = "") -> _Rule:
@@ -84,7 +95,7 @@ _OF_SERVERS: dict[str, _Rule] = {
     "OTEL_TRACES_SAMPLER": _one_of(
         *(f"{parent}{name}" for parent in ("", "parentbased_") for name in ("always_on", "always_off", "traceidratio"))
     ),
-    "OTEL_TRACES_SAMPLER_ARG": _number(lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "OTEL_TRACES_SAMPLER_ARG": _ratio(),
     "OTEL_RESOURCE_ATTRIBUTES": _PAIRS,
     "OTEL_EXPERIMENTAL_RESOURCE_DETECTORS": _installed("opentelemetry_resource_detector", "*"),
     "OTEL_PROPAGATORS": _installed("opentelemetry_propagator", required="tracecontext"),

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 _MAX_DEPTH = 127
 _TOO_DEEP = f"nested too deeply: at most {_MAX_DEPTH} levels"
-_JSON_IN_LARK = re.compile(r'"(?:\\.|[^"\\])*+"|/(?!/)(?:\\.|[^/\\])++/|(?://|\#)[^\n]*+|(?P<json>%json\s*+)', re.S)
-"""A schema in a Lark grammar, or what may contain its characters: a string, a regular expression, or a comment."""
+_JSON_IN_LARK = re.compile(r'"(?:\\.|[^"\\])*+"?|/(?!/)(?:\\.|[^/\\])++/?|(?://|\#)[^\n]*+|(?P<json>%json\s*+)', re.S)
+"""A schema in a Lark grammar, or what may contain its characters: a string, a regular expression, or a comment.
+
+Those without an end, which llguidance refuses, go on to that of the grammar, so that each character is read once.
+"""
 _DECODER = json.JSONDecoder()
 MAX_SOURCE_BYTES = max(MAX_BYTES[f"decoding.{name}"] for name in ("json_schema", "regex", "lark_grammar"))
 

@@ -6,12 +6,20 @@ import re
 
 TOO_COSTLY = "exceeds the server's limits on the cost of a constraint: simplify it"
 IMPOSSIBLE = "no output can satisfy it: change it"
+_BEFORE = r'(?:[^"]|"(?:\\.|[^"\\])*+")*?'
+"""What an error has before its reason; what it quotes has none."""
 _COSTLY = re.compile(
-    r"fuel|limit (for|exceeded)|stack level exceeded|too (big|large|complex|many (expressions|states|items))"
-    r"|row has|Unable to determine|(?<!hexa)decimal literal",
-    re.I,
+    rf"(?!unknown ){_BEFORE}(?:fuel|limit (?:for|exceeded)|stack level exceeded|row has|Unable to determine"
+    r"|too (?:big|large|complex|many (?:expressions|states|items))|(?<!hexa)decimal literal)",
+    re.I | re.S,
 )
 _MAX_SHOWN = 40
+_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): ")
+_CONTEXT = re.compile(
+    r'(?:failed to compile JSON schema: )?(?:invalid regex "(?:\\.|[^"\\])*+" \(in regex\): )?(?:regex parse error:\n)?'
+)
+_PICTURE = re.compile(r"^(?: |~|\d+: ).*\n?", re.M)
+"""A line of the constraint that an error shows, or what marks a place in it."""
 # What an error quotes from the constraint may be long and contain anything: patterns skip a bounded part of it.
 _SCHEMAS = (
     (r"(\w+) \((\S{1,40}?)\) is greater than (\w+) \((\S{1,40}?)\)", "{0}, {1}, is greater than {2}, {3}"),
@@ -92,20 +100,21 @@ _PLACED = (
 
 def refusal_reason(error: str) -> str:
     """Returns an llguidance error in one line."""
-    if impossible := re.search(r"^Unsatisfiable schema: (.*)", error):
-        why = _translated(_SCHEMAS, impossible[1])
+    line = _PLACE.match(error)
+    found = error[line.end() :] if line else error
+    what = _PICTURE.sub("", _CONTEXT.sub("", found, count=1)).removeprefix("error: ")
+    if what.startswith("Unsatisfiable schema: "):
+        why = _translated(_SCHEMAS, what.removeprefix("Unsatisfiable schema: "))
         return f"no output can satisfy it: {why}: change it" if why else IMPOSSIBLE
-    if reason := _translated(_SYNTAX, error):
+    if reason := _translated(_SYNTAX, what):
         return reason
-    if _COSTLY.search(error):
+    if _COSTLY.match(what):
         return TOO_COSTLY
-    # What is wrong follows a picture of the regular expression, or a position in the text derived from it.
-    detail = re.search(r"^error: (.*)$", error, re.M) or re.search(r"\(in regex\): (.*?)(;|$)", error, re.M)
-    reason = _translated(_PLACED, detail[1] if detail else error.split("\n")[0]) or "the syntax is not supported"
+    reason = _translated(_PLACED, what) or "the syntax is not supported"
     if marked := re.search(r"^    (.*)\n    ( *)(\^+)$", error, re.M):
         if place := marked[1][len(marked[2]) :][: len(marked[3])]:
             reason += f' ("{shortened(place, 20)}")'
-    elif line := re.match(r"(?:at )?(\d+)\((\d+)\): ", error):
+    elif line:
         reason += f" at line {line[1]}, column {line[2]}"
     return f"{reason}: change it"
 
@@ -114,9 +123,9 @@ def shortened(text: str, max_length: int) -> str:
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
-def _translated(table: tuple[tuple[str, str], ...], error: str) -> str | None:
-    """Returns the text of the first pattern that is found, with what its groups quote."""
+def _translated(table: tuple[tuple[str, str], ...], what: str) -> str | None:
+    """Returns the text of the first pattern that is found outside of quotes, with what its groups quote."""
     for pattern, text in table:
-        if found := re.search(pattern, error):
+        if found := re.match(f"{_BEFORE}(?:{pattern})", what):
             return text.format(*(shortened(group, _MAX_SHOWN) for group in found.groups() if group is not None))
     return None

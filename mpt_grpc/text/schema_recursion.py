@@ -37,6 +37,8 @@ class _Recursion:
         self._root = root
         self._finite: set[int] = set()
         """The identities of the schemas that are known to have a finite value."""
+        self._targets: dict[str, Any] = {}
+        """What references lead to."""
         self._work = 0
 
     def check(self, schemas: list[_Schema]) -> None:
@@ -73,14 +75,17 @@ class _Recursion:
         parts, choices = self._conjunction(schema)
         if (need := self._need_of(parts)) is not None:
             return need
-        members = [*schema.get("allOf", ()), *([resolved(self._root, schema["$ref"])] if "$ref" in schema else ())]
+        members = [*schema.get("allOf", ()), *([self._target(schema)] if "$ref" in schema else ())]
         for member in members:
             if self._is_unknown(("", member)):
                 return "", member
         for branches in choices:
-            needs = [self._need_of_branch(parts, branch) for branch in branches]
-            if None not in needs:
-                return needs[-1] if needs else ("", False)
+            need = "", False
+            for branch in branches:
+                if (need := self._need_of_branch(parts, branch)) is None:
+                    break
+            if need is not None:
+                return need
         return None
 
     def _need_of_branch(self, parts: list[_Schema], branch: Any) -> _Need | None:
@@ -96,19 +101,18 @@ class _Recursion:
             schema = pending.pop()
             if not isinstance(schema, dict) or id(schema) in seen:
                 continue
-            self._work += 1
-            if self._work > _MAX_WORK:
-                raise UnsupportedSchemaError(TOO_COSTLY)
+            self._spend(1)
             seen.add(id(schema))
             parts.append(schema)
             pending += schema.get("allOf", ())
             if "$ref" in schema:
-                pending.append(resolved(self._root, schema["$ref"]))
+                pending.append(self._target(schema))
             choices += [schema[name] for name in ("anyOf", "oneOf") if name in schema]
         return parts, choices
 
     def _need_of(self, parts: list[_Schema]) -> _Need | None:
         """Returns what each value that matches some schemas has to contain and is not known to be finite, or None."""
+        self._spend(sum(1 + len(part.get("required", ())) for part in parts))
         if any("const" in part or "enum" in part for part in parts):
             return None
         types = set(TYPES).intersection(*(_types(part) for part in parts))
@@ -122,8 +126,20 @@ class _Recursion:
         return None if None in needs else needs[0]
 
     def _is_unknown(self, need: _Need) -> bool:
-        self._work += 1
+        self._spend(1)
         return need[1] is False or (isinstance(need[1], dict) and id(need[1]) not in self._finite)
+
+    def _target(self, schema: _Schema) -> Any:
+        """Returns what the reference of a schema leads to."""
+        if (target := self._targets.get(schema["$ref"])) is None:
+            target = self._targets[schema["$ref"]] = resolved(self._root, schema["$ref"])
+        return target
+
+    def _spend(self, work: int) -> None:
+        """Raises UnsupportedSchemaError if the schema needs too much work."""
+        self._work += work
+        if self._work > _MAX_WORK:
+            raise UnsupportedSchemaError(TOO_COSTLY)
 
 
 def _types(schema: _Schema) -> set[str]:
@@ -138,12 +154,11 @@ def _properties(parts: list[_Schema]) -> Iterator[_Need]:
         for name in names:
             if name in part.get("properties", {}):
                 yield name, part["properties"][name]
-            elif "patternProperties" not in part:  # which may match the name
-                yield name, part.get("additionalProperties", True)
-        if part.get("minProperties", 0) > len(names) and "patternProperties" not in part:
-            others = [value for name, value in part.get("properties", {}).items() if name not in names]
-            if not others:
-                yield "additionalProperties", part.get("additionalProperties", True)
+            else:  # a pattern may match the name
+                yield name, "patternProperties" in part or part.get("additionalProperties", True)
+        is_short = part.get("minProperties", 0) > len(names) and "patternProperties" not in part
+        if is_short and all(name in names for name in part.get("properties", {})):
+            yield "additionalProperties", part.get("additionalProperties", True)
 
 
 def _items(parts: list[_Schema]) -> Iterator[_Need]:

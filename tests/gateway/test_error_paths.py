@@ -105,6 +105,7 @@ def test_an_error_names_what_was_sent(name: str, server: Any) -> None:
     ("path", "body", "start"),
     [
         ("/completions", {"prompt": ["a", [1]]}, "prompt: must be text, a list of token IDs"),
+        ("/completions", {"prompt": "a", "max_whitespace": 1}, "max_whitespace: requires a JSON Schema"),
         ("/completions", {"prompt": ["a", "b " * 3000]}, "prompt[1]: 3001 tokens leave no room"),
         ("/completions", {"prompt": [[1], [2, 999_999]]}, "prompt[1][1]: 999999 is not a token ID"),
         ("/completions", {"prompt": [2, 999_999], "echo": True, "stream": True}, "prompt[1]: 999999 is not a token ID"),

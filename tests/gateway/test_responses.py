@@ -329,3 +329,9 @@ async def test_what_is_below_a_response_says_that_it_is_not_stored(
 ) -> None:
     status, refusal = await fetch(stepped_server, method, f"{PATH}{path}")
     assert (status, refusal["error"]["message"][:28]) == (404, "responses are not stored; se")
+
+
+@pytest.mark.parametrize("path", ["/input_tokens", "/compact"])
+async def test_other_uses_of_input_are_refused_with_a_remedy(stepped_server: RunningServer, path: str) -> None:
+    status, refusal = await fetch(stepped_server, "POST", f"{PATH}{path}", body())
+    assert (status, refusal["error"]["message"][:24]) == (404, "not supported; /tokenize")

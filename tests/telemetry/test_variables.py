@@ -34,12 +34,19 @@ def _no_other_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+def shown(name: str, value: str) -> str:
+    """How an error shows a value."""
+    return "the value" if name.endswith("HEADERS") else repr(value)
+
+
 @pytest.mark.parametrize("name", [name for name in STANDARD if name != "OTEL_SERVICE_NAME"])
 def test_every_variable_that_a_server_reads_is_checked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "OTEL_TRACES_SAMPLER_ARG":
+        monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
     monkeypatch.setenv(name, "?")
     found = variables.problem(is_server=True)
     assert found is not None
-    assert found.startswith(f"{name}: '?' is not ")
+    assert found.startswith(f"{name}: {shown(name, '?')} is not ")
 
 
 @pytest.mark.parametrize(
@@ -58,9 +65,23 @@ def test_every_variable_that_a_server_reads_is_checked(name: str, monkeypatch: p
 def test_values_that_opentelemetry_would_warn_of_or_fail_with_later_are_refused(
     name: str, values: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
     for value in values:
         monkeypatch.setenv(name, value)
-        assert str(variables.problem(is_server=True)).startswith(f"{name}: {value!r} is not "), value
+        assert str(variables.problem(is_server=True)).startswith(f"{name}: {shown(name, value)} is not "), value
+
+
+def test_the_argument_of_a_sampler_that_has_none_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "endpoint=http://localhost:14250")
+    assert variables.problem(is_server=True) is None
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_on")
+    assert variables.problem(is_server=True) is None
+
+
+@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"])
+def test_headers_which_may_be_secret_are_not_shown(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "authorization: my-secret")
+    assert "secret" not in str(variables.problem(is_server=True))
 
 
 def test_valid_values_are_accepted_and_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -479,6 +479,13 @@ REFUSED: list[tuple[Constraint, str, str]] = [
     (Regex("(?z)"), "regex", 'there is no such flag ("z")'),
     (Regex("a\\"), "regex", "ends in a single backslash"),
     (LarkGrammar(r"start: /\bword/"), "lark_grammar", "word boundaries are not supported"),
+    (Regex("(too big (special token"), "regex", 'unclosed group ("(")'),
+    (LarkGrammar('start: fuel "special token"'), "lark_grammar", '"fuel" is not defined at line 1, column 8'),
+    (
+        LarkGrammar('start: %json {"type": "string", "minLength": 3, "maxLength": 1}'),
+        "lark_grammar",
+        "no output can satisfy it: minLength, 3, is greater than maxLength, 1",
+    ),
     (Regex(r"[^\s\S]"), "regex", "no output can satisfy it"),
     (Regex("(" * DEEP + ")" * DEEP), "regex", "nested"),
     (Regex("é" * (MAX_SOURCE_BYTES // 2 + 1)), "regex", "65538 bytes"),

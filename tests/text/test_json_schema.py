@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tracemalloc
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from mpt_grpc.constraint import JsonSchema, LarkGrammar
 from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.text.grammar import make_grammar
 from mpt_grpc.text.json_schema import rewrite
+from mpt_grpc.text.schema_checks import UnsupportedSchemaError
 from mpt_grpc.text.schema_recursion import check_recursion
 from mpt_grpc.text.schema_unions import MAX_EXACT
 
@@ -536,6 +538,48 @@ def test_looking_for_infinite_values_takes_little_time() -> None:
     schema = {"$ref": "#/$defs/0", "$defs": {**links, "1000": NULL}}
     seconds = processor_seconds(lambda: rewrite(schema) and check_recursion(schema))
     assert seconds < 1
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{}] * 2500, "anyOf": [{}] * 2500},
+        {"$ref": "#/$defs/a", "prefixItems": [{"$ref": "#/$defs/a"}] * 500,
+         "$defs": {"a": {"allOf": [{}] * 500, "oneOf": [{"minItems": 1}] * 500}}},
+        {"allOf": [{"patternProperties": {"a": NULL}}] * 100, "anyOf": [{}] * 100,
+         "required": [str(number) for number in range(1000)]},
+        {"required": [str(number) for number in range(5000)], "$defs": {"a": {"$ref": "#"}},
+         "anyOf": [{"$ref": "#/$defs/a"}] * 1000},
+    ],
+)  # fmt: skip
+def test_looking_for_infinite_values_takes_little_time_in_large_combinations(schema: dict[str, Any]) -> None:
+    schema = json.loads(json.dumps({"type": ["object", "array"], "properties": {"a": {"$ref": "#"}}, **schema}))
+
+    def check() -> None:
+        with suppress(UnsupportedSchemaError):
+            check_recursion(schema)
+
+    assert processor_seconds(check) < 1
+
+
+def test_a_large_recursive_schema_of_many_kinds_of_nodes_is_enforced() -> None:
+    children = {name: {"$ref": "#/$defs/node"} for name in "abcde"}
+    nodes = {
+        f"node{i}": {
+            "type": "object",
+            "properties": {"kind": {"const": f"node{i}"}, **children},
+            "required": ["kind", *(children if i < 140 else ())],
+        }
+        for i in range(150)
+    }
+    node = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in nodes]}
+    make_grammar(JsonSchema(json.dumps({"$ref": "#/$defs/node", "$defs": {"node": node, **nodes}})))
+
+
+@pytest.mark.parametrize("part", ['\\"', "\\/"])
+def test_strings_without_an_end_in_a_grammar_are_read_once(part: str) -> None:
+    grammar = LarkGrammar('start: "a"\n' + part * 30_000)
+    assert processor_seconds(lambda: make_grammar(grammar)) < 0.5
 
 
 @pytest.mark.parametrize(
