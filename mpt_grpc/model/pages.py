@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ def zeros(num_bytes: int) -> Tensor:
     except (OSError, OverflowError) as error:
         raise MemoryError(f"no memory for {num_bytes} bytes") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # of a system without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
         try:
             for start in range(0, num_bytes, _PART_BYTES):
                 memory.madvise(_MADV_POPULATE_WRITE, start, min(_PART_BYTES, num_bytes - start))
