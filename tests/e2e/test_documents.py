@@ -128,7 +128,9 @@ def test_a_shell_command_works(command: str, server: Any) -> None:
             assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         case "grpcurl" | "buf":
             printed = run(["sh", "-c", with_addresses(command, server)], server)
-            assert any(word in printed for word in ("TextGenerationService", "SERVING", '"text"', "num_blocks"))
+            assert any(
+                word in printed for word in ("TextGenerationService", "SERVING", '"text"', "token_bytes", "num_blocks")
+            )
         case ".venv/bin/pip" | "pip":
             folder, _, extra = arguments[-1].removesuffix("]").partition("[")
             folder = "." if "dist/" in folder else folder
