@@ -543,11 +543,22 @@ def test_keywords_without_effect_may_be_beside_a_reference_that_leads_into_itsel
     assert not conforms(schema, {"kind": "a", "next": {"kind": "c"}})
 
 
-def test_keywords_with_an_effect_beside_a_reference_that_leads_into_itself_are_refused_with_the_reason() -> None:
-    node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node", "type": "object"}}}
-    grammar = make_grammar(JsonSchema(json.dumps({"$ref": "#/$defs/node", "$defs": {"node": node}})))
-    error = LLMatcher(BYTES, grammar, log_level=0).get_error()
-    assert refusal_reason(error).startswith('"#/$defs/node" leads into itself, and other keywords beside such a ')
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        (
+            {"type": "object", "properties": {"next": {"$ref": "#", "type": "object"}}},
+            '"#" leads into itself, and other keywords beside such a reference are not supported: remove them',
+        ),
+        (
+            {"type": "object", "properties": {"a": NULL}, "minProperties": 1},
+            'minProperties and maxProperties are only supported where all "properties" are required: require ',
+        ),
+    ],
+)
+def test_what_llguidance_lacks_is_refused_with_the_reason(schema: dict[str, Any], reason: str) -> None:
+    matcher = LLMatcher(BYTES, make_grammar(JsonSchema(json.dumps(schema))), log_level=0)
+    assert refusal_reason(matcher.get_error()).startswith(reason)
 
 
 def test_references_lead_into_keywords_without_effect() -> None:
