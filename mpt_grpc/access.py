@@ -127,11 +127,14 @@ def check_name(name: str) -> None:
 def _content(file: Path) -> dict[str, Any]:
     """Returns the content of a file. Raises SettingsError with everything that is wrong with it."""
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = tomllib.loads(text)
     except OSError as error:
         raise SettingsError(f"--tokens-file: cannot read {file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"--tokens-file: {file} is not TOML: {error}") from error
+    if not text.strip():  # as for a moment while it is written
+        raise SettingsError(f"--tokens-file: {file} is empty: write 'tokens = []' to allow no token")
     tokens, quotas = content.get("tokens", []), content.get("quotas", {})
     if problems := [*_structure_problems(content)] or [*_token_problems(tokens), *_quota_problems(quotas, tokens)]:
         raise SettingsError(f"--tokens-file: {file}: {'; '.join(problems)}")

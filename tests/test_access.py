@@ -106,11 +106,15 @@ def test_a_change_of_the_file_takes_effect_and_a_broken_one_is_logged_once(
         for _ in range(2):
             access.refresh()
             assert caller_of(access, "new").name == "alice"
+    file.write_text("", encoding="utf-8")  # as while it is written
+    access.refresh()
+    assert caller_of(access, "new").name == "alice"
     file.unlink()
     access.refresh()
     assert caller_of(access, "new").name == "alice"
-    *others, missing = messages = [record.getMessage() for record in caplog.records]
+    *others, empty, missing = messages = [record.getMessage() for record in caplog.records]
     assert [message.partition(" is not TOML: ")[0] for message in others] == 2 * [f"--tokens-file: {file}"]
+    assert empty.startswith(f"--tokens-file: {file} is empty: ")
     assert missing.startswith(f"--tokens-file: cannot read {file}: No such file")
     assert all(message.endswith("the previous content stays in effect") for message in messages)
 

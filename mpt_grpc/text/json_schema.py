@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpt_grpc.text.regex_syntax import unsupported_syntax
-from mpt_grpc.text.schema_checks import SIZES, UnsupportedSchemaError, check_types, error
+from mpt_grpc.text.schema_checks import EFFECTIVE, SIZES, UnsupportedSchemaError, check_types, error
 from mpt_grpc.text.schema_formats import ENFORCED_FORMATS, express_format
 from mpt_grpc.text.schema_numbers import bound_integers, check_numbers, narrow_bounds
 from mpt_grpc.text.schema_patterns import narrow_patterns
@@ -24,6 +24,7 @@ from mpt_grpc.text.schema_places import (
     Place,
     escaped,
     is_resource,
+    keys_of,
     pointer,
     reachable,
     resolved,
@@ -61,7 +62,12 @@ def rewrite(schema: dict[str, Any]) -> Schema:
 class _Rewriter:
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
-        self._reachable = {id(schema) for schema in reachable(root)}
+        schemas = list(reachable(root))
+        self._reachable = set(map(id, schemas))
+        references = (schema["$ref"] for schema in schemas if isinstance(schema.get("$ref"), str))
+        self._kept = EFFECTIVE.union(*map(keys_of, references))
+        """The keywords that are not dropped: those with an effect, and those inside of which references lead. Beside
+        others, such as `discriminator`, llguidance may not support a reference that leads into itself."""
         # In older drafts, newer keywords have no effect.
         self._is_current = "draft-0" not in str(root.get("$schema"))
         self._id = "id" if "draft-04" in str(root.get("$schema")) else "$id"
@@ -85,7 +91,11 @@ class _Rewriter:
         self._check_references(schema, place)
         check_types(schema, place)
         check_numbers(schema, place)
-        result = {name: self._keyword(name, value, Inside(place, name)) for name, value in schema.items()}
+        result = {
+            name: self._keyword(name, value, Inside(place, name))
+            for name, value in schema.items()
+            if name in self._kept
+        }
         for step in _STEPS:
             step(result)
         self._one_of(result)

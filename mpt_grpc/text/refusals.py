@@ -35,6 +35,14 @@ _SCHEMAS = (
 """Contradictions in schemas."""
 _SYNTAX = (
     (r"Resource '([^'\n]*)' is not present", '"{0}" is not fetched: copy it into $defs and refer to that'),
+    (
+        r"circular references with sibling keys are not supported: json-schema:///(\S*)",
+        '"{0}" leads into itself, and other keywords beside such a reference are not supported: remove them',
+    ),
+    (
+        r"min/maxProperties only",
+        'minProperties and maxProperties are only supported where all "properties" are required: require them',
+    ),
     (r"Unimplemented keys: \[(.{0,200}?)\]", "{0} is not supported: remove it"),
     (r"^panic", "makes the library that enforces constraints fail: change it"),
     (r"oneOf constraints", '"oneOf" is not supported where several options may match: use anyOf'),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mpt_grpc.text.schema_places import Inside, Place, pointer
+from mpt_grpc.text.schema_places import IDS, LISTS, MAPS, SINGLE, Inside, Place, pointer
 from mpt_grpc.text.schema_unions import MAX_EXACT
 
 SIZES = (
@@ -30,6 +30,11 @@ _KINDS: Mapping[str, tuple[Any, str]] = {
     "enum": (list, "a list"),
 }
 """The types of keywords' values in Python, and in words."""
+EFFECTIVE = frozenset((
+    *MAPS, *LISTS, *SINGLE, *IDS, *SIZES, *_KINDS, "$dynamicRef", "$recursiveRef", "$ref", "$schema", "const",
+    "exclusiveMaximum", "exclusiveMinimum", "required", "type", "uniqueItems",
+))  # fmt: skip
+"""The keywords on which it depends what conforms."""
 
 
 class UnsupportedSchemaError(ValueError):

@@ -71,6 +71,12 @@ def is_resource(schema: dict[str, Any], *keywords: str) -> bool:
     return any(isinstance(one, str) and not one.startswith("#") for one in ids)
 
 
+def keys_of(reference: str) -> list[str]:
+    """Returns the keys that lead from the whole schema to what a reference within it refers to."""
+    parts = unquote(reference).removeprefix("#/").split("/")
+    return [part.replace("~1", "/").replace("~0", "~") for part in parts]
+
+
 def resolved(root: Any, reference: Any) -> Any:
     """Returns what a reference within the schema leads to, or None if there is nothing."""
     if reference in ("", "#"):
@@ -78,9 +84,9 @@ def resolved(root: Any, reference: Any) -> Any:
     if not isinstance(reference, str) or not reference.startswith("#/"):
         return None
     value = root
-    for part in unquote(reference).removeprefix("#/").split("/"):
+    for part in keys_of(reference):
         if isinstance(value, dict) and (value is root or not is_resource(value, *IDS)):
-            value = value.get(part.replace("~1", "/").replace("~0", "~"))
+            value = value.get(part)
         elif isinstance(value, list) and _INDEX.fullmatch(part) and int(part) < len(value):
             value = value[int(part)]
         else:

@@ -153,10 +153,10 @@ def commit_or_fail(self, plan, *outcome):
         raise RuntimeError("inconsistent state")
     return commit(self, plan, *outcome)
 
-def run_or_hang(self, plan):
+def run_or_hang(self, plan, *rest):
     if any(step.request_id == "endless" for step in plan.sequences):
         __import__("time").sleep(3600)
-    return run(self, plan)
+    return run(self, plan, *rest)
 
 Scheduler.commit, Runner.run = commit_or_fail, run_or_hang
 sys.exit(cli.main())

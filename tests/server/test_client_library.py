@@ -126,7 +126,7 @@ async def test_the_oldest_turns_are_dropped_only_on_request(client: Client) -> N
     turn = [Message(Role.USER, "the fox and the moon " * 40), Message(Role.ASSISTANT, "Yes.")]
     messages = [*turn * 100, Message(Role.USER, "So?")]
     context = (await asyncio.to_thread(client.get_model_info)).max_context_tokens
-    with pytest.raises(InvalidRequestError, match="drop_oldest_turns"):
+    with pytest.raises(InvalidRequestError, match="have the oldest turns dropped"):
         await asyncio.to_thread(client.generate, messages, max_new_tokens=5)
     result = await asyncio.to_thread(client.generate, messages, max_new_tokens=5, drop_oldest_turns=True)
     assert context // 2 < result.usage.num_prompt_tokens <= context - 5

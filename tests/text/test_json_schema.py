@@ -20,6 +20,7 @@ from mpt_grpc.constraint import JsonSchema, LarkGrammar
 from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.text.grammar import make_grammar
 from mpt_grpc.text.json_schema import rewrite
+from mpt_grpc.text.refusals import refusal_reason
 from mpt_grpc.text.schema_checks import UnsupportedSchemaError
 from mpt_grpc.text.schema_recursion import check_recursion
 from mpt_grpc.text.schema_unions import MAX_EXACT
@@ -429,7 +430,7 @@ def test_data_is_not_taken_for_schemas() -> None:
         "$defs": {"set": {"uniqueItems": True}},
         "properties": {"format": {}},
     }
-    assert rewrite(schema) == schema
+    assert rewrite(schema) == {name: schema[name] for name in ("const", "enum", "properties")}
 
 
 class Cat(BaseModel):
@@ -527,6 +528,47 @@ def test_a_schema_of_only_infinite_values_is_refused(schema: dict[str, Any], nam
 )  # fmt: skip
 def test_a_recursive_schema_with_finite_values_is_enforced(schema: dict[str, Any], value: Any) -> None:
     assert conforms(schema, value)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"discriminator": {"propertyName": "kind"}}, {"nullable": True}, {"deprecated": True}, {"x-order": 1}],
+    ids=lambda beside: next(iter(beside)),
+)
+def test_keywords_without_effect_may_be_beside_a_reference_that_leads_into_itself(beside: dict[str, Any]) -> None:
+    kinds = {kind: {"type": "object", "required": ["kind"], "properties": {"kind": {"const": kind}}} for kind in "ab"}
+    kinds["a"]["properties"]["next"] = {"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}], **beside}
+    schema = {"$ref": "#/$defs/a", "$defs": kinds}
+    assert conforms(schema, {"kind": "a", "next": {"kind": "a", "next": {"kind": "b"}}})
+    assert not conforms(schema, {"kind": "a", "next": {"kind": "c"}})
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        (
+            {"type": "object", "properties": {"next": {"$ref": "#", "type": "object"}}},
+            '"#" leads into itself, and other keywords beside such a reference are not supported: remove them',
+        ),
+        (
+            {"type": "object", "properties": {"a": NULL}, "minProperties": 1},
+            'minProperties and maxProperties are only supported where all "properties" are required: require ',
+        ),
+    ],
+)
+def test_what_llguidance_lacks_is_refused_with_the_reason(schema: dict[str, Any], reason: str) -> None:
+    matcher = LLMatcher(BYTES, make_grammar(JsonSchema(json.dumps(schema))), log_level=0)
+    assert refusal_reason(matcher.get_error()).startswith(reason)
+
+
+def test_references_lead_into_keywords_without_effect() -> None:
+    schema = {
+        "prefixItems": [{"$ref": "#/components/schemas/a~1b"}, {"$ref": "#/x-any/0"}],
+        "components": {"schemas": {"a/b": {"type": "null"}}},
+        "x-any": [True],
+    }
+    assert conforms(schema, [None, 1])
+    assert not conforms(schema, [1])
 
 
 def test_looking_for_infinite_values_takes_little_time() -> None:
