@@ -16,7 +16,8 @@ def printable(text: str) -> str:
 
 def generated(text: str) -> str:
     """Returns generated text, in a terminal without control characters other than tabs and line breaks."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # a closed output is None
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if is_terminal else text
 
 
 def print_pieces(pieces: Iterable[str]) -> None:

@@ -104,7 +104,9 @@ class StepExecutor:
         self._masks.forget(sequence_id)
 
     def close(self) -> None:
+        """Frees the model and its cache, whoever still holds the engine. No step may be launched from now on."""
         self._masks.close()
+        del self._runner, self._sampler
 
     def _execute(self, plan: StepPlan) -> StepResult:
         try:

@@ -29,7 +29,10 @@ def field_names(request: Request) -> Mapping[str, str]:
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     # They hold the error, and the request, until garbage is collected.
-    traceback.clear_frames(error.__traceback__)
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
     if isinstance(error, BadRequestError):
         note_refusal(request.scope, error)
     return error_response(error, field_names(request))

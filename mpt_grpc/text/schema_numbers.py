@@ -7,7 +7,7 @@ integer itself where the other bound is less than 1 away, so that such a bound b
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any, TypeGuard
@@ -91,7 +91,7 @@ def _inward(bound: float, sign: int) -> float:
 
 
 def _check_size(number: float, place: Place) -> None:
-    if not math.isfinite(number):
+    if not abs(number) <= sys.float_info.max:
         raise error(place, "the number is beyond the range of a double: use a string")
     if abs(number) > MAX_EXACT and number == int(number):
         raise error(place, f"{number}: integers beyond {MAX_EXACT} are not supported: use a string")

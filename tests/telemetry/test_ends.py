@@ -20,6 +20,7 @@ from google.protobuf.duration_pb2 import Duration
 from http_calls import fetch
 from otlp_collector import Collector, attributes, running_collector
 from prometheus_client.parser import text_string_to_metric_families
+from torch import Tensor
 
 from mpt_grpc.engine import parts
 from mpt_grpc.model.runner import Runner, StepOutput
@@ -47,10 +48,10 @@ _trace_ids = (f"{number:032x}" for number in itertools.count(1))
 class PoisonableRunner(Runner):
     """Fails with a poisonous prompt."""
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
         if any(POISON in step.token_ids and step.num_known > 1 for step in plan.sequences):
             raise RuntimeError("poison")
-        return super().run(plan)
+        return super().run(plan, chosen)
 
 
 class Lines(logging.Handler):

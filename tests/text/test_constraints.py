@@ -447,7 +447,7 @@ REFUSED: list[tuple[Constraint, str, str]] = [
     ),
     (JsonSchema('{"properties": {"a": []}}'), "json_schema", "/properties/a: must be a schema"),
     (JsonSchema(r'{"const": "\ud800"}'), "json_schema", "not valid Unicode"),
-    (JsonSchema(f'{{"x": {"9" * 400}}}'), "json_schema", "beyond the range of a double"),
+    (JsonSchema(f'{{"const": {"9" * 400}}}'), "json_schema", "beyond the range of a double"),
     (
         JsonSchema('{"type": "array", "minItems": 2, "maxItems": 1}'),
         "json_schema",
