@@ -12,7 +12,7 @@ static std::vector<float> numbers(int64_t count, unsigned seed) {
 }
 
 static void exercise_matrix(Type type, int64_t outputs, int64_t inputs) {
-    const int64_t most_rows = 2 * MAX_ROWS + 1;
+    const int64_t most_rows = 2 * VectorShape::MAX_ROWS + 1;
     const std::vector<char> rows(4 * outputs * inputs, 1);
     std::vector<char> packed(packed_bytes(type, outputs, inputs));
     std::vector<float> rounded_scales(outputs);

@@ -10,6 +10,7 @@
 // The sums of a group are exact. x is packed as [tile][group][scales, sums x -128, inputs / 4][row of the tile].
 struct Integers {
     using Packed = int32_t;
+    using Shape = VectorShape;
 #if defined(__AVX512VNNI__)
     using Value = int8_t;
     using Values = Bytes;
@@ -38,6 +39,14 @@ struct Integers {
     }
 
     static void pack_group(const float *x, int64_t count, int32_t *to, int64_t row, int64_t height) {
+        Value values[GROUP];
+        round_group(x, count, values, to[row], to[height + row]);
+        for (int64_t k = 0; k < count; k += 4)
+            memcpy(&to[2 * height + (k / 4 * height + row) * SIDE_WORDS], values + k, sizeof(Value) * 4);
+    }
+
+    // Rounds the values of a group, and writes the bits of their scale and their sum x -128. Missing values are zeros.
+    static void round_group(const float *x, int64_t count, Value (&integers)[GROUP], int32_t &scale_bits, int32_t &correction) {
         float padded[GROUP] = {};
         memcpy(padded, x, 4 * count);
         Floats largest{}, differences{};
@@ -48,7 +57,6 @@ struct Integers {
         }
         const float most = highest(largest), scale = most / LARGEST + sum(differences);
         const float inverse = most > 1e-30f && std::isfinite(scale) ? LARGEST / most : 0;
-        Value integers[GROUP];
         Ints total{};
         for (int64_t k = 0; k < GROUP; k += LANES) {
             const Floats magic = splat(12582912.f);  // 1.5 x 2^23: adding it rounds to an integer
@@ -57,11 +65,9 @@ struct Integers {
             total += values;
             store(integers + k, __builtin_convertvector(values, Values));
         }
-        for (int64_t k = 0; k < count; k += 4)
-            memcpy(&to[2 * height + (k / 4 * height + row) * SIDE_WORDS], integers + k, sizeof(Value) * 4);
-        memcpy(&to[row], &scale, 4);
-        to[height + row] = 0;
-        for (int i = 0; i < LANES; i++) to[height + row] -= 128 * total[i];
+        memcpy(&scale_bits, &scale, 4);
+        correction = 0;
+        for (int i = 0; i < LANES; i++) correction -= 128 * total[i];
     }
 
     template <int ROWS, int PANELS>

@@ -28,6 +28,15 @@ static int32_t has_memory_for(const Function &function) {
 #pragma GCC visibility push(default)
 extern "C" {
 
+// Asks the system for what the instruction set needs of it. Returns whether the functions below can be called.
+int32_t prepare() {
+#if defined(__AMX_TILE__)
+    return request_tile_registers();
+#else
+    return true;
+#endif
+}
+
 // Sets how many threads share the work of one call, the caller included.
 void set_threads(int32_t threads) { std::atomic_store(&current, std::make_shared<Pool>(threads)); }
 

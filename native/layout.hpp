@@ -1,6 +1,7 @@
 // How weights and the rows of x lie in memory for a product.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "vector.hpp"
@@ -12,16 +13,22 @@ constexpr int64_t ROW_BLOCK = 96;          // rows of x that stay in the cache f
 constexpr int64_t PIECE_BYTES = 64 << 10;  // of weights in one piece of work, at least
 constexpr int64_t GROUP = 128;             // inputs that share a scale where x is rounded to 8 bits
 
-#if defined(__AVX512F__)
-constexpr int MAX_ROWS = 12;
-#elif defined(__AVX__)
-constexpr int MAX_ROWS = 6;
-#else
-constexpr int MAX_ROWS = 3;
-#endif
 // Panels that are computed together: as many as there are registers for their sums.
 constexpr int MAX_PANELS = 4, PANELS_OF_MANY_ROWS = LANES == 16 ? 2 : 1;
-constexpr int FEW_ROWS = MAX_ROWS / 3;
+
+// The rows of x that are multiplied together where vector registers hold their sums.
+struct VectorShape {
+#if defined(__AVX512F__)
+    static constexpr int MAX_ROWS = 12;
+#elif defined(__AVX__)
+    static constexpr int MAX_ROWS = 6;
+#else
+    static constexpr int MAX_ROWS = 3;
+#endif
+    static constexpr int FEW_ROWS = MAX_ROWS / 3;  // with MAX_PANELS
+    static constexpr int ROW_STEP = 1;             // between the numbers of rows that code is compiled for
+    struct Context {};                             // lives as long as there are sums in registers
+};
 
 // An 8-bit weight plus 128, in units of its output's scale.
 struct Int8 {
@@ -46,10 +53,12 @@ struct Fetch {
     int64_t from, step;
 };
 
-// Rows of x in tiles of up to MAX_ROWS rows of about equal height.
+// Rows of x in tiles of up to `most` rows of about equal height, which is a multiple of `step` for all but the last.
 struct Tiles {
-    int64_t rows, count;
-    explicit Tiles(int64_t rows) : rows(rows), count((rows + MAX_ROWS - 1) / MAX_ROWS) {}
-    int64_t start(int64_t tile) const { return tile * rows / count; }
+    int64_t rows, count, size;
+    Tiles(int64_t rows, int64_t most, int64_t step) : rows(rows), count((rows + most - 1) / most) {
+        size = ((rows + count - 1) / count + step - 1) / step * step;
+    }
+    int64_t start(int64_t tile) const { return std::min(rows, tile * size); }
     int height(int64_t tile) const { return int(start(tile + 1) - start(tile)); }
 };

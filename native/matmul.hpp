@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "activation.hpp"
+#include "amx.hpp"
 #include "integers.hpp"
 #include "pool.hpp"
 #include "rounded.hpp"
@@ -25,21 +26,25 @@ struct Epilogue {
 
 template <class Products>
 struct Matmul {
+    using Shape = typename Products::Shape;
+
     Products products;
     Tiles tiles;
     int64_t outputs;
     float *y;  // [rows, outputs]; holds the sums over the first inputs while the others are missing
     Epilogue epilogue;
 
-    // Adds the inputs [begin, end) for one tile of rows and PANELS panels.
+    // Adds the inputs [begin, end) for one tile of up to ROWS rows and PANELS panels.
     template <int ROWS, int PANELS>
-    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, const Fetch &fetch) const {
-        Floats sums[ROWS][PANELS * VECTORS];
+    void add(int64_t tile, int64_t panel, int64_t begin, int64_t end, const Fetch &fetch) const {
+        alignas(64) Floats sums[ROWS][PANELS * VECTORS];
+        const int64_t row = tiles.start(tile);
+        const int height = Shape::ROW_STEP == 1 ? ROWS : tiles.height(tile);
         const int64_t first = panel * PANEL, columns = std::min<int64_t>(PANELS * PANEL, outputs - first);
         float *out = y + row * outputs + first;
         for (int i = 0; i < ROWS; i++)
             for (int j = 0; j < PANELS * VECTORS; j++)
-                sums[i][j] = begin == 0 ? Floats{} : load_columns(out + i * outputs, columns, j * LANES);
+                sums[i][j] = begin == 0 || i >= height ? Floats{} : load_columns(out + i * outputs, columns, j * LANES);
         // Behind the end of a panel is the one beside it, which has been read: the last inputs fetch the panels after these.
         // With the 16 registers of AVX2, GCC 12 compiles such a loop to one that takes 60% longer.
         constexpr int64_t item = sizeof(*products.weights);
@@ -50,7 +55,7 @@ struct Matmul {
         for (int64_t at = begin, to = turn; at < end; at = to, to = end)
             products.template add<ROWS, PANELS>(row, panel, at, to, {fetch.from + (at < turn ? 0 : skipped), fetch.step}, sums);
         const bool is_last = end == products.inputs;
-        for (int i = 0; i < ROWS; i++)
+        for (int i = 0; i < height; i++)
             for (int j = 0; j < PANELS * VECTORS; j++) {
                 Floats &value = sums[i][j];
                 if (is_last) finish(value, row + i, first, columns, j * LANES);
@@ -82,10 +87,11 @@ struct Matmul {
         if (at < columns) memcpy(row + at, &v, 4 * (columns - at));
     }
 
-    template <int PANELS, int ROWS = PANELS == MAX_PANELS ? FEW_ROWS : MAX_ROWS>
+    template <int PANELS, int ROWS = PANELS == MAX_PANELS ? Shape::FEW_ROWS : Shape::MAX_ROWS>
     void add_tile(int64_t tile, int64_t panel, int64_t begin, int64_t end, const Fetch &fetch) const {
-        if (tiles.height(tile) == ROWS) return add<ROWS, PANELS>(tiles.start(tile), panel, begin, end, fetch);
-        if constexpr (ROWS > 1) add_tile<PANELS, ROWS - 1>(tile, panel, begin, end, fetch);
+        constexpr int FEWER = ROWS - Shape::ROW_STEP;
+        if (tiles.height(tile) > FEWER) return add<ROWS, PANELS>(tile, panel, begin, end, fetch);
+        if constexpr (FEWER > 0) add_tile<PANELS, FEWER>(tile, panel, begin, end, fetch);
     }
 
     // One tile of rows prefetches what it reads soon. Of several, each prefetches its share of what all of them read next,
@@ -106,13 +112,14 @@ struct Matmul {
     }
 
     void compute(int64_t panel, int64_t last) const {
-        constexpr int64_t TILES = ROW_BLOCK / MAX_ROWS;
+        [[maybe_unused]] const typename Shape::Context context{};
+        constexpr int64_t TILES = ROW_BLOCK / Shape::MAX_ROWS;
         const int64_t block = tiles.count == 1 ? products.inputs : INPUT_BLOCK;
         for (int64_t tile = 0; tile < tiles.count; tile += TILES) {
             const int64_t last_tile = std::min(tiles.count, tile + TILES);
             for (int64_t begin = 0; begin < products.inputs; begin += block) {
                 const int64_t end = std::min(products.inputs, begin + block);
-                if (tiles.rows <= FEW_ROWS)
+                if (tiles.rows <= Shape::FEW_ROWS)
                     add_panels<MAX_PANELS>(panel, last, tile, last_tile, begin, end);
                 else
                     add_panels<PANELS_OF_MANY_ROWS>(panel, last, tile, last_tile, begin, end);
@@ -125,12 +132,13 @@ template <class Products, class Weight>
 void matmul(const float *x, int64_t rows, const Weight *weights, int64_t outputs, int64_t inputs, float *y,
             const Epilogue &epilogue, Pool &pool) {
     using Packed = typename Products::Packed;
+    using Shape = typename Products::Shape;
     static thread_local std::unique_ptr<Packed[]> packed;
     static thread_local int64_t capacity = 0;
     if (const int64_t size = Products::packed_size(rows, inputs); size > capacity)
         capacity = 0, packed.reset(), packed.reset(new Packed[size]), capacity = size;
     Packed *const to = packed.get();
-    const Tiles tiles(rows);
+    const Tiles tiles(rows, Shape::MAX_ROWS, Shape::ROW_STEP);
     pool.run(tiles.count, [&](int64_t i) { Products::pack(x, inputs, tiles.start(i), tiles.height(i), to); });
     const Matmul<Products> product{{to, weights, inputs}, tiles, outputs, y, epilogue};
     const int64_t panels = num_panels(outputs);

@@ -28,6 +28,12 @@ inline void with_weights(const Matrix &matrix, const Function &function) {
 template <class Weight>
 inline void multiply(const Matrix &matrix, const Weight *weights, const float *x, int64_t rows, float *y,
                      const Epilogue &epilogue, Pool &pool) {
+#if defined(__AMX_INT8__)
+    if constexpr (std::is_same_v<Weight, Int8>)
+        return matmul<IntegerTiles>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, pool);
+    if constexpr (std::is_same_v<Weight, bf16>)
+        return matmul<RoundedTiles>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, pool);
+#endif
 #if defined(__AVX512VNNI__) || defined(__AVX2__)
     if constexpr (std::is_same_v<Weight, Int8>)
         return matmul<Integers>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, pool);

@@ -11,6 +11,7 @@
 // x is packed as [tile][inputs / 2][row of the tile].
 struct Rounded {
     using Packed = int32_t;
+    using Shape = VectorShape;
 
     const int32_t *x;
     const bf16 *weights;

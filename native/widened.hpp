@@ -37,6 +37,7 @@ struct InRegisters {
 template <class Weight>
 struct Widened {
     using Packed = float;
+    using Shape = VectorShape;
 
     const float *x;
     const Weight *weights;

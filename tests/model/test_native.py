@@ -71,7 +71,7 @@ def test_products_are_those_of_float64(kernels: Kernels, dtype: torch.dtype, out
     weight = weight.to(dtype)
     linear, clipping = layer(weight, kernels, bias), layer(weight, kernels, bias, clip=0.5)
     y, clipped = linear(x), clipping(x, residual)
-    if dtype == torch.bfloat16 and kernels.instruction_set == "avx512_bf16":
+    if dtype == torch.bfloat16 and kernels.instruction_set in ("amx", "avx512_bf16"):
         x = x.to(dtype)  # as the processor multiplies it
     expected = x.double() @ weight.double().T + bias.double()
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)

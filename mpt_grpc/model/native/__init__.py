@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, Array, Structure, c_bool, c_float, c_int32, c_int64, c_void_p, pointer
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -26,8 +26,10 @@ from mpt_grpc.model import pages
 
 _AVX2 = frozenset("avx2 fma f16c bmi1 bmi2 abm movbe".split())
 _AVX512 = frozenset("avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni".split()) | _AVX2
+_AVX512_BF16 = frozenset({"avx512_bf16"}) | _AVX512
 INSTRUCTION_SETS = {
-    "avx512_bf16": frozenset({"avx512_bf16"}) | _AVX512,
+    "amx": frozenset("amx_tile amx_bf16 amx_int8".split()) | _AVX512_BF16,
+    "avx512_bf16": _AVX512_BF16,
     "avx512": _AVX512,
     "avx2": _AVX2,
     "portable": frozenset[str](),
@@ -92,6 +94,7 @@ class AttentionStep(Structure):
 
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "prepare": (c_int32, ()),
     "set_threads": (None, (c_int32,)),
     "packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
     "pack": (None, (POINTER(_Matrix), c_void_p, c_int32, c_void_p, c_void_p)),
@@ -113,6 +116,8 @@ class Kernels:
             function = getattr(functions, name)
             function.restype, function.argtypes = result, arguments
         self._functions: Any = functions
+        self.is_permitted = bool(functions.prepare())
+        """Whether the system lets this process use the instruction set: if not, nothing else may be called."""
 
     def set_threads(self, count: int) -> None:
         """Sets how many threads share the work of a call, the caller's included."""
@@ -221,9 +226,9 @@ def load_kernels() -> Kernels | None:
     wanted = os.environ.get(_VARIABLE)
     if wanted == "none":
         return None
-    available = available_instruction_sets()
     if wanted is None:
-        return _load(available[0]) if available else None
+        return next(map(_load, _available()), None)
+    available = available_instruction_sets()
     if wanted not in available:
         supported = ", ".join((*available, "none"))
         raise SettingsError(f"{_VARIABLE}: {wanted!r} is not available here; use one of {supported}")
@@ -232,8 +237,14 @@ def load_kernels() -> Kernels | None:
 
 def available_instruction_sets() -> list[str]:
     """Returns the instruction sets that were compiled and that this machine has, best first."""
+    return list(_available())
+
+
+def _available() -> Iterator[str]:
     flags = _cpu_flags()
-    return [name for name, needed in INSTRUCTION_SETS.items() if needed <= flags and _library(name) is not None]
+    for name, needed in INSTRUCTION_SETS.items():
+        if needed <= flags and _library(name) is not None and _load(name).is_permitted:
+            yield name
 
 
 @cache

@@ -1,0 +1,227 @@
+// Products by AMX, whose tile registers hold 16 rows of 64 bytes each.
+//
+// A register of weights is 1 KiB of a panel as it lies in memory; a register of x, 16 rows of it. Missing rows and inputs
+// of x are zeros, so that registers always have their full size.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "integers.hpp"
+#include "rounded.hpp"
+
+#if defined(__AMX_TILE__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// Asks the system to let this process use the registers. Returns whether it does.
+inline bool request_tile_registers() {
+    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+}
+
+constexpr int64_t REGISTER_ROWS = 16, REGISTER_BYTES = 1024;
+
+// The registers: 0 to 3 for sums, 4 and 5 for x, 6 and 7 for weights. Configured for as long as this object lives.
+class TileRegisters {
+   public:
+    TileRegisters() {
+        alignas(64) Configuration all;
+        _tile_loadconfig(&all);
+    }
+    ~TileRegisters() { _tile_release(); }
+    TileRegisters(const TileRegisters &) = delete;
+
+   private:
+    struct Configuration {
+        uint8_t palette = 1, first_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+};
+
+// The compiler's own functions take registers' numbers as literals only.
+template <int REGISTER>
+inline void load_register(const char *from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(REGISTER) : "memory");
+}
+template <int REGISTER>
+inline void store_register(char *to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(REGISTER) : "memory");
+}
+template <int REGISTER>
+inline void clear_register() {
+    asm volatile("tilezero %%tmm%c0" : : "i"(REGISTER));
+}
+template <int SUM, int X, int WEIGHTS>
+inline void add_products(bf16) {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(WEIGHTS));
+}
+template <int SUM, int X, int WEIGHTS>
+inline void add_products(Int8) {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(WEIGHTS));
+}
+
+struct TileShape {
+    static constexpr int ROW_STEP = REGISTER_ROWS, MAX_ROWS = 2 * REGISTER_ROWS, FEW_ROWS = REGISTER_ROWS;
+    using Context = TileRegisters;
+};
+
+// Calls a function with each number below COUNT, as a constant.
+template <int COUNT, class Function>
+__attribute__((always_inline)) inline void for_each(const Function &function) {
+    if constexpr (COUNT > 0) {
+        for_each<COUNT - 1>(function);
+        function(std::integral_constant<int, COUNT - 1>{});
+    }
+}
+
+// The sums of BLOCKS x 16 rows of x and PANELS panels, in registers.
+template <class Weight, int BLOCKS, int PANELS>
+struct TileSums {
+    static_assert(BLOCKS <= 2 && BLOCKS * PANELS <= 4);
+    static constexpr int64_t STRIDE = PANELS * 64;  // of the sums in memory: [BLOCKS * 16][PANELS * 16]
+
+    static void clear() {
+        for_each<BLOCKS * PANELS>([](auto sum) { clear_register<sum>(); });
+    }
+
+    static void load(const void *from) {
+        for_each<BLOCKS * PANELS>([&](auto sum) { load_register<sum>(static_cast<const char *>(from) + at(sum), STRIDE); });
+    }
+
+    static void store(void *to) {
+        for_each<BLOCKS * PANELS>([&](auto sum) { store_register<sum>(static_cast<char *>(to) + at(sum), STRIDE); });
+    }
+
+    static constexpr int64_t at(int sum) { return sum / PANELS * REGISTER_ROWS * STRIDE + sum % PANELS * 64; }
+
+    // Adds the products of `count` registers for each block, x_stride bytes apart, and panel.
+    static void add(const char *x, int64_t x_stride, const char *weights, int64_t panel_stride, int64_t count,
+                    const Fetch &fetch) {
+        const char *fetched = weights + fetch.from;
+        for (; count > 0; count--, x += REGISTER_BYTES, weights += REGISTER_BYTES, fetched += 16 * fetch.step) {
+            for (int64_t i = 0; i < 16 * fetch.step; i += 64)
+                for (int j = 0; j < PANELS; j++) __builtin_prefetch(fetched + i + j * panel_stride);
+            for_each<BLOCKS>([&](auto block) { load_register<4 + block>(x + block * x_stride, 64); });
+            for_each<PANELS>([&](auto panel) {
+                load_register<6 + panel % 2>(weights + panel * panel_stride, 64);
+                for_each<BLOCKS>([&](auto block) {
+                    add_products<block * PANELS + panel, 4 + block, 6 + panel % 2>(Weight{});
+                });
+            });
+        }
+    }
+
+    // Adds the products of the last inputs, of which there are not enough for a register.
+    static void add_last(const char *x, int64_t x_stride, const char *weights, int64_t panel_stride, int64_t bytes) {
+        char padded[PANELS][REGISTER_BYTES] = {};
+        for (int j = 0; j < PANELS; j++) memcpy(padded[j], weights + j * panel_stride, bytes);
+        add(x, x_stride, padded[0], REGISTER_BYTES, 1, {0, 0});
+    }
+};
+
+// bfloat16, as Rounded. x is packed as [16 rows][32 inputs][row][input].
+struct RoundedTiles {
+    using Packed = int32_t;
+    using Shape = TileShape;
+    static constexpr int64_t INPUTS = 32;  // of a register
+
+    const int32_t *x;
+    const bf16 *weights;
+    int64_t inputs;
+
+    static int64_t row_words(int64_t inputs) { return (inputs + INPUTS - 1) / INPUTS * 16; }
+    static int64_t packed_size(int64_t rows, int64_t inputs) {
+        return (rows + REGISTER_ROWS - 1) / REGISTER_ROWS * REGISTER_ROWS * row_words(inputs);
+    }
+
+    static void pack(const float *x, int64_t inputs, int64_t start, int64_t height, int32_t *packed) {
+        for (int64_t block = 0; block < height; block += REGISTER_ROWS) {
+            int32_t *const to = packed + (start + block) * row_words(inputs);
+            for (int64_t i = 0; i < REGISTER_ROWS; i++)
+                for (int64_t k = 0; k < inputs; k += INPUTS) {
+                    const float *from = x + (start + block + i) * inputs + k;
+                    float padded[INPUTS] = {};
+                    const bool is_whole = k + INPUTS <= inputs && block + i < height;
+                    if (!is_whole && block + i < height) memcpy(padded, from, 4 * (inputs - k));
+                    store(to + k / INPUTS * 256 + i * 16, Rounded::pairs(is_whole ? from : padded));
+                }
+        }
+    }
+
+    template <int ROWS, int PANELS>
+    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, const Fetch &fetch, Floats (&sums)[ROWS][PANELS]) const {
+        using Sums = TileSums<bf16, ROWS / REGISTER_ROWS, PANELS>;
+        const auto *at = reinterpret_cast<const char *>(x + row * row_words(inputs) + begin / INPUTS * 256);
+        const auto *w = reinterpret_cast<const char *>(weights + panel * PANEL * inputs + begin * PANEL);
+        const int64_t x_stride = REGISTER_ROWS * row_words(inputs) * 4, panel_stride = PANEL * inputs * 2;
+        const int64_t whole = (end - begin) / INPUTS, last = (end - begin) % INPUTS;
+        Sums::load(sums);
+        Sums::add(at, x_stride, w, panel_stride, whole, fetch);
+        if (last > 0)
+            Sums::add_last(at + whole * REGISTER_BYTES, x_stride, w + whole * REGISTER_BYTES,
+                                              panel_stride, last * PANEL * 2);
+        Sums::store(sums);
+    }
+};
+
+// 8-bit weights, as Integers: with the same bits. x is packed as [16 rows][group][scales, sums x -128, inputs / 64][row][input].
+struct IntegerTiles {
+    using Packed = int32_t;
+    using Shape = TileShape;
+    static constexpr int64_t REGISTERS = GROUP / 64;                                      // of a group
+    static constexpr int64_t GROUP_WORDS = 2 * REGISTER_ROWS + REGISTERS * REGISTER_BYTES / 4;  // of 16 rows
+
+    const int32_t *x;
+    const Int8 *weights;
+    int64_t inputs;
+
+    static int64_t block_words(int64_t inputs) { return (inputs + GROUP - 1) / GROUP * GROUP_WORDS; }
+    static int64_t packed_size(int64_t rows, int64_t inputs) {
+        return (rows + REGISTER_ROWS - 1) / REGISTER_ROWS * block_words(inputs);
+    }
+
+    static void pack(const float *x, int64_t inputs, int64_t start, int64_t height, int32_t *packed) {
+        for (int64_t block = 0; block < height; block += REGISTER_ROWS) {
+            int32_t *to = packed + (start + block) / REGISTER_ROWS * block_words(inputs);
+            for (int64_t begin = 0; begin < inputs; begin += GROUP, to += GROUP_WORDS) {
+                std::fill_n(to, GROUP_WORDS, 0);
+                for (int64_t i = 0; i < std::min(REGISTER_ROWS, height - block); i++) {
+                    const float *from = x + (start + block + i) * inputs + begin;
+                    int8_t values[GROUP];
+                    Integers::round_group(from, std::min(GROUP, inputs - begin), values, to[i], to[REGISTER_ROWS + i]);
+                    for (int64_t r = 0; r < REGISTERS; r++)
+                        memcpy(to + 2 * REGISTER_ROWS + r * 256 + i * 16, values + r * 64, 64);
+                }
+            }
+        }
+    }
+
+    template <int ROWS, int PANELS>
+    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, Fetch fetch, Floats (&sums)[ROWS][PANELS]) const {
+        using Sums = TileSums<Int8, ROWS / REGISTER_ROWS, PANELS>;
+        const int64_t stride = block_words(inputs), panel_stride = PANEL * inputs;
+        const int32_t *at = x + row / REGISTER_ROWS * stride + begin / GROUP * GROUP_WORDS;
+        const auto *w = reinterpret_cast<const char *>(weights + panel * PANEL * inputs + begin * PANEL);
+        for (; begin < end; begin += GROUP, at += GROUP_WORDS, w += GROUP * PANEL) {
+            const auto *values = reinterpret_cast<const char *>(at + 2 * REGISTER_ROWS);
+            const int64_t count = std::min(GROUP, end - begin), whole = count / 64, last = count % 64;
+            Sums::clear();
+            Sums::add(values, 4 * stride, w, panel_stride, whole, fetch);
+            if (last > 0)
+                Sums::add_last(values + whole * REGISTER_BYTES, 4 * stride, w + whole * REGISTER_BYTES,
+                                                  panel_stride, last * PANEL);
+            fetch.from += (fetch.step - 64) * (GROUP * PANEL / 64);
+            Ints dots[ROWS][PANELS];
+            Sums::store(dots);
+            for (int i = 0; i < ROWS; i++) {
+                const int32_t *of_row = at + i / REGISTER_ROWS * stride + i % REGISTER_ROWS;
+                const Floats scale = splat(load<float>(of_row));
+                for (int j = 0; j < PANELS; j++)
+                    sums[i][j] += scale * __builtin_convertvector(dots[i][j] + of_row[REGISTER_ROWS], Floats);
+            }
+        }
+    }
+};
+#endif
