@@ -8,25 +8,23 @@
 #include <utility>
 #include <vector>
 
-#include "cache.hpp"
 #include "pool.hpp"
-#include "widened.hpp"
+#include "tile_attention.hpp"
+#include "vector_attention.hpp"
 
-constexpr int64_t SPAN = 128;                 // tokens
-constexpr int QUERIES = LANES == 16 ? 8 : 4;  // at most, a power of 2: that share the reading of a key or value
-constexpr int64_t MAX_GROUPS = 8;             // of queries, which share a span in the processor's cache
+constexpr int64_t MAX_QUERIES = 64;  // which share a span in the processor's cache
 
-template <class Items>
+// Products: those of a group of queries with keys, and of their weights with values.
+template <class Products>
 struct Attention {
-    using Stored = typename Items::Stored;
+    using Items = typename Products::Items;
     using Number = typename Items::Number;
-    using Lanes = typename Items::Lanes;
-    using Tile = typename Cache<Items>::Tile;
-    static constexpr int64_t SIDE = Items::SIDE;
-    static constexpr bool IS_SCALED = Cache<Items>::IS_SCALED;
+    using Span = typename Cache<Items>::Span;
+    static constexpr int QUERIES = Products::QUERIES;
 
     const AttentionStep &step;
     const Cache<Items> cache;
+    const Products products;
     const int64_t vectors;         // of a head's dimensions, of which the last may be partly beyond them
     std::vector<int64_t> owners;   // the sequence of each token
     std::vector<char> has_finite;  // whether a token's keys and values are finite
@@ -34,6 +32,7 @@ struct Attention {
     explicit Attention(const AttentionStep &step)
         : step(step),
           cache(step),
+          products{step},
           vectors((step.head_dim + LANES - 1) / LANES),
           owners(step.num_tokens),
           has_finite(step.num_tokens) {
@@ -47,12 +46,6 @@ struct Attention {
 
     void write(int64_t token) { has_finite[token] = cache.write(token, owners[token], position(token)); }
 
-    // The tiles of a span, of which the last may be partly beyond its end.
-    struct Span {
-        int64_t begin = 0, num_tiles = 0;
-        Tile tiles[SPAN / TILE];
-    };
-
     void find(int64_t sequence, int64_t head, int64_t begin, int64_t end, Span &span) const {
         span.begin = begin, span.num_tiles = 0;
         for (int64_t at = begin; at < std::min(begin + SPAN, end); at += TILE)
@@ -61,9 +54,9 @@ struct Attention {
 
     // Consecutive queries of one sequence and head, and their softmax and context over the spans so far.
     struct Group {
-        int64_t token, count;  // of the first, and a power of 2
-        Number *queries;       // [head_dim / SIDE][count][SIDE]
-        Floats *sums;          // [vectors][count]
+        int64_t token, count;  // of the first
+        Number *queries;
+        Floats *sums;
         float highest_score[QUERIES], total[QUERIES];
     };
 
@@ -78,8 +71,8 @@ struct Attention {
         queries.resize(count * step.head_dim);
         sums.assign(count * vectors, Floats{});
         groups.clear();
-        for (int64_t done = 0, size = QUERIES; done < count; done += size) {
-            while (done + size > count) size /= 2;
+        for (int64_t done = 0; done < count; done += groups.back().count) {
+            const int64_t size = Products::group_size(count - done);
             groups.push_back({token + done, size, &queries[done * step.head_dim], &sums[done * vectors], {}, {}});
             begin(groups.back(), head);
         }
@@ -95,12 +88,7 @@ struct Attention {
             for (Group &group : groups) {
                 const int64_t from = position(group.token), to = from + group.count;
                 if (at < oldest(from) || at >= to) continue;
-                switch (group.count) {
-                    case 1: add<1>(group, head, span, next, std::min(SPAN, to - at)); break;
-                    case 2: add<2>(group, head, span, next, std::min(SPAN, to - at)); break;
-                    case 4: add<4>(group, head, span, next, std::min(SPAN, to - at)); break;
-                    default: add<QUERIES>(group, head, span, next, std::min(SPAN, to - at));
-                }
+                add(group, head, span, next, std::min(SPAN, to - at));
             }
         }
         for (const Group &group : groups) finish(group, head);
@@ -119,8 +107,8 @@ struct Attention {
                     memcpy(&v, query + i, 4 * count);
                 Number items[LANES];
                 Items::store_numbers(items, v);
-                for (int64_t j = 0; j < count; j += SIDE)
-                    memcpy(&group.queries[(i + j) * group.count + q * SIDE], items + j, SIDE * sizeof(Number));
+                for (int64_t j = 0; j < count; j += Items::SIDE)
+                    memcpy(&group.queries[Products::query_place(i + j, q, group.count)], items + j, Items::SIDE * sizeof(Number));
             }
         }
     }
@@ -130,7 +118,7 @@ struct Attention {
             float *to = step.context + ((group.token + q) * step.n_heads + head) * step.head_dim;
             const float factor = has_finite[group.token + q] ? 1 / group.total[q] : NAN;
             for (int64_t v = 0; v < vectors; v++) {
-                const Floats context = group.sums[v * group.count + q] * factor;
+                const Floats context = sum_of(group, v, q) * factor;
                 if ((v + 1) * LANES <= step.head_dim)
                     store(to + v * LANES, context);
                 else
@@ -139,106 +127,20 @@ struct Attention {
         }
     }
 
+    Floats &sum_of(const Group &group, int64_t vector, int64_t query) const {
+        return group.sums[Products::sum_place(vector, query, group.count, vectors)];
+    }
+
     // Adds the first `length` tokens of a span.
-    template <int COUNT>
     void add(Group &group, int64_t head, const Span &span, const Span &next, int64_t length) const {
-        const int64_t num_tiles = (length + TILE - 1) / TILE;
-        alignas(64) float weights[COUNT][SPAN];
-        // As many tiles together as there are registers for their sums.
-        constexpr int TOGETHER = std::max(1, int(8 * SIDE) / (COUNT * TILE_VECTORS));
-        score_all<COUNT, TOGETHER>(group.queries, span.tiles, 0, num_tiles, weights);
-        for (int q = 0; q < COUNT; q++) {
+        alignas(64) float weights[QUERIES][SPAN];
+        products.score(group.queries, group.count, span, (length + TILE - 1) / TILE, weights);
+        for (int64_t q = 0; q < group.count; q++) {
             const float factor = softmax(weights[q], span, length, position(group.token) + q, head, group.highest_score[q],
                                          group.total[q]);
-            for (int64_t v = 0; v < vectors; v++) group.sums[v * COUNT + q] *= factor;
+            for (int64_t v = 0; v < vectors; v++) sum_of(group, v, q) *= factor;
         }
-        constexpr int CONTEXT_VECTORS = LANES == 16 ? std::min(4, 16 / COUNT) : 2;  // summed together
-        int64_t v = 0;
-        for (; (v + CONTEXT_VECTORS) * LANES <= step.head_dim; v += CONTEXT_VECTORS)
-            add_values<COUNT, CONTEXT_VECTORS>(v, span, next, length, weights, &group.sums[v * COUNT]);
-        for (; v < vectors; v++) add_values<COUNT, 1>(v, span, next, length, weights, &group.sums[v * COUNT]);
-    }
-
-    static Number *numbers(float *weights) { return reinterpret_cast<Number *>(weights); }
-    static const Number *numbers(const float *weights) { return reinterpret_cast<const Number *>(weights); }
-
-    // Scores the tiles [first, last), TILES together as long as there are as many.
-    template <int COUNT, int TILES>
-    void score_all(const Number *queries, const Tile *tiles, int64_t first, int64_t last, float (*weights)[SPAN]) const {
-        for (; first + TILES <= last; first += TILES)
-            score<COUNT, TILES>(queries, tiles + first, weights, first * TILE);
-        if constexpr (TILES > 1)
-            if (first < last) score_all<COUNT, TILES / 2>(queries, tiles, first, last, weights);
-    }
-
-    // The products of the queries with the keys of some tiles, summed over the dimensions in their order, from
-    // weights[query][at] on.
-    template <int COUNT, int TILES>
-    void score(const Number *queries, const Tile *tiles, float (*weights)[SPAN], int64_t at) const {
-        Floats sums[TILES * TILE_VECTORS][COUNT]{};
-        const Stored *from[TILES];
-        for (int t = 0; t < TILES; t++) from[t] = tiles[t].keys;
-        for (int64_t i = 0; i < step.head_dim; i += SIDE) {
-#pragma GCC unroll 8
-            for (int t = 0; t < TILES; t++) {
-#pragma GCC unroll 8
-                for (int v = 0; v < TILE_VECTORS; v++) {
-                    const Lanes keys = Items::load_lanes(from[t] + v * LANES * SIDE);
-#pragma GCC unroll 8
-                    for (int q = 0; q < COUNT; q++) {
-                        Floats &sum = sums[t * TILE_VECTORS + v][q];
-                        sum = Items::add(sum, keys, queries + i * COUNT + q * SIDE);
-                    }
-                }
-                from[t] += step.block_size * SIDE;
-                if (i * TILE % (64 / sizeof(Stored)) == 0) __builtin_prefetch(tiles[t].values + i * TILE);
-            }
-        }
-        for (int t = 0; t < TILES; t++) {
-            for (int v = 0; v < TILE_VECTORS; v++) {
-                [[maybe_unused]] Floats scale{};
-                if constexpr (IS_SCALED) scale = load_floats(tiles[t].key_scales + v * LANES);
-                for (int q = 0; q < COUNT; q++) {
-                    Floats sum = sums[t * TILE_VECTORS + v][q];
-                    if constexpr (IS_SCALED) sum *= scale;
-                    store(&weights[q][at + t * TILE + v * LANES], sum);
-                }
-            }
-        }
-    }
-
-    // Adds the products of the weights with N vectors of the values, from the vector `first` on.
-    template <int COUNT, int N>
-    void add_values(int64_t first, const Span &span, const Span &next, int64_t length, const float (*weights)[SPAN],
-                    Floats *sums) const {
-        Floats(&all)[N][COUNT] = *reinterpret_cast<Floats(*)[N][COUNT]>(sums);
-        InRegisters<N, COUNT> context(all);
-        const int64_t begin = first * LANES * SIDE, stride = step.head_dim * SIDE;
-        const bool is_whole = (first + N) * LANES <= step.head_dim;  // false for one vector at most
-        for (int64_t tile = 0; tile * TILE < length; tile++) {
-            const Stored *values = span.tiles[tile].values + begin;
-            // The keys at the same place in the next span: blocks are scattered, so the hardware does not predict them.
-            const Stored *fetched = tile < next.num_tiles ? next.tiles[tile].keys + begin : values;
-            for (int64_t t = tile * TILE; t < std::min(length, (tile + 1) * TILE); t += SIDE) {
-#pragma GCC unroll 8
-                for (int v = 0; v < N; v++) {
-                    const Lanes lanes = is_whole ? Items::load_lanes(values + v * LANES * SIDE) : load_some(values);
-                    __builtin_prefetch(fetched + v * LANES * SIDE);
-#pragma GCC unroll 8
-                    for (int q = 0; q < COUNT; q++)
-                        context.sums[v][q] = Items::add(context.sums[v][q], lanes, numbers(weights[q]) + t);
-                }
-                values += stride, fetched += stride;
-            }
-        }
-        context.copy_to(all);
-    }
-
-    // The vector that is partly beyond the dimensions.
-    __attribute__((noinline)) Lanes load_some(const Stored *from) const {
-        Stored padded[LANES * SIDE] = {};
-        memcpy(padded, from, step.head_dim % LANES * SIDE * sizeof(Stored));
-        return Items::load_lanes(padded);
+        products.add(weights, group.count, span, next, length, group.sums);
     }
 
     // Turns the scores of the first `length` tokens of a span into the numbers that values are multiplied with, in place, and
@@ -261,8 +163,8 @@ struct Attention {
         for (int64_t t = 0; t < length; t += LANES) {
             Floats weight = exp(load<Floats>(scores + t) - most);
             added += weight;
-            if constexpr (IS_SCALED) weight *= load_floats(span.tiles[t / TILE].value_scales + t % TILE);
-            Items::store_numbers(numbers(scores) + t, weight);
+            if constexpr (Cache<Items>::IS_SCALED) weight *= load_floats(span.tiles[t / TILE].value_scales + t % TILE);
+            Items::store_numbers(reinterpret_cast<Number *>(scores) + t, weight);
         }
         const float factor = exp(splat(highest_score - most))[0];
         total = total * factor + sum(added);
@@ -271,17 +173,17 @@ struct Attention {
     }
 };
 
-template <class Items>
+template <class Products>
 void attention(const AttentionStep &step, Pool &pool) {
-    Attention<Items> attention(step);
+    Attention<Products> attention(step);
     // All keys are written before any is read.
     const int64_t tokens = std::clamp<int64_t>(step.num_tokens / (4 * pool.size()), 1, 16);  // in a piece
     pool.run((step.num_tokens + tokens - 1) / tokens, [&](int64_t piece) {
         for (int64_t t = piece * tokens; t < std::min(step.num_tokens, (piece + 1) * tokens); t++) attention.write(t);
     });
     // As many queries together as leave enough pieces.
-    int64_t most = MAX_GROUPS * QUERIES;
-    while (most > QUERIES && step.num_tokens * step.n_heads / most < 8 * pool.size()) most /= 2;
+    int64_t most = MAX_QUERIES;
+    while (most > Products::QUERIES && step.num_tokens * step.n_heads / most < 8 * pool.size()) most /= 2;
     std::vector<std::pair<int64_t, int64_t>> parts;  // of sequences: the first token and how many
     for (int64_t s = 0; s < step.num_sequences; s++)
         for (int64_t t = step.query_starts[s], end = step.query_starts[s + 1]; t < end; t += most)
@@ -292,6 +194,7 @@ void attention(const AttentionStep &step, Pool &pool) {
            int64_t(parts.size()) * step.n_heads / (2 * heads) >= 8 * pool.size())
         heads *= 2;
     pool.run(int64_t(parts.size()) * step.n_heads / heads, [&](int64_t piece) {
+        [[maybe_unused]] const typename Products::Context context{};
         const auto [token, count] = parts[piece * heads / step.n_heads];
         const int64_t first = piece * heads % step.n_heads;
         for (int64_t head = first; head < first + heads; head++)

@@ -10,6 +10,7 @@
 
 constexpr int64_t TILE = 16;  // keys that are multiplied together: a block holds one or several tiles of tokens
 constexpr int TILE_VECTORS = TILE / LANES;
+constexpr int64_t SPAN = 128;  // tokens
 
 // The tensors of one layer and step, in the order of the structure in Python.
 struct AttentionStep {
@@ -103,6 +104,12 @@ struct Cache {
     struct Tile {
         Stored *keys, *values;
         const bf16 *key_scales, *value_scales;
+    };
+
+    // The tiles of a span, of which the last may be partly beyond its end.
+    struct Span {
+        int64_t begin = 0, num_tiles = 0;
+        Tile tiles[SPAN / TILE];
     };
 
     Tile tile(int64_t sequence, int64_t position, int64_t kv_head) const {

@@ -11,6 +11,7 @@
 struct Integers {
     using Packed = int32_t;
     using Shape = VectorShape;
+    static constexpr bool NEEDS_ZEROS = true;
 #if defined(__AVX512VNNI__)
     using Value = int8_t;
     using Values = Bytes;

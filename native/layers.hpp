@@ -20,13 +20,16 @@ struct Layer {
 
 inline void attention(const AttentionStep &step, Type cache, Pool &pool) {
     switch (cache) {
-        case Type::float32: return attention<WidenedItems<float>>(step, pool);
+        case Type::float32: return attention<VectorAttention<WidenedItems<float>>>(step, pool);
         case Type::bfloat16:
-#if defined(__AVX512BF16__)
-            if (step.head_dim % 2 == 0) return attention<PairedItems>(step, pool);
+#if defined(__AMX_TILE__)
+            if (TileAttention::can_compute(step)) return attention<TileAttention>(step, pool);
 #endif
-            return attention<WidenedItems<bf16>>(step, pool);
-        case Type::int8: return attention<WidenedItems<int8_t>>(step, pool);
+#if defined(__AVX512BF16__)
+            if (step.head_dim % 2 == 0) return attention<VectorAttention<PairedItems>>(step, pool);
+#endif
+            return attention<VectorAttention<WidenedItems<bf16>>>(step, pool);
+        case Type::int8: return attention<VectorAttention<WidenedItems<int8_t>>>(step, pool);
     }
 }
 

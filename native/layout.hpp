@@ -8,8 +8,6 @@
 
 constexpr int PANEL = 16;                  // outputs
 constexpr int VECTORS = PANEL / LANES;     // in a panel
-constexpr int64_t INPUT_BLOCK = 4096;      // inputs whose weights stay in the cache for several tiles of rows
-constexpr int64_t ROW_BLOCK = 96;          // rows of x that stay in the cache for several panels
 constexpr int64_t PIECE_BYTES = 64 << 10;  // of weights in one piece of work, at least
 constexpr int64_t GROUP = 128;             // inputs that share a scale where x is rounded to 8 bits
 
@@ -27,6 +25,8 @@ struct VectorShape {
 #endif
     static constexpr int FEW_ROWS = MAX_ROWS / 3;  // with MAX_PANELS
     static constexpr int ROW_STEP = 1;             // between the numbers of rows that code is compiled for
+    static constexpr int64_t INPUT_BLOCK = 4096;   // inputs whose weights stay in the cache for several tiles of rows
+    static constexpr int64_t ROW_BLOCK = 96;       // rows of x that stay in the cache for several panels
     struct Context {};                             // lives as long as there are sums in registers
 };
 

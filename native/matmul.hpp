@@ -1,7 +1,9 @@
 // y = activation(x Wᵀ + bias) + residual, for packed weights W.
 //
+// `Products` says how the rows of x are packed and multiplied; NEEDS_ZEROS, whether its sums begin as zeros in memory.
+//
 // Weights are packed in panels of 16 outputs, so that a vector holds the weights of several outputs for the same
-// inputs. Each output is one chain of additions over the inputs in their order: its bits depend on its own row of x and
+// inputs. Each output is one chain of additions over the inputs in a fixed order: its bits depend on its own row of x and
 // on the instruction set, not on the other rows or the number of threads.
 #pragma once
 
@@ -9,10 +11,10 @@
 #include <memory>
 
 #include "activation.hpp"
-#include "amx.hpp"
 #include "integers.hpp"
 #include "pool.hpp"
 #include "rounded.hpp"
+#include "tile_products.hpp"
 #include "widened.hpp"
 
 // How an output is finished.
@@ -39,12 +41,14 @@ struct Matmul {
     void add(int64_t tile, int64_t panel, int64_t begin, int64_t end, const Fetch &fetch) const {
         alignas(64) Floats sums[ROWS][PANELS * VECTORS];
         const int64_t row = tiles.start(tile);
-        const int height = Shape::ROW_STEP == 1 ? ROWS : tiles.height(tile);
+        const int height = Shape::ROW_STEP == 1 ? ROWS : std::min(ROWS, tiles.height(tile));
         const int64_t first = panel * PANEL, columns = std::min<int64_t>(PANELS * PANEL, outputs - first);
         float *out = y + row * outputs + first;
-        for (int i = 0; i < ROWS; i++)
-            for (int j = 0; j < PANELS * VECTORS; j++)
-                sums[i][j] = begin == 0 || i >= height ? Floats{} : load_columns(out + i * outputs, columns, j * LANES);
+        if (begin > 0)
+            for (int i = 0; i < height; i++)
+                for (int j = 0; j < PANELS * VECTORS; j++) sums[i][j] = load_columns(out + i * outputs, columns, j * LANES);
+        else if (Products::NEEDS_ZEROS)
+            for (auto &row_sums : sums) std::fill(std::begin(row_sums), std::end(row_sums), Floats{});
         // Behind the end of a panel is the one beside it, which has been read: the last inputs fetch the panels after these.
         // With the 16 registers of AVX2, GCC 12 compiles such a loop to one that takes 60% longer.
         constexpr int64_t item = sizeof(*products.weights);
@@ -54,35 +58,46 @@ struct Matmul {
         if (turn <= begin) turn = end;
         for (int64_t at = begin, to = turn; at < end; at = to, to = end)
             products.template add<ROWS, PANELS>(row, panel, at, to, {fetch.from + (at < turn ? 0 : skipped), fetch.step}, sums);
-        const bool is_last = end == products.inputs;
-        for (int i = 0; i < height; i++)
-            for (int j = 0; j < PANELS * VECTORS; j++) {
-                Floats &value = sums[i][j];
-                if (is_last) finish(value, row + i, first, columns, j * LANES);
-                store_columns(out + i * outputs, columns, j * LANES, value);
-            }
+        if (end < products.inputs) {
+            for (int i = 0; i < height; i++)
+                for (int j = 0; j < PANELS * VECTORS; j++) store_columns(out + i * outputs, columns, j * LANES, sums[i][j]);
+        } else if (columns == PANELS * PANEL) {
+            finish(row, first, height, PANELS * PANEL, sums);
+        } else {
+            finish(row, first, height, columns, sums);
+        }
     }
 
-    void finish(Floats &value, int64_t row, int64_t first, int64_t columns, int64_t at) const {
-        if (epilogue.scales != nullptr) value *= load_columns(epilogue.scales + first, columns, at);
-        if (epilogue.bias != nullptr) value += load_columns(epilogue.bias + first, columns, at);
-        value = activate(epilogue.activation, value);
-        if (epilogue.clip < INFINITY) {  // NaN stays NaN
-            value = value > epilogue.clip ? splat(epilogue.clip) : value;
-            value = value < -epilogue.clip ? splat(-epilogue.clip) : value;
+    // Inlined, as are the functions below, so that whole vectors are stored without a branch.
+    template <int ROWS, int COLUMNS>
+    __attribute__((always_inline)) void finish(int64_t row, int64_t first, int height, int64_t columns,
+                                               const Floats (&sums)[ROWS][COLUMNS]) const {
+        for (int j = 0; j < COLUMNS; j++) {
+            const int64_t from = j * LANES;
+            const Floats scale = epilogue.scales == nullptr ? Floats{} : load_columns(epilogue.scales + first, columns, from);
+            const Floats bias = epilogue.bias == nullptr ? Floats{} : load_columns(epilogue.bias + first, columns, from);
+            for (int i = 0; i < height; i++) {
+                const int64_t at = (row + i) * outputs + first;
+                Floats value = epilogue.scales == nullptr ? sums[i][j] + bias : multiply_add(sums[i][j], scale, bias);
+                value = activate(epilogue.activation, value);
+                if (epilogue.clip < INFINITY) {  // NaN stays NaN
+                    value = value > epilogue.clip ? splat(epilogue.clip) : value;
+                    value = value < -epilogue.clip ? splat(-epilogue.clip) : value;
+                }
+                if (epilogue.residual != nullptr) value += load_columns(epilogue.residual + at, columns, from);
+                store_columns(y + at, columns, from, value);
+            }
         }
-        if (epilogue.residual != nullptr)
-            value += load_columns(epilogue.residual + row * outputs + first, columns, at);
     }
 
     // Load and store a vector of a row that may extend beyond the row's last column.
-    static Floats load_columns(const float *row, int64_t columns, int64_t at) {
+    __attribute__((always_inline)) static Floats load_columns(const float *row, int64_t columns, int64_t at) {
         if (at + LANES <= columns) return load<Floats>(row + at);
         Floats v{};
         if (at < columns) memcpy(&v, row + at, 4 * (columns - at));
         return v;
     }
-    static void store_columns(float *row, int64_t columns, int64_t at, const Floats &v) {
+    __attribute__((always_inline)) static void store_columns(float *row, int64_t columns, int64_t at, const Floats &v) {
         if (at + LANES <= columns) return store(row + at, v);
         if (at < columns) memcpy(row + at, &v, 4 * (columns - at));
     }
@@ -113,8 +128,8 @@ struct Matmul {
 
     void compute(int64_t panel, int64_t last) const {
         [[maybe_unused]] const typename Shape::Context context{};
-        constexpr int64_t TILES = ROW_BLOCK / Shape::MAX_ROWS;
-        const int64_t block = tiles.count == 1 ? products.inputs : INPUT_BLOCK;
+        constexpr int64_t TILES = Shape::ROW_BLOCK / Shape::MAX_ROWS;
+        const int64_t block = tiles.count == 1 ? products.inputs : Shape::INPUT_BLOCK;
         for (int64_t tile = 0; tile < tiles.count; tile += TILES) {
             const int64_t last_tile = std::min(tiles.count, tile + TILES);
             for (int64_t begin = 0; begin < products.inputs; begin += block) {

@@ -12,6 +12,7 @@
 struct Rounded {
     using Packed = int32_t;
     using Shape = VectorShape;
+    static constexpr bool NEEDS_ZEROS = true;
 
     const int32_t *x;
     const bf16 *weights;

@@ -38,6 +38,7 @@ template <class Weight>
 struct Widened {
     using Packed = float;
     using Shape = VectorShape;
+    static constexpr bool NEEDS_ZEROS = true;
 
     const float *x;
     const Weight *weights;

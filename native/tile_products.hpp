@@ -1,82 +1,25 @@
-// Products by AMX, whose tile registers hold 16 rows of 64 bytes each.
+// Products by AMX with packed weights.
 //
 // A register of weights is 1 KiB of a panel as it lies in memory; a register of x, 16 rows of it. Missing rows and inputs
 // of x are zeros, so that registers always have their full size.
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "integers.hpp"
 #include "rounded.hpp"
+#include "tile_registers.hpp"
 
 #if defined(__AMX_TILE__)
-#include <sys/syscall.h>
-#include <unistd.h>
-
-// Asks the system to let this process use the registers. Returns whether it does.
-inline bool request_tile_registers() {
-    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
-}
-
-constexpr int64_t REGISTER_ROWS = 16, REGISTER_BYTES = 1024;
-
-// The registers: 0 to 3 for sums, 4 and 5 for x, 6 and 7 for weights. Configured for as long as this object lives.
-class TileRegisters {
-   public:
-    TileRegisters() {
-        alignas(64) Configuration all;
-        _tile_loadconfig(&all);
-    }
-    ~TileRegisters() { _tile_release(); }
-    TileRegisters(const TileRegisters &) = delete;
-
-   private:
-    struct Configuration {
-        uint8_t palette = 1, first_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+struct TileShape {
+    static constexpr int ROW_STEP = REGISTER_ROWS, MAX_ROWS = 2 * REGISTER_ROWS, FEW_ROWS = REGISTER_ROWS;
+    static constexpr int64_t INPUT_BLOCK = 2048, ROW_BLOCK = 128;
+    struct Context : TileRegisters {
+        Context() : TileRegisters(TileSizes{}) {}
     };
 };
 
-// The compiler's own functions take registers' numbers as literals only.
-template <int REGISTER>
-inline void load_register(const char *from, int64_t stride) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(REGISTER) : "memory");
-}
-template <int REGISTER>
-inline void store_register(char *to, int64_t stride) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(REGISTER) : "memory");
-}
-template <int REGISTER>
-inline void clear_register() {
-    asm volatile("tilezero %%tmm%c0" : : "i"(REGISTER));
-}
-template <int SUM, int X, int WEIGHTS>
-inline void add_products(bf16) {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(WEIGHTS));
-}
-template <int SUM, int X, int WEIGHTS>
-inline void add_products(Int8) {
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(WEIGHTS));
-}
-
-struct TileShape {
-    static constexpr int ROW_STEP = REGISTER_ROWS, MAX_ROWS = 2 * REGISTER_ROWS, FEW_ROWS = REGISTER_ROWS;
-    using Context = TileRegisters;
-};
-
-// Calls a function with each number below COUNT, as a constant.
-template <int COUNT, class Function>
-__attribute__((always_inline)) inline void for_each(const Function &function) {
-    if constexpr (COUNT > 0) {
-        for_each<COUNT - 1>(function);
-        function(std::integral_constant<int, COUNT - 1>{});
-    }
-}
-
-// The sums of BLOCKS x 16 rows of x and PANELS panels, in registers.
+// The sums of BLOCKS x 16 rows of x and PANELS panels, in the registers 0 to 3; 4 and 5 are for x, 6 and 7 for weights.
 template <class Weight, int BLOCKS, int PANELS>
 struct TileSums {
     static_assert(BLOCKS <= 2 && BLOCKS * PANELS <= 4);
@@ -125,6 +68,7 @@ struct TileSums {
 struct RoundedTiles {
     using Packed = int32_t;
     using Shape = TileShape;
+    static constexpr bool NEEDS_ZEROS = false;
     static constexpr int64_t INPUTS = 32;  // of a register
 
     const int32_t *x;
@@ -157,7 +101,10 @@ struct RoundedTiles {
         const auto *w = reinterpret_cast<const char *>(weights + panel * PANEL * inputs + begin * PANEL);
         const int64_t x_stride = REGISTER_ROWS * row_words(inputs) * 4, panel_stride = PANEL * inputs * 2;
         const int64_t whole = (end - begin) / INPUTS, last = (end - begin) % INPUTS;
-        Sums::load(sums);
+        if (begin == 0)
+            Sums::clear();
+        else
+            Sums::load(sums);
         Sums::add(at, x_stride, w, panel_stride, whole, fetch);
         if (last > 0)
             Sums::add_last(at + whole * REGISTER_BYTES, x_stride, w + whole * REGISTER_BYTES,
@@ -170,6 +117,7 @@ struct RoundedTiles {
 struct IntegerTiles {
     using Packed = int32_t;
     using Shape = TileShape;
+    static constexpr bool NEEDS_ZEROS = true;
     static constexpr int64_t REGISTERS = GROUP / 64;                                      // of a group
     static constexpr int64_t GROUP_WORDS = 2 * REGISTER_ROWS + REGISTERS * REGISTER_BYTES / 4;  // of 16 rows
 
