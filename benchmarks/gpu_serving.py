@@ -1,17 +1,18 @@
 """Measures MPT-7B with random weights as served on the card of this machine, beside transformers, in minutes.
 
-python -m benchmarks.gpu_serving [--output build/bench/gpu_serving.json]
+python -m benchmarks.gpu_serving [--output build/bench/gpu_serving.json] [--minutes 5]
 
 Three loads: one prompt of 512 tokens and 64 new tokens; 64 of them at once; and 256 requests of mixed lengths, which
-transformers computes in static batches of 32. The first two are measured in the engine's own process as well, since
-what the service adds is the difference. Each row is written to the file as it comes. `--device cpu` tries the program
-with a tiny model.
+transformers computes in static batches of 32, as many as there is time for. The first two are measured in the engine's
+own process as well, since what the service adds is the difference. Each row is written to the file as it comes.
+`--device cpu` tries the program with a tiny model.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import shutil
 import statistics
@@ -131,11 +132,16 @@ class Transformers:
             self._model: Any = transformers.MptForCausalLM._from_config(config, dtype=dtype).eval()
 
     @torch.inference_mode()
-    def run(self, load: Load, batch: int) -> float:
-        """Returns the output tokens per second that were asked for; what a batch computes beyond them is lost."""
-        prompts = prompts_of(load)
+    def run(self, load: Load, batch: int, end_s: float = float("inf")) -> float:
+        """Returns the output tokens per second that were asked for; what a batch computes beyond them is lost.
+
+        No batch starts after `end_s`, except the first.
+        """
+        prompts, num_tokens = prompts_of(load), 0
         start_s = perf_counter()
         for first in range(0, len(load), batch):
+            if first and perf_counter() > end_s:
+                break
             part, lengths = prompts[first : first + batch], load[first : first + batch]
             longest, num_output = max(map(len, part)), max(output for _, output in lengths)
             # Padded on the left, as for any model that decodes.
@@ -148,16 +154,19 @@ class Transformers:
                 max_new_tokens=num_output,
                 pad_token_id=0,
             )
+            num_tokens += sum(output for _, output in lengths)
         if self._device == "cuda":
             torch.cuda.synchronize()
-        return sum(output for _, output in load) / (perf_counter() - start_s)
+        return num_tokens / (perf_counter() - start_s)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/bench/gpu_serving.json"))
+    parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parsed = parser.parse_args(arguments)
+    end_s = perf_counter() + 60 * parsed.minutes
     is_gpu = parsed.device == "cuda"
     num_prompt, num_output, num_mixed = (512, 64, 256) if is_gpu else (32, 4, 8)
     random = Random(0)
@@ -181,20 +190,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(what, name, json.dumps(value), flush=True)
         parsed.output.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_model(folder, MPT_7B if is_gpu else _TINY)
+    def serve(folder: Path) -> None:
         flags = ["--model", str(folder), "--load-format", "random", "--device", parsed.device]
+        start_s = perf_counter()
         with served(*flags, "--max-running-requests", str(_MAX_RUNNING)) as target:
+            note("served", "start_s", perf_counter() - start_s)
             for load_name, load in loads.items():
                 note("served", load_name, vars(asyncio.run(over_grpc(target, load))))
+
+    def compute(folder: Path) -> None:
         for load_name in ("alone", "64 at once"):
             note("in process", load_name, vars(in_process(folder, parsed.device, loads[load_name])))
+
+    def generate(folder: Path) -> None:
         peer = Transformers(folder, parsed.device)
-        report["transformers"] = {"version": peer.version}
+        note("transformers", "version", peer.version)
         peer.run(loads["alone"], 1)  # does not count
         for load_name, batch in (("alone", 1), ("64 at once", 64), ("mixed lengths", _STATIC_BATCH)):
-            note("transformers", load_name, peer.run(loads[load_name], batch))
+            note("transformers", load_name, peer.run(loads[load_name], batch, end_s))
+
+    with tempfile.TemporaryDirectory() as name:
+        make_model(Path(name), MPT_7B if is_gpu else _TINY)
+        for part in (serve, generate, compute):
+            if perf_counter() > end_s:
+                note("left out", part.__name__, "no time was left")
+                continue
+            try:
+                part(Path(name))
+            except (Exception, SystemExit) as error:  # the other parts are still worth running
+                note("failed", part.__name__, repr(error))
+            gc.collect()  # what held the part's model
+            if is_gpu:
+                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
