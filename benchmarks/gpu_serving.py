@@ -17,7 +17,7 @@ import json
 import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -29,6 +29,7 @@ import torch
 import mpt_grpc
 from benchmarks.gpu_plan import MPT_7B
 from benchmarks.peers.drivers.ours import served
+from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.engine.stream import ThreadStream, collect
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
@@ -72,29 +73,34 @@ def prompts_of(load: Load) -> list[list[int]]:
     return [random.choices(range(1, _NUM_TOKEN_IDS), k=num_tokens) for num_tokens, _ in load]
 
 
-def in_process(folder: Path, device: str, load: Load) -> Measured:
-    """Measures the engine without the service."""
+def in_process(folder: Path, device: str, loads: Mapping[str, Load]) -> Iterator[tuple[str, Measured]]:
+    """Measures loads in the engine without the service."""
+    gc.collect()  # what is left of other models
     settings = Settings(
         model=ModelSettings(model=str(folder), load_format="random", device="cuda" if device == "cuda" else "cpu"),
         scheduler=SchedulerSettings(max_running_requests=_MAX_RUNNING),
     )
     engine, _ = load_engine(settings)
     with engine:
-        for _ in range(2):  # the first time does not count
-            requests = [
-                GenerationRequest(
-                    f"{number}",
-                    tuple(prompt),
-                    SamplingParameters(temperature=0),
-                    stopping=StoppingCriteria(max_new_tokens=num_output, ignore_eos=True),
-                    cache=CacheOptions(bypass=True),
-                )
-                for number, (prompt, (_, num_output)) in enumerate(zip(prompts_of(load), load, strict=True))
-            ]
-            start_s = perf_counter()
-            streams = [engine.submit(engine.preparation.prepare(request), ThreadStream) for request in requests]
-            stats = [collect(stream).stats for stream in streams]
-            elapsed_s = perf_counter() - start_s
+        for name, load in loads.items():
+            yield name, [_computed(engine, load) for _ in range(2)][1]  # the first time does not count
+
+
+def _computed(engine: Engine, load: Load) -> Measured:
+    requests = [
+        GenerationRequest(
+            f"{number}",
+            tuple(prompt),
+            SamplingParameters(temperature=0),
+            stopping=StoppingCriteria(max_new_tokens=num_output, ignore_eos=True),
+            cache=CacheOptions(bypass=True),
+        )
+        for number, (prompt, (_, num_output)) in enumerate(zip(prompts_of(load), load, strict=True))
+    ]
+    start_s = perf_counter()
+    streams = [engine.submit(engine.preparation.prepare(request), ThreadStream) for request in requests]
+    stats = [collect(stream).stats for stream in streams]
+    elapsed_s = perf_counter() - start_s
     first_s = [(one.first_token_time_s or 0) - one.arrival_time_s for one in stats]
     return Measured.of(load, first_s, elapsed_s)
 
@@ -199,8 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 note("served", load_name, vars(asyncio.run(over_grpc(target, load))))
 
     def compute(folder: Path) -> None:
-        for load_name in ("alone", "64 at once"):
-            note("in process", load_name, vars(in_process(folder, parsed.device, loads[load_name])))
+        without_mixed = {load_name: loads[load_name] for load_name in ("alone", "64 at once")}
+        for load_name, measured in in_process(folder, parsed.device, without_mixed):
+            note("in process", load_name, vars(measured))
 
     def generate(folder: Path) -> None:
         peer = Transformers(folder, parsed.device)
@@ -219,9 +226,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 part(Path(name))
             except (Exception, SystemExit) as error:  # the other parts are still worth running
                 note("failed", part.__name__, repr(error))
-            gc.collect()  # what held the part's model
-            if is_gpu:
-                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
