@@ -6,6 +6,7 @@ NEWEST_PYTHON = $(firstword $(foreach minor,14 13 12,$(shell \
 		"$$python" -c 'import ensurepip, sys; print(sys.executable)' 2>/dev/null; done)) $(PYTHON))
 BIN := .venv/bin
 INSTALL := -m pip install --disable-pip-version-check
+BENCH := build/bench
 STUBS := clients/python/mpt_grpc_client/proto
 BASELINE := protos/released.txtpb
 # The package index to install PyTorch from; empty for pip's own. TORCH_CUDA=1 installs the CUDA build without a GPU.
@@ -165,9 +166,10 @@ bench-quick: .venv/dev ## The same in minutes: a small model, one round
 		--peers openvino-16 openvino-8 ctranslate2-8 transformers-16 $(ARGS)
 
 .PHONY: bench-gpu
-bench-gpu: ## Check and measure this machine's GPU, first the kernels and then serving; PYTHON needs the server's libraries and transformers
-	PYTHONPATH=.:clients/python $(PYTHON) -m benchmarks.gpu_speed --minutes 5
-	PYTHONPATH=.:clients/python $(PYTHON) -m benchmarks.gpu_serving
+bench-gpu: ## Check and measure this machine's GPU in 9 minutes, the kernels and then serving, with results in BENCH; PYTHON needs the server's libraries and transformers
+	PYTHONPATH=.:clients/python $(PYTHON) -m benchmarks.gpu_speed --output $(BENCH)/gpu.json --minutes 4
+	PYTHONPATH=.:clients/python $(PYTHON) -m benchmarks.gpu_serving --output $(BENCH)/gpu_serving.json --minutes 5
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_report $(BENCH)
 
 # The tools of a release, whose requirements differ from those of the tests.
 .venv/release/ready:

@@ -1,22 +1,23 @@
 """Measures MPT-7B with random weights as served on the card of this machine, beside transformers, in minutes.
 
-python -m benchmarks.gpu_serving [--output build/bench/gpu_serving.json]
+python -m benchmarks.gpu_serving [--output build/bench/gpu_serving.json] [--minutes 5]
 
 Three loads: one prompt of 512 tokens and 64 new tokens; 64 of them at once; and 256 requests of mixed lengths, which
-transformers computes in static batches of 32. The first two are measured in the engine's own process as well, since
-what the service adds is the difference. Each row is written to the file as it comes. `--device cpu` tries the program
-with a tiny model.
+transformers computes in static batches of 32, as many as there is time for. The first two are measured in the engine's
+own process as well, since what the service adds is the difference. Each row is written to the file as it comes.
+`--device cpu` tries the program with a tiny model.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -28,6 +29,7 @@ import torch
 import mpt_grpc
 from benchmarks.gpu_plan import MPT_7B
 from benchmarks.peers.drivers.ours import served
+from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.engine.stream import ThreadStream, collect
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
@@ -71,29 +73,34 @@ def prompts_of(load: Load) -> list[list[int]]:
     return [random.choices(range(1, _NUM_TOKEN_IDS), k=num_tokens) for num_tokens, _ in load]
 
 
-def in_process(folder: Path, device: str, load: Load) -> Measured:
-    """Measures the engine without the service."""
+def in_process(folder: Path, device: str, loads: Mapping[str, Load]) -> Iterator[tuple[str, Measured]]:
+    """Measures loads in the engine without the service."""
+    gc.collect()  # what is left of other models
     settings = Settings(
         model=ModelSettings(model=str(folder), load_format="random", device="cuda" if device == "cuda" else "cpu"),
         scheduler=SchedulerSettings(max_running_requests=_MAX_RUNNING),
     )
     engine, _ = load_engine(settings)
     with engine:
-        for _ in range(2):  # the first time does not count
-            requests = [
-                GenerationRequest(
-                    f"{number}",
-                    tuple(prompt),
-                    SamplingParameters(temperature=0),
-                    stopping=StoppingCriteria(max_new_tokens=num_output, ignore_eos=True),
-                    cache=CacheOptions(bypass=True),
-                )
-                for number, (prompt, (_, num_output)) in enumerate(zip(prompts_of(load), load, strict=True))
-            ]
-            start_s = perf_counter()
-            streams = [engine.submit(engine.preparation.prepare(request), ThreadStream) for request in requests]
-            stats = [collect(stream).stats for stream in streams]
-            elapsed_s = perf_counter() - start_s
+        for name, load in loads.items():
+            yield name, [_computed(engine, load) for _ in range(2)][1]  # the first time does not count
+
+
+def _computed(engine: Engine, load: Load) -> Measured:
+    requests = [
+        GenerationRequest(
+            f"{number}",
+            tuple(prompt),
+            SamplingParameters(temperature=0),
+            stopping=StoppingCriteria(max_new_tokens=num_output, ignore_eos=True),
+            cache=CacheOptions(bypass=True),
+        )
+        for number, (prompt, (_, num_output)) in enumerate(zip(prompts_of(load), load, strict=True))
+    ]
+    start_s = perf_counter()
+    streams = [engine.submit(engine.preparation.prepare(request), ThreadStream) for request in requests]
+    stats = [collect(stream).stats for stream in streams]
+    elapsed_s = perf_counter() - start_s
     first_s = [(one.first_token_time_s or 0) - one.arrival_time_s for one in stats]
     return Measured.of(load, first_s, elapsed_s)
 
@@ -131,11 +138,16 @@ class Transformers:
             self._model: Any = transformers.MptForCausalLM._from_config(config, dtype=dtype).eval()
 
     @torch.inference_mode()
-    def run(self, load: Load, batch: int) -> float:
-        """Returns the output tokens per second that were asked for; what a batch computes beyond them is lost."""
-        prompts = prompts_of(load)
+    def run(self, load: Load, batch: int, end_s: float = float("inf")) -> float:
+        """Returns the output tokens per second that were asked for; what a batch computes beyond them is lost.
+
+        No batch starts after `end_s`, except the first.
+        """
+        prompts, num_tokens = prompts_of(load), 0
         start_s = perf_counter()
         for first in range(0, len(load), batch):
+            if first and perf_counter() > end_s:
+                break
             part, lengths = prompts[first : first + batch], load[first : first + batch]
             longest, num_output = max(map(len, part)), max(output for _, output in lengths)
             # Padded on the left, as for any model that decodes.
@@ -148,16 +160,19 @@ class Transformers:
                 max_new_tokens=num_output,
                 pad_token_id=0,
             )
+            num_tokens += sum(output for _, output in lengths)
         if self._device == "cuda":
             torch.cuda.synchronize()
-        return sum(output for _, output in load) / (perf_counter() - start_s)
+        return num_tokens / (perf_counter() - start_s)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/bench/gpu_serving.json"))
+    parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parsed = parser.parse_args(arguments)
+    end_s = perf_counter() + 60 * parsed.minutes
     is_gpu = parsed.device == "cuda"
     num_prompt, num_output, num_mixed = (512, 64, 256) if is_gpu else (32, 4, 8)
     random = Random(0)
@@ -181,20 +196,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(what, name, json.dumps(value), flush=True)
         parsed.output.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_model(folder, MPT_7B if is_gpu else _TINY)
+    def serve(folder: Path) -> None:
         flags = ["--model", str(folder), "--load-format", "random", "--device", parsed.device]
+        start_s = perf_counter()
         with served(*flags, "--max-running-requests", str(_MAX_RUNNING)) as target:
+            note("served", "start_s", perf_counter() - start_s)
             for load_name, load in loads.items():
                 note("served", load_name, vars(asyncio.run(over_grpc(target, load))))
-        for load_name in ("alone", "64 at once"):
-            note("in process", load_name, vars(in_process(folder, parsed.device, loads[load_name])))
+
+    def compute(folder: Path) -> None:
+        without_mixed = {load_name: loads[load_name] for load_name in ("alone", "64 at once")}
+        for load_name, measured in in_process(folder, parsed.device, without_mixed):
+            note("in process", load_name, vars(measured))
+
+    def generate(folder: Path) -> None:
         peer = Transformers(folder, parsed.device)
-        report["transformers"] = {"version": peer.version}
+        note("transformers", "version", peer.version)
         peer.run(loads["alone"], 1)  # does not count
         for load_name, batch in (("alone", 1), ("64 at once", 64), ("mixed lengths", _STATIC_BATCH)):
-            note("transformers", load_name, peer.run(loads[load_name], batch))
+            note("transformers", load_name, peer.run(loads[load_name], batch, end_s))
+
+    with tempfile.TemporaryDirectory() as name:
+        make_model(Path(name), MPT_7B if is_gpu else _TINY)
+        for part in (serve, generate, compute):
+            if perf_counter() > end_s:
+                note("left out", part.__name__, "no time was left")
+                continue
+            try:
+                part(Path(name))
+            except (Exception, SystemExit) as error:  # the other parts are still worth running
+                note("failed", part.__name__, repr(error))
 
 
 if __name__ == "__main__":

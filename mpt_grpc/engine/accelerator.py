@@ -94,7 +94,8 @@ def why_triton_cannot_start() -> str | None:
     # It compiles what starts its kernels when the first one runs.
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "needs a C compiler, such as gcc"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+    # As Triton does: the default scheme of some distributions is for what users install.
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
         return "needs the headers of Python, which Linux distributions have in a package such as python3-dev"
     return None
 

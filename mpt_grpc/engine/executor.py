@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -84,6 +85,7 @@ class StepExecutor:
 
         Sequences that fail, even alone, have an error in the result. Raises DeviceLostError.
         """
+        _free_tensors(error)
         if len(failed.sequences) == 1:
             # Numbers that are not finite come from the weights: the way through the code says nothing about them.
             shown = None if isinstance(error, FloatingPointError) else error
@@ -127,3 +129,10 @@ class StepExecutor:
             logits = logits[[masks.is_ready(sequence) for sequence in choosing for _ in sequence.choices]]
         chosen = self._sampler.choose(logits, ready, masks.bits, are_finite=output.are_finite)
         return LaunchedStep(plan, start_s, chosen, output.prompt_logprobs, masks.errors)
+
+
+def _free_tensors(error: BaseException | None) -> None:
+    """Frees what the frames of a failed step hold, such as tensors that leave no memory for another try."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from hashlib import blake2b
+from importlib import import_module
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -88,7 +89,8 @@ def _numerics(weight_format: WeightFormat, attention: str) -> str:
     if weight_format.device.type == "cuda":
         name = "cuda"
         code += [torch.cuda.get_device_name(weight_format.device).encode(), str(torch.version.cuda).encode()]
-        code.append(f"{attention} {version(attention)}".encode())
+        # The module's own version: its distribution has another name in some builds of PyTorch.
+        code.append(f"{attention} {import_module(attention).__version__}".encode())
         code += [path.read_bytes() for path in sorted(_MODEL_CODE.rglob("triton_*.py"))]
         if weight_format.batch_invariant:
             name = "cuda-batch-invariant"

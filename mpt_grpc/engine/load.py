@@ -21,7 +21,7 @@ from mpt_grpc.engine.parts import BLOCK_SIZE, Parts, resolve
 from mpt_grpc.engine.prepare import Preparation
 from mpt_grpc.engine.sizing import LargestSteps, bytes_left, memory_needs
 from mpt_grpc.engine.validation import RequestLimits
-from mpt_grpc.errors import DeviceLostError, ModelError, SettingsError
+from mpt_grpc.errors import ModelError, SettingsError
 from mpt_grpc.limits import RANGES
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.runner import Runner
@@ -172,7 +172,7 @@ def _explained(attention: AttentionName) -> Iterator[None]:
     try:
         with _fitting("the largest steps", remedy):
             yield
-    except (ModelError, SettingsError, DeviceLostError):
+    except (ModelError, SettingsError):
         raise
     except Exception as error:
         if attention != "triton":

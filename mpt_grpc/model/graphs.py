@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,10 +51,18 @@ class CudaRecorder:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             work()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        current = torch.cuda.current_stream()
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            results = work()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                results = work()
+        except RuntimeError:
+            # PyTorch leaves the stream and its allocator as they are where CUDA refuses what was to be recorded.
+            torch.cuda.set_stream(current)
+            with suppress(RuntimeError):  # nothing is left to end otherwise
+                torch._C._cuda_endAllocateToPool(current.device_index, self._pool)
+            raise
         graph.replay()
         return graph.replay, results
 
@@ -88,7 +97,8 @@ class DecodeGraphs:
                 try:
                     self._recordings[size, splits] = self._record(compute, size, splits)
                 except RuntimeError as error:
-                    _log.warning("some decoding steps are computed without CUDA graphs, which is slower: %s", error)
+                    why = next(iter(str(error).splitlines()), "")
+                    _log.warning("some decoding steps are computed without CUDA graphs, which is slower: %s", why)
                     return
 
     def run(self, plan: StepPlan, chosen: Tensor | None = None) -> tuple[Tensor, ...] | None:
@@ -99,7 +109,9 @@ class DecodeGraphs:
         if not all(map(_decodes, plan.sequences)):
             return None
         num_sequences = len(plan.sequences)
-        size, splits = _padded(num_sequences), _num_splits(max(sequence.length for sequence in plan.sequences))
+        # A table may have more blocks than the step needs: some were for drafts that were wrong.
+        longest = max(len(sequence.block_table) for sequence in plan.sequences) * self._metadata.block_size
+        size, splits = _padded(num_sequences), _num_splits(longest)
         if (recording := self._recordings.get((size, splits))) is None:
             return None
         padding = plan.sequences[-1:] * (size - num_sequences)
@@ -137,7 +149,7 @@ def _decodes(sequence: SequenceStep) -> bool:
 
 
 def _num_splits(num_tokens: int) -> int:
-    """Returns the number of splits in the recording of a step whose longest sequence has `num_tokens` tokens."""
+    """Returns the number of splits in the recording of a step whose longest block table holds `num_tokens` tokens."""
     return power_of_two(-(-num_tokens // SPLIT_KEYS))
 
 

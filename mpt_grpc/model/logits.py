@@ -142,7 +142,7 @@ def _forbid(logits: Tensor, tokens: _Tokens) -> None:
     cells, rows = _cells(logits, tokens)
     flat, indices = logits.view(-1), send(cells, logits.device)
     before = flat[indices]
-    flat[indices] = -torch.inf
+    flat.index_fill_(0, indices, -torch.inf)  # assignment would copy the number to a GPU, and wait for that
     # A row with no other token left keeps its forbidden tokens.
     affected = send(torch.tensor(list(tokens)), logits.device)
     is_empty = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)

@@ -72,14 +72,14 @@ class Runner:
         Raises DeviceLostError if the accelerator has failed permanently, MemoryError if the step does not fit in
         memory, FloatingPointError if a prompt token's log probability is not finite.
         """
-        try:
-            return self._run(plan, chosen)
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(str(error)) from error
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):  # torch has no narrower class for it on a CPU
-                raise
-            raise MemoryError(str(error)) from error
+        if self._graphs is not None and (results := self._graphs.run(plan, chosen)) is not None:
+            logits, are_finite = results
+            return StepOutput(logits, {}, are_finite)
+        metadata = self._metadata.build(plan)
+        if chosen is not None:
+            fill_in(metadata.token_ids, chosen)
+        hidden, logits, are_finite = self.compute(metadata)
+        return StepOutput(logits, self._prompt_logprobs(plan, metadata, hidden), are_finite)
 
     @property
     def num_blocks(self) -> int:
@@ -113,16 +113,6 @@ class Runner:
             if not torch.equal(alone, self.run(StepPlan((step, long))).logits[:1]):
                 return False
         return True
-
-    def _run(self, plan: StepPlan, chosen: Tensor | None) -> StepOutput:
-        if self._graphs is not None and (results := self._graphs.run(plan, chosen)) is not None:
-            logits, are_finite = results
-            return StepOutput(logits, {}, are_finite)
-        metadata = self._metadata.build(plan)
-        if chosen is not None:
-            fill_in(metadata.token_ids, chosen)
-        hidden, logits, are_finite = self.compute(metadata)
-        return StepOutput(logits, self._prompt_logprobs(plan, metadata, hidden), are_finite)
 
     def compute(self, metadata: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor]:
         """Queues a step's work on the device, without waiting for it.

@@ -74,7 +74,7 @@ class Sampler:
         The rows belong to the sequences' choices, in order. `masks` maps sequence IDs to constraint masks for the first
         choices: token i is allowed if bit i % 8 of byte i // 8 is set. `are_finite` is that of the step's `StepOutput`.
 
-        Raises DeviceLostError.
+        Raises DeviceLostError, and MemoryError if something does not fit in memory.
         """
         logits = logits[:, : self._vocab_size]
         batch = self._batch(tuple([inputs for sequence in sequences for inputs in sequence.choices]), logits)
@@ -116,7 +116,7 @@ class Chosen:
 
         A sequence gets the tokens of its choices up to the first that differs from the draft. If the first row of a
         sequence is not finite or its mask allows no token, there is an InternalError for that sequence only. Raises
-        FloatingPointError if the step's activations are not finite, and DeviceLostError.
+        FloatingPointError if the step's activations are not finite, and the errors of `Sampler.choose`.
         """
         sequences, masks = self._sequences, self._masks
         num, values = len(self.token_ids), self._receipt.read()

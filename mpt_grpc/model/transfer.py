@@ -13,14 +13,26 @@ from torch import Tensor
 
 from mpt_grpc.errors import DeviceLostError
 
+_MEMORY_ALLOCATION = 2
+"""CUDA's number of an error after which the device works on: something other than a tensor did not fit in memory."""
+
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Raises DeviceLostError where the accelerator has failed permanently, which any call may notice."""
+    """Raises DeviceLostError where the accelerator has failed permanently, which any call may notice, and MemoryError
+    where something does not fit in memory."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from error
     except torch.AcceleratorError as error:
+        if getattr(error, "error_code", None) == _MEMORY_ALLOCATION:
+            raise MemoryError(str(error)) from error
         raise DeviceLostError(f"the accelerator has failed: {error}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch has no narrower class for it on a CPU
+            raise
+        raise MemoryError(str(error)) from error
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 import pytest
+import torch
 from conftest import demo_settings, generation, submit
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from mpt_grpc.engine import parts
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import InternalError
+from mpt_grpc.model import sampler
 from mpt_grpc.model.runner import Runner, StepOutput
+from mpt_grpc.model.transfer import Receipt
 from mpt_grpc.server.server import running_server
 from mpt_grpc.step import StepPlan
 from mpt_grpc_client import AsyncClient
@@ -47,6 +51,59 @@ def test_steps_that_do_not_fit_in_memory_are_computed_in_parts(
     assert [collect(stream).token_ids for stream in streams] == expected
     assert SmallMemory.num_failed > 0
     assert engine.load.num_free_blocks == 512
+
+
+def test_what_a_step_that_failed_held_is_free_when_it_is_computed_in_parts(
+    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]
+) -> None:
+    tensors: list[weakref.ref[Tensor]] = []
+    num_held: list[int] = []
+
+    class Holding(Runner):
+        def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
+            num_held.append(sum(tensor() is not None for tensor in tensors))
+            try:
+                return self._run_holding(plan, chosen)
+            except torch.OutOfMemoryError as error:
+                raise MemoryError(str(error)) from error
+
+        def _run_holding(self, plan: StepPlan, chosen: Tensor | None) -> StepOutput:
+            hidden = torch.zeros(plan.num_tokens)
+            tensors.append(weakref.ref(hidden))
+            if plan.num_tokens > 40:
+                raise torch.OutOfMemoryError("no memory")
+            return super().run(plan, chosen)
+
+    monkeypatch.setattr(parts, "Runner", Holding)
+    engine = make_engine()
+    for stream in [submit(engine, generation(f"r{number}", tuple(range(100, 120)))) for number in range(8)]:
+        collect(stream)
+    assert len(num_held) > 8
+    assert set(num_held) == {0}
+
+
+@pytest.mark.parametrize("error", ["OutOfMemoryError", "AcceleratorError"])
+def test_memory_that_the_sampler_lacks_makes_steps_smaller(
+    error: str, monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine], shared_engine: Engine
+) -> None:
+    """Memory of the host that a GPU reads is one of the things that are no tensors: CUDA's own error says so."""
+    requests = [generation(f"r{number}", (100, 101, 102 + number)) for number in range(8)]
+    expected = [shared_engine.generate(request).token_ids for request in requests]
+    failures: list[Exception] = []
+
+    class Crowded(Receipt):
+        def __init__(self, tensor: Tensor) -> None:
+            if len(tensor) > 3 * 4:
+                failures.append(failure := getattr(torch, error)("out of memory"))
+                failure.error_code = 2  # type: ignore[attr-defined]
+                raise failure
+            super().__init__(tensor)
+
+    monkeypatch.setattr(sampler, "Receipt", Crowded)
+    engine = make_engine()
+    assert [collect(stream).token_ids for stream in [submit(engine, one) for one in requests]] == expected
+    assert failures
+    assert engine.failure is None
 
 
 class FaultyTokenizer:

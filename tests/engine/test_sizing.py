@@ -18,7 +18,7 @@ from mpt_grpc.engine.computation import attention_backend
 from mpt_grpc.engine.load import runner_on_gpu
 from mpt_grpc.engine.parts import BLOCK_SIZE, Parts, resolve
 from mpt_grpc.engine.sizing import LargestSteps
-from mpt_grpc.errors import ModelError, SettingsError
+from mpt_grpc.errors import DeviceLostError, ModelError, SettingsError
 from mpt_grpc.model.attention import AttentionMetadata
 from mpt_grpc.model.graphs import Work
 from mpt_grpc.model.kv_cache import KVCache
@@ -205,6 +205,17 @@ def test_where_triton_fails_the_message_names_the_other_choice() -> None:
     parts = replace(parts_of(settings(), card), attention="triton")
     with pytest.raises(SettingsError, match=r"--attention: triton fails on this GPU \(.+\); use torch$"):
         runner_on_gpu(settings(), parts, card, random=False)
+
+
+def test_where_triton_loses_the_gpu_the_message_names_the_other_choice() -> None:
+    class Lost(Parts):
+        def runner(self, model: MPT, cache: KVCache) -> Runner:  # noqa: ARG002
+            raise DeviceLostError("the accelerator has failed: an illegal memory access")
+
+    parts = replace(resolve(settings()), attention="triton")
+    parts = Lost(**{name: getattr(parts, name) for name in parts.__dataclass_fields__})
+    with pytest.raises(SettingsError, match=r"triton fails on this GPU \(.+: an illegal memory access\); use torch$"):
+        runner_on_gpu(settings(), parts, Card(), random=False)
 
 
 def test_bits_that_depend_on_the_batch_are_found_at_the_start() -> None:

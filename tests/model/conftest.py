@@ -210,6 +210,10 @@ class Stepper:
         """Warms the runner up."""
         self._runner.warm_up(max_sequences, max_tokens)
 
+    def reserve(self, name: str, num_blocks: int) -> None:
+        """Gives a sequence more blocks than it needs, as drafts do that turn out to be wrong."""
+        self._tables[name] += [self._free.pop() for _ in range(num_blocks)]
+
     def release(self, name: str) -> None:
         """Ends a sequence; its blocks are the next to be reused."""
         del self._known[name], self._ids[name]

@@ -21,7 +21,7 @@ from mpt_grpc.model.linear import Linear, WeightFormat
 from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.runner import Runner
 from mpt_grpc.model.sampler import Sampler
-from mpt_grpc.request import SamplingParameters
+from mpt_grpc.request import DecodingOptions, SamplingParameters
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepPlan
 
 pytest.importorskip("triton", reason="needs Triton, which is built for Linux")
@@ -35,6 +35,13 @@ MAX_CALLS_FOR_PENDING = 6
 LONG = [(2000 + 16 * i, 1) for i in range(64)]
 """Context and new tokens of each sequence."""
 SAMPLED = SamplingParameters(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, typical_p=0.95, seed=1)
+ADJUSTED = SamplingInputs(
+    SAMPLED,
+    DecodingOptions(repetition_penalty=1.2, frequency_penalty=0.5, presence_penalty=0.5, logit_bias={3: 1.0}),
+    prompt_token_ids=(1, 2),
+    output_token_ids=(3, 4),
+    forbidden_token_ids=(5, 6),
+)
 DATA_DEPENDENT = {
     f"aten::{name}"
     for name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2")
@@ -49,13 +56,22 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
         self.num_transfers = 0
+        self.waiting: list[str] = []
+        """The transfers for which the host waits on a GPU until all queued work is done."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func._schema.name)
+        name, options = func._schema.name, kwargs or {}
+        self.names.append(name)
         devices = {argument.device for argument in args if isinstance(argument, Tensor)}
-        is_copy = func._schema.name in {"aten::to", "aten::_to_copy"} and DEVICE in (*args, *(kwargs or {}).values())
-        self.num_transfers += torch.device("cpu") in devices and (is_copy or len(devices) > 1)
-        return func(*args, **(kwargs or {}))
+        is_copy = name in {"aten::to", "aten::_to_copy"} and DEVICE in (*args, *options.values())
+        is_transfer = torch.device("cpu") in devices and (is_copy or len(devices) > 1)
+        self.num_transfers += is_transfer
+        # torch.tensor copies lists, and an assignment to elements copies the number, in a way that no mode sees.
+        is_list = name == "aten::lift_fresh" and DEVICE in devices
+        is_number = name == "aten::index_put_" and args[2].ndim == 0
+        if is_list or is_number or (is_transfer and not options.get("non_blocking")):
+            self.waiting.append(name)
+        return func(*args, **options)
 
 
 def make_plan(spans: Sequence[tuple[int, int]], parameters: SamplingParameters) -> StepPlan:
@@ -159,6 +175,18 @@ def test_the_model_takes_nothing_from_the_host() -> None:
 def test_a_step_with_chunks_is_read_back_once() -> None:
     calls = calls_of_a_step(make_runner(TritonAttention, 2), make_plan([*LONG[:4], (100, 300)], SAMPLED))
     assert not DATA_DEPENDENT & set(calls.names)
+
+
+@pytest.mark.parametrize("attention", [TritonAttention, TorchAttention])
+@pytest.mark.parametrize("inputs", [SamplingInputs(SAMPLED), ADJUSTED], ids=["sampled", "adjusted"])
+def test_the_host_waits_for_no_transfer_to_the_device(
+    attention: type[TritonAttention] | type[TorchAttention], inputs: SamplingInputs
+) -> None:
+    steps = make_plan([*LONG[:4], (100, 300), (0, 20)], SAMPLED).sequences
+    plan = StepPlan(tuple(step._replace(choices=(inputs,)) for step in steps))
+    calls = calls_of_a_step(make_runner(attention, 2), plan)
+    assert calls.num_transfers > 1
+    assert calls.waiting == []
 
 
 def test_the_torch_backend_makes_many_more_calls() -> None:

@@ -66,6 +66,19 @@ def test_pending_tokens_are_those_that_the_step_before_has_chosen(model: MPT) ->
     assert recorder.num_replays == 2
 
 
+def test_a_sequence_with_more_blocks_than_it_needs_is_replayed(model: MPT) -> None:
+    """At the end of a split, too, where the further blocks are beyond those of its recording."""
+    recorder = Repeating()
+    steppers = [Stepper(model, num_blocks=512), Stepper(model, num_blocks=512, recorder=recorder)]
+    for stepper in steppers:
+        stepper.warm_up(max_sequences=2, max_tokens=512)
+        stepper.step({"a": random_tokens(254)})
+        stepper.reserve("a", 5)
+    expected, actual = (stepper.step({"a": [1]})["a"] for stepper in steppers)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    assert recorder.num_replays == 1
+
+
 def test_results_of_all_sizes_share_the_memory_of_the_largest(model: MPT) -> None:
     stepper = Stepper(model, recorder=Repeating())
     stepper.warm_up(max_sequences=3, max_tokens=200)

@@ -18,6 +18,7 @@ from mpt_grpc.model.attention import AttentionMetadata
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.mpt import Attend, alibi_slopes
+from mpt_grpc.model.transfer import send
 
 _BIAS_BYTES = 64 << 20
 _GATHER_BYTES = 256 << 20
@@ -96,10 +97,12 @@ class TorchAttention:
             limit = max(1, _GATHER_BYTES // (width * block_bytes))
             for start in range(0, len(similar), limit):
                 members = similar[start : start + limit]
-                device = metadata.positions.device
-                token_indices = torch.tensor([[metadata.query_starts[i]] for i in members], device=device)
+                firsts = [[metadata.query_starts[i]] for i in members]
+                rows, token_indices = (
+                    send(torch.tensor(part), metadata.positions.device) for part in (members, firsts)
+                )
                 longest = max(lengths[i] for i in members)
-                tables = metadata.block_tables[torch.tensor(members, device=device), :longest]
+                tables = metadata.block_tables[rows, :longest]
                 yield _Group(token_indices, tables, metadata.positions[token_indices])
 
     def _bias(self, group: _Group, block_size: int) -> Tensor:
