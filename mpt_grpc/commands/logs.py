@@ -35,6 +35,8 @@ def configure(level: str, line_format: str = "text") -> None:
     logging.getLogger("mpt_grpc").setLevel(level.upper())
     # While a collector is down, one line for each failed export is enough, without its repetitions.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
+    # Its warnings are about the headers of callers, whole.
+    logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
     # A caller who disconnects during a send is not an error; failures of a method are logged by our interceptor.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
 

@@ -72,7 +72,7 @@ class _Span:
     end_s: float
     has_failed: bool
     summary: str
-    """Its events, counted by name, or why it failed."""
+    """Its events, counted by name, or why it failed or was refused."""
 
 
 class _Spans:
@@ -112,6 +112,7 @@ class _Spans:
 def _span(span: Mapping[str, Any]) -> _Span:
     """Returns a span of a file. Raises ValueError, KeyError, TypeError or AttributeError if it is none."""
     context, status, parent_id = span["context"], span["status"], span["parent_id"]
+    error = _text(span.get("attributes", {}).get("error.type", ""))
     events = Counter(_text(event["name"]) for event in span["events"])
     summary = ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in events.items())
     return _Span(
@@ -121,8 +122,8 @@ def _span(span: Mapping[str, Any]) -> _Span:
         name=_text(span["name"]),
         start_s=datetime.fromisoformat(span["start_time"]).timestamp(),
         end_s=datetime.fromisoformat(span["end_time"]).timestamp(),
-        has_failed=status["status_code"] == "ERROR",
-        summary=_text(status.get("description", "")) or summary,
+        has_failed=status["status_code"] == "ERROR" or bool(error),
+        summary=_text(status.get("description", "")) or error or summary,
     )
 
 

@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from opentelemetry import context as trace_context
 from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, StatusCode, Tracer, format_trace_id, set_span_in_context
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mpt_grpc.telemetry import names
+from mpt_grpc.telemetry.propagation import callers_context
 
-_PROPAGATOR = TraceContextTextMapPropagator()
-_MAX_TRACE_HEADER = 512
 _TRACED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
@@ -30,7 +28,7 @@ class TraceMiddleware:
         if scope["type"] != "http" or scope["path"] not in _TRACED_PATHS:
             await self._app(scope, receive, send)
             return
-        context = _callers_context(Headers(scope=scope))
+        context = callers_context(Headers(scope=scope).items())
         if self._tracer is None:
             with _attached(context):
                 await self._app(scope, receive, send)
@@ -65,14 +63,6 @@ class TraceMiddleware:
                 await self._app(scope, receive, send_and_note)
         finally:
             span.end()
-
-
-def _callers_context(headers: Headers) -> Context:
-    # OpenTelemetry logs an invalid header whole.
-    carrier = {name: value for name in _PROPAGATOR.fields if (value := headers.get(name))}
-    return _PROPAGATOR.extract(
-        {name: value for name, value in carrier.items() if len(value) <= _MAX_TRACE_HEADER}, Context()
-    )
 
 
 @contextlib.contextmanager

@@ -22,6 +22,17 @@ from mpt_grpc.telemetry.metrics import Metrics
 _log = logging.getLogger("mpt_grpc.access")
 _POLLED = ("GetEngineState", "GetModelInfo", "GetServerInfo")
 _GENERATIONS = ("Generate", "StreamGenerate")
+_SERVER_FAILURES = frozenset(
+    (
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    )
+)
+"""The codes that OpenTelemetry's conventions count as errors of a server; others are those of its callers."""
 _MAX_LOGGED_CHARACTERS = 300
 _DEADLINE_TOLERANCE, _DEADLINE_TOLERANCE_S = 0.015, 0.010
 """How much earlier than its deadline a call may be cancelled and still count as having passed it, by the clock of the
@@ -76,23 +87,25 @@ class Call:
         if self.timeout_s is not None and self._duration_s >= self.timeout_s - _tolerance_s(self.timeout_s):
             code = grpc.StatusCode.DEADLINE_EXCEEDED
             reason = code.name
-            self._set_error(reason, "the deadline has passed")
+            self._set_error(code, reason, "the deadline has passed")
         self._end(metrics, code, reason)
 
     def fail(self, metrics: Metrics, error: MptServerError) -> None:
         """Records that the call has failed."""
-        self._set_error(error.reason, str(error))
-        self._end(metrics, status.status_code(error), error.reason)
+        code = status.status_code(error)
+        self._set_error(code, error.reason, str(error))
+        self._end(metrics, code, error.reason)
 
     @property
     def _duration_s(self) -> float:
         return time.monotonic() - self._start_s
 
-    def _set_error(self, reason: str, description: str) -> None:
+    def _set_error(self, code: grpc.StatusCode, reason: str, description: str) -> None:
         self.logged |= {"reason": reason, "error": description}
         if self.span is not None:
             self.span.set_attribute(names.ERROR_TYPE, reason)
-            self.span.set_status(StatusCode.ERROR, description)
+            if code in _SERVER_FAILURES:
+                self.span.set_status(StatusCode.ERROR, description)
 
     def _end(self, metrics: Metrics, code: grpc.StatusCode, reason: str | None) -> None:
         duration_s, name = self._duration_s, self.method.rpartition("/")[2]

@@ -16,9 +16,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from mpt_grpc.access import Access, check_role
 from mpt_grpc.caller import ANONYMOUS, Caller, Role
@@ -30,6 +28,7 @@ from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.server.writes import PendingWrites
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.observer import Telemetry
+from mpt_grpc.telemetry.propagation import callers_context
 from mpt_grpc.turnstile import Turnstile
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
@@ -74,7 +73,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, access: Access) -> None:
         self._arrivals, self.writes, self.messages = Turnstile(), PendingWrites(), MessageWork()
         self._access = access
-        self._propagator = TraceContextTextMapPropagator()
 
     async def intercept_service(
         self,
@@ -153,11 +151,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _start_span(self, method: str, caller: Caller, context: _CallContext) -> Span | None:
         if self.telemetry.tracer is None:
             return None
-        carrier = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         named = {names.CALLER: caller.name} if caller.name else {}
         span = self.telemetry.tracer.start_span(
             method,
-            context=self._propagator.extract(carrier, context=Context()),
+            context=callers_context(context.invocation_metadata() or ()),
             kind=SpanKind.SERVER,
             attributes={names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method, **named},
         )

@@ -148,6 +148,14 @@ def test_a_trace_of_many_spans_in_each_other_is_shown(tmp_path: Path) -> None:
     assert len(run("trace", "show", str(tmp_path / "spans")).stdout.splitlines()) == 3001
 
 
+def test_a_call_that_was_refused_shows_why_although_its_span_is_no_error(tmp_path: Path) -> None:
+    refused = {"status": {"status_code": "UNSET"}, "attributes": {"error.type": "OVERLOADED"}}
+    (tmp_path / "spans").write_text(json.dumps(SPAN | refused))
+    shown = io.StringIO()
+    print_waterfall(Console(file=shown, width=80, force_terminal=True, color_system="standard"), tmp_path / "spans")
+    assert re.search("\x1b\\[31m.*OVERLOADED", shown.getvalue())
+
+
 def test_a_trace_fits_in_a_narrow_terminal(tmp_path: Path) -> None:
     (tmp_path / "spans").write_text(json.dumps(SPAN))
     shown = io.StringIO()

@@ -114,8 +114,7 @@ async def test_spans_of_failed_and_cancelled_calls_have_the_status(tmp_path: Pat
     failed = spans_in(trace_file, TRACE_ID)
     assert set(failed) == {f"{RPC}Generate"}
     rpc = failed[f"{RPC}Generate"]
-    assert rpc["status"]["status_code"] == "ERROR"
-    assert "stopping.max_new_tokens" in rpc["status"]["description"]
+    assert rpc["status"]["status_code"] == "UNSET", "the caller is wrong, not the server"
     assert rpc["attributes"]["error.type"] == "INVALID_REQUEST"
     assert rpc["attributes"]["rpc.response.status_code"] == "INVALID_ARGUMENT"
 

@@ -7,11 +7,14 @@ import socket
 from typing import Any
 from urllib.parse import urlsplit
 
+import grpc
 import pytest
 from http_calls import call
 from server_process import running
 
 from mpt_grpc_client import Client, DeadlineExceededError, InvalidRequestError, MptGrpcError
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 
 PROMPT = "The king of the silver mountain"
 WEIRD_ID = "é \u2028 \x85 \x1b[2J \"{}'\\"
@@ -40,6 +43,10 @@ def lines() -> list[dict[str, Any]]:
                 client.generate(PROMPT, model="nope", request_id=WEIRD_ID)
             with pytest.raises(DeadlineExceededError):
                 client.generate(PROMPT, max_new_tokens=1900, ignore_eos=True, timeout=0.2, request_id="late")
+        with grpc.insecure_channel(server.target) as channel:
+            stub: Any = TextGenerationServiceStub(channel)
+            trace = [("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"), ("tracestate", "not valid")]
+            stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=trace)
         call(server, "/v1/completions", {"prompt": PROMPT, "max_tokens": 3})
         body = json.dumps({"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}).encode()
         leave(server, body[:20], len(body), after=b"")
@@ -84,6 +91,10 @@ def test_a_line_is_one_line_of_ascii_whatever_a_caller_wrote(lines: list[dict[st
 def test_a_caller_who_leaves_is_one_line_and_no_traceback(lines: list[dict[str, Any]]) -> None:
     assert line(lines, method="StreamGenerate", status="CANCELLED")["peer"] == "inproc"
     assert not [one for one in lines if "exception" in one or one["level"] in ("warning", "error")]
+
+
+def test_headers_that_are_not_valid_leave_no_line(lines: list[dict[str, Any]]) -> None:
+    assert {one["logger"].partition(".")[0] for one in lines} == {"mpt_grpc"}
 
 
 def test_no_line_contains_a_prompt(lines: list[dict[str, Any]]) -> None:

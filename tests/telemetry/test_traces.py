@@ -178,6 +178,53 @@ async def test_an_http_request_is_traced_through_the_gateway(traced: Traced) -> 
     assert spans["POST /v1/completions"].parent_span_id.hex() == CALLER_ID
 
 
+def parent(trace_id: str) -> tuple[str, str]:
+    return "traceparent", f"00-{trace_id}-{CALLER_ID}-01"
+
+
+@pytest.mark.parametrize("protocol", ["gRPC", "HTTP"])
+@pytest.mark.parametrize(
+    ("headers", "state"),
+    [
+        ([("tracestate", "a=1"), ("tracestate", "b=2,c=3")], "a=1,b=2,c=3"),
+        ([("tracestate", "!?,=,a==")], ""),
+        ([("tracestate", f"a={'b' * 600}")], ""),
+        ([parent("f" * 32)], None),
+    ],
+)
+async def test_the_headers_of_a_caller_are_read_as_the_standard_says(
+    traced: Traced, protocol: str, headers: list[tuple[str, str]], state: str | None
+) -> None:
+    """state: that of the spans, or None if the headers are not valid and a trace begins."""
+    if protocol == "gRPC" and state is None:
+        pytest.skip("gRPC itself keeps the last traceparent only")
+    trace_id, request_id = next(_trace_ids), f"headers-{next(_trace_ids)}"
+    metadata = [parent(trace_id), *headers]
+    if protocol == "gRPC":
+        await traced.stub.Generate(request(1, request_id=request_id), metadata=metadata)
+        name = f"{RPC}Generate"
+    else:
+        reader, writer = await asyncio.open_connection("127.0.0.1", traced.server.http_port)
+        body = json.dumps({"prompt": "Once", "max_tokens": 1})
+        own = [("host", "localhost"), ("x-request-id", request_id), ("connection", "close")]
+        fields = [f"{name}: {value}" for name, value in [*own, ("content-length", len(body)), *metadata]]
+        writer.write("\r\n".join(["POST /v1/completions HTTP/1.1", *fields, "", body]).encode())
+        await reader.read()
+        writer.close()
+        name = "POST /v1/completions"
+
+    def spans(collector: Collector) -> list[Any]:
+        mine = [span for span in collector.spans if attributes(span).get("mpt.request_id", "").startswith(request_id)]
+        return [span for span in mine if span.name == name]
+
+    await asyncio.to_thread(traced.collector.wait_for, spans)
+    (span,) = spans(traced.collector)
+    if state is None:
+        assert (span.parent_span_id, span.trace_id.hex() == trace_id, span.trace_state) == (b"", False, "")
+    else:
+        assert (span.trace_id.hex(), span.parent_span_id.hex(), span.trace_state) == (trace_id, CALLER_ID, state)
+
+
 async def test_the_span_of_an_http_request_whose_caller_leaves_ends_last(traced: Traced) -> None:
     trace_id = next(_trace_ids)
     ((_, parent),) = from_caller(trace_id)
