@@ -14,10 +14,10 @@ from mpt_grpc.checkpoint import DEMO
 from mpt_grpc.conversation import Conversation, Message
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.errors import InvalidRequestError, ModelError
-from mpt_grpc.request import StoppingCriteria
 from mpt_grpc.settings import ModelSettings, Settings
 
 NUM_ROWS = 4096
+CONFIG = json.dumps(json.loads((DEMO / "config.json").read_text()) | {"eos_token_id": None})
 TEMPLATE = "[PAD]{{ messages[0].content }}"
 
 
@@ -42,8 +42,9 @@ def test_a_token_that_the_model_lacks_is_refused_in_prompts(tmp_path: Path, capl
     assert "lacks tokens of its tokenizer: prompts with [PAD] are refused" in caplog.text
     with engine:
         assert engine.preparation.limits.vocab_size == NUM_ROWS
-        stopping = StoppingCriteria(max_new_tokens=4, min_new_tokens=4, stop_strings=("[PAD]",))
-        assert len(engine.generate(generation("a", stopping=stopping)).token_ids) == 4
+        request = generation("a", max_new_tokens=4, stop=("[PAD]",))
+        stopping = replace(request.stopping, min_new_tokens=4)  # which forbids the stop tokens
+        assert len(engine.generate(replace(request, stopping=stopping)).token_ids) == 4
         conversation = Conversation((Message("user", "Once"),))
         for prompt, field in (("Once [PAD]", "text"), (conversation, "conversation.messages")):
             with pytest.raises(InvalidRequestError) as refused:
@@ -62,7 +63,7 @@ def test_a_token_that_the_model_lacks_is_refused_in_prompts(tmp_path: Path, capl
             r"generation_config\.json: eos_token_id must be .* below 4096",
         ),
         (
-            {"generation_config": "{}", "tokenizer_config": '{"eos_token": "[PAD]"}'},
+            {"config": CONFIG, "generation_config": "{}", "tokenizer_config": '{"eos_token": "[PAD]"}'},
             r"tokenizer_config\.json: eos_token '\[PAD\]' is token 4096, but the model has only 4096: correct it",
         ),
     ],
