@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -18,7 +19,17 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, WEIGHT_LAYOUTS, has_file, shard_names
+from mpt_grpc.model_files import (
+    BYTE_LEVEL_FILES,
+    SENTENCEPIECE_FILES,
+    WEIGHT_FILES,
+    WEIGHT_LAYOUTS,
+    found_weights,
+    has_file,
+    names_in,
+    shard_names,
+    why_no_weights,
+)
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -54,6 +65,8 @@ def find_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     download. `revision` is a branch, tag or commit of the Hub's repository. Raises ModelError if there is no such
     model.
     """
+    if not model:
+        raise ModelError("--model: empty; expected demo, a folder, or a Hub ID of the form OWNER/NAME")
     try:
         path = Path(model).expanduser()
         is_folder, is_there = path.is_dir(), path.exists()
@@ -71,12 +84,17 @@ def find_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         raise ModelError(f"--model {model}: no such folder, and not a Hub ID of the form OWNER/NAME")
     folder = path if is_folder else _download(model, revision, *_FILES)
     if not (has_config if is_folder else has_file(folder / "config.json")):
-        raise ModelError(f"--model {model}: no config.json; {_remedy(folder, is_folder)}")
+        why = _remedy(folder) if is_folder else _remedy_on_hub(folder, _names(model, folder.name))
+        raise ModelError(f"--model {model}: no config.json; {why}")
     if is_folder:
         return Checkpoint(path.resolve().name, folder)
+    commit = folder.name
     if not has_file(folder / "tokenizer.json"):
-        _download(model, folder.name, *SENTENCEPIECE_FILES, *BYTE_LEVEL_FILES)
-    return Checkpoint(model, folder, commit=folder.name)
+        tokenizer_files = (*SENTENCEPIECE_FILES, *BYTE_LEVEL_FILES)
+        _download(model, commit, *tokenizer_files)
+        if not any(has_file(folder / name) for name in tokenizer_files):
+            _check_weights(model, _names(model, commit))
+    return Checkpoint(model, folder, commit)
 
 
 def download_weights(checkpoint: Checkpoint) -> None:
@@ -91,16 +109,44 @@ def download_weights(checkpoint: Checkpoint) -> None:
         if has_file(folder / index):
             _download(checkpoint.name, checkpoint.commit, *shard_names(folder / index))
             return
+    _check_weights(checkpoint.name, _names(checkpoint.name, checkpoint.commit))
 
 
-def _remedy(folder: Path, is_local: bool) -> str:
-    """Returns what to do about a folder that is not a model's."""
+def _check_weights(model: str, names: Sequence[str]) -> None:
+    """Raises ModelError if a model of the Hub, whose files have these names, has no weights that can be read."""
+    if names and not any(name in names for name in WEIGHT_FILES):
+        raise ModelError(f"--model {model}: {why_no_weights(names)}")
+
+
+def _remedy(folder: Path) -> str:
+    """Returns what to do about a folder without config.json."""
     if (folder / "adapter_config.json").is_file():
-        where = folder if is_local else "the folder into which you download it"
-        return f"it is an adapter: use --adapter {where}, with its model as --model"
+        return f"it is an adapter: use --adapter {folder}, with its model as --model"
     if (folder / "snapshots").is_dir():
         return "it is a folder of the Hub's cache: use the model's ID, or one of the folders in snapshots"
-    return "a model needs it, its tokenizer's files and the weights"
+    names = names_in(folder)
+    inside = next((name for name in sorted(names) if name.endswith("/config.json")), None)
+    return f"found {inside}: use the folder that contains it" if inside else _needed(names)
+
+
+def _remedy_on_hub(folder: Path, names: Sequence[str]) -> str:
+    """Returns what to do about a model of the Hub without config.json, whose files have these names."""
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter: use --adapter with the folder into which you download it, with its model as --model"
+    return _needed(names)
+
+
+def _needed(names: Sequence[str]) -> str:
+    found = found_weights(names)
+    return f"a model needs it, its tokenizer's files and the weights{f'; {found}' if found else ''}"
+
+
+def _names(model: str, commit: str) -> Sequence[str]:
+    """Returns the names of the files in a repository of the Hub; none if it cannot be asked."""
+    try:
+        return HfApi().list_repo_files(model, revision=commit)
+    except Exception:  # those of the Hub's HTTP library, which depends on the version, are among them
+        return ()
 
 
 def _download(model: str, revision: str | None, *names: str) -> Path:
@@ -125,9 +171,10 @@ def _unavailable(model: str, revision: str | None, error: Exception) -> ModelErr
     elif isinstance(cause, RepositoryNotFoundError):
         why = "no such folder, and no such model on the Hub; if it is private, set HF_TOKEN"
     elif isinstance(cause, OfflineModeIsEnabled):
-        why = "not completely in the Hub's cache, and HF_HUB_OFFLINE is set; download it once without"
+        where = "not completely in the Hub's cache while HF_HUB_OFFLINE is set"
+        why = f"no such folder, and {where}; download it once without"
     elif isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
         why = "the Hub refuses access; check HF_TOKEN"
     else:
-        why = f"not available from the Hub: {' '.join(str(cause).split()) or repr(cause)}"
+        why = f"no such folder, and not available from the Hub: {' '.join(str(cause).split()) or repr(cause)}"
     return ModelError(f"--model {model}{at}: {why}")

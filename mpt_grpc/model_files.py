@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,26 @@ WEIGHT_LAYOUTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 """The weights as a single file, and the index of weights in shards; the first layout in the folder is loaded."""
+WEIGHT_FILES = tuple(name for layout in WEIGHT_LAYOUTS for name in layout)
 LFS_POINTER = "version https://git-lfs."
 """How the small file begins that Git leaves in place of a large one."""
 LFS_REMEDY = "it is a pointer of Git LFS to the file; run git lfs pull in the checkpoint's repository"
 _MAX_NAME_BYTES = 255
+_MAX_LISTED = 4
+_OTHER_WEIGHTS = frozenset(".safetensors .bin .pt .pth .ckpt .distcp .gguf .ggml .h5 .msgpack .npz .nemo .onnx".split())
+"""The suffixes of files in which weights may be that are not read."""
+_EXPORTED = "is not read: use the checkpoint from which it was made"
+_REMEDIES: Mapping[str, str] = {
+    r"\.gguf$|ggml": f"llama.cpp's format {_EXPORTED}",
+    r"\.onnx$": f"ONNX {_EXPORTED}",
+    r"(^|/)openvino_": f"OpenVINO's format {_EXPORTED}",
+    r"(gptq|awq|[-_][48]bit)[^/]*$": f"a quantized model {_EXPORTED}",
+    r"-\d+-of-\d+\.(safetensors|bin)$": "the index of these shards is missing: download it, too",
+    r"\.(pt|pth|ckpt|distcp)$": (
+        "a training checkpoint is not read: convert it, that of llm-foundry with its convert_composer_to_hf.py"
+    ),
+}
+"""What the names of weights that are not read say about them, and what to do."""
 
 
 def has_file(path: Path) -> bool:
@@ -66,6 +84,30 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object")
     return value
+
+
+def names_in(folder: Path) -> list[str]:
+    """Returns the names of the files in a folder and in its subfolders."""
+    return [str(path.relative_to(folder)) for pattern in ("*", "*/*") for path in folder.glob(pattern)]
+
+
+def why_no_weights(names: Iterable[str]) -> str:
+    """Returns what to do about a model whose files, with these names, include no weights that are read."""
+    found = f"; {found}" if (found := found_weights(names)) else ""
+    return f"no weights found; expected one of {', '.join(WEIGHT_FILES)}, as transformers saves them{found}"
+
+
+def found_weights(names: Iterable[str]) -> str:
+    """Returns which files have the weights of a model that cannot be read, with a remedy if one is known.
+
+    The result is empty if there are no weights, or some that are read.
+    """
+    names = tuple(names)
+    others = sorted(name for name in names if Path(name).suffix in _OTHER_WEIGHTS)
+    if not others or not set(WEIGHT_FILES).isdisjoint(names):
+        return ""
+    remedy = next((f": {why}" for pattern, why in _REMEDIES.items() for n in others if re.search(pattern, n)), "")
+    return f"found {', '.join(others[:_MAX_LISTED])}{remedy}"
 
 
 def shard_names(index: Path) -> list[str]:

@@ -212,6 +212,11 @@ class Settings:
     """The guards on prompts and outputs: names of entry points, each optionally followed by `=` and an argument."""
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
+    @property
+    def serves_http(self) -> bool:
+        """Whether a port speaks HTTP, on which `/metrics` is served."""
+        return self.http.port is not None or self.telemetry.metrics_port is not None
+
 
 def _at_least(minimum: int, **values: float | None) -> None:
     for name, value in values.items():

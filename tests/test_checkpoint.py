@@ -93,7 +93,19 @@ def error_of(model: str, home: Path, revision: str | None = None, **variables: s
 def test_finds_the_demo_model_and_folders(tmp_path: Path) -> None:
     demo = find_checkpoint("demo")
     assert (demo.name, (demo.folder / "model.safetensors").is_file()) == ("demo", True)
+    with pytest.raises(ModelError, match=r"--model: empty; expected demo, a folder, or a Hub ID"):
+        find_checkpoint("")
     (tmp_path / "my-mpt").mkdir()
+    (tmp_path / "my-mpt" / "config.json").touch()
+    with pytest.raises(ModelError, match=r"no config\.json; found my-mpt/config\.json: use the folder that contains"):
+        find_checkpoint(str(tmp_path))
+    (tmp_path / "my-mpt" / "config.json").unlink()
+    (tmp_path / "my-mpt" / "mpt-7b.Q4_0.gguf").touch()
+    with pytest.raises(
+        ModelError, match=r"the weights; found mpt-7b\.Q4_0\.gguf: llama\.cpp's format is not read: use"
+    ):
+        find_checkpoint(f"{tmp_path}/my-mpt")
+    (tmp_path / "my-mpt" / "mpt-7b.Q4_0.gguf").unlink()
     with pytest.raises(ModelError, match=r"--model .*my-mpt: no config\.json; a model needs it"):
         find_checkpoint(f"{tmp_path}/my-mpt")
     (tmp_path / "my-mpt" / "adapter_config.json").touch()
@@ -227,12 +239,36 @@ UNAVAILABLE = {
         "owner/public",
         "v1",
         {"HF_HUB_OFFLINE": "1"},
-        "--model owner/public --revision v1: not complete.* HF_HUB",
+        "--model owner/public --revision v1: no such folder, and not complete.* HF_HUB",
     ),
-    "no Hub": ("owner/public", None, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "--model owner/public: not available from"),
-    "no such name": ("owner/--", None, {}, "--model owner/--: not available from the Hub: Repo id must"),
+    "no Hub": (
+        "owner/public",
+        None,
+        {"HF_ENDPOINT": "http://127.0.0.1:9"},
+        "--model owner/public: no such folder, and not av",
+    ),
+    "no such name": ("owner/--", None, {}, "--model owner/--: no such folder, and not .*: Repo id must"),
     "not a model": ("owner/empty", None, {}, "--model owner/empty: no config.json; a model needs it"),
     "an adapter": ("owner/adapter", None, {}, "--model owner/adapter: no config.json; it is an adapter: use"),
+    "GGUF": (
+        "owner/gguf",
+        None,
+        {},
+        "--model owner/gguf: no config.json; .*; found q4.gguf: llama.cpp's format is not",
+    ),
+    "GGML": (
+        "owner/ggml",
+        None,
+        {},
+        "--model owner/ggml: no weights found; .*; found mpt.ggml.q4.bin: llama.cpp's form",
+    ),
+    "ONNX": (
+        "owner/onnx",
+        None,
+        {},
+        "--model owner/onnx: no weights found; .*; found onnx/model.onnx: ONNX is not read",
+    ),
+    "no weights": ("owner/public", None, {}, "--model owner/public: no weights found; expected one of model.safetens"),
     "a broken index": ("owner/broken", None, {}, ".*model.safetensors.index.json: not a shard index"),
 }
 
@@ -245,6 +281,9 @@ def test_what_is_not_available_is_refused_in_one_line_with_the_flag_to_change(
     hub.add("owner/private", TEXTS, "private")
     hub.add("owner/gated", TEXTS, "gated")
     hub.add("owner/empty", {"README.md": b"nothing else"})
+    hub.add("owner/gguf", {"q4.gguf": b"GGUF"})
+    hub.add("owner/ggml", {"config.json": b'{"model_type": "mpt"}', "mpt.ggml.q4.bin": b"ggjt"})
+    hub.add("owner/onnx", TEXTS | {"onnx/model.onnx": b"graph"})
     hub.add("owner/adapter", {"adapter_config.json": b"{}"})
     hub.add("owner/broken", TEXTS | {"model.safetensors.index.json": b"{}"})
     model, revision, variables, message = UNAVAILABLE[case]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,7 @@ from mpt_grpc.engine.computation import (
     choose_cache_dtype,
     choose_computation,
 )
-from mpt_grpc.errors import ModelError, SettingsError
+from mpt_grpc.errors import SettingsError
 from mpt_grpc.generation_config import generation_defaults
 from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
@@ -91,20 +92,8 @@ def resolve(settings: Settings) -> Parts:
     folder = checkpoint.folder
     config = MPTConfig.from_file(folder / "config.json")
     shapes = parameter_shapes(config)
-    tokenizer = Tokenizer.from_folder(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        why = f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
-        raise ModelError(f"{folder}: {why}: use the model's own")
-    if not tokenizer.eos_token_ids:
-        _log.warning(
-            "%s specifies no end-of-sequence token: outputs end only at max_new_tokens or a stop string", folder
-        )
-    if tokenizer.omitted_tokens:
-        _log.warning(
-            "the tokenizer of %s adds %s to every text in transformers, but not here: write them in text prompts",
-            folder,
-            " ".join(tokenizer.omitted_tokens),
-        )
+    tokenizer = Tokenizer.from_folder(folder, config.vocab_size)
+    _log_peculiarities(tokenizer, folder)
     defaults = generation_defaults(folder) if wanted.generation_config == "model" else GenerationDefaults()
     max_context_tokens = wanted.max_context_tokens or config.max_seq_len
     if config.learned_positions and max_context_tokens > config.max_seq_len:
@@ -127,3 +116,20 @@ def resolve(settings: Settings) -> Parts:
         cache_dtype=choose_cache_dtype(settings.cache, weight_format, attention),
         max_context_tokens=max_context_tokens,
     )
+
+
+def _log_peculiarities(tokenizer: Tokenizer, folder: Path) -> None:
+    """Logs what users of a tokenizer may not expect."""
+    if tokenizer.extra_tokens:
+        tokens = " ".join(tokenizer.extra_tokens)
+        _log.warning("the model of %s lacks tokens of its tokenizer: prompts with %s are refused", folder, tokens)
+    if not tokenizer.eos_token_ids:
+        _log.warning(
+            "%s specifies no end-of-sequence token: outputs end only at max_new_tokens or a stop string", folder
+        )
+    if tokenizer.omitted_tokens:
+        _log.warning(
+            "the tokenizer of %s adds %s to every text in transformers, but not here: write them in text prompts",
+            folder,
+            " ".join(tokenizer.omitted_tokens),
+        )

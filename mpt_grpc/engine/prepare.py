@@ -119,7 +119,7 @@ class Preparation:
     def _prompt_token_ids(self, request: GenerationRequest) -> tuple[int, ...]:
         prompt, stopping = request.prompt, request.stopping
         if isinstance(prompt, Conversation):
-            return conversation_token_ids(
+            token_ids = conversation_token_ids(
                 prompt,
                 self.chat_template,
                 self.tokenizer.encode,
@@ -129,10 +129,19 @@ class Preparation:
                 special_texts=self.tokenizer.special_texts,
                 max_token_bytes=self.limits.max_token_bytes,
             )
+            self._check_tokens(token_ids, "conversation.messages")
+            return token_ids
         if isinstance(prompt, str):
             self._check_length(prompt, is_truncated=request.truncate_prompt_tokens is not None)
             prompt = self.tokenizer.encode(prompt)
+            self._check_tokens(prompt, "text")
         return prompt[-request.truncate_prompt_tokens :] if request.truncate_prompt_tokens else prompt
+
+    def _check_tokens(self, token_ids: tuple[int, ...], field: str) -> None:
+        """Refuses tokens of the tokenizer that the model does not have."""
+        if self.tokenizer.extra_tokens and (most := max(token_ids, default=0)) >= self.limits.vocab_size:
+            text = self.tokenizer.decode((most,), skip_special_tokens=False)
+            raise InvalidRequestError(FieldViolation(field, f"{text!r} is a token that the model lacks: remove it"))
 
     def _check_length(self, text: str, is_truncated: bool) -> None:
         """Refuses a text that is certainly too long, before spending time on tokenizing it."""

@@ -139,7 +139,7 @@ IGNORED = frozenset(
     " output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict"
     " return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss"
     " tie_encoder_decoder tokenizer_class tokenizer_name top_k top_p torch_dtype torchscript transformers_version"
-    " typical_p use_bfloat16"
+    " typical_p use_bfloat16 attn_config.tie_word_embeddings"
     # transformers and training tools: lengths that MPT does not read, and how a checkpoint is loaded or trained.
     " code_revision fused_cross_entropy gradient_checkpointing low_cpu_mem_usage max_new_tokens max_position_embeddings"
     " model_max_length n_positions pad_token pretraining_tp revision seq_length transformers.js_config"

@@ -122,4 +122,6 @@ class Fields:
             leaf = name.rpartition(".")[2]
             is_metadata = leaf.startswith("_") or leaf.endswith("_version")
             if name not in known and not is_metadata and not is_ignored(name) and not changes_nothing(value):
-                self.refuse(name, value, "unknown field, which may change the computation; remove it if it does not")
+                inner = next((path for path in sorted(known) if path.endswith(f".{name}")), None)
+                remedy = f"move it into {inner.partition('.')[0]}" if inner else "remove it if it does not"
+                self.refuse(name, value, f"unknown field, which may change the computation; {remedy}")

@@ -5,7 +5,7 @@ PyTorch files are read with `weights_only=True`, so torch rejects any other cont
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,19 @@ def _pytorch(file: Path) -> Iterator[tuple[str, Tensor]]:
     entries: dict[Any, Any] = state if isinstance(state, dict) else {None: state}
     for name, value in entries.items():
         if not isinstance(name, str) or not (_is_dense(value) or value is None):
-            nested = f"; save its {name!r} alone" if isinstance(name, str) and isinstance(value, dict) else ""
-            raise WeightsError(f"{file}: expected a mapping of names to dense tensors{nested}")
-    yield from ((name, value) for name, value in entries.items() if value is not None)
+            nested = next(_nested(entries), None)
+            remedy = f"; save its {nested} alone" if nested else ""
+            raise WeightsError(f"{file}: expected a mapping of names to dense tensors{remedy}")
+    # Parameters are tensors that require a gradient.
+    yield from ((name, value.detach()) for name, value in entries.items() if value is not None)
+
+
+def _nested(entries: Mapping[Any, Any]) -> Iterator[str]:
+    """Yields where the mappings inside of a mapping are that contain tensors, such as ['state']['model']."""
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            inside = [""] if any(map(_is_dense, value.values())) else _nested(value)
+            yield from (f"[{name!r}]{rest}" for rest in inside)
 
 
 def _is_dense(value: object) -> bool:

@@ -21,12 +21,9 @@ from mpt_grpc.model.linear import Embedding, Linear, Norm, WeightFormat
 from mpt_grpc.model.mpt import MPT
 from mpt_grpc.model.published_names import is_without_effect, renamed_tensor, why_foreign
 from mpt_grpc.model.tensor_files import read_tensors
-from mpt_grpc.model_files import WEIGHT_LAYOUTS, has_file, shard_names
+from mpt_grpc.model_files import WEIGHT_LAYOUTS, has_file, names_in, shard_names, why_no_weights
 
 _HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
-_OTHER_WEIGHTS = frozenset(".safetensors .bin .pt .pth .ckpt .distcp .gguf .ggml .h5 .msgpack .npz .nemo .onnx".split())
-"""The suffixes of files in which weights may be that are not read."""
-_MAX_LISTED = 4
 _COMPARE = "check that config.json is that of these weights"
 
 
@@ -85,12 +82,9 @@ def weight_files(folder: Path) -> list[Path]:
             names = shard_names(folder / index)
             for name in names:
                 if not has_file(folder / name):
-                    raise WeightsError(f"{folder / index}: shard {name!r} is not in the folder")
+                    raise WeightsError(f"{folder / index}: shard {name!r} is not in the folder; download it")
             return [folder / name for name in names]
-    expected = ", ".join(name for pair in WEIGHT_LAYOUTS for name in pair)
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_WEIGHTS)
-    found = f"; found {', '.join(others[:_MAX_LISTED])}" if others else ""
-    raise WeightsError(f"{folder}: no weights found; expected one of {expected}, as transformers saves them{found}")
+    raise WeightsError(f"{folder}: {why_no_weights(names_in(folder))}")
 
 
 def _fill(

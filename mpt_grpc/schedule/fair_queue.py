@@ -40,7 +40,7 @@ class FairQueue:
         """Adds a sequence that has arrived or was preempted."""
         caller = sequence.request.caller.name
         if not any(caller in callers for callers in self._waiting.values()):
-            level = self._level(sequence.request.priority) - self._in_flight(caller)
+            level = self._level(sequence.request.priority) - self._cost_of_started(caller)
             self._offsets[caller] = max(self._offsets.get(caller, 0.0), level)
         callers = self._waiting.setdefault(sequence.request.priority, {})
         insort(callers.setdefault(caller, []), sequence, key=_sequence_id)
@@ -93,9 +93,9 @@ class FairQueue:
         return self._served(caller.name)
 
     def _served(self, caller: str) -> float:
-        return self._offsets.get(caller, 0.0) + self._in_flight(caller)
+        return self._offsets.get(caller, 0.0) + self._cost_of_started(caller)
 
-    def _in_flight(self, caller: str) -> float:
+    def _cost_of_started(self, caller: str) -> float:
         return sum(map(_cost, self._started.get(caller, ())))
 
     def _level(self, priority: int) -> float:

@@ -50,15 +50,9 @@ class Sequence:
         self.siblings: list[Sequence] = []
         """The request's other sequences, while they wait for this one to compute the prompt."""
         self._matcher = matcher
-        decoding = request.decoding
-        self._penalizes_prompt, self._penalizes = decoding.repetition_penalty != 1, decoding.penalizes
-        sampling = SamplingInputs(
-            replace(request.sampling, seed=sequence_seed(request.sampling.seed or 0, index)),
-            decoding,
-            matcher=matcher,
-            num_top_logprobs=request.logprobs.num_top if request.logprobs.output else None,
-        )
-        self._choice = (sampling,)
+        self._penalizes_prompt = request.decoding.repetition_penalty != 1
+        self._penalizes = request.decoding.penalizes
+        self._choice = (_independent_choice(request, index, matcher),)
         """How a token is chosen unless it depends on those before it."""
         guard = request.stopping.repetition_guard
         self._repetition = None if guard is None else RepetitionDetector(guard)
@@ -197,3 +191,13 @@ class Sequence:
             return None
         token_ids = tuple(self.token_ids[first + 1 : last + 1])
         return PromptScoring(first - self.num_computed, token_ids, self.request.logprobs.num_top)
+
+
+def _independent_choice(request: GenerationRequest, index: int, matcher: Matcher | None) -> SamplingInputs:
+    """Returns how a token of an output is chosen where it does not depend on the tokens before it."""
+    return SamplingInputs(
+        replace(request.sampling, seed=sequence_seed(request.sampling.seed or 0, index)),
+        request.decoding,
+        matcher=matcher,
+        num_top_logprobs=request.logprobs.num_top if request.logprobs.output else None,
+    )

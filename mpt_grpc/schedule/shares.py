@@ -18,18 +18,16 @@ def shares(by_rank: list[Sequence], num_tokens: int, head: Sequence | None = Non
 
     `head` is one of them that is not running yet: it may get none. One that has nothing to compute gets none.
     """
-    computed = {sequence: sequence.num_uncomputed for sequence in by_rank}
-    if sum(computed.values()) <= num_tokens:
-        return computed
-    least = {sequence: min(1, num) if sequence is not head else 0 for sequence, num in computed.items()}
+    counts = {sequence: sequence.num_uncomputed for sequence in by_rank}
+    if sum(counts.values()) <= num_tokens:
+        return counts
+    least = {sequence: min(1, num) if sequence is not head else 0 for sequence, num in counts.items()}
     rest, reserved = num_tokens, sum(least.values())
     for _, peers in groupby(by_rank, key=lambda sequence: sequence.request.priority):
         by_caller: dict[str, list[Sequence]] = {}
         for sequence in peers:
             by_caller.setdefault(sequence.request.caller.name, []).append(sequence)
-        callers = [
-            (sum(computed[s] for s in own), own[0].request.caller.quota.weight, own) for own in by_caller.values()
-        ]
+        callers = [(sum(counts[s] for s in own), own[0].request.caller.quota.weight, own) for own in by_caller.values()]
         callers.sort(key=lambda caller: caller[0] / caller[1])
         weights = sum(weight for _, weight, _ in callers)
         for wanted, weight, own in callers:
@@ -39,6 +37,6 @@ def shares(by_rank: list[Sequence], num_tokens: int, head: Sequence | None = Non
             weights, rest = weights - weight, rest - share
             spare = share - own_least
             for sequence in own:
-                more = min(computed[sequence] - least[sequence], spare)
-                computed[sequence], spare = least[sequence] + more, spare - more
-    return computed
+                more = min(counts[sequence] - least[sequence], spare)
+                counts[sequence], spare = least[sequence] + more, spare - more
+    return counts

@@ -21,8 +21,8 @@ class StepBudget:
         """The present limit, drafts included; lower for a while after a step that did not fit in memory."""
         self.times = StepTimes()
         self._limit, self._min_tokens, self._prefill_slowdown = max_tokens, min_tokens, prefill_slowdown
-        self._num_small_steps: int
-        """The number of steps since that one; not set before."""
+        self._num_small_steps = 0
+        """The number of steps since the last one that did not fit in memory."""
 
     def num_tokens(self, running: list[Sequence], *, has_waiting: bool) -> int:
         """Returns how many tokens the step may compute, drafts apart.

@@ -38,14 +38,14 @@ async def serving_http(
     metrics: what `/metrics` shows, and to whom; None serves no such page.
     http_metrics: measures the requests to the OpenAI-compatible API.
     """
-    http_port, metrics_port = settings.http.port, settings.telemetry.metrics_port
-    if http_port is None and metrics_port is None:
+    if not settings.serves_http:
         yield HttpPorts()
         return
     # Imported here, so that a server without HTTP does not wait for it.
     from mpt_grpc.gateway.metrics import MetricsPage
     from mpt_grpc.gateway.serve import running_gateway, running_metrics
 
+    http_port, metrics_port = settings.http.port, settings.telemetry.metrics_port
     host, ports = settings.server.host, HttpPorts()
     page = None if metrics is None else MetricsPage(*metrics)
     async with AsyncExitStack() as stack:

@@ -189,8 +189,7 @@ class RunningServer:
 @asynccontextmanager
 async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
     """Listens, loads the model, warms it up and serves inside the block; then cancels the remaining requests."""
-    has_metrics_page = settings.http.port is not None or settings.telemetry.metrics_port is not None
-    registry = CollectorRegistry() if has_metrics_page else None
+    registry = CollectorRegistry() if settings.serves_http else None
     meters = make_meter_provider(registry)
     tracers = make_tracer_provider(settings.telemetry.trace_file, meters)
     if settings.telemetry.trace_steps is not None and tracers is None:
@@ -220,16 +219,10 @@ async def _serving(
     access, tls = Access(settings.server.tokens_file), settings.server.tls
     interceptor = CallInterceptor(access)
     certificate = None if tls is None else server_certificate(tls)
-    identifies_callers = access.requires_token or (tls is not None and tls.client_ca is not None)
-    missing = {"TLS (--tls-cert)": tls is None, "access tokens (--tokens-file)": not identifies_callers}
-    has_port = settings.http.port is not None or settings.telemetry.metrics_port is not None
-    listens_on_host = settings.server.grpc_socket is None or has_port
-    if listens_on_host and (warning := exposure(settings.server.host, missing)):
-        _log.warning("%s", warning)
+    _warn_of_exposure(settings, access)
     server = grpc.aio.server(interceptors=[interceptor], options=_channel_options(settings))
     with listening(server, settings.server, certificate) as target:
-        loop = asyncio.get_running_loop()
-        engine, model = await asyncio.to_thread(load_engine, settings, loop=loop)
+        engine, model = await asyncio.to_thread(load_engine, settings, loop=asyncio.get_running_loop())
         limits = engine.preparation.limits
         interceptor.message_limits = MessageLimits(limits)
         interceptor.telemetry = telemetry = make_telemetry(
@@ -241,15 +234,11 @@ async def _serving(
         channel = LocalChannel(interceptor)
         running = RunningServer(settings, target, channel, engine, model, servicer, access, interceptor.writes)
         debug = DebugServicer(engine, model)
-        services: Any
-        for services in (server, channel):
-            pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, services)
-            debug_pb2_grpc.add_DebugServiceServicer_to_server(debug, services)
-            health_pb2_grpc.add_HealthServicer_to_server(running.health, services)
+        for callee in (server, channel):
+            _add_services(callee, servicer, debug, running.health)
         if settings.server.reflection:
-            reflection.enable_server_reflection(
-                (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-            )
+            services = (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(services, server)
         with engine:
             try:
                 await asyncio.to_thread(engine.generate, _warm_up(limits.max_context_tokens))
@@ -280,6 +269,23 @@ async def _serving(
                 # The engine stops first, so that the remaining calls end with its error, which gives the reason.
                 await asyncio.to_thread(engine.close)
                 await server.stop(_STOP_GRACE_S)
+
+
+def _warn_of_exposure(settings: Settings, access: Access) -> None:
+    """Logs what protection a server lacks that other machines can reach."""
+    tls = settings.server.tls
+    identifies_callers = access.requires_token or (tls is not None and tls.client_ca is not None)
+    missing = {"TLS (--tls-cert)": tls is None, "access tokens (--tokens-file)": not identifies_callers}
+    listens_on_host = settings.server.grpc_socket is None or settings.serves_http
+    if listens_on_host and (warning := exposure(settings.server.host, missing)):
+        _log.warning("%s", warning)
+
+
+def _add_services(callee: Any, servicer: TextGenerationServicer, debug: DebugServicer, health_servicer: Health) -> None:
+    """Adds the services that are called over connections and over the channel inside of the process."""
+    pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, callee)
+    debug_pb2_grpc.add_DebugServiceServicer_to_server(debug, callee)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, callee)
 
 
 def _warm_up(max_context_tokens: int) -> GenerationRequest:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,15 @@ import tokenizers
 from tokenizers import decoders, models
 
 from mpt_grpc.errors import ModelError
-from mpt_grpc.model_files import BYTE_LEVEL_FILES, SENTENCEPIECE_FILES, has_file, read_json, read_text
+from mpt_grpc.model_files import (
+    BYTE_LEVEL_FILES,
+    SENTENCEPIECE_FILES,
+    found_weights,
+    has_file,
+    names_in,
+    read_json,
+    read_text,
+)
 from mpt_grpc.text import byte_level_files, sentencepiece_model
 from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetokenizer
 from mpt_grpc.text.literals import SpecialTexts
@@ -35,7 +44,9 @@ class Tokenizer:
     """A tokenizer loaded from a Hugging Face `tokenizer.json`. Immutable, so threads may share it."""
 
     vocab_size: int
-    """The upper bound of all token IDs, including those of added tokens."""
+    """The upper bound of the token IDs that the model has, including those of added tokens."""
+    extra_tokens: tuple[str, ...]
+    """The added tokens that the model does not have; `encode` returns their IDs, which no request may use."""
     max_token_bytes: int
     """The number of bytes in the longest vocabulary entry; in byte-level BPE no token has more bytes of text."""
     eos_token_ids: frozenset[int]
@@ -50,19 +61,24 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         eos_token_ids: frozenset[int] = frozenset(),
         omitted_tokens: Sequence[str] = (),
+        num_rows: int = sys.maxsize,
     ) -> None:
+        """num_rows: the number of rows of the model's embedding."""
         backend.no_truncation()  # a file may enable both, but prompts must not be silently truncated or padded
         backend.no_padding()
         if isinstance(backend.model, models.BPE):
             backend.model.dropout = None  # which makes the tokens of a text random
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = min(_num_tokens(backend), num_rows)
         self.max_token_bytes = max(map(len, (t.encode() for t in backend.get_vocab(with_added_tokens=True))), default=0)
         self.eos_token_ids = eos_token_ids
         added = backend.encode("").tokens if backend.num_special_tokens_to_add(is_pair=False) else ()
         self.omitted_tokens = tuple(omitted_tokens or added)
         self._backend = backend
-        special = {i: token.content for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._special_ids, self.special_texts = frozenset(special), SpecialTexts(special.values())
+        added_tokens = backend.get_added_tokens_decoder()
+        self.extra_tokens = tuple(token.content for i, token in sorted(added_tokens.items()) if i >= self.vocab_size)
+        special = {i: token.content for i, token in added_tokens.items() if token.special}
+        self._special_ids = frozenset(i for i in special if i < self.vocab_size)
+        self.special_texts = SpecialTexts(special.values())
         self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._has_marked_spaces = _SPACE in repr(backend.decoder)
         self._byte_of_character = _byte_level_alphabet()
@@ -70,12 +86,13 @@ class Tokenizer:
         """The bytes of the tokens that have been asked for."""
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Tokenizer:
+    def from_folder(cls, folder: Path, num_rows: int = sys.maxsize) -> Tokenizer:
         """Loads tokenizer.json, or the files from which it can be made, with the tokens that the files beside it add,
         and the end-of-sequence tokens.
 
         The end-of-sequence tokens come from the first of generation_config.json, config.json and the tokenizer's files
-        that specifies them. Raises ModelError, which names the file.
+        that specifies them. `num_rows` is the number of rows of the model's embedding, which only added tokens may
+        exceed. Raises ModelError, which names the file.
         """
         path, config = folder / "tokenizer.json", read_tokenizer_config(folder)
         text = read_text(path)
@@ -95,14 +112,19 @@ class Tokenizer:
         eos_token = config.special_tokens.get("eos_token")
         is_eos_known = eos_token is None or backend.token_to_id(eos_token) is not None
         _add_tokens(backend, config, folder)
-        eos_token_ids = _eos_token_ids(folder, backend)
+        if (num_tokens := max(backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1) > num_rows:
+            raise ModelError(f"{path}: {num_tokens} tokens, more than the model's {num_rows}: use the model's own")
+        eos_token_ids = _eos_token_ids(folder, min(_num_tokens(backend), num_rows))
         if eos_token_ids is None and eos_token is not None:
             # transformers would add it, but the model cannot generate a token that it was not trained with.
             if not is_eos_known and config.added_tokens[eos_token][0] is None:
                 files = "tokenizer_config.json or special_tokens_map.json"
                 raise ModelError(f"{folder}: eos_token {eos_token!r} is not in tokenizer.json; correct it in {files}")
             eos_token_ids = frozenset(i for i in (backend.token_to_id(eos_token),) if i is not None)
-        return cls(backend, eos_token_ids or frozenset(), config.added_to_texts)
+            if max(eos_token_ids, default=-1) >= num_rows:
+                why = f"is token {max(eos_token_ids)}, but the model has only {num_rows}: correct it"
+                raise ModelError(f"{folder / 'tokenizer_config.json'}: eos_token {eos_token!r} {why}")
+        return cls(backend, eos_token_ids or frozenset(), config.added_to_texts, num_rows)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Returns the IDs of `text`; no tokens are added. The text of a special token, such as `<|endoftext|>`, is
@@ -190,7 +212,8 @@ def _missing(folder: Path) -> str:
     name = (read_json(folder / "config.json") or {}).get("tokenizer_name")
     where = f"; config.json names that of {name[:100]!r}" if isinstance(name, str) and name else ""
     others = f"one of {', '.join(SENTENCEPIECE_FILES)}, or {' and '.join(BYTE_LEVEL_FILES)}"
-    return f"a model's folder must contain it, {others}{where}"
+    found = f"; {found}" if (found := found_weights(names_in(folder))) else ""
+    return f"a model's folder must contain it, {others}{where}{found}"
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -238,9 +261,13 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig, folder: 
             raise ModelError(f"{folder}: {why}")
 
 
-def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer) -> frozenset[int] | None:
+def _num_tokens(backend: tokenizers.Tokenizer) -> int:
+    """Returns the upper bound of all token IDs, including those of added tokens."""
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def _eos_token_ids(folder: Path, vocab_size: int) -> frozenset[int] | None:
     """Returns the end-of-sequence tokens that the model's configuration specifies, or None."""
-    vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     for name in ("generation_config.json", "config.json"):
         ids = (read_json(folder / name) or {}).get("eos_token_id")
         if ids is None:

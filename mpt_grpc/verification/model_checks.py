@@ -23,6 +23,7 @@ from mpt_grpc.model.weights import parameter_shapes, stored_tensors
 from mpt_grpc.request import GenerationRequest, LogprobOptions, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
 from mpt_grpc.verification.check import Check
+from mpt_grpc.verification.peer_config import peer_config
 from mpt_grpc.verification.reference import Array, reference_logits
 from mpt_grpc.verification.texts import PROMPT
 
@@ -142,15 +143,20 @@ def _plausibility_check(served: _Served, scores: _Scores) -> Check:
 
 
 def _transformers_check(folder: Path, adapters: Sequence[Path], served: _Served) -> Check:
-    if _raw_config(folder)["model_type"] == MOSAIC_GPT:
+    raw = _raw_config(folder)
+    if raw["model_type"] == MOSAIC_GPT:
         return Check("transformers", "skipped", f"it does not know {MOSAIC_GPT}")
-    if ignored := _ignored_by_transformers(_raw_config(folder), MPTConfig.from_file(folder / "config.json")):
+    if ignored := _ignored_by_transformers(raw, MPTConfig.from_file(folder / "config.json")):
         return Check("transformers", "skipped", f"it ignores {', '.join(ignored)}")
     if adapters and importlib.util.find_spec("peft") is None:
         return Check("transformers", "skipped", "merging adapters requires peft, which the extra 'verify' installs")
     from transformers import MptForCausalLM
 
-    model = MptForCausalLM.from_pretrained(folder, dtype=getattr(torch, served.dtype))
+    try:
+        config = peer_config(raw)
+        model = MptForCausalLM.from_pretrained(folder, config=config, dtype=getattr(torch, served.dtype))
+    except Exception as error:  # whatever the files make it raise
+        return Check("transformers", "skipped", f"it cannot load the checkpoint: {' '.join(str(error).split())}")
     for adapter in adapters:
         from peft import PeftModel
 

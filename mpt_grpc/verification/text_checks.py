@@ -40,9 +40,10 @@ def text_checks(wanted: ModelSettings, checkpoint: Checkpoint) -> Iterator[Check
 
 
 def _peer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, MptConfig
 
-    return AutoTokenizer.from_pretrained(folder)
+    # The configuration, of which only the class matters, is not read from the folder: transformers may refuse it.
+    return AutoTokenizer.from_pretrained(folder, config=MptConfig())
 
 
 def _ids_check(tokenizer: Tokenizer, peer: PreTrainedTokenizerBase) -> Check:

@@ -127,6 +127,22 @@ def test_variants_that_transformers_ignores_are_compared_with_the_reference(
     assert not found["plausibility"].passed, "the weights are random"
 
 
+def test_numbers_of_other_types_than_in_transformers_are_compared_with_it(tmp_path: Path) -> None:
+    def edit(config: dict[str, Any]) -> None:
+        config["expansion_ratio"] = 4.0
+        config["attn_config"] |= {"clip_qkv": 1000, "attn_pdrop": 0.0}
+
+    found = by_name(copy_of_demo(tmp_path / "typed", edit))
+    assert [found[name].verdict for name in ("token IDs", "transformers")] == ["same", "same"]
+
+
+def test_a_checkpoint_that_transformers_refuses_is_compared_with_the_reference(tmp_path: Path) -> None:
+    found = by_name(copy_of_demo(tmp_path / "refused", lambda config: config.update(use_cache="yes")))
+    assert all(check.passed for check in found.values())
+    assert (found["transformers"].verdict, found["float64 reference"].verdict) == ("skipped", "same")
+    assert "use_cache" in found["transformers"].detail
+
+
 def test_mosaic_gpt_is_compared_with_the_reference(tmp_path: Path) -> None:
     def rename(config: dict[str, Any]) -> None:
         del config["attn_config"]

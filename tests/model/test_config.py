@@ -236,6 +236,10 @@ def test_unimplemented_model_fields_are_named_in_the_error(field: str, value: ob
         ),
         (tiny_config(compression_config={"format": "x"}), "compression_config: {'format': 'x'}: would need quantized"),
         (tiny_config(num_experts=8), "num_experts: 8: unknown field, which may change the computation; remove it if"),
+        (
+            tiny_config(clip_qkv=6),
+            "json: clip_qkv: 6: unknown field, which may change the computation; move it into attn_",
+        ),
         (tiny_config(n_layers=1 << 24), "n_layers: 16777216: expected an integer from 1 to 1024"),
         ({}, "model_type: None"),
     ],
@@ -278,6 +282,7 @@ def test_a_config_saved_by_transformers_is_read(tmp_path: Path) -> None:
         tiny_config({"_commit_hash": "0", "model_type": ""}, max_position_embeddings=2048, hidden_size=64),
         tiny_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": False}),
         tiny_config({"qk_ln": None, "rope": None, "attn_pdrop": 0.1}, ffn_config=None, pretraining_tp=1),
+        tiny_config({"tie_word_embeddings": True}),
         tiny_config(attention_dropout=0.0, hidden_dropout=0.1, fused_cross_entropy=True),
     ],
 )

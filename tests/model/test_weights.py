@@ -152,19 +152,56 @@ def test_a_stored_head_is_accepted_only_if_it_equals_the_embedding(
         load(tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["state_dict", "module"])
-def test_weights_inside_of_a_mapping_are_refused_with_its_name(tmp_path: Path, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("state", "place"),
+    [
+        ({"epoch": 3, "state_dict": random_weights(CONFIG)}, "['state_dict']"),
+        ({"module": random_weights(CONFIG), "step": 3}, "['module']"),
+        (
+            {"state": {"timestamp": {}, "model": random_weights(CONFIG), "optimizers": {}}, "rng": []},
+            "['state']['model']",
+        ),
+    ],
+)
+def test_weights_inside_of_a_mapping_are_refused_with_their_place(
+    tmp_path: Path, state: dict[str, Any], place: str
+) -> None:
     make_checkpoint(tmp_path, CONFIG, format="bin")
-    torch.save({layout: random_weights(CONFIG), "step": 3}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=f"expected a mapping of names to dense tensors; save its '{layout}' alone"):
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    message = re.escape(f"pytorch_model.bin: expected a mapping of names to dense tensors; save its {place} alone")
+    with pytest.raises(WeightsError, match=message):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["ggml-model-q4_0.gguf", "ep1-ba1-rank0.pt", "model.fp16.safetensors", "last.ckpt"])
-def test_other_files_with_weights_are_named_where_none_can_be_read(tmp_path: Path, name: str) -> None:
+def test_parameters_are_loaded_like_other_tensors(tmp_path: Path) -> None:
+    written = make_checkpoint(tmp_path, CONFIG, format="bin")
+    torch.save({name: torch.nn.Parameter(tensor) for name, tensor in written.items()}, tmp_path / "pytorch_model.bin")
+    assert not any(tensor.requires_grad for _, tensor in read_tensors(weight_files(tmp_path)))
+    assert torch.equal(load(tmp_path).state_dict()[EMBEDDING], written[EMBEDDING])
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("ggml-model-q4_0.gguf", ": llama.cpp's format is not read: use the checkpoint from which it was made"),
+        ("mpt-7b.ggmlv3.q4_0.bin", ": llama.cpp's format is not read: use the checkpoint from which it was made"),
+        ("onnx/decoder_model.onnx", ": ONNX is not read: use the checkpoint from which it was made"),
+        ("openvino_model.bin", ": OpenVINO's format is not read: use the checkpoint from which it was made"),
+        ("gptq_model-4bit-128g.safetensors", ": a quantized model is not read: use the checkpoint from which it was"),
+        ("model-00001-of-00001.safetensors", ": the index of these shards is missing: download it, too"),
+        ("ep1-ba1-rank0.pt", ": a training checkpoint is not read: convert it, that of llm-foundry with its convert_"),
+        ("last.ckpt", ": a training checkpoint is not read"),
+        ("model.fp16.safetensors", ""),
+    ],
+)
+def test_other_files_with_weights_are_named_where_none_can_be_read(tmp_path: Path, name: str, remedy: str) -> None:
     make_checkpoint(tmp_path, CONFIG)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / "model.safetensors").rename(tmp_path / name)
-    with pytest.raises(WeightsError, match=rf"no weights found; expected one of model\.safetensors, .*; found {name}$"):
+    end = "" if remedy else "$"
+    with pytest.raises(
+        WeightsError, match=rf"no weights found; expected one of .*; found {re.escape(name + remedy)}{end}"
+    ):
         load(tmp_path)
 
 
