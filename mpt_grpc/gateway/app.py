@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,21 +17,21 @@ from starlette.responses import JSONResponse, Response
 from mpt_grpc import __version__
 from mpt_grpc.gateway import openapi, schemas, tokens
 from mpt_grpc.gateway.callers import CallerMiddleware, Callers, KnownServer
-from mpt_grpc.gateway.completions import complete, stream_completion
+from mpt_grpc.gateway.completions import complete, read_completion, stream_completion
+from mpt_grpc.gateway.conversations import read_conversation
 from mpt_grpc.gateway.disconnection import unless_disconnected
 from mpt_grpc.gateway.error_handlers import add_error_handlers, field_names
 from mpt_grpc.gateway.errors import BadRequestError, shortened
 from mpt_grpc.gateway.events import EventStream, event
 from mpt_grpc.gateway.field_rules import COMPLETION_RULES, RESPONSE_RULES, TOKENIZATION_RULES
 from mpt_grpc.gateway.health import unreadiness
-from mpt_grpc.gateway.messages import message_fields
 from mpt_grpc.gateway.model_response import ModelResponse
 from mpt_grpc.gateway.page import add_page
 from mpt_grpc.gateway.parsing import parse
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 from mpt_grpc.gateway.response_request import ResponseRequest
 from mpt_grpc.gateway.responses import ChatResponse, Json, PartedResponse, TextResponse, built
-from mpt_grpc_client import Client, MptGrpcError
+from mpt_grpc_client import Client, GenerateRequest, MptGrpcError
 
 MAX_OUTPUTS = 256
 """The maximum number of outputs of one text completion, prompts times n: they all start at once."""
@@ -133,18 +134,20 @@ class _Gateway:
 
     async def chat_completions(self, request: Request) -> Response:
         """Replies to a conversation, in one response or as server-sent events."""
-        body = await parse(request, ChatCompletionRequest, COMPLETION_RULES)
+        body, generate = await parse(
+            request, ChatCompletionRequest, COMPLETION_RULES, partial(read_conversation, request)
+        )
         model = await self._model_name(request, body.model)
         response = ChatResponse(
             model, _request_id(request), has_logprobs=body.has_logprobs, includes_usage=body.includes_usage
         )
-        return await self._reply(request, body, response)
+        return await self._reply(request, body, generate, response)
 
     async def responses(self, request: Request) -> Response:
         """Replies to a conversation of items, in one response or as server-sent events. Nothing is stored."""
-        body = await parse(request, ResponseRequest, RESPONSE_RULES)
+        body, generate = await parse(request, ResponseRequest, RESPONSE_RULES, partial(read_conversation, request))
         response = ModelResponse(await self._model_name(request, body.model), _request_id(request), body)
-        return await self._reply(request, body, response)
+        return await self._reply(request, body, generate, response)
 
     async def stored_response(self) -> Response:
         """Not supported: responses are not stored."""
@@ -156,28 +159,28 @@ class _Gateway:
         raise BadRequestError(why, status=404)
 
     async def _reply(
-        self, request: Request, body: ChatCompletionRequest | ResponseRequest, response: ChatResponse | ModelResponse
+        self,
+        request: Request,
+        body: ChatCompletionRequest | ResponseRequest,
+        generate: GenerateRequest,
+        response: ChatResponse | ModelResponse,
     ) -> Response:
-        request.state.field_names = body.field_names
-        client, messages, options = self._callers.client(request), body.conversation, body.options()
-        options["request_id"] = _request_id(request)
+        client = self._callers.client(request)
         if body.stream:
-            return await _events(request, response.chunks(lambda: client.stream(messages, **options)), response)
-        generation = await unless_disconnected(request, client.generate(messages, **options))
+            return await _events(request, response.chunks(lambda: client.stream(generate)), response)
+        generation = await unless_disconnected(request, client.generate(generate))
         return await built(lambda: PartedResponse(response.complete(generation)), has_logprobs=body.has_logprobs)
 
     async def completions(self, request: Request) -> Response:
         """Continues one or several prompts, in one response or as server-sent events."""
         max_outputs = min((await self._server(request)).max_in_progress, MAX_OUTPUTS)
-        body = await parse(request, CompletionRequest, COMPLETION_RULES, max_prompts=max_outputs)
-        request.state.field_names = body.field_names
-        body.check_num_outputs(max_outputs)
-        request_id, client = _request_id(request), self._callers.client(request)
-        response = TextResponse(await self._model_name(request, body.model), request_id)
+        read = partial(read_completion, request, max_outputs)
+        body, generate = await parse(request, CompletionRequest, COMPLETION_RULES, read, max_prompts=max_outputs)
+        client = self._callers.client(request)
+        response = TextResponse(await self._model_name(request, body.model), _request_id(request))
         if body.stream:
-            chunks = stream_completion(client, body, response, request_id)
-            return await _events(request, chunks, response)
-        return await unless_disconnected(request, complete(client, body, response, request_id))
+            return await _events(request, stream_completion(client, body, generate, response), response)
+        return await unless_disconnected(request, complete(client, body, generate, response))
 
     async def embeddings(self) -> Response:
         """Not supported: the model only generates text."""
@@ -196,16 +199,16 @@ class _Gateway:
 
     async def tokenize(self, request: Request) -> Response:
         """Splits text into tokens."""
-        body = await parse(request, tokens.TokenizeRequest, TOKENIZATION_RULES)
-        request.state.field_names = message_fields(body.messages) if body.messages else {}
+        read = partial(tokens.read_tokenization, request)
+        body, generate = await parse(request, tokens.TokenizeRequest, TOKENIZATION_RULES, read)
         blocking_client = self._blocking_client and self._blocking_client.with_metadata(*request.state.caller)
-        call = tokens.tokenize(self._callers.client(request), blocking_client, body, _request_id(request))
+        call = tokens.tokenize(self._callers.client(request), blocking_client, body, generate)
         return await unless_disconnected(request, call)
 
     async def detokenize(self, request: Request) -> Response:
         """Returns the text of token IDs."""
         request.state.field_names = tokens.DETOKENIZE_FIELD_NAMES
-        body = await parse(request, tokens.DetokenizeRequest, TOKENIZATION_RULES)
+        body = await parse(request, tokens.DetokenizeRequest, TOKENIZATION_RULES, lambda body: body)
         call = tokens.detokenize(self._callers.client(request), body)
         return JSONResponse(await unless_disconnected(request, call))
 

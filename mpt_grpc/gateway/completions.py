@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from fastapi import Request
 from starlette.responses import Response
 
 from mpt_grpc.gateway.errors import BadRequestError
@@ -20,6 +21,7 @@ from mpt_grpc_client import (
     AsyncClient,
     FieldViolation,
     GenerateOptions,
+    GenerateRequest,
     Generation,
     InvalidRequestError,
     TokenLogprob,
@@ -31,13 +33,31 @@ _PROMPT_FIELDS = re.compile(r"^(prompt|token_ids)\b")
 """The client library's names of a prompt that is continued, and of one that is turned into text."""
 
 
-async def complete(client: AsyncClient, body: CompletionRequest, response: TextResponse, request_id: str) -> Response:
-    """Returns the response. If one of several prompts fails, all do. Raises BadRequestError or MptGrpcError."""
-    body.check_num_logprobs()
-    options = body.options()
+def read_completion(
+    request: Request, max_outputs: int, body: CompletionRequest
+) -> tuple[CompletionRequest, list[GenerateRequest]]:
+    """Returns the body and the requests of its prompts, which takes the longer the longer these are.
+
+    Raises BadRequestError or MptGrpcError.
+    """
+    request.state.field_names = body.field_names
+    body.check_num_outputs(max_outputs)
+    if not body.stream:
+        body.check_num_logprobs()
+    options, requests = body.options(), list[GenerateRequest]()
+    for number, prompt in enumerate(body.prompts):
+        with _naming_prompt(body, number):
+            requests.append(GenerateRequest(prompt, **_with_request_id(options, request.state.request_id, number)))
+    return body, requests
+
+
+async def complete(
+    client: AsyncClient, body: CompletionRequest, requests: Sequence[GenerateRequest], response: TextResponse
+) -> Response:
+    """Returns the response. If one of several prompts fails, all do. Raises MptGrpcError."""
     completing = [
-        asyncio.ensure_future(_choices(client, body, prompt, _with_request_id(options, request_id, number), number))
-        for number, prompt in enumerate(body.prompts)
+        asyncio.ensure_future(_choices(client, body, prompt, request, number))
+        for number, (prompt, request) in enumerate(zip(body.prompts, requests, strict=True))
     ]
     try:
         completed = await asyncio.gather(*completing)
@@ -50,14 +70,14 @@ async def complete(client: AsyncClient, body: CompletionRequest, response: TextR
 
 
 async def _choices(
-    client: AsyncClient, body: CompletionRequest, prompt: str | list[int], options: GenerateOptions, number: int
+    client: AsyncClient, body: CompletionRequest, prompt: str | list[int], request: GenerateRequest, number: int
 ) -> tuple[list[bytes], Usage]:
     """Returns the choices of the prompt with this number, and its usage.
 
     They are encoded as soon as they are complete: log probabilities take twenty times as much memory before.
     """
     with _naming_prompt(body, number):
-        generation = await client.generate(prompt, **options)
+        generation = await client.generate(request)
         echo, first_token = await _echo(client, body, prompt, generation)
 
     def build() -> list[bytes]:
@@ -101,15 +121,15 @@ def _first_token(echo: str, text: str, num_bytes_after: int, *, is_truncated: bo
 
 
 async def stream_completion(
-    client: AsyncClient, body: CompletionRequest, response: TextResponse, request_id: str
+    client: AsyncClient, body: CompletionRequest, requests: Sequence[GenerateRequest], response: TextResponse
 ) -> AsyncIterator[Json]:
     """Yields the chunks of a response; those of several prompts are interleaved. Raises MptGrpcError."""
     if body.echo and body.logprobs is not None:
         raise BadRequestError("echo: not supported with logprobs in a stream; set stream to false", "echo")
     usages: list[Usage] = []
     streams = [
-        _stream_prompt(client, body, prompt, _with_request_id(body.options(), request_id, number), number, usages)
-        for number, prompt in enumerate(body.prompts)
+        _stream_prompt(client, body, prompt, request, number, usages)
+        for number, (prompt, request) in enumerate(zip(body.prompts, requests, strict=True))
     ]
     # A single stream is read directly, which costs less.
     async with contextlib.aclosing(interleave(streams) if len(streams) > 1 else streams[0]) as choices:
@@ -123,7 +143,7 @@ async def _stream_prompt(
     client: AsyncClient,
     body: CompletionRequest,
     prompt: str | Sequence[int],
-    options: GenerateOptions,
+    request: GenerateRequest,
     number: int,
     usages: list[Usage],
 ) -> AsyncGenerator[Json]:
@@ -135,7 +155,7 @@ async def _stream_prompt(
             for index in range(body.n or 1):
                 yield text_choice(first_index + index, echo, None, None)
         of_outputs: defaultdict[int, TextLogprobs] = defaultdict(lambda: TextLogprobs(body.logprobs or 0))
-        async with client.stream(prompt, **options) as stream:
+        async with client.stream(request) as stream:
             async for delta in stream.deltas():
                 logprobs = of_outputs[delta.index].add(delta.logprobs) if delta.logprobs else None
                 if delta.text or logprobs or delta.finish:

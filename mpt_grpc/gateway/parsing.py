@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, TypeVar, get_args
@@ -22,6 +22,7 @@ from mpt_grpc.limits import MAX_TOKEN_IDS, is_deeper_than
 from mpt_grpc.worker_threads import WorkerThreads
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
+_Made = TypeVar("_Made")
 MAX_NAMES = 1 << 16
 """The maximum number of names of fields in a body, those of all its objects together."""
 MAX_VALUES = MAX_TOKEN_IDS + MAX_NAMES
@@ -36,13 +37,24 @@ _COUNTED_BYTES = 64 << 10
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def parse(request: Request, kind: type[_Parsed], rules: FieldRules, *, max_prompts: int = MAX_ITEMS) -> _Parsed:
-    """Returns the body of a request. Raises BadRequestError for the first invalid or unknown field."""
+async def parse(
+    request: Request,
+    kind: type[_Parsed],
+    rules: FieldRules,
+    make: Callable[[_Parsed], _Made],
+    *,
+    max_prompts: int = MAX_ITEMS,
+) -> _Made:
+    """Returns what `make` makes of the body of a request, in the thread in which a large one is parsed.
+
+    Raises BadRequestError for the first invalid or unknown field, and the errors of `make`.
+    """
     body = await read(request)
     if len(body) <= _MAX_BYTES_ON_LOOP:
-        return _parsed(body, kind, rules, max_prompts)
-    parsing = asyncio.wrap_future(_parser.submit(partial(_parsed, body, kind, rules, max_prompts)))
-    del body  # which leaves the queue if its caller leaves before its turn
+        return make(_parsed(body, kind, rules, max_prompts))
+    work = partial(lambda data: make(_parsed(data, kind, rules, max_prompts)), body)
+    parsing = asyncio.wrap_future(_parser.submit(work))
+    del body, work  # which leave the queue if the caller leaves before its turn
     return await unless_disconnected(request, parsing)
 
 

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse
 
 from mpt_grpc.gateway.errors import BadRequestError
-from mpt_grpc.gateway.messages import ChatMessage
+from mpt_grpc.gateway.messages import ChatMessage, message_fields
 from mpt_grpc.gateway.requests import Uint
 from mpt_grpc.gateway.strict import Many, Some
 from mpt_grpc.worker_threads import WorkerThreads
-from mpt_grpc_client import AsyncClient, Client, Token
+from mpt_grpc_client import AsyncClient, Client, GenerateRequest, Token
 
 Json = dict[str, Any]
 # Two threads, which bound the memory of texts and tokens.
@@ -48,19 +49,18 @@ class DetokenizeRequest(BaseModel):
 
 
 async def tokenize(
-    client: AsyncClient, blocking_client: Client | None, body: TokenizeRequest, request_id: str
+    client: AsyncClient, blocking_client: Client | None, body: TokenizeRequest, generate: GenerateRequest | None
 ) -> JSONResponse:
     """Returns the token IDs of a text and, with `return_token_strs`, the text of each token, or the token IDs of
-    messages after the chat template. Raises BadRequestError or MptGrpcError.
+    messages after the chat template, whose request is `generate`. Raises MptGrpcError.
 
     blocking_client: makes the call if its response is parsed.
     """
     loop = asyncio.get_running_loop()
-    if (body.prompt is None) == (body.messages is None):
-        raise BadRequestError("prompt, messages: pass one of them", "prompt")
     max_context_tokens = (await client.get_model_info()).max_context_tokens
-    if body.messages is not None:
-        return await _tokenize_messages(client, body, body.messages, max_context_tokens, request_id)
+    if generate is not None:
+        generation = await client.generate(generate)
+        return _ids_response(generation.prompt_token_ids, max_context_tokens, None)
     text = body.prompt or ""
 
     def call() -> JSONResponse:
@@ -74,26 +74,28 @@ async def tokenize(
     return await asyncio.wrap_future(_tokenizers.submit(partial(contextvars.copy_context().run, call)))
 
 
-async def _tokenize_messages(
-    client: AsyncClient,
-    body: TokenizeRequest,
-    messages: Sequence[ChatMessage],
-    max_context_tokens: int,
-    request_id: str,
-) -> JSONResponse:
-    """Returns the token IDs of a prompt of messages, which is computed, and so is limited by the context."""
+def read_tokenization(request: Request, body: TokenizeRequest) -> tuple[TokenizeRequest, GenerateRequest | None]:
+    """Returns the body and, for messages, the request that computes their prompt, which so is limited by the context.
+
+    Raises BadRequestError.
+    """
+    if (body.prompt is None) == (body.messages is None):
+        raise BadRequestError("prompt, messages: pass one of them", "prompt")
+    if body.messages is None:
+        return body, None
+    request.state.field_names = message_fields(body.messages)
     if body.return_token_strs:
         raise BadRequestError("return_token_strs: requires prompt; send the tokens to /detokenize", "return_token_strs")
-    generation = await client.generate(
-        [message.message() for message in messages],
+    generate = GenerateRequest(
+        [message.message() for message in body.messages],
         max_new_tokens=0,
         return_prompt_token_ids=True,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         chat_template_kwargs=body.chat_template_kwargs,
-        request_id=request_id,
+        request_id=request.state.request_id,
     )
-    return _ids_response(generation.prompt_token_ids, max_context_tokens, None)
+    return body, generate
 
 
 def _response(tokens: Sequence[Token], max_context_tokens: int, has_strings: bool) -> JSONResponse:

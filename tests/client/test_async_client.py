@@ -13,6 +13,7 @@ from mpt_grpc_client import (
     AsyncTextStream,
     Client,
     DeadlineExceededError,
+    GenerateRequest,
     MptGrpcError,
     NotFoundError,
     TextStream,
@@ -40,6 +41,25 @@ async def test_both_clients_have_the_same_interface(sync, asynchronous):
     if sync is TextStream:
         del interface["__init__"], other["__init__"]
     assert interface == other
+
+
+async def test_a_request_made_in_advance_is_sent_like_its_prompt_and_options(scripted, client, target, other_target):
+    scripted.chunks = [
+        pb.StreamGenerateResponse(output=pb.Output(text="a", finish=pb.Finish(reason=1)), summary=pb.Summary())
+    ]
+    request = GenerateRequest("Once", seed=3, max_new_tokens=4)
+    with Client([target, other_target]) as balanced:  # which adds to what it sends
+        balanced.generate(request)
+    scripted.requests.clear()
+    client.generate("Once", seed=3, max_new_tokens=4)
+    client.generate(request)
+    list(client.stream(request))
+    async with AsyncClient(target, timeout=30) as other:
+        await other.generate(request)
+        _ = [text async for text in other.stream(request)]
+        with pytest.raises(TypeError, match="seed: a GenerateRequest has its options already"):
+            await other.generate(request, seed=4)
+    assert scripted.requests == [scripted.requests[0]] * 5
 
 
 async def test_both_clients_send_the_same_requests_and_return_the_same(scripted, client, target):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from copy import copy
+from functools import partial
 from typing import ClassVar, Self, TypeVar, Unpack
 
 import grpc
@@ -31,6 +32,7 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 from mpt_grpc_client.purpose import Purpose
 from mpt_grpc_client.request import (
+    GenerateRequest,
     build_request,
     cancel_request,
     detokenize_request,
@@ -94,18 +96,20 @@ class AsyncClient:
         return client
 
     async def generate(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt | GenerateRequest, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
         """Generates a continuation of the prompt and returns it when it is complete.
 
         timeout: the timeout of the call in seconds; None uses the client's. After `time_limit`, by contrast, the call
         returns its partial output.
-        options: see `GenerateOptions`.
+        options: see `GenerateOptions`; a `GenerateRequest` has them already.
         """
         request = build_request(prompt, **options)
         if not self._connections.is_balanced:
             response = await self._call(lambda connection: connection.service.Generate, request, timeout)
-            return await converted(responses.generation, response)
+            return await converted(
+                responses.generation, response, responses.num_parts(response.prompt, *response.outputs)
+            )
         request.output_options.chunk_tokens = UNSEEN_CHUNK_TOKENS
         async with self._stream(request, timeout) as stream:
             async for _ in stream.deltas():
@@ -113,25 +117,27 @@ class AsyncClient:
         return stream.result
 
     def stream(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt | GenerateRequest, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncTextStream:
         """Generates a continuation of the prompt and streams it. The request is sent immediately.
 
         timeout: the timeout of the whole stream in seconds; None uses the client's.
-        options: see `GenerateOptions`.
+        options: see `GenerateOptions`; a `GenerateRequest` has them already.
         """
         return self._stream(build_request(prompt, **options), timeout)
 
     async def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[Token, ...]:
         """Returns the tokens of a text."""
         request = tokenize_request(text)
-        return await converted(responses.tokens, await self._call(lambda c: c.service.Tokenize, request, timeout))
+        response = await self._call(lambda c: c.service.Tokenize, request, timeout)
+        return await converted(responses.tokens, response, len(response.tokens))
 
     async def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, timeout: float | None = None
     ) -> str:
         """Returns the text of token IDs. Invalid UTF-8 is replaced by U+FFFD."""
-        request = detokenize_request(token_ids, skip_special_tokens)
+        build = partial(detokenize_request, skip_special_tokens=skip_special_tokens)
+        request = await converted(build, token_ids, len(token_ids) if isinstance(token_ids, Sized) else 0)
         return (await self._call(lambda c: c.service.Detokenize, request, timeout)).text
 
     async def cancel(self, *request_ids: str, timeout: float | None = None) -> tuple[str, ...]:
@@ -175,7 +181,7 @@ class AsyncClient:
         """Returns the requests in progress and the KV cache blocks they hold. It may change in any release."""
         request = debug_pb2.GetEngineStateRequest()
         response = await self._call(lambda c: c.debug_service.GetEngineState, request, timeout)
-        return await converted(debug.engine_state, response)
+        return await converted(debug.engine_state, response, debug.num_parts(response))
 
     async def _call(
         self,

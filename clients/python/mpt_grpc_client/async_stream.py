@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Self, TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.message import Message
 
 from mpt_grpc_client import responses
 from mpt_grpc_client.continuation import Continuation
@@ -21,10 +20,11 @@ from mpt_grpc_client.proto.v1alpha1.debug_pb2_grpc import DebugServiceStub
 from mpt_grpc_client.results import Delta
 from mpt_grpc_client.tracing import CallSpan
 
-_LARGE_BYTES = 32 << 10
-"""Messages up to this size are converted in less than a millisecond."""
+_MANY_PARTS = 1024
+"""That many are converted in less than a millisecond."""
+_FEW_TOKENS = 32
 AsyncStreamCall: TypeAlias = "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.StreamGenerateResponse]"
-_Message = TypeVar("_Message", bound=Message)
+_Value = TypeVar("_Value")
 _Result = TypeVar("_Result")
 
 
@@ -136,7 +136,7 @@ class AsyncTextStream(responses.PartialGeneration):
                 if chunk is None:
                     return None
                 self._attempts.succeeded(chunk.output.num_tokens)
-                return await converted(self._add, chunk)
+                return await converted(self._add, chunk, _num_parts(chunk))
         return None
 
     async def _go_on(self, failure: MptGrpcError, cause: Exception) -> None:
@@ -153,11 +153,15 @@ class AsyncTextStream(responses.PartialGeneration):
             self._call = self._start_call(self._attempts.server, self._attempts.timeout)
 
 
-async def converted(convert: Callable[[_Message], _Result], message: _Message) -> _Result:
-    """Returns the converted message; large ones are converted in a thread, so as not to block the event loop."""
-    if message.ByteSize() > _LARGE_BYTES:
-        return await asyncio.to_thread(convert, message)
-    return convert(message)
+async def converted(convert: Callable[[_Value], _Result], value: _Value, num_parts: int) -> _Result:
+    """Returns the converted value; one of many parts is converted in a thread, so as not to block the event loop."""
+    return await asyncio.to_thread(convert, value) if num_parts > _MANY_PARTS else convert(value)
+
+
+def _num_parts(chunk: pb.StreamGenerateResponse) -> int:
+    """Returns how many values a chunk contains; 0 for a small one, without looking at its lists, which costs more."""
+    is_small = chunk.output.num_tokens <= _FEW_TOKENS and not chunk.HasField("prompt")
+    return 0 if is_small else responses.num_parts(chunk.prompt, chunk.output)
 
 
 async def wait(pause: float, attempts: Attempts[AsyncConnection], over: asyncio.Event) -> None:

@@ -30,6 +30,7 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 from mpt_grpc_client.purpose import Purpose
 from mpt_grpc_client.request import (
+    GenerateRequest,
     build_request,
     cancel_request,
     detokenize_request,
@@ -103,13 +104,13 @@ class Client:
         return client
 
     def generate(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt | GenerateRequest, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
         """Generates a continuation of the prompt and returns it when it is complete.
 
         timeout: the timeout of the call in seconds; None uses the client's. After `time_limit`, by contrast, the call
         returns its partial output.
-        options: see `GenerateOptions`.
+        options: see `GenerateOptions`; a `GenerateRequest` has them already.
         """
         request = build_request(prompt, **options)
         if not self._rotation.is_balanced:
@@ -120,11 +121,13 @@ class Client:
                 pass
         return stream.result
 
-    def stream(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]) -> TextStream:
+    def stream(
+        self, prompt: Prompt | GenerateRequest, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> TextStream:
         """Generates a continuation of the prompt and streams it. The request is sent immediately.
 
         timeout: the timeout of the whole stream in seconds; None uses the client's.
-        options: see `GenerateOptions`.
+        options: see `GenerateOptions`; a `GenerateRequest` has them already.
         """
         return self._stream(build_request(prompt, **options), timeout)
 

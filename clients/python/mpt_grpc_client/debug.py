@@ -8,6 +8,8 @@ from mpt_grpc_client import responses
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 from mpt_grpc_client.results import FinishReason, Load, Timings, Usage
 
+_PARTS_OF_REQUEST = 32
+
 
 @dataclass(frozen=True)
 class SequenceState:
@@ -61,6 +63,12 @@ def engine_state(response: debug_pb2.GetEngineStateResponse) -> EngineState:
         active_requests=tuple(map(_request_state, response.active_requests)),
         completed_requests=tuple(map(_request_state, response.completed_requests)),
     )
+
+
+def num_parts(response: debug_pb2.GetEngineStateResponse) -> int:
+    """Returns how many values the state contains, of which a request has some dozens."""
+    num_requests = len(response.active_requests) + len(response.completed_requests)
+    return len(response.cached_blocks) + _PARTS_OF_REQUEST * num_requests
 
 
 def _request_state(state: debug_pb2.RequestState) -> RequestState:

@@ -53,12 +53,34 @@ _KINDS = {
 }
 
 
-def build_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
+class GenerateRequest:
+    """A prompt with its options, as it is sent: `generate` and `stream` take it instead of them, any number of times.
+
+    Making one from thousands of messages or token IDs takes milliseconds, in which an event loop would stand still:
+    `await asyncio.to_thread(GenerateRequest, prompt, **options)` makes it in a thread.
+    """
+
+    def __init__(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> None:
+        """Raises TypeError or InvalidRequestError, as `Client.generate` does."""
+        self._message = build_request(prompt, **options)
+
+    def message(self) -> pb.GenerateRequest:
+        """Returns a message of its own for a call, which may change it."""
+        message = pb.GenerateRequest()
+        message.CopyFrom(self._message)
+        return message
+
+
+def build_request(prompt: Prompt | GenerateRequest, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
     """Returns the request for a prompt. The server checks the ranges.
 
     Raises TypeError for an unknown option or a value of the wrong type, and InvalidRequestError for a value that does
     not fit in its field. Both name the option.
     """
+    if isinstance(prompt, GenerateRequest):
+        if options:
+            raise TypeError(f"{', '.join(options)}: a GenerateRequest has its options already; set them there")
+        return prompt.message()
     unknown = options.keys() - GenerateOptions.__optional_keys__
     if unknown:
         raise TypeError("; ".join(map(unknown_option, sorted(unknown))))

@@ -31,6 +31,9 @@ from mpt_grpc_client.results import (
 )
 from mpt_grpc_client.tools import ToolCall, ToolCallDelta
 
+_PARTS_OF_LOGPROB = 32
+"""With 20 alternatives, converting a log probability takes as long as that many tokens."""
+
 
 class PartialGeneration:
     """A generation in progress: the sum of the chunks received so far. Its properties describe the first output."""
@@ -128,6 +131,11 @@ class PartialGeneration:
             trace_id=summary.trace_id,
             resumptions=self.resumptions,
         )
+
+
+def num_parts(*parts: pb.PromptInfo | pb.Output) -> int:
+    """Returns how many values these contain: tokens, and log probabilities, each with all its alternatives."""
+    return sum(len(part.token_ids) + _PARTS_OF_LOGPROB * len(part.logprobs) for part in parts)
 
 
 def generation(response: pb.GenerateResponse) -> Generation:
