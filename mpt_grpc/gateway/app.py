@@ -173,7 +173,8 @@ class _Gateway:
         request.state.field_names = body.field_names
         body.check_num_outputs(max_outputs)
         request_id, client = _request_id(request), self._callers.client(request)
-        response = TextResponse(await self._model_name(request, body.model), request_id)
+        model = await self._model_name(request, body.model)
+        response = TextResponse(model, request_id, includes_usage=body.includes_usage)
         if body.stream:
             chunks = stream_completion(client, body, response, request_id)
             return await _events(request, chunks, response)
