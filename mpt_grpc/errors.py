@@ -82,6 +82,12 @@ class FieldViolation:
 
     field: str
     description: str
+    reason: str = ""
+    """A stable name for what is wrong, if programs may want to know it; empty otherwise."""
+
+
+CONTEXT_LENGTH_EXCEEDED = "CONTEXT_LENGTH_EXCEEDED"
+"""The reason of a request whose prompt and output do not fit in the context."""
 
 
 class InvalidRequestError(RequestError):

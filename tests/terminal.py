@@ -37,9 +37,13 @@ class Terminal:
         os.write(self._terminal, text.encode())
 
     def wait_for(self, pattern: str) -> None:
-        """Blocks until the output since the last input matches."""
+        """Blocks until the output since the last input matches. Fails if the command ends before."""
         while not re.search(pattern, self.output, re.DOTALL):
-            self.output += os.read(self._terminal, 4096).decode(errors="replace")
+            try:
+                self.output += os.read(self._terminal, 4096).decode(errors="replace")
+            except OSError as error:  # how Linux reports that no process has the terminal open any more
+                why = f"the command ended with status {self.process.wait()} before {pattern!r}: {self.output!r}"
+                raise AssertionError(why) from error
 
     def interrupt(self) -> None:
         self.output = ""

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from mpt_grpc.commands.chat_input import COMMANDS, messages
+from mpt_grpc.commands.chat_input import COMMANDS, reader
 from mpt_grpc.commands.connection import client_options
 from mpt_grpc.commands.options import generate_options
 from mpt_grpc.commands.printable import print_pieces
@@ -26,25 +26,44 @@ def run(parsed: argparse.Namespace) -> None:
         print("Type a message, /help for the commands, or Ctrl-D to quit.")
     options = generate_options(parsed)
     options["drop_oldest_turns"] = True
+    read = reader()
     with Client(parsed.target, timeout=parsed.timeout, **client_options(parsed)) as client:
         chat = _Chat(client, options, parsed.system, is_terminal)
-        for message in messages():
-            command, _, argument = message.partition(" ")
-            match command:
-                case "":
-                    continue
-                case "/quit":
-                    return
-                case "/new":
-                    chat.start(chat.system)
-                case "/system":
-                    chat.start(argument.strip())
-                case "/help":
-                    print(_HELP)
-                case _ if command.startswith("/"):
-                    print(f"unknown command {command}; /help lists the commands")
-                case _:
-                    chat.ask(message)
+        # Ctrl-C may come at any time, also between a reply and the next message.
+        while True:
+            try:
+                _converse(chat, read)
+                return
+            except EOFError:
+                if is_terminal:
+                    print()
+                return
+            except KeyboardInterrupt:
+                if not is_terminal:
+                    raise
+                print("\nPress Ctrl-D to quit.")
+
+
+def _converse(chat: _Chat, read: Callable[[], str]) -> None:
+    """Replies to messages and follows commands until /quit. Raises EOFError at the end of the input."""
+    while True:
+        message = read().strip()
+        command, _, argument = message.partition(" ")
+        match command:
+            case "":
+                continue
+            case "/quit":
+                return
+            case "/new":
+                chat.start(chat.system)
+            case "/system":
+                chat.start(argument.strip())
+            case "/help":
+                print(_HELP)
+            case _ if command.startswith("/"):
+                print(f"unknown command {command}; /help lists the commands")
+            case _:
+                chat.ask(message)
 
 
 class _Chat:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,19 +23,9 @@ COMMANDS = {
 _PROMPT = "> "
 
 
-def messages() -> Iterator[str]:
-    """Yields what is typed, or each line of a pipe, until the input ends. In a terminal, Ctrl-C discards a message."""
-    is_terminal = sys.stdin.isatty()
-    read = _editor() if is_terminal else input
-    while True:
-        try:
-            yield read().strip()
-        except EOFError:
-            if is_terminal:
-                print()
-            return
-        except KeyboardInterrupt:
-            print("\nPress Ctrl-D to quit.")
+def reader() -> Callable[[], str]:
+    """Returns what reads a message, or a line of a pipe; it raises EOFError at the end of the input."""
+    return _editor() if sys.stdin.isatty() else input
 
 
 def _editor() -> Callable[[], str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from mpt_grpc.conversation import Conversation, ToolCalls
 from mpt_grpc.engine.validation import RequestLimits, prompt_violations, request_violations, resumed_lists
-from mpt_grpc.errors import FieldViolation, InvalidRequestError, PromptRefusedError
+from mpt_grpc.errors import CONTEXT_LENGTH_EXCEEDED, FieldViolation, InvalidRequestError, PromptRefusedError
 from mpt_grpc.limits import MAX_TEXT_CHARACTERS
 from mpt_grpc.request import GenerationRequest, StoppingCriteria
 from mpt_grpc.step import Matcher
@@ -148,9 +148,8 @@ class Preparation:
         longest = MAX_TEXT_CHARACTERS if is_truncated else self.limits.max_prompt_bytes
         if len(text) > longest:
             limit = "be truncated" if is_truncated else f"fit in the context of {self.limits.max_context_tokens} tokens"
-            raise InvalidRequestError(
-                FieldViolation("text", f"{len(text)} characters are too many to {limit}: shorten the prompt")
-            )
+            why = f"{len(text)} characters are too many to {limit}: shorten the prompt"
+            raise InvalidRequestError(FieldViolation("text", why, CONTEXT_LENGTH_EXCEEDED))
 
     def _resume_violations(self, request: GenerationRequest) -> list[FieldViolation]:
         stopping = request.stopping

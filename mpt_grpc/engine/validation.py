@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mpt_grpc.constraint import JsonObject, JsonSchema
 from mpt_grpc.conversation import Conversation
-from mpt_grpc.errors import FieldViolation
+from mpt_grpc.errors import CONTEXT_LENGTH_EXCEEDED, FieldViolation
 from mpt_grpc.limits import MAX_BYTES, MAX_COUNTS, MAX_LOGPROBS, RANGES
 from mpt_grpc.request import (
     ChunkOptions,
@@ -79,21 +79,21 @@ def prompt_violations(
         yield FieldViolation("prompt", "empty: pass text, token IDs or messages, with at least one token")
         return
     if num_tokens > context - (max_new_tokens != 0):
-        yield FieldViolation(
-            field, f"{num_tokens} tokens leave no room for a new token in the context of {context}: shorten the prompt"
-        )
+        why = f"{num_tokens} tokens leave no room for a new token in the context of {context}: shorten the prompt"
+        yield FieldViolation(field, why, CONTEXT_LENGTH_EXCEEDED)
         return
     if isinstance(request.prompt, tuple):
         yield from _token_ids(field, prompt_token_ids, limits, len(request.prompt) - num_tokens)
     for resumed_field, resumed in resumed_lists(request):
         if num_tokens + len(resumed) > context:
             why = f"{len(resumed)} tokens after a prompt of {num_tokens} exceed the context of {context}"
-            yield FieldViolation(resumed_field, why)
+            yield FieldViolation(resumed_field, why, CONTEXT_LENGTH_EXCEEDED)
     if max_new_tokens is not None and num_tokens + max_new_tokens > context:
         yield FieldViolation(
             "stopping.max_new_tokens",
             f"{max_new_tokens} new tokens after a prompt of {num_tokens} exceed the context of {context}:"
             f" request at most {context - num_tokens} or shorten the prompt",
+            CONTEXT_LENGTH_EXCEEDED,
         )
         return
     yield from _num_logprobs(request, num_tokens, limits)

@@ -177,7 +177,8 @@ class _Gateway:
         read = partial(read_completion, request, max_outputs)
         body, generate = await parse(request, CompletionRequest, COMPLETION_RULES, read, max_prompts=max_outputs)
         client = self._callers.client(request)
-        response = TextResponse(await self._model_name(request, body.model), _request_id(request))
+        model = await self._model_name(request, body.model)
+        response = TextResponse(model, _request_id(request), includes_usage=body.includes_usage)
         if body.stream:
             return await _events(request, stream_completion(client, body, generate, response), response)
         return await unless_disconnected(request, complete(client, body, generate, response))

@@ -7,6 +7,7 @@ import contextlib
 import re
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastapi import Request
@@ -19,7 +20,6 @@ from mpt_grpc.gateway.responses import PartedResponse, TextResponse, built, enco
 from mpt_grpc.gateway.text_logprobs import TextLogprobs
 from mpt_grpc_client import (
     AsyncClient,
-    FieldViolation,
     GenerateOptions,
     GenerateRequest,
     Generation,
@@ -172,8 +172,7 @@ def _naming_prompt(body: CompletionRequest, number: int) -> Iterator[None]:
         is_one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
         name = "prompt" if is_one else f"prompt[{number}]"
         violations = tuple(
-            FieldViolation(_PROMPT_FIELDS.sub(name, violation.field), violation.description)
-            for violation in error.violations
+            replace(violation, field=_PROMPT_FIELDS.sub(name, violation.field)) for violation in error.violations
         )
         raise InvalidRequestError(str(error), code=error.code, reason=error.reason, violations=violations) from error
 

@@ -60,7 +60,9 @@ def error_body(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> tupl
     if isinstance(error, InvalidRequestError) and error.violations:
         wrong = [(*_name(violation.field, names), violation.description) for violation in error.violations]
         message = "; ".join(f"{name}{rest}: {description}" for name, rest, description in wrong)
-        return 400, _body(message, "invalid_request_error", top_level(wrong[0][0]), _reason_code(error))
+        is_too_long = any(violation.reason == "CONTEXT_LENGTH_EXCEEDED" for violation in error.violations)
+        code = "context_length_exceeded" if is_too_long else None
+        return 400, _body(message, "invalid_request_error", top_level(wrong[0][0]), code)
     for kind, status, type_, code in _TABLE:
         if isinstance(error, kind):
             return status, _body(str(error), type_, None, code or _reason_code(error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pydantic_core import ErrorDetails
@@ -18,6 +18,8 @@ class FieldRules:
     """Fields of OpenAI's API, and one of vLLM's, that would change the response and are not supported: the reasons."""
     expected: Mapping[str, str] = field(default_factory=dict)
     """The valid values of fields with several types, for each of which Pydantic would report its own error."""
+    equivalents: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The fields that do the same as one of another endpoint, the likeliest first."""
 
 
 _IGNORED = "user store service_tier safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention"
@@ -54,7 +56,18 @@ COMPLETION_RULES = FieldRules(
         "messages[].tool_calls": "must be a list of calls, each with an id and a function with its name and arguments",
         "messages[].function_call": "not supported; use tool_calls",
         "messages[].audio": "not supported",
-        "messages[].content": "must be text, or a list of parts of type text; images and audio are not supported",
+        "messages[].content": "must be text, or a list of parts of type text",
+        "messages[].content[]": "must be a part of type text; images, audio and files cannot be sent",
+    },
+    {
+        "input": ("messages", "prompt"),
+        "instructions": ("messages", "prompt"),
+        "max_output_tokens": ("max_completion_tokens", "max_tokens"),
+        "max_completion_tokens": ("max_tokens",),
+        "max_new_tokens": ("max_tokens",),
+        "messages": ("prompt",),
+        "prompt": ("messages",),
+        "text": ("response_format",),
     },
 )
 """Those of chat and text completions."""
@@ -75,13 +88,20 @@ RESPONSE_RULES = FieldRules(
         " and not empty",
         "input[]": "must be an item of type message, function_call, function_call_output or reasoning",
         "input[].role": "must be system, developer, user or assistant",
-        "input[].content": "must be text, or a list of parts of type input_text or output_text; images, files and audio"
-        " are not supported",
+        "input[].content": "must be text, or a list of parts of type input_text or output_text",
+        "input[].content[]": "must be a part of type input_text or output_text; images, audio and files cannot be sent",
         "input[].call_id": "must be text, the call_id of a call",
         "input[].name": "must be text, the name of a function",
         "input[].arguments": "must be JSON, as text",
-        "input[].output": "must be text, or a list of parts of type input_text; images and files are not supported",
+        "input[].output": "must be text, or a list of parts of type input_text",
+        "input[].output[]": "must be a part of type input_text; images and files cannot be sent",
         "tools.type": "must be function; the server has no tools of its own",
+    },
+    {
+        **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_new_tokens"), ("max_output_tokens",)),
+        **dict.fromkeys(("messages", "prompt"), ("input",)),
+        "logprobs": ("include",),
+        "response_format": ("text",),
     },
 )
 """Those of responses."""

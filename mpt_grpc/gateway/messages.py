@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from mpt_grpc.gateway.errors import BadRequestError
-from mpt_grpc.gateway.strict import Strict, check_num_items
+from mpt_grpc.gateway.strict import Many, Strict, check_num_items, kind_of_content
 from mpt_grpc.gateway.tools import MessageToolCall
 from mpt_grpc.limits import MAX_BYTES
 from mpt_grpc_client import Message, Role
@@ -37,12 +37,13 @@ class RefusalPart(Strict):
         return self.refusal
 
 
-ContentParts = Annotated[list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)]
+ContentParts = Many[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
+Content = Annotated[Annotated[str, Tag("text")] | Annotated[ContentParts, Tag("parts")], Discriminator(kind_of_content)]
 
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | ContentParts | None = Field(default=None, validate_default=True)
+    content: Content | None = Field(default=None, validate_default=True)
     name: str | None = None
     tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None

@@ -139,6 +139,8 @@ def _refusal(error: ValidationError, kind: type[BaseModel], rules: FieldRules) -
         return BadRequestError(_unknown_field(first["loc"], kind, rules), param)
     key, path = _described(first["loc"], kind, rules.expected)
     why = first["msg"] if first["type"] == TOO_MANY_ITEMS else rules.expected.get(key) or reason(first)
+    if first["type"] == "union_tag_invalid":
+        why = f"the type {shortened(first['ctx']['tag'])!r} is not supported; {why}"
     return BadRequestError(f"{path}: {why}", param)
 
 
@@ -150,8 +152,8 @@ def _described(loc: Sequence[str | int], kind: type[BaseModel], expected: Mappin
     models, key, path = [kind], "", ""
     for part in loc:
         fields = [annotation for model in models for name, annotation in _fields(model).items() if name == part]
-        if named := [model for model in models if model.__name__ == part]:
-            models = named  # with which Pydantic identifies one of several types
+        if named := _identified(models, part):
+            models = named
         elif isinstance(part, int):
             path += f"[{part}]"
             key += "[]" if f"{key}[]" in expected else ""
@@ -167,11 +169,13 @@ def _unknown_field(loc: Sequence[str | int], kind: type[BaseModel], rules: Field
     for part in loc[:-1]:
         if isinstance(part, int):
             path += f"[{part}]"
+        elif named := _identified(models, part):
+            models = named
         elif nested := [model for parent in models for model in _models(_fields(parent).get(part))]:
             models, path = nested, f"{path}.{part}".lstrip(".")
     known = [name for model in models for name in _fields(model)] + ([] if path else sorted(rules.ignored))
     name = shortened(str(loc[-1]))
-    closest = get_close_matches(name, known, n=1)
+    closest = [name for name in rules.equivalents.get(name, ()) if name in known] or get_close_matches(name, known, n=1)
     suggestion = f"; did you mean {closest[0]!r}?" if closest else ""
     return (f"{path}: " if path else "") + f"unknown field {name!r}{suggestion}"
 
@@ -179,6 +183,12 @@ def _unknown_field(loc: Sequence[str | int], kind: type[BaseModel], rules: Field
 def _fields(model: type[BaseModel]) -> dict[str, Any]:
     """Returns the types of a model's fields by their names in JSON."""
     return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+
+
+def _identified(models: Sequence[type[BaseModel]], part: str | int) -> list[type[BaseModel]]:
+    """Returns the models that Pydantic means by a part of a path which is no field, but identifies one of several."""
+    by_name = [model for model in models if model.__name__ == part]
+    return by_name or [model for model in models[1:] and models if part in get_args(_fields(model).get("type"))]
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

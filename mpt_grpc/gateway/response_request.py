@@ -13,7 +13,7 @@ from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.gateway.messages import RefusalPart
 from mpt_grpc.gateway.output_formats import format_constraint
 from mpt_grpc.gateway.requests import ConversationFields, Text, Uint
-from mpt_grpc.gateway.strict import Many, Some, Strict, check_num_items
+from mpt_grpc.gateway.strict import Many, Some, Strict, check_num_items, kind_of_content
 from mpt_grpc.gateway.tools import Function, FunctionChoice, FunctionTool, chosen, tool_options
 from mpt_grpc_client import Constraint, GenerateOptions, Message, Role, ToolCall
 
@@ -31,13 +31,16 @@ class TextItemPart(Strict):
     prompt_cache_breakpoint: Any = None
 
 
-ItemParts = Annotated[list[Annotated[TextItemPart | RefusalPart, Field(discriminator="type")]], Field(fail_fast=True)]
+ItemParts = Many[Annotated[TextItemPart | RefusalPart, Field(discriminator="type")]]
+ItemContent = Annotated[
+    Annotated[str, Tag("text")] | Annotated[ItemParts, Tag("parts")], Discriminator(kind_of_content)
+]
 
 
 class MessageItem(Strict):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | ItemParts
+    content: ItemContent
     # What a response adds to its items.
     id: str | None = None
     status: str | None = None
@@ -60,7 +63,7 @@ class FunctionCallItem(BaseModel):
 class FunctionCallOutputItem(Strict):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | ItemParts
+    output: ItemContent
     # What clients add; `call_id` identifies the call.
     id: str | None = None
     status: str | None = None
@@ -90,10 +93,6 @@ class ItemReference(BaseModel):
 def _item_type(item: Any) -> str:
     type_ = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
     return type_ if isinstance(type_, str) else "message"
-
-
-def _input_type(value: Any) -> str:
-    return "text" if isinstance(value, str) else "items"
 
 
 Item = Annotated[
@@ -126,7 +125,7 @@ class TextOptions(Strict):
 
 
 class ResponseRequest(ConversationFields):
-    input: Annotated[Annotated[Text, Tag("text")] | Annotated[Some[Item], Tag("items")], Discriminator(_input_type)]
+    input: Annotated[Annotated[Text, Tag("text")] | Annotated[Some[Item], Tag("parts")], Discriminator(kind_of_content)]
     instructions: str | None = None
     max_output_tokens: Uint | None = None
     text: TextOptions | None = None

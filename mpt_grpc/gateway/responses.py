@@ -81,6 +81,7 @@ class ChatResponse(_Completion):
 
     def __init__(self, model: str, request_id: str, *, has_logprobs: bool, includes_usage: bool) -> None:
         self._envelope = _envelope_for("chatcmpl", model, request_id)
+        self._chunk_envelope = {**self._envelope, "object": "chat.completion.chunk", **_no_usage(includes_usage)}
         self._has_logprobs, self._includes_usage = has_logprobs, includes_usage
 
     def complete(self, generation: Generation) -> Json:
@@ -108,7 +109,7 @@ class ChatResponse(_Completion):
                     yield self._delta_chunk(delta)
             if self._includes_usage:
                 usages = usage([stream.result.usage])
-                yield {**self._envelope, "object": "chat.completion.chunk", "choices": [], "usage": usages}
+                yield {**self._chunk_envelope, "choices": [], "usage": usages}
 
     def empty_chunk(self) -> Json:
         """Returns a chunk without content, which keeps an idle stream alive."""
@@ -131,21 +132,22 @@ class ChatResponse(_Completion):
             "logprobs": logprobs,
             "finish_reason": None if finish is None else finish_reason(finish),
         }
-        return {**self._envelope, "object": "chat.completion.chunk", "choices": [choice]}
+        return {**self._chunk_envelope, "choices": [choice]}
 
 
 class TextResponse(_Completion):
     """Builds the response to a text completion. The choices of several prompts follow one another."""
 
-    def __init__(self, model: str, request_id: str) -> None:
+    def __init__(self, model: str, request_id: str, *, includes_usage: bool) -> None:
         self._envelope = {**_envelope_for("cmpl", model, request_id), "object": "text_completion"}
+        self._chunk_envelope = {**self._envelope, **_no_usage(includes_usage)}
 
     def complete(self, choices: list[bytes], usages: Iterable[Usage]) -> Json:
         """Returns the response with choices that are already encoded."""
         return {**self._envelope, "choices": choices, "usage": usage(usages)}
 
     def chunk(self, choice: Json) -> Json:
-        return {**self._envelope, "choices": [choice]}
+        return {**self._chunk_envelope, "choices": [choice]}
 
     def empty_chunk(self) -> Json:
         """Returns a chunk without content, which keeps an idle stream alive."""
@@ -154,6 +156,11 @@ class TextResponse(_Completion):
     def usage_chunk(self, usages: Iterable[Usage]) -> Json:
         """Returns the last chunk of a stream with `include_usage`."""
         return {**self._envelope, "choices": [], "usage": usage(usages)}
+
+
+def _no_usage(includes_usage: bool) -> Json:
+    """Returns what chunks say of the usage before the last one has it, as OpenAI's do."""
+    return {"usage": None} if includes_usage else {}
 
 
 def text_choice(index: int, text: str, logprobs: Json | None, finish: Finish | None) -> Json:

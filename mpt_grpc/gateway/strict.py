@@ -17,6 +17,11 @@ Many = Annotated[list[_Item], Field(fail_fast=True)]
 Some = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
 
 
+def kind_of_content(value: Any) -> str:
+    """Returns which of its two types a text or a list of parts has, so that errors concern that one."""
+    return "text" if isinstance(value, str) else "parts"
+
+
 class Strict(BaseModel):
     """An object without unknown fields, whose numbers are not text or booleans, and whose integers have no point."""
 

@@ -102,7 +102,7 @@ def _violations(error: InvalidRequestError) -> Iterator[error_details_pb2.BadReq
             more = f"and {len(error.violations) - number} more"
             yield error_details_pb2.BadRequest.FieldViolation(field=field, description=more)
             return
-        yield error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+        yield error_details_pb2.BadRequest.FieldViolation(field=field, description=description, reason=violation.reason)
 
 
 def _shortened(text: str, max_bytes: int) -> str:

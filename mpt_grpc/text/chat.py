@@ -9,7 +9,7 @@ from itertools import accumulate, dropwhile
 from typing import Any
 
 from mpt_grpc.conversation import Conversation, Message
-from mpt_grpc.errors import FieldViolation, InvalidRequestError
+from mpt_grpc.errors import CONTEXT_LENGTH_EXCEEDED, FieldViolation, InvalidRequestError
 from mpt_grpc.limits import MAX_COUNTS
 from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.literals import SpecialTexts, literal_token_ids, strings
@@ -88,7 +88,7 @@ def conversation_token_ids(
     if len(token_ids) > max_prompt_tokens:
         lengths = f"{len(token_ids)} + {num_new_tokens} tokens (prompt + output)"
         why = f"{lengths} exceed the context of {max_context_tokens}: {_remedy(conversation)}"
-        raise InvalidRequestError(FieldViolation(_FIELD, why))
+        raise InvalidRequestError(FieldViolation(_FIELD, why, CONTEXT_LENGTH_EXCEEDED))
     return token_ids
 
 
@@ -226,7 +226,7 @@ def _not_certainly_too_long(
         if size <= most:
             return _Turns(turns.without(num_dropped)) if num_dropped else turns
     why = f"{sizes[-1]} characters are too many for the context of {max_context_tokens} tokens: {_remedy(conversation)}"
-    raise InvalidRequestError(FieldViolation(_FIELD, why))
+    raise InvalidRequestError(FieldViolation(_FIELD, why, CONTEXT_LENGTH_EXCEEDED))
 
 
 def _num_characters(message: Message) -> int:

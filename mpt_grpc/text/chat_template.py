@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -73,16 +74,31 @@ class ChatTemplate:
             variables["messages"][-1]["content"] += _END
         try:
             prompt = self.template.render(variables)
+            prompt.encode()  # which fails on a lone surrogate, as the tokenizer would
             return _before_end(prompt) if continue_final_message else prompt
         except _RefusedByTemplateError as error:
-            why = f"refused by the model's chat template: {error}"
+            why = ": ".join(filter(None, ("refused by the model's chat template", _shown(error))))
             raise InvalidRequestError(FieldViolation("conversation.messages", why)) from error
         except Exception as error:  # a template is a program and may fail in any way
             given = "these messages and chat_template_kwargs" if kwargs else "these messages"
-            why = f"the model's chat template fails on {given} ({type(error).__name__}): use others"
+            what = f"{type(error).__name__}{_place(error)}: {_shown(error)}"
+            why = f"the model's chat template fails on {given}: use others, or another template ({what})"
             raise InvalidRequestError(FieldViolation("conversation.messages", why)) from error
 
 
+def _shown(error: Exception) -> str:
+    """Returns what an error says, on one line, or its beginning."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+
+
+def _place(error: Exception) -> str:
+    """Returns the line of the template on which an error occurred; Jinja adds it to the traceback."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    return f" on line {lines[-1]}" if lines else ""
+
+
+_MAX_SHOWN = 200
 # Ends with a space, so that it shows whether the template removes whitespace there.
 _END = "<END OF THE CONTINUED MESSAGE> "
 

@@ -3,6 +3,8 @@
 import pickle
 import re
 import socket
+import socketserver
+import threading
 
 import grpc
 import pytest
@@ -125,6 +127,43 @@ def test_the_error_for_a_missing_server_explains_how_to_start_one():
             with pytest.raises(UnavailableError, match=f"no server responds at {target}; start one with") as caught:
                 client.get_model_info()
     assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, "")
+
+
+def test_the_error_of_a_name_tells_which_of_its_addresses_failed():
+    """The name may have others, of which gRPC reports nothing."""
+    with socket.socket() as not_listening:
+        not_listening.bind(("127.0.0.1", 0))
+        target = f"localhost:{not_listening.getsockname()[1]}"
+        address = rf"(127\.0\.0\.1|\[::1\]):\d+ \(the last address of {target} that was tried\)"
+        with Client(target, timeout=30) as client, pytest.raises(UnavailableError, match=address):
+            client.get_model_info()
+
+
+@pytest.mark.parametrize(
+    ("tls", "response", "meaning"),
+    [
+        (False, b"", "{} closed the connection at once; check the port, and whether it requires TLS"),
+        (True, b"", "{} closed the connection at once; check the port, and whether it requires TLS"),
+        (False, b"SSH-2.0-OpenSSH_9.9\r\n", "{} responds, but does not speak gRPC; check the port"),
+        (True, b"HTTP/1.1 400 Bad Request\r\n\r\n", "{} responds without TLS; connect without TLS, or check the port"),
+    ],
+)
+def test_the_error_of_what_is_not_the_server_tells_what_is_known_of_it(tls, response, meaning):
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            if response:
+                self.request.sendall(response)
+                self.request.recv(1 << 16)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as other:
+        threading.Thread(target=other.serve_forever).start()
+        target = f"127.0.0.1:{other.server_address[1]}"
+        try:
+            with Client(target, tls=tls, timeout=30) as client:
+                with pytest.raises(UnavailableError, match=f"^{meaning.format(target)}"):
+                    client.get_model_info()
+        finally:
+            other.shutdown()
 
 
 def test_a_timeout_ends_a_unary_call_on_the_server_too(endless, client):

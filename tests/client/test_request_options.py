@@ -370,6 +370,8 @@ def test_an_unknown_option_is_a_type_error_that_suggests_the_closest_one(scripte
         ("top_k", -1),
         ("stop_token_ids", [2**32]),
         ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {5: -1e300}),
+        ("temperature", 1e300),
         ("time_limit", float("inf")),
         ("cache_salt", "\ud83d"),
     ],

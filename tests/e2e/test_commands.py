@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -222,12 +223,40 @@ def test_ctrl_c_in_a_terminal_stops_the_reply_and_not_the_program(chat: Terminal
     assert chat.process.wait(30) == 0
 
 
+def test_ctrl_c_between_replies_does_not_end_the_program(chat: Terminal) -> None:
+    """It comes while the program prints more than the terminal takes."""
+    chat.wait_for("> ")
+    chat.type("/help\n" * 200)
+    chat.wait_for("list the commands.*list the commands")
+    chat.interrupt()
+    chat.wait_for("Press Ctrl-D to quit.*> ")
+    chat.type("/quit\n")
+    with pytest.raises(AssertionError, match="ended with status 0"):
+        chat.wait_for("(?!)")  # reads all that it prints
+
+
 def test_ctrl_c_ends_generate_with_status_130(server: Any) -> None:
     terminal = Terminal(server, "generate", "Once", "--max-new-tokens", "1200", "--ignore-eos")
     terminal.wait_for(".{12}")
     terminal.interrupt()
     assert terminal.process.wait(30) == 130
     terminal.close()
+
+
+def test_ctrl_c_while_modules_are_imported_ends_the_program_without_a_traceback() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "mpt_grpc", "generate", "Once", "--target", "127.0.0.1:1"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.endswith("mpt_grpc.errors\n"))
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 130
 
 
 def test_generated_control_characters_do_not_reach_a_terminal(server: Any) -> None:
@@ -264,8 +293,10 @@ def test_a_conversation_outlives_its_server(tmp_path: Path) -> None:
             chat.type("And then?\n")
             chat.wait_for("\r\nmpt-grpc: no server responds at .*\r\n> ")
             with running(*socket):
-                chat.type("And then?\n")
-                chat.wait_for(r"then\?\r\n.{12}")
+                # gRPC waits up to 5 s before it tries to connect again.
+                while "no server responds" in chat.output:
+                    chat.type("And then?\n")
+                    chat.wait_for(r"then\?\r\n(mpt-grpc.*\n> |(?!mpt-grpc).{12})")
                 chat.interrupt()
                 chat.wait_for("> ")
             chat.type("\x04")

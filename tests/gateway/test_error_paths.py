@@ -118,6 +118,18 @@ def test_an_error_names_what_was_sent(name: str, server: Any) -> None:
         ),
         (
             "/responses",
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input[0].content[0]: the type 'input_image' is not supported; must be a part of type input_text",
+        ),
+        (
+            "/responses",
+            {"input": [{"type": "computer_call"}]},
+            "input[0]: the type 'computer_call' is not supported; must be an item of type message, function_call,",
+        ),
+        ("/responses", {"input": "a", "max_tokens": 1}, "unknown field 'max_tokens'; did you mean 'max_output_tokens'"),
+        ("/responses", {"input": "a", "messages": []}, "unknown field 'messages'; did you mean 'input'?"),
+        (
+            "/responses",
             {"input": [ITEMS[0], {**ITEMS[1], "name": "a b"}, ITEMS[2]]},
             "input[1].name: must have 1 to 64",
         ),

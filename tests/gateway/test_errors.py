@@ -63,7 +63,16 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"messages": [USER], "priority": 101}, "priority: must be an integer from -100 to 100"),
         ({"messages": [USER], "temperature": 100.1}, "temperature: 100.1 is not in [0, 100]"),
         ({"messages": [USER, {"role": "robot", "content": "3"}]}, "messages[1].role: must be system, developer,"),
-        ({"messages": [USER, {**USER, "content": [{"type": "image_url"}]}]}, "messages[1].content: must be text"),
+        (
+            {"messages": [USER, {**USER, "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
+            "messages[1].content[1]: the type 'image_url' is not supported; must be a part of type text",
+        ),
+        ({"messages": [{**USER, "content": [{"type": "text"}]}]}, "messages[0].content[0].text: required"),
+        (
+            {"messages": [{**USER, "content": [{"type": "text", "text": "a", "txt": "b"}]}]},
+            "messages[0].content[0]: unknown field 'txt'; did you mean 'text'?",
+        ),
+        ({"messages": [{**USER, "content": 5}]}, "messages[0].content: must be text, or a list of parts"),
         (
             {"messages": [USER, {**USER, "tool_cals": []}]},
             "messages[1]: unknown field 'tool_cals'; did you mean 'tool_",
@@ -75,6 +84,7 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"messages": [USER], "tool_choice": "required"}, "tool_choice: no tool to call; set tools"),
         ({"tools": [{**FUNCTION, "function": {"name": "a b"}}]}, "tools[0].function.name: must have 1 to 64"),
         ({"temperature": 100.1}, "temperature: 100.1 is not in [0, 100]"),
+        ({"temperature": 1e300}, "temperature: 1e+300 is beyond the range of 32-bit numbers"),
         ({"top_p": 1.0000001}, "top_p: 1.0000001 is not in (0, 1]"),
         ({"logit_bias": {"5": -1e30}}, "logit_bias[5]: -1e+30 is not in [-100, 100]"),
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0]"),
@@ -93,6 +103,8 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"guided_regex": "a", "guided_choice": ["a"]}, "more than one constraint: guided_regex, guided_choice"),
         ({"tools": [FUNCTION], "tool_choice": "maybe"}, "tool_choice: must be none, auto, required, a function"),
         ({"temprature": 1}, "unknown field 'temprature'; did you mean 'temperature'?"),
+        ({"max_output_tokens": 5}, "unknown field 'max_output_tokens'; did you mean 'max_completion_tokens'?"),
+        ({"input": "a"}, "unknown field 'input'; did you mean 'messages'?"),
         ({"metdata": {}}, "unknown field 'metdata'; did you mean 'metadata'?"),
         (
             {"stream_options": {"include_usge": True}},
@@ -213,6 +225,24 @@ def test_what_other_servers_add_to_a_reply_is_ignored(server: Any) -> None:
 @pytest.mark.parametrize("kind", ["text", "message"])
 def test_a_message_may_have_the_type_that_evaluations_and_responses_give_it(kind: str, server: Any) -> None:
     assert call(server, "/v1/chat/completions", {"messages": [{**USER, "type": kind}], "max_tokens": 1})["choices"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{**USER, "content": "word " * 3000}]}, "messages"),
+        ("/v1/completions", {"prompt": "word " * 3000}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", "word " * 1000], "max_tokens": 2000}, "max_tokens"),
+        ("/v1/completions", {"prompt": "a" * (1 << 20)}, "prompt"),
+        ("/v1/responses", {"input": "word " * 3000}, "input"),
+    ],
+)
+def test_a_prompt_that_is_too_long_has_openais_code(path: str, body: Any, param: str, server: Any) -> None:
+    """Agents that meet it shorten the conversation and try again."""
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        call(server, path, body)
+    error = json.load(raised.value)["error"]
+    assert (raised.value.code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
 
 
 def test_oldest_turns_are_dropped_on_request(server: Any) -> None:

@@ -82,7 +82,7 @@ async def test_both_clients_reach_a_server_with_tls_and_without_it_nobody_does(t
         assert await over_http(server.http_port, context) == text
         assert await over_http(server.http_port, context, "127.0.0.1") == text  # without a name in the handshake
 
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError, match=r"closed the connection at once; check .* whether it requires TLS"):
             async with AsyncClient(address, retries=False, timeout=20) as client:
                 await client.generate("The fox", **OPTIONS)
         with pytest.raises(

@@ -246,7 +246,11 @@ def test_a_built_in_template_begins_the_reply_unless_told_otherwise(name: str, m
     ("source", "why"),
     [
         ("{{ raise_exception('only one turn, please') }}", "only one turn, please"),
-        ("{{ messages[7].content.strip() }}", "UndefinedError"),
+        ("{{ raise_exception('only\n one turn') }}", "only one turn$"),
+        ("{{ raise_exception('') }}", "refused by the model's chat template$"),
+        ("{{ messages[7].content.strip() }}", "UndefinedError on line 1: list object has no element 7"),
+        ("{{ 1 }}\n{% include 'another' %}", "TypeError on line 2: no loader"),
+        ("{{ '\ud800' }}", "UnicodeEncodeError: "),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),

@@ -24,6 +24,8 @@ import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from mpt_grpc_client.unreachable import explanation
+
 _Detail = TypeVar("_Detail", bound=Message)
 
 
@@ -34,6 +36,8 @@ class FieldViolation:
     field: str
     """The name of the option, or its path, such as `stop_strings[2]`."""
     description: str
+    reason: str = ""
+    """`CONTEXT_LENGTH_EXCEEDED` if the prompt and the output do not fit in the context, otherwise empty."""
 
 
 class MptGrpcError(Exception):
@@ -135,7 +139,7 @@ def from_rpc_error(error: grpc.RpcError, target: str, proxy: str | None = None) 
     match code:
         case grpc.StatusCode.INVALID_ARGUMENT:
             violations = tuple(
-                FieldViolation(_option_name(violation.field), violation.description)
+                FieldViolation(_option_name(violation.field), violation.description, violation.reason)
                 for violation in _detail(status, error_details_pb2.BadRequest).field_violations
             )
             message = "; ".join(f"{v.field}: {v.description}" for v in violations) or message
@@ -148,11 +152,8 @@ def from_rpc_error(error: grpc.RpcError, target: str, proxy: str | None = None) 
                 quota, limit = info.metadata["quota"], int(info.metadata["limit"])
                 return QuotaExceededError(message, reason=reason, retry_after=retry_after, quota=quota, limit=limit)
             return OverloadedError(message, code=code, reason=reason, retry_after=retry_after)
-        case grpc.StatusCode.UNAVAILABLE if not reason and "handshake failed" in message:
-            message = f"TLS with {target} failed; check the certificates of both sides: {message}"
         case grpc.StatusCode.UNAVAILABLE if not reason:
-            where = f"{target} through the proxy in ${proxy}" if proxy else target
-            message = f"no server responds at {where}; start one with `mpt-grpc serve`, or check the target: {message}"
+            message = explanation(message, target, proxy)
     return _CLASSES.get(code, MptGrpcError)(message, code=code, reason=reason)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ _KINDS_OF_TYPES: dict[Any, str] = {
     RepetitionGuard | None: "a RepetitionGuard",
 }
 """What an option must be, by its type. The errors of others say it themselves."""
+_MAX_FLOAT = (2 - 2**-23) * 2.0**127
 _BYTES = (bytes, bytearray, memoryview)
 _KINDS = {
     "time_limit": "a number of seconds",
@@ -152,11 +154,11 @@ def _request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
         request_id=options.get("request_id") or "",
         model=options.get("model") or "",
         sampling=pb.SamplingParameters(
-            temperature=options.get("temperature"),
+            temperature=_float(options.get("temperature")),
             top_k=options.get("top_k"),
-            top_p=options.get("top_p"),
-            min_p=options.get("min_p"),
-            typical_p=options.get("typical_p"),
+            top_p=_float(options.get("top_p")),
+            min_p=_float(options.get("min_p")),
+            typical_p=_float(options.get("typical_p")),
             seed=options.get("seed"),
             num_sequences=options.get("num_sequences"),
         ),
@@ -210,11 +212,14 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt, options: GenerateOp
 
 
 def _decoding(options: GenerateOptions) -> pb.DecodingOptions:
+    biases = options.get("logit_bias") or {}
+    for bias in biases.values() if isinstance(biases, Mapping) else ():
+        _float(bias)
     decoding = pb.DecodingOptions(
-        repetition_penalty=options.get("repetition_penalty"),
-        frequency_penalty=options.get("frequency_penalty"),
-        presence_penalty=options.get("presence_penalty"),
-        logit_bias=options.get("logit_bias") or {},
+        repetition_penalty=_float(options.get("repetition_penalty")),
+        frequency_penalty=_float(options.get("frequency_penalty")),
+        presence_penalty=_float(options.get("presence_penalty")),
+        logit_bias=biases,
         allowed_token_ids=options.get("allowed_token_ids") or (),
         max_whitespace=options.get("max_whitespace"),
     )
@@ -255,6 +260,13 @@ def _stopping(options: GenerateOptions) -> pb.StoppingCriteria:
             pb.RepetitionGuard(min_repeats=guard.min_repeats, max_cycle_tokens=guard.max_cycle_tokens)
         )
     return stopping
+
+
+def _float(value: float | None) -> float | None:
+    """Returns a value for a field of 32 bits. Raises ValueError for one that protobuf would make infinite."""
+    if isinstance(value, int | float) and _MAX_FLOAT < abs(value) < math.inf:
+        raise ValueError(f"{reprlib.repr(value)} is beyond the range of 32-bit numbers")
+    return value
 
 
 def _duration(seconds: float | None) -> Duration | None:
