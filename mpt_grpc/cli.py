@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(parsed: argparse.Namespace) -> int:
     # gRPC's core would repeat on stderr what is reported here in one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    variables.remove_empty()
     if problem := variables.problem(is_server=parsed.command in ("serve", "gateway")):
         return _fail(problem)
     from mpt_grpc_client import DeadlineExceededError, InvalidRequestError, InvalidTargetError, MptGrpcError
@@ -289,9 +290,7 @@ def _add_evaluation(evaluation: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="measure the bits per byte of a text; <|endoftext|> separates documents (default: none)",
     )
-    evaluation.add_argument(
-        "--limit", type=positive_int, metavar="N", help="use only the first N examples of each task (default: all)"
-    )
+    evaluation.add_argument("--limit", type=positive_int, metavar="N", help="examples of each task (default: all)")
     evaluation.add_argument("--num-concurrent", type=positive_int, default=8, metavar="N", help="concurrent requests")
     evaluation.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

@@ -13,6 +13,8 @@ from mpt_grpc.errors import SettingsError
 
 Value = TypeVar("Value")
 _log = logging.getLogger(__name__)
+_MAX_READS = 3
+"""How often changing files are read before the previous value is used: an event loop waits for it."""
 
 
 class FileValue(Generic[Value]):
@@ -30,24 +32,32 @@ class FileValue(Generic[Value]):
     def refresh(self) -> Value:
         """Returns the value of the files as they are now, which are read if they have changed.
 
-        A change that cannot be read is logged once, and the previous value stays in effect.
+        A change that cannot be read is logged once, and the previous value stays in effect, as it does while the files
+        change each time that they are read.
         """
         with self._lock:
-            failure: Exception | None = None
-            # The state is taken before the files are read. Those that change meanwhile, all at once if a link is moved
-            # to another folder, are read again, so that the value is not made of old and new ones.
-            while (state := self._file_state()) != self._state:
-                self._state = state
+            for _ in range(_MAX_READS):
+                if (state := self._file_state()) == self._state:
+                    break
+                value, failure = self.value, None
                 try:
-                    self.value, failure = self._read(), None
+                    value = self._read()
                 except Exception as error:
                     failure = error
-            if isinstance(failure, SettingsError):
-                _log.error("%s; the previous content stays in effect", failure)
-            elif failure is not None:
-                names = ", ".join(map(str, self._files))
-                _log.error("%s could not be read; the previous content stays in effect", names, exc_info=failure)
+                # What is read while the files change, all at once if a link is moved to another folder, may be made of
+                # old and new ones.
+                if self._file_state() == state:
+                    self._state, self.value = state, value
+                    if failure is not None:
+                        self._log_failure(failure)
             return self.value
+
+    def _log_failure(self, failure: Exception) -> None:
+        if isinstance(failure, SettingsError):
+            _log.error("%s; the previous content stays in effect", failure)
+        else:
+            names = ", ".join(map(str, self._files))
+            _log.error("%s could not be read; the previous content stays in effect", names, exc_info=failure)
 
     def _file_state(self) -> tuple[tuple[int, int, int] | None, ...]:
         return tuple(map(_state, self._files))

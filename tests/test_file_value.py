@@ -52,3 +52,22 @@ def test_files_behind_a_link_that_moves_while_they_are_read_are_read_together(tm
     point(tmp_path / "..data", tmp_path / "1")
     moves.append("2")
     assert value.refresh() == ("2", "2")
+
+
+def test_files_that_change_whenever_they_are_read_leave_the_value_until_they_no_longer_do(tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.touch()
+    is_changing = False
+
+    def read() -> str:
+        text = file.read_text(encoding="utf-8")
+        if is_changing and len(text) < 100:
+            file.write_text(text + "x", encoding="utf-8")
+        return text
+
+    value = FileValue([file], read)
+    file.write_text("x", encoding="utf-8")
+    is_changing = True
+    assert [value.refresh(), value.refresh()] == ["", ""]
+    is_changing = False
+    assert value.refresh() == file.read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import httpx
@@ -75,7 +75,7 @@ class _Counts:
 
 
 async def _run(
-    parsed: argparse.Namespace, lines: Iterator[BatchRequest | InvalidLine], output: BatchOutput, counts: _Counts
+    parsed: argparse.Namespace, lines: Generator[BatchRequest | InvalidLine], output: BatchOutput, counts: _Counts
 ) -> None:
     async with in_process_gateway(parsed.target, **client_options(parsed)) as http:
         _check(await http.get("/v1/models"))
@@ -90,6 +90,10 @@ async def _run(
             senders = [asyncio.ensure_future(send()) for _ in range(parsed.concurrency)]
             try:
                 await asyncio.gather(*senders)
+            except BatchError:
+                lines.close()  # but what is in progress may still end, as on a server that drains
+                await asyncio.wait(senders)
+                raise
             finally:
                 for sender in senders:
                     sender.cancel()

@@ -6,7 +6,7 @@ import fcntl
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ def count_lines(file: BinaryIO) -> int:
     return sum(1 for line in file if line.strip())
 
 
-def read_requests(file: BinaryIO) -> Iterator[BatchRequest | InvalidLine]:
+def read_requests(file: BinaryIO) -> Generator[BatchRequest | InvalidLine]:
     """Yields what is on each line that is not blank."""
     file.seek(0)
     custom_ids: set[str] = set()

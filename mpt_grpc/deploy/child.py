@@ -49,6 +49,7 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
 def main() -> int:
     """Serves with the flags of `mpt-grpc serve`, and returns the exit status."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    variables.remove_empty()
     if problem := variables.problem(is_server=True):
         _write(error=problem)
         return 1

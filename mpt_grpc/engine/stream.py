@@ -41,6 +41,13 @@ class _Stream:
         return 0 if self._begun is None else len(self._begun[0].prompt_token_ids)
 
     @property
+    def num_input_tokens(self) -> int:
+        """The number of tokens of the prompt and of the outputs that are resumed; 0 until the request has begun."""
+        if self._begun is None:
+            return 0
+        return self.num_prompt_tokens + sum(map(len, self._begun[0].request.outputs.values()))
+
+    @property
     def num_output_tokens(self) -> int:
         """The number of tokens of all outputs that the reader has got."""
         return 0 if self._begun is None else self._begun[1].num_tokens

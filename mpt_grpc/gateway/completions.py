@@ -24,6 +24,7 @@ from mpt_grpc_client import (
     GenerateRequest,
     Generation,
     InvalidRequestError,
+    QuotaExceededError,
     TokenLogprob,
     Usage,
 )
@@ -165,9 +166,15 @@ async def _stream_prompt(
 
 @contextlib.contextmanager
 def _naming_prompt(body: CompletionRequest, number: int) -> Iterator[None]:
-    """Names the prompt with this number in errors about it, as the body contains it."""
+    """Names the prompt with this number in errors about it, as the body contains it, and all if they are more than the
+    caller may ever have in progress."""
     try:
         yield
+    except QuotaExceededError as error:
+        if error.quota != "requests" or error.limit >= len(body.prompts):
+            raise
+        why = f"{len(body.prompts)} prompts start at once; the quota allows {error.limit} in progress: send fewer"
+        raise InvalidRequestError(why, violations=(FieldViolation("prompt", why),)) from error
     except InvalidRequestError as error:
         is_one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
         name = "prompt" if is_one else f"prompt[{number}]"

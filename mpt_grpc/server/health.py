@@ -6,13 +6,16 @@ grpcio-health-checking has one, too. There, a caller who does not read a watch w
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mpt_grpc.errors import OverloadedError
+from mpt_grpc.server.writes import end_call
 
 _Response: TypeAlias = health_pb2.HealthCheckResponse
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -21,20 +24,34 @@ _MAX_WATCHES = 1000
 _RETRY_AFTER_S = 30.0
 
 
+@dataclass(eq=False)
+class _Watch:
+    """An open watch."""
+
+    host: str
+    """Where its caller is."""
+    context: _CallContext
+    task: asyncio.Task[Any]
+    """Runs its handler."""
+    change: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when it has to look again."""
+
+
 class Health(health_pb2_grpc.HealthServicer):
     """Tells whether services are serving, once or whenever that changes. Used on one event loop."""
 
     def __init__(self) -> None:
         self._serving: dict[str, bool] = {}
-        self._changes: set[asyncio.Event] = set()
-        """One for each open watch; set when it has to look again."""
+        self._watches: dict[_Watch, None] = {}
+        """Those that are open, in the order in which they began."""
+        self._ending: set[asyncio.Task[None]] = set()
 
     def set(self, service: str, *, is_serving: bool) -> None:
         """Sets the health of a service."""
         if self._serving.get(service) != is_serving:
             self._serving[service] = is_serving
-            for change in self._changes:
-                change.set()
+            for watch in self._watches:
+                watch.change.set()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: _CallContext) -> _Response:
         if request.service not in self._serving:
@@ -42,20 +59,41 @@ class Health(health_pb2_grpc.HealthServicer):
         return self._response(request.service)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: _CallContext) -> AsyncIterator[_Response]:
-        if len(self._changes) >= _MAX_WATCHES:
-            why = f"{_MAX_WATCHES} watches of health are open: close those that are not needed, or call Check instead"
-            raise OverloadedError(why, _RETRY_AFTER_S)
-        change, last = asyncio.Event(), None
-        self._changes.add(change)
+        task = asyncio.current_task()
+        assert task is not None
+        watch, last = _Watch(context.peer().rpartition(":")[0], context, task), None
+        if len(self._watches) >= _MAX_WATCHES:
+            self._make_room(watch.host)
+        self._watches[watch] = None
         try:
             while True:
                 if (response := self._response(request.service)) != last:
                     yield response
                     last = response
-                await change.wait()
-                change.clear()
+                await watch.change.wait()
+                watch.change.clear()
         finally:
-            self._changes.discard(change)
+            self._watches.pop(watch, None)
+
+    def _make_room(self, host: str) -> None:
+        """Ends a watch of the host that has the most: gRPC's clients do not use servers whose health they cannot watch.
+
+        Raises OverloadedError if the given host has as many.
+        """
+        error = OverloadedError(
+            f"{_MAX_WATCHES} watches of health are open: close those that are not needed, or call Check instead",
+            _RETRY_AFTER_S,
+        )
+        numbers = Counter(watch.host for watch in self._watches)
+        most = max(numbers, key=numbers.__getitem__)
+        # One that is not read ends only when its connection is closed.
+        if numbers[most] <= numbers[host] + 1 or len(self._ending) >= _MAX_WATCHES:
+            raise error
+        newest = next(watch for watch in reversed(self._watches) if watch.host == most)
+        del self._watches[newest]
+        ending = asyncio.create_task(end_call(newest.task, newest.context, error))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
     def _response(self, service: str) -> _Response:
         is_serving = self._serving.get(service)

@@ -79,13 +79,13 @@ class Meter:
         return max(0.0, (self._use.num_tokens + 1 - self.per_minute) * 60 / self.per_minute)
 
     async def metered(self, stream: AsyncStream) -> AsyncIterator[OutputDelta]:
-        """Yields the deltas of a stream, and counts the prompt once it has begun, and then each token."""
+        """Yields the deltas of a stream, and counts its input once it has begun, and then each token of its outputs."""
         num_counted = 0
         try:
             async for delta in stream:
-                self.count(len(delta.token_ids) + (0 if num_counted else stream.num_prompt_tokens))
-                num_counted = stream.num_prompt_tokens
+                self.count(len(delta.token_ids) + (0 if num_counted else stream.num_input_tokens))
+                num_counted = stream.num_input_tokens
                 yield delta
         finally:
             if not num_counted:
-                self.count(stream.num_prompt_tokens)
+                self.count(stream.num_input_tokens)

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from mpt_grpc.errors import UnreadResponseError
+from mpt_grpc.errors import MptServerError, UnreadResponseError
 from mpt_grpc.server import status
 from mpt_grpc.server.call import Call
 
@@ -42,14 +42,14 @@ class PendingWrites:
                 self.end(task)
                 why = f"nothing could be sent for {timeout_s:g} s, because the stream is not read"
                 call.failure = UnreadResponseError(why)
-                ending = asyncio.create_task(_end(task, context, call.failure))
+                ending = asyncio.create_task(end_call(task, context, call.failure))
                 self._ending.add(ending)
                 ending.add_done_callback(self._ending.discard)
 
 
-async def _end(task: asyncio.Task[Any], context: _CallContext, error: UnreadResponseError) -> None:
-    """Ends the handler, and the call once its caller reads or leaves."""
-    # The status waits behind the response that is not read, and the handler must not wait with it. A cancelled handler
+async def end_call(task: asyncio.Task[Any], context: _CallContext, error: MptServerError) -> None:
+    """Ends the handler, which the task runs, and the call once its caller reads or leaves."""
+    # The status waits behind a response that is not read, and the handler must not wait with it. A cancelled handler
     # sends no status, so this one comes first.
     asyncio.get_running_loop().call_soon(task.cancel)
     with contextlib.suppress(Exception):  # the abort, or the caller has left

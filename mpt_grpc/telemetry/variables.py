@@ -15,21 +15,29 @@ _Rule = tuple[Callable[[str], bool], str]
 """Whether a value is valid, and what a valid one is."""
 
 
+def remove_empty() -> None:
+    """Removes empty variables, which the standard treats as unset, and OpenTelemetry does not always."""
+    for name in _names():
+        if not os.environ[name]:
+            del os.environ[name]
+
+
 def problem(*, is_server: bool) -> str | None:
     """Returns what is wrong with the first variable that is not valid, or None.
 
-    Clients read only OTEL_PROPAGATORS. Removes empty variables, which the standard treats as unset.
+    Clients read only OTEL_PROPAGATORS.
     """
     rules = _OF_SERVERS if is_server else _OF_CLIENTS
-    for name in sorted(name for name in os.environ if name.startswith("OTEL_")):
-        if not os.environ[name]:
-            del os.environ[name]
-            continue
+    for name in _names():
         for pattern, (is_valid, what) in rules.items():
             if re.fullmatch(pattern, name) and not is_valid(os.environ[name]):
                 shown = "the value" if name.endswith("HEADERS") else repr(os.environ[name])  # which may be secret
                 return f"{name}: {shown} is not {what}"
     return None
+
+
+def _names() -> list[str]:
+    return sorted(name for name in os.environ if name.startswith("OTEL_"))
 
 
 def _integer(minimum: int) -> _Rule:

@@ -234,6 +234,20 @@ def test_a_run_ends_when_its_server_does(start_server: Callable[..., Any], tmp_p
     assert num_results(tmp_path) == 1
 
 
+def test_requests_in_progress_end_when_their_server_drains(start_server: Callable[..., Any], tmp_path: Path) -> None:
+    server = start_server("--grace", "10m")  # far longer than this test may take
+    lines = [line("long", 200), *(line(f"short {number}", 8) for number in range(1000))]
+    with start(server, tmp_path, lines, "--concurrency", "2") as process:
+        wait_for_results(tmp_path, 1)
+        server.terminate()
+        _, stderr = process.communicate(timeout=120)
+    assert (process.returncode, "the server is shutting down" in stderr) == (1, True)
+    found = {result["custom_id"]: result["response"]["status_code"] for result in results(tmp_path)}
+    assert found["long"] == 200
+    assert set(found.values()) == {200}
+    assert len(found) < len(lines)
+
+
 def test_requests_refused_by_an_overloaded_server_are_sent_again(small_server: Any, tmp_path: Path) -> None:
     lines = [line(str(number), 80) for number in range(30)]
     assert run(small_server, tmp_path, lines, "--concurrency", "30")[0] == 0

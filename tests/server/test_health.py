@@ -45,6 +45,32 @@ async def test_more_watches_than_the_server_holds_are_refused_with_a_remedy(make
         break
 
 
+async def test_callers_of_one_machine_leave_watches_to_those_of_others() -> None:
+    async with running_server(demo_settings()) as server, grpc.aio.insecure_channel(server.target) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(MAX_WATCHES)]
+        await asyncio.gather(*(watch.read() for watch in watches))
+        host, port = server.target.rsplit(":", 1)
+        reader, writer = await asyncio.open_connection(host, port, local_addr=("127.0.0.2", 0))
+        writer.write(PREFACE + settings() + call("/grpc.health.v1.Health/Watch", b""))
+        ends = [asyncio.ensure_future(watch.read()) for watch in watches]
+        ((ended,), _) = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        error = ended.exception()
+        assert isinstance(error, grpc.aio.AioRpcError)
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        response = b""
+        while b"\0\0\0\0\x02\x08\x01" not in response:  # the message SERVING
+            response += await reader.read(4096)
+
+        drain = asyncio.create_task(server.drain())
+        ends.remove(ended)
+        assert {response.status for response in await asyncio.gather(*ends)} == {NOT_SERVING}
+        while b"\0\0\0\0\x02\x08\x02" not in response:  # NOT_SERVING
+            response += await reader.read(4096)
+        await drain
+        writer.close()
+
+
 async def test_a_watch_of_a_service_that_does_not_exist_says_so(make_service: Any) -> None:
     service = await make_service()
     stub: Any = health_pb2_grpc.HealthStub(service.channel)

@@ -30,12 +30,14 @@ from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServ
 LONG: Any = {"max_new_tokens": 1900, "temperature": 0, "ignore_eos": True}
 SHORT: Any = {"max_new_tokens": 5, "temperature": 0, "ignore_eos": True}
 BODY = {"prompt": "The fox", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
-QUOTAS = "[quotas.busy]\nmax_requests = 1\n[quotas.chatty]\ntokens_per_minute = 12\n"
+QUOTAS = "[quotas.busy]\nmax_requests = 1\n" + "".join(
+    f"[quotas.{name}]\ntokens_per_minute = 12\n" for name in ("chatty", "resuming")
+)
 
 
 @pytest.fixture(scope="module")
 async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RunningServer]:
-    entries = [entry(name, name) for name in ("busy", "chatty", "other")]
+    entries = [entry(name, name) for name in ("busy", "chatty", "resuming", "other")]
     file = write(tmp_path_factory.mktemp("quotas") / "tokens.toml", *entries, QUOTAS)
     settings = demo_settings()
     listening = replace(settings.server, tokens_file=file)
@@ -97,6 +99,28 @@ async def test_tokens_beyond_those_of_a_minute_are_refused_with_the_time_to_wait
     assert kinds == [f"google.rpc.{kind}" for kind in ("ErrorInfo", "RetryInfo", "QuotaFailure")]
     failure = error_details_pb2.QuotaFailure.FromString(details[2].value)
     assert failure.violations[0].subject == "chatty:tokens"
+
+
+async def test_tokens_to_resume_are_used_like_those_of_a_prompt(server: RunningServer) -> None:
+    async with client_of(server, "resuming") as resuming:
+        resumed = await resuming.generate("The fox", max_new_tokens=21, temperature=0, resume_token_ids=[300] * 20)
+        assert (resumed.usage.num_prompt_tokens, resumed.usage.num_output_tokens) == (2, 1)
+        with pytest.raises(QuotaExceededError) as raised:
+            await resuming.generate("The fox", **SHORT)
+        assert 45 < (raised.value.retry_after or 0) <= 60  # 12 tokens too many, at 12 per minute
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_more_prompts_than_a_caller_may_have_in_progress_are_not_to_be_sent_again(
+    stream: bool, server: RunningServer
+) -> None:
+    body = BODY | {"prompt": ["The fox", "The wolf", "The bear"], "stream": stream}
+    reader, writer = await send(server, "POST", "/v1/completions", body, authorization="Bearer busy")
+    response = (await reader.read()).decode()
+    writer.close()
+    why = "3 prompts start at once; the quota allows 1 in progress: send fewer"
+    assert f'{{"error":{{"message":"prompt: {why}","type":"invalid_request_error","param":"prompt"' in response
+    assert "429" not in response.splitlines()[0]
 
 
 @given(

@@ -97,6 +97,8 @@ def test_valid_values_are_accepted_and_an_empty_variable_is_unset(monkeypatch: p
         "OTEL_BSP_SCHEDULE_DELAY": "",
     }.items():
         monkeypatch.setenv(name, value)
+    assert variables.problem(is_server=True) == "OTEL_BSP_SCHEDULE_DELAY: '' is not an integer from 1"
+    variables.remove_empty()
     assert variables.problem(is_server=True) is None
     assert "OTEL_BSP_SCHEDULE_DELAY" not in os.environ
 
