@@ -20,6 +20,7 @@ from mpt_grpc.gateway.responses import PartedResponse, TextResponse, built, enco
 from mpt_grpc.gateway.text_logprobs import TextLogprobs
 from mpt_grpc_client import (
     AsyncClient,
+    FieldViolation,
     GenerateOptions,
     GenerateRequest,
     Generation,
