@@ -147,7 +147,8 @@ fuzz: .venv/dev ## Send a server messages, bodies and bytes that no client would
 .PHONY: sanitize
 sanitize: ## Run the kernels for CPUs with the sanitizers for addresses, undefined behaviour and threads
 	@mkdir -p build
-	@for sanitizers in address,undefined thread; do for options in -march=native '' ; do \
+	@for sanitizers in address,undefined thread; do \
+	for options in -march=native '-march=native -mno-amx-tile -mno-amx-int8 -mno-amx-bf16' '' ; do \
 		echo "$$sanitizers $$options"; \
 		$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Werror $$options -fsanitize=$$sanitizers -fno-sanitize-recover=all \
 			native/exercise.cpp -pthread -o build/exercise && build/exercise || exit 1; \

@@ -57,7 +57,7 @@ struct Fetch {
 struct Tiles {
     int64_t rows, count, size;
     Tiles(int64_t rows, int64_t most, int64_t step) : rows(rows), count((rows + most - 1) / most) {
-        size = ((rows + count - 1) / count + step - 1) / step * step;
+        size = ((rows + count - 1) / std::max<int64_t>(1, count) + step - 1) / step * step;
     }
     int64_t start(int64_t tile) const { return std::min(rows, tile * size); }
     int height(int64_t tile) const { return int(start(tile + 1) - start(tile)); }

@@ -44,11 +44,11 @@ struct Matmul {
         const int height = Shape::ROW_STEP == 1 ? ROWS : std::min(ROWS, tiles.height(tile));
         const int64_t first = panel * PANEL, columns = std::min<int64_t>(PANELS * PANEL, outputs - first);
         float *out = y + row * outputs + first;
+        if (Products::NEEDS_ZEROS && (begin == 0 || height < ROWS))
+            for (auto &row_sums : sums) std::fill(std::begin(row_sums), std::end(row_sums), Floats{});
         if (begin > 0)
             for (int i = 0; i < height; i++)
                 for (int j = 0; j < PANELS * VECTORS; j++) sums[i][j] = load_columns(out + i * outputs, columns, j * LANES);
-        else if (Products::NEEDS_ZEROS)
-            for (auto &row_sums : sums) std::fill(std::begin(row_sums), std::end(row_sums), Floats{});
         // Behind the end of a panel is the one beside it, which has been read: the last inputs fetch the panels after these.
         // With the 16 registers of AVX2, GCC 12 compiles such a loop to one that takes 60% longer.
         constexpr int64_t item = sizeof(*products.weights);
@@ -121,7 +121,8 @@ struct Matmul {
     template <int PANELS>
     void add_panels(int64_t panel, int64_t last, int64_t tile, int64_t last_tile, int64_t begin, int64_t end) const {
         for (; panel + PANELS <= last; panel += PANELS)
-            for (int64_t t = tile; t < last_tile; t++) add_tile<PANELS>(t, panel, begin, end, fetch<PANELS>(t - tile, last_tile - tile, end - begin));
+            for (int64_t t = tile; t < last_tile; t++)
+                add_tile<PANELS>(t, panel, begin, end, fetch<PANELS>(t - tile, last_tile - tile, end - begin));
         if constexpr (PANELS > 1)
             if (panel < last) add_panels<PANELS / 2>(panel, last, tile, last_tile, begin, end);
     }

@@ -28,7 +28,7 @@ inline void with_weights(const Matrix &matrix, const Function &function) {
 template <class Weight>
 inline void multiply(const Matrix &matrix, const Weight *weights, const float *x, int64_t rows, float *y,
                      const Epilogue &epilogue, Pool &pool) {
-#if defined(__AMX_INT8__)
+#if defined(__AMX_TILE__)
     if constexpr (std::is_same_v<Weight, Int8>)
         return matmul<IntegerTiles>(x, rows, weights, matrix.outputs, matrix.inputs, y, epilogue, pool);
     if constexpr (std::is_same_v<Weight, bf16>)

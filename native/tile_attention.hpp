@@ -1,7 +1,7 @@
 // Products of up to 16 queries with keys, and of their weights with values, by AMX.
 //
-// A tile of the cache has 16 tokens. Its keys are rows of 16 numbers of two dimensions each, and its values rows of two
-// tokens' numbers, as the registers need them.
+// A tile of the cache has 16 tokens. Each row of its keys is a pair of dimensions of all tokens, and each row of its values
+// all dimensions of a pair of tokens, as the registers need them.
 #pragma once
 
 #include <algorithm>
@@ -59,7 +59,7 @@ struct TileAttention {
     template <int TILES>
     void score_tiles(const bf16 *queries, int64_t count, const Span &span, int64_t tile, float (*weights)[SPAN]) const {
         for_each<TILES>([](auto sum) { clear_register<sum>(); });
-        const int64_t stride = step.block_size * 4;  // between two dimensions
+        const int64_t stride = step.block_size * 4;  // between pairs of dimensions
         for (int64_t d = 0; d < step.head_dim; d += DIMENSIONS) {
             load_register<4>(bytes(queries + d * count), 64);
             for_each<TILES>([&](auto t) {

@@ -1,7 +1,7 @@
 // Products by AMX with packed weights.
 //
-// A register of weights is 1 KiB of a panel as it lies in memory; a register of x, 16 rows of it. Missing rows and inputs
-// of x are zeros, so that registers always have their full size.
+// A register of weights is 1 KiB of a panel as it lies in memory; a register of x, 16 rows of it. What is missing of either
+// becomes zeros, so that registers always have their full size.
 #pragma once
 
 #include <algorithm>
@@ -107,8 +107,8 @@ struct RoundedTiles {
             Sums::load(sums);
         Sums::add(at, x_stride, w, panel_stride, whole, fetch);
         if (last > 0)
-            Sums::add_last(at + whole * REGISTER_BYTES, x_stride, w + whole * REGISTER_BYTES,
-                                              panel_stride, last * PANEL * 2);
+            Sums::add_last(at + whole * REGISTER_BYTES, x_stride, w + whole * REGISTER_BYTES, panel_stride,
+                           last * PANEL * 2);
         Sums::store(sums);
     }
 };
@@ -118,7 +118,7 @@ struct IntegerTiles {
     using Packed = int32_t;
     using Shape = TileShape;
     static constexpr bool NEEDS_ZEROS = true;
-    static constexpr int64_t REGISTERS = GROUP / 64;                                      // of a group
+    static constexpr int64_t REGISTERS = GROUP / 64;  // of a group
     static constexpr int64_t GROUP_WORDS = 2 * REGISTER_ROWS + REGISTERS * REGISTER_BYTES / 4;  // of 16 rows
 
     const int32_t *x;
@@ -158,8 +158,8 @@ struct IntegerTiles {
             Sums::clear();
             Sums::add(values, 4 * stride, w, panel_stride, whole, fetch);
             if (last > 0)
-                Sums::add_last(values + whole * REGISTER_BYTES, 4 * stride, w + whole * REGISTER_BYTES,
-                                                  panel_stride, last * PANEL);
+                Sums::add_last(values + whole * REGISTER_BYTES, 4 * stride, w + whole * REGISTER_BYTES, panel_stride,
+                               last * PANEL);
             fetch.from += (fetch.step - 64) * (GROUP * PANEL / 64);
             Ints dots[ROWS][PANELS];
             Sums::store(dots);

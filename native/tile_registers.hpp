@@ -24,6 +24,7 @@ struct TileSizes {
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+static_assert(sizeof(TileSizes) == 64);
 
 // The calling thread's use of the registers, which ends with this object.
 class TileRegisters {
@@ -33,7 +34,8 @@ class TileRegisters {
     ~TileRegisters() { _tile_release(); }
     TileRegisters(const TileRegisters &) = delete;
 
-    static void resize(const TileSizes &sizes) { _tile_loadconfig(&sizes); }
+    // The function of GCC 12 does not tell the compiler that all of the sizes are read.
+    static void resize(const TileSizes &sizes) { asm volatile("ldtilecfg %0" : : "m"(sizes) : "memory"); }
 };
 
 // The compiler's own functions take registers' numbers as literals only.

@@ -98,11 +98,12 @@ def test_a_row_has_the_same_bits_in_any_crowd_and_with_any_number_of_threads(
     linear, norm = layer(weight, kernels, activation="gelu", quantize=quantize), Norm(2056, 1e-5, False, is_rms=False)
     norm.weight = torch.nn.Parameter(random(2056, seed=1))
     norm.prepack(WeightFormat(dtype, CPU, kernels))
-    expected = torch.cat([linear(norm(row[None])) for row in x])
+    residual = random(max(ROWS), 170, seed=2)
+    expected = torch.cat([linear(norm(x[i : i + 1]), residual[i : i + 1]) for i in range(max(ROWS))])
     for threads in (1, 2, 3):
         kernels.set_threads(threads)
         for rows in ROWS:
-            assert torch.equal(linear(norm(x[-rows:])), expected[-rows:]), (threads, rows)
+            assert torch.equal(linear(norm(x[-rows:]), residual[-rows:]), expected[-rows:]), (threads, rows)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -167,7 +168,7 @@ def test_norms_are_those_of_float64(kernels: Kernels, size: int, is_rms: bool) -
 
 @pytest.mark.parametrize(("quantize", "cache_dtype"), [(False, None), (True, None), (True, torch.int8)])
 @pytest.mark.parametrize("attention", [{}, {"sliding_window_size": 150}, {"attn_type": "multiquery_attention"}])
-@pytest.mark.parametrize("d_model", [60, 80, 320])
+@pytest.mark.parametrize("d_model", [60, 80, 128, 384])
 @pytest.mark.usefixtures("kernels")
 def test_logits_have_the_same_bits_alone_in_a_crowd_and_in_chunks(
     tmp_path: Path, attention: dict[str, object], d_model: int, quantize: bool, cache_dtype: torch.dtype | None
@@ -187,7 +188,7 @@ def test_logits_have_the_same_bits_alone_in_a_crowd_and_in_chunks(
     ("cache_dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.int8, 0.03)]
 )
 @pytest.mark.parametrize("attention", [{}, {"sliding_window_size": 150}, {"attn_type": "multiquery_attention"}])
-@pytest.mark.parametrize("head_dim", [15, 20, 80])
+@pytest.mark.parametrize("head_dim", [15, 20, 32, 80, 160])
 def test_attention_is_that_of_float64(
     kernels: Kernels, head_dim: int, attention: dict[str, object], cache_dtype: torch.dtype, tolerance: float
 ) -> None:
