@@ -39,6 +39,11 @@ class MptServerError(Exception):
     reason: ClassVar[str] = "ENGINE_FAULT"
     """The stable name of the error in the API, the metrics and the spans."""
 
+    @property
+    def logged(self) -> str:
+        """What the log and the spans have of the error, which quotes no prompt."""
+        return str(self)
+
 
 class ModelError(MptServerError):
     """The model cannot be loaded."""
@@ -84,6 +89,8 @@ class FieldViolation:
     description: str
     reason: str = ""
     """A stable name for what is wrong, if programs may want to know it; empty otherwise."""
+    logged: str = ""
+    """What is wrong without quoting the prompt, for the log; empty if the description does not quote it."""
 
 
 CONTEXT_LENGTH_EXCEEDED = "CONTEXT_LENGTH_EXCEEDED"
@@ -98,6 +105,10 @@ class InvalidRequestError(RequestError):
     def __init__(self, *violations: FieldViolation) -> None:
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
         self.violations = violations
+
+    @property
+    def logged(self) -> str:
+        return "; ".join(f"{v.field}: {v.logged or v.description}" for v in self.violations)
 
 
 class PromptRefusedError(RequestError):

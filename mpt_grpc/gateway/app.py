@@ -175,13 +175,13 @@ class _Gateway:
         """Continues one or several prompts, in one response or as server-sent events."""
         max_outputs = min((await self._server(request)).max_in_progress, MAX_OUTPUTS)
         read = partial(read_completion, request, max_outputs)
-        body, generate = await parse(request, CompletionRequest, COMPLETION_RULES, read, max_prompts=max_outputs)
+        body, requests = await parse(request, CompletionRequest, COMPLETION_RULES, read, max_prompts=max_outputs)
         client = self._callers.client(request)
         model = await self._model_name(request, body.model)
         response = TextResponse(model, _request_id(request), includes_usage=body.includes_usage)
         if body.stream:
-            return await _events(request, stream_completion(client, body, generate, response), response)
-        return await unless_disconnected(request, complete(client, body, generate, response))
+            return await _events(request, stream_completion(client, body, requests, response), response)
+        return await unless_disconnected(request, complete(client, body, requests, response))
 
     async def embeddings(self) -> Response:
         """Not supported: the model only generates text."""

@@ -40,7 +40,7 @@ def read_completion(
 ) -> tuple[CompletionRequest, list[GenerateRequest]]:
     """Returns the body and the requests of its prompts, which takes the longer the longer these are.
 
-    Raises BadRequestError or MptGrpcError.
+    Raises BadRequestError or InvalidRequestError.
     """
     request.state.field_names = body.field_names
     body.check_num_outputs(max_outputs)
@@ -125,7 +125,10 @@ def _first_token(echo: str, text: str, num_bytes_after: int, *, is_truncated: bo
 async def stream_completion(
     client: AsyncClient, body: CompletionRequest, requests: Sequence[GenerateRequest], response: TextResponse
 ) -> AsyncIterator[Json]:
-    """Yields the chunks of a response; those of several prompts are interleaved. Raises MptGrpcError."""
+    """Yields the chunks of a response; those of several prompts are interleaved.
+
+    Raises BadRequestError or MptGrpcError.
+    """
     if body.echo and body.logprobs is not None:
         raise BadRequestError("echo: not supported with logprobs in a stream; set stream to false", "echo")
     usages: list[Usage] = []

@@ -14,7 +14,10 @@ _Body = TypeVar("_Body", ChatCompletionRequest, ResponseRequest)
 
 
 def read_conversation(request: Request, body: _Body) -> tuple[_Body, GenerateRequest]:
-    """Returns the body and its request, which takes the longer the longer the body is. Raises BadRequestError."""
+    """Returns the body and its request, which takes the longer the longer the body is.
+
+    Raises BadRequestError or InvalidRequestError.
+    """
     request.state.field_names = body.field_names
     options: GenerateOptions = {**body.options(), "request_id": request.state.request_id}
     return body, GenerateRequest(body.conversation, **options)

@@ -36,6 +36,16 @@ _EXPECTED = {
     "structured_outputs.json": "must be a JSON schema",
     "tool_choice": "must be none, auto, required, a function in tools, or allowed_tools",
 }
+_EXPECTED_MESSAGES = {
+    "messages": "must be a list of at least one message, each with a role and content",
+    "messages[]": "must be an object with a role and content",
+    "messages[].role": "must be system, developer, user, assistant or tool",
+    "messages[].tool_calls": "must be a list of calls, each with an id and a function with its name and arguments",
+    "messages[].function_call": "not supported; use tool_calls",
+    "messages[].audio": "not supported",
+    "messages[].content": "must be text, or a list of parts of type text",
+    "messages[].content[]": "must be a part of type text; images, audio and files cannot be sent",
+}
 COMPLETION_RULES = FieldRules(
     frozenset(f"{_IGNORED} metadata reasoning_effort verbosity modalities".split()),
     {
@@ -50,14 +60,7 @@ COMPLETION_RULES = FieldRules(
     {
         **_EXPECTED,
         "prompt": "must be text, a list of token IDs, or a list of either, and not empty",
-        "messages": "must be a list of at least one message, each with a role and content",
-        "messages[]": "must be an object with a role and content",
-        "messages[].role": "must be system, developer, user, assistant or tool",
-        "messages[].tool_calls": "must be a list of calls, each with an id and a function with its name and arguments",
-        "messages[].function_call": "not supported; use tool_calls",
-        "messages[].audio": "not supported",
-        "messages[].content": "must be text, or a list of parts of type text",
-        "messages[].content[]": "must be a part of type text; images, audio and files cannot be sent",
+        **_EXPECTED_MESSAGES,
     },
     {
         "input": ("messages", "prompt"),
@@ -99,13 +102,13 @@ RESPONSE_RULES = FieldRules(
     },
     {
         **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_new_tokens"), ("max_output_tokens",)),
-        **dict.fromkeys(("messages", "prompt"), ("input",)),
+        "messages": ("input",),
         "logprobs": ("include",),
         "response_format": ("text",),
     },
 )
 """Those of responses."""
-TOKENIZATION_RULES = FieldRules(COMPLETION_RULES.ignored)
+TOKENIZATION_RULES = FieldRules(COMPLETION_RULES.ignored, expected=_EXPECTED_MESSAGES)
 
 _REASONS = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from mpt_grpc.gateway.disconnection import unless_disconnected
 from mpt_grpc.gateway.errors import BadRequestError, shortened
@@ -134,6 +135,8 @@ def _refusal(error: ValidationError, kind: type[BaseModel], rules: FieldRules) -
     errors = error.errors(include_url=False, include_input=False)
     # Where a field has several types, each has reported its error.
     first = next((error for error in errors if error["type"] == TOO_MANY_ITEMS), errors[0])
+    if first["type"] == "missing":
+        first = _sent_instead(first, errors, rules)
     param = shortened(str(first["loc"][0]))
     if first["type"] == "extra_forbidden":
         return BadRequestError(_unknown_field(first["loc"], kind, rules), param)
@@ -142,6 +145,15 @@ def _refusal(error: ValidationError, kind: type[BaseModel], rules: FieldRules) -
     if first["type"] == "union_tag_invalid":
         why = f"the type {shortened(first['ctx']['tag'])!r} is not supported; {why}"
     return BadRequestError(f"{path}: {why}", param)
+
+
+def _sent_instead(missing: ErrorDetails, errors: Sequence[ErrorDetails], rules: FieldRules) -> ErrorDetails:
+    """Returns the error of another endpoint's field that was sent for a missing one, or that of the missing one."""
+    for error in errors:
+        meant = rules.equivalents.get(str(error["loc"][0]), ()) if error["type"] == "extra_forbidden" else ()
+        if missing["loc"] in [(name,) for name in meant]:
+            return error
+    return missing
 
 
 def _described(loc: Sequence[str | int], kind: type[BaseModel], expected: Mapping[str, str]) -> tuple[str, str]:

@@ -77,7 +77,7 @@ async def tokenize(
 def read_tokenization(request: Request, body: TokenizeRequest) -> tuple[TokenizeRequest, GenerateRequest | None]:
     """Returns the body and, for messages, the request that computes their prompt, which so is limited by the context.
 
-    Raises BadRequestError.
+    Raises BadRequestError or InvalidRequestError.
     """
     if (body.prompt is None) == (body.messages is None):
         raise BadRequestError("prompt, messages: pass one of them", "prompt")

@@ -93,7 +93,7 @@ class Call:
     def fail(self, metrics: Metrics, error: MptServerError) -> None:
         """Records that the call has failed."""
         code = status.status_code(error)
-        self._set_error(code, error.reason, str(error))
+        self._set_error(code, error.reason, error.logged)
         self._end(metrics, code, error.reason)
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from google.protobuf.descriptor import MethodDescriptor
 
 from mpt_grpc.engine.validation import RequestLimits
-from mpt_grpc.errors import FieldViolation, InvalidRequestError
+from mpt_grpc.errors import CONTEXT_LENGTH_EXCEEDED, FieldViolation, InvalidRequestError
 from mpt_grpc.limits import (
     MAX_BYTES,
     MAX_CANCELLED,
@@ -79,28 +79,9 @@ def check_sizes(message: pb.GenerateRequest, limits: RequestLimits) -> None:
 
 
 def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[FieldViolation]:
-    decoding, stopping, conversation = message.decoding, message.stopping, message.conversation
-    max_prompt_ids = MAX_TOKEN_IDS if message.HasField("truncate_prompt_tokens") else limits.max_context_tokens
-    for field, count, most in (
-        ("token_ids.ids", len(message.token_ids.ids), max_prompt_ids),
-        ("conversation.messages", len(conversation.messages), MAX_COUNTS["conversation.messages"]),
-        ("conversation.tools", len(conversation.tools), MAX_COUNTS["conversation.tools"]),
-        ("conversation.allowed_tools", len(conversation.allowed_tools), MAX_COUNTS["conversation.allowed_tools"]),
-        ("resume_token_ids", len(message.resume_token_ids), limits.max_context_tokens - 1),
-        ("resume_outputs", len(message.resume_outputs), MAX_COUNTS["resume_outputs"]),
-        ("resume_outputs.token_ids", sum(len(o.token_ids) for o in message.resume_outputs), MAX_TOKEN_IDS),
-        *(
-            (f"resume_outputs[{number}].token_ids", len(output.token_ids), limits.max_context_tokens - 1)
-            for number, output in enumerate(message.resume_outputs[: MAX_COUNTS["resume_outputs"]])
-        ),
-        ("decoding.allowed_token_ids", len(decoding.allowed_token_ids), limits.vocab_size),
-        ("decoding.choice.options", len(decoding.choice.options), MAX_COUNTS["decoding.choice.options"]),
-        ("decoding.logit_bias", len(decoding.logit_bias), MAX_COUNTS["decoding.logit_bias"]),
-        ("stopping.stop_strings", len(stopping.stop_strings), MAX_COUNTS["stopping.stop_strings"]),
-        ("stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_COUNTS["stopping.stop_token_ids"]),
-    ):
-        if count > most:
-            yield FieldViolation(field, f"{count} items; at most {most} are allowed")
+    conversation = message.conversation
+    yield from _too_many(_lists_in_context(message, limits.max_context_tokens), CONTEXT_LENGTH_EXCEEDED)
+    yield from _too_many(_other_lists(message, limits))
     sizes = {
         "request_id": len(message.request_id.encode()),  # which is an attribute of spans
         "conversation.chat_template_kwargs": len(conversation.chat_template_kwargs.encode()),
@@ -112,6 +93,39 @@ def _violations(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[
         if size > MAX_BYTES[field]:
             yield FieldViolation(field, f"{size} bytes; at most {MAX_BYTES[field]} are allowed")
     yield from _call_violations(conversation.messages[: MAX_COUNTS["conversation.messages"]])
+
+
+def _too_many(lists: Iterable[tuple[str, int, int]], reason: str = "") -> Iterator[FieldViolation]:
+    """Yields the violations of lists, each given as its field, its number of items and the maximum."""
+    for field, count, most in lists:
+        if count > most:
+            yield FieldViolation(field, f"{count} items; at most {most} are allowed", reason)
+
+
+def _lists_in_context(message: pb.GenerateRequest, max_context_tokens: int) -> Iterator[tuple[str, int, int]]:
+    """Yields the lists of tokens that have to fit in the context, as `_too_many` takes them."""
+    if not message.HasField("truncate_prompt_tokens"):
+        yield "token_ids.ids", len(message.token_ids.ids), max_context_tokens
+    yield "resume_token_ids", len(message.resume_token_ids), max_context_tokens - 1
+    for number, output in enumerate(message.resume_outputs[: MAX_COUNTS["resume_outputs"]]):
+        yield f"resume_outputs[{number}].token_ids", len(output.token_ids), max_context_tokens - 1
+
+
+def _other_lists(message: pb.GenerateRequest, limits: RequestLimits) -> Iterator[tuple[str, int, int]]:
+    """Yields the other lists."""
+    decoding, stopping, conversation = message.decoding, message.stopping, message.conversation
+    if message.HasField("truncate_prompt_tokens"):
+        yield "token_ids.ids", len(message.token_ids.ids), MAX_TOKEN_IDS
+    yield "conversation.messages", len(conversation.messages), MAX_COUNTS["conversation.messages"]
+    yield "conversation.tools", len(conversation.tools), MAX_COUNTS["conversation.tools"]
+    yield "conversation.allowed_tools", len(conversation.allowed_tools), MAX_COUNTS["conversation.allowed_tools"]
+    yield "resume_outputs", len(message.resume_outputs), MAX_COUNTS["resume_outputs"]
+    yield "resume_outputs.token_ids", sum(len(o.token_ids) for o in message.resume_outputs), MAX_TOKEN_IDS
+    yield "decoding.allowed_token_ids", len(decoding.allowed_token_ids), limits.vocab_size
+    yield "decoding.choice.options", len(decoding.choice.options), MAX_COUNTS["decoding.choice.options"]
+    yield "decoding.logit_bias", len(decoding.logit_bias), MAX_COUNTS["decoding.logit_bias"]
+    yield "stopping.stop_strings", len(stopping.stop_strings), MAX_COUNTS["stopping.stop_strings"]
+    yield "stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_COUNTS["stopping.stop_token_ids"]
 
 
 def _call_violations(messages: Iterable[pb.Message]) -> Iterator[FieldViolation]:

@@ -92,9 +92,9 @@ def _retry_after_ms(error: OverloadedError) -> int:
 
 
 def _violations(error: InvalidRequestError) -> Iterator[error_details_pb2.BadRequest.FieldViolation]:
-    """Yields as many violations as fit, and then one that counts the others."""
+    """Yields as many violations as fit, those with a reason first, and then one that counts the others."""
     room = _MAX_VIOLATIONS_BYTES
-    for number, violation in enumerate(error.violations):
+    for number, violation in enumerate(sorted(error.violations, key=lambda violation: not violation.reason)):
         field = _shortened(violation.field, _MAX_TEXT_BYTES)
         description = _shortened(violation.description, _MAX_TEXT_BYTES)
         room -= len(field.encode()) + len(description.encode())

@@ -45,7 +45,7 @@ def conversation_token_ids(
     if max_prompt_tokens < 1:
         room = f"no room for a prompt in the context of {max_context_tokens}"
         why = f"{num_new_tokens} new tokens leave {room}: request fewer"
-        raise InvalidRequestError(FieldViolation("stopping.max_new_tokens", why))
+        raise InvalidRequestError(FieldViolation("stopping.max_new_tokens", why, CONTEXT_LENGTH_EXCEEDED))
     kwargs, tools = conversation.chat_template_kwargs, conversation.shown_tools
     messages: Sequence[Message] = _with_one_leading_system_message(conversation.messages)
     uses_tools = bool(tools) or any(message.role == "tool" or message.tool_calls for message in messages)

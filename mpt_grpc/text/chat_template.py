@@ -77,13 +77,19 @@ class ChatTemplate:
             prompt.encode()  # which fails on a lone surrogate, as the tokenizer would
             return _before_end(prompt) if continue_final_message else prompt
         except _RefusedByTemplateError as error:
-            why = ": ".join(filter(None, ("refused by the model's chat template", _shown(error))))
-            raise InvalidRequestError(FieldViolation("conversation.messages", why)) from error
+            what = "refused by the model's chat template"
+            why = ": ".join(filter(None, (what, _shown(error))))
+            raise _invalid(why, what + _place(error)) from error
         except Exception as error:  # a template is a program and may fail in any way
             given = "these messages and chat_template_kwargs" if kwargs else "these messages"
-            what = f"{type(error).__name__}{_place(error)}: {_shown(error)}"
-            why = f"the model's chat template fails on {given}: use others, or another template ({what})"
-            raise InvalidRequestError(FieldViolation("conversation.messages", why)) from error
+            what = type(error).__name__ + _place(error)
+            why = f"the model's chat template fails on {given}: use others, or another template"
+            raise _invalid(f"{why} ({what}: {_shown(error)})", f"{why} ({what})") from error
+
+
+def _invalid(why: str, logged: str) -> InvalidRequestError:
+    """Returns the error for messages; a template may quote them in `why`, and the log has `logged` instead."""
+    return InvalidRequestError(FieldViolation("conversation.messages", why, logged=logged))
 
 
 def _shown(error: Exception) -> str:

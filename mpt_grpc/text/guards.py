@@ -44,7 +44,10 @@ class Guard(Protocol):
     """Checks prompts and outputs. It is shared by threads."""
 
     def refusal(self, prompt: str) -> str | None:
-        """Returns the reason for refusing a prompt, which is shown to the caller, or None to accept it."""
+        """Returns the reason for refusing a prompt, or None to accept it.
+
+        It is shown to the caller and logged, so it should not quote the prompt.
+        """
         ...
 
     def watch(self) -> OutputWatch:

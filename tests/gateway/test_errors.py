@@ -234,6 +234,12 @@ def test_a_message_may_have_the_type_that_evaluations_and_responses_give_it(kind
         ("/v1/completions", {"prompt": "word " * 3000}, "prompt"),
         ("/v1/completions", {"prompt": ["a", "word " * 1000], "max_tokens": 2000}, "max_tokens"),
         ("/v1/completions", {"prompt": "a" * (1 << 20)}, "prompt"),
+        ("/v1/completions", {"prompt": [1] * 3000}, "prompt"),
+        ("/v1/completions", {"prompt": [[1], [1] * 3000]}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 5000}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": [USER], "max_tokens": 5000}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": [USER], "max_tokens": 2040}, "messages"),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 5000}, "max_output_tokens"),
         ("/v1/responses", {"input": "word " * 3000}, "input"),
     ],
 )

@@ -51,6 +51,12 @@ def test_messages_become_the_tokens_of_the_rendered_prompt(server: Any) -> None:
             "return_token_strs: requires prompt",
         ),
         ({"messages": [{"role": "user", "content": "a " * 3000}]}, "messages: "),
+        ({"messages": []}, "messages: must be a list of at least one message"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: must be text, or a list of parts"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0]: the type 'image_url' is not supported; must be a part of type text",
+        ),
     ],
 )
 def test_what_cannot_be_tokenized_is_refused(body: dict[str, Any], message: str, server: Any) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
+from conftest import demo_settings
 
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
@@ -47,6 +49,27 @@ async def test_a_failed_call_is_logged_with_its_error_in_one_bounded_line(servic
     assert line.startswith("Generate NOT_FOUND ")
     assert "\n" not in line
     assert len(line) < 500
+
+
+@pytest.mark.parametrize(
+    ("template", "logged"),
+    [
+        ("\n{{ {'a': 1}[messages[0].content].b }}", "UndefinedError on line 2"),
+        ("\n{{ raise_exception(messages[0].content) }}", "refused by the model's chat template on line 2"),
+    ],
+)
+async def test_an_error_of_the_template_is_logged_without_what_it_quotes_and_sent_with_it(
+    make_service: Any, log: Any, template: str, logged: str
+) -> None:
+    settings = demo_settings()
+    service = await make_service(replace(settings, model=replace(settings.model, chat_template=template)))
+    message = pb.Message(role=pb.ROLE_USER, content="a silver key")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await service.stub.Generate(pb.GenerateRequest(conversation=pb.Conversation(messages=[message])))
+    assert "a silver key" in (refused.value.details() or "")
+    (line,) = [record.getMessage() for record in log.records]
+    assert logged in line
+    assert "silver" not in line
 
 
 async def test_a_cancelled_call_is_logged(make_service: Any, log: Any) -> None:

@@ -316,6 +316,36 @@ async def test_violations_that_do_not_fit_are_counted(make_service: Any) -> None
     assert found[-1].description == f"and {1000 - len(found) + 1} more"
 
 
+async def test_a_violation_with_a_reason_is_kept_where_not_all_fit(make_service: Any) -> None:
+    service = await make_service()
+    too_long = decoding(logit_bias={VOCAB + i: 0 for i in range(1000)})
+    too_long.text = "word " * 3000
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await service.stub.Generate(too_long)
+    found = bad_request(refused.value).field_violations
+    assert [violation.field for violation in found if violation.reason == "CONTEXT_LENGTH_EXCEEDED"] == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (request(token_ids=pb.TokenIds(ids=[5] * (CONTEXT + 1))), "CONTEXT_LENGTH_EXCEEDED"),
+        (request(token_ids=pb.TokenIds(ids=[5] * (MAX_TOKEN_IDS + 1)), truncate_prompt_tokens=1), ""),
+        (resumed(CONTEXT), "CONTEXT_LENGTH_EXCEEDED"),
+        (resumed_outputs([[5] * CONTEXT]), "CONTEXT_LENGTH_EXCEEDED"),
+        (stopping(stop_token_ids=[9] * 2000), ""),
+    ],
+    ids=["prompt", "truncated prompt", "resumed output", "one of several", "stop tokens"],
+)
+async def test_lists_that_exceed_the_context_have_its_reason(
+    service: Any, message: pb.GenerateRequest, reason: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await service.stub.Generate(message)
+    (violation,) = bad_request(refused.value).field_violations
+    assert (" items; at most " in violation.description, violation.reason) == (True, reason)
+
+
 @pytest.mark.parametrize(
     "limit", [Duration(seconds=1, nanos=-5), Duration(seconds=(1 << 63) - 1), Duration(nanos=1_000_000_000)]
 )
