@@ -321,11 +321,11 @@ async def test_a_caller_who_leaves_before_the_body_is_parsed_is_no_longer_waited
 
         return Request({"type": "http", "method": "POST", "headers": []}, receive)
 
-    slow = asyncio.create_task(parse(request("wait"), Slow, FieldRules()))
+    slow = asyncio.create_task(parse(request("wait"), Slow, FieldRules(), lambda body: body))
     await asyncio.to_thread(has_begun.wait, 30)
     try:
         with pytest.raises(BadRequestError, match="disconnected") as left:
-            await asyncio.wait_for(parse(request("http.disconnect"), Slow, FieldRules()), 30)
+            await asyncio.wait_for(parse(request("http.disconnect"), Slow, FieldRules(), lambda body: body), 30)
         assert left.value.status == 499
         assert not slow.done()
     finally:
