@@ -27,7 +27,7 @@ class Quota:
     max_requests: int | None = None
     """Generations in progress."""
     tokens_per_minute: int | None = None
-    """Tokens of prompts and outputs."""
+    """Tokens of prompts and of outputs, those that are resumed included."""
     weight: int = 1
     """Its share of the server while others want to use it, relative to theirs."""
 

@@ -31,7 +31,7 @@ from mpt_grpc.gateway.parsing import parse
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 from mpt_grpc.gateway.response_request import ResponseRequest
 from mpt_grpc.gateway.responses import ChatResponse, Json, PartedResponse, TextResponse, built
-from mpt_grpc_client import Client, GenerateRequest, MptGrpcError
+from mpt_grpc_client import Client, MptGrpcError, PreparedPrompt
 
 MAX_OUTPUTS = 256
 """The maximum number of outputs of one text completion, prompts times n: they all start at once."""
@@ -162,7 +162,7 @@ class _Gateway:
         self,
         request: Request,
         body: ChatCompletionRequest | ResponseRequest,
-        generate: GenerateRequest,
+        generate: PreparedPrompt,
         response: ChatResponse | ModelResponse,
     ) -> Response:
         client = self._callers.client(request)

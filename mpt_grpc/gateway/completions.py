@@ -22,9 +22,9 @@ from mpt_grpc_client import (
     AsyncClient,
     FieldViolation,
     GenerateOptions,
-    GenerateRequest,
     Generation,
     InvalidRequestError,
+    PreparedPrompt,
     QuotaExceededError,
     TokenLogprob,
     Usage,
@@ -37,7 +37,7 @@ _PROMPT_FIELDS = re.compile(r"^(prompt|token_ids)\b")
 
 def read_completion(
     request: Request, max_outputs: int, body: CompletionRequest
-) -> tuple[CompletionRequest, list[GenerateRequest]]:
+) -> tuple[CompletionRequest, list[PreparedPrompt]]:
     """Returns the body and the requests of its prompts, which takes the longer the longer these are.
 
     Raises BadRequestError or InvalidRequestError.
@@ -46,15 +46,15 @@ def read_completion(
     body.check_num_outputs(max_outputs)
     if not body.stream:
         body.check_num_logprobs()
-    options, requests = body.options(), list[GenerateRequest]()
+    options, requests = body.options(), list[PreparedPrompt]()
     for number, prompt in enumerate(body.prompts):
         with _naming_prompt(body, number):
-            requests.append(GenerateRequest(prompt, **_with_request_id(options, request.state.request_id, number)))
+            requests.append(PreparedPrompt(prompt, **_with_request_id(options, request.state.request_id, number)))
     return body, requests
 
 
 async def complete(
-    client: AsyncClient, body: CompletionRequest, requests: Sequence[GenerateRequest], response: TextResponse
+    client: AsyncClient, body: CompletionRequest, requests: Sequence[PreparedPrompt], response: TextResponse
 ) -> Response:
     """Returns the response. If one of several prompts fails, all do. Raises MptGrpcError."""
     completing = [
@@ -72,7 +72,7 @@ async def complete(
 
 
 async def _choices(
-    client: AsyncClient, body: CompletionRequest, prompt: str | list[int], request: GenerateRequest, number: int
+    client: AsyncClient, body: CompletionRequest, prompt: str | list[int], request: PreparedPrompt, number: int
 ) -> tuple[list[bytes], Usage]:
     """Returns the choices of the prompt with this number, and its usage.
 
@@ -123,7 +123,7 @@ def _first_token(echo: str, text: str, num_bytes_after: int, *, is_truncated: bo
 
 
 async def stream_completion(
-    client: AsyncClient, body: CompletionRequest, requests: Sequence[GenerateRequest], response: TextResponse
+    client: AsyncClient, body: CompletionRequest, requests: Sequence[PreparedPrompt], response: TextResponse
 ) -> AsyncIterator[Json]:
     """Yields the chunks of a response; those of several prompts are interleaved.
 
@@ -148,7 +148,7 @@ async def _stream_prompt(
     client: AsyncClient,
     body: CompletionRequest,
     prompt: str | Sequence[int],
-    request: GenerateRequest,
+    request: PreparedPrompt,
     number: int,
     usages: list[Usage],
 ) -> AsyncGenerator[Json]:

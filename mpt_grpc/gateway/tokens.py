@@ -17,7 +17,7 @@ from mpt_grpc.gateway.messages import ChatMessage, message_fields
 from mpt_grpc.gateway.requests import Uint
 from mpt_grpc.gateway.strict import Many, Some
 from mpt_grpc.worker_threads import WorkerThreads
-from mpt_grpc_client import AsyncClient, Client, GenerateRequest, Token
+from mpt_grpc_client import AsyncClient, Client, PreparedPrompt, Token
 
 Json = dict[str, Any]
 # Two threads, which bound the memory of texts and tokens.
@@ -49,7 +49,7 @@ class DetokenizeRequest(BaseModel):
 
 
 async def tokenize(
-    client: AsyncClient, blocking_client: Client | None, body: TokenizeRequest, generate: GenerateRequest | None
+    client: AsyncClient, blocking_client: Client | None, body: TokenizeRequest, generate: PreparedPrompt | None
 ) -> JSONResponse:
     """Returns the token IDs of a text and, with `return_token_strs`, the text of each token, or the token IDs of
     messages after the chat template, whose request is `generate`. Raises MptGrpcError.
@@ -74,7 +74,7 @@ async def tokenize(
     return await asyncio.wrap_future(_tokenizers.submit(partial(contextvars.copy_context().run, call)))
 
 
-def read_tokenization(request: Request, body: TokenizeRequest) -> tuple[TokenizeRequest, GenerateRequest | None]:
+def read_tokenization(request: Request, body: TokenizeRequest) -> tuple[TokenizeRequest, PreparedPrompt | None]:
     """Returns the body and, for messages, the request that computes their prompt, which so is limited by the context.
 
     Raises BadRequestError or InvalidRequestError.
@@ -86,7 +86,7 @@ def read_tokenization(request: Request, body: TokenizeRequest) -> tuple[Tokenize
     request.state.field_names = message_fields(body.messages)
     if body.return_token_strs:
         raise BadRequestError("return_token_strs: requires prompt; send the tokens to /detokenize", "return_token_strs")
-    generate = GenerateRequest(
+    generate = PreparedPrompt(
         [message.message() for message in body.messages],
         max_new_tokens=0,
         return_prompt_token_ids=True,

@@ -13,9 +13,9 @@ from mpt_grpc_client import (
     AsyncTextStream,
     Client,
     DeadlineExceededError,
-    GenerateRequest,
     MptGrpcError,
     NotFoundError,
+    PreparedPrompt,
     TextStream,
     Token,
 )
@@ -43,23 +43,29 @@ async def test_both_clients_have_the_same_interface(sync, asynchronous):
     assert interface == other
 
 
-async def test_a_request_made_in_advance_is_sent_like_its_prompt_and_options(scripted, client, target, other_target):
+async def test_a_prepared_prompt_is_sent_like_its_prompt_and_options(scripted, client, target, other_target):
     scripted.chunks = [
         pb.StreamGenerateResponse(output=pb.Output(text="a", finish=pb.Finish(reason=1)), summary=pb.Summary())
     ]
-    request = GenerateRequest("Once", seed=3, max_new_tokens=4)
+    prepared = PreparedPrompt("Once", seed=3, max_new_tokens=4)
     with Client([target, other_target]) as balanced:  # which adds to what it sends
-        balanced.generate(request)
+        balanced.generate(prepared)
+        list(balanced.stream(prepared))
     scripted.requests.clear()
     client.generate("Once", seed=3, max_new_tokens=4)
-    client.generate(request)
-    list(client.stream(request))
+    client.generate(prepared, timeout=30)
+    list(client.stream(prepared))
     async with AsyncClient(target, timeout=30) as other:
-        await other.generate(request)
-        _ = [text async for text in other.stream(request)]
-        with pytest.raises(TypeError, match="seed: a GenerateRequest has its options already"):
-            await other.generate(request, seed=4)
+        await other.generate(prepared)
+        _ = [text async for text in other.stream(prepared)]
+        with pytest.raises(TypeError, match="seed: a PreparedPrompt has its options already"):
+            await other.generate(prepared, seed=4)
     assert scripted.requests == [scripted.requests[0]] * 5
+
+
+def test_a_prepared_prompt_is_not_prepared_again():
+    with pytest.raises(TypeError, match="must be a string, token IDs or messages, not PreparedPrompt"):
+        PreparedPrompt(PreparedPrompt("Once"), max_new_tokens=4)
 
 
 async def test_both_clients_send_the_same_requests_and_return_the_same(scripted, client, target):
@@ -241,7 +247,7 @@ async def test_a_stream_that_failed_and_was_cancelled_ends_in_both_clients(servi
 
 def test_cancelling_a_task_that_converts_a_chunk_cancels_its_call(endless, scripted, target):
     """grpc.aio does not notice it, since the task does not wait for grpc.aio."""
-    scripted.chunks[0].output.text = "Once " * 10_000  # which is converted in a thread
+    scripted.chunks[0].output.MergeFrom(pb.Output(token_ids=[5] * 2000, num_tokens=2000))  # converted in a thread
 
     class FullPool(ThreadPoolExecutor):
         def submit(self, *_arguments, **_options):

@@ -23,7 +23,7 @@ from mpt_grpc_client.errors import (
 )
 from mpt_grpc_client.options import GenerateOptions, RepetitionGuard
 from mpt_grpc_client.prompts import Message, Prompt, Role
-from mpt_grpc_client.request import GenerateRequest
+from mpt_grpc_client.request import PreparedPrompt
 from mpt_grpc_client.results import (
     Delta,
     Finish,
@@ -60,7 +60,6 @@ __all__ = [
     "Finish",
     "FinishReason",
     "GenerateOptions",
-    "GenerateRequest",
     "Generation",
     "GenerationDefaults",
     "InternalError",
@@ -78,6 +77,7 @@ __all__ = [
     "Output",
     "OverloadedError",
     "PermissionDeniedError",
+    "PreparedPrompt",
     "Prompt",
     "QuotaExceededError",
     "Regex",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 from collections.abc import Callable, Sequence, Sized
 from copy import copy
 from functools import partial
-from typing import ClassVar, Self, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
 from google.protobuf.message import Message
 
 from mpt_grpc_client import debug, responses
+from mpt_grpc_client.async_connections import AsyncConnections
 from mpt_grpc_client.async_stream import (
     AsyncConnection,
     AsyncStreamCall,
@@ -22,20 +22,20 @@ from mpt_grpc_client.async_stream import (
     is_cancelled,
     wait,
 )
-from mpt_grpc_client.channel import ConnectionOptions, Endpoint, check_kind, check_timeout, is_balanced, resolve
-from mpt_grpc_client.continuation import UNSEEN_CHUNK_TOKENS, Continuation
+from mpt_grpc_client.channel import ConnectionOptions, Endpoint, check_kind, check_timeout, resolve
+from mpt_grpc_client.continuation import Continuation
 from mpt_grpc_client.errors import MptGrpcError, closed_error
-from mpt_grpc_client.failover import BEFORE_LOOKUP, Attempts, Rotation, Server
+from mpt_grpc_client.failover import BEFORE_LOOKUP, Attempts, Server
 from mpt_grpc_client.options import GenerateOptions
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 from mpt_grpc_client.purpose import Purpose
 from mpt_grpc_client.request import (
-    GenerateRequest,
-    build_request,
+    PreparedPrompt,
     cancel_request,
     detokenize_request,
+    request_of,
     tokenize_request,
 )
 from mpt_grpc_client.results import Generation, ModelInfo, ServerInfo, Token
@@ -77,7 +77,7 @@ class AsyncClient:
         endpoints = resolve(target, connection, channel=channel)
         self._timeout, self._metadata = check_timeout(timeout), endpoints[0].metadata
         self._retries, self._resume_inexact = retries, resume_inexact
-        self._connections = _Connections(endpoints, retries, channel)
+        self._connections = AsyncConnections(endpoints, retries, channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -96,35 +96,34 @@ class AsyncClient:
         return client
 
     async def generate(
-        self, prompt: Prompt | GenerateRequest, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt | PreparedPrompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
         """Generates a continuation of the prompt and returns it when it is complete.
 
         timeout: the timeout of the call in seconds; None uses the client's. After `time_limit`, by contrast, the call
         returns its partial output.
-        options: see `GenerateOptions`; a `GenerateRequest` has them already.
+        options: see `GenerateOptions`. A `PreparedPrompt` has its own: any others beside it raise TypeError.
         """
-        request = build_request(prompt, **options)
+        request = request_of(prompt, **options)
         if not self._connections.is_balanced:
             response = await self._call(lambda connection: connection.service.Generate, request, timeout)
             return await converted(
                 responses.generation, response, responses.num_parts(response.prompt, *response.outputs)
             )
-        request.output_options.chunk_tokens = UNSEEN_CHUNK_TOKENS
-        async with self._stream(request, timeout) as stream:
+        async with self._stream(request, timeout, is_unseen=True) as stream:
             async for _ in stream.deltas():
                 pass
         return stream.result
 
     def stream(
-        self, prompt: Prompt | GenerateRequest, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt | PreparedPrompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncTextStream:
         """Generates a continuation of the prompt and streams it. The request is sent immediately.
 
         timeout: the timeout of the whole stream in seconds; None uses the client's.
-        options: see `GenerateOptions`; a `GenerateRequest` has them already.
+        options: see `GenerateOptions`. A `PreparedPrompt` has its own: any others beside it raise TypeError.
         """
-        return self._stream(build_request(prompt, **options), timeout)
+        return self._stream(request_of(prompt, **options), timeout)
 
     async def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[Token, ...]:
         """Returns the tokens of a text."""
@@ -226,12 +225,14 @@ class AsyncClient:
         finally:
             span.end()
 
-    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncTextStream:
+    def _stream(
+        self, request: pb.GenerateRequest, timeout: float | None, *, is_unseen: bool = False
+    ) -> AsyncTextStream:
         attempts = self._attempts(timeout, request)
         span = CallSpan(request, streams=True, on_end=attempts.end)
         continuation = None
         if self._connections.is_balanced:
-            continuation = Continuation(request, resume_inexact=self._resume_inexact)
+            continuation = Continuation(request, resume_inexact=self._resume_inexact, is_unseen=is_unseen)
 
         def call(server: Server[AsyncConnection], timeout: float | None) -> AsyncStreamCall:
             self._connections.check_open()
@@ -247,63 +248,3 @@ class AsyncClient:
         owner = "client" if timeout is None else "call"
         timeout = self._timeout if timeout is None else check_timeout(timeout)
         return Attempts(self._connections.rotation, timeout, retries=self._retries, owner=owner, generation=generation)
-
-
-class _Connections:
-    """The connections to the servers, which several clients of one event loop may share."""
-
-    _process: ClassVar[int | None] = None
-    """The ID of the process that uses grpc.aio, which would wait forever in a fork of it."""
-
-    def __init__(self, endpoints: Sequence[Endpoint], retries: bool, channel: grpc.aio.Channel | None) -> None:
-        self.is_balanced = is_balanced(endpoints, channel)
-        self.endpoints, self._channel = endpoints, channel
-        self._purpose = Purpose.of_calls(balanced=self.is_balanced, retries=retries)
-        self._rotation: Rotation[AsyncConnection] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_closed = False
-
-    @property
-    def rotation(self) -> Rotation[AsyncConnection]:
-        """The servers. Raises MptGrpcError once the client is closed, and RuntimeError outside its event loop."""
-        self.check_open()
-        self._check_process()
-        loop = asyncio.get_running_loop()
-        if self._rotation is None:
-            # Made now: grpc.aio hangs if a channel is created before its loop runs.
-            self._rotation, self._loop = (
-                Rotation(map(self._server, self.endpoints), is_balanced=self.is_balanced),
-                loop,
-            )
-        if self._loop is not loop:
-            raise RuntimeError(
-                "this AsyncClient is in use by another event loop; create one client for each event loop"
-            )
-        return self._rotation
-
-    @classmethod
-    def _check_process(cls) -> None:
-        if cls._process is None:
-            cls._process = os.getpid()
-        elif cls._process != os.getpid():
-            raise RuntimeError(
-                "an AsyncClient was used before this process was forked, and gRPC's asyncio API does not work after;"
-                " use Client, or start processes with multiprocessing's method 'spawn' or 'forkserver'"
-            )
-
-    def check_open(self) -> None:
-        """Raises MptGrpcError once the client is closed."""
-        if self._is_closed:
-            raise closed_error()
-
-    async def close(self) -> None:
-        self._is_closed = True
-        channels = [self._channel]
-        if self._rotation is not None:
-            self._rotation.close()
-            channels = [server.connection.channel for server in self._rotation.servers]
-        await asyncio.gather(*(channel.close() for channel in channels if channel is not None))
-
-    def _server(self, endpoint: Endpoint) -> Server[AsyncConnection]:
-        channel = self._channel or endpoint.aio_channel(self._purpose)
-        return Server(endpoint.target, AsyncConnection(channel))

@@ -21,7 +21,7 @@ from mpt_grpc_client.channel import (
     look_up_all,
     resolve,
 )
-from mpt_grpc_client.continuation import UNSEEN_CHUNK_TOKENS, Continuation
+from mpt_grpc_client.continuation import Continuation
 from mpt_grpc_client.errors import MptGrpcError, closed_error
 from mpt_grpc_client.failover import BEFORE_LOOKUP, Attempts, Rotation, Server
 from mpt_grpc_client.options import GenerateOptions
@@ -30,10 +30,10 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 from mpt_grpc_client.purpose import Purpose
 from mpt_grpc_client.request import (
-    GenerateRequest,
-    build_request,
+    PreparedPrompt,
     cancel_request,
     detokenize_request,
+    request_of,
     tokenize_request,
 )
 from mpt_grpc_client.results import Generation, ModelInfo, ServerInfo, Token
@@ -104,32 +104,31 @@ class Client:
         return client
 
     def generate(
-        self, prompt: Prompt | GenerateRequest, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt | PreparedPrompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
         """Generates a continuation of the prompt and returns it when it is complete.
 
         timeout: the timeout of the call in seconds; None uses the client's. After `time_limit`, by contrast, the call
         returns its partial output.
-        options: see `GenerateOptions`; a `GenerateRequest` has them already.
+        options: see `GenerateOptions`. A `PreparedPrompt` has its own: any others beside it raise TypeError.
         """
-        request = build_request(prompt, **options)
+        request = request_of(prompt, **options)
         if not self._rotation.is_balanced:
             return responses.generation(self._call(lambda connection: connection.service.Generate, request, timeout))
-        request.output_options.chunk_tokens = UNSEEN_CHUNK_TOKENS
-        with self._stream(request, timeout) as stream:
+        with self._stream(request, timeout, is_unseen=True) as stream:
             for _ in stream.deltas():
                 pass
         return stream.result
 
     def stream(
-        self, prompt: Prompt | GenerateRequest, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt | PreparedPrompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> TextStream:
         """Generates a continuation of the prompt and streams it. The request is sent immediately.
 
         timeout: the timeout of the whole stream in seconds; None uses the client's.
-        options: see `GenerateOptions`; a `GenerateRequest` has them already.
+        options: see `GenerateOptions`. A `PreparedPrompt` has its own: any others beside it raise TypeError.
         """
-        return self._stream(build_request(prompt, **options), timeout)
+        return self._stream(request_of(prompt, **options), timeout)
 
     def tokenize(self, text: str, *, timeout: float | None = None) -> tuple[Token, ...]:
         """Returns the tokens of a text."""
@@ -233,12 +232,12 @@ class Client:
 
         return outcome
 
-    def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> TextStream:
+    def _stream(self, request: pb.GenerateRequest, timeout: float | None, *, is_unseen: bool = False) -> TextStream:
         attempts = self._attempts(timeout, request)
         span = CallSpan(request, streams=True, on_end=attempts.end)
         continuation = None
         if self._rotation.is_balanced:
-            continuation = Continuation(request, resume_inexact=self._resume_inexact)
+            continuation = Continuation(request, resume_inexact=self._resume_inexact, is_unseen=is_unseen)
 
         def call(server: Server[Connection], timeout: float | None) -> StreamCall:
             self._check_open()

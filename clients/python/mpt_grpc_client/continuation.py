@@ -18,16 +18,23 @@ from mpt_grpc_client.errors import UnavailableError
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.results import Resumption
 
-UNSEEN_CHUNK_TOKENS = 16
+_UNSEEN_CHUNK_TOKENS = 16
 """The size of the chunks of a stream whose reader waits for its end: that many tokens are lost with a server."""
 
 
 class Continuation:
     """The request and the response of a stream over several servers."""
 
-    def __init__(self, request: pb.GenerateRequest, *, resume_inexact: bool) -> None:
-        """`resume_inexact`: whether a server may continue whose tokens might not be the same."""
-        self._request, self._resume_inexact = request, resume_inexact
+    def __init__(self, request: pb.GenerateRequest, *, resume_inexact: bool, is_unseen: bool = False) -> None:
+        """resume_inexact: whether a server may continue whose tokens might not be the same.
+
+        is_unseen: whether the reader of the stream waits for its end.
+        """
+        self._request, self._resume_inexact = pb.GenerateRequest(), resume_inexact
+        self._request.CopyFrom(request)
+        request = self._request
+        if is_unseen:
+            request.output_options.chunk_tokens = _UNSEEN_CHUNK_TOKENS
         self._returns_token_ids = request.output_options.return_token_ids
         request.output_options.return_token_ids = True
         if not request.sampling.HasField("seed"):

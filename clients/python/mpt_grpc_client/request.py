@@ -55,34 +55,37 @@ _KINDS = {
 }
 
 
-class GenerateRequest:
-    """A prompt with its options, as it is sent: `generate` and `stream` take it instead of them, any number of times.
+class PreparedPrompt:
+    """A prompt with its options, translated into what is sent. `generate` and `stream` take it in place of a prompt.
 
-    Making one from thousands of messages or token IDs takes milliseconds, in which an event loop would stand still:
-    `await asyncio.to_thread(GenerateRequest, prompt, **options)` makes it in a thread.
+    It may be used any number of times; with a `request_id` one after the other, since that of a request in progress is
+    refused. Making one from thousands of messages or token IDs takes milliseconds, in which an event loop would stand
+    still: `await asyncio.to_thread(PreparedPrompt, prompt, **options)` makes it in a thread.
     """
 
     def __init__(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> None:
         """Raises TypeError or InvalidRequestError, as `Client.generate` does."""
-        self._message = build_request(prompt, **options)
-
-    def message(self) -> pb.GenerateRequest:
-        """Returns a message of its own for a call, which may change it."""
-        message = pb.GenerateRequest()
-        message.CopyFrom(self._message)
-        return message
+        self._request = build_request(prompt, **options)
 
 
-def build_request(prompt: Prompt | GenerateRequest, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
+def request_of(prompt: Prompt | PreparedPrompt, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
+    """Returns the request of a call, which must not be changed: further calls may have the same one.
+
+    Raises TypeError or InvalidRequestError, as `build_request` does.
+    """
+    if not isinstance(prompt, PreparedPrompt):
+        return build_request(prompt, **options)
+    if options:
+        raise TypeError(f"{', '.join(options)}: a PreparedPrompt has its options already; set them there")
+    return prompt._request
+
+
+def build_request(prompt: Prompt, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
     """Returns the request for a prompt. The server checks the ranges.
 
     Raises TypeError for an unknown option or a value of the wrong type, and InvalidRequestError for a value that does
     not fit in its field. Both name the option.
     """
-    if isinstance(prompt, GenerateRequest):
-        if options:
-            raise TypeError(f"{', '.join(options)}: a GenerateRequest has its options already; set them there")
-        return prompt.message()
     unknown = options.keys() - GenerateOptions.__optional_keys__
     if unknown:
         raise TypeError("; ".join(map(unknown_option, sorted(unknown))))
