@@ -9,7 +9,9 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -29,7 +31,7 @@ class _Watch:
     """An open watch."""
 
     host: str
-    """Where its caller is."""
+    """Where its caller is; see `_host`."""
     context: _CallContext
     task: asyncio.Task[Any]
     """Runs its handler."""
@@ -61,7 +63,7 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: _CallContext) -> AsyncIterator[_Response]:
         task = asyncio.current_task()
         assert task is not None
-        watch, last = _Watch(context.peer().rpartition(":")[0], context, task), None
+        watch, last = _Watch(_host(context.peer()), context, task), None
         if len(self._watches) >= _MAX_WATCHES:
             self._make_room(watch.host)
         self._watches[watch] = None
@@ -78,7 +80,7 @@ class Health(health_pb2_grpc.HealthServicer):
     def _make_room(self, host: str) -> None:
         """Ends a watch of the host that has the most: gRPC's clients do not use servers whose health they cannot watch.
 
-        Raises OverloadedError if the given host has as many.
+        Raises OverloadedError if the given host has as many, or one fewer, which would only exchange the two.
         """
         error = OverloadedError(
             f"{_MAX_WATCHES} watches of health are open: close those that are not needed, or call Check instead",
@@ -100,3 +102,14 @@ class Health(health_pb2_grpc.HealthServicer):
         if is_serving is None:
             return _Response(status=_Response.SERVICE_UNKNOWN)
         return _Response(status=_Response.SERVING if is_serving else _Response.NOT_SERVING)
+
+
+def _host(peer: str) -> str:
+    """Returns where a caller is, given its address as gRPC writes it.
+
+    Of an IPv6 address, these are the first 64 bits: a single machine may have all the addresses that begin with them.
+    """
+    host = unquote(peer).rpartition(":")[0]
+    if not host.startswith("ipv6:"):
+        return host
+    return f"ipv6:{int(IPv6Address(host[len('ipv6:[') : -1])) >> 64:x}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -11,6 +11,8 @@ from conftest import demo_settings
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from http2 import PREFACE, call, settings
 
+from mpt_grpc.errors import OverloadedError
+from mpt_grpc.server.health import Health
 from mpt_grpc.server.server import running_server
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -69,6 +71,39 @@ async def test_callers_of_one_machine_leave_watches_to_those_of_others() -> None
             response += await reader.read(4096)
         await drain
         writer.close()
+
+
+class Call:
+    """The context of a call from an address, as gRPC gives it to the service."""
+
+    def __init__(self, address: str) -> None:
+        self._peer = f"ipv6:%5B{address}%5D:50000"
+
+    def peer(self) -> str:
+        return self._peer
+
+    async def abort(self, *_: Any, **__: Any) -> None:
+        raise grpc.aio.AbortError
+
+
+async def test_all_ipv6_addresses_of_a_network_are_one_host() -> None:
+    health, request = Health(), health_pb2.HealthCheckRequest()
+    health.set("", is_serving=True)
+    watches = []
+
+    async def watch(address: str) -> health_pb2.HealthCheckResponse:
+        responses = health.Watch(request, cast(Any, Call(address)))
+        watches.append(responses)
+        return await anext(responses)
+
+    for number in range(MAX_WATCHES):
+        await watch(f"2001:db8::{number:x}")
+    with pytest.raises(OverloadedError):
+        await watch("2001:db8::1:0")
+    for other in ("2001:db8:0:1::1", "fe80::1%254"):  # the second as gRPC writes the interface number 4
+        assert (await watch(other)).status == SERVING
+    for responses in watches:
+        await responses.aclose()
 
 
 async def test_a_watch_of_a_service_that_does_not_exist_says_so(make_service: Any) -> None:
