@@ -129,19 +129,23 @@ class Preparation:
                 special_texts=self.tokenizer.special_texts,
                 max_token_bytes=self.limits.max_token_bytes,
             )
-            self._check_tokens(token_ids, "conversation.messages")
+            remedy = "use messages and a chat template without it"
+            self._check_tokens(token_ids, "conversation.messages", remedy)
             return token_ids
         if isinstance(prompt, str):
             self._check_length(prompt, is_truncated=request.truncate_prompt_tokens is not None)
             prompt = self.tokenizer.encode(prompt)
-            self._check_tokens(prompt, "text")
-        return prompt[-request.truncate_prompt_tokens :] if request.truncate_prompt_tokens else prompt
+        if request.truncate_prompt_tokens:
+            prompt = prompt[-request.truncate_prompt_tokens :]
+        if isinstance(request.prompt, str):
+            self._check_tokens(prompt, "text", "remove it")
+        return prompt
 
-    def _check_tokens(self, token_ids: tuple[int, ...], field: str) -> None:
+    def _check_tokens(self, token_ids: tuple[int, ...], field: str, remedy: str) -> None:
         """Refuses tokens of the tokenizer that the model does not have."""
         if self.tokenizer.extra_tokens and (most := max(token_ids, default=0)) >= self.limits.vocab_size:
             text = self.tokenizer.decode((most,), skip_special_tokens=False)
-            raise InvalidRequestError(FieldViolation(field, f"{text!r} is a token that the model lacks: remove it"))
+            raise InvalidRequestError(FieldViolation(field, f"{text!r} is a token that the model lacks: {remedy}"))
 
     def _check_length(self, text: str, is_truncated: bool) -> None:
         """Refuses a text that is certainly too long, before spending time on tokenizing it."""

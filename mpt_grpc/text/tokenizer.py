@@ -115,15 +115,15 @@ class Tokenizer:
         if (num_tokens := max(backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1) > num_rows:
             raise ModelError(f"{path}: {num_tokens} tokens, more than the model's {num_rows}: use the model's own")
         eos_token_ids = _eos_token_ids(folder, min(_num_tokens(backend), num_rows))
+        files = "tokenizer_config.json or special_tokens_map.json"
         if eos_token_ids is None and eos_token is not None:
             # transformers would add it, but the model cannot generate a token that it was not trained with.
             if not is_eos_known and config.added_tokens[eos_token][0] is None:
-                files = "tokenizer_config.json or special_tokens_map.json"
                 raise ModelError(f"{folder}: eos_token {eos_token!r} is not in tokenizer.json; correct it in {files}")
             eos_token_ids = frozenset(i for i in (backend.token_to_id(eos_token),) if i is not None)
             if max(eos_token_ids, default=-1) >= num_rows:
-                why = f"is token {max(eos_token_ids)}, but the model has only {num_rows}: correct it"
-                raise ModelError(f"{folder / 'tokenizer_config.json'}: eos_token {eos_token!r} {why}")
+                why = f"is token {max(eos_token_ids)}, but the model has only {num_rows}; correct it in {files}"
+                raise ModelError(f"{folder}: eos_token {eos_token!r} {why}")
         return cls(backend, eos_token_ids or frozenset(), config.added_to_texts, num_rows)
 
     def encode(self, text: str) -> tuple[int, ...]:

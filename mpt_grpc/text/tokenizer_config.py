@@ -52,6 +52,8 @@ def read_tokenizer_config(folder: Path) -> TokenizerConfig:
     """Reads the files in a model's folder, all of which are optional. Raises ModelError, which names the file."""
     path = folder / "tokenizer_config.json"
     config = _read(path)
+    if not config.get("tokenizer_class"):
+        config["tokenizer_class"] = (read_json(folder / "config.json") or {}).get("tokenizer_class")
     has_decoder = config.get("added_tokens_decoder") is not None
     if not has_decoder:
         config |= _read(folder / "special_tokens_map.json")

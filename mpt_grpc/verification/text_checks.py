@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpt_grpc.checkpoint import Checkpoint
 from mpt_grpc.conversation import Message
+from mpt_grpc.model_files import read_json
 from mpt_grpc.settings import ModelSettings
 from mpt_grpc.text.chat_template import ChatTemplate
 from mpt_grpc.text.template_sources import find_chat_template
@@ -42,8 +43,9 @@ def text_checks(wanted: ModelSettings, checkpoint: Checkpoint) -> Iterator[Check
 def _peer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer, MptConfig
 
-    # The configuration, of which only the class matters, is not read from the folder: transformers may refuse it.
-    return AutoTokenizer.from_pretrained(folder, config=MptConfig())
+    # transformers, which may refuse the configuration, needs only its class and the name of the tokenizer's class.
+    fields: dict[str, Any] = {"tokenizer_class": (read_json(folder / "config.json") or {}).get("tokenizer_class")}
+    return AutoTokenizer.from_pretrained(folder, config=MptConfig(**fields))
 
 
 def _ids_check(tokenizer: Tokenizer, peer: PreTrainedTokenizerBase) -> Check:

@@ -136,6 +136,19 @@ def test_numbers_of_other_types_than_in_transformers_are_compared_with_it(tmp_pa
     assert [found[name].verdict for name in ("token IDs", "transformers")] == ["same", "same"]
 
 
+def test_the_class_of_the_tokenizer_may_be_named_by_the_configuration(tmp_path: Path) -> None:
+    def edit(config: dict[str, Any]) -> None:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+
+    model = copy_of_demo(tmp_path / "model", edit)
+    (model / "tokenizer_config.json").unlink()
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True  # which the class of MPT's tokenizers would replace
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    found = {check.name: check for check in text_checks(ModelSettings(model=str(model)), find_checkpoint(str(model)))}
+    assert found["token IDs"].verdict == "same"
+
+
 def test_a_checkpoint_that_transformers_refuses_is_compared_with_the_reference(tmp_path: Path) -> None:
     found = by_name(copy_of_demo(tmp_path / "refused", lambda config: config.update(use_cache="yes")))
     assert all(check.passed for check in found.values())

@@ -46,13 +46,25 @@ def test_a_token_that_the_model_lacks_is_refused_in_prompts(tmp_path: Path, capl
         stopping = replace(request.stopping, min_new_tokens=4)  # which forbids the stop tokens
         assert len(engine.generate(replace(request, stopping=stopping)).token_ids) == 4
         conversation = Conversation((Message("user", "Once"),))
-        for prompt, field in (("Once [PAD]", "text"), (conversation, "conversation.messages")):
+        for prompt, field, remedy in (
+            ("Once [PAD]", "text", "remove it"),
+            (conversation, "conversation.messages", "use messages and a chat template without it"),
+        ):
             with pytest.raises(InvalidRequestError) as refused:
                 engine.generate(generation("b", prompt))
-            assert [(v.field, "'[PAD]' is a token that the model lacks" in v.description)
-                    for v in refused.value.violations] == [(field, True)]  # fmt: skip
+            (violation,) = refused.value.violations
+            assert violation.field == field
+            assert violation.description == f"'[PAD]' is a token that the model lacks: {remedy}"
         with pytest.raises(InvalidRequestError, match="4096 is not a token ID: IDs are below 4096"):
             engine.generate(generation("c", (1, NUM_ROWS)))
+
+
+def test_a_token_that_the_model_lacks_may_be_where_a_prompt_is_cut_off(tmp_path: Path) -> None:
+    engine, _ = load_engine(settings(tmp_path / "m"))
+    with engine:
+        for prompt in ("[PAD] Once upon a time", (NUM_ROWS, 5, 6, 7)):
+            request = generation("a", prompt, max_new_tokens=1)
+            assert len(engine.generate(replace(request, truncate_prompt_tokens=2)).token_ids) == 1
 
 
 @pytest.mark.parametrize(
@@ -64,7 +76,7 @@ def test_a_token_that_the_model_lacks_is_refused_in_prompts(tmp_path: Path, capl
         ),
         (
             {"config": CONFIG, "generation_config": "{}", "tokenizer_config": '{"eos_token": "[PAD]"}'},
-            r"tokenizer_config\.json: eos_token '\[PAD\]' is token 4096, but the model has only 4096: correct it",
+            r"'\[PAD\]' is token 4096, .* only 4096; correct it in tokenizer_config\.json or special_tokens_map\.json",
         ),
     ],
 )
