@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from itertools import islice
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ LFS_POINTER = "version https://git-lfs."
 LFS_REMEDY = "it is a pointer of Git LFS to the file; run git lfs pull in the checkpoint's repository"
 _MAX_NAME_BYTES = 255
 _MAX_LISTED = 4
+_MAX_NAMES = 1000
 _OTHER_WEIGHTS = frozenset(".safetensors .bin .pt .pth .ckpt .distcp .gguf .ggml .h5 .msgpack .npz .nemo .onnx".split())
 """The suffixes of files in which weights may be that are not read."""
 _EXPORTED = "is not read: use the checkpoint from which it was made"
@@ -87,8 +90,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Returns the names of the files in a folder and in its subfolders."""
-    return [str(path.relative_to(folder)) for pattern in ("*", "*/*") for path in folder.glob(pattern)]
+    """Returns the names of the files in a folder and in its subfolders. Of a large folder, such as one that is not a
+    model's, some are left out."""
+    paths = (path for pattern in ("*", "*/*") for path in folder.glob(pattern))
+    # Unlike Path.is_file, isfile raises no error where a folder must not be entered.
+    return [str(path.relative_to(folder)) for path in islice(paths, _MAX_NAMES) if isfile(path)]
 
 
 def why_no_weights(names: Iterable[str]) -> str:

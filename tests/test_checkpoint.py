@@ -106,7 +106,8 @@ def test_finds_the_demo_model_and_folders(tmp_path: Path) -> None:
     ):
         find_checkpoint(f"{tmp_path}/my-mpt")
     (tmp_path / "my-mpt" / "mpt-7b.Q4_0.gguf").unlink()
-    with pytest.raises(ModelError, match=r"--model .*my-mpt: no config\.json; a model needs it"):
+    (tmp_path / "my-mpt" / "mpt.nemo").mkdir()
+    with pytest.raises(ModelError, match=r"--model .*my-mpt: no config\.json; a model needs it, .* the weights$"):
         find_checkpoint(f"{tmp_path}/my-mpt")
     (tmp_path / "my-mpt" / "adapter_config.json").touch()
     with pytest.raises(ModelError, match=r"no config\.json; it is an adapter: use --adapter .*my-mpt, with its model"):
