@@ -125,6 +125,15 @@ def test_finds_the_demo_model_and_folders(tmp_path: Path) -> None:
     assert find_checkpoint(f"{tmp_path}/my-mpt/").name == "my-mpt"
 
 
+def test_a_large_folder_is_not_searched_in_full(tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / f"{number}.txt").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mpt.gguf").touch()
+    with pytest.raises(ModelError, match=r"no config\.json; a model needs it, .* the weights$"):
+        find_checkpoint(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [("n" * 5000, "File name too long"), ("~nobody-of-this-name/m", "Could not determine home directory")],
