@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         flags = ["--model", str(folder), "--load-format", "random", "--device", parsed.device]
         start_s = perf_counter()
         with served(*flags, "--max-running-requests", str(_MAX_RUNNING)) as target:
-            note("served", "start_s", perf_counter() - start_s)
+            note("start", "served_s", perf_counter() - start_s)
             for load_name, load in loads.items():
                 note("served", load_name, vars(asyncio.run(over_grpc(target, load))))
 
