@@ -74,7 +74,7 @@ class _View:
         info, state = self._client.get_server_info(), self._client.get_engine_state()
         now_s = time.monotonic()
         load, duration_s = self._before.load, now_s - self._before_s
-        if info.uptime < self._before.uptime:  # it was started again, and counts from zero
+        if info.uptime < self._before.uptime or info.load.num_steps < load.num_steps:  # it was started again
             load, duration_s = _NO_LOAD, info.uptime
         self._before, self._before_s = info, now_s
         return _frame(info, state, _rates(load, info.load, duration_s), self._num_rows)

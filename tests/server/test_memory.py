@@ -126,7 +126,7 @@ def test_hostile_calls_of_every_kind_leave_no_memory_behind() -> None:
             body = json.dumps(fields).encode()
             for _ in range(NUM_CALLS):
                 post(f"{root}{path}", body)
-        end_s = time.monotonic() + 10  # within which an idle server returns free memory to the system
+        end_s = time.monotonic() + 60  # within which an idle server returns free memory to the system
         while (growth := resident_bytes(server) - start) > MAX_GROWTH_BYTES and time.monotonic() < end_s:
             stub.Generate(generate())
         assert growth < MAX_GROWTH_BYTES
