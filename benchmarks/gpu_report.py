@@ -56,7 +56,9 @@ def _largest_error(results: Results, kind: str) -> float:
         for row in results["checks"]
         if kind in row and "bfloat16" not in row.get("dtype", "") and not row[kind].startswith("8 bits")
     ]
-    return max(errors) if errors else next(iter(()))
+    if not errors:
+        raise KeyError(kind)
+    return max(errors)
 
 
 GOALS = (

@@ -200,7 +200,9 @@ def _fields(model: type[BaseModel]) -> dict[str, Any]:
 def _identified(models: Sequence[type[BaseModel]], part: str | int) -> list[type[BaseModel]]:
     """Returns the models that Pydantic means by a part of a path which is no field, but identifies one of several."""
     by_name = [model for model in models if model.__name__ == part]
-    return by_name or [model for model in models[1:] and models if part in get_args(_fields(model).get("type"))]
+    if by_name or len(models) == 1:
+        return by_name
+    return [model for model in models if part in get_args(_fields(model).get("type"))]
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -112,7 +112,7 @@ class Tokenizer:
         eos_token = config.special_tokens.get("eos_token")
         is_eos_known = eos_token is None or backend.token_to_id(eos_token) is not None
         _add_tokens(backend, config, folder)
-        if (num_tokens := max(backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1) > num_rows:
+        if (num_tokens := _num_tokens(backend, with_added_tokens=False)) > num_rows:
             raise ModelError(f"{path}: {num_tokens} tokens, more than the model's {num_rows}: use the model's own")
         eos_token_ids = _eos_token_ids(folder, min(_num_tokens(backend), num_rows))
         files = "tokenizer_config.json or special_tokens_map.json"
@@ -261,9 +261,9 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig, folder: 
             raise ModelError(f"{folder}: {why}")
 
 
-def _num_tokens(backend: tokenizers.Tokenizer) -> int:
-    """Returns the upper bound of all token IDs, including those of added tokens."""
-    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+def _num_tokens(backend: tokenizers.Tokenizer, *, with_added_tokens: bool = True) -> int:
+    """Returns the upper bound of the token IDs."""
+    return max(backend.get_vocab(with_added_tokens=with_added_tokens).values(), default=-1) + 1
 
 
 def _eos_token_ids(folder: Path, vocab_size: int) -> frozenset[int] | None:

@@ -89,6 +89,18 @@ def test_8_bit_products_are_within_one_percent(kernels: Kernels) -> None:
     assert (error.norm(dim=1) <= 0.015 * expected.norm(dim=1)).all()
 
 
+@pytest.mark.skipif("amx" not in available_instruction_sets(), reason="the processor has no AMX")
+def test_8_bit_products_have_the_same_bits_with_amx_as_with_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias, x = random(170, 2500), random(170), random(40, 2500)
+    results = []
+    for instruction_set in ("amx", "avx512_bf16"):
+        monkeypatch.setenv("MPT_GRPC_ISA", instruction_set)
+        kernels = load_kernels()
+        assert kernels is not None
+        results.append(layer(weight, kernels, bias, quantize=True)(x))
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_in_any_crowd_and_with_any_number_of_threads(
