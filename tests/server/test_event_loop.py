@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from conftest import demo_settings
+from processor_time import processor_seconds
 
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -22,9 +23,11 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 NUM_TRIES = 5
 ONE_TOKEN = pb.StoppingCriteria(max_new_tokens=1)
 MANY_TURNS = [{"role": number % 2 + 2, "content": "hello there " * 85} for number in range(1023)]
+IDS = [5] * (1 << 18)
+TEXT_OF_IDS = json.dumps(IDS)
 LONG_LIST = list(range(150_000))
 MESSAGES = {
-    "token IDs": pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5] * (1 << 18)), truncate_prompt_tokens=10),
+    "token IDs": pb.GenerateRequest(token_ids=pb.TokenIds(ids=IDS), truncate_prompt_tokens=10),
     "messages": pb.GenerateRequest(conversation=pb.Conversation(messages=MANY_TURNS, drop_oldest_turns=True)),
     "an ID that is too long": pb.GenerateRequest(text="Once", request_id="é" * 1_000_000),
     "biases that are not valid": pb.GenerateRequest(
@@ -88,8 +91,16 @@ def served() -> Iterator[Served]:
     thread.join()
 
 
+@pytest.fixture(scope="module")
+def unnoticed_s() -> float:
+    """The processor time that a large message may add to a turn: a third of what Python takes to read a list of IDs."""
+    return min(processor_seconds(lambda: json.loads(TEXT_OF_IDS)) for _ in range(NUM_TRIES)) / 3
+
+
 @pytest.mark.parametrize("kind", MESSAGES)
-def test_a_large_message_holds_up_the_event_loop_little_longer_than_a_small_one(served: Served, kind: str) -> None:
+def test_a_large_message_holds_up_the_event_loop_little_longer_than_a_small_one(
+    served: Served, unnoticed_s: float, kind: str
+) -> None:
     large = pb.GenerateRequest(stopping=ONE_TOKEN)
     large.MergeFrom(MESSAGES[kind])
     with grpc.insecure_channel(served.server.target) as channel:
@@ -101,10 +112,9 @@ def test_a_large_message_holds_up_the_event_loop_little_longer_than_a_small_one(
 
         call(large)
         small_s = served.longest_turn_s(lambda: call(pb.GenerateRequest(text="Once", stopping=ONE_TOKEN)))
-        assert served.longest_turn_s(lambda: call(large)) < 2.5 * small_s
+        assert served.longest_turn_s(lambda: call(large)) < small_s + unnoticed_s
 
 
-IDS = [5] * (1 << 18)
 TRANSLATED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "messages": ("/v1/chat/completions", CHAT, {"messages": CHAT["messages"] * 1023}),
     "token IDs": ("/v1/completions", {"prompt": [5], "max_tokens": 1}, {"prompt": IDS}),
@@ -114,7 +124,7 @@ TRANSLATED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", TRANSLATED)
-def test_the_message_of_a_large_body_is_made_off_the_event_loop(served: Served, kind: str) -> None:
+def test_the_message_of_a_large_body_is_made_off_the_event_loop(served: Served, unnoticed_s: float, kind: str) -> None:
     path, small, more = TRANSLATED[kind]
     body = {**small, **more}
 
@@ -128,11 +138,13 @@ def test_the_message_of_a_large_body_is_made_off_the_event_loop(served: Served, 
     call(body)
     small_s = served.longest_turn_s(lambda: call(small))
     large_s = served.longest_turn_s(lambda: call(body))
-    assert large_s < 2.5 * small_s
+    assert large_s < small_s + unnoticed_s
 
 
 @pytest.mark.parametrize("kind", BODIES)
-def test_a_large_body_holds_up_the_event_loop_little_longer_than_a_small_one(served: Served, kind: str) -> None:
+def test_a_large_body_holds_up_the_event_loop_little_longer_than_a_small_one(
+    served: Served, unnoticed_s: float, kind: str
+) -> None:
     def call(fields: dict[str, Any]) -> None:
         assert served.server.http_port is not None
         connection = http.client.HTTPConnection("127.0.0.1", served.server.http_port)
@@ -142,4 +154,4 @@ def test_a_large_body_holds_up_the_event_loop_little_longer_than_a_small_one(ser
 
     call(BODIES[kind])
     small_s = served.longest_turn_s(lambda: call({}))
-    assert served.longest_turn_s(lambda: call(BODIES[kind])) < 2.5 * small_s
+    assert served.longest_turn_s(lambda: call(BODIES[kind])) < small_s + unnoticed_s
