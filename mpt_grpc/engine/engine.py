@@ -39,6 +39,7 @@ from mpt_grpc.reports import Observer
 from mpt_grpc.request import GenerationRequest
 from mpt_grpc.results import Finish, FinishReason, Generation, OutputDelta, TokenEvent
 from mpt_grpc.schedule.scheduler import Scheduler
+from mpt_grpc.text.probe import SlowConstraintError
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +142,8 @@ class Engine:
         elif self.preparation.is_quick(request):
             self._prepare(record)
         else:
-            self._preparers.run(request, lambda: self._prepare(record), record.turn)
+            threads = self._preparers.texts if request.constraint is None else self._preparers.constraints
+            threads.submit(lambda: self._prepare(record, may_be_slow=False), record.turn)
         return stream
 
     def _check_can_be_read(self, kind: type[AsyncStream] | type[ThreadStream]) -> None:
@@ -151,16 +153,21 @@ class Engine:
             why = "would wait in the event loop that delivers its outputs"
             raise RuntimeError(f"a ThreadStream {why}: use another thread, or an AsyncStream")
 
-    def _prepare(self, record: RequestRecord, prepared: PreparedRequest | None = None) -> None:
+    def _prepare(
+        self, record: RequestRecord, prepared: PreparedRequest | None = None, *, may_be_slow: bool = True
+    ) -> None:
         """Prepares a request in any thread, unless its caller has gone, and has it scheduled."""
         if not self._requests.is_preparing(record):
             return
         reference = weakref.ref(record)
         try:
-            ready = prepared or self.preparation.prepare(record.request)
+            ready = prepared or self.preparation.prepare(record.request, may_be_slow=may_be_slow)
             assembly = request_assembly(
                 ready, self.preparation, lambda finish, index: self._send_end(reference, finish, index)
             )
+        except SlowConstraintError:
+            record.turn = Future()
+            self._preparers.slow_constraints.submit(lambda: self._prepare(record), record.turn)
         except Exception as error:
             refusal = error
             if not isinstance(error, MptServerError):

@@ -6,8 +6,7 @@ Nothing here accesses the scheduler, so any number of threads may prepare reques
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mpt_grpc.conversation import Conversation, ToolCalls
@@ -23,7 +22,7 @@ from mpt_grpc.text.guards import Guard
 from mpt_grpc.text.tokenizer import QUICK_SIZE, Tokenizer, encodes_quickly
 from mpt_grpc.worker_threads import WorkerThreads
 
-_NUM_TEXT_THREADS, _NUM_CONSTRAINT_THREADS = 2, 4
+_NUM_TEXT_THREADS, _NUM_CONSTRAINT_THREADS, _NUM_SLOW_THREADS = 2, 4, 2
 _BIAS_COST = 8
 """How many times as long as a token of a list it takes to check a bias."""
 
@@ -42,23 +41,16 @@ class PreparedRequest:
 
 
 class Preparers:
-    """The threads in which requests are prepared: apart for those with constraints, which may take seconds."""
+    """The threads in which requests are prepared, apart for those with constraints, and for slow ones."""
 
     def __init__(self) -> None:
-        self._texts = WorkerThreads(_NUM_TEXT_THREADS, "prepare-text")
-        self._constraints = WorkerThreads(_NUM_CONSTRAINT_THREADS, "prepare-constraint")
-
-    def run(self, request: GenerationRequest, prepare: Callable[[], None], turn: Future[None]) -> None:
-        """Runs `prepare`, which handles its own errors, when it is the request's turn; never after `close`.
-
-        Cancelling `turn` drops the request.
-        """
-        threads = self._texts if request.constraint is None else self._constraints
-        threads.submit(prepare, turn)
+        self.texts = WorkerThreads(_NUM_TEXT_THREADS, "prepare-text")
+        self.constraints = WorkerThreads(_NUM_CONSTRAINT_THREADS, "prepare-constraint")
+        self.slow_constraints = WorkerThreads(_NUM_SLOW_THREADS, "prepare-slow-constraint")
 
     def close(self) -> None:
         """Drops the requests that wait for their turn."""
-        for threads in (self._texts, self._constraints):
+        for threads in (self.texts, self.constraints, self.slow_constraints):
             threads.close()
 
 
@@ -82,17 +74,17 @@ class Preparation:
         elif _has_short_lists(request) and (violations := list(request_violations(request, self.limits))):
             raise InvalidRequestError(*violations)
 
-    def prepare(self, request: GenerationRequest) -> PreparedRequest:
+    def prepare(self, request: GenerationRequest, *, may_be_slow: bool = True) -> PreparedRequest:
         """Returns the request ready for the scheduler.
 
-        Raises InvalidRequestError, which lists all invalid fields; PromptRefusedError; or OverloadedError, if the
-        machine is too busy to check a constraint.
+        Raises InvalidRequestError, which lists all invalid fields; PromptRefusedError; OverloadedError, if the machine
+        is too busy to check a constraint; or SlowConstraintError, for a constraint that takes seconds, if it may not.
         """
         prompt_token_ids = self._valid_prompt(request)
         self._check_with_guards(prompt_token_ids)
         _ = request.decoding.allowed_mask  # computed here, and not in the scheduler thread
         request = self._resolved(request)
-        matchers, complete = self._matchers(request)
+        matchers, complete = self._matchers(request, may_be_slow)
         return PreparedRequest(request, prompt_token_ids, matchers, complete)
 
     def _is_short(self, request: GenerationRequest) -> bool:
@@ -172,7 +164,7 @@ class Preparation:
                 if (refusal := guard.refusal(prompt)) is not None:
                     raise PromptRefusedError(refusal)
 
-    def _matchers(self, request: GenerationRequest) -> tuple[tuple[Matcher, ...], frozenset[int]]:
+    def _matchers(self, request: GenerationRequest, may_be_slow: bool) -> tuple[tuple[Matcher, ...], frozenset[int]]:
         """Returns one matcher per sequence, and the indices of the outputs that the resumed tokens complete."""
         constraint = request.constraint
         if constraint is None:
@@ -180,7 +172,7 @@ class Preparation:
         if isinstance(constraint, ToolCalls):
             constraint = replace(constraint, stop_strings=request.stopping.stop_strings)
         ends = self.tokenizer.special_token_ids.intersection(request.stopping.stop_token_ids)
-        matchers = tuple(self._constraints.compile(constraint, ends) for _ in request.outputs)
+        matchers = tuple(self._constraints.compile(constraint, ends, may_be_slow=may_be_slow) for _ in request.outputs)
         complete = set()
         for matcher, (index, resumed) in zip(matchers, request.outputs.items(), strict=True):
             is_complete = False

@@ -31,7 +31,7 @@ from mpt_grpc.gateway.parsing import parse
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 from mpt_grpc.gateway.response_request import ResponseRequest
 from mpt_grpc.gateway.responses import ChatResponse, Json, PartedResponse, TextResponse, built
-from mpt_grpc_client import Client, MptGrpcError, PreparedPrompt
+from mpt_grpc_client import Client, Generation, MptGrpcError, PreparedPrompt
 
 MAX_OUTPUTS = 256
 """The maximum number of outputs of one text completion, prompts times n: they all start at once."""
@@ -168,8 +168,12 @@ class _Gateway:
         client = self._callers.client(request)
         if body.stream:
             return await _events(request, response.chunks(lambda: client.stream(generate)), response)
-        generation = await unless_disconnected(request, client.generate(generate))
-        return await built(lambda: PartedResponse(response.complete(generation)), has_logprobs=body.has_logprobs)
+
+        def build(generation: Generation) -> Response:
+            return PartedResponse(response.complete(generation))
+
+        held = [await unless_disconnected(request, client.generate(generate))]
+        return await built(build, held, has_logprobs=body.has_logprobs)
 
     async def completions(self, request: Request) -> Response:
         """Continues one or several prompts, in one response or as server-sent events."""

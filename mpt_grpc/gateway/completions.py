@@ -68,7 +68,7 @@ async def complete(
             task.cancel()
     choices = [choice for of_prompt, _ in completed for choice in of_prompt]
     content = response.complete(choices, [usage for _, usage in completed])
-    return await built(lambda: PartedResponse(content), has_logprobs=body.logprobs is not None)
+    return await built(PartedResponse, [content], has_logprobs=body.logprobs is not None)
 
 
 async def _choices(
@@ -79,17 +79,17 @@ async def _choices(
     They are encoded as soon as they are complete: log probabilities take twenty times as much memory before.
     """
     with _naming_prompt(body, number):
-        generation = await client.generate(request)
-        echo, first_token = await _echo(client, body, prompt, generation)
+        held = [await client.generate(request)]
+        echo, first_token = await _echo(client, body, prompt, held[0])
 
-    def build() -> list[bytes]:
+    def build(generation: Generation) -> tuple[list[bytes], Usage]:
         choices = []
         for index, output in enumerate(generation.outputs, number * (body.n or 1)):
             logprobs = _logprobs(body, generation, output.logprobs, first_token)
             choices.append(encoded(text_choice(index, echo + output.text, logprobs, output.finish)))
-        return choices
+        return choices, generation.usage
 
-    return await built(build, has_logprobs=body.logprobs is not None), generation.usage
+    return await built(build, held, has_logprobs=body.logprobs is not None)
 
 
 async def _echo(

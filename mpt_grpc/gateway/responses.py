@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from mpt_grpc.gateway.errors import error_body
 from mpt_grpc.gateway.events import DONE
@@ -26,8 +27,10 @@ from mpt_grpc_client import (
 )
 
 Json = dict[str, Any]
+_Value = TypeVar("_Value")
 _Result = TypeVar("_Result")
-
+_SENT_BYTES = 256 << 10
+"""The bytes of a body that are sent at once: copying those of a large one takes the event loop milliseconds."""
 _LENGTH = (FinishReason.MAX_NEW_TOKENS, FinishReason.CONTEXT_LENGTH, FinishReason.TIME_LIMIT)
 
 
@@ -44,15 +47,18 @@ def usage(usages: Iterable[Usage]) -> Json:
     }
 
 
-async def built(build: Callable[[], _Result], *, has_logprobs: bool) -> _Result:
-    """Returns what `build` returns. It runs in a thread if there are log probabilities, of which there may be many."""
-    return await asyncio.to_thread(build) if has_logprobs else build()
+async def built(build: Callable[[_Value], _Result], held: list[_Value], *, has_logprobs: bool) -> _Result:
+    """Returns what `build` makes of the held value, in a thread if there may be many log probabilities in it.
+
+    The thread takes the value out of the list and so frees it, which would stop the event loop for milliseconds, too.
+    """
+    return await asyncio.to_thread(lambda: build(held.pop())) if has_logprobs else build(held.pop())
 
 
 class PartedResponse(JSONResponse):
     """A response that is encoded choice by choice or item by item, because the encoder holds Python's global lock.
 
-    Choices that are bytes are already encoded.
+    Choices that are bytes are already encoded. The body is sent in pieces.
     """
 
     def render(self, content: Json) -> bytes:
@@ -60,6 +66,12 @@ class PartedResponse(JSONResponse):
         rest = encoded({field: value for field, value in content.items() if field != name})
         parts = (part if isinstance(part, bytes) else encoded(part) for part in content[name])
         return b'%b,"%b":[%b]}' % (rest[:-1], name.encode(), b",".join(parts))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for end in range(_SENT_BYTES, len(self.body) + _SENT_BYTES, _SENT_BYTES):
+            piece = self.body[end - _SENT_BYTES : end]
+            await send({"type": "http.response.body", "body": piece, "more_body": end < len(self.body)})
 
 
 def encoded(value: Json) -> bytes:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from mpt_grpc.conversation import OutputConstraint
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.text.grammar import constraint_field, make_grammar
-from mpt_grpc.text.probe import Probe
+from mpt_grpc.text.probe import Probe, SlowConstraintError
 from mpt_grpc.text.refusals import refusal_reason
 from mpt_grpc.text.tokenizer import Tokenizer
 
@@ -51,36 +51,46 @@ class ConstraintCompiler:
         self._tokens = _Tokens(tokenizer)
         self._vocabulary: LLTokenizer | None = None
         self._probe = Probe(PARSER_LIMITS)
-        self._verdicts: OrderedDict[OutputConstraint, str | FieldViolation] = OrderedDict()
+        self._verdicts: OrderedDict[OutputConstraint, _Verdict] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
 
-    def compile(self, constraint: OutputConstraint, ends: Collection[int] = ()) -> ConstraintMatcher:
+    def compile(
+        self, constraint: OutputConstraint, ends: Collection[int] = (), *, may_be_slow: bool = True
+    ) -> ConstraintMatcher:
         """Returns a new matcher. A constraint not in the cache takes a few milliseconds, and at worst a few seconds.
 
         ends: special tokens that may end the output, besides the end-of-sequence tokens, where the constraint allows an
             end.
+        may_be_slow: False raises SlowConstraintError for a constraint that takes longer than nearly all do.
         Raises InvalidRequestError, which names the field, if the constraint is malformed, unsupported, impossible to
         satisfy, or too costly; OverloadedError, if the machine is too busy to find out.
         """
         # Every output gets a new matcher, because copies of a matcher share a lexer with its lock and its budget.
         tokens = self._tokens.with_ends(ends) if ends else self._tokens
-        return self._matcher(self._verified_grammar(constraint), constraint_field(constraint), tokens)
+        return self._matcher(self._verified_grammar(constraint, may_be_slow), constraint_field(constraint), tokens)
 
-    def _verified_grammar(self, constraint: OutputConstraint) -> str:
+    def _verified_grammar(self, constraint: OutputConstraint, may_be_slow: bool) -> str:
         with self._lock:
             verdict = self._verdicts.get(constraint)
         if verdict is None:
-            try:
-                verdict = make_grammar(constraint)
-                self._probe.check(verdict, constraint_field(constraint))
-                _try_two_steps(self._matcher(verdict, constraint_field(constraint), self._tokens))
-            except InvalidRequestError as error:
-                verdict = error.violations[0]
+            verdict = self._verdict(constraint, may_be_slow)
         self._remember(constraint, verdict)
-        if isinstance(verdict, FieldViolation):
-            raise InvalidRequestError(verdict)
-        return verdict
+        if verdict.refusal is not None:
+            raise InvalidRequestError(verdict.refusal)
+        if verdict.is_slow and not may_be_slow:
+            raise SlowConstraintError
+        return verdict.grammar
+
+    def _verdict(self, constraint: OutputConstraint, may_be_slow: bool) -> _Verdict:
+        field = constraint_field(constraint)
+        try:
+            grammar = make_grammar(constraint)
+            is_slow = self._probe.check(grammar, field, may_be_slow=may_be_slow)
+            _try_two_steps(self._matcher(grammar, field, self._tokens))
+        except InvalidRequestError as error:
+            return _Verdict(refusal=error.violations[0])
+        return _Verdict(grammar, is_slow)
 
     def _matcher(self, grammar: str, field: str, tokens: _Tokens) -> ConstraintMatcher:
         matcher = LLMatcher(self._shared_vocabulary(), grammar, limits=LLParserLimits(**PARSER_LIMITS), log_level=0)
@@ -92,7 +102,7 @@ class ConstraintCompiler:
                 self._vocabulary = _vocabulary(self._tokenizer, sorted(self._tokens.ends))
             return self._vocabulary
 
-    def _remember(self, constraint: OutputConstraint, verdict: str | FieldViolation) -> None:
+    def _remember(self, constraint: OutputConstraint, verdict: _Verdict) -> None:
         size = _num_bytes(constraint, verdict)
         if size > _MAX_ENTRY_BYTES:
             return
@@ -169,6 +179,14 @@ class ConstraintMatcher:
             raise InvalidRequestError(FieldViolation(self._field, refusal_reason(self._matcher.get_error())))
 
 
+class _Verdict(NamedTuple):
+    """A constraint's grammar, or why it is refused, and whether it needed more than a brief attempt."""
+
+    grammar: str = ""
+    is_slow: bool = False
+    refusal: FieldViolation | None = None
+
+
 class _Tokens:
     """Bit sets of a vocabulary's text tokens and of those that end an output; bit i represents token i."""
 
@@ -206,9 +224,9 @@ def _vocabulary(tokenizer: Tokenizer, ends: list[int]) -> LLTokenizer:
     return LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size, eos_token=ends or None)
 
 
-def _num_bytes(constraint: OutputConstraint, verdict: str | FieldViolation) -> int:
+def _num_bytes(constraint: OutputConstraint, verdict: _Verdict) -> int:
     """Returns the size of an entry of the cache."""
-    texts = [verdict if isinstance(verdict, str) else verdict.description]
+    texts = [verdict.grammar if verdict.refusal is None else verdict.refusal.description]
     parts: list[Any] = [constraint]
     while parts:
         part = parts.pop()

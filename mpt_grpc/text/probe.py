@@ -21,6 +21,10 @@ _PROBE_WALL_S = 4.5
 _ATTEMPTS = ({"cpu_s": 0.05, "niceness": 0}, {"cpu_s": 1.0, "niceness": 19})
 
 
+class SlowConstraintError(Exception):
+    """A constraint that takes longer to build than nearly all do, or that cannot be built."""
+
+
 class Probe:
     """Builds grammars in other processes first, because that may crash, and refuses those that do.
 
@@ -33,15 +37,20 @@ class Probe:
         """The socket that controls the process, and what stops it."""
         self._lock = threading.Lock()
 
-    def check(self, grammar: str, field: str) -> None:
-        """Raises InvalidRequestError if the grammar is refused, OverloadedError if the machine is too busy."""
-        for limits in _ATTEMPTS:
+    def check(self, grammar: str, field: str, *, may_be_slow: bool) -> bool:
+        """Returns whether a grammar needs more than the first attempt; SlowConstraintError is raised if it may not.
+
+        Raises InvalidRequestError if the grammar is refused, OverloadedError if the machine is too busy.
+        """
+        for is_slow, limits in enumerate(_ATTEMPTS):
+            if is_slow and not may_be_slow:
+                raise SlowConstraintError
             try:
                 answer = self._ask({"grammar": grammar, "limits": self._parser_limits, **limits})
             except TimeoutError as error:  # it did not get its share of CPU time
                 raise OverloadedError("the server is too busy to check a new constraint", retry_after_s=1.0) from error
             if answer == "ok":
-                return
+                return bool(is_slow)
             if answer:
                 raise InvalidRequestError(FieldViolation(field, refusal_reason(answer.removeprefix("refused: "))))
         # It overflowed its stack, or exceeded its CPU time or memory.

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from conftest import generation, submit
 
-from mpt_grpc.constraint import JsonSchema
+from mpt_grpc.constraint import Choice, JsonSchema
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import DuplicateRequestError, InternalError, InvalidRequestError, OverloadedError
@@ -158,6 +158,21 @@ def test_texts_do_not_wait_for_constraints(engine: Engine, guard: SlowGuard) -> 
     assert engine.num_in_flight == 3
     guard.may_go.set()
     assert all(collect(stream).finish.reason is FinishReason.EOS_TOKEN for stream in slow)
+
+
+def test_ordinary_constraints_do_not_wait_for_slow_ones(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    # Each takes a second of processor time, two at once, to be refused.
+    multiples = [JsonSchema(f'{{"type": "integer", "multipleOf": {1000003 + 2 * number}}}') for number in range(6)]
+    slow = [
+        submit(engine, generation(f"slow {number}", decoding=DecodingOptions(constraint=multiple), ignore_eos=False))
+        for number, multiple in enumerate(multiples)
+    ]
+    choice = DecodingOptions(constraint=Choice(("yes", "no")))
+    assert collect(submit(engine, generation("ordinary", decoding=choice, ignore_eos=False))).text in ("yes", "no")
+    assert engine.num_in_flight >= 4
+    assert engine.cancel("slow 5")
+    assert collect(slow[-1]).finish.reason is FinishReason.CANCELLED
 
 
 @pytest.mark.parametrize(
