@@ -339,3 +339,12 @@ def test_under_a_guard_tokens_are_sent_with_their_text(tokenizer: Tokenizer, gua
     reader, ids = Reader(tokenizer, guard, ["bad fox ran off"]), tokenizer.encode("bad fox ran")
     reader.read([*([token_id] for token_id in ids), []])
     assert [(delta.token_ids, delta.text) for delta in reader.deltas] == [(tuple(ids), "bad fox ran")]
+
+
+def test_under_a_guard_resumed_text_is_not_sent_again_even_if_a_stop_string_may_start_with_it(
+    tokenizer: Tokenizer, guard: Guard
+) -> None:
+    ids = tokenizer.encode("bad fox ran")
+    reader = Reader(tokenizer, guard, ["bad fox ran off"], resumed=ids[:-1])
+    reader.read([ids[-1:], []])
+    assert (reader.token_ids, reader.text) == (ids[-1:], tokenizer.decode(ids[-1:]))
