@@ -23,7 +23,7 @@ _ZIP = b"PK\x03\x04"
 _SAVE = "save a state_dict of tensors alone, with torch.save"
 _REFUSALS = {
     r"Unsupported global: GLOBAL ([\w.]{1,200})": f"it contains {{}}, which is not read; {_SAVE}",
-    rf"Unsupported operand {pickle.FRAME[0]}\b": "it is pickled with protocol 4 or later; save it with torch.save",
+    rf"Unsupported operand {pickle.FRAME[0]}\b": "its pickle has protocol 4 or later; torch.save writes 2",
 }
 """What is wrong with a whole file that torch refuses, by what torch says of it."""
 
