@@ -51,7 +51,7 @@ def run(parsed: argparse.Namespace) -> None:
             hint = "; run the same command again to continue" if parsed.output != STANDARD_STREAM else ""
             print(f"{counts}{hint if counts.num_done < counts.total else ''}", file=sys.stderr)
     if counts.num_failed:
-        raise BatchError(f"{counts.num_failed} requests failed; their lines have the errors")
+        raise BatchError("not all requests succeeded; the lines of those that failed have the errors")
 
 
 @dataclass

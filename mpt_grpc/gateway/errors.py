@@ -58,11 +58,11 @@ def error_body(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> tupl
     if isinstance(error, BadRequestError):
         return error.status, _body(str(error), "invalid_request_error", error.param, error.code)
     if isinstance(error, InvalidRequestError) and error.violations:
-        wrong = [(*_name(violation.field, names), violation.description) for violation in error.violations]
-        message = "; ".join(f"{name}{rest}: {description}" for name, rest, description in wrong)
+        paths = [_path(violation.field, names) for violation in error.violations]
+        message = "; ".join(f"{path}: {v.description}" for path, v in zip(paths, error.violations, strict=True))
         is_too_long = any(violation.reason == "CONTEXT_LENGTH_EXCEEDED" for violation in error.violations)
         code = "context_length_exceeded" if is_too_long else None
-        return 400, _body(message, "invalid_request_error", top_level(wrong[0][0]), code)
+        return 400, _body(message, "invalid_request_error", paths[0], code)
     for kind, status, type_, code in _TABLE:
         if isinstance(error, kind):
             return status, _body(str(error), type_, None, code or _reason_code(error))
@@ -98,11 +98,6 @@ def shortened(text: str) -> str:
     return text if len(text) <= _MAX_ECHOED else f"{text[:_MAX_ECHOED]}…"
 
 
-def top_level(path: str) -> str:
-    """Returns the field of a body that a path begins with."""
-    return re.split(r"[.\[]", path)[0]
-
-
 def _body(message: str, type_: str, param: str | None, code: str | None) -> dict[str, Any]:
     return {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
@@ -111,8 +106,8 @@ def _reason_code(error: MptGrpcError) -> str | None:
     return "content_filter" if error.reason == "PROMPT_REFUSED" else None
 
 
-def _name(field: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """Returns the endpoint's name for what a path begins with, the longest that has one, and the rest of the path."""
+def _path(field: str, names: Mapping[str, str]) -> str:
+    """Returns the path of an option with the endpoint's name for what it begins with, the longest part that has one."""
     ends = [*(match.start() for match in re.finditer(r"[.\[]", field)), len(field)]
     end = next((end for end in reversed(ends) if field[:end] in names), ends[0])
-    return names.get(field[:end], field[:end]), field[end:]
+    return names.get(field[:end], field[:end]) + field[end:]

@@ -98,6 +98,7 @@ RESPONSE_RULES = FieldRules(
         "input[].arguments": "must be JSON, as text",
         "input[].output": "must be text, or a list of parts of type input_text",
         "input[].output[]": "must be a part of type input_text; images and files cannot be sent",
+        "metadata": "must map at most 16 names, of up to 64 characters, to text of up to 512",
         "tools.type": "must be function; the server has no tools of its own",
     },
     {

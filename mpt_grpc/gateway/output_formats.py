@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mpt_grpc.gateway.errors import BadRequestError, top_level
+from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.gateway.strict import Many, Strict
 from mpt_grpc_client import Constraint, JsonObject, JsonSchema
 
@@ -51,5 +51,5 @@ def format_constraint(
     if type_ != "json_schema":
         return field, JsonObject() if type_ == "json_object" else None
     if schema is None:
-        raise BadRequestError(f"{schema_field}: required if type is json_schema", top_level(field))
+        raise BadRequestError(f"{schema_field}: required if type is json_schema", schema_field)
     return schema_field, JsonSchema(schema)

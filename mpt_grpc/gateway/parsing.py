@@ -137,14 +137,13 @@ def _refusal(error: ValidationError, kind: type[BaseModel], rules: FieldRules) -
     first = next((error for error in errors if error["type"] == TOO_MANY_ITEMS), errors[0])
     if first["type"] == "missing":
         first = _sent_instead(first, errors, rules)
-    param = shortened(str(first["loc"][0]))
     if first["type"] == "extra_forbidden":
-        return BadRequestError(_unknown_field(first["loc"], kind, rules), param)
+        return _unknown_field(first["loc"], kind, rules)
     key, path = _described(first["loc"], kind, rules.expected)
     why = first["msg"] if first["type"] == TOO_MANY_ITEMS else rules.expected.get(key) or reason(first)
     if first["type"] == "union_tag_invalid":
         why = f"the type {shortened(first['ctx']['tag'])!r} is not supported; {why}"
-    return BadRequestError(f"{path}: {why}", param)
+    return BadRequestError(f"{path}: {why}", path)
 
 
 def _sent_instead(missing: ErrorDetails, errors: Sequence[ErrorDetails], rules: FieldRules) -> ErrorDetails:
@@ -175,8 +174,8 @@ def _described(loc: Sequence[str | int], kind: type[BaseModel], expected: Mappin
     return key, path
 
 
-def _unknown_field(loc: Sequence[str | int], kind: type[BaseModel], rules: FieldRules) -> str:
-    """Returns the error text for an unknown field, with the closest field that exists."""
+def _unknown_field(loc: Sequence[str | int], kind: type[BaseModel], rules: FieldRules) -> BadRequestError:
+    """Returns the error for an unknown field, with the closest field that exists."""
     models, path = [kind], ""
     for part in loc[:-1]:
         if isinstance(part, int):
@@ -189,7 +188,8 @@ def _unknown_field(loc: Sequence[str | int], kind: type[BaseModel], rules: Field
     name = shortened(str(loc[-1]))
     closest = [name for name in rules.equivalents.get(name, ()) if name in known] or get_close_matches(name, known, n=1)
     suggestion = f"; did you mean {closest[0]!r}?" if closest else ""
-    return (f"{path}: " if path else "") + f"unknown field {name!r}{suggestion}"
+    why = f"unknown field {name!r}{suggestion}"
+    return BadRequestError(f"{path}: {why}" if path else why, f"{path}.{name}" if path else name)
 
 
 def _fields(model: type[BaseModel]) -> dict[str, Any]:

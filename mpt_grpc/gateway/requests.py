@@ -5,13 +5,14 @@ The fields are those of OpenAI's API and vLLM's extensions to it. The gRPC serve
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Self, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, top_level
+from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError
 from mpt_grpc.gateway.messages import ChatMessage, check_template_kwargs, message_fields
 from mpt_grpc.gateway.output_formats import ResponseFormat, StructuredOutputs
 from mpt_grpc.gateway.strict import Many, Some, Strict
@@ -38,6 +39,11 @@ Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 64)]
 
 
+def _token_id(key: str) -> int | str:
+    """Returns the number that a key is, as JSON writes it: two keys are never the same token."""
+    return int(key) if re.fullmatch(r"0|[1-9]\d{0,9}", key, re.ASCII) else key
+
+
 class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -54,7 +60,7 @@ class GenerationFields(Strict):
     stop: str | Many[str] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[Annotated[Uint, Field(strict=False)], float] | None = None  # keys are text in JSON
+    logit_bias: dict[Annotated[Uint, BeforeValidator(_token_id)], float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Extensions of vLLM.
@@ -126,7 +132,7 @@ class GenerationFields(Strict):
         given = [(name, constraint) for name, constraint in self._constraints() if constraint is not None]
         if len(given) > 1:
             names = ", ".join(name for name, _ in given)
-            raise BadRequestError(f"more than one constraint: {names}; set only one", top_level(given[1][0]))
+            raise BadRequestError(f"more than one constraint: {names}; set only one", given[1][0])
         return given[0] if given else None
 
     @model_validator(mode="after")

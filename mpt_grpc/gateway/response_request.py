@@ -237,7 +237,7 @@ class ResponseRequest(ConversationFields):
                 messages[-1] = replace(messages[-1], tool_calls=[*calls, call])
             elif isinstance(item, ItemReference):
                 why = "an item_reference is not supported, since items are not stored; send the item itself"
-                raise BadRequestError(f"{name}: {why}, as clients do if store is false", "input")
+                raise BadRequestError(f"{name}: {why}, as clients do if store is false", name)
         if not messages:
             raise BadRequestError("input: has no message, call or output; add one", "input")
         return messages, names

@@ -195,7 +195,7 @@ class ModelList(_Strict):
 class Error(_Strict):
     message: str
     type: str
-    param: str | None = Field(description="The invalid field.")
+    param: str | None = Field(description="The path of the invalid field.")
     code: str | None
 
 

@@ -5,6 +5,9 @@ PyTorch files are read with `weights_only=True`, so torch rejects any other cont
 
 from __future__ import annotations
 
+import pickle
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,12 @@ from mpt_grpc.errors import WeightsError
 from mpt_grpc.model_files import LFS_POINTER, LFS_REMEDY
 
 _ZIP = b"PK\x03\x04"
+_SAVE = "save a state_dict of tensors alone, with torch.save"
+_REFUSALS = {
+    r"Unsupported global: GLOBAL ([\w.]{1,200})": f"it contains {{}}, which is not read; {_SAVE}",
+    rf"Unsupported operand {pickle.FRAME[0]}\b": "its pickle has protocol 4 or later; torch.save writes 2",
+}
+"""What is wrong with a whole file that torch refuses, by what torch says of it."""
 
 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -38,7 +47,10 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _pytorch(file: Path) -> Iterator[tuple[str, Tensor]]:
     # Before version 1.6, PyTorch saved no zip files, which are the only ones that it maps into memory.
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=_beginning(file).startswith(_ZIP))
+    is_zip = _beginning(file).startswith(_ZIP)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error says what to do
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     entries: dict[Any, Any] = state if isinstance(state, dict) else {None: state}
     for name, value in entries.items():
         if not isinstance(name, str) or not (_is_dense(value) or value is None):
@@ -82,6 +94,10 @@ def _reason(file: Path, error: Exception) -> str:
         return LFS_REMEDY
     if not beginning:
         return "the file is empty"
+    for pattern, why in _REFUSALS.items():
+        if found := re.search(pattern, str(error)):
+            return why.format(*found.groups())
     if isinstance(error, RuntimeError | SafetensorError):
-        return f"{' '.join(str(error).split()).partition('. ')[0]}; download or save it again"
-    return "it contains other objects than tensors, or it is damaged; save a state_dict alone, or download it again"
+        text = re.sub(r"^\[.*?\] \. ", "", " ".join(str(error).split()))  # without the line of torch's code
+        return f"{text.partition('. ')[0]}; download or save it again"
+    return f"it contains other objects than tensors, or it is damaged; {_SAVE}, or download it again"

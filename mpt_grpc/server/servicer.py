@@ -121,8 +121,8 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
     def _text(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
         tokenizer = self._engine.preparation.tokenizer
         for index, token in enumerate(request.token_ids):
-            if token >= tokenizer.vocab_size:
-                why = f"{token} is not a token ID: IDs are below {tokenizer.vocab_size}"
+            if token >= tokenizer.num_ids:
+                why = f"{token} is not a token ID: IDs are below {tokenizer.num_ids}"
                 raise InvalidRequestError(FieldViolation(f"token_ids[{index}]", why))
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         return pb.DetokenizeResponse(text=tokenizer.decode(request.token_ids, skip))

@@ -45,6 +45,8 @@ class Tokenizer:
 
     vocab_size: int
     """The upper bound of the token IDs that the model has, including those of added tokens."""
+    num_ids: int
+    """The upper bound of all token IDs, those of `extra_tokens` included."""
     extra_tokens: tuple[str, ...]
     """The added tokens that the model does not have; `encode` returns their IDs, which no request may use."""
     max_token_bytes: int
@@ -68,7 +70,8 @@ class Tokenizer:
         backend.no_padding()
         if isinstance(backend.model, models.BPE):
             backend.model.dropout = None  # which makes the tokens of a text random
-        self.vocab_size = min(_num_tokens(backend), num_rows)
+        self.num_ids = _num_tokens(backend)
+        self.vocab_size = min(self.num_ids, num_rows)
         self.max_token_bytes = max(map(len, (t.encode() for t in backend.get_vocab(with_added_tokens=True))), default=0)
         self.eos_token_ids = eos_token_ids
         added = backend.encode("").tokens if backend.num_special_tokens_to_add(is_pair=False) else ()

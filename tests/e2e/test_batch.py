@@ -147,7 +147,7 @@ def test_a_line_that_fails_has_an_error_and_does_not_end_the_run(server: Any, tm
     assert status == 1
     assert printed == [
         "13 of 13 requests: 1 succeeded, 12 failed",
-        "mpt-grpc: 12 requests failed; their lines have the errors",
+        "mpt-grpc: not all requests succeeded; the lines of those that failed have the errors",
     ]
     found = {result["id"]: result for result in results(tmp_path)}
     errors = {id_: result["error"]["code"] for id_, result in found.items() if result["error"]}

@@ -14,7 +14,10 @@ from mpt_grpc.checkpoint import DEMO
 from mpt_grpc.conversation import Conversation, Message
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.errors import InvalidRequestError, ModelError
+from mpt_grpc.server.server import running_server
 from mpt_grpc.settings import ModelSettings, Settings
+from mpt_grpc_client import AsyncClient
+from mpt_grpc_client import InvalidRequestError as InvalidOptionError
 
 NUM_ROWS = 4096
 CONFIG = json.dumps(json.loads((DEMO / "config.json").read_text()) | {"eos_token_id": None})
@@ -65,6 +68,17 @@ def test_a_token_that_the_model_lacks_may_be_where_a_prompt_is_cut_off(tmp_path:
         for prompt in ("[PAD] Once upon a time", (NUM_ROWS, 5, 6, 7)):
             request = generation("a", prompt, max_new_tokens=1)
             assert len(engine.generate(replace(request, truncate_prompt_tokens=2)).token_ids) == 1
+
+
+async def test_a_token_that_the_model_lacks_is_turned_into_an_id_and_back(tmp_path: Path) -> None:
+    text = "Once [PAD] upon"
+    async with running_server(settings(tmp_path / "m")) as server, AsyncClient(server.target) as client:
+        token_ids = [token.token_id for token in await client.tokenize(text)]
+        assert NUM_ROWS in token_ids
+        assert await client.detokenize(token_ids, skip_special_tokens=False) == text
+        assert await client.detokenize(token_ids) == "Once  upon"
+        with pytest.raises(InvalidOptionError, match=r"token_ids\[0\]: 4097 is not a token ID: IDs are below 4097"):
+            await client.detokenize([NUM_ROWS + 1])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import urllib.error
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -259,7 +258,7 @@ def test_the_oldest_items_are_dropped_with_truncation(server: Any) -> None:
         ({"max_tokens": 5}, "unknown field 'max_tokens'"),
         ({"top_logprobs": 2}, "top_logprobs: requires 'message.output_text.logprobs' in include; add it"),
         ({"include": ["everything"]}, "include[0]: "),
-        ({"metadata": {"a": "b" * 513}}, "metadata.a: "),
+        ({"metadata": {"a": "b" * 513}}, "metadata: must map at most 16 names, "),
         ({"metadata": {str(number): "" for number in range(17)}}, "metadata: "),
         ({"background": True}, "background: must be false, since responses are not stored"),
         ({"previous_response_id": "resp_1"}, "previous_response_id: not supported, since responses are not stored"),
@@ -275,8 +274,8 @@ def test_errors_name_the_fields_as_they_were_sent(
 ) -> None:
     refusal = error(server, {"input": [ASK], "stream": stream, **fields})
     assert refusal["message"].startswith(message)
-    if not message.startswith(("unknown", "more")):
-        assert refusal["param"].partition(".")[0] == re.split(r"[.:\[]", message)[0]
+    if not message.startswith("more") and "unknown" not in message:
+        assert refusal["message"].startswith(f"{refusal['param']}: ")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,7 @@ class Touch:
 def test_code_in_a_pickle_is_rejected_and_not_executed(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     make_checkpoint(tmp_path, CONFIG, {**random_weights(CONFIG), "extra": Touch(trace)}, format="bin")  # type: ignore[dict-item]
-    with pytest.raises(WeightsError, match=r"cannot read .*pytorch_model\.bin: it contains other objects than tensors"):
+    with pytest.raises(WeightsError, match=r"cannot read .*pytorch_model\.bin: it contains [\w.]+, which is not read"):
         load(tmp_path)
     assert not trace.exists()
     torch.load(tmp_path / "pytorch_model.bin", weights_only=False)
@@ -261,6 +262,29 @@ def test_a_pickle_that_is_not_a_mapping_to_tensors_is_rejected(tmp_path: Path, s
     make_checkpoint(tmp_path, CONFIG, format="bin")
     torch.save(state, tmp_path / "pytorch_model.bin")
     with pytest.raises(WeightsError, match=r"pytorch_model\.bin: expected a mapping of names to dense tensors"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_the_protocol_of_a_pickle_that_is_too_new_is_told(
+    tmp_path: Path, protocol: int, is_zip: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    written = make_checkpoint(tmp_path, CONFIG, format="bin")
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(written, file, pickle_protocol=protocol, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(
+        WeightsError, match=r"pytorch_model\.bin: its pickle has protocol 4 or later; torch.save writes 2"
+    ):
+        load(tmp_path)
+    assert not recwarn.list
+
+
+def test_a_zip_file_of_something_else_is_rejected_without_the_place_in_torchs_code(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, CONFIG, format="bin")
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as archive:
+        archive.writestr("notes.txt", "weights")
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin: file in archive is not .*; download or save it again"):
         load(tmp_path)
 
 

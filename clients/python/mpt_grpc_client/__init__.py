@@ -29,19 +29,15 @@ from mpt_grpc_client.results import (
     Finish,
     FinishReason,
     Generation,
-    GenerationDefaults,
-    Limits,
-    Load,
-    ModelInfo,
     Output,
     Resumption,
-    ServerInfo,
     Timings,
     Token,
     TokenLogprob,
     TopLogprob,
     Usage,
 )
+from mpt_grpc_client.server_info import GenerationDefaults, Limits, Load, ModelInfo, ServerInfo
 from mpt_grpc_client.stream import TextStream
 from mpt_grpc_client.tools import Tool, ToolCall, ToolCallDelta
 from mpt_grpc_client.version import __version__

@@ -38,7 +38,8 @@ from mpt_grpc_client.request import (
     request_of,
     tokenize_request,
 )
-from mpt_grpc_client.results import Generation, ModelInfo, ServerInfo, Token
+from mpt_grpc_client.results import Generation, Token
+from mpt_grpc_client.server_info import ModelInfo, ServerInfo
 from mpt_grpc_client.tracing import CallSpan
 
 _Request = TypeVar("_Request", bound=Message)

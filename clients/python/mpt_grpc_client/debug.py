@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from mpt_grpc_client import responses
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
-from mpt_grpc_client.results import FinishReason, Load, Timings, Usage
+from mpt_grpc_client.results import FinishReason, Timings, Usage
+from mpt_grpc_client.server_info import Load
 
 _PARTS_OF_REQUEST = 32
 

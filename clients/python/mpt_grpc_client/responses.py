@@ -16,19 +16,15 @@ from mpt_grpc_client.results import (
     Finish,
     FinishReason,
     Generation,
-    GenerationDefaults,
-    Limits,
-    Load,
-    ModelInfo,
     Output,
     Resumption,
-    ServerInfo,
     Timings,
     Token,
     TokenLogprob,
     TopLogprob,
     Usage,
 )
+from mpt_grpc_client.server_info import GenerationDefaults, Limits, Load, ModelInfo, ServerInfo
 from mpt_grpc_client.tools import ToolCall, ToolCallDelta
 
 _PARTS_OF_LOGPROB = 32

@@ -31,14 +31,18 @@ class TextGenerationServiceStub:
 
     Every error carries a google.rpc.ErrorInfo with the domain "mpt-grpc" and one of these reasons:
 
-      INVALID_ARGUMENT    INVALID_REQUEST: a google.rpc.BadRequest lists every invalid field
+      INVALID_ARGUMENT    INVALID_REQUEST: a google.rpc.BadRequest lists every invalid field; the reason of a violation is
+                          CONTEXT_LENGTH_EXCEEDED if the prompt and the output do not fit in the context
                           PROMPT_REFUSED: a guard configured on the server refused the prompt
       NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
       ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
+      UNAUTHENTICATED     UNAUTHENTICATED: the access token is missing, unknown or has expired
+      PERMISSION_DENIED   PERMISSION_DENIED: the access token lacks the role that the method requires
       FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
       RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, the deadline cannot be met, or the server is too busy to check a
-                          new constraint;
-                          google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
+                          new constraint
+                          QUOTA_EXCEEDED: the caller uses as much as its quota allows
+                          With both, google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
       ABORTED             NOT_READ: nothing could be sent for some minutes, because the client does not read the stream
       UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
                           ENGINE_STOPPED: the engine has failed and the server must be restarted
@@ -77,14 +81,18 @@ class TextGenerationServiceAsyncStub(TextGenerationServiceStub):
 
     Every error carries a google.rpc.ErrorInfo with the domain "mpt-grpc" and one of these reasons:
 
-      INVALID_ARGUMENT    INVALID_REQUEST: a google.rpc.BadRequest lists every invalid field
+      INVALID_ARGUMENT    INVALID_REQUEST: a google.rpc.BadRequest lists every invalid field; the reason of a violation is
+                          CONTEXT_LENGTH_EXCEEDED if the prompt and the output do not fit in the context
                           PROMPT_REFUSED: a guard configured on the server refused the prompt
       NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
       ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
+      UNAUTHENTICATED     UNAUTHENTICATED: the access token is missing, unknown or has expired
+      PERMISSION_DENIED   PERMISSION_DENIED: the access token lacks the role that the method requires
       FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
       RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, the deadline cannot be met, or the server is too busy to check a
-                          new constraint;
-                          google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
+                          new constraint
+                          QUOTA_EXCEEDED: the caller uses as much as its quota allows
+                          With both, google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
       ABORTED             NOT_READ: nothing could be sent for some minutes, because the client does not read the stream
       UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
                           ENGINE_STOPPED: the engine has failed and the server must be restarted
@@ -119,14 +127,18 @@ class TextGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every error carries a google.rpc.ErrorInfo with the domain "mpt-grpc" and one of these reasons:
 
-      INVALID_ARGUMENT    INVALID_REQUEST: a google.rpc.BadRequest lists every invalid field
+      INVALID_ARGUMENT    INVALID_REQUEST: a google.rpc.BadRequest lists every invalid field; the reason of a violation is
+                          CONTEXT_LENGTH_EXCEEDED if the prompt and the output do not fit in the context
                           PROMPT_REFUSED: a guard configured on the server refused the prompt
       NOT_FOUND           UNKNOWN_MODEL: the requested model is not loaded
       ALREADY_EXISTS      DUPLICATE_REQUEST_ID: a request with this ID is already in progress
+      UNAUTHENTICATED     UNAUTHENTICATED: the access token is missing, unknown or has expired
+      PERMISSION_DENIED   PERMISSION_DENIED: the access token lacks the role that the method requires
       FAILED_PRECONDITION FINGERPRINT_MISMATCH: this server might not continue the output with the same tokens
       RESOURCE_EXHAUSTED  OVERLOADED: the queue is full, the deadline cannot be met, or the server is too busy to check a
-                          new constraint;
-                          google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
+                          new constraint
+                          QUOTA_EXCEEDED: the caller uses as much as its quota allows
+                          With both, google.rpc.RetryInfo and the grpc-retry-pushback-ms trailer specify when to retry
       ABORTED             NOT_READ: nothing could be sent for some minutes, because the client does not read the stream
       UNAVAILABLE         DRAINING: the server is shutting down and accepts no new requests
                           ENGINE_STOPPED: the engine has failed and the server must be restarted
