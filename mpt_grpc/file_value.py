@@ -68,4 +68,5 @@ def _state(file: Path) -> tuple[int, int, int] | None:
         status = os.stat(file)
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    # Unlike the time of modification, this one cannot be set, as by rsync, and permissions change it.
+    return status.st_ctime_ns, status.st_size, status.st_ino

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,36 @@ def test_a_file_that_cannot_be_read_for_whatever_reason_leaves_the_value(
     assert first == second == f"{file} could not be read; the previous content stays in effect"
     file.write_text("-1", encoding="utf-8")
     assert value.refresh() == -1
+
+
+def test_a_file_whose_permissions_change_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.touch()
+
+    def read() -> str:
+        if not file.stat().st_mode & stat.S_IROTH:  # the user who runs tests may be root, who reads every file
+            raise PermissionError(13, "Permission denied")
+        return file.read_text(encoding="utf-8")
+
+    file.chmod(0o644)
+    value = FileValue([file], read)
+    file.chmod(0o600)
+    file.write_text("new", encoding="utf-8")
+    assert value.refresh() == ""
+    file.chmod(0o644)
+    assert value.refresh() == "new"
+
+
+def test_a_file_that_is_restored_with_its_old_time_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    file.write_text("old", encoding="utf-8")
+    value = FileValue([file], lambda: file.read_text(encoding="utf-8"))
+    times = file.stat()
+    file.write_text("new", encoding="utf-8")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    while file.stat().st_ctime_ns == times.st_ctime_ns:  # some file systems count in milliseconds
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert value.refresh() == "new"
 
 
 def point(link: Path, folder: Path) -> None:

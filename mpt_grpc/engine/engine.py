@@ -19,7 +19,8 @@ from opentelemetry.context import Context
 from mpt_grpc.engine.outbox import Outbox
 from mpt_grpc.engine.outputs import request_assembly
 from mpt_grpc.engine.prepare import Preparation, PreparedRequest, Preparers
-from mpt_grpc.engine.request_table import RequestRecord, RequestTable
+from mpt_grpc.engine.request_record import RequestRecord
+from mpt_grpc.engine.request_table import RequestTable
 from mpt_grpc.engine.state import EngineLoad, EngineState
 from mpt_grpc.engine.step_loop import StepLoop
 from mpt_grpc.engine.stream import AsyncStream, ThreadStream, collect
@@ -125,13 +126,13 @@ class Engine:
             self.preparation.check_briefly(wanted)  # raises the error with all that is wrong
             raise InvalidRequestError(*violations)
         stream = kind(wanted.request_id, lambda: self._send_end(reference, _CANCELLED))
-        record: RequestRecord = RequestRecord(wanted, stream, context, self._steps.now_s())
+        record: RequestRecord = RequestRecord(wanted, stream, context, self._steps.now_s(), timeout_s)
         reference: weakref.ref[RequestRecord] = weakref.ref(record)
         try:
             with self._lock:
                 if self._refusal is not None:
                     raise type(self._refusal)(str(self._refusal))
-                self._requests.add(record, self.load, timeout_s)
+                self._requests.add(record, self.load)
         except OverloadedError:
             self.preparation.check_briefly(wanted)  # an invalid request would be refused later, too
             raise

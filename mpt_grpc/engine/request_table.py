@@ -6,17 +6,14 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 
 from opentelemetry.context import Context
 
 from mpt_grpc.engine.outbox import Delivery
-from mpt_grpc.engine.prepare import PreparedRequest
+from mpt_grpc.engine.request_record import RequestRecord
 from mpt_grpc.engine.service_times import ServiceTimes, num_ahead
-from mpt_grpc.engine.state import EngineLoad, RequestState, SequenceState
-from mpt_grpc.engine.stream import AsyncStream, ThreadStream
+from mpt_grpc.engine.state import EngineLoad, RequestState
 from mpt_grpc.errors import DuplicateRequestError, OverloadedError
 from mpt_grpc.reports import Observer, RequestReport, StepReport
 from mpt_grpc.request import GenerationRequest
@@ -28,59 +25,6 @@ _NUM_ENDED = 64
 _CAUTION = 1.25
 """How many times as long as expected a request may wait and end in time: one that ends too late costs others time."""
 _MIN_RETRY_AFTER_S, _MAX_RETRY_AFTER_S = 0.1, 30.0
-
-
-@dataclass
-class RequestRecord:
-    """One request in flight. Times are seconds since the epoch.
-
-    It is preparing until it is in the scheduler as `sequences`. Only the scheduler thread changes it.
-    """
-
-    request: GenerationRequest
-    stream: AsyncStream | ThreadStream
-    context: Context | None
-    """The parent context of the request's spans."""
-    arrival_time_s: float
-    turn: Future[None] = field(default_factory=Future)
-    """The turn of the request to be prepared, which is cancelled when the request ends."""
-    prepared: PreparedRequest | None = None
-    sequences: Sequence[ScheduledSequence] = ()
-    """Empty until the request is added to the scheduler."""
-    finish_reasons: dict[int, FinishReason] = field(default_factory=dict)
-    """The finish reasons of the sequences that have ended, by index."""
-    scheduled_time_s: float | None = None
-    first_token_time_s: float | None = None
-
-    def stats(self, end_time_s: float) -> RequestStats:
-        """Returns the request's statistics, as of `end_time_s`."""
-        request = self.request if self.prepared is None else self.prepared.request
-        return RequestStats(
-            num_prompt_tokens=0 if self.prepared is None else len(self.prepared.prompt_token_ids),
-            num_cached_tokens=(self.sequences[0].num_cached_tokens or 0) if self.sequences else 0,
-            num_preemptions=sum(sequence.num_preemptions for sequence in self.sequences),
-            seed=request.sampling.seed or 0,
-            arrival_time_s=self.arrival_time_s,
-            scheduled_time_s=self.scheduled_time_s,
-            first_token_time_s=self.first_token_time_s,
-            end_time_s=end_time_s,
-            num_output_tokens=sum(
-                sequence.num_output_tokens - len(request.outputs[sequence.index]) for sequence in self.sequences
-            ),
-        )
-
-    def state(self, stats: RequestStats) -> RequestState:
-        sequences = tuple(
-            SequenceState(
-                sequence.index,
-                sequence.num_computed,
-                sequence.num_output_tokens,
-                sequence.block_table,
-                self.finish_reasons.get(sequence.index),
-            )
-            for sequence in self.sequences
-        )
-        return RequestState(self.request.request_id, stats, sequences)
 
 
 class RequestTable:
@@ -110,8 +54,8 @@ class RequestTable:
     def __len__(self) -> int:
         return len(self._by_request_id)
 
-    def add(self, record: RequestRecord, load: EngineLoad, timeout_s: float | None) -> None:
-        """Adds a request, whose caller waits for `timeout_s`. Raises DuplicateRequestError or OverloadedError."""
+    def add(self, record: RequestRecord, load: EngineLoad) -> None:
+        """Adds a request. Raises DuplicateRequestError or OverloadedError."""
         request = record.request
         with self._lock:
             if request.request_id in self._by_request_id:
@@ -119,23 +63,37 @@ class RequestTable:
             if self._num_sequences + request.sampling.num_sequences > self._max_sequences:
                 why = f"the queue is full, with {self._num_sequences} outputs in progress: retry later"
                 raise OverloadedError(why, _jittered(self._times.wait_s(1, load.num_running)))
-            if timeout_s is not None and load.num_waiting:
-                self._check_timeout(request, load, timeout_s)
+            if load.num_waiting and record.deadline_s is not None:
+                self._check_deadline(record, record.deadline_s, load)
             self._by_request_id[request.request_id] = record
             self._num_sequences += request.sampling.num_sequences
             self.num_preparing += 1
             if (request.stopping.time_limit_s or 0) > 0:
                 self._time_limited[request.request_id] = record
 
-    def _check_timeout(self, request: GenerationRequest, load: EngineLoad, timeout_s: float) -> None:
-        """Raises OverloadedError if the request would probably end too late. The lock must be held."""
-        others = (record.request for record in self._by_request_id.values())
-        wait_s = self._times.wait_s(num_ahead(request, others) - load.num_running + 1, load.num_running)
-        needed_s = _CAUTION * wait_s + self._times.run_s(_num_new_tokens(request))
-        if needed_s > timeout_s:
-            why = f"the request would take about {needed_s:.1f} s, {wait_s:.1f} s of them in the queue"
-            message = f"{why}, and its timeout leaves {timeout_s:.1f} s: retry later"
-            raise OverloadedError(message, _jittered(needed_s - timeout_s))
+    def _check_deadline(self, record: RequestRecord, deadline_s: float, load: EngineLoad) -> None:
+        """Raises OverloadedError if a new request would probably end too late. The lock must be held."""
+        others = (other.request for other in self._by_request_id.values())
+        wait_s = self._times.wait_s(num_ahead(record.request, others) - load.num_running + 1, load.num_running)
+        run_s, left_s = self._times.run_s(_num_new_tokens(record.request)), deadline_s - record.arrival_time_s
+        if _CAUTION * wait_s + run_s > left_s:
+            raise _too_late(_CAUTION * wait_s + run_s, left_s, f", {wait_s:.1f} s of them in the queue")
+
+    def late(self, now_s: float) -> list[tuple[RequestRecord, OverloadedError]]:
+        """Returns the requests in the queue that would end too late even if they started now, with an error for each.
+
+        The newest is none of them: nothing waits for its place, and how long requests run must be measured.
+        """
+        found = []
+        with self._lock:
+            waiting = [one for one in self._by_request_id.values() if one.sequences and one.scheduled_time_s is None]
+            prefill_s, token_s = self._times.least_s()
+        for record in waiting[:-1]:
+            if record.deadline_s is not None:
+                run_s = prefill_s + token_s * (_num_new_tokens(record.request) or 0)
+                if run_s > (left_s := max(0.0, record.deadline_s - now_s)):
+                    found.append((record, _too_late(run_s, left_s)))
+        return found
 
     def get(self, request_id: str) -> RequestRecord | None:
         with self._lock:
@@ -197,7 +155,10 @@ class RequestTable:
     def report_step(
         self, plan: StepPlan, num_new_tokens: Mapping[int, int], start_time_s: float, duration_s: float, number: int
     ) -> None:
-        """Queues the report of a step, before those of the requests that end with it."""
+        """Measures a step and queues its report, before those of the requests that end with it."""
+        if num_new_tokens:
+            with self._lock:
+                self._times.record_step(duration_s, sum(num_new_tokens.values()) / len(num_new_tokens))
         if (observer := self.observer) is None:
             return
         contexts: tuple[Context, ...] = ()
@@ -260,7 +221,8 @@ class RequestTable:
             self._forget(record)
             if record.prepared is not None:
                 was_cancelled = FinishReason.CANCELLED in record.finish_reasons.values()
-                self._times.record(stats, _num_new_tokens(record.prepared.request) or 0, was_cancelled=was_cancelled)
+                num_new_tokens = _num_new_tokens(record.prepared.request) or 0
+                self._times.record(stats, len(record.sequences), num_new_tokens, was_cancelled=was_cancelled)
         return stats
 
     def _report_end(self, record: RequestRecord, stats: RequestStats, error: Exception | None = None) -> None:
@@ -283,6 +245,11 @@ def _num_new_tokens(request: GenerationRequest) -> int | None:
     """Returns how many tokens each output may get besides the resumed ones, or None if the request does not set it."""
     most = request.stopping.max_new_tokens
     return None if most is None else most - min(map(len, request.outputs.values()))
+
+
+def _too_late(needed_s: float, left_s: float, of_which: str = "") -> OverloadedError:
+    why = f"the request would take about {needed_s:.1f} s{of_which}, and its timeout leaves {left_s:.1f} s: retry later"
+    return OverloadedError(why, _jittered(needed_s - left_s))
 
 
 def _jittered(wait_s: float) -> float:

@@ -18,36 +18,49 @@ _NUM_KEPT = 64
 class ServiceTimes:
     """The times of the last requests; estimates are 0 before several have ended.
 
-    How long a request runs is estimated by the quickest ones, since nobody knows how much of what it may have it needs.
+    How much of what it may have a request needs is estimated by those that needed least, since nobody knows it.
     """
 
     def __init__(self) -> None:
         self._run_s = 0.0
         self._prefill_s: deque[float] = deque(maxlen=_NUM_KEPT)
-        self._token_s: deque[float] = deque(maxlen=_NUM_KEPT)
-        """The time to decode, divided by the number of tokens that the request could have."""
+        self._used: deque[float] = deque(maxlen=_NUM_KEPT)
+        """The fraction of the tokens that a request could have that it got."""
         self._num_measured = 0
+        self._token_s = 0.0
+        """The time of a step for each token that it gives an output. It is that of requests that end too late as well,
+        unlike the time from begin to end."""
+        self._num_steps = 0
 
-    def record(self, stats: RequestStats, num_new_tokens: int, *, was_cancelled: bool) -> None:
-        """Adds a request that has ended, and of which each output could get `num_new_tokens`.
+    def record(self, stats: RequestStats, num_sequences: int, num_new_tokens: int, *, was_cancelled: bool) -> None:
+        """Adds a request that has ended, and of which each of `num_sequences` outputs could get `num_new_tokens`.
 
         One that was cancelled shows how long others waited for it, but not how long it would have taken.
         """
         if stats.scheduled_time_s is None:
             return
         self._num_measured += 1
-        weight = max(_WEIGHT, 1 / self._num_measured)
-        self._run_s += weight * (stats.end_time_s - stats.scheduled_time_s - self._run_s)
+        self._run_s += _weight(self._num_measured) * (stats.end_time_s - stats.scheduled_time_s - self._run_s)
         if stats.first_token_time_s is None or was_cancelled:
             return
         self._prefill_s.append(stats.first_token_time_s - stats.scheduled_time_s)
-        self._token_s.append((stats.end_time_s - stats.first_token_time_s) / max(1, num_new_tokens))
+        self._used.append(stats.num_output_tokens / max(1, num_new_tokens * num_sequences))
+
+    def record_step(self, duration_s: float, num_tokens: float) -> None:
+        """Adds a step that has given each output `num_tokens` on average."""
+        self._num_steps += 1
+        self._token_s += _weight(self._num_steps) * (duration_s / num_tokens - self._token_s)
+
+    def least_s(self) -> tuple[float, float]:
+        """Returns how long a request takes at least to its first token, and then for each token that it may get."""
+        if len(self._used) < _NUM_NEEDED:
+            return 0.0, 0.0
+        return _low(self._prefill_s), _low(self._used) * self._token_s
 
     def run_s(self, num_new_tokens: int | None) -> float:
         """Returns how long a request runs at least whose outputs may get `num_new_tokens` each; None is not known."""
-        if len(self._token_s) < _NUM_NEEDED:
-            return 0.0
-        return _low(self._prefill_s) + _low(self._token_s) * (num_new_tokens or 0)
+        prefill_s, token_s = self.least_s()
+        return prefill_s + token_s * (num_new_tokens or 0)
 
     def wait_s(self, num_ahead: float, num_running: int) -> float:
         """Returns how long it takes until `num_ahead` sequences have made way, of which `num_running` run at once."""
@@ -72,7 +85,12 @@ def num_ahead(request: GenerationRequest, others: Iterable[GenerationRequest]) -
     return num_urgent + num_own + sum(min(number, num_turns * weights[name]) for name, number in num_of.items())
 
 
-def _low(times_s: Iterable[float]) -> float:
-    """Returns the time below which a tenth of them are."""
-    ordered = sorted(times_s)
+def _weight(num_measured: int) -> float:
+    """Returns the weight of the last measurement."""
+    return max(_WEIGHT, 1 / num_measured)
+
+
+def _low(values: Iterable[float]) -> float:
+    """Returns the value below which a tenth of them are."""
+    ordered = sorted(values)
     return ordered[len(ordered) // 10]

@@ -20,7 +20,8 @@ from mpt_grpc.engine.inquiries import StateInquiries
 from mpt_grpc.engine.outbox import Outbox
 from mpt_grpc.engine.outputs import request_assembly
 from mpt_grpc.engine.prepare import Preparation, PreparedRequest
-from mpt_grpc.engine.request_table import RequestRecord, RequestTable
+from mpt_grpc.engine.request_record import RequestRecord
+from mpt_grpc.engine.request_table import RequestTable
 from mpt_grpc.engine.state import EngineLoad, EngineState
 from mpt_grpc.errors import DeviceLostError, UnavailableError
 from mpt_grpc.model.runner import Runner
@@ -106,6 +107,7 @@ class StepLoop:
             self._run_commands()
             self.inquiries.answer(self._state)
             self._end_overdue()
+            self._refuse_late()
             self._deliver()  # the events of requests that have just ended do not wait for the step
             plan = self._scheduler.plan()  # on an accelerator, the step before is in flight
             self._measure_load()  # before the step, which may be long
@@ -185,6 +187,18 @@ class StepLoop:
         for record in self._requests.overdue(self.now_s()):
             self._end(record, Finish(FinishReason.TIME_LIMIT))
 
+    def _refuse_late(self) -> None:
+        """Has no step compute what its caller will not wait for, while others wait."""
+        if self._scheduler.num_waiting:
+            for record, error in self._requests.late(self.now_s()):
+                self._fail(record, error)
+
+    def _fail(self, record: RequestRecord, error: Exception) -> None:
+        for sequence in record.sequences:
+            self._scheduler.end(sequence)
+            self._executor.forget(sequence.sequence_id)
+        self._requests.fail(record, error, self.now_s())
+
     def _end(self, record: RequestRecord, finish: Finish, index: int | None = None) -> None:
         if not record.sequences and self._requests.remove_preparing(record):
             unprepared = PreparedRequest(record.request, (), ())
@@ -213,10 +227,7 @@ class StepLoop:
             if event.error is None:
                 self._requests.report(sequence, event, now_s)
             elif (record := self._requests.by_sequence(sequence.sequence_id)) is not None:
-                for one in record.sequences:
-                    self._scheduler.end(one)
-                    self._executor.forget(one.sequence_id)
-                self._requests.fail(record, event.error, now_s)
+                self._fail(record, event.error)
         if result.token_ids or not result.errors:
             self._progress_time_s = time.monotonic()
         self.load = replace(

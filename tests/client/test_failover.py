@@ -74,6 +74,14 @@ def test_servers_that_are_all_busy_are_given_the_time_that_they_ask_for():
     assert (error.reason, error.retry_after) == ("OVERLOADED", 0.25)
 
 
+def test_a_busy_server_is_given_the_time_that_it_asks_for_while_another_is_gone():
+    attempts, pauses = Attempts(rotation("a", "b"), None, retries=True), list[float]()
+    while not isinstance(pause := attempts.after(GONE if attempts.server.target == "a" else BUSY), MptGrpcError):
+        pauses.append(pause)
+    assert pauses == [0, 0.25, 0, 0.25, 0, 0.4, 0]
+    assert str(pause) == f"all servers failed: a: {GONE}; b: {BUSY}"
+
+
 @pytest.mark.parametrize("failure", [BROKE, STOPPED])
 def test_a_request_that_breaks_every_server_is_tried_on_three(failure: MptGrpcError):
     targets, _, error = tried(Attempts(rotation(*"abcdef"), None, retries=True), failure)

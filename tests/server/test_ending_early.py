@@ -208,23 +208,56 @@ async def test_waiting_on_the_event_loop_for_its_own_outputs_is_refused(service:
         service.server.engine.generate(generation())
 
 
-async def test_a_call_whose_deadline_cannot_be_met_is_refused_while_others_wait(
-    make_service: Any, stepped: list[SteppedRunner]
-) -> None:
+async def busy_service(make_service: Any, runner_of: list[SteppedRunner]) -> Any:
+    """Returns a server with a context of 8,000 tokens, of whose requests one runs and one waits, and that has measured
+    how long a token takes."""
     settings = demo_settings(max_running_requests=1)
     service = await make_service(replace(settings, model=replace(settings.model, max_context_tokens=8000)))
-    runner = stepped[0]
-    for _ in range(8):  # which measure how long a token takes
+    runner = runner_of[0]
+    for _ in range(8):
         for _ in range(2):
             runner.allow()
         await service.stub.Generate(generate_request([300], max_new_tokens=2))
         for _ in range(2):
             runner.wait_for_step()
     for name in ("running", "waiting"):
-        service.server.engine.submit(generation(name), AsyncStream)
+        service.server.engine.submit(generation(name, max_new_tokens=2000), AsyncStream)
     await step_until(runner, lambda _: service.server.engine.load.num_waiting == 1)
+    return service
 
+
+async def test_a_call_whose_deadline_cannot_be_met_is_refused_while_others_wait(
+    make_service: Any, stepped: list[SteppedRunner]
+) -> None:
+    service = await busy_service(make_service, stepped)
     late = generate_request([300], max_new_tokens=7999)
     with pytest.raises(grpc.aio.AioRpcError, match="its timeout leaves") as refused:
         await service.stub.Generate(late, timeout=DEADLINE_S)
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    limited = generate_request([300], max_new_tokens=7999)
+    limited.stopping.time_limit.FromMilliseconds(100)
+    ended = asyncio.ensure_future(service.stub.Generate(limited, timeout=60))
+    stepped[0].allow()
+    await step_until(stepped[0], lambda _: service.server.engine.load.num_waiting == 2)
+    stepped[0].run_free()
+    assert (await ended).outputs[0].finish.reason == pb.FINISH_REASON_TIME_LIMIT
+
+
+async def test_a_call_that_waits_is_refused_once_its_deadline_cannot_be_met(
+    make_service: Any, stepped: list[SteppedRunner]
+) -> None:
+    service = await busy_service(make_service, stepped)
+    engine, runner = service.server.engine, stepped[0]
+    late = asyncio.ensure_future(service.stub.Generate(generate_request([300], max_new_tokens=30), timeout=DEADLINE_S))
+    runner.allow()
+    await step_until(runner, lambda _: engine.load.num_waiting == 2)
+    engine.submit(generation("newest"), AsyncStream)
+    runner.allow()
+    await step_until(runner, lambda _: engine.load.num_waiting == 3)
+    await asyncio.sleep(DEADLINE_S / 2)  # by which this step makes those of the 30 tokens seem slow
+    runner.allow()
+    with pytest.raises(grpc.aio.AioRpcError, match=r"would take about [\d.]+ s, and its timeout leaves") as refused:
+        await late
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert engine.num_in_flight == 3

@@ -247,23 +247,23 @@ class Attempts(Generic[_Connection]):
         return UnavailableError(f"{why}; the last time: {failure}", code=failure.code, reason=failure.reason)
 
     def _pause(self) -> float:
-        """Returns the time to wait before a round: none before the first, and as servers that are all busy ask for."""
+        """Returns the time to wait before a round: none before the first, and as the first busy server asks for: it may
+        be the only one left."""
         if self._num_rounds < 2:
             return 0.0
-        return float(max(self._asked_pause() or 0.0, _FIRST_PAUSE_S * 2 ** (self._num_rounds - 2)))
+        return float(max(min(self._asked_pauses(), default=0.0), _FIRST_PAUSE_S * 2 ** (self._num_rounds - 2)))
 
-    def _asked_pause(self) -> float | None:
-        """Returns the shortest time that a server asks for, or None unless all are busy."""
-        pauses = [f.retry_after or 0.0 for f in self._failures.values() if isinstance(f, OverloadedError)]
-        return min(pauses) if len(pauses) == len(self._failures) else None
+    def _asked_pauses(self) -> list[float]:
+        """Returns the times that busy servers ask for."""
+        return [f.retry_after or 0.0 for f in self._failures.values() if isinstance(f, OverloadedError)]
 
     def _summary(self, failure: MptGrpcError) -> MptGrpcError:
         """Returns the error that says why each server failed."""
         if len(self._failures) == 1:
             return failure
         whys = "; ".join(f"{target}: {why}" for target, why in self._failures.items())
-        if (asked := self._asked_pause()) is not None:
-            return OverloadedError(f"all servers are busy: {whys}", reason=failure.reason, retry_after=asked)
+        if len(asked := self._asked_pauses()) == len(self._failures):
+            return OverloadedError(f"all servers are busy: {whys}", reason=failure.reason, retry_after=min(asked))
         return UnavailableError(f"all servers failed: {whys}", code=failure.code, reason=failure.reason)
 
 
