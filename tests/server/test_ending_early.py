@@ -180,10 +180,12 @@ async def test_remaining_streams_are_correct_while_others_end_early_and_memory_i
         return token_ids, summary, await call.code()
 
     outcomes = await asyncio.gather(*map(stream, requests, ways, numbers_of_chunks))
-    allowed = {"cancel": grpc.StatusCode.CANCELLED, "deadline": grpc.StatusCode.DEADLINE_EXCEEDED}
+    # While others wait, a call is refused as soon as it would end too late.
+    too_late = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    allowed = {"cancel": (grpc.StatusCode.CANCELLED,), "deadline": too_late}
     for expected, way, (token_ids, _, code) in zip(alone, ways, outcomes, strict=True):
         assert token_ids == (expected if way == "stay" else expected[: len(token_ids)])
-        assert code in (grpc.StatusCode.OK, allowed.get(way))
+        assert code in (grpc.StatusCode.OK, *allowed.get(way, ()))
     assert sum(summary.usage.num_preemptions for _, summary, _ in outcomes if summary is not None) > 0
     assert {"stay", "cancel", "deadline", "cancel_rpc"} == set(ways)
     assert await crowded.all_blocks_free()
