@@ -169,6 +169,8 @@ class Engine:
         except SlowConstraintError:
             record.turn = Future()
             self._preparers.slow_constraints.submit(lambda: self._prepare(record), record.turn)
+            if not self._requests.is_preparing(record):  # it has ended before it had this turn
+                record.turn.cancel()
         except Exception as error:
             refusal = error
             if not isinstance(error, MptServerError):
