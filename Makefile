@@ -111,8 +111,15 @@ ray: .venv/ray/ready ## Serve the built-in model with replicas of Ray Serve on t
 protos: .venv/dev .venv/protoc-messages/ready .venv/protoc-services/ready ## Generate the Python stubs from protos/
 	$(BIN)/python tools/generate_stubs.py .venv/protoc-messages/bin .venv/protoc-services/bin
 
+.venv/audit/ready:
+	$(call environment,$(PYTHON),pip-audit==2.10.1)
+
+.PHONY: audit
+audit: .venv/audit/ready ## Look for known vulnerabilities of the pinned packages
+	@$(PYTHON) tools/audit.py .venv/audit/bin/pip-audit
+
 .PHONY: check
-check: protos ## Check format, lint, types, layers, protos, prose and links
+check: protos .venv/audit/ready ## Check format, lint, types, layers, protos, prose and links
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -123,6 +130,7 @@ check: protos ## Check format, lint, types, layers, protos, prose and links
 	$(BIN)/python tools/check_prose.py
 	@if command -v promtool >/dev/null; then promtool check rules deploy/prometheus/alerts.yaml; fi
 	$(BIN)/lychee --offline --include-fragments --no-progress $$(git ls-files '*.md')
+	-@$(MAKE) --no-print-directory audit # which depends on more than this repository, so it does not fail
 
 .PHONY: test
 test: .venv/dev $(CLIENTS) .venv/client-oldest/ready .venv/client-newest/ready $(if $(shell command -v npm),clients/typescript/dist $(VERCEL)) ## Run every test
