@@ -31,7 +31,7 @@ def main() -> int:
     packages = json.loads(audit.stdout)["dependencies"]
     vulnerable = [(package, found) for package in packages for found in package.get("vulns", ())]
     for package, found in vulnerable:
-        remedy = f"install {', '.join(found['fix_versions'])}" if found["fix_versions"] else "no release mends it yet"
+        remedy = f"install {', '.join(found['fix_versions'])}" if found["fix_versions"] else "no release fixes it yet"
         print(f"{package['name']} {package['version']}: {found['id']}; {remedy}")
     num_unknown = sum("skip_reason" in package for package in packages)
     print(f"{len(vulnerable)} known in {len(packages) - num_unknown} packages; {num_unknown} could not be looked up.")
