@@ -35,6 +35,16 @@ def test_the_example_generates_aborts_a_stream_and_gets_the_details_of_an_error(
     assert "is not in [0, 100]" in refused
 
 
+def test_a_prompt_that_is_too_long_is_told_by_the_reason_of_the_violation(server: Any) -> None:
+    printed = node(f"""
+        import {{ Client }} from "mpt-grpc-client";
+        const client = new Client("http://{server.target}");
+        const prompt = {{ case: "text", value: "word ".repeat(3000) }};
+        await client.generate({{ prompt }}).catch((error) => console.log(error.violations[0].reason));
+    """)
+    assert printed == "CONTEXT_LENGTH_EXCEEDED\n"
+
+
 def test_leaving_a_stream_cancels_it_on_the_server(server: Any) -> None:
     printed = node(f"""
         import {{ Client }} from "mpt-grpc-client";

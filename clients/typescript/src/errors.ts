@@ -12,6 +12,8 @@ export interface FieldViolation {
   field: string;
   /** What is wrong with it, and the remedy. */
   description: string;
+  /** `CONTEXT_LENGTH_EXCEEDED` if the prompt and the output do not fit in the context, otherwise empty. */
+  reason: string;
 }
 
 /** A call that failed; `cause` is the error of Connect. */
@@ -30,7 +32,7 @@ export class MptGrpcError extends Error {
     this.code = error.code;
     this.reason = error.findDetails(ErrorInfoSchema)[0]?.reason ?? "";
     const violations = error.findDetails(BadRequestSchema).flatMap((detail) => detail.fieldViolations);
-    this.violations = violations.map(({ field, description }) => ({ field, description }));
+    this.violations = violations.map(({ field, description, reason }) => ({ field, description, reason }));
     const delay = error.findDetails(RetryInfoSchema)[0]?.retryDelay;
     this.retryAfterMs = delay && Number(delay.seconds) * 1000 + delay.nanos / 1e6;
   }
