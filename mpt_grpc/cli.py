@@ -205,8 +205,8 @@ def _parser() -> _Parser:
     top = add(
         "top",
         "show what a server is doing",
-        "Show the load of a server and its oldest requests, until Ctrl-C. With access tokens, that in MPT_GRPC_TOKEN"
-        " needs the role observe.",
+        "Show the load of a server and its oldest requests, until Ctrl-C, or once if the output is not a terminal. With"
+        " access tokens, that in MPT_GRPC_TOKEN needs the role observe.",
         formatter_class=_HelpFormatter,
     )
     connection.add_connection(top)
