@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import NoReturn
 
 from mpt_grpc import __version__
 from mpt_grpc.commands import bench_options, connection, listening_options, model_options, options, server_options
-from mpt_grpc.commands.logs import add_log
+from mpt_grpc.commands.logs import add_log, configure
 from mpt_grpc.commands.units import positive_int, seconds
 from mpt_grpc.errors import MptServerError
 from mpt_grpc.settings import HttpSettings
@@ -45,7 +46,7 @@ def _run(parsed: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     variables.remove_empty()
     if problem := variables.problem(is_server=parsed.command in ("serve", "gateway")):
-        return _fail(problem)
+        return _fail(parsed, problem)
     from mpt_grpc_client import DeadlineExceededError, InvalidRequestError, InvalidTargetError, MptGrpcError
 
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -57,22 +58,22 @@ def _run(parsed: argparse.Namespace) -> int:
             sys.stdout.flush()
     except InvalidRequestError as error:
         violations = [f"{options.flag(v.field, parsed)}: {v.description}" for v in error.violations]
-        return _fail("; ".join(violations) or str(error))
+        return _fail(parsed, "; ".join(violations) or str(error))
     except InvalidTargetError as error:
-        return _fail(str(error).replace("allow_insecure_token", "--allow-insecure-token"))
+        return _fail(parsed, str(error).replace("allow_insecure_token", "--allow-insecure-token"))
     except DeadlineExceededError as error:
-        return _fail(str(error).replace("the client's timeout", "--timeout"))
+        return _fail(parsed, str(error).replace("the client's timeout", "--timeout"))
     except (MptGrpcError, MptServerError) as error:
-        return _fail(str(error))
+        return _fail(parsed, str(error))
     except UnicodeDecodeError as error:
-        return _fail(f"standard input is not UTF-8: {error}")
+        return _fail(parsed, f"standard input is not UTF-8: {error}")
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         _discard_output()
     except OSError as error:  # such as a full disk
         _discard_output()
-        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        return _fail(parsed, f"{error.filename or 'standard output'}: {error.strerror or error}")
     return 0
 
 
@@ -81,8 +82,12 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _fail(message: str) -> int:
-    print(f"mpt-grpc: {message}", file=sys.stderr)
+def _fail(parsed: argparse.Namespace, message: str) -> int:
+    if getattr(parsed, "log_format", "") == "json":
+        configure(parsed.log_level, parsed.log_format)
+        logging.getLogger("mpt_grpc").error("%s", message)
+    else:
+        print(f"mpt-grpc: {message}", file=sys.stderr)
     return 1
 
 
@@ -206,8 +211,8 @@ def _parser() -> _Parser:
     top = add(
         "top",
         "show what a server is doing",
-        "Show the load of a server and its oldest requests, until Ctrl-C. With access tokens, that in MPT_GRPC_TOKEN"
-        " needs the role observe.",
+        "Show the load of a server and its oldest requests, until Ctrl-C, or once if the output is not a terminal. With"
+        " access tokens, that in MPT_GRPC_TOKEN needs the role observe.",
         formatter_class=_HelpFormatter,
     )
     connection.add_connection(top)

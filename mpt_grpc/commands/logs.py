@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+import threading
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,7 +29,7 @@ def add_log(parser: argparse._ActionsContainer) -> None:
 
 
 def configure(level: str, line_format: str = "text") -> None:
-    """Sets up the log of this process."""
+    """Sets up the log of this process, which also gets warnings and exceptions that nothing has caught."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if line_format == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -39,6 +40,13 @@ def configure(level: str, line_format: str = "text") -> None:
     logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
     # A caller who disconnects during a send is not an error; failures of a method are logged by our interceptor.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
+    logging.captureWarnings(True)
+    sys.excepthook = lambda _, error, __: _log_uncaught(error)
+    threading.excepthook = lambda ended: _log_uncaught(ended.exc_value)
+
+
+def _log_uncaught(error: BaseException | None) -> None:
+    logging.getLogger("mpt_grpc").critical("an exception was not caught", exc_info=error)
 
 
 class _JsonFormatter(logging.Formatter):

@@ -22,12 +22,15 @@ from mpt_grpc_client.targets import resolve_targets
 
 _TIMEOUT_S = 10
 _BAR_WIDTH = 30
-_MAX_ID = 36
+_MIN_ID, _MAX_ID = 8, 36
+_COLUMNS = ("age", "state", "output", "tokens/s", "first", "prompt", "cached", "preempted")
+_WIDTH, _NUM_COLUMNS_IF_NARROW = 72, 4
+"""The width of a terminal that has room for all columns, and how many others show."""
 _NO_LOAD = Load(0, 0, 0, 0, 0, 0, 0)
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Shows a server until Ctrl-C, also across restarts, or once.
+    """Shows a server until Ctrl-C, also across restarts; once if that is asked for, or without a terminal.
 
     Raises SettingsError for several targets, and MptGrpcError if the first measurement fails.
     """
@@ -35,12 +38,12 @@ def run(parsed: argparse.Namespace) -> None:
         raise SettingsError("--target: top shows one server; name one")
     console = Console(highlight=False)
     with Client(parsed.target, timeout=_TIMEOUT_S, **client_options(parsed)) as client:
-        view = _View(client, parsed.rows)
+        view = _View(client, console, parsed.rows)
         time.sleep(parsed.interval)
-        if parsed.once:
+        if parsed.once or not console.is_interactive:
             console.print(view.frame())
             return
-        with Live(view.frame(), console=console, screen=console.is_terminal, auto_refresh=False) as live:
+        with Live(view.frame(), console=console, screen=True, auto_refresh=False) as live:
             live.refresh()
             while True:
                 time.sleep(parsed.interval)
@@ -65,8 +68,8 @@ class _Rates:
 class _View:
     """A server, as it is since the last measurement."""
 
-    def __init__(self, client: Client, num_rows: int) -> None:
-        self._client, self._num_rows = client, num_rows
+    def __init__(self, client: Client, console: Console, num_rows: int) -> None:
+        self._client, self._console, self._num_rows = client, console, num_rows
         self._before, self._before_s = client.get_server_info(), time.monotonic()
 
     def frame(self) -> RenderableType:
@@ -77,7 +80,9 @@ class _View:
         if info.uptime < self._before.uptime or info.load.num_steps < load.num_steps:  # it was started again
             load, duration_s = _NO_LOAD, info.uptime
         self._before, self._before_s = info, now_s
-        return _frame(info, state, _rates(load, info.load, duration_s), self._num_rows)
+        summary = _summary(info, state, _rates(load, info.load, duration_s))
+        num_columns = len(_COLUMNS) if self._console.width >= _WIDTH else _NUM_COLUMNS_IF_NARROW
+        return Group(summary, Text(), _requests(state, self._num_rows, num_columns))
 
 
 def _rates(before: Load, after: Load, duration_s: float) -> _Rates:
@@ -92,7 +97,7 @@ def _rates(before: Load, after: Load, duration_s: float) -> _Rates:
     )
 
 
-def _frame(info: ServerInfo, state: EngineState, rates: _Rates, num_rows: int) -> RenderableType:
+def _summary(info: ServerInfo, state: EngineState, rates: _Rates) -> RenderableType:
     load, limits = state.load, info.limits
     usage = 1 - load.num_free_blocks / load.num_blocks
     summary = Table.grid(padding=(0, 2))
@@ -114,7 +119,7 @@ def _frame(info: ServerInfo, state: EngineState, rates: _Rates, num_rows: int) -
     bar.add_row(ProgressBar(total=1, completed=usage, width=_BAR_WIDTH), f"{usage:.0%} of {load.num_blocks:,} blocks")
     summary.add_row("KV cache", bar)
     title = Text(f"mpt-grpc {info.version}, up {_duration(info.uptime)}", style="bold")
-    return Group(title, summary, Text(), _requests(state, num_rows))
+    return Group(title, summary)
 
 
 def _accepted(rates: _Rates) -> str:
@@ -129,28 +134,29 @@ def _first_tokens(completed: tuple[RequestState, ...]) -> str:
     return f"median {_ms(cuts[9])}, p95 {_ms(cuts[18])}, over the last {len(times_s)} completed requests"
 
 
-def _requests(state: EngineState, num_rows: int) -> RenderableType:
+def _requests(state: EngineState, num_rows: int, num_columns: int) -> RenderableType:
     """Returns the requests in progress that are the oldest."""
     requests = sorted(state.active_requests, key=lambda request: request.arrival_time)
     table = Table(box=None, padding=(0, 1, 0, 0))
     # The only column that may wrap is the one that a narrow terminal shortens first. Its text does not.
-    table.add_column("request")
-    for column in ("age", "state", "prompt", "cached", "output", "first", "tokens/s", "preempted"):
+    table.add_column("request", min_width=_MIN_ID)
+    for column in _COLUMNS[:num_columns]:
         table.add_column(column, no_wrap=True, justify="right")
     for request in requests[:num_rows]:
         usage, timings = request.usage, request.timings
         decode_s = timings.decode_time or 0
-        table.add_row(
-            Text(printable(request.request_id[:_MAX_ID]), no_wrap=True, overflow="ellipsis"),
+        cells = (
             _duration(state.time - request.arrival_time),
             _phase(request),
+            str(usage.num_output_tokens),
+            f"{usage.num_output_tokens / decode_s:.0f}" if decode_s else "",
+            "" if timings.time_to_first_token is None else _ms(timings.time_to_first_token),
             str(usage.num_prompt_tokens),
             str(usage.num_cached_tokens),
-            str(usage.num_output_tokens),
-            "" if timings.time_to_first_token is None else _ms(timings.time_to_first_token),
-            f"{usage.num_output_tokens / decode_s:.0f}" if decode_s else "",
             str(usage.num_preemptions or ""),
         )
+        request_id = Text(printable(request.request_id[:_MAX_ID]), no_wrap=True, overflow="ellipsis")
+        table.add_row(request_id, *cells[:num_columns])
     more = len(requests) - num_rows
     return Group(table, Text(f"and {more} newer requests")) if more > 0 else table
 

@@ -39,7 +39,7 @@ def print_waterfall(console: Console, file: str | Path, trace_id: str | None = N
         if span.trace_id.startswith(trace_id or "") and span.name != "step":
             found = span.trace_id
     if spans.num_broken:
-        print(f"mpt-grpc: {file}: {spans.num_broken} broken lines are left out", file=sys.stderr)
+        print(f"mpt-grpc: {file}: broken lines that are left out: {spans.num_broken}", file=sys.stderr)
     if found is None:
         raise SettingsError(f"{file}: has no trace {trace_id or 'of a request'}")
     chosen = [span for span in spans if span.trace_id == found]

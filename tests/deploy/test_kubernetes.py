@@ -113,7 +113,9 @@ def test_the_flags_exist_and_name_the_ports_and_the_files_of_the_pod(manifests: 
     files = [argument.partition("=")[2] for argument in manifests.container["args"] if "=/" in argument]
     assert all(any(file.startswith(f"{mount}/") for mount in mounts) for file in files)
     assert (flags.tls_cert is None) == (flags.tokens_file is None) == (not manifests.secrets)
-    assert manifests.template["metadata"]["annotations"]["prometheus.io/port"] == str(flags.metrics_port)
+    annotations = manifests.template["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == str(flags.metrics_port)
+    assert annotations.get("prometheus.io/scheme", "http") == ("https" if flags.tls_cert else "http")
 
 
 def test_the_probes_ask_for_what_the_server_has(manifests: Manifests) -> None:

@@ -55,19 +55,27 @@ def test_top_shows_the_load_and_the_requests_in_progress(traced: Any) -> None:
     assert "\x1b" not in shown.stdout, "a caller's text is not obeyed by the terminal"
 
 
-def test_in_a_narrow_terminal_only_ids_are_shortened(traced: Any) -> None:
+COLUMNS = ["age", "state", "output", "tokens/s", "first", "prompt", "cached", "preempted"]
+
+
+@pytest.mark.parametrize(("width", "shown"), [(80, COLUMNS), (40, COLUMNS[:4])])
+def test_in_a_narrow_terminal_ids_are_shortened_and_further_columns_left_out(
+    traced: Any, width: int, shown: list[str]
+) -> None:
     request_id = "a2ab7df0-0fb6-4f43-b0a2-0e4f8f0f25ac"
     with (
         Client(traced.target) as client,
         client.stream("Once", max_new_tokens=1900, ignore_eos=True, request_id=request_id) as stream,
     ):
         next(stream)
-        shown = run("top", "--once", "--interval", "100ms", "--target", traced.target, COLUMNS="80").stdout
-    head, row = next((head, row) for head, row in itertools.pairwise(shown.splitlines()) if head.startswith("request "))
-    assert head.split() == ["request", "age", "state", "prompt", "cached", "output", "first", "tokens/s", "preempted"]
+        page = run("top", "--interval", "100ms", "--target", traced.target, COLUMNS=str(width)).stdout
+    assert max(map(len, page.splitlines())) <= width
+    head, row = next((head, row) for head, row in itertools.pairwise(page.splitlines()) if head.startswith("request "))
+    assert head.split() == ["request", *shown]
     shortened, rest = row.split("… ")
-    assert request_id.startswith(shortened)
-    assert " s decode " in rest
+    assert shortened == request_id[: len(shortened)]
+    assert len(shortened) >= 7
+    assert re.match(r" *\d+\.\d s +decode +\d+ ", rest)
 
 
 def test_top_goes_on_when_its_server_is_started_again() -> None:
@@ -125,7 +133,7 @@ def test_lines_that_a_full_disk_has_cut_off_are_left_out_of_a_trace(tmp_path: Pa
     file.write_text(f"{line[:40]}\n{line}\n{line[:90]}")
     shown = run("trace", "show", str(file))
     assert shown.stdout.splitlines()[1].startswith("Generate")
-    assert shown.stderr == f"mpt-grpc: {file}: 2 broken lines are left out\n"
+    assert shown.stderr == f"mpt-grpc: {file}: broken lines that are left out: 2\n"
     file.write_text(line[:40])
     assert run("trace", "show", str(file)).stderr == f"mpt-grpc: {file}: is not a file of serve --trace-file\n"
 
@@ -138,7 +146,7 @@ def test_a_line_that_is_no_span_is_left_out_of_a_trace(tmp_path: Path, change: d
     file = tmp_path / "spans"
     file.write_text("\n".join(["[" * 100_000, "null", "\x00", json.dumps(SPAN | change), json.dumps(SPAN)]))
     shown = run("trace", "show", str(file))
-    assert (shown.returncode, shown.stderr) == (0, f"mpt-grpc: {file}: 4 broken lines are left out\n")
+    assert (shown.returncode, shown.stderr) == (0, f"mpt-grpc: {file}: broken lines that are left out: 4\n")
     assert len(shown.stdout.splitlines()) == 2
 
 

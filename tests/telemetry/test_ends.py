@@ -33,6 +33,14 @@ from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServ
 SERVICE = "mpt.v1.TextGenerationService"
 PHASES = {"queue", "prefill", "decode"}
 FAILURES_OF_SERVERS = {"DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE"}
+NOT_UNDERSTOOD = {
+    "UNAUTHENTICATED",
+    "PERMISSION_DENIED",
+    "QUOTA_EXCEEDED",
+    "UNKNOWN_MODEL",
+    "FINGERPRINT_MISMATCH",
+}
+"""The reasons of refusals whose durations are not those of generations."""
 POISON, EOS = 666, 0
 """A prompt token with which steps fail, and the token that ends texts."""
 COUNTED = (
@@ -323,6 +331,8 @@ async def test_the_span_the_metrics_and_the_line_say_the_same(watched: Watched, 
 
     assert said.counted("mpt_requests_ended_total", "mpt_finish_reason") == Counter(end.finishes)
     assert said.counted("mpt_requests_failed_total", "error_type") == ({end.reason: 1} if end.reason else {})
+    durations = said.counted("gen_ai_server_request_duration_seconds_count", "gen_ai_operation_name")
+    assert sum(durations.values()) == (end.reason not in NOT_UNDERSTOOD)
     assert said.counted("mpt_caller_requests_total", "mpt_caller") == ({end.caller: 1} if end.is_accepted else {})
     calls = {labels: n for (counter, labels), n in said.increases.items() if n and counter.startswith("rpc_")}
     ((labels, number),) = [(dict(key), n) for key, n in calls.items() if f"{SERVICE}/{method}" in dict(key).values()]

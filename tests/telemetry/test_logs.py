@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import grpc
 import pytest
 from http_calls import call
-from server_process import running
+from server_process import CLI, running
 
 from mpt_grpc_client import Client, DeadlineExceededError, InvalidRequestError, MptGrpcError
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -48,6 +51,7 @@ def lines() -> list[dict[str, Any]]:
             trace = [("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"), ("tracestate", "not valid")]
             stub.GetServerInfo(pb.GetServerInfoRequest(), metadata=trace)
         call(server, "/v1/completions", {"prompt": PROMPT, "max_tokens": 3})
+        urlopen(Request(f"{server.openai_url}/models", headers={"x-forwarded-for": "203.0.113.7"})).close()
         body = json.dumps({"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}).encode()
         leave(server, body[:20], len(body), after=b"")
         leave(server, body, len(body), after=b"data: ")
@@ -95,6 +99,41 @@ def test_a_caller_who_leaves_is_one_line_and_no_traceback(lines: list[dict[str, 
 
 def test_headers_that_are_not_valid_leave_no_line(lines: list[dict[str, Any]]) -> None:
     assert {one["logger"].partition(".")[0] for one in lines} == {"mpt_grpc"}
+
+
+def test_the_peer_of_a_request_through_a_proxy_on_this_machine_is_the_proxys_caller(
+    lines: list[dict[str, Any]],
+) -> None:
+    assert line(lines, path="/v1/models")["peer"] == "203.0.113.7:0"
+
+
+def test_a_server_that_does_not_start_says_so_in_a_line_of_json() -> None:
+    command = (*CLI, "serve", "--log-format", "json", "--tokens-file", "/no/é")
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    found = json.loads(ended.stderr)
+    assert (found["level"], found["logger"]) == ("error", "mpt_grpc")
+    assert found["message"].startswith("--tokens-file: cannot read /no/é")
+
+
+UNEXPECTED = """
+import threading, warnings
+from mpt_grpc.commands import logs
+logs.configure("info", "json")
+warnings.warn("first\\nsecond")
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+raise KeyError("é")
+"""
+
+
+def test_warnings_and_exceptions_that_nothing_catches_are_lines_of_json() -> None:
+    ended = subprocess.run((sys.executable, "-c", UNEXPECTED), capture_output=True, text=True, timeout=60, check=False)
+    warning, of_thread, of_program = map(json.loads, ended.stderr.splitlines())
+    assert "first\nsecond" in warning["message"]
+    assert "ZeroDivisionError" in of_thread["exception"]
+    assert (of_program["level"], "KeyError: 'é'" in of_program["exception"]) == ("critical", True)
 
 
 def test_no_line_contains_a_prompt(lines: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -89,13 +90,33 @@ async def test_a_request_is_measured_when_it_has_ended(service: Service) -> None
     assert [new - old for new, old in zip(after, before, strict=True)] == [increase for _, increase in names]
 
 
-async def test_durations_have_the_buckets_of_the_conventions(service: Service) -> None:
+@pytest.mark.parametrize(
+    ("name", "bounds"),
+    [
+        (
+            "gen_ai_server_request_duration_seconds",
+            (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92),
+        ),
+        (
+            "gen_ai_server_time_to_first_token_seconds",
+            (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+        ),
+        (
+            "gen_ai_server_time_per_output_token_seconds",
+            (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
+        ),
+        (
+            "rpc_server_call_duration_seconds",
+            (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+        ),
+    ],
+)
+async def test_durations_have_the_buckets_of_the_conventions(
+    service: Service, name: str, bounds: tuple[float, ...]
+) -> None:
     await service.stub.Generate(request())
-    family = (await service.page())["gen_ai_server_time_to_first_token_seconds"]
-    bounds = {float(sample.labels["le"]) for sample in family.samples if sample.name.endswith("_bucket")}
-    assert bounds == {
-        *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, float("inf"))
-    }
+    samples = (await service.page())[name].samples
+    assert {float(sample.labels["le"]) for sample in samples if sample.name.endswith("_bucket")} == {*bounds, math.inf}
 
 
 async def test_tokens_of_cached_prompts_are_counted(service: Service) -> None:
