@@ -37,6 +37,12 @@ struct Int8 {
 
 inline float to_float(Int8 x) { return float(x.biased) - 128.f; }
 
+// Memory that begins with a line of the processor's cache: a vector across two lines takes two loads.
+struct alignas(64) Line {
+    char bytes[64];
+};
+inline int64_t num_lines(int64_t bytes) { return (bytes + 63) / 64; }
+
 // How many inputs lie side by side in a panel, so that a 32-bit lane holds the weights of one output for all of them.
 template <class Weight>
 constexpr int64_t SIDE = 4 / sizeof(Weight);

@@ -151,11 +151,11 @@ void matmul(const float *x, int64_t rows, const Weight *weights, int64_t outputs
             const Epilogue &epilogue, Pool &pool) {
     using Packed = typename Products::Packed;
     using Shape = typename Products::Shape;
-    static thread_local std::unique_ptr<Packed[]> packed;
+    static thread_local std::unique_ptr<Line[]> packed;
     static thread_local int64_t capacity = 0;
-    if (const int64_t size = Products::packed_size(rows, inputs); size > capacity)
-        capacity = 0, packed.reset(), packed.reset(new Packed[size]), capacity = size;
-    Packed *const to = packed.get();
+    if (const int64_t size = num_lines(Products::packed_size(rows, inputs) * sizeof(Packed)); size > capacity)
+        capacity = 0, packed.reset(), packed.reset(new Line[size]), capacity = size;
+    Packed *const to = reinterpret_cast<Packed *>(packed.get());
     const Tiles tiles(rows, Shape::MAX_ROWS, Shape::ROW_STEP);
     pool.run(tiles.count, [&](int64_t i) { Products::pack(x, inputs, tiles.start(i), tiles.height(i), to); });
     const Matmul<Products> product{{to, weights, inputs}, tiles, outputs, y, epilogue};
