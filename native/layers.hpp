@@ -37,13 +37,15 @@ inline void attention(const AttentionStep &step, Type cache, Pool &pool) {
 // its time.
 class Scratch {
    public:
-    explicit Scratch(int64_t floats) {
-        if (floats > capacity) capacity = 0, memory.reset(), memory.reset(new float[floats]), capacity = floats;
+    explicit Scratch(int64_t lines) {
+        if (lines > capacity) capacity = 0, memory.reset(), memory.reset(new Line[lines]), capacity = lines;
     }
-    float *take(int64_t floats) { return memory.get() + std::exchange(taken, taken + floats); }
+    float *take(int64_t floats) {
+        return reinterpret_cast<float *>(memory.get() + std::exchange(taken, taken + num_lines(4 * floats)));
+    }
 
    private:
-    static inline thread_local std::unique_ptr<float[]> memory;
+    static inline thread_local std::unique_ptr<Line[]> memory;
     static inline thread_local int64_t capacity = 0;
     int64_t taken = 0;
 };
@@ -54,7 +56,8 @@ inline void run_layers(const Layer *layers, int64_t count, float *x, AttentionSt
     const int64_t rows = step.num_tokens, size = layers->qkv.matrix->inputs, width = layers->qkv.matrix->outputs;
     const int64_t kv_size = step.n_kv_heads * step.head_dim, hidden_size = layers->up.matrix->outputs;
     const int64_t gate_size = layers->gate.matrix == nullptr ? 0 : hidden_size;
-    Scratch scratch(rows * (3 * size + width + hidden_size + gate_size));
+    const int64_t floats = rows * (3 * size + width + hidden_size + gate_size);
+    Scratch scratch(num_lines(4 * floats) + 6);  // each of the six arrays begins with a line
     float *const normed = scratch.take(rows * size), *const qkv = scratch.take(rows * width);
     float *const context = scratch.take(rows * size), *const attended = scratch.take(rows * size);
     float *const hidden = scratch.take(rows * hidden_size), *const gate = scratch.take(rows * gate_size);

@@ -37,6 +37,12 @@ struct Int8 {
 
 inline float to_float(Int8 x) { return float(x.biased) - 128.f; }
 
+// Memory that begins with a line of the processor's cache: a vector across two lines takes two loads.
+struct alignas(64) Line {
+    char bytes[64];
+};
+inline int64_t num_lines(int64_t bytes) { return (bytes + 63) / 64; }
+
 // How many inputs lie side by side in a panel, so that a 32-bit lane holds the weights of one output for all of them.
 template <class Weight>
 constexpr int64_t SIDE = 4 / sizeof(Weight);
@@ -48,9 +54,22 @@ inline int64_t packed_index(int64_t n, int64_t k) {
 
 inline int64_t num_panels(int64_t outputs) { return (outputs + PANEL - 1) / PANEL; }
 
-// What is prefetched for each 64 bytes of a panel's weights: `step` bytes, from `from` bytes behind the first of these on.
+// What is prefetched during a product: for each 64 bytes of a panel's weights, `step` bytes, from `from` bytes behind the first
+// of these on; and the vectors of y and of the residual that are needed when the sums are complete.
 struct Fetch {
     int64_t from, step;
+    const float *y = nullptr, *residual = nullptr;
+    int64_t stride = 0, vector = 0, vectors = 0;  // of both: floats from row to row; the next vector, and behind the last one
+
+    // Prefetches the next vector. A row has COLUMNS of them.
+    template <int COLUMNS>
+    void next_vector() {
+        if (vector == vectors) return;
+        const int64_t at = vector / COLUMNS * stride + vector % COLUMNS * LANES;
+        __builtin_prefetch(y + at);
+        __builtin_prefetch(residual + at);
+        vector++;
+    }
 };
 
 // Rows of x in tiles of up to `most` rows of about equal height, which is a multiple of `step` for all but the last.

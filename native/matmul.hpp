@@ -56,8 +56,13 @@ struct Matmul {
         int64_t turn = end;
         if (LANES == 16 && fetch.step == 64) turn = (end - fetch.from / (PANEL * item)) / GROUP * GROUP;
         if (turn <= begin) turn = end;
-        for (int64_t at = begin, to = turn; at < end; at = to, to = end)
-            products.template add<ROWS, PANELS>(row, panel, at, to, {fetch.from + (at < turn ? 0 : skipped), fetch.step}, sums);
+        const bool has_residual = end == products.inputs && epilogue.residual != nullptr;
+        const float *residual = has_residual ? epilogue.residual + (out - y) : out;
+        Fetch current{fetch.from, fetch.step, out, residual, outputs, 0, height * PANELS * VECTORS};
+        for (int64_t at = begin, to = turn; at < end; at = to, to = end) {
+            products.template add<ROWS, PANELS>(row, panel, at, to, current, sums);
+            current = {fetch.from + skipped, fetch.step};
+        }
         if (end < products.inputs) {
             for (int i = 0; i < height; i++)
                 for (int j = 0; j < PANELS * VECTORS; j++) store_columns(out + i * outputs, columns, j * LANES, sums[i][j]);
@@ -127,19 +132,16 @@ struct Matmul {
             if (panel < last) add_panels<PANELS / 2>(panel, last, tile, last_tile, begin, end);
     }
 
-    void compute(int64_t panel, int64_t last) const {
+    // Computes the rows of the tiles [tile, last_tile) and the outputs of the panels [panel, last).
+    void compute(int64_t panel, int64_t last, int64_t tile, int64_t last_tile) const {
         [[maybe_unused]] const typename Shape::Context context{};
-        constexpr int64_t TILES = Shape::ROW_BLOCK / Shape::MAX_ROWS;
         const int64_t block = tiles.count == 1 ? products.inputs : Shape::INPUT_BLOCK;
-        for (int64_t tile = 0; tile < tiles.count; tile += TILES) {
-            const int64_t last_tile = std::min(tiles.count, tile + TILES);
-            for (int64_t begin = 0; begin < products.inputs; begin += block) {
-                const int64_t end = std::min(products.inputs, begin + block);
-                if (tiles.rows <= Shape::FEW_ROWS)
-                    add_panels<MAX_PANELS>(panel, last, tile, last_tile, begin, end);
-                else
-                    add_panels<PANELS_OF_MANY_ROWS>(panel, last, tile, last_tile, begin, end);
-            }
+        for (int64_t begin = 0; begin < products.inputs; begin += block) {
+            const int64_t end = std::min(products.inputs, begin + block);
+            if (tiles.rows <= Shape::FEW_ROWS)
+                add_panels<MAX_PANELS>(panel, last, tile, last_tile, begin, end);
+            else
+                add_panels<PANELS_OF_MANY_ROWS>(panel, last, tile, last_tile, begin, end);
         }
     }
 };
@@ -149,19 +151,23 @@ void matmul(const float *x, int64_t rows, const Weight *weights, int64_t outputs
             const Epilogue &epilogue, Pool &pool) {
     using Packed = typename Products::Packed;
     using Shape = typename Products::Shape;
-    static thread_local std::unique_ptr<Packed[]> packed;
+    static thread_local std::unique_ptr<Line[]> packed;
     static thread_local int64_t capacity = 0;
-    if (const int64_t size = Products::packed_size(rows, inputs); size > capacity)
-        capacity = 0, packed.reset(), packed.reset(new Packed[size]), capacity = size;
-    Packed *const to = packed.get();
+    if (const int64_t size = num_lines(Products::packed_size(rows, inputs) * sizeof(Packed)); size > capacity)
+        capacity = 0, packed.reset(), packed.reset(new Line[size]), capacity = size;
+    Packed *const to = reinterpret_cast<Packed *>(packed.get());
     const Tiles tiles(rows, Shape::MAX_ROWS, Shape::ROW_STEP);
     pool.run(tiles.count, [&](int64_t i) { Products::pack(x, inputs, tiles.start(i), tiles.height(i), to); });
     const Matmul<Products> product{{to, weights, inputs}, tiles, outputs, y, epilogue};
-    const int64_t panels = num_panels(outputs);
+    constexpr int64_t TILES = Shape::ROW_BLOCK / Shape::MAX_ROWS;
+    const int64_t panels = num_panels(outputs), blocks = (tiles.count + TILES - 1) / TILES;
     const int64_t panel_bytes = PANEL * inputs * int64_t(sizeof(Weight));
-    // About eight pieces for each thread, unless they become too small; a multiple of MAX_PANELS.
-    int64_t size = std::max(panels / (8 * pool.size()), PIECE_BYTES / panel_bytes);
+    // About eight pieces for each thread, unless they become too small; of a multiple of MAX_PANELS. Blocks of rows follow
+    // each other, so that all threads read the same weights.
+    int64_t size = std::max(panels * blocks / (8 * pool.size()), PIECE_BYTES / panel_bytes);
     size = std::max<int64_t>(1, size / MAX_PANELS) * MAX_PANELS;
-    pool.run((panels + size - 1) / size,
-             [&](int64_t i) { product.compute(i * size, std::min(panels, (i + 1) * size)); });
+    pool.run((panels + size - 1) / size * blocks, [&](int64_t i) {
+        const int64_t panel = i / blocks * size, tile = i % blocks * TILES;
+        product.compute(panel, std::min(panels, panel + size), tile, std::min(tiles.count, tile + TILES));
+    });
 }

@@ -41,11 +41,15 @@ struct TileSums {
 
     // Adds the products of `count` registers for each block, x_stride bytes apart, and panel.
     static void add(const char *x, int64_t x_stride, const char *weights, int64_t panel_stride, int64_t count,
-                    const Fetch &fetch) {
+                    Fetch &fetch) {
         const char *fetched = weights + fetch.from;
+        float busy = 0;
         for (; count > 0; count--, x += REGISTER_BYTES, weights += REGISTER_BYTES, fetched += 16 * fetch.step) {
             for (int64_t i = 0; i < 16 * fetch.step; i += 64)
                 for (int j = 0; j < PANELS; j++) __builtin_prefetch(fetched + i + j * panel_stride);
+            fetch.next_vector<PANELS>();
+            // Units for floats that have nothing to do are turned off, and the next store of a register waits for them.
+            asm volatile("vaddss %0, %0, %0" : "+x"(busy));
             for_each<BLOCKS>([&](auto block) { load_register<4 + block>(x + block * x_stride, 64); });
             for_each<PANELS>([&](auto panel) {
                 load_register<6 + panel % 2>(weights + panel * panel_stride, 64);
@@ -60,7 +64,8 @@ struct TileSums {
     static void add_last(const char *x, int64_t x_stride, const char *weights, int64_t panel_stride, int64_t bytes) {
         char padded[PANELS][REGISTER_BYTES] = {};
         for (int j = 0; j < PANELS; j++) memcpy(padded[j], weights + j * panel_stride, bytes);
-        add(x, x_stride, padded[0], REGISTER_BYTES, 1, {0, 0});
+        Fetch none{0, 0};
+        add(x, x_stride, padded[0], REGISTER_BYTES, 1, none);
     }
 };
 
@@ -95,7 +100,7 @@ struct RoundedTiles {
     }
 
     template <int ROWS, int PANELS>
-    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, const Fetch &fetch, Floats (&sums)[ROWS][PANELS]) const {
+    void add(int64_t row, int64_t panel, int64_t begin, int64_t end, Fetch fetch, Floats (&sums)[ROWS][PANELS]) const {
         using Sums = TileSums<bf16, ROWS / REGISTER_ROWS, PANELS>;
         const auto *at = reinterpret_cast<const char *>(x + row * row_words(inputs) + begin / INPUTS * 256);
         const auto *w = reinterpret_cast<const char *>(weights + panel * PANEL * inputs + begin * PANEL);
