@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -27,13 +27,15 @@ from mpt_grpc.errors import DrainingError, ModelError, MptServerError
 from mpt_grpc.listening import exposure
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.allocator import trim
+from mpt_grpc.server.channel_options import channel_options
 from mpt_grpc.server.garbage import GarbageCollection
 from mpt_grpc.server.health import Health
 from mpt_grpc.server.http import serving_http
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.local_channel import LocalChannel
 from mpt_grpc.server.observing import make_telemetry, measure_lag
-from mpt_grpc.server.ports import listening
+from mpt_grpc.server.ports import listen_again, listening
+from mpt_grpc.server.renewal import RenewedServer
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.server.writes import PendingWrites
@@ -52,30 +54,6 @@ _WATCH_INTERVAL_S = 1.0
 # After a drain only idle calls, such as Health.Watch, remain.
 _STOP_GRACE_S = 0.5
 _STOP_TIMEOUT_S = 5.0
-_MAX_PENDING_CALLS = 100_000
-_MAX_INT = (1 << 31) - 1
-_MAX_RECEIVED_BYTES = 8 << 20
-"""The largest message that is received; smaller ones that are still too large get an error with details."""
-_MAX_SENT_BYTES = 32 << 20
-_CHANNEL_OPTIONS = (
-    # Otherwise a second server could silently share the port.
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", _MAX_RECEIVED_BYTES),
-    ("grpc.max_send_message_length", _MAX_SENT_BYTES),
-    # Calls beyond what the queue holds are refused by this server, with the time to wait, not dropped by gRPC.
-    ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
-    ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
-    # gRPC would end calls with CANCELLED that this process, starved of processors, has not begun within 30 s.
-    ("grpc.server_max_unrequested_time_in_server", _MAX_INT),
-    # Ends the calls of a client whose machine has vanished.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    # Allow clients to ping during long calls.
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
-    ("grpc.http2.max_ping_strikes", 0),
-)
 
 
 async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -> None:
@@ -141,6 +119,7 @@ class RunningServer:
         servicer: TextGenerationServicer,
         access: Access,
         writes: PendingWrites,
+        server: RenewedServer,
     ) -> None:
         self.settings, self.target, self.engine, self.model = settings, target, engine, model
         self.channel = channel
@@ -150,7 +129,7 @@ class RunningServer:
         self.channelz_port: int | None = None
         self.garbage: GarbageCollection | None = None
         """Set in a process of the server's own."""
-        self._servicer, self._access, self._writes = servicer, access, writes
+        self._servicer, self._access, self._writes, self._server = servicer, access, writes, server
         self.engine_failed = asyncio.Event()
         """Set when the engine has ended by itself, so that only a new process can serve again."""
         self.health = Health()
@@ -164,10 +143,11 @@ class RunningServer:
         await _first(self._servicer.idle, stop, timeout_s=self.settings.server.grace_s)
 
     async def watch(self) -> None:
-        """Updates health, reads access tokens again if their file has changed, ends streams that are not read, and
-        frees memory when idle. Runs until cancelled."""
+        """Updates health, replaces a server of gRPC that has ended, reads access tokens again if their file has
+        changed, ends streams that are not read, and frees memory when idle. Runs until cancelled."""
         while True:
             self._update_health()
+            await self._server.renew()
             await asyncio.to_thread(self._access.refresh)
             self._writes.end_unread(self.settings.server.read_timeout_s)
             if self.engine.failure is not None:
@@ -202,13 +182,6 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
         await asyncio.to_thread(shut_down, providers, EXPORT_TIMEOUT_S)
 
 
-def _channel_options(settings: Settings) -> tuple[tuple[str, int], ...]:
-    options = [*_CHANNEL_OPTIONS, ("grpc.enable_channelz", int(settings.telemetry.channelz_port is not None))]
-    if (age_s := settings.server.max_connection_age_s) is not None:
-        options.append(("grpc.max_connection_age_ms", min(math.ceil(1000 * age_s), _MAX_INT)))
-    return tuple(options)
-
-
 @asynccontextmanager
 async def _serving(
     settings: Settings,
@@ -220,8 +193,9 @@ async def _serving(
     interceptor = CallInterceptor(access)
     certificate = None if tls is None else server_certificate(tls)
     _warn_of_exposure(settings, access)
-    server = grpc.aio.server(interceptors=[interceptor], options=_channel_options(settings))
-    with listening(server, settings.server, certificate) as target:
+    make_server = partial(grpc.aio.server, interceptors=[interceptor], options=channel_options(settings))
+    first = make_server()
+    with listening(first, settings.server, certificate) as target:
         engine, model = await asyncio.to_thread(load_engine, settings, loop=asyncio.get_running_loop())
         limits = engine.preparation.limits
         interceptor.message_limits = MessageLimits(limits)
@@ -232,13 +206,24 @@ async def _serving(
             engine, model, settings.scheduler, interceptor.message_limits, interceptor.messages
         )
         channel = LocalChannel(interceptor)
-        running = RunningServer(settings, target, channel, engine, model, servicer, access, interceptor.writes)
+
+        def add_services(server: grpc.aio.Server) -> grpc.aio.Server:
+            _add_services(server, servicer, debug, running.health)
+            if settings.server.reflection:
+                services = (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+                reflection.enable_server_reflection(services, server)
+            return server
+
+        def renewed() -> grpc.aio.Server:
+            server = make_server()
+            listen_again(server, settings.server, certificate, target)
+            return add_services(server)
+
+        server = RenewedServer(first, renewed)
+        running = RunningServer(settings, target, channel, engine, model, servicer, access, interceptor.writes, server)
         debug = DebugServicer(engine, model)
-        for callee in (server, channel):
-            _add_services(callee, servicer, debug, running.health)
-        if settings.server.reflection:
-            services = (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(services, server)
+        add_services(first)
+        _add_services(channel, servicer, debug, running.health)
         with engine:
             try:
                 await asyncio.to_thread(engine.generate, _warm_up(limits.max_context_tokens))
