@@ -11,6 +11,8 @@ import grpc
 from mpt_grpc.errors import SettingsError
 
 _log = logging.getLogger(__name__)
+_INTERVAL_S, _PAUSE_S = 0.2, 1.0
+"""How soon an end is noticed, and the time between attempts to listen again."""
 _LONG_S = 86_400 * 365.0
 
 
@@ -30,22 +32,26 @@ class RenewedServer:
     async def start(self) -> None:
         await self._server.start()
 
-    async def renew(self) -> None:
-        """Replaces the server if it has ended."""
-        try:
-            await self._server.wait_for_termination(0)
-        except Exception as error:
-            _log.error("gRPC's server has ended, and is replaced: %s", error)
+    async def watch(self) -> None:
+        """Replaces the server whenever it has ended. Runs until cancelled."""
+        while True:
             try:
-                server = self._make()
-            except SettingsError as failure:
-                _log.error("%s", failure)
-                return
-            await server.start()
-            ended, self._server = self._server, server
-            task = asyncio.create_task(ended.stop(_LONG_S))
-            self._ended[task] = ended
-            task.add_done_callback(self._ended.pop)
+                await self._server.wait_for_termination(_INTERVAL_S)
+            except Exception as error:
+                _log.error("gRPC's server has ended, and is replaced: %s", error)
+                try:
+                    await self._replace()
+                except SettingsError as failure:
+                    _log.error("%s", failure)
+                    await asyncio.sleep(_PAUSE_S)
+
+    async def _replace(self) -> None:
+        server = self._make()
+        await server.start()
+        ended, self._server = self._server, server
+        task = asyncio.create_task(ended.stop(_LONG_S))
+        self._ended[task] = ended
+        task.add_done_callback(self._ended.pop)
 
     async def stop(self, grace_s: float) -> None:
         """Ends all calls after `grace_s`."""

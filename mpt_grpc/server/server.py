@@ -119,7 +119,6 @@ class RunningServer:
         servicer: TextGenerationServicer,
         access: Access,
         writes: PendingWrites,
-        server: RenewedServer,
     ) -> None:
         self.settings, self.target, self.engine, self.model = settings, target, engine, model
         self.channel = channel
@@ -129,7 +128,7 @@ class RunningServer:
         self.channelz_port: int | None = None
         self.garbage: GarbageCollection | None = None
         """Set in a process of the server's own."""
-        self._servicer, self._access, self._writes, self._server = servicer, access, writes, server
+        self._servicer, self._access, self._writes = servicer, access, writes
         self.engine_failed = asyncio.Event()
         """Set when the engine has ended by itself, so that only a new process can serve again."""
         self.health = Health()
@@ -143,11 +142,10 @@ class RunningServer:
         await _first(self._servicer.idle, stop, timeout_s=self.settings.server.grace_s)
 
     async def watch(self) -> None:
-        """Updates health, replaces a server of gRPC that has ended, reads access tokens again if their file has
-        changed, ends streams that are not read, and frees memory when idle. Runs until cancelled."""
+        """Updates health, reads access tokens again if their file has changed, ends streams that are not read, and
+        frees memory when idle. Runs until cancelled."""
         while True:
             self._update_health()
-            await self._server.renew()
             await asyncio.to_thread(self._access.refresh)
             self._writes.end_unread(self.settings.server.read_timeout_s)
             if self.engine.failure is not None:
@@ -220,7 +218,7 @@ async def _serving(
             return add_services(server)
 
         server = RenewedServer(first, renewed)
-        running = RunningServer(settings, target, channel, engine, model, servicer, access, interceptor.writes, server)
+        running = RunningServer(settings, target, channel, engine, model, servicer, access, interceptor.writes)
         debug = DebugServicer(engine, model)
         add_services(first)
         _add_services(channel, servicer, debug, running.health)
@@ -234,6 +232,7 @@ async def _serving(
             tasks = [asyncio.create_task(running.watch()), asyncio.create_task(measure_lag(telemetry.metrics))]
             try:
                 await server.start()
+                tasks.append(asyncio.create_task(server.watch()))
                 page = None if registry is None else (registry, access)
                 http_metrics = HttpMetrics((meters or NoOpMeterProvider()).get_meter(names.SCOPE))
                 async with AsyncExitStack() as stack:
