@@ -159,15 +159,15 @@ void matmul(const float *x, int64_t rows, const Weight *weights, int64_t outputs
     const Tiles tiles(rows, Shape::MAX_ROWS, Shape::ROW_STEP);
     pool.run(tiles.count, [&](int64_t i) { Products::pack(x, inputs, tiles.start(i), tiles.height(i), to); });
     const Matmul<Products> product{{to, weights, inputs}, tiles, outputs, y, epilogue};
-    constexpr int64_t TILES = Shape::ROW_BLOCK / Shape::MAX_ROWS;
-    const int64_t panels = num_panels(outputs), blocks = (tiles.count + TILES - 1) / TILES;
+    constexpr int64_t MOST = Shape::ROW_BLOCK / Shape::MAX_ROWS;  // tiles in a block of rows; all have about as many
+    const int64_t panels = num_panels(outputs), blocks = (tiles.count + MOST - 1) / MOST;
     const int64_t panel_bytes = PANEL * inputs * int64_t(sizeof(Weight));
     // About eight pieces for each thread, unless they become too small; of a multiple of MAX_PANELS. Blocks of rows follow
     // each other, so that all threads read the same weights.
     int64_t size = std::max(panels * blocks / (8 * pool.size()), PIECE_BYTES / panel_bytes);
     size = std::max<int64_t>(1, size / MAX_PANELS) * MAX_PANELS;
     pool.run((panels + size - 1) / size * blocks, [&](int64_t i) {
-        const int64_t panel = i / blocks * size, tile = i % blocks * TILES;
-        product.compute(panel, std::min(panels, panel + size), tile, std::min(tiles.count, tile + TILES));
+        const int64_t panel = i / blocks * size, block = i % blocks;
+        product.compute(panel, std::min(panels, panel + size), tiles.count * block / blocks, tiles.count * (block + 1) / blocks);
     });
 }
