@@ -77,7 +77,8 @@ class RequestTable:
         wait_s = self._times.wait_s(num_ahead(record.request, others) - load.num_running + 1, load.num_running)
         run_s, left_s = self._times.run_s(_num_new_tokens(record.request)), deadline_s - record.arrival_time_s
         if _CAUTION * wait_s + run_s > left_s:
-            raise _too_late(_CAUTION * wait_s + run_s, left_s, f", {wait_s:.1f} s of them in the queue")
+            needed_s = _CAUTION * wait_s + run_s
+            raise _too_late(f"{needed_s:.1f} s, {wait_s:.1f} s of them in the queue", left_s, needed_s - left_s)
 
     def late(self, now_s: float) -> list[tuple[RequestRecord, OverloadedError]]:
         """Returns the requests in the queue that would end too late even if they started now, with an error for each.
@@ -90,9 +91,11 @@ class RequestTable:
             prefill_s, token_s = self._times.least_s()
         for record in waiting[:-1]:
             if record.deadline_s is not None:
-                run_s = prefill_s + token_s * (_num_new_tokens(record.request) or 0)
+                run_s = prefill_s + token_s * (_num_new_tokens(record.request) or 0)  # as `ServiceTimes.run_s`, for all
                 if run_s > (left_s := max(0.0, record.deadline_s - now_s)):
-                    found.append((record, _too_late(run_s, left_s)))
+                    waited_s = now_s - record.arrival_time_s
+                    needed = f"{run_s:.1f} s, after {waited_s:.1f} s in the queue"
+                    found.append((record, _too_late(needed, left_s, waited_s)))
         return found
 
     def get(self, request_id: str) -> RequestRecord | None:
@@ -152,13 +155,16 @@ class RequestTable:
                 event = event._replace(stats=self._remove(record, now_s))
         self._undelivered.append((record.stream.receive, event))
 
-    def report_step(
-        self, plan: StepPlan, num_new_tokens: Mapping[int, int], start_time_s: float, duration_s: float, number: int
-    ) -> None:
-        """Measures a step and queues its report, before those of the requests that end with it."""
+    def measure_step(self, num_new_tokens: Mapping[int, int], duration_s: float) -> None:
+        """Measures a step that was computed at once."""
         if num_new_tokens:
             with self._lock:
                 self._times.record_step(duration_s, sum(num_new_tokens.values()) / len(num_new_tokens))
+
+    def report_step(
+        self, plan: StepPlan, num_new_tokens: Mapping[int, int], start_time_s: float, duration_s: float, number: int
+    ) -> None:
+        """Queues the report of a step, before those of the requests that end with it."""
         if (observer := self.observer) is None:
             return
         contexts: tuple[Context, ...] = ()
@@ -247,9 +253,9 @@ def _num_new_tokens(request: GenerationRequest) -> int | None:
     return None if most is None else most - min(map(len, request.outputs.values()))
 
 
-def _too_late(needed_s: float, left_s: float, of_which: str = "") -> OverloadedError:
-    why = f"the request would take about {needed_s:.1f} s{of_which}, and its timeout leaves {left_s:.1f} s: retry later"
-    return OverloadedError(why, _jittered(needed_s - left_s))
+def _too_late(needed: str, left_s: float, retry_after_s: float) -> OverloadedError:
+    why = f"the request would take about {needed}, and its timeout leaves {left_s:.1f} s: retry later"
+    return OverloadedError(why, _jittered(retry_after_s))
 
 
 def _jittered(wait_s: float) -> float:

@@ -13,6 +13,8 @@ _WEIGHT = 0.05
 _NUM_NEEDED = 8
 """The number of measurements from which on they are used: the first steps of a process are slow."""
 _NUM_KEPT = 64
+_MAX_FACTOR = 8.0
+"""The most that a step counts, in units of the mean: it may have had to wait for a core, or for a long prompt."""
 
 
 class ServiceTimes:
@@ -48,8 +50,11 @@ class ServiceTimes:
 
     def record_step(self, duration_s: float, num_tokens: float) -> None:
         """Adds a step that has given each output `num_tokens` on average."""
+        token_s = duration_s / num_tokens
+        if self._num_steps:
+            token_s = min(token_s, _MAX_FACTOR * self._token_s)
         self._num_steps += 1
-        self._token_s += _weight(self._num_steps) * (duration_s / num_tokens - self._token_s)
+        self._token_s += _weight(self._num_steps) * (token_s - self._token_s)
 
     def least_s(self) -> tuple[float, float]:
         """Returns how long a request takes at least to its first token, and then for each token that it may get."""

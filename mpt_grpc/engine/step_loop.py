@@ -111,11 +111,11 @@ class StepLoop:
             self._run_commands()
             self.inquiries.answer(self._state)
             self._end_overdue()
-            self._refuse_late()
             self._deliver()  # the events of requests that have just ended do not wait for the step
             plan = self._scheduler.plan()  # on an accelerator, the step before is in flight
             self._measure_load()  # before the step, which may be long
             previous, self._in_flight = self._in_flight, self._launch(plan) if plan.sequences else None
+            self._refuse_late()
             self._complete(previous)
             if not (self._runs_ahead and self._in_flight is not None and self._in_flight.may_be_followed):
                 self._complete_last()
@@ -156,8 +156,10 @@ class StepLoop:
         if step is None:
             return
         plan = computed = step.plan
+        is_measured = False
         try:
             result = step.result()
+            is_measured = not result.errors
         except DeviceLostError:
             raise
         except Exception as error:
@@ -167,8 +169,10 @@ class StepLoop:
         start_s, self._completion_s = max(step.start_s, self._completion_s), time.monotonic()
         duration_s = self._completion_s - start_s
         self._waits_for_masks = bool(computed.sequences) and all(map(result.is_deferred, computed.sequences))
-        events = self._scheduler.commit(plan, result, None if result.errors else duration_s)
+        events = self._scheduler.commit(plan, result, duration_s if is_measured else None)
         new_tokens = Counter(sequence.sequence_id for sequence, event in events if event.token_id is not None)
+        if is_measured:
+            self._requests.measure_step(new_tokens, duration_s)
         self._requests.report_step(plan, new_tokens, start_s + self._epoch_s, duration_s, self.load.num_steps)
         self._record_step(plan, result, events, new_tokens)
 
@@ -192,7 +196,7 @@ class StepLoop:
             self._end(record, Finish(FinishReason.TIME_LIMIT))
 
     def _refuse_late(self) -> None:
-        """Has no step compute what its caller will not wait for, while others wait."""
+        """Has no step compute what its caller will not wait for, among the requests for which there was no room."""
         if self._scheduler.num_waiting and (now_s := self.now_s()) >= self._next_late_s:
             self._next_late_s = now_s + _LATE_INTERVAL_S
             for record, error in self._requests.late(now_s):

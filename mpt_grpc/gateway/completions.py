@@ -68,7 +68,7 @@ async def complete(
             task.cancel()
     choices = [choice for of_prompt, _ in completed for choice in of_prompt]
     content = response.complete(choices, [usage for _, usage in completed])
-    return await built(PartedResponse, [content], has_logprobs=body.logprobs is not None)
+    return await asyncio.to_thread(PartedResponse, content) if body.logprobs is not None else PartedResponse(content)
 
 
 async def _choices(

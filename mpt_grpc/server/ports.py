@@ -41,17 +41,6 @@ def listening(
         raise
 
 
-def listen_again(
-    server: grpc.aio.Server, settings: ServerSettings, certificate: ServerCertificate | None, target: str
-) -> None:
-    """Binds what a server that has ended was bound to, at the target of `listening`. Raises SettingsError."""
-    if settings.grpc_socket is None:
-        credentials = None if certificate is None else server_credentials(certificate)
-        bind(server, settings.host, int(target.rpartition(":")[2]), "--grpc-port", credentials)
-    else:
-        server.add_insecure_port(target)
-
-
 def bind(
     server: grpc.aio.Server, host: str, port: int, flag: str, credentials: grpc.ServerCredentials | None = None
 ) -> int:

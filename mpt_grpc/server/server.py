@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from typing import Any
 
 import grpc
@@ -23,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from mpt_grpc.access import Access
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel, load_engine
-from mpt_grpc.errors import DrainingError, ModelError, MptServerError
+from mpt_grpc.errors import DrainingError, ModelError, MptServerError, UnavailableError
 from mpt_grpc.listening import exposure
 from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.allocator import trim
@@ -34,8 +33,7 @@ from mpt_grpc.server.http import serving_http
 from mpt_grpc.server.interceptors import DEBUG_SERVICE, SERVICE, CallInterceptor
 from mpt_grpc.server.local_channel import LocalChannel
 from mpt_grpc.server.observing import make_telemetry, measure_lag
-from mpt_grpc.server.ports import listen_again, listening
-from mpt_grpc.server.renewal import RenewedServer
+from mpt_grpc.server.ports import listening
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.server.writes import PendingWrites
@@ -60,8 +58,8 @@ async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -
     """Serves until SIGTERM or SIGINT, then drains; a second signal cancels the remaining requests.
 
     `on_ready` is called once, when health reports SERVING. Raises SettingsError or ModelError if the start fails, and
-    EngineStoppedError when the engine fails. If the engine still computes some seconds after it was to stop, the
-    process exits with status 1.
+    UnavailableError when the engine fails, or when gRPC's server does, after a drain. If the engine still computes some
+    seconds after it was to stop, the process exits with status 1.
     """
     loop = asyncio.get_running_loop()
     drain, stop = asyncio.Event(), asyncio.Event()
@@ -78,8 +76,8 @@ async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -
                 loop.add_signal_handler(number, on_signal)
             server.garbage = GarbageCollection()
             on_ready(server)
-            await _first(drain, server.engine_failed)
-            if drain.is_set():
+            await _first(drain, server.has_failed)
+            if server.engine.failure is None:
                 _log.info(
                     "draining: waiting up to %g s for requests in progress; send the signal again to stop immediately",
                     settings.server.grace_s,
@@ -88,7 +86,7 @@ async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -
             exiting.start()
     finally:
         exiting.cancel()
-    if (failure := server.engine.failure) is not None:
+    if (failure := server.failure) is not None:
         raise failure
     _log.info("stopped")
 
@@ -112,6 +110,7 @@ class RunningServer:
     def __init__(
         self,
         settings: Settings,
+        server: grpc.aio.Server,
         target: str,
         channel: grpc.aio.Channel,
         engine: Engine,
@@ -128,9 +127,10 @@ class RunningServer:
         self.channelz_port: int | None = None
         self.garbage: GarbageCollection | None = None
         """Set in a process of the server's own."""
-        self._servicer, self._access, self._writes = servicer, access, writes
-        self.engine_failed = asyncio.Event()
-        """Set when the engine has ended by itself, so that only a new process can serve again."""
+        self._server, self._servicer, self._access, self._writes = server, servicer, access, writes
+        self.failure: UnavailableError | None = None
+        """Why only a new process can serve again: the engine, or gRPC's server, has ended by itself."""
+        self.has_failed = asyncio.Event()
         self.health = Health()
         self._draining = False
 
@@ -142,14 +142,15 @@ class RunningServer:
         await _first(self._servicer.idle, stop, timeout_s=self.settings.server.grace_s)
 
     async def watch(self) -> None:
-        """Updates health, reads access tokens again if their file has changed, ends streams that are not read, and
-        frees memory when idle. Runs until cancelled."""
+        """Updates health, reads access tokens again if their file has changed, ends streams that are not read, notices
+        failures, and frees memory when idle. Runs until cancelled."""
         while True:
             self._update_health()
             await asyncio.to_thread(self._access.refresh)
             self._writes.end_unread(self.settings.server.read_timeout_s)
-            if self.engine.failure is not None:
-                self.engine_failed.set()
+            self.failure = self.engine.failure or await _failure(self._server)
+            if self.failure is not None:
+                self.has_failed.set()
             if not self.engine.num_in_flight:
                 if self.garbage is not None:
                     self.garbage.collect_when_idle(self.engine.load.num_steps)
@@ -191,9 +192,8 @@ async def _serving(
     interceptor = CallInterceptor(access)
     certificate = None if tls is None else server_certificate(tls)
     _warn_of_exposure(settings, access)
-    make_server = partial(grpc.aio.server, interceptors=[interceptor], options=channel_options(settings))
-    first = make_server()
-    with listening(first, settings.server, certificate) as target:
+    server = grpc.aio.server(interceptors=[interceptor], options=channel_options(settings))
+    with listening(server, settings.server, certificate) as target:
         engine, model = await asyncio.to_thread(load_engine, settings, loop=asyncio.get_running_loop())
         limits = engine.preparation.limits
         interceptor.message_limits = MessageLimits(limits)
@@ -204,24 +204,13 @@ async def _serving(
             engine, model, settings.scheduler, interceptor.message_limits, interceptor.messages
         )
         channel = LocalChannel(interceptor)
-
-        def add_services(server: grpc.aio.Server) -> grpc.aio.Server:
-            _add_services(server, servicer, debug, running.health)
-            if settings.server.reflection:
-                services = (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-                reflection.enable_server_reflection(services, server)
-            return server
-
-        def renewed() -> grpc.aio.Server:
-            server = make_server()
-            listen_again(server, settings.server, certificate, target)
-            return add_services(server)
-
-        server = RenewedServer(first, renewed)
-        running = RunningServer(settings, target, channel, engine, model, servicer, access, interceptor.writes)
+        running = RunningServer(settings, server, target, channel, engine, model, servicer, access, interceptor.writes)
         debug = DebugServicer(engine, model)
-        add_services(first)
-        _add_services(channel, servicer, debug, running.health)
+        for callee in (server, channel):
+            _add_services(callee, servicer, debug, running.health)
+        if settings.server.reflection:
+            services = (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(services, server)
         with engine:
             try:
                 await asyncio.to_thread(engine.generate, _warm_up(limits.max_context_tokens))
@@ -229,10 +218,10 @@ async def _serving(
                 why = f"the model failed to generate its first tokens: {error.__cause__ or error}"
                 raise ModelError(why) from error
             engine.observe(telemetry)
-            tasks = [asyncio.create_task(running.watch()), asyncio.create_task(measure_lag(telemetry.metrics))]
+            tasks = [asyncio.create_task(measure_lag(telemetry.metrics))]
             try:
                 await server.start()
-                tasks.append(asyncio.create_task(server.watch()))
+                tasks.append(asyncio.create_task(running.watch()))
                 page = None if registry is None else (registry, access)
                 http_metrics = HttpMetrics((meters or NoOpMeterProvider()).get_meter(names.SCOPE))
                 async with AsyncExitStack() as stack:
@@ -253,6 +242,15 @@ async def _serving(
                 # The engine stops first, so that the remaining calls end with its error, which gives the reason.
                 await asyncio.to_thread(engine.close)
                 await server.stop(_STOP_GRACE_S)
+
+
+async def _failure(server: grpc.aio.Server) -> UnavailableError | None:
+    """Returns why gRPC's server accepts no more connections, as after a call whose path is not UTF-8."""
+    try:
+        await server.wait_for_termination(0)
+    except Exception as error:
+        return UnavailableError(f"gRPC's server has ended: {error}")
+    return None
 
 
 def _warn_of_exposure(settings: Settings, access: Access) -> None:

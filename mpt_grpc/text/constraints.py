@@ -13,14 +13,14 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import is_dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from mpt_grpc.conversation import OutputConstraint
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.text.grammar import constraint_field, make_grammar
-from mpt_grpc.text.probe import Probe, SlowConstraintError
+from mpt_grpc.text.probe import Probe
 from mpt_grpc.text.refusals import refusal_reason
 from mpt_grpc.text.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ class ConstraintCompiler:
         self._tokens = _Tokens(tokenizer)
         self._vocabulary: LLTokenizer | None = None
         self._probe = Probe(PARSER_LIMITS)
-        self._verdicts: OrderedDict[OutputConstraint, _Verdict] = OrderedDict()
+        self._verdicts: OrderedDict[OutputConstraint, str | FieldViolation] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
 
@@ -62,7 +62,7 @@ class ConstraintCompiler:
 
         ends: special tokens that may end the output, besides the end-of-sequence tokens, where the constraint allows an
             end.
-        may_be_slow: False raises SlowConstraintError for a constraint that takes longer than nearly all do.
+        may_be_slow: False raises SlowConstraintError for one not in the cache that takes longer than nearly all do.
         Raises InvalidRequestError, which names the field, if the constraint is malformed, unsupported, impossible to
         satisfy, or too costly; OverloadedError, if the machine is too busy to find out.
         """
@@ -76,21 +76,19 @@ class ConstraintCompiler:
         if verdict is None:
             verdict = self._verdict(constraint, may_be_slow)
         self._remember(constraint, verdict)
-        if verdict.refusal is not None:
-            raise InvalidRequestError(verdict.refusal)
-        if verdict.is_slow and not may_be_slow:
-            raise SlowConstraintError
-        return verdict.grammar
+        if isinstance(verdict, FieldViolation):
+            raise InvalidRequestError(verdict)
+        return verdict
 
-    def _verdict(self, constraint: OutputConstraint, may_be_slow: bool) -> _Verdict:
+    def _verdict(self, constraint: OutputConstraint, may_be_slow: bool) -> str | FieldViolation:
         field = constraint_field(constraint)
         try:
             grammar = make_grammar(constraint)
-            is_slow = self._probe.check(grammar, field, may_be_slow=may_be_slow)
+            self._probe.check(grammar, field, may_be_slow=may_be_slow)
             _try_two_steps(self._matcher(grammar, field, self._tokens))
         except InvalidRequestError as error:
-            return _Verdict(refusal=error.violations[0])
-        return _Verdict(grammar, is_slow)
+            return error.violations[0]
+        return grammar
 
     def _matcher(self, grammar: str, field: str, tokens: _Tokens) -> ConstraintMatcher:
         matcher = LLMatcher(self._shared_vocabulary(), grammar, limits=LLParserLimits(**PARSER_LIMITS), log_level=0)
@@ -102,7 +100,7 @@ class ConstraintCompiler:
                 self._vocabulary = _vocabulary(self._tokenizer, sorted(self._tokens.ends))
             return self._vocabulary
 
-    def _remember(self, constraint: OutputConstraint, verdict: _Verdict) -> None:
+    def _remember(self, constraint: OutputConstraint, verdict: str | FieldViolation) -> None:
         size = _num_bytes(constraint, verdict)
         if size > _MAX_ENTRY_BYTES:
             return
@@ -179,14 +177,6 @@ class ConstraintMatcher:
             raise InvalidRequestError(FieldViolation(self._field, refusal_reason(self._matcher.get_error())))
 
 
-class _Verdict(NamedTuple):
-    """A constraint's grammar, or why it is refused, and whether it needed more than a brief attempt."""
-
-    grammar: str = ""
-    is_slow: bool = False
-    refusal: FieldViolation | None = None
-
-
 class _Tokens:
     """Bit sets of a vocabulary's text tokens and of those that end an output; bit i represents token i."""
 
@@ -224,9 +214,9 @@ def _vocabulary(tokenizer: Tokenizer, ends: list[int]) -> LLTokenizer:
     return LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size, eos_token=ends or None)
 
 
-def _num_bytes(constraint: OutputConstraint, verdict: _Verdict) -> int:
+def _num_bytes(constraint: OutputConstraint, verdict: str | FieldViolation) -> int:
     """Returns the size of an entry of the cache."""
-    texts = [verdict.grammar if verdict.refusal is None else verdict.refusal.description]
+    texts = [verdict if isinstance(verdict, str) else verdict.description]
     parts: list[Any] = [constraint]
     while parts:
         part = parts.pop()

@@ -37,22 +37,22 @@ class Probe:
         """The socket that controls the process, and what stops it."""
         self._lock = threading.Lock()
 
-    def check(self, grammar: str, field: str, *, may_be_slow: bool) -> bool:
-        """Returns whether a grammar needs more than the first attempt; SlowConstraintError is raised if it may not.
+    def check(self, grammar: str, field: str, *, may_be_slow: bool) -> None:
+        """Raises InvalidRequestError if the grammar is refused, OverloadedError if the machine is too busy.
 
-        Raises InvalidRequestError if the grammar is refused, OverloadedError if the machine is too busy.
+        One that needs more than the first attempt, although it may not be slow, raises SlowConstraintError.
         """
-        for is_slow, limits in enumerate(_ATTEMPTS):
-            if is_slow and not may_be_slow:
-                raise SlowConstraintError
+        for limits in _ATTEMPTS if may_be_slow else _ATTEMPTS[:1]:
             try:
                 answer = self._ask({"grammar": grammar, "limits": self._parser_limits, **limits})
             except TimeoutError as error:  # it did not get its share of CPU time
                 raise OverloadedError("the server is too busy to check a new constraint", retry_after_s=1.0) from error
             if answer == "ok":
-                return bool(is_slow)
+                return
             if answer:
                 raise InvalidRequestError(FieldViolation(field, refusal_reason(answer.removeprefix("refused: "))))
+        if not may_be_slow:
+            raise SlowConstraintError
         # It overflowed its stack, or exceeded its CPU time or memory.
         raise InvalidRequestError(FieldViolation(field, TOO_COSTLY))
 

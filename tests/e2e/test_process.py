@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import http2
 import pytest
 import torch
 from server_process import CLI, running
@@ -232,3 +233,20 @@ def test_connections_that_use_up_all_files_stop_no_stream_and_leave_few_lines_in
         server.terminate()
         assert server.wait() == 0
         assert 0 < server.stderr.count("out of system resource") < 60  # one a second
+
+
+def test_a_call_whose_path_is_not_utf_8_makes_the_server_drain_and_exit_with_an_error() -> None:
+    path = "/mpt.v1.TextGenerationService/Generate"
+    call = http2.call(path, b"").replace(path.encode(), path.replace("Generate", "\x80enerate").encode("latin-1"))
+    with running("--grace", "60s") as server, Client(server.target) as client:
+        with client.stream(PROMPTS[0], max_new_tokens=1000, ignore_eos=True) as stream:
+            next(stream)
+            host, _, port = server.target.rpartition(":")
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(http2.PREFACE + http2.settings() + call)
+                for _ in stream:
+                    pass
+                assert stream.result.usage.num_output_tokens == 1000
+                assert server.wait() == 1
+    assert "draining" in server.stderr
+    assert server.stderr.splitlines()[-1].startswith("mpt-grpc: gRPC's server has ended: ")

@@ -112,7 +112,7 @@ class Simulation:
         self._now_s += duration_s
         events = self._machine.run(plan)
         new_tokens = {self._machine.sequences[name].sequence_id: 1 for name in events}
-        self._requests.report_step(plan, new_tokens, start_s, duration_s, 0)
+        self._requests.measure_step(new_tokens, duration_s)
         for name, event in events.items():
             sequence = self._machine.sequences[name]
             self._requests.report(sequence, event, self._now_s)

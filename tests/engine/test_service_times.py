@@ -25,7 +25,7 @@ def stats(prefill_s: float, decode_s: float, num_tokens: int) -> RequestStats:
 def with_steps(token_s: float) -> ServiceTimes:
     """Returns the times of steps that each give an output one token."""
     times = ServiceTimes()
-    for _ in range(10):
+    for _ in range(20):
         times.record_step(token_s, 1)
     return times
 
@@ -60,6 +60,14 @@ def test_drafts_that_are_accepted_make_tokens_quicker() -> None:
         times.record_step(0.04, num_tokens=2)
         times.record(stats(0.0, 2.0, num_tokens=100), 1, 100, was_cancelled=False)
     assert times.run_s(100) == pytest.approx(2)
+
+
+def test_a_step_that_was_held_up_hardly_counts() -> None:
+    times = with_steps(0.01)
+    for _ in range(8):
+        times.record(stats(0.0, 1.0, num_tokens=100), 1, 100, was_cancelled=False)
+    times.record_step(2.0, 1)
+    assert times.run_s(100) < 1.5
 
 
 def test_who_uses_all_tokens_does_not_make_a_high_limit_seem_to_take_long() -> None:

@@ -238,7 +238,7 @@ async def test_a_call_whose_deadline_cannot_be_met_is_refused_while_others_wait(
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
     limited = generate_request([300], max_new_tokens=7999)
-    limited.stopping.time_limit.FromMilliseconds(100)
+    limited.stopping.time_limit.FromSeconds(1)
     ended = asyncio.ensure_future(service.stub.Generate(limited, timeout=60))
     stepped[0].allow()
     await step_until(stepped[0], lambda _: service.server.engine.load.num_waiting == 2)
@@ -251,15 +251,18 @@ async def test_a_call_that_waits_is_refused_once_its_deadline_cannot_be_met(
 ) -> None:
     service = await busy_service(make_service, stepped)
     engine, runner = service.server.engine, stepped[0]
-    late = asyncio.ensure_future(service.stub.Generate(generate_request([300], max_new_tokens=30), timeout=DEADLINE_S))
+    request = generate_request([300], max_new_tokens=7999)
+    with pytest.raises(grpc.aio.AioRpcError, match="its timeout leaves") as refused:
+        await service.stub.Generate(request, timeout=0.5)
+    needed_s = float((refused.value.details() or "").partition("about ")[2].partition(" s")[0])
+    late = asyncio.ensure_future(service.stub.Generate(request, timeout=needed_s + 1))
     runner.allow()
     await step_until(runner, lambda _: engine.load.num_waiting == 2)
     engine.submit(generation("newest"), AsyncStream)
-    runner.allow()
-    await step_until(runner, lambda _: engine.load.num_waiting == 3)
-    await asyncio.sleep(DEADLINE_S / 2)  # by which this step makes those of the 30 tokens seem slow
-    runner.allow()
-    with pytest.raises(grpc.aio.AioRpcError, match=r"would take about [\d.]+ s, and its timeout leaves") as refused:
+    await asyncio.sleep(1.5)  # more than its timeout leaves
+    for _ in range(3):
+        runner.allow()
+    with pytest.raises(grpc.aio.AioRpcError, match=r"s, after [\d.]+ s in the queue, and its timeout") as refused:
         await late
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert engine.num_in_flight == 3

@@ -27,6 +27,7 @@ from mpt_grpc_client.targets import proxy_variable
 
 _MAX_ROUNDS = 4
 _FIRST_PAUSE_S = 0.1
+_MAX_PAUSE_BESIDE_OTHERS_S = 2.0
 _MAX_ASIDE_S = 30.0
 MAX_BREAKS, PROGRESS_TOKENS = 3, 16
 """A call fails when `MAX_BREAKS` servers in a row broke while they ran it, each with less than `PROGRESS_TOKENS`: a
@@ -247,11 +248,15 @@ class Attempts(Generic[_Connection]):
         return UnavailableError(f"{why}; the last time: {failure}", code=failure.code, reason=failure.reason)
 
     def _pause(self) -> float:
-        """Returns the time to wait before a round: none before the first, and as the first busy server asks for: it may
-        be the only one left."""
+        """Returns the time to wait before a round: none before the first, and the shortest that a busy server asks for,
+        but not long if others are gone, since they may be back before."""
         if self._num_rounds < 2:
             return 0.0
-        return float(max(min(self._asked_pauses(), default=0.0), _FIRST_PAUSE_S * 2 ** (self._num_rounds - 2)))
+        asked_s = self._asked_pauses()
+        pause_s = min(asked_s, default=0.0)
+        if len(asked_s) < len(self._failures):
+            pause_s = min(pause_s, _MAX_PAUSE_BESIDE_OTHERS_S)
+        return float(max(pause_s, _FIRST_PAUSE_S * 2 ** (self._num_rounds - 2)))
 
     def _asked_pauses(self) -> list[float]:
         """Returns the times that busy servers ask for."""
