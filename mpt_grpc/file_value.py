@@ -68,5 +68,5 @@ def _state(file: Path) -> tuple[int, int, int] | None:
         status = os.stat(file)
     except OSError:
         return None
-    # Unlike the time of modification, this one cannot be set, as rsync does, and a change of permissions changes it, too.
+    # Unlike the time of modification, this one cannot be set, as rsync does, and permissions change it as well.
     return status.st_ctime_ns, status.st_size, status.st_ino

@@ -20,7 +20,7 @@ from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
 class RequestRecord:
     """One request in flight. Times are seconds since the epoch.
 
-    It is preparing until it is in the scheduler as `sequences`. Only the scheduler thread changes it, and the thread that
+    It is preparing until it is in the scheduler as `sequences`. Only the scheduler thread changes it, besides the one that
     prepares it, which may give it another `turn`.
     """
 
