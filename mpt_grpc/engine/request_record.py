@@ -20,8 +20,8 @@ from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
 class RequestRecord:
     """One request in flight. Times are seconds since the epoch.
 
-    It is preparing until it is in the scheduler as `sequences`. Only the scheduler thread changes it, besides the one that
-    prepares it, which may give it another `turn`.
+    It is preparing until it is in the scheduler as `sequences`. Only the scheduler thread changes it, and in `turn` the
+    one that prepares it.
     """
 
     request: GenerationRequest
