@@ -256,7 +256,7 @@ def test_ctrl_c_while_modules_are_imported_ends_the_program_without_a_traceback(
         next(line for line in process.stderr if line.endswith("mpt_grpc.errors\n"))
         process.send_signal(signal.SIGINT)
         assert "Traceback" not in process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode in (130, -signal.SIGINT)  # which a shell shows as 130, too
 
 
 def test_generated_control_characters_do_not_reach_a_terminal(server: Any) -> None:

@@ -251,15 +251,15 @@ async def test_a_call_that_waits_is_refused_once_its_deadline_cannot_be_met(
 ) -> None:
     service = await busy_service(make_service, stepped)
     engine, runner = service.server.engine, stepped[0]
-    request = generate_request([300], max_new_tokens=7999)
     with pytest.raises(grpc.aio.AioRpcError, match="its timeout leaves") as refused:
-        await service.stub.Generate(request, timeout=0.5)
+        await service.stub.Generate(generate_request([300], max_new_tokens=7999), timeout=0.5)
     needed_s = float((refused.value.details() or "").partition("about ")[2].partition(" s")[0])
-    late = asyncio.ensure_future(service.stub.Generate(request, timeout=needed_s + 1))
+    request = generate_request([300], max_new_tokens=min(7999, int(7999 * 4 / needed_s)))  # which take about 4 s
+    late = asyncio.ensure_future(service.stub.Generate(request, timeout=6))
     runner.allow()
     await step_until(runner, lambda _: engine.load.num_waiting == 2)
     engine.submit(generation("newest"), AsyncStream)
-    await asyncio.sleep(1.5)  # more than its timeout leaves
+    await asyncio.sleep(4)  # leaves half of the time that it takes
     for _ in range(3):
         runner.allow()
     with pytest.raises(grpc.aio.AioRpcError, match=r"s, after [\d.]+ s in the queue, and its timeout") as refused:

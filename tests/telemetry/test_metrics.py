@@ -151,12 +151,12 @@ async def test_outputs_are_counted_by_the_finish_reason_that_their_caller_gets(s
     conversation = pb.Conversation(
         messages=[pb.Message(role=pb.ROLE_USER, content="Who?")], tools=[tool], tool_choice=pb.TOOL_CHOICE_REQUIRED
     )
-    two = pb.SamplingParameters(num_sequences=2)
+    two, greedy = pb.SamplingParameters(num_sequences=2), pb.SamplingParameters(temperature=0)
     stops = pb.StoppingCriteria(max_new_tokens=1, stop_strings=list("aeiou ,."), ignore_eos=True)
     cases = {
         "tool_calls": pb.GenerateRequest(conversation=conversation, stopping=pb.StoppingCriteria(max_new_tokens=60)),
         "max_new_tokens": request(2, sampling=two),
-        "stop_string": pb.GenerateRequest(text="Once upon a time", stopping=stops),
+        "stop_string": pb.GenerateRequest(text="Once upon a time", sampling=greedy, stopping=stops),
     }
     for reason, message in cases.items():
         before = await service.value("mpt_requests_ended_total", mpt_finish_reason=reason)

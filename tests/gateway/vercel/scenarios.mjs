@@ -71,7 +71,7 @@ const scenarios = {
       text += chunk.choices[0].delta.content ?? "";
     }
     assert.equal(text, complete.choices[0].message.content);
-    const response = await client.responses.create({ model: "demo", input: QUESTION, max_output_tokens: 12 });
+    const response = await client.responses.create({ model: "demo", input: QUESTION, max_output_tokens: 12, temperature: 0 });
     assert.ok(response.output_text);
     await assert.rejects(client.chat.completions.create({ ...request, temperature: -1 }), { status: 400, param: "temperature" });
   },
