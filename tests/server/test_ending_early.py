@@ -244,25 +244,3 @@ async def test_a_call_whose_deadline_cannot_be_met_is_refused_while_others_wait(
     await step_until(stepped[0], lambda _: service.server.engine.load.num_waiting == 2)
     stepped[0].run_free()
     assert (await ended).outputs[0].finish.reason == pb.FINISH_REASON_TIME_LIMIT
-
-
-async def test_a_call_that_waits_is_refused_once_its_deadline_cannot_be_met(
-    make_service: Any, stepped: list[SteppedRunner]
-) -> None:
-    service = await busy_service(make_service, stepped)
-    engine, runner = service.server.engine, stepped[0]
-    with pytest.raises(grpc.aio.AioRpcError, match="its timeout leaves") as refused:
-        await service.stub.Generate(generate_request([300], max_new_tokens=7999), timeout=0.5)
-    needed_s = float((refused.value.details() or "").partition("about ")[2].partition(" s")[0])
-    request = generate_request([300], max_new_tokens=min(7999, int(7999 * 4 / needed_s)))  # which take about 4 s
-    late = asyncio.ensure_future(service.stub.Generate(request, timeout=6))
-    runner.allow()
-    await step_until(runner, lambda _: engine.load.num_waiting == 2)
-    engine.submit(generation("newest"), AsyncStream)
-    await asyncio.sleep(4)  # leaves half of the time that it takes
-    for _ in range(3):
-        runner.allow()
-    with pytest.raises(grpc.aio.AioRpcError, match=r"s, after [\d.]+ s in the queue, and its timeout") as refused:
-        await late
-    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert engine.num_in_flight == 3
