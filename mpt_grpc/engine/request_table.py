@@ -76,8 +76,7 @@ class RequestTable:
         others = (other.request for other in self._by_request_id.values())
         wait_s = self._times.wait_s(num_ahead(record.request, others) - load.num_running + 1, load.num_running)
         run_s, left_s = self._times.run_s(_num_new_tokens(record.request)), deadline_s - record.arrival_time_s
-        if _CAUTION * wait_s + run_s > left_s:
-            needed_s = _CAUTION * wait_s + run_s
+        if (needed_s := _CAUTION * wait_s + run_s) > left_s:
             raise _too_late(f"{needed_s:.1f} s, {wait_s:.1f} s of them in the queue", left_s, needed_s - left_s)
 
     def late(self, now_s: float) -> list[tuple[RequestRecord, OverloadedError]]:

@@ -128,9 +128,9 @@ class RunningServer:
         self.garbage: GarbageCollection | None = None
         """Set in a process of the server's own."""
         self._server, self._servicer, self._access, self._writes = server, servicer, access, writes
-        self.failure: UnavailableError | None = None
-        """Why only a new process can serve again: the engine, or gRPC's server, has ended by itself."""
+        self._grpc_failure: UnavailableError | None = None
         self.has_failed = asyncio.Event()
+        """Set when there is a `failure`."""
         self.health = Health()
         self._draining = False
 
@@ -141,6 +141,11 @@ class RunningServer:
         self.engine.refuse(DrainingError("the server is shutting down; use another server"))
         await _first(self._servicer.idle, stop, timeout_s=self.settings.server.grace_s)
 
+    @property
+    def failure(self) -> UnavailableError | None:
+        """Why only a new process can serve again: the engine, or gRPC's server, has ended by itself."""
+        return self.engine.failure or self._grpc_failure
+
     async def watch(self) -> None:
         """Updates health, reads access tokens again if their file has changed, ends streams that are not read, notices
         failures, and frees memory when idle. Runs until cancelled."""
@@ -148,7 +153,7 @@ class RunningServer:
             self._update_health()
             await asyncio.to_thread(self._access.refresh)
             self._writes.end_unread(self.settings.server.read_timeout_s)
-            self.failure = self.engine.failure or await _failure(self._server)
+            self._grpc_failure = await _failure(self._server)
             if self.failure is not None:
                 self.has_failed.set()
             if not self.engine.num_in_flight:
