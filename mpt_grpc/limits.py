@@ -10,19 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 
-def is_deeper_than(value: object, num_levels: int) -> bool:
-    """Whether a JSON value has more levels of arrays and objects than that; does not recurse."""
-    level = [value]
-    for _ in range(num_levels):
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, list | dict)
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        ]
-    return any(isinstance(value, list | dict) for value in level)
-
-
 @dataclass(frozen=True)
 class Range:
     """The numbers from `low` to `high`, with or without `low` itself."""

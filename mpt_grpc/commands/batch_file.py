@@ -15,8 +15,7 @@ from typing import Any, BinaryIO
 
 from mpt_grpc.errors import BatchError
 from mpt_grpc.gateway.parsing import MAX_DEPTH
-from mpt_grpc.json_values import parse_json
-from mpt_grpc.limits import is_deeper_than
+from mpt_grpc.json_values import is_deeper_than, parse_json
 
 STANDARD_STREAM = "-"
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from mpt_grpc.commands import logs, model_options, server_options
+from mpt_grpc.commands import logs, server_options
 from mpt_grpc.errors import MptServerError, SettingsError
 from mpt_grpc.listening import address
 from mpt_grpc.telemetry import variables
@@ -40,9 +40,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(flags: Sequence[str]) -> argparse.Namespace:
     """Returns the parsed flags of `mpt-grpc serve`. Raises SettingsError."""
     parser = _Parser(allow_abbrev=False, add_help=False)
-    model_options.add_model(parser, for_serving=True)
-    server_options.add_scheduling(parser)
-    server_options.add_server(parser)
+    server_options.add_flags(parser)
     return parser.parse_args(flags)
 
 
