@@ -21,7 +21,6 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from mpt_grpc.commands import logs, server_options
 from mpt_grpc.errors import MptServerError, SettingsError
-from mpt_grpc.listening import address
 from mpt_grpc.telemetry import variables
 
 if TYPE_CHECKING:
@@ -77,10 +76,8 @@ def _end_with_parent() -> None:
 async def _report(server: RunningServer) -> None:
     from mpt_grpc.server.server import LIVE
 
-    listening, openai_url = server.settings.server, None
-    if server.http_port is not None:
-        openai_url = f"http{'s' if listening.tls else ''}://{address(listening.reachable_host, server.http_port)}"
-    _write(target=server.target, openai_url=openai_url)
+    port = server.http_port
+    _write(target=server.target, openai_url=None if port is None else server.settings.server.url(port))
     health: Any = HealthStub(server.channel)
     while True:
         status = (await health.Check(HealthCheckRequest(service=LIVE))).status

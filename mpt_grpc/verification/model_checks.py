@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.published_names import MOSAIC_GPT, renamed_fields
 from mpt_grpc.model.weights import parameter_shapes, stored_tensors
+from mpt_grpc.model_files import read_json
 from mpt_grpc.request import GenerationRequest, LogprobOptions, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
 from mpt_grpc.verification.check import Check
@@ -102,15 +102,10 @@ def _served(wanted: ModelSettings) -> _Served:
 
 
 def _reference_scores(folder: Path, adapters: Sequence[Path], served: _Served) -> _Scores:
-    raw = renamed_fields(_raw_config(folder))
+    raw = renamed_fields(read_json(folder / "config.json") or {})
     shapes = parameter_shapes(MPTConfig.from_file(folder / "config.json"))
     weights = _Float64(stored_tensors(folder), [Adapter.from_folder(adapter, shapes) for adapter in adapters])
     return _Scores.from_logits(reference_logits(weights, raw, served.token_ids), served)
-
-
-def _raw_config(folder: Path) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-    return raw
 
 
 class _Float64(Mapping[str, Array]):
@@ -143,7 +138,7 @@ def _plausibility_check(served: _Served, scores: _Scores) -> Check:
 
 
 def _transformers_check(folder: Path, adapters: Sequence[Path], served: _Served) -> Check:
-    raw = _raw_config(folder)
+    raw = read_json(folder / "config.json") or {}
     if raw["model_type"] == MOSAIC_GPT:
         return Check("transformers", "skipped", f"it does not know {MOSAIC_GPT}")
     if ignored := _ignored_by_transformers(raw, MPTConfig.from_file(folder / "config.json")):
