@@ -142,10 +142,10 @@ def _needed(names: Sequence[str]) -> str:
 
 
 def _names(model: str, commit: str) -> Sequence[str]:
-    """Returns the names of the files in a repository of the Hub; none if it cannot be asked."""
+    """Returns the names of the files in a repository of the Hub; none if the Hub does not respond."""
     try:
         return HfApi().list_repo_files(model, revision=commit)
-    except Exception:  # those of the Hub's HTTP library, which depends on the version, are among them
+    except Exception:  # also those of the Hub's HTTP library, which depends on its version
         return ()
 
 
@@ -156,7 +156,7 @@ def _download(model: str, revision: str | None, *names: str) -> Path:
     try:
         # The Hub's library warns if nothing matches, so config.json, which is cached by then, is always among them.
         return Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", *names]))
-    except Exception as error:  # those of the Hub's HTTP library, which depends on the version, are among them
+    except Exception as error:  # also those of the Hub's HTTP library, which depends on its version
         raise _unavailable(model, revision, error) from error
 
 

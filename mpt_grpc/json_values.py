@@ -1,4 +1,4 @@
-"""Reads the JSON that callers write, with errors in their words and not in those of Python."""
+"""Reads JSON of callers, with errors in their terms instead of Python's."""
 
 from __future__ import annotations
 

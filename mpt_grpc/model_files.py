@@ -45,7 +45,7 @@ _REMEDIES: Mapping[str, str] = {
 
 
 def has_file(path: Path) -> bool:
-    """Whether there is a regular file. Raises ModelError for what only has its name, such as a link to nothing."""
+    """Whether there is a regular file. Raises ModelError for anything else of that name, such as a broken link."""
     try:
         if path.is_file():
             return True

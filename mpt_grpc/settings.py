@@ -105,7 +105,7 @@ class TlsSettings:
     """The certificate, followed by those that lead to its authority."""
     key: Path
     client_ca: Path | None = None
-    """The authorities of which clients must present a certificate; None requires no certificate."""
+    """The authorities, one of which must have issued the certificate of a client; None requires no certificate."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class InvalidLine:
-    """A line of the input that is no request, with the reason."""
+    """A line of the input that is not a request, with the reason."""
 
     id: str
     custom_id: str | None

@@ -38,7 +38,7 @@ def add_connection(parser: argparse._ActionsContainer, target: argparse._Actions
 def client_options(parsed: argparse.Namespace) -> ConnectionOptions:
     """Returns the options of a client's connection, with the access token in MPT_GRPC_TOKEN, if there is one.
 
-    Raises SettingsError if that is none.
+    Raises SettingsError if that is not a valid token.
     """
     from mpt_grpc_client.channel import check_token
 

@@ -1,4 +1,4 @@
-"""What computes the model, as far as settings leave it open: the device, types, kernels and attention."""
+"""Decides what computes the model where settings leave it open: the device, types, kernels and attention."""
 
 from __future__ import annotations
 

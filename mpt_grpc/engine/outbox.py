@@ -34,7 +34,7 @@ class Outbox:
         self._lock = threading.Lock()
         self._deliveries: list[Delivery] = []
         self._is_scheduled = False
-        """Whether a hand-over will happen without being asked for."""
+        """Whether a hand-over is already planned."""
 
     def put(self, events: Iterable[Delivery]) -> None:
         """Delivers the events, those of each reader in order, and readers by their first event."""

@@ -74,7 +74,7 @@ class LargestSteps:
     max_context_tokens: int
     vocab_size: int
     """The tokenizer's."""
-    max_choices: int = 1
+    max_choices: int
     """The most tokens that are chosen for one sequence: more than one with drafts."""
 
     def run(self, runner: Runner, block_size: int) -> None:

@@ -18,7 +18,7 @@ _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"
 
 @dataclass
 class _Message:
-    """The text of an output, as far as it is known."""
+    """The text of an output so far."""
 
     id: str
     pieces: list[str] = field(default_factory=list)
@@ -54,7 +54,7 @@ class _Message:
 
 @dataclass
 class _Call:
-    """A call of a function, as far as it is known."""
+    """A call of a function so far."""
 
     id: str
     call: ToolCall | ToolCallDelta

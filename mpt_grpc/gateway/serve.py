@@ -124,7 +124,7 @@ async def running_gateway(
 
 @asynccontextmanager
 async def running_metrics(
-    host: str, port: int, page: MetricsPage, certificate: ServerCertificate | None = None
+    host: str, port: int, page: MetricsPage, certificate: ServerCertificate | None
 ) -> AsyncIterator[int]:
     """Serves only `/metrics` inside the block and yields the port. Raises SettingsError if it cannot listen on it."""
     app = Starlette()

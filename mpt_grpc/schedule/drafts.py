@@ -49,7 +49,7 @@ class Drafter:
         return self._drafts
 
     def _learn(self, token_ids: TokenIds) -> None:
-        """Compares the last drafts with the tokens that came, as far as they were right."""
+        """Compares the last drafts with the tokens that came, up to the first wrong one."""
         for draft, token_id in zip(self._drafts, token_ids[self._num_known :], strict=False):
             self.accuracy += _WEIGHT * ((draft == token_id) - self.accuracy)
             if draft != token_id:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from mpt_grpc.caller import ANONYMOUS, Caller
+from mpt_grpc.caller import Caller
 from mpt_grpc.constraint import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
 from mpt_grpc.conversation import Conversation, Message, Tool, ToolCall, ToolChoice
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
@@ -40,9 +40,7 @@ _TOOL_CHOICES: dict[int, ToolChoice] = {
 }
 
 
-def generation_request(
-    message: pb.GenerateRequest, defaults: GenerationDefaults, caller: Caller = ANONYMOUS
-) -> GenerationRequest:
+def generation_request(message: pb.GenerateRequest, defaults: GenerationDefaults, caller: Caller) -> GenerationRequest:
     """Returns the caller's request with `defaults` for options that are not set. The engine checks ranges and the
     prompt.
 

@@ -177,7 +177,7 @@ def _texts(messages: Sequence[Message], values_of: Callable[[str], Any]) -> list
 
 
 def _with_one_leading_system_message(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Merges the leading system messages, of which most templates expect one; later ones are left to the template."""
+    """Merges the leading system messages, since most templates expect only one; later ones are left to the template."""
     rest = list(dropwhile(lambda message: message.role == "system", messages))
     leading = messages[: len(messages) - len(rest)]
     if len(leading) < 2:
@@ -186,7 +186,7 @@ def _with_one_leading_system_message(messages: tuple[Message, ...]) -> tuple[Mes
 
 
 class _Turns:
-    """A conversation of which the oldest turns may be dropped; the system message at its beginning stays.
+    """A conversation whose oldest turns may be dropped; the system message at its beginning stays.
 
     A turn is a user message and everything up to the next user message.
     """

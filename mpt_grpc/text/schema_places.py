@@ -15,7 +15,7 @@ SINGLE = (
     "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
 IDS = ("$id", "id")
-"""The keywords of a schema's ID, of which the second is that of draft 4."""
+"""The keywords of a schema's ID; the second is that of draft 4."""
 _INDEX = re.compile("0|[1-9][0-9]{0,8}", re.ASCII)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 MAX_EXACT = (1 << 53) - 1
 """The largest integer up to which a double represents every integer."""
 MAX_COMPARED = 100
-"""The most branches of which each is compared with each."""
+"""The most branches that are compared in pairs."""
 _TYPES = frozenset("array boolean null number object string".split())
 
 

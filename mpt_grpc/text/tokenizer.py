@@ -86,7 +86,7 @@ class Tokenizer:
         self._has_marked_spaces = _SPACE in repr(backend.decoder)
         self._byte_of_character = _byte_level_alphabet()
         self._bytes_of: dict[int, bytes] = {}
-        """The bytes of the tokens that have been asked for."""
+        """The bytes of the tokens looked up so far."""
 
     @classmethod
     def from_folder(cls, folder: Path, num_rows: int = sys.maxsize) -> Tokenizer:

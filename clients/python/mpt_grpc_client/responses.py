@@ -83,7 +83,7 @@ class PartialGeneration:
 
     @property
     def _progress(self) -> str:
-        """How far it has come, in the words of an error."""
+        """How far it has come, for the text of an error."""
         num_tokens = sum(delta.num_tokens for deltas in self._deltas.values() for delta in deltas)
         return f"after {num_tokens} tokens" if num_tokens else "before the first token"
 
