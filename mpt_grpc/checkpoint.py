@@ -119,7 +119,7 @@ def _check_weights(model: str, names: Sequence[str]) -> None:
 
 
 def _remedy(folder: Path) -> str:
-    """Returns what to do about a folder without config.json."""
+    """Returns a remedy for a folder without config.json."""
     if (folder / "adapter_config.json").is_file():
         return f"it is an adapter: use --adapter {folder}, with its model as --model"
     if (folder / "snapshots").is_dir():
@@ -130,7 +130,7 @@ def _remedy(folder: Path) -> str:
 
 
 def _remedy_on_hub(folder: Path, names: Sequence[str]) -> str:
-    """Returns what to do about a model of the Hub without config.json, whose files have these names."""
+    """Returns a remedy for a model of the Hub without config.json, whose files have these names."""
     if (folder / "adapter_config.json").is_file():
         return "it is an adapter: use --adapter with the folder into which you download it, with its model as --model"
     return _needed(names)

@@ -98,7 +98,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def why_no_weights(names: Iterable[str]) -> str:
-    """Returns what to do about a model whose files, with these names, include no weights that are read."""
+    """Returns a remedy for a model whose files, with these names, include no weights that are read."""
     found = f"; {found}" if (found := found_weights(names)) else ""
     return f"no weights found; expected one of {', '.join(WEIGHT_FILES)}, as transformers saves them{found}"
 

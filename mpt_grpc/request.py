@@ -163,7 +163,7 @@ class GenerationRequest:
     """The tokens of a partial output to resume; the result is what would have followed."""
     caller: Caller = ANONYMOUS
     resume_outputs: tuple[PartialOutput, ...] = ()
-    """The same for several outputs; those that are not listed are not generated."""
+    """The partial outputs to resume if there are several; outputs that are not listed are not generated."""
 
     @cached_property
     def constraint(self) -> OutputConstraint | None:

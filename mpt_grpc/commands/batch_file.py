@@ -60,13 +60,13 @@ def open_input(path: str) -> Iterator[BinaryIO]:
 
 
 def count_lines(file: BinaryIO) -> int:
-    """Returns how many lines are not blank."""
+    """Returns the number of lines that are not blank."""
     file.seek(0)
     return sum(1 for line in file if line.strip())
 
 
 def read_requests(file: BinaryIO) -> Generator[BatchRequest | InvalidLine]:
-    """Yields what is on each line that is not blank."""
+    """Yields the request on each line that is not blank, or the reason why it is not one."""
     file.seek(0)
     custom_ids: set[str] = set()
     for number, line in enumerate(file, 1):

@@ -34,9 +34,9 @@ def configure(level: str, line_format: str = "text") -> None:
     handler.setFormatter(_JsonFormatter() if line_format == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("mpt_grpc").setLevel(level.upper())
-    # While a collector is down, one line for each failed export is enough, without its repetitions.
+    # While a collector is down, one line for each failed export is enough, without its retries.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
-    # Its warnings are about the headers of callers, whole.
+    # Its warnings would quote the headers of callers in full.
     logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
     # A caller who disconnects during a send is not an error; failures of a method are logged by our interceptor.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)

@@ -72,7 +72,7 @@ class _Span:
     end_s: float
     has_failed: bool
     summary: str
-    """Its events, counted by name, or why it failed or was refused."""
+    """The events of the span, counted by name, or why it failed or was refused."""
 
 
 class _Spans:

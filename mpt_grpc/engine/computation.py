@@ -24,7 +24,7 @@ _NEEDS_KERNELS = "needs the compiled kernels on a CPU, a type other than float16
 
 
 def choose_computation(wanted: ModelSettings, config: MPTConfig) -> tuple[WeightFormat, AttentionName]:
-    """Returns how weights are stored and multiplied, and what computes attention.
+    """Returns the format of the weights, and the name of the attention backend.
 
     Raises SettingsError if what is wanted is not available.
     """
@@ -57,7 +57,7 @@ def choose_weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightForm
 
 
 def choose_attention(wanted: ModelSettings, config: MPTConfig, weight_format: WeightFormat) -> AttentionName:
-    """Returns what computes attention, which the log names for a GPU. Raises SettingsError if it cannot."""
+    """Returns the name of the attention backend, which is logged for a GPU. Raises SettingsError if it cannot run."""
     if weight_format.device.type == "cpu":
         if wanted.attention != "auto":
             why = "the compiled kernels attend, or PyTorch where there are none or MPT_GRPC_ISA is none"

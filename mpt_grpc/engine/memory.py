@@ -137,7 +137,7 @@ def _machine(root: Path) -> Iterator[int]:
 
 
 def _cgroups(root: Path) -> Iterator[int]:
-    """Yields what each cgroup of this process leaves, of version 1 or 2, from its own up to the root."""
+    """Yields the bytes that each cgroup of this process leaves, of version 1 or 2, from its own up to the root."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers:

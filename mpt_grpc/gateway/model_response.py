@@ -90,7 +90,7 @@ class ModelResponse:
         self._num_events = 0
         self._items: list[_Message | _Call] = []
         self._logprobs: list[Json] = []
-        """Those of tokens whose text has not come yet."""
+        """The log probabilities of tokens whose text has not come yet."""
 
     def complete(self, generation: Generation) -> Json:
         """Returns the response for a finished generation."""

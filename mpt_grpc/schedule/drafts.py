@@ -100,7 +100,7 @@ class Drafters:
 def most_useful(
     candidates: Mapping[int, tuple[float, int]], num_tokens: int, max_drafts: int, times: StepTimes
 ) -> Mapping[int, int]:
-    """Returns how many drafts of each sequence are to be checked for the most new tokens per second.
+    """Returns the number of drafts of each sequence to check for the most new tokens per second.
 
     candidates: the accuracy and the number of drafts of each sequence that gets a token. num_tokens: the number of
     tokens that the step computes without drafts.

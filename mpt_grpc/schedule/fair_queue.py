@@ -28,7 +28,7 @@ class FairQueue:
         self._offsets: dict[str, float] = {}
         """What each caller has been served, without its started sequences."""
         self._started: dict[str, set[Sequence]] = {}
-        """Those that have started and not ended, by caller; without empty sets."""
+        """The sequences that have started and not ended, by caller; without empty sets."""
         self._now = 0.0
         """The most that a caller had been served when one of its sequences started. A caller that arrives when none
         waits begins there."""
@@ -89,7 +89,7 @@ class FairQueue:
         self._offsets[caller] += _cost(sequence)
 
     def served(self, caller: Caller) -> float:
-        """Returns how many tokens a caller has been served, by its weight."""
+        """Returns the number of tokens that a caller has been served, divided by its weight."""
         return self._served(caller.name)
 
     def _served(self, caller: str) -> float:
@@ -99,7 +99,7 @@ class FairQueue:
         return sum(map(_cost, self._started.get(caller, ())))
 
     def _level(self, priority: int) -> float:
-        """Returns what a caller that was idle begins with."""
+        """Returns the number with which a caller that was idle begins."""
         return min(map(self._served, self._waiting.get(priority, ())), default=self._now)
 
 

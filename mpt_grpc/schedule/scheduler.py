@@ -141,7 +141,7 @@ class Scheduler:
         return True
 
     def plan(self) -> StepPlan:
-        """Returns what to compute next; the plan is empty only if there is no work, or all of it is in flight.
+        """Returns the plan of the next step, which is empty only if there is no work, or all of it is in flight.
 
         A step may be in flight, unless its plan needs the host.
         """
@@ -158,7 +158,7 @@ class Scheduler:
         return plan
 
     def recover(self, plan: StepPlan) -> StepPlan:
-        """Returns what remains to be computed of a step that has failed, with all tokens known.
+        """Returns the plan of what remains to be computed of a step that has failed, with all tokens known.
 
         A step behind it is forgotten; what that one started or preempted remains so.
         """

@@ -93,7 +93,7 @@ def _invalid(why: str, logged: str) -> InvalidRequestError:
 
 
 def _shown(error: Exception) -> str:
-    """Returns what an error says, on one line, or its beginning."""
+    """Returns the message of an error on one line, or its beginning."""
     text = " ".join(str(error).split())
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 

@@ -78,7 +78,7 @@ def keys_of(reference: str) -> list[str]:
 
 
 def resolved(root: Any, reference: Any) -> Any:
-    """Returns what a reference within the schema leads to, or None if there is nothing."""
+    """Returns the target of a reference within the schema, or None if there is nothing."""
     if reference in ("", "#"):
         return root
     if not isinstance(reference, str) or not reference.startswith("#/"):

@@ -211,7 +211,7 @@ def encodes_quickly(text: str) -> bool:
 
 
 def _missing(folder: Path) -> str:
-    """Returns what to do about a model without a tokenizer."""
+    """Returns a remedy for a model without a tokenizer."""
     name = (read_json(folder / "config.json") or {}).get("tokenizer_name")
     where = f"; config.json names that of {name[:100]!r}" if isinstance(name, str) and name else ""
     others = f"one of {', '.join(SENTENCEPIECE_FILES)}, or {' and '.join(BYTE_LEVEL_FILES)}"

@@ -53,9 +53,9 @@ class _Scores:
     """A reference's log probabilities of the tokens that follow each token but the last, [len(token_ids) - 1]."""
 
     chosen: Array
-    """Those of the tokens that do follow."""
+    """The log probabilities of the tokens that do follow."""
     best: Array
-    """Those of the most likely tokens."""
+    """The log probabilities of the most likely tokens."""
 
     @classmethod
     def from_logits(cls, logits: Array, served: _Served) -> _Scores:

@@ -55,7 +55,7 @@ class Continuation:
         self.resumptions: list[Resumption] = []
 
     def request(self) -> pb.GenerateRequest:
-        """Returns what to request now."""
+        """Returns the request to send now."""
         request, options = self._request, self._request.output_options
         self._is_resuming = self._has_begun
         if self._has_begun:

@@ -130,7 +130,7 @@ class PartialGeneration:
 
 
 def num_parts(*parts: pb.PromptInfo | pb.Output) -> int:
-    """Returns how many values these contain: tokens, and log probabilities, each with all its alternatives."""
+    """Returns the number of values in these: tokens, and log probabilities, each with all its alternatives."""
     return sum(len(part.token_ids) + _PARTS_OF_LOGPROB * len(part.logprobs) for part in parts)
 
 
