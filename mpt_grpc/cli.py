@@ -148,8 +148,7 @@ def _parser() -> _Parser:
     connection.add_connection(gateway)
     listening_options.add_http(gateway)
     listening_options.add_tls(gateway)
-    listening_options.add_grace(gateway)
-    listening_options.add_read_timeout(gateway)
+    listening_options.add_timeouts(gateway)
     add_log(gateway)
 
     generate = add("generate", "continue a prompt", "Continue a prompt and print the text as it is generated.")

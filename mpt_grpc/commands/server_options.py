@@ -147,8 +147,7 @@ def _add_server(server: argparse._ArgumentGroup) -> None:
         " changes (default: none)",
     )
     server.add_argument("--no-reflection", action="store_true", help="serve no description of the API over gRPC")
-    listening_options.add_grace(server)
-    listening_options.add_read_timeout(server)
+    listening_options.add_timeouts(server)
     server.add_argument(
         "--stall-timeout",
         type=seconds,
