@@ -45,7 +45,7 @@ RANGES: Mapping[str, Range] = {
     "output_options.top_logprobs": Range(0, 20),
     "output_options.chunk_tokens": Range(1, 1024),
 }
-"""The ranges of numbers; of a map, those of its values."""
+"""The ranges of numbers, and of the values of maps."""
 
 MAX_COUNTS: Mapping[str, int] = {
     "conversation.messages": 1024,
@@ -58,7 +58,7 @@ MAX_COUNTS: Mapping[str, int] = {
     "stopping.stop_strings": 16,
     "stopping.stop_token_ids": 64,
 }
-"""The largest numbers of items of lists and maps; of calls, those of all messages together."""
+"""The largest numbers of items of lists and maps. The calls of all messages count together."""
 
 MAX_BYTES: Mapping[str, int] = {
     "request_id": 128,
@@ -75,7 +75,7 @@ MAX_BYTES: Mapping[str, int] = {
     "decoding.regex": 65_536,
     "stopping.stop_strings": 256,
 }
-"""The largest sizes of texts in UTF-8; of choices, tools and calls together, of stop strings each."""
+"""The largest sizes of texts in UTF-8. Choices, tools and calls count together, stop strings each by itself."""
 
 MAX_TOOL_NAME_CHARACTERS = 64
 """The longest name of a tool."""

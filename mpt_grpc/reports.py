@@ -1,4 +1,4 @@
-"""What the engine reports of its work, as values, and the receivers of these."""
+"""Reports of the engine's work, as values, and the interface of their receivers."""
 
 from __future__ import annotations
 

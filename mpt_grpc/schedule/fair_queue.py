@@ -1,10 +1,10 @@
 """The waiting sequences, in an order in which no caller waits for all that another one has sent.
 
-The next one is of the highest priority, and among these of the caller that has been served the fewest tokens, by its
-weight: callers with sequences waiting get the same numbers of tokens, and those of one caller stay in their order. A
-token counts once it has been computed, so nobody waits because of tokens that a request could have had. A caller of
-whom none waits begins with the tokens that the least served of those who wait at its priority has had. This is the
-virtual token counter of https://arxiv.org/abs/2401.00588.
+Among the sequences of the highest priority, the next is one of the caller that has been served the fewest tokens,
+divided by its weight. So callers with waiting sequences get equal numbers of tokens, and the sequences of one caller
+stay in order. A token counts once it has been computed: nobody waits because of tokens that a request could have had. A
+caller without waiting sequences begins with the number of the least served caller that waits at its priority. This is
+the virtual token counter of https://arxiv.org/abs/2401.00588.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def _first_fitting(
 ) -> tuple[int, ...]:
     """Returns the tokens of the first candidate with at most `most` of them, or else those of the last candidate.
 
-    The first one is known to have more. Computes few candidates' tokens: if the estimates are right, those of one.
+    The first one is known to have more. Computes the tokens of few candidates: of one if the estimates are right.
     """
     too_long, fitting, error = 0, num_candidates, 0
     result: tuple[int, ...] = ()

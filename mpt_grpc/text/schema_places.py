@@ -45,7 +45,7 @@ def escaped(key: str) -> str:
 
 
 def reachable(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields a schema, those inside of it, and those to which the references in these lead."""
+    """Yields a schema, the schemas inside it, and those to which their references lead."""
     found: list[Any] = [root]
     seen = set()
     while found:
