@@ -18,7 +18,7 @@ from mpt_grpc.gateway.parsing import MAX_DEPTH
 from mpt_grpc.json_values import is_deeper_than, parse_json
 
 STANDARD_STREAM = "-"
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _ID_PREFIX = "batch_req_"
 _BEGINNING = f'{{"id": "{_ID_PREFIX}'.encode()
 
@@ -95,8 +95,8 @@ def _parsed(id_: str, line: bytes, earlier_custom_ids: set[str]) -> BatchRequest
         return InvalidLine(id_, custom_id, "duplicate_custom_id", why)
     if fields.get("method") != "POST":
         return InvalidLine(id_, custom_id, "invalid_method", "method: must be POST")
-    if url not in URLS:
-        return InvalidLine(id_, custom_id, "invalid_url", f"url: must be one of {', '.join(URLS)}")
+    if url not in _URLS:
+        return InvalidLine(id_, custom_id, "invalid_url", f"url: must be one of {', '.join(_URLS)}")
     if not isinstance(body, dict):
         return InvalidLine(id_, custom_id, "invalid_body", "body: must be an object, the body of the request")
     if is_deeper_than(body, MAX_DEPTH):

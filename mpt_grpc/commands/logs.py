@@ -10,7 +10,7 @@ import threading
 from datetime import UTC, datetime
 from typing import Any
 
-LEVELS = ("debug", "info", "warning", "error")
+_LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -19,7 +19,7 @@ def add_log(parser: argparse._ActionsContainer) -> None:
     """Adds the flags for the log."""
     parser.add_argument(
         "--log-level",
-        choices=LEVELS,
+        choices=_LEVELS,
         default="info",
         help="info logs a line for each call; debug also logs calls that clients make periodically",
     )

@@ -26,7 +26,7 @@ from mpt_grpc.telemetry import variables
 if TYPE_CHECKING:
     from mpt_grpc.server.server import RunningServer
 
-REPORT_INTERVAL_S = 1.0
+_REPORT_INTERVAL_S = 1.0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,7 +84,7 @@ async def _report(server: RunningServer) -> None:
         load = server.engine.load
         num_requests = load.num_running + load.num_waiting + load.num_preparing
         _write(is_live=status == HealthCheckResponse.SERVING, num_requests=num_requests)
-        await asyncio.sleep(REPORT_INTERVAL_S)
+        await asyncio.sleep(_REPORT_INTERVAL_S)
 
 
 def _write(**report: Any) -> None:

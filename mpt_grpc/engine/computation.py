@@ -29,7 +29,7 @@ def choose_computation(wanted: ModelSettings, config: MPTConfig) -> tuple[Weight
     Raises SettingsError if what is wanted is not available.
     """
     weight_format = choose_weight_format(wanted, config)
-    attention = choose_attention(wanted, config, weight_format)
+    attention = _choose_attention(wanted, config, weight_format)
     is_triton = attention == "triton"
     return replace(weight_format, by_triton=is_triton, batch_invariant=is_triton and wanted.batch_invariant), attention
 
@@ -56,7 +56,7 @@ def choose_weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightForm
     return WeightFormat(dtype, device, kernels, quantize=wanted.quantize == "int8")
 
 
-def choose_attention(wanted: ModelSettings, config: MPTConfig, weight_format: WeightFormat) -> AttentionName:
+def _choose_attention(wanted: ModelSettings, config: MPTConfig, weight_format: WeightFormat) -> AttentionName:
     """Returns the name of the attention backend, which is logged for a GPU. Raises SettingsError if it cannot run."""
     if weight_format.device.type == "cpu":
         if wanted.attention != "auto":
@@ -71,7 +71,7 @@ def choose_attention(wanted: ModelSettings, config: MPTConfig, weight_format: We
 
 
 def attention_backend(name: AttentionName, config: MPTConfig, weight_format: WeightFormat) -> AttentionBackend:
-    """Returns the backend that `choose_attention` has chosen."""
+    """Returns the backend of this name."""
     if name == "triton":
         from mpt_grpc.model.attention.triton_backend import TritonAttention  # Triton is not installed everywhere
 

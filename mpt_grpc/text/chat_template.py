@@ -19,6 +19,10 @@ from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.text.literals import applied
 from mpt_grpc.text.tools import CALL_START, argument_values, function
 
+_MAX_SHOWN = 200
+# Ends with a space, so that it shows whether the template removes whitespace there.
+_END = "<END OF THE CONTINUED MESSAGE> "
+
 
 class _RefusedByTemplateError(Exception):
     """Raised by the template itself, through `raise_exception`."""
@@ -102,11 +106,6 @@ def _place(error: Exception) -> str:
     """Returns the line of the template on which an error occurred; Jinja adds it to the traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     return f" on line {lines[-1]}" if lines else ""
-
-
-_MAX_SHOWN = 200
-# Ends with a space, so that it shows whether the template removes whitespace there.
-_END = "<END OF THE CONTINUED MESSAGE> "
 
 
 def _before_end(prompt: str) -> str:

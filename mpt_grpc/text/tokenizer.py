@@ -31,7 +31,7 @@ from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetoke
 from mpt_grpc.text.literals import SpecialTexts
 from mpt_grpc.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
 
-PROMPT_TAIL_TOKENS = 8
+_PROMPT_TAIL_TOKENS = 8
 """How many of a prompt's last tokens are checked for an incomplete character; it has at most 3 bytes, so 3 would do."""
 
 QUICK_SIZE = 1024
@@ -200,7 +200,7 @@ class Tokenizer:
             else StreamDetokenizer(self._backend, skipped)
         )
         not_skipped = (token_id for token_id in reversed(prompt_ids) if token_id not in skipped)
-        for token_id in reversed(tuple(islice(not_skipped, PROMPT_TAIL_TOKENS))):
+        for token_id in reversed(tuple(islice(not_skipped, _PROMPT_TAIL_TOKENS))):
             detokenizer.feed(token_id)  # text returned here is the prompt's; what is held back goes to the output
         return detokenizer
 

@@ -27,7 +27,7 @@ from mpt_grpc.verification.peer_config import peer_config
 from mpt_grpc.verification.reference import Array, reference_logits
 from mpt_grpc.verification.texts import PROMPT
 
-TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05}
+_TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05}
 """The largest mean difference of log probabilities that rounding explains, by the data type of the computation."""
 _MAX_PROMPT_TOKENS, _NUM_NEW_TOKENS = 128, 32
 _CACHE_BYTES = 256 << 20
@@ -189,7 +189,7 @@ def _comparison(name: str, served: _Served, scores: _Scores) -> Check:
         f"log probabilities differ by {differences.mean():.1g} on average, {differences.max():.1g} at most;"
         f" {int((shortfalls == 0).sum())} of {len(shortfalls)} greedy tokens are the most likely"
     )
-    tolerance = TOLERANCES[served.dtype]
+    tolerance = _TOLERANCES[served.dtype]
     # Rounding may also choose between tokens that are nearly equally likely.
     is_same = differences.mean() <= tolerance and shortfalls.max() <= 10 * tolerance
     return Check(name, "same" if is_same else "DIFFERS", detail)
