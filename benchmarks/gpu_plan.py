@@ -27,7 +27,7 @@ class Limits:
 
     bytes_per_s: float
     operations_per_s: float
-    """Of products of 16-bit matrices, a multiplication and an addition each."""
+    """The operations of 16-bit matrix products; a multiplication and an addition count as two."""
 
 
 DATA_SHEETS = {

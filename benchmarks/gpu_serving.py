@@ -52,7 +52,7 @@ class Measured:
     """A load's results."""
 
     output_tokens_per_s: float
-    """Of all requests together, from the start to the last token."""
+    """The rate of all requests together, from the start to the last token."""
     ttft_ms: float
     """The median time to the first token."""
 

@@ -30,7 +30,7 @@ class Request:
     num_computed: int = 0
     """Tokens of the prompt."""
     num_cached: int = 0
-    """Those that were in the prefix cache."""
+    """Tokens of the prompt that were in the prefix cache."""
     first_token_s: float = 0.0
     end_s: float = 0.0
 

@@ -1,4 +1,4 @@
-"""Who may call: access tokens, of which a file has the hashes, and certificates of clients.
+"""Who may call: access tokens, whose hashes are in a file, and certificates of clients.
 
 An access token is the secret of a caller. It has nothing to do with the tokens of a text.
 """

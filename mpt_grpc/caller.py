@@ -40,10 +40,10 @@ class Caller:
     """Who sends a request."""
 
     name: str = ""
-    """That of its access token or certificate; all callers without either are the same one, without a name."""
+    """The name of its access token or certificate; empty for all callers without either, who count as one."""
     roles: frozenset[Role] = ALL_ROLES
     cache_salt: str = ""
-    """The salt of its requests that have none, which no other caller can know."""
+    """The cache salt of its requests that set none; no other caller can know it."""
     quota: Quota = UNLIMITED
 
 

@@ -119,7 +119,7 @@ def _check_weights(model: str, names: Sequence[str]) -> None:
 
 
 def _remedy(folder: Path) -> str:
-    """Returns what to do about a folder without config.json."""
+    """Returns a remedy for a folder without config.json."""
     if (folder / "adapter_config.json").is_file():
         return f"it is an adapter: use --adapter {folder}, with its model as --model"
     if (folder / "snapshots").is_dir():
@@ -130,7 +130,7 @@ def _remedy(folder: Path) -> str:
 
 
 def _remedy_on_hub(folder: Path, names: Sequence[str]) -> str:
-    """Returns what to do about a model of the Hub without config.json, whose files have these names."""
+    """Returns a remedy for a model of the Hub without config.json, whose files have these names."""
     if (folder / "adapter_config.json").is_file():
         return "it is an adapter: use --adapter with the folder into which you download it, with its model as --model"
     return _needed(names)
@@ -142,10 +142,10 @@ def _needed(names: Sequence[str]) -> str:
 
 
 def _names(model: str, commit: str) -> Sequence[str]:
-    """Returns the names of the files in a repository of the Hub; none if it cannot be asked."""
+    """Returns the names of the files in a repository of the Hub; none if the Hub does not respond."""
     try:
         return HfApi().list_repo_files(model, revision=commit)
-    except Exception:  # those of the Hub's HTTP library, which depends on the version, are among them
+    except Exception:  # also those of the Hub's HTTP library, which depends on its version
         return ()
 
 
@@ -156,7 +156,7 @@ def _download(model: str, revision: str | None, *names: str) -> Path:
     try:
         # The Hub's library warns if nothing matches, so config.json, which is cached by then, is always among them.
         return Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", *names]))
-    except Exception as error:  # those of the Hub's HTTP library, which depends on the version, are among them
+    except Exception as error:  # also those of the Hub's HTTP library, which depends on its version
         raise _unavailable(model, revision, error) from error
 
 

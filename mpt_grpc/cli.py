@@ -103,11 +103,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends each default, except None, which the help describes in words, and that of switches."""
+    """Appends the defaults that the help does not describe in words: those that are not None or empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default is not None and action.default is not False
-        return super()._get_help_string(action) if has_default else action.help
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def _unknown_arguments(parser: _Parser, unknown: Sequence[str]) -> str:
@@ -127,11 +126,9 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"mpt-grpc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(
-        name: str, help_: str, description: str, formatter_class: type[argparse.HelpFormatter] = argparse.HelpFormatter
-    ) -> _Parser:
+    def add(name: str, help_: str, description: str) -> _Parser:
         command = commands.add_parser(
-            name, help=help_, description=description, formatter_class=formatter_class, allow_abbrev=False
+            name, help=help_, description=description, formatter_class=_HelpFormatter, allow_abbrev=False
         )
         command.set_defaults(parser=command)
         return command
@@ -140,23 +137,18 @@ def _parser() -> _Parser:
         "serve",
         "serve a model",
         "Serve a model until SIGTERM, then let requests in progress finish.",
-        formatter_class=_HelpFormatter,
     )
-    model_options.add_model(serve, for_serving=True)
-    server_options.add_scheduling(serve)
-    server_options.add_server(serve)
+    server_options.add_flags(serve)
 
     gateway = add(
         "gateway",
         "serve the OpenAI-compatible API for a gRPC server running elsewhere",
         "Serve the OpenAI-compatible API and the web page for a gRPC server running elsewhere, until SIGTERM.",
-        formatter_class=_HelpFormatter,
     )
     connection.add_connection(gateway)
     listening_options.add_http(gateway)
     listening_options.add_tls(gateway)
-    listening_options.add_grace(gateway)
-    listening_options.add_read_timeout(gateway)
+    listening_options.add_timeouts(gateway)
     add_log(gateway)
 
     generate = add("generate", "continue a prompt", "Continue a prompt and print the text as it is generated.")
@@ -178,16 +170,14 @@ def _parser() -> _Parser:
         "Send the requests in a file of OpenAI's Batch API to a server, at the lowest priority, and add the responses"
         " to another file. A run that was interrupted continues with the same command. The exit status is 1 if a"
         " request fails.",
-        formatter_class=_HelpFormatter,
     )
     _add_batch(batch)
 
     verify = add(
         "verify",
-        "check that a checkpoint is served right",
+        "check that a checkpoint is served correctly",
         "Check a checkpoint's files, and compare its tokens, chat template and log probabilities with transformers and"
         " a float64 reference. The exit status is 1 if something differs.",
-        formatter_class=_HelpFormatter,
     )
     model_options.add_model(verify)
 
@@ -195,7 +185,6 @@ def _parser() -> _Parser:
         "eval",
         "measure the quality of the model",
         "Measure the quality of a served model with the tasks of lm-eval, and print a table.",
-        formatter_class=_HelpFormatter,
     )
     _add_evaluation(evaluation)
 
@@ -204,7 +193,6 @@ def _parser() -> _Parser:
         "make an access token",
         "Make an access token for a server with --tokens-file. Its entry in that file, which has only its hash, is"
         " printed to standard output, and the token itself, once, to standard error.",
-        formatter_class=_HelpFormatter,
     )
     _add_token(token)
 
@@ -213,7 +201,6 @@ def _parser() -> _Parser:
         "show what a server is doing",
         "Show the load of a server and its oldest requests, until Ctrl-C, or once if the output is not a terminal. With"
         " access tokens, that in MPT_GRPC_TOKEN needs the role observe.",
-        formatter_class=_HelpFormatter,
     )
     connection.add_connection(top)
     top.add_argument(

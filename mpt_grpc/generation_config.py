@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mpt_grpc.errors import ModelError
+from mpt_grpc.limits import RANGES, Range
 from mpt_grpc.model_files import read_json
 from mpt_grpc.request import GenerationDefaults
 
-_RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
-    "temperature": (float, 0, 100),
-    "top_k": (int, 0, 1 << 31),
-    "top_p": (float, 1e-9, 1),
-    "min_p": (float, 0, 1),
-    "typical_p": (float, 1e-9, 1),
-    "repetition_penalty": (float, 1e-9, 10),
-    "max_new_tokens": (int, 1, 1 << 31),
+_RANGES: Mapping[str, Range] = {
+    **{name: RANGES[f"sampling.{name}"] for name in ("temperature", "top_p", "min_p", "typical_p")},
+    "repetition_penalty": RANGES["decoding.repetition_penalty"],
+    "top_k": Range(0, 1 << 31),
+    "max_new_tokens": Range(1, 1 << 31),
 }
-
-
+_INTEGERS = ("top_k", "max_new_tokens")
 _UNSUPPORTED: dict[str, object] = {
     **dict.fromkeys("num_beams num_beam_groups encoder_repetition_penalty guidance_scale".split(), 1),
     **dict.fromkeys("no_repeat_ngram_size encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff".split(), 0),
@@ -63,9 +61,9 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _range_violation(name: str, value: object) -> str | None:
-    kind, low, high = _RANGES[name]
-    is_kind = isinstance(value, int | kind) and not isinstance(value, bool)
-    is_valid = is_kind and low <= value <= high  # type: ignore[operator]  # a number
-    words = "an integer" if kind is int else "a number"
-    return None if is_valid else f"expected {words} from {low} to {high}"
+def _range_violation(name: str, value: Any) -> str | None:
+    is_integer, allowed = name in _INTEGERS, _RANGES[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and value in allowed and not (is_integer and value % 1):
+        return None
+    return f"expected {'an integer' if is_integer else 'a number'} in {allowed}"

@@ -1,4 +1,4 @@
-"""Reads the JSON that callers write, with errors in their words and not in those of Python."""
+"""Reads JSON of callers, with errors in their terms instead of Python's."""
 
 from __future__ import annotations
 
@@ -38,6 +38,40 @@ def parse_json(text: str) -> Any:
         if "int_max_str_digits" not in str(error):
             raise
         raise ValueError(f"an integer has more than {sys.get_int_max_str_digits()} digits") from error
+
+
+def parse_object(text: str, max_depth: int) -> dict[str, Any]:
+    """Returns a JSON object. Raises ValueError, which says what is wrong with the text.
+
+    max_depth: the most levels of arrays and objects.
+    """
+    too_deep = f"nested more than {max_depth} levels deep: simplify it"
+    try:
+        value = parse_json(text)
+    except RecursionError as error:
+        raise ValueError(too_deep) from error
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object")
+    if is_deeper_than(value, max_depth):
+        raise ValueError(too_deep)
+    if not is_unicode(value):
+        raise ValueError("not valid Unicode: remove lone surrogates")
+    return value
+
+
+def is_deeper_than(value: object, num_levels: int) -> bool:
+    """Whether a JSON value has more levels of arrays and objects than that; does not recurse."""
+    level = [value]
+    for _ in range(num_levels):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, list | dict)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+    return any(isinstance(value, list | dict) for value in level)
 
 
 def is_unicode(value: Any) -> bool:

@@ -10,19 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 
-def is_deeper_than(value: object, num_levels: int) -> bool:
-    """Whether a JSON value has more levels of arrays and objects than that; does not recurse."""
-    level = [value]
-    for _ in range(num_levels):
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, list | dict)
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        ]
-    return any(isinstance(value, list | dict) for value in level)
-
-
 @dataclass(frozen=True)
 class Range:
     """The numbers from `low` to `high`, with or without `low` itself."""
@@ -58,7 +45,7 @@ RANGES: Mapping[str, Range] = {
     "output_options.top_logprobs": Range(0, 20),
     "output_options.chunk_tokens": Range(1, 1024),
 }
-"""The ranges of numbers; of a map, those of its values."""
+"""The ranges of numbers, and of the values of maps."""
 
 MAX_COUNTS: Mapping[str, int] = {
     "conversation.messages": 1024,
@@ -71,7 +58,7 @@ MAX_COUNTS: Mapping[str, int] = {
     "stopping.stop_strings": 16,
     "stopping.stop_token_ids": 64,
 }
-"""The largest numbers of items of lists and maps; of calls, those of all messages together."""
+"""The largest numbers of items of lists and maps. The calls of all messages count together."""
 
 MAX_BYTES: Mapping[str, int] = {
     "request_id": 128,
@@ -88,7 +75,7 @@ MAX_BYTES: Mapping[str, int] = {
     "decoding.regex": 65_536,
     "stopping.stop_strings": 256,
 }
-"""The largest sizes of texts in UTF-8; of choices, tools and calls together, of stop strings each."""
+"""The largest sizes of texts in UTF-8. Choices, tools and calls count together, stop strings each by itself."""
 
 MAX_TOOL_NAME_CHARACTERS = 64
 """The longest name of a tool."""

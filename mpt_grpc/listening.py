@@ -1,4 +1,4 @@
-"""Where a server listens: how an address is written, why it cannot be used, and socket files that are left over."""
+"""The addresses on which servers listen: how they are written, why one cannot be used, and leftover socket files."""
 
 from __future__ import annotations
 

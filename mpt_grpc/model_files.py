@@ -45,7 +45,7 @@ _REMEDIES: Mapping[str, str] = {
 
 
 def has_file(path: Path) -> bool:
-    """Whether there is a regular file. Raises ModelError for what only has its name, such as a link to nothing."""
+    """Whether there is a regular file. Raises ModelError for anything else of that name, such as a broken link."""
     try:
         if path.is_file():
             return True
@@ -98,7 +98,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def why_no_weights(names: Iterable[str]) -> str:
-    """Returns what to do about a model whose files, with these names, include no weights that are read."""
+    """Returns a remedy for a model whose files, with these names, include no weights that are read."""
     found = f"; {found}" if (found := found_weights(names)) else ""
     return f"no weights found; expected one of {', '.join(WEIGHT_FILES)}, as transformers saves them{found}"
 

@@ -1,4 +1,4 @@
-"""What the engine reports of its work, as values, and the receivers of these."""
+"""Reports of the engine's work, as values, and the interface of their receivers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StepReport(NamedTuple):
     start_time_s: float
     """In seconds since the epoch."""
     duration_s: float
-    contexts: tuple[Context, ...] = ()
+    contexts: tuple[Context, ...]
     """The trace contexts of its requests, if the step is to be traced."""
 
 
@@ -33,7 +33,7 @@ class RequestReport:
     request: GenerationRequest
     stats: RequestStats
     finish_reasons: tuple[FinishReason, ...]
-    """Why its outputs ended, as far as they did not end with an error."""
+    """Why its outputs ended, without those that ended with an error."""
     error: Exception | None
     context: Context | None
     """The trace context that it was submitted with."""

@@ -70,7 +70,7 @@ class DecodingOptions:
 
     @cached_property
     def allowed_mask(self) -> bytes:
-        """The allowed tokens as a bit mask, as far as the last one: bit i % 8 of byte i // 8 stands for token i."""
+        """The allowed tokens as a bit mask that ends with the last one: bit i % 8 of byte i // 8 stands for token i."""
         mask = bytearray(max(self.allowed_token_ids, default=-1) // 8 + 1)
         for token_id in self.allowed_token_ids:
             mask[token_id >> 3] |= 1 << (token_id & 7)
@@ -163,11 +163,11 @@ class GenerationRequest:
     """The tokens of a partial output to resume; the result is what would have followed."""
     caller: Caller = ANONYMOUS
     resume_outputs: tuple[PartialOutput, ...] = ()
-    """The same for several outputs; those that are not listed are not generated."""
+    """The partial outputs to resume if there are several; outputs that are not listed are not generated."""
 
     @cached_property
     def constraint(self) -> OutputConstraint | None:
-        """What restricts the outputs to a formal language: the constraint that was asked for, or calls of tools."""
+        """The formal language that restricts the outputs: the requested constraint, or calls of tools."""
         content = self.decoding.constraint
         calls = self.prompt.tool_calls(content) if isinstance(self.prompt, Conversation) else None
         return calls or content

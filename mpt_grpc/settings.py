@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mpt_grpc.errors import SettingsError
+from mpt_grpc.listening import address
 
 ALL_ADDRESSES = ("0.0.0.0", "::")
 """The hosts that stand for every address of a machine."""
@@ -104,7 +105,7 @@ class TlsSettings:
     """The certificate, followed by those that lead to its authority."""
     key: Path
     client_ca: Path | None = None
-    """The authorities of which clients must present a certificate; None requires no certificate."""
+    """The authorities, one of which must have issued the certificate of a client; None requires no certificate."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,10 @@ class ServerSettings:
     def reachable_host(self) -> str:
         """The host by which clients on this machine reach the server."""
         return "localhost" if self.host in ALL_ADDRESSES else self.host
+
+    def url(self, port: int) -> str:
+        """Returns the URL of an HTTP port for clients on this machine, without a path."""
+        return f"http{'s' if self.tls else ''}://{address(self.reachable_host, port)}"
 
 
 @dataclass(frozen=True)

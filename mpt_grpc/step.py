@@ -20,7 +20,7 @@ class Matcher(Protocol):
     def masks(self, drafts: Sequence[int]) -> list[bytes]:
         """Returns bit masks of the tokens that may come next: token i is allowed if bit i % 8 of byte i // 8 is set.
 
-        The first is for the next token, the others for the ones after each draft, as far as the drafts are allowed. It
+        The first is for the next token, the others for the tokens after each draft, while the drafts are allowed. It
         may be called from another thread, without blocking this one, but not while `advance` runs.
         """
         ...

@@ -1,4 +1,4 @@
-"""Threads for work that its caller may give up: what waits for its turn then leaves the queue, with all that it holds.
+"""Threads for work that callers may cancel: work that is cancelled while it waits leaves the queue at once.
 
 An executor of the standard library keeps a cancelled function in its queue until a thread is free.
 """

@@ -66,9 +66,8 @@ def test_fields_that_are_not_implemented_are_refused_with_the_others_unless_they
     assert defaults(tmp_path, **off, top_k=7) == GenerationDefaults(top_k=7)
     with pytest.raises(ModelError) as error:
         defaults(tmp_path, num_beams=4, stop_strings=["\n"], top_p=2, token_healing=True)
-    why = (
-        "top_p: 2: expected a number from 1e-09 to 1; num_beams: 4: not supported as a default; stop_strings: ['\\n']: "
-    )
+    out_of_range = "top_p: 2: expected a number in (0, 1]; 1 keeps all tokens"
+    why = f"{out_of_range}; num_beams: 4: not supported as a default; stop_strings: ['\\n']: "
     assert f"generation_config.json: {why}" in str(error.value)
     assert str(error.value).endswith(
         "; token_healing: True: not supported as a default; change it or use --generation-config server"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpt_grpc.json_values import parse_json
+from mpt_grpc.json_values import is_deeper_than, parse_json
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,12 @@ def test_what_is_not_json_is_refused_with_the_reason(text: str, why: str) -> Non
     with pytest.raises(ValueError) as raised:  # noqa: PT011  (the whole text is compared)
         parse_json(text)
     assert str(raised.value) == why
+
+
+@pytest.mark.parametrize(
+    ("value", "num_levels"),
+    [(1, 0), ("[", 0), ([], 1), ({"a": 1}, 1), ([1, [2], {"a": 3}], 2), ({"a": {"b": []}, "c": 0}, 3)],
+)
+def test_levels_of_arrays_and_objects_are_counted(value: object, num_levels: int) -> None:
+    assert not is_deeper_than(value, num_levels)
+    assert num_levels == 0 or is_deeper_than(value, num_levels - 1)

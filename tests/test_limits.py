@@ -18,7 +18,6 @@ from mpt_grpc.limits import (
     MAX_TOKENIZED_CHARACTERS,
     RANGES,
     Range,
-    is_deeper_than,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -80,15 +79,6 @@ def test_the_limits_of_other_calls_are_documented() -> None:
     assert f"The token IDs, at most {MAX_TOKEN_IDS:,}, each" in PROTO
     assert f"may be more than {MAX_LOGPROBS:,} is refused" in comment("output_options.top_logprobs")
     assert f"The IDs of the requests, at most {MAX_CANCELLED}." in PROTO
-
-
-@pytest.mark.parametrize(
-    ("value", "num_levels"),
-    [(1, 0), ("[", 0), ([], 1), ({"a": 1}, 1), ([1, [2], {"a": 3}], 2), ({"a": {"b": []}, "c": 0}, 3)],
-)
-def test_levels_of_arrays_and_objects_are_counted(value: object, num_levels: int) -> None:
-    assert not is_deeper_than(value, num_levels)
-    assert num_levels == 0 or is_deeper_than(value, num_levels - 1)
 
 
 @pytest.mark.parametrize(

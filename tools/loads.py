@@ -17,7 +17,7 @@ from tools.streams import TIMEOUT_S, ServerProcess, Tally, essence, read, reques
 NUM_SLOTS = 16
 MEASURED_S = 10.0
 MIN_GOODPUT = 0.9
-"""Of its peak."""
+"""The lowest goodput that passes, as a part of its peak."""
 CALLERS = ("one", "other")
 
 

@@ -30,9 +30,9 @@ class Limits:
     """Measured with the threads of the run."""
 
     read_bytes_per_s: float
-    """Of memory: the best sum over a gibibyte."""
+    """The rate of the fastest sum over a gibibyte of memory."""
     flops_per_s: float
-    """Of matrix products by PyTorch, in float32 or in bfloat16, whichever is faster here."""
+    """The rate of PyTorch's matrix products, in float32 or in bfloat16, whichever is faster here."""
 
     def decode(self, shape: Shape, num_sequences: int) -> float:
         """Returns the tokens per second if a step only reads the weights, of 16 bits, or only multiplies."""

@@ -37,7 +37,7 @@ class Peer:
 
     @property
     def label(self) -> str:
-        """Its name in files."""
+        """The name of the peer in files."""
         return f"{self.driver.rpartition('.')[2]}-{self.bits}"
 
     @property

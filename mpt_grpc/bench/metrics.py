@@ -88,7 +88,7 @@ class Summary:
     """Requests per second that meet the objective; None without one."""
     output_tokens_per_second: float
     total_tokens_per_second: float
-    """Of prompts and outputs."""
+    """The rate of the tokens of prompts and outputs."""
     time_to_first_token: Distribution | None
     inter_token_latency: Distribution | None
     time_per_output_token: Distribution | None

@@ -15,11 +15,10 @@ from typing import Any, BinaryIO
 
 from mpt_grpc.errors import BatchError
 from mpt_grpc.gateway.parsing import MAX_DEPTH
-from mpt_grpc.json_values import parse_json
-from mpt_grpc.limits import is_deeper_than
+from mpt_grpc.json_values import is_deeper_than, parse_json
 
 STANDARD_STREAM = "-"
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _ID_PREFIX = "batch_req_"
 _BEGINNING = f'{{"id": "{_ID_PREFIX}'.encode()
 
@@ -36,7 +35,7 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class InvalidLine:
-    """A line of the input that is no request, with the reason."""
+    """A line of the input that is not a request, with the reason."""
 
     id: str
     custom_id: str | None
@@ -61,13 +60,13 @@ def open_input(path: str) -> Iterator[BinaryIO]:
 
 
 def count_lines(file: BinaryIO) -> int:
-    """Returns how many lines are not blank."""
+    """Returns the number of lines that are not blank."""
     file.seek(0)
     return sum(1 for line in file if line.strip())
 
 
 def read_requests(file: BinaryIO) -> Generator[BatchRequest | InvalidLine]:
-    """Yields what is on each line that is not blank."""
+    """Yields the request on each line that is not blank, or the reason why it is not one."""
     file.seek(0)
     custom_ids: set[str] = set()
     for number, line in enumerate(file, 1):
@@ -96,8 +95,8 @@ def _parsed(id_: str, line: bytes, earlier_custom_ids: set[str]) -> BatchRequest
         return InvalidLine(id_, custom_id, "duplicate_custom_id", why)
     if fields.get("method") != "POST":
         return InvalidLine(id_, custom_id, "invalid_method", "method: must be POST")
-    if url not in URLS:
-        return InvalidLine(id_, custom_id, "invalid_url", f"url: must be one of {', '.join(URLS)}")
+    if url not in _URLS:
+        return InvalidLine(id_, custom_id, "invalid_url", f"url: must be one of {', '.join(_URLS)}")
     if not isinstance(body, dict):
         return InvalidLine(id_, custom_id, "invalid_body", "body: must be an object, the body of the request")
     if is_deeper_than(body, MAX_DEPTH):

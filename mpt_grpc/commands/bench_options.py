@@ -77,7 +77,7 @@ def add_flags(bench: argparse.ArgumentParser) -> None:
 
 
 def usage_error(parsed: argparse.Namespace) -> str | None:
-    """Returns what is wrong with the combination of flags, if anything is."""
+    """Returns the error of a combination of flags that is not valid, or None."""
     if parsed.chat and parsed.url is None:
         return "argument --chat: requires --url"
     if parsed.trace is not None and (parsed.prompt_tokens or parsed.output_tokens):

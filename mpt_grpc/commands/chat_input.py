@@ -24,12 +24,12 @@ _PROMPT = "> "
 
 
 def reader() -> Callable[[], str]:
-    """Returns what reads a message, or a line of a pipe; it raises EOFError at the end of the input."""
+    """Returns the function that reads a message, or a line of a pipe. It raises EOFError at the end of the input."""
     return _editor() if sys.stdin.isatty() else input
 
 
 def _editor() -> Callable[[], str]:
-    """Returns what reads a message: prompt_toolkit, or without it a line that readline edits."""
+    """Returns the function that reads a message: that of prompt_toolkit, or `input`, with readline if there is one."""
     if os.environ.get("TERM") == "dumb" or find_spec("prompt_toolkit") is None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() edits lines with it

@@ -1,4 +1,4 @@
-"""`mpt-grpc completion`: prints what completes the commands and flags of `mpt-grpc` in a shell."""
+"""`mpt-grpc completion`: prints a script that completes the commands and flags of `mpt-grpc` in a shell."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def add_connection(parser: argparse._ActionsContainer, target: argparse._Actions
 def client_options(parsed: argparse.Namespace) -> ConnectionOptions:
     """Returns the options of a client's connection, with the access token in MPT_GRPC_TOKEN, if there is one.
 
-    Raises SettingsError if that is none.
+    Raises SettingsError if that is not a valid token.
     """
     from mpt_grpc_client.channel import check_token
 
@@ -63,7 +63,7 @@ def connection_options(parsed: argparse.Namespace) -> ConnectionOptions:
 
 
 def usage_error(parsed: argparse.Namespace) -> str | None:
-    """Returns what is wrong with a combination of flags, if anything is."""
+    """Returns the error of a combination of flags that is not valid, or None."""
     if (getattr(parsed, "client_certificate", None) is None) != (getattr(parsed, "client_key", None) is None):
         return "argument --client-certificate, --client-key: pass both or neither"
     return None

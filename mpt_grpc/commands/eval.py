@@ -17,15 +17,15 @@ from typing import Any
 
 from mpt_grpc.errors import EvaluationError
 
-STORY_ENDINGS = "story_endings"
+_STORY_ENDINGS = "story_endings"
 _TOKEN_VARIABLE = "OPENAI_API_KEY"
 _END_OF_DOCUMENT = "<|endoftext|>"
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Prints lm-eval's table, or its results as JSON. Raises EvaluationError."""
-    names = parsed.tasks or ([] if parsed.text else [STORY_ENDINGS])
-    tasks = [_story_endings() if name == STORY_ENDINGS else name for name in names]
+    names = parsed.tasks or ([] if parsed.text else [_STORY_ENDINGS])
+    tasks = [_story_endings() if name == _STORY_ENDINGS else name for name in names]
     tasks += [_text(parsed.text)] if parsed.text else []
     model = _served_model(parsed.url)
     with _quiet():
@@ -88,7 +88,7 @@ def _story_endings() -> dict[str, Any]:
     correct."""
     lines = Path(__file__).with_name("story_endings.jsonl").read_text(encoding="utf-8").splitlines()
     return _task(
-        STORY_ENDINGS,
+        _STORY_ENDINGS,
         [json.loads(line) for line in lines],
         output_type="multiple_choice",
         doc_to_text="{{text}}",

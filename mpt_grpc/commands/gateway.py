@@ -15,10 +15,10 @@ from mpt_grpc.commands import listening_options, logs
 from mpt_grpc.commands.connection import connection_options
 from mpt_grpc.gateway.metrics import MetricsPage
 from mpt_grpc.gateway.serve import running_gateway
-from mpt_grpc.listening import address, exposure
+from mpt_grpc.listening import exposure
 from mpt_grpc.settings import HttpSettings, ServerSettings
 from mpt_grpc.telemetry import names
-from mpt_grpc.telemetry.exporting import EXPORT_TIMEOUT_S, make_meter_provider, make_tracer_provider, shut_down
+from mpt_grpc.telemetry.exporting import make_meter_provider, make_tracer_provider, shut_down
 from mpt_grpc.telemetry.metrics import HttpMetrics
 from mpt_grpc.tls import server_certificate
 from mpt_grpc_client import ConnectionOptions
@@ -75,7 +75,7 @@ async def _serve(
     ) as port:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        url = f"http{'s' if server.tls else ''}://{address(server.reachable_host, port)}"
+        url = server.url(port)
         welcome = (
             f"mpt-grpc gateway for {', '.join(targets)}",
             f"  OpenAI    {url}/v1",
@@ -87,5 +87,5 @@ async def _serve(
         _log.info("draining: waiting up to %g s for requests in progress", server.grace_s)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-    shut_down([provider for provider in (tracers, meters) if provider is not None], EXPORT_TIMEOUT_S)
+    shut_down(tracers, meters)
     _log.info("stopped")

@@ -55,8 +55,8 @@ def add_tls(parser: argparse._ActionsContainer) -> None:
         parser.add_argument(flag, type=Path, metavar="FILE", help=f"{what}; read again when it changes (default: none)")
 
 
-def add_grace(parser: argparse._ActionsContainer) -> None:
-    """Adds how long a shutdown may take."""
+def add_timeouts(parser: argparse._ActionsContainer) -> None:
+    """Adds how long a shutdown may take, and how long callers may leave a stream unread."""
     parser.add_argument(
         "--grace",
         type=seconds,
@@ -64,10 +64,6 @@ def add_grace(parser: argparse._ActionsContainer) -> None:
         metavar="TIME",
         help="time for requests in progress to finish after SIGTERM",
     )
-
-
-def add_read_timeout(parser: argparse._ActionsContainer) -> None:
-    """Adds how long callers may leave a stream unread."""
     parser.add_argument(
         "--read-timeout",
         type=seconds,

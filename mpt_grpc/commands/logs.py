@@ -10,7 +10,7 @@ import threading
 from datetime import UTC, datetime
 from typing import Any
 
-LEVELS = ("debug", "info", "warning", "error")
+_LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -19,7 +19,7 @@ def add_log(parser: argparse._ActionsContainer) -> None:
     """Adds the flags for the log."""
     parser.add_argument(
         "--log-level",
-        choices=LEVELS,
+        choices=_LEVELS,
         default="info",
         help="info logs a line for each call; debug also logs calls that clients make periodically",
     )
@@ -34,9 +34,9 @@ def configure(level: str, line_format: str = "text") -> None:
     handler.setFormatter(_JsonFormatter() if line_format == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("mpt_grpc").setLevel(level.upper())
-    # While a collector is down, one line for each failed export is enough, without its repetitions.
+    # While a collector is down, one line for each failed export is enough, without its retries.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
-    # Its warnings are about the headers of callers, whole.
+    # Its warnings would quote the headers of callers in full.
     logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
     # A caller who disconnects during a send is not an error; failures of a method are logged by our interceptor.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)

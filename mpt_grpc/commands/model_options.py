@@ -8,8 +8,8 @@ from pathlib import Path
 from mpt_grpc.settings import ModelSettings
 
 
-def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> None:
-    """Adds which model is loaded, and how it is computed."""
+def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds which model is loaded, and how it is computed; returns the group of these flags."""
     defaults = ModelSettings()
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -64,28 +64,7 @@ def add_model(parser: argparse.ArgumentParser, *, for_serving: bool = False) -> 
         help="base, instruct, chatml, the name of one of the checkpoint's own, a Jinja file, or a text with {{ or {%%;"
         " auto is the checkpoint's default, or one chosen by the model's name",
     )
-    if not for_serving:
-        return
-    model.add_argument(
-        "--load-format",
-        choices=("auto", "random"),
-        default="auto",
-        help="random initializes the model with random weights, for benchmarks without a checkpoint",
-    )
-    model.add_argument(
-        "--max-context-tokens",
-        type=int,
-        metavar="N",
-        help="maximum tokens of one request, prompt and output; ALiBi models can exceed their own limit (default: the"
-        " model's)",
-    )
-    model.add_argument(
-        "--generation-config",
-        choices=("server", "model"),
-        default=defaults.generation_config,
-        help="source of the defaults of sampling options: the documented ones, or the checkpoint's"
-        " generation_config.json",
-    )
+    return model
 
 
 def model_settings(parsed: argparse.Namespace) -> ModelSettings:

@@ -167,7 +167,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
 
 
 def usage_error(parsed: argparse.Namespace) -> str | None:
-    """Returns what is wrong with a combination of flags, if anything is."""
+    """Returns the error of a combination of flags that is not valid, or None."""
     without_effect = [name for name in _JSON_ONLY if getattr(parsed, name, None) is not None]
     if without_effect and not parsed.json:
         return f"argument --{without_effect[0].replace('_', '-')}: requires --json"

@@ -1,4 +1,4 @@
-"""The flags of a server, and their translation into its settings."""
+"""The flags of `serve`, and their translation into settings."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 from mpt_grpc.commands import listening_options
 from mpt_grpc.commands.logs import add_log
-from mpt_grpc.commands.model_options import model_settings
+from mpt_grpc.commands.model_options import add_model, model_settings
 from mpt_grpc.commands.units import num_bytes, seconds
 from mpt_grpc.settings import (
     CacheSettings,
+    ModelSettings,
     SchedulerSettings,
     ServerSettings,
     Settings,
@@ -19,10 +20,42 @@ from mpt_grpc.settings import (
 )
 
 
-def add_scheduling(serve: argparse.ArgumentParser) -> None:
+def add_flags(serve: argparse.ArgumentParser) -> None:
+    """Adds all flags: the model, memory and scheduling, the server and telemetry."""
+    _add_model(add_model(serve))
+    _add_scheduling(serve.add_argument_group("memory and scheduling"))
+    _add_server(serve.add_argument_group("server"))
+    _add_telemetry(serve.add_argument_group("telemetry"))
+
+
+def _add_model(model: argparse._ArgumentGroup) -> None:
+    """Adds what concerns only a model that is served."""
+    defaults = ModelSettings()
+    model.add_argument(
+        "--load-format",
+        choices=("auto", "random"),
+        default=defaults.load_format,
+        help="random initializes the model with random weights, for benchmarks without a checkpoint",
+    )
+    model.add_argument(
+        "--max-context-tokens",
+        type=int,
+        metavar="N",
+        help="maximum tokens of one request, prompt and output; ALiBi models can exceed their own limit (default: the"
+        " model's)",
+    )
+    model.add_argument(
+        "--generation-config",
+        choices=("server", "model"),
+        default=defaults.generation_config,
+        help="source of the defaults of sampling options: the documented ones, or the checkpoint's"
+        " generation_config.json",
+    )
+
+
+def _add_scheduling(memory: argparse._ArgumentGroup) -> None:
     """Adds the memory of the cache and the limits of the queue and the batch."""
     defaults = Settings()
-    memory = serve.add_argument_group("memory and scheduling")
     memory.add_argument(
         "--kv-cache-dtype",
         choices=("auto", "int8"),
@@ -87,9 +120,8 @@ def add_scheduling(serve: argparse.ArgumentParser) -> None:
     )
 
 
-def add_server(serve: argparse.ArgumentParser) -> None:
-    """Adds where the server listens and how it is observed."""
-    server = serve.add_argument_group("server")
+def _add_server(server: argparse._ArgumentGroup) -> None:
+    """Adds where the server listens, for whom, and how it stops."""
     grpc = server.add_mutually_exclusive_group()
     grpc.add_argument(
         "--grpc-port",
@@ -115,8 +147,7 @@ def add_server(serve: argparse.ArgumentParser) -> None:
         " changes (default: none)",
     )
     server.add_argument("--no-reflection", action="store_true", help="serve no description of the API over gRPC")
-    listening_options.add_grace(server)
-    listening_options.add_read_timeout(server)
+    listening_options.add_timeouts(server)
     server.add_argument(
         "--stall-timeout",
         type=seconds,
@@ -138,10 +169,10 @@ def add_server(serve: argparse.ArgumentParser) -> None:
         help="check prompts and outputs with this guard; words=FILE blocks the words listed in a file; may be repeated"
         " (default: none)",
     )
-    _add_telemetry(serve.add_argument_group("telemetry"))
 
 
-def _add_telemetry(telemetry: argparse._ActionsContainer) -> None:
+def _add_telemetry(telemetry: argparse._ArgumentGroup) -> None:
+    """Adds the log, and what else is recorded."""
     add_log(telemetry)
     telemetry.add_argument(
         "--metrics-port",
@@ -173,7 +204,7 @@ def _add_telemetry(telemetry: argparse._ActionsContainer) -> None:
 
 
 def settings(parsed: argparse.Namespace) -> Settings:
-    """Returns the settings given by the flags of `serve`. Raises SettingsError."""
+    """Returns the settings given by the flags. Raises SettingsError."""
     return Settings(
         model=replace(
             model_settings(parsed),

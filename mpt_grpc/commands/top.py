@@ -30,7 +30,7 @@ _NO_LOAD = Load(0, 0, 0, 0, 0, 0, 0)
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Shows a server until Ctrl-C, also across restarts; once if that is asked for, or without a terminal.
+    """Shows a server until Ctrl-C, also across restarts; only once with --once or without a terminal.
 
     Raises SettingsError for several targets, and MptGrpcError if the first measurement fails.
     """

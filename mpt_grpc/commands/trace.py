@@ -72,7 +72,7 @@ class _Span:
     end_s: float
     has_failed: bool
     summary: str
-    """Its events, counted by name, or why it failed or was refused."""
+    """The events of the span, counted by name, or why it failed or was refused."""
 
 
 class _Spans:
@@ -82,7 +82,7 @@ class _Spans:
         self._file = file
         self._piped = sys.stdin.buffer.readlines() if file == "-" else None
         self.num_broken = 0
-        """Lines that a full disk or a crash has cut off, as far as the file has been read."""
+        """The number of lines read so far that a full disk or a crash has cut off."""
 
     def __iter__(self) -> Iterator[_Span]:
         """Raises SettingsError for a file that cannot be read, or without any span."""
@@ -110,7 +110,7 @@ class _Spans:
 
 
 def _span(span: Mapping[str, Any]) -> _Span:
-    """Returns a span of a file. Raises ValueError, KeyError, TypeError or AttributeError if it is none."""
+    """Returns a span of a file. Raises ValueError, KeyError, TypeError or AttributeError if it is not one."""
     context, status, parent_id = span["context"], span["status"], span["parent_id"]
     error = _text(span.get("attributes", {}).get("error.type", ""))
     events = Counter(_text(event["name"]) for event in span["events"])

@@ -1,4 +1,4 @@
-"""`mpt-grpc verify`: checks that a checkpoint is served right."""
+"""`mpt-grpc verify`: checks that a checkpoint is served correctly."""
 
 from __future__ import annotations
 

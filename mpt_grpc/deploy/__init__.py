@@ -1,1 +1,1 @@
-"""Servers that something else places, scales and restarts."""
+"""Servers that another system places, scales and restarts."""

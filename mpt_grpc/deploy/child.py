@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from mpt_grpc.commands import logs, model_options, server_options
+from mpt_grpc.commands import logs, server_options
 from mpt_grpc.errors import MptServerError, SettingsError
-from mpt_grpc.listening import address
 from mpt_grpc.telemetry import variables
 
 if TYPE_CHECKING:
     from mpt_grpc.server.server import RunningServer
 
-REPORT_INTERVAL_S = 1.0
+_REPORT_INTERVAL_S = 1.0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,9 +39,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(flags: Sequence[str]) -> argparse.Namespace:
     """Returns the parsed flags of `mpt-grpc serve`. Raises SettingsError."""
     parser = _Parser(allow_abbrev=False, add_help=False)
-    model_options.add_model(parser, for_serving=True)
-    server_options.add_scheduling(parser)
-    server_options.add_server(parser)
+    server_options.add_flags(parser)
     return parser.parse_args(flags)
 
 
@@ -79,17 +76,15 @@ def _end_with_parent() -> None:
 async def _report(server: RunningServer) -> None:
     from mpt_grpc.server.server import LIVE
 
-    listening, openai_url = server.settings.server, None
-    if server.http_port is not None:
-        openai_url = f"http{'s' if listening.tls else ''}://{address(listening.reachable_host, server.http_port)}"
-    _write(target=server.target, openai_url=openai_url)
+    port = server.http_port
+    _write(target=server.target, openai_url=None if port is None else server.settings.server.url(port))
     health: Any = HealthStub(server.channel)
     while True:
         status = (await health.Check(HealthCheckRequest(service=LIVE))).status
         load = server.engine.load
         num_requests = load.num_running + load.num_waiting + load.num_preparing
         _write(is_live=status == HealthCheckResponse.SERVING, num_requests=num_requests)
-        await asyncio.sleep(REPORT_INTERVAL_S)
+        await asyncio.sleep(_REPORT_INTERVAL_S)
 
 
 def _write(**report: Any) -> None:

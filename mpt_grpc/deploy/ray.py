@@ -70,7 +70,7 @@ class Server:
         threading.Thread(target=self._listen, daemon=True).start()
 
     async def endpoint(self) -> Endpoint:
-        """Returns where the server listens, and its load."""
+        """Returns the addresses of the server, and its load."""
         return replace(self._endpoint, num_requests=self._num_requests)
 
     async def check_health(self) -> None:

@@ -62,7 +62,7 @@ class Gpu:
         *,
         batch_invariant: bool = False,
     ) -> GpuAttention:
-        """Returns what computes attention. Raises SettingsError if Triton is wanted or required, but cannot run."""
+        """Returns the library that computes attention. Raises SettingsError if Triton is required and cannot run."""
         why_not = self.why_no_triton(config, dtype)
         if wanted == "triton" and why_not is not None:
             raise SettingsError(f"--attention: triton {why_not}; use torch")

@@ -1,4 +1,4 @@
-"""What computes the model, as far as settings leave it open: the device, types, kernels and attention."""
+"""Decides what computes the model where settings leave it open: the device, types, kernels and attention."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _NEEDS_KERNELS = "needs the compiled kernels on a CPU, a type other than float16
 
 
 def choose_computation(wanted: ModelSettings, config: MPTConfig) -> tuple[WeightFormat, AttentionName]:
-    """Returns how weights are stored and multiplied, and what computes attention.
+    """Returns the format of the weights, and the name of the attention backend.
 
     Raises SettingsError if what is wanted is not available.
     """
     weight_format = choose_weight_format(wanted, config)
-    attention = choose_attention(wanted, config, weight_format)
+    attention = _choose_attention(wanted, config, weight_format)
     is_triton = attention == "triton"
     return replace(weight_format, by_triton=is_triton, batch_invariant=is_triton and wanted.batch_invariant), attention
 
@@ -56,8 +56,8 @@ def choose_weight_format(wanted: ModelSettings, config: MPTConfig) -> WeightForm
     return WeightFormat(dtype, device, kernels, quantize=wanted.quantize == "int8")
 
 
-def choose_attention(wanted: ModelSettings, config: MPTConfig, weight_format: WeightFormat) -> AttentionName:
-    """Returns what computes attention, which the log names for a GPU. Raises SettingsError if it cannot."""
+def _choose_attention(wanted: ModelSettings, config: MPTConfig, weight_format: WeightFormat) -> AttentionName:
+    """Returns the name of the attention backend, which is logged for a GPU. Raises SettingsError if it cannot run."""
     if weight_format.device.type == "cpu":
         if wanted.attention != "auto":
             why = "the compiled kernels attend, or PyTorch where there are none or MPT_GRPC_ISA is none"
@@ -71,7 +71,7 @@ def choose_attention(wanted: ModelSettings, config: MPTConfig, weight_format: We
 
 
 def attention_backend(name: AttentionName, config: MPTConfig, weight_format: WeightFormat) -> AttentionBackend:
-    """Returns the backend that `choose_attention` has chosen."""
+    """Returns the backend of this name."""
     if name == "triton":
         from mpt_grpc.model.attention.triton_backend import TritonAttention  # Triton is not installed everywhere
 

@@ -35,7 +35,7 @@ class LaunchedStep:
 
     @property
     def token_ids(self) -> Tensor | None:
-        """The chosen tokens on the device, int64 [n]; None if there are none."""
+        """The chosen tokens on the device, int64 [n]; None if no token was chosen."""
         return self.chosen.token_ids if isinstance(self.chosen, Chosen) and len(self.chosen.token_ids) else None
 
     @property

@@ -33,7 +33,7 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 1024, 4096
 _MODEL_CODE = Path(linear.__file__).parent
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
 _LIBRARIES = ("jinja2", "llguidance", "regex", "tokenizers")
-"""Those that make a prompt's tokens, decide which tokens a constraint allows, and match words of guards."""
+"""The libraries that tokenize prompts, decide which tokens a constraint allows, and match the words of guards."""
 _TEXTS = ("*token*.json", "*.model", *BYTE_LEVEL_FILES, "*.jinja", "additional_chat_templates/*.jinja")
 
 

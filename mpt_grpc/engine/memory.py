@@ -78,7 +78,7 @@ class GpuMemory(Memory, Protocol):
 class CudaMemory:
     """The `GpuMemory` on which PyTorch computes, or the part of it that a limit allows."""
 
-    def __init__(self, limit_bytes: int | None = None) -> None:
+    def __init__(self, limit_bytes: int | None) -> None:
         free_bytes, self._card_bytes = torch.cuda.mem_get_info()
         self.total_bytes = min(limit_bytes or self._card_bytes, self._card_bytes)
         if self.total_bytes < self._card_bytes:
@@ -100,7 +100,7 @@ class CudaMemory:
 
 
 class CpuMemory:
-    """The memory of this machine, of which the cgroups of this process may allow less."""
+    """The memory of this machine; the cgroups of this process may allow less."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         """`root`: where /proc and /sys are found."""
@@ -137,7 +137,7 @@ def _machine(root: Path) -> Iterator[int]:
 
 
 def _cgroups(root: Path) -> Iterator[int]:
-    """Yields what each cgroup of this process leaves, of version 1 or 2, from its own up to the root."""
+    """Yields the bytes that each cgroup of this process leaves, of version 1 or 2, from its own up to the root."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers:

@@ -15,7 +15,7 @@ from typing import Any
 Delivery = tuple[Callable[[Any], None], Any]
 """An event or a report, and the method of the reader's stream or of the observer that receives it."""
 
-MAX_DELAY_S = 0.020
+_MAX_DELAY_S = 0.020
 """How long an event waits at most while the loop could take it."""
 _BUSY_S = 0.001
 """Readers that take less time than this for a hand-over do not delay the next one."""
@@ -34,7 +34,7 @@ class Outbox:
         self._lock = threading.Lock()
         self._deliveries: list[Delivery] = []
         self._is_scheduled = False
-        """Whether a hand-over will happen without being asked for."""
+        """Whether a hand-over is already planned."""
 
     def put(self, events: Iterable[Delivery]) -> None:
         """Delivers the events, those of each reader in order, and readers by their first event."""
@@ -77,4 +77,4 @@ class Outbox:
         if busy_s < _BUSY_S:
             self._hand_over(loop)
         else:
-            loop.call_later(min(busy_s, MAX_DELAY_S), self._hand_over, loop)
+            loop.call_later(min(busy_s, _MAX_DELAY_S), self._hand_over, loop)

@@ -1,4 +1,4 @@
-"""What the engine keeps of a request from its arrival to its end."""
+"""The record of a request from its arrival to its end."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def memory_needs(
     reserved_bytes: int = STEP_BYTES,
     default_cache_bytes: int | None = None,
 ) -> MemoryNeeds:
-    """Returns what will be allocated, with at least one block of KV cache.
+    """Returns the memory that will be allocated, with at least one block of KV cache.
 
     reserved_bytes: what must stay free.
     default_cache_bytes: the size of the cache if none is wanted; None is an estimate of what is left.
@@ -74,7 +74,7 @@ class LargestSteps:
     max_context_tokens: int
     vocab_size: int
     """The tokenizer's."""
-    max_choices: int = 1
+    max_choices: int
     """The most tokens that are chosen for one sequence: more than one with drafts."""
 
     def run(self, runner: Runner, block_size: int) -> None:
@@ -114,9 +114,9 @@ def bytes_left(
     make_runner: Callable[[KVCache], Runner],
     steps: LargestSteps,
 ) -> int:
-    """Returns how many bytes the KV cache may have, once the weights are loaded; may be negative.
+    """Returns the number of bytes left for the KV cache once the weights are loaded, which may be negative.
 
-    What the runner keeps, such as recorded steps, and what the largest steps take for a moment is tried.
+    The memory that the runner keeps, as for recorded steps, and that the largest steps take for a moment is measured.
     """
     free_bytes = memory.free_bytes()
     cache = make_cache(_TRIAL_BLOCKS)

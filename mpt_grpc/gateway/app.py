@@ -274,7 +274,7 @@ async def _events(
     An empty chunk is sent whenever the stream has been idle for a while. A comment would not do: LangChain ignores
     comments and times out.
     """
-    first = await unless_disconnected(request, _next(chunks))
+    first = await unless_disconnected(request, anext(chunks, None))
     names = field_names(request)  # without the request, which holds the function
 
     def failure(error: MptGrpcError) -> bytes:
@@ -295,7 +295,3 @@ async def _events(
             yield response.end
 
     return EventStream(events(), lambda: event(response.empty_chunk()))
-
-
-async def _next(chunks: AsyncIterator[Json]) -> Json | None:
-    return await anext(chunks, None)

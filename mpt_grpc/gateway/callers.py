@@ -48,7 +48,7 @@ class Callers:
         self._known: OrderedDict[Metadata, tuple[KnownServer, float]] = OrderedDict()
 
     def metadata(self, scope: Scope) -> Metadata:
-        """Returns what a request's caller is identified by."""
+        """Returns the metadata that identifies the caller of a request."""
         metadata: list[tuple[str, str | bytes]] = []
         if self._passes_tokens and (authorization := Headers(scope=scope).get("authorization")) is not None:
             # Of what gRPC could not send, enough remains to be refused.

@@ -73,7 +73,7 @@ COMPLETION_RULES = FieldRules(
         "text": ("response_format",),
     },
 )
-"""Those of chat and text completions."""
+"""The rules of chat and text completions."""
 RESPONSE_RULES = FieldRules(
     frozenset(f"{_IGNORED} reasoning max_tool_calls image access_programs".split()),
     {
@@ -108,7 +108,7 @@ RESPONSE_RULES = FieldRules(
         "response_format": ("text",),
     },
 )
-"""Those of responses."""
+"""The rules of responses."""
 TOKENIZATION_RULES = FieldRules(COMPLETION_RULES.ignored, expected=_EXPECTED_MESSAGES)
 
 _REASONS = {

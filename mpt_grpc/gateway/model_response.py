@@ -18,7 +18,7 @@ _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"
 
 @dataclass
 class _Message:
-    """The text of an output, as far as it is known."""
+    """The text of an output so far."""
 
     id: str
     pieces: list[str] = field(default_factory=list)
@@ -54,7 +54,7 @@ class _Message:
 
 @dataclass
 class _Call:
-    """A call of a function, as far as it is known."""
+    """A call of a function so far."""
 
     id: str
     call: ToolCall | ToolCallDelta
@@ -90,7 +90,7 @@ class ModelResponse:
         self._num_events = 0
         self._items: list[_Message | _Call] = []
         self._logprobs: list[Json] = []
-        """Those of tokens whose text has not come yet."""
+        """The log probabilities of tokens whose text has not come yet."""
 
     def complete(self, generation: Generation) -> Json:
         """Returns the response for a finished generation."""

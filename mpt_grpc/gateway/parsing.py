@@ -18,8 +18,8 @@ from mpt_grpc.gateway.errors import BadRequestError, shortened
 from mpt_grpc.gateway.field_rules import FieldRules, reason
 from mpt_grpc.gateway.reading import read
 from mpt_grpc.gateway.strict import MAX_ITEMS, TOO_MANY_ITEMS
-from mpt_grpc.json_values import is_unicode, parse_json
-from mpt_grpc.limits import MAX_TOKEN_IDS, is_deeper_than
+from mpt_grpc.json_values import is_deeper_than, is_unicode, parse_json
+from mpt_grpc.limits import MAX_TOKEN_IDS
 from mpt_grpc.worker_threads import WorkerThreads
 
 _Parsed = TypeVar("_Parsed", bound=BaseModel)

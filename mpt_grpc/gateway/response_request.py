@@ -137,7 +137,7 @@ class ResponseRequest(ConversationFields):
         Many[
             Literal[
                 "message.output_text.logprobs",
-                # These concern what is never in a response here.
+                # The following concern what is never in a response here.
                 "reasoning.encrypted_content",
                 "file_search_call.results",
                 "web_search_call.results",

@@ -47,7 +47,7 @@ from mpt_grpc_client.purpose import Purpose
 
 KEEP_ALIVE_TIMEOUT_S = 5
 _MAX_QUEUED_CONNECTIONS = 2048
-"""Those that the system accepts ahead of this process."""
+"""The connections that the system accepts ahead of this process."""
 _PAGE_TIMEOUT_S = 10
 """The time in which the caller of `/metrics` on its own port reads a part of the page."""
 _ERROR_TIMEOUT_S = 3
@@ -124,7 +124,7 @@ async def running_gateway(
 
 @asynccontextmanager
 async def running_metrics(
-    host: str, port: int, page: MetricsPage, certificate: ServerCertificate | None = None
+    host: str, port: int, page: MetricsPage, certificate: ServerCertificate | None
 ) -> AsyncIterator[int]:
     """Serves only `/metrics` inside the block and yields the port. Raises SettingsError if it cannot listen on it."""
     app = Starlette()

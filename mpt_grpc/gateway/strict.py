@@ -13,7 +13,7 @@ MAX_ITEMS = 1024
 TOO_MANY_ITEMS = "too_many_items"
 _Item = TypeVar("_Item")
 Many = Annotated[list[_Item], Field(fail_fast=True)]
-"""A list of which only the first invalid item is reported, since errors cost far more than items."""
+"""A list that reports only its first invalid item, since errors cost far more than items."""
 Some = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
 
 

@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 
 class TextLogprobs:
-    """Those of one choice, whose tokens are added in their order."""
+    """The log probabilities of one choice, whose tokens are added in their order."""
 
     def __init__(self, num_top: int, start: int = 0) -> None:
         """num_top: the number of alternatives. start: where the first token begins in the text, in characters."""

@@ -25,7 +25,7 @@ class LimitedField:
     """A field of which only some values are implemented."""
 
     name: str
-    """Its path, with a dot between the object and the field."""
+    """The path of the field, with a dot between the object and the field."""
     supported: str
     """The implemented values, in words."""
     needs: str

@@ -82,7 +82,7 @@ class DecodeGraphs:
         self._recorder, self._metadata, self._device = recorder, metadata, device
         self._recordings: dict[tuple[int, int], _Recording] = {}
         self._results: tuple[Tensor, ...] | None = None
-        """Those of the largest steps, whose memory those of the others share."""
+        """The results of the largest steps, whose memory the results of the others share."""
 
     def record(self, compute: Compute, max_sequences: int, max_tokens: int) -> None:
         """Records the steps of up to `max_sequences` sequences with at most `max_tokens` tokens each.

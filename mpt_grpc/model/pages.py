@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _MADV_POPULATE_WRITE = 23
-"""Of Linux 5.14; Python has no name for it."""
+"""A constant of Linux 5.14 for which Python has no name."""
 _PART_BYTES = 64 << 20
 """No other thread runs Python during a call, and a virtual machine may need seconds for a gigabyte."""
 

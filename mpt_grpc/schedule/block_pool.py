@@ -63,7 +63,7 @@ class BlockPool:
         return blocks
 
     def num_unowned(self, blocks: Sequence[int]) -> int:
-        """Returns how many of `blocks` are free, which is by how much sharing them reduces `num_free`."""
+        """Returns the number of `blocks` that are free: sharing them reduces `num_free` by it."""
         return sum(self._owners[block] == 0 for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:

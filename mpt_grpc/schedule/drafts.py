@@ -49,7 +49,7 @@ class Drafter:
         return self._drafts
 
     def _learn(self, token_ids: TokenIds) -> None:
-        """Compares the last drafts with the tokens that came, as far as they were right."""
+        """Compares the last drafts with the tokens that came, up to the first wrong one."""
         for draft, token_id in zip(self._drafts, token_ids[self._num_known :], strict=False):
             self.accuracy += _WEIGHT * ((draft == token_id) - self.accuracy)
             if draft != token_id:
@@ -100,7 +100,7 @@ class Drafters:
 def most_useful(
     candidates: Mapping[int, tuple[float, int]], num_tokens: int, max_drafts: int, times: StepTimes
 ) -> Mapping[int, int]:
-    """Returns how many drafts of each sequence are to be checked for the most new tokens per second.
+    """Returns the number of drafts of each sequence to check for the most new tokens per second.
 
     candidates: the accuracy and the number of drafts of each sequence that gets a token. num_tokens: the number of
     tokens that the step computes without drafts.

@@ -1,10 +1,10 @@
 """The waiting sequences, in an order in which no caller waits for all that another one has sent.
 
-The next one is of the highest priority, and among these of the caller that has been served the fewest tokens, by its
-weight: callers with sequences waiting get the same numbers of tokens, and those of one caller stay in their order. A
-token counts once it has been computed, so nobody waits because of tokens that a request could have had. A caller of
-whom none waits begins with the tokens that the least served of those who wait at its priority has had. This is the
-virtual token counter of https://arxiv.org/abs/2401.00588.
+Among the sequences of the highest priority, the next is one of the caller that has been served the fewest tokens,
+divided by its weight. So callers with waiting sequences get equal numbers of tokens, and the sequences of one caller
+stay in order. A token counts once it has been computed: nobody waits because of tokens that a request could have had. A
+caller without waiting sequences begins with the number of the least served caller that waits at its priority. This is
+the virtual token counter of https://arxiv.org/abs/2401.00588.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class FairQueue:
         self._offsets: dict[str, float] = {}
         """What each caller has been served, without its started sequences."""
         self._started: dict[str, set[Sequence]] = {}
-        """Those that have started and not ended, by caller; without empty sets."""
+        """The sequences that have started and not ended, by caller; without empty sets."""
         self._now = 0.0
         """The most that a caller had been served when one of its sequences started. A caller that arrives when none
         waits begins there."""
@@ -89,7 +89,7 @@ class FairQueue:
         self._offsets[caller] += _cost(sequence)
 
     def served(self, caller: Caller) -> float:
-        """Returns how many tokens a caller has been served, by its weight."""
+        """Returns the number of tokens that a caller has been served, divided by its weight."""
         return self._served(caller.name)
 
     def _served(self, caller: str) -> float:
@@ -99,7 +99,7 @@ class FairQueue:
         return sum(map(_cost, self._started.get(caller, ())))
 
     def _level(self, priority: int) -> float:
-        """Returns what a caller that was idle begins with."""
+        """Returns the number with which a caller that was idle begins."""
         return min(map(self._served, self._waiting.get(priority, ())), default=self._now)
 
 

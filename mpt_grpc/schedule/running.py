@@ -79,7 +79,7 @@ class Running:
         return preemptible
 
     def _num_beyond_shares(self, caller: Caller, waiting: FairQueue) -> dict[str, int]:
-        """Returns how many sequences others run beyond their shares of the slots, of those served as much as `caller`.
+        """Returns the numbers of sequences beyond their shares of others who were served as much as `caller`.
 
         There are none if `caller` runs its share.
         """

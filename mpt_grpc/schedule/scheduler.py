@@ -141,7 +141,7 @@ class Scheduler:
         return True
 
     def plan(self) -> StepPlan:
-        """Returns what to compute next; the plan is empty only if there is no work, or all of it is in flight.
+        """Returns the plan of the next step, which is empty only if there is no work, or all of it is in flight.
 
         A step may be in flight, unless its plan needs the host.
         """
@@ -158,7 +158,7 @@ class Scheduler:
         return plan
 
     def recover(self, plan: StepPlan) -> StepPlan:
-        """Returns what remains to be computed of a step that has failed, with all tokens known.
+        """Returns the plan of what remains to be computed of a step that has failed, with all tokens known.
 
         A step behind it is forgotten; what that one started or preempted remains so.
         """
@@ -262,7 +262,7 @@ class Scheduler:
         steps: list[SequenceStep] = []
         running, block_size = self._running.sequences, self._pool.block_size
         num_tokens = shares(running, budget)
-        for sequence in running:  # of which only later ones are preempted
+        for sequence in running:  # only later ones are preempted meanwhile
             if not (count := num_tokens[sequence]):  # its last token is in flight
                 continue
             end = sequence.num_computed + count
@@ -272,7 +272,7 @@ class Scheduler:
         return steps
 
     def _add_drafts(self, steps: list[SequenceStep]) -> None:
-        """Adds drafts to the steps of running sequences where that pays, as far as budget and free blocks last."""
+        """Adds drafts to the steps of running sequences where that pays, while budget and free blocks last."""
         for place, drafts in self._drafters.draft(self._running.sequences, steps, self._budget).items():
             sequence, step = self._running.sequences[place], steps[place]
             if self._blocks.extend(sequence, step.length + len(drafts)):

@@ -14,7 +14,7 @@ from mpt_grpc.schedule.sequence import Sequence
 
 
 def shares(by_rank: list[Sequence], num_tokens: int, head: Sequence | None = None) -> dict[Sequence, int]:
-    """Returns how many tokens each sequence computes if the step has `num_tokens`, which is one for each at least.
+    """Returns the number of tokens that each sequence computes in a step of `num_tokens`, at least one for each.
 
     `head` is one of them that is not running yet: it may get none. One that has nothing to compute gets none.
     """

@@ -25,7 +25,7 @@ class StepBudget:
         """The number of steps since the last one that did not fit in memory."""
 
     def num_tokens(self, running: list[Sequence], *, has_waiting: bool) -> int:
-        """Returns how many tokens the step may compute, drafts apart.
+        """Returns the number of tokens that the step may compute, without drafts.
 
         Prompts may slow running outputs down by `prefill_slowdown`, compared with a step of one token for each
         sequence. If no such step was measured lately, the next one is of that kind. Every other one may have one token

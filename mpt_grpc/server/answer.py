@@ -62,7 +62,7 @@ class Answer:
         return response
 
     def resume_info(self) -> pb.ResumeInfo:
-        """Returns what it takes to continue the stream elsewhere, after its first part."""
+        """Returns the information with which the stream can continue elsewhere, after its first part."""
         info = pb.ResumeInfo(seed=self._stream.prepared.request.sampling.seed or 0, fingerprint=self._fingerprint)
         if sum(map(len, self._sent.values())) <= _MAX_RESUME_INFO_TOKENS:
             info.outputs.extend(pb.PartialOutput(index=index, token_ids=ids) for index, ids in self._sent.items())

@@ -1,4 +1,4 @@
-"""Channelz on a port of its own: what gRPC knows of its connections and their calls, for programs on this machine."""
+"""Channelz on its own port: what gRPC knows of its connections and their calls, for programs on this machine."""
 
 from __future__ import annotations
 

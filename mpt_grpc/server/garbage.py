@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 
 _COLLECTIONS_BEFORE_A_LARGER_ONE = 2
-"""One of what so many collections of new objects have left takes 1.5 ms; after 10, Python's default, 4 ms."""
+"""After 2 collections of new objects, a larger one takes 1.5 ms; after 10, Python's default, 4 ms."""
 _LARGER_ONES_BEFORE_A_FULL_ONE = 4000
 """Some minutes of streams without a pause; Python's default is 10."""
 

@@ -31,7 +31,7 @@ class _Watch:
     """An open watch."""
 
     host: str
-    """Where its caller is; see `_host`."""
+    """The host of its caller; see `_host`."""
     context: _CallContext
     task: asyncio.Task[Any]
     """Runs its handler."""
@@ -45,7 +45,7 @@ class Health(health_pb2_grpc.HealthServicer):
     def __init__(self) -> None:
         self._serving: dict[str, bool] = {}
         self._watches: dict[_Watch, None] = {}
-        """Those that are open, in the order in which they began."""
+        """The open watches, in the order in which they began."""
         self._ending: set[asyncio.Task[None]] = set()
 
     def set(self, service: str, *, is_serving: bool) -> None:
@@ -105,7 +105,7 @@ class Health(health_pb2_grpc.HealthServicer):
 
 
 def _host(peer: str) -> str:
-    """Returns where a caller is, given its address as gRPC writes it.
+    """Returns the host of a caller, given its address as gRPC writes it.
 
     Of an IPv6 address, these are the first 64 bits: a single machine may have all the addresses that begin with them.
     """

@@ -1,4 +1,4 @@
-"""A call of a local channel: as its handler sees it, and as its caller does, with what one has for the other."""
+"""A call of a local channel, as its handler sees it and as its caller does."""
 
 from __future__ import annotations
 

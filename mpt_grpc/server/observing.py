@@ -25,7 +25,7 @@ def make_telemetry(
     meters: MeterProvider | None,
     trace_interval: int | None,
 ) -> Telemetry:
-    """Returns what records the spans and the metrics of a server, including gauges of its engine."""
+    """Returns the recorder of a server's spans and metrics, including gauges of its engine."""
     metrics = Metrics((meters or NoOpMeterProvider()).get_meter(names.SCOPE), model.name, REASONS)
     _observe_load(metrics, engine, model)
     tracer = None if tracers is None else tracers.get_tracer(names.SCOPE)

@@ -74,7 +74,7 @@ class Meter:
         use.time_s = now_s
 
     def wait_s(self) -> float:
-        """Returns how long it takes until a token may be used, if no more are used meanwhile."""
+        """Returns the time in seconds until a token may be used, if no more are used meanwhile."""
         self.count(0)
         return max(0.0, (self._use.num_tokens + 1 - self.per_minute) * 60 / self.per_minute)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from mpt_grpc.caller import ANONYMOUS, Caller
+from mpt_grpc.caller import Caller
 from mpt_grpc.constraint import Choice, Constraint, JsonObject, JsonSchema, LarkGrammar, Regex
 from mpt_grpc.conversation import Conversation, Message, Tool, ToolCall, ToolChoice
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.json_values import is_unicode, parse_json
-from mpt_grpc.limits import is_deeper_than
+from mpt_grpc.json_values import parse_object
 from mpt_grpc.request import (
     CacheOptions,
     ChunkOptions,
@@ -27,7 +26,6 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 _MAX_DURATION_S = 315_576_000_000
 _MAX_KWARGS_DEPTH = 32
-_TOO_DEEP = f"nested more than {_MAX_KWARGS_DEPTH} levels deep: simplify it"
 _ROLES: dict[int, str] = {
     pb.ROLE_SYSTEM: "system",
     pb.ROLE_USER: "user",
@@ -42,9 +40,7 @@ _TOOL_CHOICES: dict[int, ToolChoice] = {
 }
 
 
-def generation_request(
-    message: pb.GenerateRequest, defaults: GenerationDefaults, caller: Caller = ANONYMOUS
-) -> GenerationRequest:
+def generation_request(message: pb.GenerateRequest, defaults: GenerationDefaults, caller: Caller) -> GenerationRequest:
     """Returns the caller's request with `defaults` for options that are not set. The engine checks ranges and the
     prompt.
 
@@ -107,20 +103,10 @@ def _message(message: pb.Message) -> Message:
 
 def _template_kwargs(text: str) -> dict[str, Any]:
     """Returns the values of a JSON object. Raises InvalidRequestError."""
-    field = "conversation.chat_template_kwargs"
     try:
-        values = parse_json(text)
-    except RecursionError as error:
-        raise InvalidRequestError(FieldViolation(field, _TOO_DEEP)) from error
+        return parse_object(text, _MAX_KWARGS_DEPTH)
     except ValueError as error:
-        raise InvalidRequestError(FieldViolation(field, f"not valid JSON: {error}")) from error
-    if not isinstance(values, dict):
-        raise InvalidRequestError(FieldViolation(field, "must be a JSON object"))
-    if is_deeper_than(values, _MAX_KWARGS_DEPTH):
-        raise InvalidRequestError(FieldViolation(field, _TOO_DEEP))
-    if not is_unicode(values):
-        raise InvalidRequestError(FieldViolation(field, "not valid Unicode: remove lone surrogates"))
-    return values
+        raise InvalidRequestError(FieldViolation("conversation.chat_template_kwargs", str(error))) from error
 
 
 def _sampling(message: pb.SamplingParameters, defaults: GenerationDefaults) -> SamplingParameters:

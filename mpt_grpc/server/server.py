@@ -39,7 +39,7 @@ from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.server.writes import PendingWrites
 from mpt_grpc.settings import Settings
 from mpt_grpc.telemetry import names
-from mpt_grpc.telemetry.exporting import EXPORT_TIMEOUT_S, make_meter_provider, make_tracer_provider, shut_down
+from mpt_grpc.telemetry.exporting import make_meter_provider, make_tracer_provider, shut_down
 from mpt_grpc.telemetry.metrics import HttpMetrics
 from mpt_grpc.tls import server_certificate
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
@@ -182,8 +182,7 @@ async def running_server(settings: Settings) -> AsyncIterator[RunningServer]:
         async with _serving(settings, tracers, meters, None if meters is None else registry) as server:
             yield server
     finally:
-        providers = [provider for provider in (tracers, meters) if provider is not None]
-        await asyncio.to_thread(shut_down, providers, EXPORT_TIMEOUT_S)
+        await asyncio.to_thread(shut_down, tracers, meters)
 
 
 @asynccontextmanager

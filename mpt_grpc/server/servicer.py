@@ -50,7 +50,7 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2, debug_pb2_grpc
 
 _MANY_LOGPROBS = 32
-"""That many, with alternatives, are converted in a millisecond."""
+"""The number of log probabilities, with alternatives, that are converted in a millisecond."""
 _Message = TypeVar("_Message")
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 

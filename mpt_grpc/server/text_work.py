@@ -17,7 +17,7 @@ MAX_IN_PROGRESS = 64
 
 
 class TextWork:
-    """Runs functions of texts in threads of its own. Belongs to the event loop."""
+    """Runs functions of texts in its own threads. Belongs to the event loop."""
 
     def __init__(self) -> None:
         self._threads = WorkerThreads(_NUM_THREADS, "text")

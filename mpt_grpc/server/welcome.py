@@ -5,7 +5,6 @@ from __future__ import annotations
 from mpt_grpc import __version__
 from mpt_grpc.engine.memory import size
 from mpt_grpc.engine.parts import BLOCK_SIZE
-from mpt_grpc.listening import address
 from mpt_grpc.server.server import RunningServer
 
 
@@ -23,12 +22,10 @@ def welcome(server: RunningServer) -> str:
         f"  gRPC      {server.target}",
     ]
     if server.http_port is not None:
-        listening = server.settings.server
-        url = f"http{'s' if listening.tls else ''}://{address(listening.reachable_host, server.http_port)}"
+        url = server.settings.server.url(server.http_port)
         lines += [f"  OpenAI    {url}/v1", f"  web page  {url}/"]
     if server.metrics_port is not None:
-        scheme, host = "https" if server.settings.server.tls else "http", server.settings.server.reachable_host
-        lines.append(f"  metrics   {scheme}://{address(host, server.metrics_port)}/metrics")
+        lines.append(f"  metrics   {server.settings.server.url(server.metrics_port)}/metrics")
     if server.channelz_port is not None:
         lines.append(f"  channelz  127.0.0.1:{server.channelz_port}")
     lines.append(f'  try       mpt-grpc generate "Once upon a time" --target {server.target}')

@@ -20,7 +20,7 @@ _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class PendingWrites:
-    """The streams of which a response is being sent. Used on one event loop."""
+    """The streams that are sending a response. Used on one event loop."""
 
     def __init__(self) -> None:
         self._since: dict[asyncio.Task[Any], tuple[float, _CallContext, Call]] = {}

@@ -1,1 +1,1 @@
-"""OpenTelemetry tracing: the spans that are recorded, their names, and where they are exported."""
+"""Metrics and traces by OpenTelemetry: what is recorded, under which names, and where it is exported."""

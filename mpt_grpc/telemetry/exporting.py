@@ -6,10 +6,10 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
@@ -30,15 +30,9 @@ from mpt_grpc import __version__
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.telemetry.trace_file import TraceFile
 
-EXPORT_TIMEOUT_S = 2.0
+_EXPORT_TIMEOUT_S = 2.0
 """How long a process waits for collectors when it ends."""
 _Signal = Literal["TRACES", "METRICS"]
-
-
-class Provider(Protocol):
-    """What has to be shut down at the end."""
-
-    def shutdown(self) -> None: ...
 
 
 def make_tracer_provider(
@@ -97,10 +91,11 @@ def make_meter_provider(registry: CollectorRegistry | None, *, service: str = "m
         return MeterProvider(readers, _resource(service), shutdown_on_exit=False) if readers else None
 
 
-def shut_down(providers: Iterable[Provider], timeout_s: float) -> None:
+def shut_down(*providers: TracerProvider | MeterProvider | None, timeout_s: float = _EXPORT_TIMEOUT_S) -> None:
     """Exports what remains, and gives up after `timeout_s`: a collector that is down must not delay the exit."""
     end_s = time.monotonic() + timeout_s
-    threads = [threading.Thread(target=provider.shutdown, name="export", daemon=True) for provider in providers]
+    shutdowns = [provider.shutdown for provider in providers if provider is not None]
+    threads = [threading.Thread(target=shutdown, name="export", daemon=True) for shutdown in shutdowns]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 class Telemetry:
     """An `Observer` of the engine that records metrics, and spans if `tracer` is given."""
 
-    def __init__(self, metrics: Metrics, tracer: Tracer | None, trace_interval: int | None = None) -> None:
+    def __init__(self, metrics: Metrics, tracer: Tracer | None, trace_interval: int | None) -> None:
         """trace_interval: that of `Observer`."""
         self.metrics, self.tracer = metrics, tracer
         self.trace_interval = None if tracer is None else trace_interval

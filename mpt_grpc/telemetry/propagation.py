@@ -13,7 +13,7 @@ _MAX_LENGTH = 512
 
 
 def callers_context(headers: Iterable[tuple[str, str | bytes]]) -> Context:
-    """Returns the context in the headers or the metadata of a caller; an empty one if there is none, or no valid one.
+    """Returns the context in the headers or the metadata of a caller; an empty one if there is no valid one.
 
     As in the standard, several `tracestate` are one list, and several `traceparent` are not valid. What is longer than
     the standard asks for is left out, as every span would carry it.

@@ -48,7 +48,7 @@ class Timeline:
 
 
 class Timelines:
-    """The timelines of the requests in progress, as far as anything happened besides one token in each step."""
+    """The timelines of the requests in progress for which anything but one token in each step has happened."""
 
     def __init__(self) -> None:
         self._by_request_id: dict[str, Timeline] = {}

@@ -23,7 +23,7 @@ def remove_empty() -> None:
 
 
 def problem(*, is_server: bool) -> str | None:
-    """Returns what is wrong with the first variable that is not valid, or None.
+    """Returns the error of the first variable that is not valid, or None.
 
     Clients read only OTEL_PROPAGATORS.
     """

@@ -6,7 +6,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate, dropwhile
-from typing import Any
 
 from mpt_grpc.conversation import Conversation, Message
 from mpt_grpc.errors import CONTEXT_LENGTH_EXCEEDED, FieldViolation, InvalidRequestError
@@ -46,50 +45,80 @@ def conversation_token_ids(
         room = f"no room for a prompt in the context of {max_context_tokens}"
         why = f"{num_new_tokens} new tokens leave {room}: request fewer"
         raise InvalidRequestError(FieldViolation("stopping.max_new_tokens", why, CONTEXT_LENGTH_EXCEEDED))
-    kwargs, tools = conversation.chat_template_kwargs, conversation.shown_tools
-    messages: Sequence[Message] = _with_one_leading_system_message(conversation.messages)
-    uses_tools = bool(tools) or any(message.role == "tool" or message.tool_calls for message in messages)
-    is_plain = uses_tools and not template.takes_tools
-    values_of = cache(argument_values)  # each call is shown several times
-
-    def fitting(turns: _Turns, size_of: Callable[[Message], int]) -> _Turns:
-        return _not_certainly_too_long(turns, size_of, conversation, max_context_tokens, max_token_bytes)
-
-    # First without the arguments of calls, which without_tags parses and may make shorter.
-    turns = fitting(_Turns(messages), lambda message: len(message.content))
-    if uses_tools:
-        turns = fitting(_Turns(without_tags(turns.without(0), values_of)), _num_characters)
-
-    def rendered(num_dropped: int, change: Callable[[str], str] = str) -> str:
-        """Returns the conversation without a number of its oldest turns."""
-        shown, shown_tools = turns.without(num_dropped), tools
-        if is_plain:
-            shown, shown_tools = as_plain_messages(shown, tools), ()
-        return template.render(
-            shown,
-            conversation.add_generation_prompt,
-            kwargs,
-            shown_tools,
-            change,
-            values_of=values_of,
-            continue_final_message=conversation.continue_final_message,
-        )
+    prompt = _Prompt(conversation, template, max_context_tokens, max_token_bytes)
 
     def tokens_without(num_dropped: int) -> tuple[int, ...]:
-        texts = [*_texts(turns.without(num_dropped), values_of), *strings(kwargs)]
-        texts += (text for tool in tools for text in tool_texts(tool))
-        return literal_token_ids(lambda change: rendered(num_dropped, change), texts, special_texts, encode)
+        texts = prompt.texts(num_dropped)
+        return literal_token_ids(lambda change: prompt.rendered(num_dropped, change), texts, special_texts, encode)
 
-    token_ids = tokens_without(0)
-    if len(token_ids) > max_prompt_tokens and turns.num_droppable and conversation.drop_oldest_turns:
+    token_ids, num_droppable = tokens_without(0), prompt.turns.num_droppable
+    if len(token_ids) > max_prompt_tokens and num_droppable and conversation.drop_oldest_turns:
         sizes = [len(token_bytes(token_id)) for token_id in token_ids]
-        estimate = _Estimate(sizes, lambda num_dropped: rendered(num_dropped).encode(), turns.num_droppable)
-        token_ids = _first_fitting(tokens_without, estimate.num_tokens, turns.num_droppable + 1, max_prompt_tokens)
+        estimate = _Estimate(sizes, lambda num_dropped: prompt.rendered(num_dropped).encode(), num_droppable)
+        token_ids = _first_fitting(tokens_without, estimate.num_tokens, num_droppable + 1, max_prompt_tokens)
     if len(token_ids) > max_prompt_tokens:
         lengths = f"{len(token_ids)} + {num_new_tokens} tokens (prompt + output)"
         why = f"{lengths} exceed the context of {max_context_tokens}: {_remedy(conversation)}"
         raise InvalidRequestError(FieldViolation(_FIELD, why, CONTEXT_LENGTH_EXCEEDED))
     return token_ids
+
+
+class _Prompt:
+    """A conversation as the template shows it, whole or without a number of its oldest turns."""
+
+    def __init__(
+        self, conversation: Conversation, template: ChatTemplate, max_context_tokens: int, max_token_bytes: int
+    ) -> None:
+        """Raises InvalidRequestError for a conversation that is certainly too long."""
+        self._max_context_tokens, self._max_token_bytes = max_context_tokens, max_token_bytes
+        self._conversation, self._template, self._tools = conversation, template, conversation.shown_tools
+        self._values_of = cache(argument_values)  # each call is shown several times
+        messages = _with_one_leading_system_message(conversation.messages)
+        uses_tools = bool(self._tools) or any(message.role == "tool" or message.tool_calls for message in messages)
+        self._is_plain = uses_tools and not template.takes_tools
+        # First without the arguments of calls, which without_tags parses and may make shorter.
+        self.turns = self._fitting(_Turns(messages), lambda message: len(message.content))
+        if uses_tools:
+            turns = _Turns(without_tags(self.turns.without(0), self._values_of))
+            self.turns = self._fitting(turns, _num_characters)
+
+    def rendered(self, num_dropped: int, change: Callable[[str], str] = str) -> str:
+        """Returns the text. `change` is applied to all that the caller wrote."""
+        messages, tools = self.turns.without(num_dropped), self._tools
+        if self._is_plain:
+            messages, tools = as_plain_messages(messages, tools), ()
+        return self._template.render(
+            messages,
+            self._conversation.add_generation_prompt,
+            self._conversation.chat_template_kwargs,
+            tools,
+            change,
+            values_of=self._values_of,
+            continue_final_message=self._conversation.continue_final_message,
+        )
+
+    def texts(self, num_dropped: int) -> list[str]:
+        """Returns all that the caller wrote."""
+        texts = [*strings(self._conversation.chat_template_kwargs)]
+        for message in self.turns.without(num_dropped):
+            texts += [message.content, message.tool_call_id]
+            for call in message.tool_calls:
+                texts += [call.id, *strings(self._values_of(call.arguments), with_names=True)]
+        for tool in self._tools:
+            texts += tool_texts(tool)
+        return [text for text in texts if text]
+
+    def _fitting(self, turns: _Turns, size_of: Callable[[Message], int]) -> _Turns:
+        """Returns the turns from the first one with which they may fit in the context."""
+        sizes = turns.sizes(size_of)
+        if not self._conversation.drop_oldest_turns:
+            sizes = sizes[:1]
+        for num_dropped, size in enumerate(sizes):
+            if size <= self._max_context_tokens * self._max_token_bytes:
+                return _Turns(turns.without(num_dropped)) if num_dropped else turns
+        why = f"{sizes[-1]} characters are too many for the context of {self._max_context_tokens} tokens"
+        why += f": {_remedy(self._conversation)}"
+        raise InvalidRequestError(FieldViolation(_FIELD, why, CONTEXT_LENGTH_EXCEEDED))
 
 
 class _Estimate:
@@ -118,7 +147,7 @@ def _first_fitting(
 ) -> tuple[int, ...]:
     """Returns the tokens of the first candidate with at most `most` of them, or else those of the last candidate.
 
-    The first one is known to have more. Computes few candidates' tokens: if the estimates are right, those of one.
+    The first one is known to have more. Computes the tokens of few candidates: of one if the estimates are right.
     """
     too_long, fitting, error = 0, num_candidates, 0
     result: tuple[int, ...] = ()
@@ -166,18 +195,8 @@ def _check(conversation: Conversation, template: ChatTemplate) -> None:
         raise InvalidRequestError(*violations)
 
 
-def _texts(messages: Sequence[Message], values_of: Callable[[str], Any]) -> list[str]:
-    """Returns all that the caller wrote in these messages."""
-    texts = [message.content for message in messages]
-    for message in messages:
-        texts.append(message.tool_call_id)
-        for call in message.tool_calls:
-            texts += [call.id, *strings(values_of(call.arguments), with_names=True)]
-    return [text for text in texts if text]
-
-
 def _with_one_leading_system_message(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Merges the leading system messages, of which most templates expect one; later ones are left to the template."""
+    """Merges the leading system messages, since most templates expect only one; later ones are left to the template."""
     rest = list(dropwhile(lambda message: message.role == "system", messages))
     leading = messages[: len(messages) - len(rest)]
     if len(leading) < 2:
@@ -186,7 +205,7 @@ def _with_one_leading_system_message(messages: tuple[Message, ...]) -> tuple[Mes
 
 
 class _Turns:
-    """A conversation of which the oldest turns may be dropped; the system message at its beginning stays.
+    """A conversation whose oldest turns may be dropped; the system message at its beginning stays.
 
     A turn is a user message and everything up to the next user message.
     """
@@ -209,24 +228,6 @@ class _Turns:
         """Returns the sizes of the messages without 0, 1, 2, ... of the oldest turns."""
         ends = [0, *accumulate(map(size_of, self._messages))]
         return [ends[self._num_kept] + ends[-1] - ends[start] for start in self._starts]
-
-
-def _not_certainly_too_long(
-    turns: _Turns,
-    size_of: Callable[[Message], int],
-    conversation: Conversation,
-    max_context_tokens: int,
-    max_token_bytes: int,
-) -> _Turns:
-    """Returns the turns from the first one that may fit in the context. Raises InvalidRequestError if none may."""
-    sizes, most = turns.sizes(size_of), max_context_tokens * max_token_bytes
-    if not conversation.drop_oldest_turns:
-        sizes = sizes[:1]
-    for num_dropped, size in enumerate(sizes):
-        if size <= most:
-            return _Turns(turns.without(num_dropped)) if num_dropped else turns
-    why = f"{sizes[-1]} characters are too many for the context of {max_context_tokens} tokens: {_remedy(conversation)}"
-    raise InvalidRequestError(FieldViolation(_FIELD, why, CONTEXT_LENGTH_EXCEEDED))
 
 
 def _num_characters(message: Message) -> int:

@@ -19,6 +19,10 @@ from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.text.literals import applied
 from mpt_grpc.text.tools import CALL_START, argument_values, function
 
+_MAX_SHOWN = 200
+# Ends with a space, so that it shows whether the template removes whitespace there.
+_END = "<END OF THE CONTINUED MESSAGE> "
+
 
 class _RefusedByTemplateError(Exception):
     """Raised by the template itself, through `raise_exception`."""
@@ -93,7 +97,7 @@ def _invalid(why: str, logged: str) -> InvalidRequestError:
 
 
 def _shown(error: Exception) -> str:
-    """Returns what an error says, on one line, or its beginning."""
+    """Returns the message of an error on one line, or its beginning."""
     text = " ".join(str(error).split())
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
@@ -102,11 +106,6 @@ def _place(error: Exception) -> str:
     """Returns the line of the template on which an error occurred; Jinja adds it to the traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     return f" on line {lines[-1]}" if lines else ""
-
-
-_MAX_SHOWN = 200
-# Ends with a space, so that it shows whether the template removes whitespace there.
-_END = "<END OF THE CONTINUED MESSAGE> "
 
 
 def _before_end(prompt: str) -> str:

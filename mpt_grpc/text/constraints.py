@@ -27,7 +27,8 @@ from mpt_grpc.text.tokenizer import Tokenizer
 CACHE_BYTES = 32 << 20
 """The total size of the constraints whose verdicts are cached, with their grammars."""
 _ENTRY_BYTES = 512  # the objects around the texts
-PARSER_LIMITS: dict[str, Any] = {
+_MAX_ENTRY_BYTES = CACHE_BYTES // 16
+_PARSER_LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 100_000,
     "step_lexer_fuel": 50_000,
     "step_max_items": 10_000,
@@ -39,8 +40,6 @@ PARSER_LIMITS: dict[str, Any] = {
 }
 """Limits for llguidance. Ordinary schemas need a tenth: an object with 200 optional fields has 807 items in a row."""
 
-_MAX_ENTRY_BYTES = CACHE_BYTES // 16
-
 
 class ConstraintCompiler:
     """Compiles constraints into matchers for one model. May be shared by threads."""
@@ -50,7 +49,7 @@ class ConstraintCompiler:
         self._tokenizer = tokenizer
         self._tokens = _Tokens(tokenizer)
         self._vocabulary: LLTokenizer | None = None
-        self._probe = Probe(PARSER_LIMITS)
+        self._probe = Probe(_PARSER_LIMITS)
         self._verdicts: OrderedDict[OutputConstraint, str | FieldViolation] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -91,7 +90,7 @@ class ConstraintCompiler:
         return grammar
 
     def _matcher(self, grammar: str, field: str, tokens: _Tokens) -> ConstraintMatcher:
-        matcher = LLMatcher(self._shared_vocabulary(), grammar, limits=LLParserLimits(**PARSER_LIMITS), log_level=0)
+        matcher = LLMatcher(self._shared_vocabulary(), grammar, limits=LLParserLimits(**_PARSER_LIMITS), log_level=0)
         return ConstraintMatcher(matcher, tokens, field)
 
     def _shared_vocabulary(self) -> LLTokenizer:

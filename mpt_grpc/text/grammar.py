@@ -11,8 +11,8 @@ from llguidance import LLMatcher
 from mpt_grpc.constraint import Choice, JsonObject, JsonSchema, Regex
 from mpt_grpc.conversation import OutputConstraint, ToolCalls
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.json_values import is_unicode, parse_json
-from mpt_grpc.limits import MAX_BYTES, is_deeper_than
+from mpt_grpc.json_values import parse_object
+from mpt_grpc.limits import MAX_BYTES
 from mpt_grpc.text.json_schema import rewrite
 from mpt_grpc.text.refusals import IMPOSSIBLE
 from mpt_grpc.text.regex_syntax import unsupported_syntax
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 _MAX_DEPTH = 127
-_TOO_DEEP = f"nested too deeply: at most {_MAX_DEPTH} levels"
 _JSON_IN_LARK = re.compile(r'"(?:\\.|[^"\\])*+"?|/(?!/)(?:\\.|[^/\\])++/?|(?://|\#)[^\n]*+|(?P<json>%json\s*+)', re.S)
 """A schema in a Lark grammar, or what may contain its characters: a string, a regular expression, or a comment.
 
@@ -157,23 +156,20 @@ def _json_grammar(schema: str, field: str, max_whitespace: int | None = None) ->
         raise InvalidRequestError(FieldViolation(field, str(error))) from error
     except ValueError as error:
         # The rewriting may add levels, and Python's integers have no limit.
-        why = _TOO_DEEP if "recursion limit" in str(error) else "a number in it is beyond the range of a double"
+        why = (
+            "nested too deeply: simplify it"
+            if "recursion limit" in str(error)
+            else "a number in it is beyond the range of a double"
+        )
         raise InvalidRequestError(FieldViolation(field, why)) from error
 
 
 def _rewritten(schema: str) -> dict[str, Any]:
     """Returns a schema as llguidance supports it. Raises UnsupportedSchemaError."""
     try:
-        content = parse_json(schema)
-    except (ValueError, RecursionError) as error:
-        why = _TOO_DEEP if isinstance(error, RecursionError) else f"invalid JSON: {error}"
-        raise UnsupportedSchemaError(why) from error
-    if not isinstance(content, dict):
-        raise UnsupportedSchemaError("a schema must be a JSON object")
-    if is_deeper_than(content, _MAX_DEPTH):
-        raise UnsupportedSchemaError(_TOO_DEEP)
-    if not is_unicode(content):
-        raise UnsupportedSchemaError("not valid Unicode: remove lone surrogates")
+        content = parse_object(schema, _MAX_DEPTH)
+    except ValueError as error:
+        raise UnsupportedSchemaError(str(error)) from error
     if "x-guidance" in content:
         raise UnsupportedSchemaError('"x-guidance" is not supported: remove it')
     rewritten = rewrite(content)

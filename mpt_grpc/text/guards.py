@@ -16,11 +16,22 @@ import regex
 
 from mpt_grpc.errors import SettingsError
 
-ENTRY_POINT_GROUP = "mpt_grpc.guards"
+_ENTRY_POINT_GROUP = "mpt_grpc.guards"
 # How many characters of sent text are kept for patterns with a lookbehind.
 _MAX_LOOKBEHIND = 256
 _TIMEOUT_S = 1.0
 _PIECE_CHARACTERS = 16_384
+_WORD_BOUNDARIES = {
+    r"\b": r"(?:(?<=\w)(?!\w)|(?<!\w)(?=\w))",
+    r"\B": r"(?:(?<=\w)(?=\w)|(?<!\w)(?!\w))",
+    r"\m": r"(?:(?<!\w)(?=\w))",
+    r"\M": r"(?:(?<=\w)(?!\w))",
+}
+"""Word boundaries as lookarounds: in a partial match, `regex` evaluates the short forms as if no more text could
+follow."""
+_UNSUPPORTED = (r"\K", r"\G")
+_ELEMENT = regex.compile(r"\\.|\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]|.", regex.DOTALL)
+"""A pattern's syntax elements: escapes, character classes and single characters."""
 
 
 class OutputWatch(Protocol):
@@ -188,7 +199,7 @@ class _ChainedWatch:
 
 
 def _load(name: str, argument: str) -> Guard:
-    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    found = {entry.name: entry for entry in entry_points(group=_ENTRY_POINT_GROUP)}
     if name not in found:
         installed = ", ".join(sorted(found)) or "none"
         raise SettingsError(f"--guard: unknown guard {name!r}; installed guards: {installed}")
@@ -214,19 +225,6 @@ def _any_of(words: Sequence[str]) -> str:
 
 def _escaped(text: str) -> str:
     return regex.escape(text, special_only=True)
-
-
-_WORD_BOUNDARIES = {
-    r"\b": r"(?:(?<=\w)(?!\w)|(?<!\w)(?=\w))",
-    r"\B": r"(?:(?<=\w)(?=\w)|(?<!\w)(?!\w))",
-    r"\m": r"(?:(?<!\w)(?=\w))",
-    r"\M": r"(?:(?<=\w)(?!\w))",
-}
-"""Word boundaries as lookarounds: in a partial match, `regex` evaluates the short forms as if no more text could
-follow."""
-_UNSUPPORTED = (r"\K", r"\G")
-_ELEMENT = regex.compile(r"\\.|\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]|.", regex.DOTALL)
-"""A pattern's syntax elements: escapes, character classes and single characters."""
 
 
 def _checked(source: str, place: str) -> regex.Pattern[str]:

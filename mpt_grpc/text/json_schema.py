@@ -74,7 +74,7 @@ class _Rewriter:
         self.rewritten: set[int] = set()
         """The identities of the schemas that have been rewritten."""
         self.references: list[tuple[Any, Place]] = []
-        """What references lead to, with the places of these."""
+        """The targets of references, with the places of the references."""
         self.required: dict[tuple[str, str], None] = {}
         """References to definitions, each with a property that they have to require."""
         self.undecided: list[Place] = []

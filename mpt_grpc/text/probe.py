@@ -90,7 +90,7 @@ def _start_probe() -> tuple[socket.socket, subprocess.Popen[bytes]]:
     """Returns a new process and the socket that controls it; it ends when the socket is closed."""
     control, end = socket.socketpair()
     with end:
-        # A session of its own, so that Ctrl-C in the server's terminal does not reach it.
+        # In its own session, so that Ctrl-C in the server's terminal does not reach it.
         process = subprocess.Popen(
             [sys.executable, "-P", str(_PROBE), str(end.fileno())],
             pass_fds=[end.fileno()],

@@ -1,4 +1,4 @@
-"""Numbers in JSON Schemas, of which llguidance reads or enforces some as others.
+"""Numbers in JSON Schemas, some of which llguidance reads or enforces as others.
 
 It reads a number exactly if its digits make up an integer that a double represents and its exponent is small. Other
 constants are refused, and other bounds are narrowed a little. Of a bound that is excluded and an integer, it allows the

@@ -15,7 +15,7 @@ SINGLE = (
     "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
 IDS = ("$id", "id")
-"""The keywords of a schema's ID, of which the second is that of draft 4."""
+"""The keywords of a schema's ID; the second is that of draft 4."""
 _INDEX = re.compile("0|[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -45,7 +45,7 @@ def escaped(key: str) -> str:
 
 
 def reachable(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields a schema, those inside of it, and those to which the references in these lead."""
+    """Yields a schema, the schemas inside it, and those to which their references lead."""
     found: list[Any] = [root]
     seen = set()
     while found:
@@ -78,7 +78,7 @@ def keys_of(reference: str) -> list[str]:
 
 
 def resolved(root: Any, reference: Any) -> Any:
-    """Returns what a reference within the schema leads to, or None if there is nothing."""
+    """Returns the target of a reference within the schema, or None if there is nothing."""
     if reference in ("", "#"):
         return root
     if not isinstance(reference, str) or not reference.startswith("#/"):

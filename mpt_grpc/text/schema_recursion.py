@@ -130,7 +130,7 @@ class _Recursion:
         return need[1] is False or (isinstance(need[1], dict) and id(need[1]) not in self._finite)
 
     def _target(self, schema: _Schema) -> Any:
-        """Returns what the reference of a schema leads to."""
+        """Returns the target of a schema's reference."""
         if (target := self._targets.get(schema["$ref"])) is None:
             target = self._targets[schema["$ref"]] = resolved(self._root, schema["$ref"])
         return target

@@ -15,8 +15,8 @@ from typing import Any
 
 MAX_EXACT = (1 << 53) - 1
 """The largest integer up to which a double represents every integer."""
-MAX_COMPARED = 100
-"""The most branches of which each is compared with each."""
+_MAX_COMPARED = 100
+"""The most branches that are compared in pairs."""
 _TYPES = frozenset("array boolean null number object string".split())
 
 
@@ -40,7 +40,7 @@ def narrowings(branches: Sequence[dict[str, Any]], types: Any) -> list[Narrowing
     if all(branch.constants for branch in known):
         num_constants = sum(len(branch.constants) for branch in known)
         return result if len(frozenset().union(*(branch.constants for branch in known))) == num_constants else None
-    if len(branches) > MAX_COMPARED:
+    if len(branches) > _MAX_COMPARED:
         return None
     for one, other in combinations(range(len(branches)), 2):
         if not _exclusive(known[one], result[one], known[other], result[other], types):

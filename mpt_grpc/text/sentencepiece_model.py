@@ -82,7 +82,7 @@ def _bpe(model: Any) -> tokenizers.Tokenizer:
 
 
 def _pre_tokenizer(model: Any, special: list[str]) -> pre_tokenizers.PreTokenizer:
-    """Returns what splits the text of special pieces after its first character, so that it is not found as a whole."""
+    """Returns a step that splits the texts of special pieces after the first character, so that none is found whole."""
     texts = [(text[0], text[1], text[2:]) for text in special if len(text) > 1]
     parts = [("<", "0", "x[0-9A-F]{2}>"), *(tuple(map(re.escape, parts)) for parts in texts)]
     within = Regex("|".join(f"(?<={first}){second}(?={rest})" for first, second, rest in parts))

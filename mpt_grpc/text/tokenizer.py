@@ -31,7 +31,7 @@ from mpt_grpc.text.detokenizer import ByteDetokenizer, Detokenizer, StreamDetoke
 from mpt_grpc.text.literals import SpecialTexts
 from mpt_grpc.text.tokenizer_config import TokenizerConfig, read_tokenizer_config
 
-PROMPT_TAIL_TOKENS = 8
+_PROMPT_TAIL_TOKENS = 8
 """How many of a prompt's last tokens are checked for an incomplete character; it has at most 3 bytes, so 3 would do."""
 
 QUICK_SIZE = 1024
@@ -86,7 +86,7 @@ class Tokenizer:
         self._has_marked_spaces = _SPACE in repr(backend.decoder)
         self._byte_of_character = _byte_level_alphabet()
         self._bytes_of: dict[int, bytes] = {}
-        """The bytes of the tokens that have been asked for."""
+        """The bytes of the tokens looked up so far."""
 
     @classmethod
     def from_folder(cls, folder: Path, num_rows: int = sys.maxsize) -> Tokenizer:
@@ -200,7 +200,7 @@ class Tokenizer:
             else StreamDetokenizer(self._backend, skipped)
         )
         not_skipped = (token_id for token_id in reversed(prompt_ids) if token_id not in skipped)
-        for token_id in reversed(tuple(islice(not_skipped, PROMPT_TAIL_TOKENS))):
+        for token_id in reversed(tuple(islice(not_skipped, _PROMPT_TAIL_TOKENS))):
             detokenizer.feed(token_id)  # text returned here is the prompt's; what is held back goes to the output
         return detokenizer
 
@@ -211,7 +211,7 @@ def encodes_quickly(text: str) -> bool:
 
 
 def _missing(folder: Path) -> str:
-    """Returns what to do about a model without a tokenizer."""
+    """Returns a remedy for a model without a tokenizer."""
     name = (read_json(folder / "config.json") or {}).get("tokenizer_name")
     where = f"; config.json names that of {name[:100]!r}" if isinstance(name, str) and name else ""
     others = f"one of {', '.join(SENTENCEPIECE_FILES)}, or {' and '.join(BYTE_LEVEL_FILES)}"

@@ -16,8 +16,8 @@ from typing import Any
 
 from mpt_grpc.conversation import Conversation, Message, Tool, ToolChoice
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.json_values import is_unicode, parse_json
-from mpt_grpc.limits import MAX_TOOL_NAME_CHARACTERS, is_deeper_than
+from mpt_grpc.json_values import is_deeper_than, is_unicode, parse_json, parse_object
+from mpt_grpc.limits import MAX_TOOL_NAME_CHARACTERS
 from mpt_grpc.text.literals import applied, strings
 
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
@@ -26,7 +26,6 @@ _TAG = re.compile(r"<(?=/?(?:tool_call|tool_response|tools)>)")
 _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME_CHARACTERS}}}")
 _WRONG_NAME = f"must have 1 to {MAX_TOOL_NAME_CHARACTERS} letters, digits, underscores or dashes"
 _MAX_DEPTH = 64
-_TOO_DEEP = f"nested more than {_MAX_DEPTH} levels deep: simplify it"
 _INTRODUCTION = """\
 The assistant can call these tools:
 {tools}
@@ -73,15 +72,10 @@ def tool_violations(conversation: Conversation) -> Iterator[FieldViolation]:
 def parameters(tool: Tool, field: str) -> dict[str, Any]:
     """Returns the schema of a tool's arguments. Raises InvalidRequestError, which names the field."""
     try:
-        schema = parse_json(tool.parameters or _NO_PARAMETERS)
-    except (ValueError, RecursionError) as error:
-        why = _TOO_DEEP if isinstance(error, RecursionError) else f"invalid JSON: {error}"
-        raise InvalidRequestError(FieldViolation(field, why)) from error
-    if is_deeper_than(schema, _MAX_DEPTH):
-        raise InvalidRequestError(FieldViolation(field, _TOO_DEEP))
-    if not is_unicode(schema):
-        raise InvalidRequestError(FieldViolation(field, "not valid Unicode: remove lone surrogates"))
-    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+        schema = parse_object(tool.parameters or _NO_PARAMETERS, _MAX_DEPTH)
+    except ValueError as error:
+        raise InvalidRequestError(FieldViolation(field, str(error))) from error
+    if schema.get("type", "object") != "object":
         raise InvalidRequestError(FieldViolation(field, "must be a JSON Schema of the type 'object'"))
     return schema
 

@@ -1,1 +1,1 @@
-"""Whether a checkpoint is served right: its tokens, templates and log probabilities beside independent references."""
+"""Checks that a checkpoint is served correctly: its tokens, templates and log probabilities, beside references."""

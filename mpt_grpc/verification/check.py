@@ -17,5 +17,5 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing speaks against the checkpoint."""
+        """Whether the check found no fault."""
         return self.verdict not in ("DIFFERS", "FAILED")

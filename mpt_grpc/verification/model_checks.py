@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from mpt_grpc.model.adapters import Adapter
 from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.published_names import MOSAIC_GPT, renamed_fields
 from mpt_grpc.model.weights import parameter_shapes, stored_tensors
+from mpt_grpc.model_files import read_json
 from mpt_grpc.request import GenerationRequest, LogprobOptions, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
 from mpt_grpc.verification.check import Check
@@ -27,7 +27,7 @@ from mpt_grpc.verification.peer_config import peer_config
 from mpt_grpc.verification.reference import Array, reference_logits
 from mpt_grpc.verification.texts import PROMPT
 
-TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05}
+_TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05}
 """The largest mean difference of log probabilities that rounding explains, by the data type of the computation."""
 _MAX_PROMPT_TOKENS, _NUM_NEW_TOKENS = 128, 32
 _CACHE_BYTES = 256 << 20
@@ -53,9 +53,9 @@ class _Scores:
     """A reference's log probabilities of the tokens that follow each token but the last, [len(token_ids) - 1]."""
 
     chosen: Array
-    """Those of the tokens that do follow."""
+    """The log probabilities of the tokens that do follow."""
     best: Array
-    """Those of the most likely tokens."""
+    """The log probabilities of the most likely tokens."""
 
     @classmethod
     def from_logits(cls, logits: Array, served: _Served) -> _Scores:
@@ -102,15 +102,10 @@ def _served(wanted: ModelSettings) -> _Served:
 
 
 def _reference_scores(folder: Path, adapters: Sequence[Path], served: _Served) -> _Scores:
-    raw = renamed_fields(_raw_config(folder))
+    raw = renamed_fields(read_json(folder / "config.json") or {})
     shapes = parameter_shapes(MPTConfig.from_file(folder / "config.json"))
     weights = _Float64(stored_tensors(folder), [Adapter.from_folder(adapter, shapes) for adapter in adapters])
     return _Scores.from_logits(reference_logits(weights, raw, served.token_ids), served)
-
-
-def _raw_config(folder: Path) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-    return raw
 
 
 class _Float64(Mapping[str, Array]):
@@ -143,7 +138,7 @@ def _plausibility_check(served: _Served, scores: _Scores) -> Check:
 
 
 def _transformers_check(folder: Path, adapters: Sequence[Path], served: _Served) -> Check:
-    raw = _raw_config(folder)
+    raw = read_json(folder / "config.json") or {}
     if raw["model_type"] == MOSAIC_GPT:
         return Check("transformers", "skipped", f"it does not know {MOSAIC_GPT}")
     if ignored := _ignored_by_transformers(raw, MPTConfig.from_file(folder / "config.json")):
@@ -194,7 +189,7 @@ def _comparison(name: str, served: _Served, scores: _Scores) -> Check:
         f"log probabilities differ by {differences.mean():.1g} on average, {differences.max():.1g} at most;"
         f" {int((shortfalls == 0).sum())} of {len(shortfalls)} greedy tokens are the most likely"
     )
-    tolerance = TOLERANCES[served.dtype]
+    tolerance = _TOLERANCES[served.dtype]
     # Rounding may also choose between tokens that are nearly equally likely.
     is_same = differences.mean() <= tolerance and shortfalls.max() <= 10 * tolerance
     return Check(name, "same" if is_same else "DIFFERS", detail)

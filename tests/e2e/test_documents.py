@@ -26,7 +26,6 @@ PAGES = (
     "serving",
     "scaling",
     "telemetry",
-    "scaling",
     "security",
     "checkpoints",
     "clients",

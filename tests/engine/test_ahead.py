@@ -28,8 +28,6 @@ from mpt_grpc.step import StepPlan
 
 pytestmark = pytest.mark.usefixtures("running_ahead")
 
-NUM_BLOCKS = 64
-
 
 def crowd() -> list[GenerationRequest]:
     """Requests whose outputs need more blocks than there are, begin with the same tokens, or are several."""

@@ -279,7 +279,7 @@ def test_a_collector_that_does_not_respond_does_not_delay_the_exit() -> None:
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(Stuck()))
     provider.get_tracer("test").start_span("left over").end()
-    shut_down([provider], 0.1)
+    shut_down(provider, timeout_s=0.1)
     assert exporting.wait(10)
     assert not responded.is_set()
     responded.set()

@@ -425,7 +425,7 @@ def children() -> list[int]:
 
 DEEP = 30_000
 REFUSED: list[tuple[Constraint, str, str]] = [
-    (JsonSchema('{"type": '), "json_schema", "invalid JSON"),
+    (JsonSchema('{"type": '), "json_schema", "not valid JSON"),
     (JsonSchema("[]"), "json_schema", "must be a JSON object"),
     (JsonSchema("true"), "json_schema", "must be a JSON object"),
     (JsonSchema('{"type": "strin"}'), "json_schema", '/type: "strin" is not a type'),
@@ -456,8 +456,8 @@ REFUSED: list[tuple[Constraint, str, str]] = [
     (JsonSchema('{"type": "integer", "enum": ["a"]}'), "json_schema", "types or constants exclude each other"),
     (JsonSchema('{"type": "object", "required": ["a"], "properties": {"a": false}}'), "json_schema", 'property "a"'),
     (JsonSchema('{"const": "abc", "pattern": "^x"}'), "json_schema", "no output can satisfy it"),
-    (JsonSchema("[" * DEEP), "json_schema", "nested too deeply"),
-    (JsonSchema('{"items":' * 5000 + "{}" + "}" * 5000), "json_schema", "nested too deeply"),
+    (JsonSchema("[" * DEEP), "json_schema", "nested more than 127 levels deep"),
+    (JsonSchema('{"items":' * 5000 + "{}" + "}" * 5000), "json_schema", "nested more than 127 levels deep"),
     (JsonSchema(" " * (MAX_SOURCE_BYTES + 1)), "json_schema", "65537 bytes"),
     (Regex("("), "regex", "unclosed group"),
     (Regex(r"(a)\1"), "regex", "backreferences are not supported"),

@@ -18,7 +18,7 @@ from benchmarks.peers.drivers.ladder import Generate, Generation, Prompts
 
 
 def convert(checkpoint: Path, folder: Path, bits: int) -> None:
-    """Its own converter only knows the published models' code, so this one does the same from the weights."""
+    """Does from the weights what CTranslate2's converter does, which only knows the code of the published models."""
     assert bits == 8
     config = read_config(checkpoint)
     spec = transformer_spec.TransformerDecoderModelSpec.from_config(

@@ -21,7 +21,7 @@ from mpt_grpc_client.results import Delta
 from mpt_grpc_client.tracing import CallSpan
 
 _MANY_PARTS = 1024
-"""That many are converted in less than a millisecond."""
+"""The number of values that are converted in less than a millisecond."""
 _FEW_TOKENS = 32
 AsyncStreamCall: TypeAlias = "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.StreamGenerateResponse]"
 _Value = TypeVar("_Value")
@@ -159,7 +159,7 @@ async def converted(convert: Callable[[_Value], _Result], value: _Value, num_par
 
 
 def _num_parts(chunk: pb.StreamGenerateResponse) -> int:
-    """Returns how many values a chunk contains; 0 for a small one, without looking at its lists, which costs more."""
+    """Returns the number of values in a chunk; 0 for a small one, whose lists would cost more to look at."""
     is_small = chunk.output.num_tokens <= _FEW_TOKENS and not chunk.HasField("prompt")
     return 0 if is_small else responses.num_parts(chunk.prompt, chunk.output)
 

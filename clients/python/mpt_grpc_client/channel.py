@@ -71,7 +71,7 @@ class Endpoint:
     interceptors: Sequence[Any]
     options: ChannelOptions
     name: str | None = None
-    """The name in DNS of which the target is an address, and which its certificate has."""
+    """The name in DNS that has the target as an address, and for which the certificate was issued."""
 
     def look_up(self) -> Future[tuple[Endpoint, ...]]:
         """Finds the endpoints of all addresses of a name in DNS; of another target, or an unknown name, this one."""

@@ -25,7 +25,7 @@ _UNSEEN_CHUNK_TOKENS = 16
 class Continuation:
     """The request and the response of a stream over several servers."""
 
-    def __init__(self, request: pb.GenerateRequest, *, resume_inexact: bool, is_unseen: bool = False) -> None:
+    def __init__(self, request: pb.GenerateRequest, *, resume_inexact: bool, is_unseen: bool) -> None:
         """resume_inexact: whether a server may continue whose tokens might not be the same.
 
         is_unseen: whether the reader of the stream waits for its end.
@@ -55,7 +55,7 @@ class Continuation:
         self.resumptions: list[Resumption] = []
 
     def request(self) -> pb.GenerateRequest:
-        """Returns what to request now."""
+        """Returns the request to send now."""
         request, options = self._request, self._request.output_options
         self._is_resuming = self._has_begun
         if self._has_begun:

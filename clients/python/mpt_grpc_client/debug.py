@@ -67,7 +67,7 @@ def engine_state(response: debug_pb2.GetEngineStateResponse) -> EngineState:
 
 
 def num_parts(response: debug_pb2.GetEngineStateResponse) -> int:
-    """Returns how many values the state contains, of which a request has some dozens."""
+    """Returns the number of values in the state; each request has some dozens."""
     num_requests = len(response.active_requests) + len(response.completed_requests)
     return len(response.cached_blocks) + _PARTS_OF_REQUEST * num_requests
 

@@ -124,7 +124,7 @@ class InvalidTargetError(MptGrpcError, ValueError):
     """The target is neither HOST:PORT nor unix:PATH, or one to which the access token must not be sent."""
 
 
-def from_rpc_error(error: grpc.RpcError, target: str, proxy: str | None = None) -> MptGrpcError:
+def from_rpc_error(error: grpc.RpcError, target: str, proxy: str | None) -> MptGrpcError:
     """Returns the client's exception for one raised by grpc or grpc.aio. Raise it `from error`.
 
     proxy: the environment variable that names the proxy for the target, if there is one.

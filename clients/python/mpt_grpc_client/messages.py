@@ -20,7 +20,7 @@ def is_message(part: Any) -> TypeGuard[MessageLike]:
 
 
 def as_message(message: MessageLike) -> Message:
-    """Returns a message, whose role is a `Role`. Raises TypeError or ValueError for what is none."""
+    """Returns a message, whose role is a `Role`. Raises TypeError or ValueError for anything else."""
     if isinstance(message, Message):
         return Message(_role(message.role), _text(message.content), _calls(message.tool_calls), message.tool_call_id)
     if not isinstance(message, Mapping) and not hasattr(message, "model_dump"):

@@ -20,7 +20,7 @@ class CallMetadata:
     """Returns further pairs, anew for each server, such as an access token that expires."""
 
     def current(self) -> Metadata:
-        """Returns what to send now. Raises TypeError or ValueError if the function returns what is not metadata."""
+        """Returns the metadata to send now. Raises TypeError or ValueError if the function returns anything else."""
         return self.pairs if self.make_pairs is None else (*self.pairs, *checked(self.make_pairs()))
 
     def and_(self, pairs: Pairs) -> Self:

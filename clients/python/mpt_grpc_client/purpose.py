@@ -8,7 +8,7 @@ from enum import Enum, auto
 from mpt_grpc_client.targets import is_local
 from mpt_grpc_client.version import __version__
 
-MAX_MESSAGE_BYTES = 32 * 1024 * 1024
+_MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 """The maximum size of one message, in either direction."""
 
 
@@ -72,12 +72,12 @@ def channel_options(target: str, purpose: Purpose) -> tuple[tuple[str, str | int
         # gRPC would send calls to this machine through a proxy too, unless no_proxy lists them.
         ("grpc.enable_http_proxy", int(not is_local(target))),
         ("grpc.primary_user_agent", f"mpt-grpc-client/{__version__}"),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.service_config", json.dumps(_SERVICE_CONFIGS.get(purpose, {}))),
         ("grpc.enable_retries", int(purpose is Purpose.RETRIED)),
         # A call is retried only if this buffer can hold it; the default of 256 KiB would exclude long prompts.
-        ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
+        ("grpc.per_rpc_retry_buffer_size", _MAX_MESSAGE_BYTES),
         # By default gRPC takes up to two minutes to notice that a server is back.
         ("grpc.max_reconnect_backoff_ms", 5_000),
         # Of a name; by default, a change is noticed half a minute late.

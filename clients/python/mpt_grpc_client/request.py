@@ -125,7 +125,7 @@ def _naming(name: str, kind: str, value: Any) -> Iterator[None]:
 
 
 def _kind(name: str) -> str | None:
-    """Returns what an option must be."""
+    """Returns the kind of value that an option takes, in words."""
     return _KINDS.get(name) or _KINDS_OF_TYPES.get(get_type_hints(GenerateOptions).get(name))
 
 

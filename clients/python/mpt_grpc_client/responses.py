@@ -83,7 +83,7 @@ class PartialGeneration:
 
     @property
     def _progress(self) -> str:
-        """How far it has come, in the words of an error."""
+        """How far it has come, for the text of an error."""
         num_tokens = sum(delta.num_tokens for deltas in self._deltas.values() for delta in deltas)
         return f"after {num_tokens} tokens" if num_tokens else "before the first token"
 
@@ -130,7 +130,7 @@ class PartialGeneration:
 
 
 def num_parts(*parts: pb.PromptInfo | pb.Output) -> int:
-    """Returns how many values these contain: tokens, and log probabilities, each with all its alternatives."""
+    """Returns the number of values in these: tokens, and log probabilities, each with all its alternatives."""
     return sum(len(part.token_ids) + _PARTS_OF_LOGPROB * len(part.logprobs) for part in parts)
 
 

@@ -1,4 +1,4 @@
-"""What a server tells about its model and itself. Times are in seconds."""
+"""Information about a server and its model. Times are in seconds."""
 
 from __future__ import annotations
 
