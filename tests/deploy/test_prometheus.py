@@ -103,7 +103,7 @@ async def prometheus(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
                 address = re.findall(r'"Listening on" address=(\S+)', start)[0]
                 reading = asyncio.create_task(process.stderr.read())
                 running = Prometheus(f"http://{address}")
-                scrapes = "count_over_time(mpt_requests_ended_total[1m])"
+                scrapes = "count_over_time(mpt_caller_requests_total[1m])"
                 while max(await running.query(scrapes), default=0) < 6:
                     await _send_load(TextGenerationServiceStub(channel))
                 yield running
