@@ -22,6 +22,8 @@ class StepReport(NamedTuple):
     start_time_s: float
     """In seconds since the epoch."""
     duration_s: float
+    ended: frozenset[str]
+    """The IDs of those of its requests that ended before it was complete, and have been reported."""
     contexts: tuple[Context, ...]
     """The trace contexts of its requests, if the step is to be traced."""
 

@@ -36,7 +36,8 @@ def print_waterfall(console: Console, file: str | Path, trace_id: str | None = N
     """
     spans, found = _Spans(file), None
     for span in spans:
-        if span.trace_id.startswith(trace_id or "") and span.name != "step":
+        is_chosen = span.name != "step" if trace_id is None else span.trace_id.startswith(trace_id)
+        if is_chosen:
             found = span.trace_id
     if spans.num_broken:
         print(f"mpt-grpc: {file}: broken lines that are left out: {spans.num_broken}", file=sys.stderr)

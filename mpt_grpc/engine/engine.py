@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
 
@@ -207,8 +208,8 @@ class Engine:
 
     @property
     def load(self) -> EngineLoad:
-        """The load after the last step."""
-        return self._steps.load
+        """The load after the last step, and the requests that are being prepared now."""
+        return replace(self._steps.load, num_preparing=self._requests.num_preparing)
 
     @property
     def num_in_flight(self) -> int:

@@ -254,7 +254,6 @@ class StepLoop:
             self.load,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
-            num_preparing=self._requests.num_preparing,
             num_free_blocks=self._scheduler.num_free_blocks,
         )
 

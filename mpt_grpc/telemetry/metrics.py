@@ -35,7 +35,10 @@ class Metrics:
     """All instruments. Their names, units and descriptions are what Prometheus shows."""
 
     def __init__(self, meter: Meter, model: str, failures: Iterable[str] = ()) -> None:
-        """failures: the reasons of failures that are known, which are counted from zero."""
+        """failures: the reasons of failures that are known.
+
+        Whatever is known is counted from zero: for Prometheus, a count whose first value is 1 has not increased.
+        """
 
         def histogram(name: str, unit: str, what: str, buckets: Iterable[float]) -> Callable[..., None]:
             return meter.create_histogram(name, unit, what, explicit_bucket_boundaries_advisory=list(buckets)).record
@@ -65,6 +68,8 @@ class Metrics:
         )
         self._request_tokens = histogram(names.REQUEST_TOKENS, "{token}", "Tokens of a request", _TOKEN_BUCKETS)
         self._ended = counter(names.REQUESTS_ENDED, "{request}", "Outputs that have ended, by their finish reason")
+        for finish_reason in FinishReason:
+            self._ended(0, {names.FINISH_REASON: finish_reason.name.lower()})
         self._failed = counter(names.REQUESTS_FAILED, "{request}", "Requests refused or failed, by the reason")
         for reason in failures:
             self._failed(0, {names.ERROR_TYPE: reason})
@@ -72,6 +77,8 @@ class Metrics:
         self._cached_tokens = counter(
             names.PROMPT_CACHED_TOKENS, "{token}", "Tokens of prompts that were in the prefix cache"
         )
+        self._prompt_tokens(0)
+        self._cached_tokens(0)
         self._caller_requests = counter(names.CALLER_REQUESTS, "{request}", "Requests that have ended, by caller")
         self._caller_tokens = counter(names.CALLER_TOKENS, "{token}", "Tokens of ended requests, by caller")
         self._step_duration = histogram(names.STEP_DURATION, "s", "Duration of steps, by kind", _STEP_BUCKETS)

@@ -54,13 +54,15 @@ class Timelines:
         self._by_request_id: dict[str, Timeline] = {}
 
     def add(self, report: StepReport) -> None:
-        """Adds a step to the timelines of its requests."""
+        """Adds a step to the timelines of its requests, except those that have ended."""
         plan, start_s, end_s = report.plan, report.start_time_s, report.start_time_s + report.duration_s
-        for request_id in plan.preempted:
-            self._of(request_id).add(start_s, names.EVENT_PREEMPTION, {})
-        for request_id in plan.resumed:
-            self._of(request_id).add(start_s, names.EVENT_RESUMPTION, {})
+        for request_ids, event in ((plan.preempted, names.EVENT_PREEMPTION), (plan.resumed, names.EVENT_RESUMPTION)):
+            for request_id in request_ids:
+                if request_id not in report.ended:
+                    self._of(request_id).add(start_s, event, {})
         for step in plan.sequences if plan.num_tokens > len(plan.sequences) else ():
+            if step.request_id in report.ended:
+                continue
             num_known = step.num_known
             if num_known > 1:
                 self._of(step.request_id).add(end_s, names.EVENT_CHUNK, {names.NUM_TOKENS: num_known})

@@ -21,13 +21,14 @@ import grpc
 import pytest
 import yaml
 from conftest import demo_settings
+from programs import DEPLOY, output_of, program
 
 from mpt_grpc.server.server import running_server
 from mpt_grpc.settings import TelemetrySettings
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+COMPOSE = DEPLOY / "compose.yaml"
 ALERTS = DEPLOY / "prometheus/alerts.yaml"
 TEXT = "The cat sat on the mat. The dog sat on the mat. The cat sat on the mat. The dog sat on"
 
@@ -103,7 +104,7 @@ async def prometheus(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
                 address = re.findall(r'"Listening on" address=(\S+)', start)[0]
                 reading = asyncio.create_task(process.stderr.read())
                 running = Prometheus(f"http://{address}")
-                scrapes = "count_over_time(mpt_requests_ended_total[1m])"
+                scrapes = "count_over_time(mpt_caller_requests_total[1m])"
                 while max(await running.query(scrapes), default=0) < 6:
                     await _send_load(TextGenerationServiceStub(channel))
                 yield running
@@ -133,8 +134,12 @@ async def test_alerts_fire_for_a_server_in_trouble_and_for_no_other() -> None:
     assert process.returncode == 0, output
 
 
+def test_the_compose_file_is_valid() -> None:
+    output_of(program("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", COMPOSE)
+
+
 def test_the_files_and_services_that_compose_names_exist() -> None:
-    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    services = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]
     for service in services.values():
         assert set(service.get("depends_on", ())) <= services.keys()
         for volume in service.get("volumes", ()):
@@ -152,6 +157,6 @@ def _settings() -> Iterator[str]:
 def test_the_command_of_compose_has_only_flags_that_exist() -> None:
     from mpt_grpc.cli import _parser
 
-    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    services = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]
     parsed = _parser().parse_args(services["server"]["command"])
     assert parsed.metrics_port == 9464

@@ -150,6 +150,14 @@ def test_a_line_that_is_no_span_is_left_out_of_a_trace(tmp_path: Path, change: d
     assert len(shown.stdout.splitlines()) == 2
 
 
+def test_the_trace_of_a_step_is_shown_only_if_it_is_named(tmp_path: Path) -> None:
+    step = SPAN | {"name": "step", "context": {"trace_id": "0x5", "span_id": "0x6"}}
+    file = tmp_path / "spans"
+    file.write_text("\n".join(json.dumps(span) for span in (SPAN, step)))
+    assert run("trace", "show", str(file)).stdout.startswith("trace 1\nGenerate ")
+    assert run("trace", "show", str(file), "5").stdout.startswith("trace 5\nstep ")
+
+
 def test_a_trace_of_many_spans_in_each_other_is_shown(tmp_path: Path) -> None:
     ids = [{"context": {"trace_id": "0x1", "span_id": f"{n}"}, "parent_id": f"{n - 1}"} for n in range(3000)]
     (tmp_path / "spans").write_text("\n".join(json.dumps(SPAN | one) for one in ids))

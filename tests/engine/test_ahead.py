@@ -25,6 +25,7 @@ from mpt_grpc.reports import RequestReport, StepReport
 from mpt_grpc.request import CacheOptions, DecodingOptions, GenerationRequest, LogprobOptions, SamplingParameters
 from mpt_grpc.results import FinishReason, Generation
 from mpt_grpc.step import StepPlan
+from mpt_grpc.telemetry.tracing import Timelines
 
 pytestmark = pytest.mark.usefixtures("running_ahead")
 
@@ -160,6 +161,25 @@ def test_an_output_that_ends_by_a_token_has_computed_one_more_in_vain(observed: 
     engine.close()  # completes what is in flight
     assert len(runner.plans) == len(output.token_ids) + 1
     assert engine.load.num_free_blocks == 512
+
+
+def test_a_step_adds_nothing_to_the_timeline_of_a_request_that_has_ended_meanwhile(
+    observed: tuple[Engine, Observed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, runner = observed
+    launch = runner.run
+
+    def cancel_and_run(*arguments: Any) -> StepOutput:
+        engine.cancel("r")
+        return launch(*arguments)
+
+    monkeypatch.setattr(runner, "run", cancel_and_run)
+    assert engine.generate(generation("r", (7,) * 40)).finish.reason is FinishReason.CANCELLED
+    engine.close()  # completes what is in flight
+    (report,) = runner.reports
+    timelines = Timelines()
+    timelines.add(report)
+    assert timelines.take("r").events == []
 
 
 def test_the_times_of_steps_do_not_overlap(observed: tuple[Engine, Observed]) -> None:

@@ -78,6 +78,17 @@ def test_requests_in_preparation_fill_the_queue(engine: Engine, guard: SlowGuard
     assert len(collect(submit(engine, generation("one more"))).token_ids) == 24
 
 
+def test_the_load_counts_requests_in_preparation_while_no_step_runs(engine: Engine, guard: SlowGuard) -> None:
+    engine.preparation.guards = (guard, FaultyGuard())
+    stream = submit(engine, generation("never prepared"))
+    assert engine.load.num_preparing == 1
+    assert engine.state().result(30).load.num_preparing == 1
+    guard.may_go.set()
+    with pytest.raises(InternalError):
+        collect(stream)
+    assert engine.load.num_preparing == 0
+
+
 def test_refusing_a_request_because_the_queue_is_full_tokenizes_nothing(engine: Engine, guard: SlowGuard) -> None:
     streams = [submit(engine, generation(f"r{number}")) for number in range(4)]
     longest = engine.preparation.limits.max_context_tokens

@@ -34,12 +34,21 @@ from mpt_grpc.reports import RequestReport
 from mpt_grpc.request import GenerationRequest
 from mpt_grpc.results import FinishReason, RequestStats
 from mpt_grpc.server.server import RunningServer, running_server
+from mpt_grpc.server.status import REASONS
 from mpt_grpc.settings import HttpSettings, TelemetrySettings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.metrics import MAX_CALLERS, OTHERS, Metrics
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 
+COUNTED_FROM_ZERO = {
+    "mpt_requests_ended": len(FinishReason),
+    "mpt_requests_failed": len(REASONS),
+    "mpt_prompt_tokens": 1,
+    "mpt_prompt_cached_tokens": 1,
+    "mpt_speculation_draft_tokens": 1,
+    "mpt_preempted_sequences": 1,
+}
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -126,6 +135,15 @@ async def test_tokens_of_cached_prompts_are_counted(service: Service) -> None:
     response = await service.stub.Generate(request(1, text))
     cached = response.summary.usage.num_cached_tokens
     assert await service.value("mpt_prompt_cached_tokens_total") - before == cached > 0
+
+
+async def test_what_is_known_is_counted_from_zero() -> None:
+    """For Prometheus, a counter whose first value is 1 has not increased."""
+    settings = replace(demo_settings(), http=HttpSettings(port=0))
+    async with running_server(settings) as server, grpc.aio.insecure_channel(server.target) as channel:
+        page = await Service(server, TextGenerationServiceStub(channel)).page()
+    counted = {name: [sample.value for sample in page[name].samples] for name in COUNTED_FROM_ZERO}
+    assert counted == {name: [0.0] * number for name, number in COUNTED_FROM_ZERO.items()}
 
 
 async def test_refused_requests_are_counted_by_the_reason(service: Service) -> None:
