@@ -6,11 +6,10 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from mpt_grpc.errors import SettingsError
-from mpt_grpc.file_value import FileValue
+from mpt_grpc.file_value import FileValue, read_file
 from mpt_grpc.settings import TlsSettings
 
 
@@ -55,8 +54,8 @@ def subject_name(certificate: Mapping[str, Any]) -> str:
 
 
 def _read(settings: TlsSettings) -> Certificate:
-    chain, key = _content("--tls-cert", settings.certificate), _content("--tls-key", settings.key)
-    client_ca = None if settings.client_ca is None else _content("--tls-client-ca", settings.client_ca)
+    chain, key = read_file(settings.certificate, "--tls-cert"), read_file(settings.key, "--tls-key")
+    client_ca = None if settings.client_ca is None else read_file(settings.client_ca, "--tls-client-ca")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
@@ -77,10 +76,3 @@ def _read(settings: TlsSettings) -> Certificate:
         context.options |= ssl.OP_NO_TICKET
         context.num_tickets = 0
     return Certificate(chain, key, client_ca, context)
-
-
-def _content(flag: str, file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{flag}: cannot read {file}: {error.strerror}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -112,10 +113,14 @@ def test_a_change_of_the_file_takes_effect_and_a_broken_one_is_logged_once(
     file.unlink()
     access.refresh()
     assert caller_of(access, "new").name == "alice"
-    *others, empty, missing = messages = [record.getMessage() for record in caplog.records]
+    os.mkfifo(file)
+    access.refresh()
+    assert caller_of(access, "new").name == "alice"
+    *others, empty, missing, pipe = messages = [record.getMessage() for record in caplog.records]
     assert [message.partition(" is not TOML: ")[0] for message in others] == 2 * [f"--tokens-file: {file}"]
     assert empty.startswith(f"--tokens-file: {file} is empty: ")
     assert missing.startswith(f"--tokens-file: cannot read {file}: No such file")
+    assert pipe.startswith(f"--tokens-file: {file} is not a regular file; ")
     assert all(message.endswith("the previous content stays in effect") for message in messages)
 
 

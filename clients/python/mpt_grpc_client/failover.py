@@ -27,10 +27,9 @@ from mpt_grpc_client.targets import proxy_variable
 
 _MAX_ROUNDS = 4
 _FIRST_PAUSE_S, _MAX_DOUBLINGS = 0.1, 4
-_MAX_PAUSE_BESIDE_OTHERS_S = 2.0
+_MAX_PAUSE_BESIDE_OTHERS_S, _MAX_ASIDE_S = 2.0, 30.0
 _MAX_WAIT_S = 300.0
 """How long a stream without a timeout that has begun waits for servers that are busy."""
-_MAX_ASIDE_S = 30.0
 MAX_BREAKS, PROGRESS_TOKENS = 3, 16
 """A call fails when `MAX_BREAKS` servers in a row broke while they ran it, each with less than `PROGRESS_TOKENS`: a
 request that crashes servers must not go through all of them."""
