@@ -94,8 +94,11 @@ def test_a_busy_server_is_given_the_time_that_it_asks_for_while_another_is_gone(
 
 @pytest.mark.parametrize("failure", [BUSY, QUOTA])
 @pytest.mark.parametrize("timeout", [None, 3600])
-def test_once_a_response_has_begun_busy_servers_are_waited_for(failure: MptGrpcError, timeout: float | None):
-    attempts = Attempts(rotation("a", "b"), timeout, retries=True)
+@pytest.mark.parametrize("retries", [True, False])
+def test_once_a_response_has_begun_busy_servers_are_waited_for(
+    failure: MptGrpcError, timeout: float | None, retries: bool
+):
+    attempts = Attempts(rotation("a", "b"), timeout, retries=retries)
     attempts.succeeded()
     assert attempts.after(BROKE) == 0
     pauses = [attempts.after(failure if attempts.server.target == "b" else GONE) for _ in range(2000)]

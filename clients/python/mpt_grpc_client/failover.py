@@ -129,13 +129,13 @@ class Attempts(Generic[_Connection]):
     ) -> None:
         """timeout: that of all attempts together, in seconds.
 
-        retries: whether to try all servers again, up to three times, or while one is only busy if a response has begun.
+        retries: whether to try all servers again, up to three times, after they have failed.
         owner: whose timeout it is, in the words of an error.
         generation: the request of one, which is routed by its prompt, and counts as load of its server until `end`.
         """
         self.rotation, self._timeout, self._owner = rotation, timeout, owner
         self._start_s = time.monotonic()
-        self._retries, self._num_rounds = retries, 1
+        self._num_rounds, self._max_rounds = 1, _MAX_ROUNDS if retries else 1
         self._has_begun, self._failure_s = False, 0.0
         self._beginning = b""
         if generation is not None and len(rotation.servers) > 1:
@@ -237,8 +237,8 @@ class Attempts(Generic[_Connection]):
 
     def _is_over(self) -> bool:
         """Whether there are no more rounds. A call with a response to lose waits for busy servers until its timeout."""
-        if not (self._has_begun and self._retries and self._asked_pauses()):
-            return self._num_rounds > (_MAX_ROUNDS if self._retries else 1)
+        if not (self._has_begun and self._asked_pauses()):
+            return self._num_rounds > self._max_rounds
         return self._timeout is None and time.monotonic() > self._failure_s + _MAX_WAIT_S
 
     def _may_succeed_elsewhere(self, failure: MptGrpcError) -> bool:
