@@ -26,6 +26,7 @@ DRAINING = UnavailableError("draining", code=grpc.StatusCode.UNAVAILABLE, reason
 BUSY = OverloadedError("busy", reason="OVERLOADED", retry_after=0.25)
 QUOTA = QuotaExceededError("quota", reason="QUOTA_EXCEEDED", retry_after=0.25, quota="requests", limit=1)
 DIFFERS = MptGrpcError("differs", code=grpc.StatusCode.FAILED_PRECONDITION, reason="FINGERPRINT_MISMATCH")
+DUPLICATE = MptGrpcError("in progress", code=grpc.StatusCode.ALREADY_EXISTS, reason="DUPLICATE_REQUEST_ID")
 INVALID = MptGrpcError("invalid", code=grpc.StatusCode.INVALID_ARGUMENT, reason="INVALID_REQUEST")
 
 
@@ -103,6 +104,13 @@ def test_once_a_response_has_begun_busy_servers_are_waited_for(
     assert attempts.after(BROKE) == 0
     pauses = [attempts.after(failure if attempts.server.target == "b" else GONE) for _ in range(2000)]
     assert {pause for pause in pauses if pause} == {0.25, 0.4, 0.8, 1.6}
+
+
+def test_a_server_that_has_not_noticed_that_the_connection_broke_is_waited_for():
+    attempts = Attempts(rotation("a", "b"), 3600, retries=False)
+    attempts.succeeded()
+    for _ in range(100):
+        assert isinstance(attempts.after(DUPLICATE if attempts.server.target == "b" else GONE), float)
 
 
 def test_a_wait_for_busy_servers_is_bounded_without_a_timeout(monkeypatch: pytest.MonkeyPatch):

@@ -134,9 +134,8 @@ class Attempts(Generic[_Connection]):
         generation: the request of one, which is routed by its prompt, and counts as load of its server until `end`.
         """
         self.rotation, self._timeout, self._owner = rotation, timeout, owner
-        self._start_s = time.monotonic()
-        self._num_rounds, self._max_rounds = 1, _MAX_ROUNDS if retries else 1
-        self._has_begun, self._failure_s = False, 0.0
+        self._start_s, self._failure_s = time.monotonic(), 0.0
+        self._num_rounds, self._max_rounds, self._has_begun = 1, _MAX_ROUNDS if retries else 1, False
         self._beginning = b""
         if generation is not None and len(rotation.servers) > 1:
             self._beginning = routing.beginning(generation)
@@ -213,8 +212,7 @@ class Attempts(Generic[_Connection]):
         """Moves on to the next server; returns the seconds to wait before, or the error to raise if there is none."""
         if not (self.rotation.is_balanced and self._may_succeed_elsewhere(failure)):
             return failure
-        if not self._failures:
-            self._failure_s = time.monotonic()
+        self._failure_s = self._failure_s if self._failures else time.monotonic()
         self._failures[self.server.target] = failure
         if failure.code in _BROKEN:
             self.rotation.set_aside(self.server)
@@ -236,13 +234,13 @@ class Attempts(Generic[_Connection]):
         return min(pause, _MAX_WAIT_S if self.timeout is None else self.timeout)
 
     def _is_over(self) -> bool:
-        """Whether there are no more rounds. A call with a response to lose waits for busy servers until its timeout."""
-        if not (self._has_begun and self._asked_pauses()):
+        """Whether there are no more rounds. A call with a response to lose waits for busy servers."""
+        if not (self._has_begun and any(f.reason in _BUSY for f in self._failures.values())):
             return self._num_rounds > self._max_rounds
         return self._timeout is None and time.monotonic() > self._failure_s + _MAX_WAIT_S
 
     def _may_succeed_elsewhere(self, failure: MptGrpcError) -> bool:
-        if self._has_begun and isinstance(failure, OverloadedError):  # also by a quota
+        if self._has_begun and failure.reason in _BUSY:
             return True
         if failure.reason:
             is_own_request = failure.reason == "DUPLICATE_REQUEST_ID" and bool(self._failures)
@@ -289,6 +287,8 @@ _EARLY = 0.9
 """The part of the timeout before which a deadline that has passed is another one."""
 _DIFFERS = "FINGERPRINT_MISMATCH"
 _ELSEWHERE = ("OVERLOADED", _DIFFERS)
+_BUSY = ("OVERLOADED", "QUOTA_EXCEEDED", "DUPLICATE_REQUEST_ID")
+"""Why a server refuses a stream for now. With the last, it has not noticed that the stream's connection broke."""
 _BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """The codes of a connection that broke, unless the caller cancelled the call."""
 _UNSENT = (
