@@ -67,9 +67,9 @@ class Access:
         """
         return None if self._tokens is None else _find(self._tokens.value, authorization)
 
-    def certified_caller(self, name: str) -> Caller:
-        """Returns the caller with this name in its certificate, or the anonymous one if it is empty."""
-        return Caller(name, _CERTIFIED, self._salt(name)) if name else ANONYMOUS
+    def certified_caller(self, name: str | None) -> Caller:
+        """Returns the caller with this name in its certificate, which may be empty; None is without a certificate."""
+        return ANONYMOUS if name is None else Caller(name, _CERTIFIED, self._salt(name))
 
     def _read(self, file: Path) -> tuple[AccessToken, ...]:
         content = _content(file)

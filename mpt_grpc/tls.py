@@ -3,8 +3,9 @@ change."""
 
 from __future__ import annotations
 
+import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -44,13 +45,20 @@ def http_context(certificate: ServerCertificate) -> ssl.SSLContext:
 
 
 def subject_name(certificate: Mapping[str, Any]) -> str:
-    """Returns whom a client's certificate, as `ssl` describes it, was issued to: its common name, otherwise its first
-    alternative name; empty if it has neither."""
+    """Returns whom a client's certificate, as `ssl` describes it, was issued to: its common name, otherwise the first
+    alternative name that is a DNS name, an email address, a URI or an IP address; empty if it has neither."""
     names = [
         value for attributes in certificate.get("subject", ()) for name, value in attributes if name == "commonName"
     ]
-    names += [value for _, value in certificate.get("subjectAltName", ())]
-    return next(filter(None, names), "")
+    return next(filter(None, [*names, *_alternative_names(certificate)]), "")
+
+
+def _alternative_names(certificate: Mapping[str, Any]) -> Iterator[str]:
+    for kind, value in certificate.get("subjectAltName", ()):
+        if kind == "IP Address" and ":" in value:  # which gRPC abbreviates
+            yield socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, value))
+        elif kind in ("DNS", "email", "URI", "IP Address"):
+            yield value
 
 
 def _read(settings: TlsSettings) -> Certificate:

@@ -196,7 +196,7 @@ def models(port: int | None, token: str, context: ssl.SSLContext) -> bytes:
 
 async def test_only_clients_with_a_certificate_of_the_current_authority_are_served(tmp_path: Path) -> None:
     authority, old, new = Authority.new(), Authority.new(), Authority.new()
-    mine, other = old.client("me@example.org"), new.client("you@example.org")
+    mine, other = old.client("me.example.org"), new.client("you.example.org")
     async with serving(authority.write_server(tmp_path, client_ca=old)) as server:
         async with AsyncClient(server.target, root_certificates=authority.pem, **mine) as client:
             text = (await client.generate("The fox", **OPTIONS)).text
