@@ -152,18 +152,24 @@ class RunningServer:
         """Updates health, reads access tokens again if their file has changed, ends streams that are not read, notices
         failures, and frees memory when idle. Runs until cancelled."""
         while True:
-            self._update_health()
-            await asyncio.to_thread(self._access.refresh)
-            self._writes.end_unread(self.settings.server.read_timeout_s)
-            for server in self.grpc_servers:
-                self._grpc_failure = self._grpc_failure or await _failure(server)
-            if self.failure is not None:
-                self.has_failed.set()
-            if not self.engine.num_in_flight:
-                if self.garbage is not None:
-                    self.garbage.collect_when_idle(self.engine.load.num_steps)
-                await asyncio.to_thread(trim)
+            try:
+                await self._check()
+            except Exception:  # such as that no thread can be started: the next time may be better
+                _log.exception("the server could not check itself")
             await asyncio.sleep(_WATCH_INTERVAL_S)
+
+    async def _check(self) -> None:
+        self._update_health()
+        await asyncio.to_thread(self._access.refresh)
+        self._writes.end_unread(self.settings.server.read_timeout_s)
+        for server in self.grpc_servers:
+            self._grpc_failure = self._grpc_failure or await _failure(server)
+        if self.failure is not None:
+            self.has_failed.set()
+        if not self.engine.num_in_flight:
+            if self.garbage is not None:
+                self.garbage.collect_when_idle(self.engine.load.num_steps)
+            await asyncio.to_thread(trim)
 
     def _update_health(self) -> None:
         """Sets the health of the process, and of the server and its service, which also stop serving in a drain."""

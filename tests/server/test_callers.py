@@ -254,6 +254,23 @@ async def test_a_token_that_is_removed_is_refused_from_then_on(tmp_path: Path) -
             assert (await fetch(server, "POST", "/v1/completions", BODY, authorization="Bearer new"))[0] == 200
 
 
+async def test_a_token_that_is_removed_is_refused_even_if_the_server_fails_to_check_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("mpt_grpc.server.server.trim", fail)
+    file = write(tmp_path / "tokens.toml")
+    async with serving(tokens_file=file) as server:
+        async with AsyncClient(server.target, token=SECRETS["alice"]) as client:
+            while "the server could not check itself" not in caplog.messages:
+                await client.get_server_info()
+            write(file, entry("new", "alice"))
+            with pytest.raises(UnauthenticatedError, match="the access token is not valid"):
+                await generate_repeatedly(client)
+
+
 async def test_a_gateway_of_its_own_passes_on_the_token_of_each_caller(server: RunningServer) -> None:
     async with running_gateway(server.target, "127.0.0.1", HttpSettings(port=0)) as port:
         gateway: Any = type("Gateway", (), {"http_port": port})
