@@ -54,7 +54,9 @@ class Authority:
         )
         if alternatives := [x509.DNSName(name) if isinstance(name, str) else name for name in names]:
             builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
-        issued = builder.sign(load_pem_private_key(self.ca.private_key_pem.bytes(), None), SHA256())
+        own_key = load_pem_private_key(self.ca.private_key_pem.bytes(), None)
+        assert isinstance(own_key, ec.EllipticCurvePrivateKey)
+        issued = builder.sign(own_key, SHA256())
         return {
             "client_certificate": issued.public_bytes(Encoding.PEM),
             "client_key": key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
