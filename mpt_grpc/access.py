@@ -18,7 +18,7 @@ from typing import Any
 
 from mpt_grpc.caller import ANONYMOUS, UNLIMITED, Caller, Quota, Role
 from mpt_grpc.errors import PermissionDeniedError, SettingsError, UnauthenticatedError
-from mpt_grpc.file_value import FileValue
+from mpt_grpc.file_value import FileValue, read_file
 
 MAX_TOKENS = 1000
 """The maximum number of tokens in a file: a call compares its token with all of them."""
@@ -67,9 +67,9 @@ class Access:
         """
         return None if self._tokens is None else _find(self._tokens.value, authorization)
 
-    def certified_caller(self, name: str) -> Caller:
-        """Returns the caller with this name in its certificate, or the anonymous one if it is empty."""
-        return Caller(name, _CERTIFIED, self._salt(name)) if name else ANONYMOUS
+    def certified_caller(self, name: str | None) -> Caller:
+        """Returns the caller with this name in its certificate, which may be empty; None is without a certificate."""
+        return ANONYMOUS if name is None else Caller(name, _CERTIFIED, self._salt(name))
 
     def _read(self, file: Path) -> tuple[AccessToken, ...]:
         content = _content(file)
@@ -126,11 +126,10 @@ def check_name(name: str) -> None:
 
 def _content(file: Path) -> dict[str, Any]:
     """Returns the content of a file. Raises SettingsError with everything that is wrong with it."""
+    data = read_file(file, "--tokens-file")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = data.decode()
         content = tomllib.loads(text)
-    except OSError as error:
-        raise SettingsError(f"--tokens-file: cannot read {file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"--tokens-file: {file} is not TOML: {error}") from error
     if not text.strip():  # as for a moment while it is written

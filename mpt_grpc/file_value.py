@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,6 +62,17 @@ class FileValue(Generic[Value]):
 
     def _file_state(self) -> tuple[tuple[int, int, int] | None, ...]:
         return tuple(map(_state, self._files))
+
+
+def read_file(file: Path, flag: str) -> bytes:
+    """Returns the content of a file, which the flag names. Raises SettingsError."""
+    try:
+        if stat.S_ISREG(os.stat(file).st_mode):
+            return file.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{flag}: cannot read {file}: {error.strerror}") from error
+    # Reading from a pipe or a device might wait forever.
+    raise SettingsError(f"{flag}: {file} is not a regular file")
 
 
 def _state(file: Path) -> tuple[int, int, int] | None:

@@ -3,14 +3,14 @@ change."""
 
 from __future__ import annotations
 
+import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from mpt_grpc.errors import SettingsError
-from mpt_grpc.file_value import FileValue
+from mpt_grpc.file_value import FileValue, read_file
 from mpt_grpc.settings import TlsSettings
 
 
@@ -45,18 +45,25 @@ def http_context(certificate: ServerCertificate) -> ssl.SSLContext:
 
 
 def subject_name(certificate: Mapping[str, Any]) -> str:
-    """Returns whom a client's certificate, as `ssl` describes it, was issued to: its common name, otherwise its first
-    alternative name; empty if it has neither."""
+    """Returns whom a client's certificate, as `ssl` describes it, was issued to: its common name, otherwise the first
+    alternative name that is a DNS name, an email address, a URI or an IP address; empty if it has neither."""
     names = [
         value for attributes in certificate.get("subject", ()) for name, value in attributes if name == "commonName"
     ]
-    names += [value for _, value in certificate.get("subjectAltName", ())]
-    return next(filter(None, names), "")
+    return next(filter(None, [*names, *_alternative_names(certificate)]), "")
+
+
+def _alternative_names(certificate: Mapping[str, Any]) -> Iterator[str]:
+    for kind, value in certificate.get("subjectAltName", ()):
+        if kind == "IP Address" and ":" in value:  # which gRPC abbreviates
+            yield socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, value))
+        elif kind in ("DNS", "email", "URI", "IP Address"):
+            yield value
 
 
 def _read(settings: TlsSettings) -> Certificate:
-    chain, key = _content("--tls-cert", settings.certificate), _content("--tls-key", settings.key)
-    client_ca = None if settings.client_ca is None else _content("--tls-client-ca", settings.client_ca)
+    chain, key = read_file(settings.certificate, "--tls-cert"), read_file(settings.key, "--tls-key")
+    client_ca = None if settings.client_ca is None else read_file(settings.client_ca, "--tls-client-ca")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
@@ -77,10 +84,3 @@ def _read(settings: TlsSettings) -> Certificate:
         context.options |= ssl.OP_NO_TICKET
         context.num_tickets = 0
     return Certificate(chain, key, client_ca, context)
-
-
-def _content(flag: str, file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise SettingsError(f"{flag}: cannot read {file}: {error.strerror}") from error

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from mpt_grpc.settings import TlsSettings
 
@@ -36,12 +40,26 @@ class Authority:
             settings.client_ca.write_bytes(client_ca.pem)
         return settings
 
-    def client(self, identity: str, common_name: str | None = None) -> Any:
-        """Returns the options of a client with a certificate of this authority."""
-        issued = self.ca.issue_cert(identity, common_name=common_name)
+    def client(self, *names: str | x509.GeneralName, common_name: str | None = None) -> Any:
+        """Returns the options of a client with a certificate of this authority, with these alternative names."""
+        authority, key = x509.load_pem_x509_certificate(self.pem), ec.generate_private_key(ec.SECP256R1())
+        subject = [] if common_name is None else [x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)]
+        builder = x509.CertificateBuilder(
+            authority.subject,
+            x509.Name(subject),
+            key.public_key(),
+            x509.random_serial_number(),
+            authority.not_valid_before_utc,
+            authority.not_valid_after_utc,
+        )
+        if alternatives := [x509.DNSName(name) if isinstance(name, str) else name for name in names]:
+            builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        own_key = load_pem_private_key(self.ca.private_key_pem.bytes(), None)
+        assert isinstance(own_key, ec.EllipticCurvePrivateKey)
+        issued = builder.sign(own_key, SHA256())
         return {
-            "client_certificate": b"".join(pem.bytes() for pem in issued.cert_chain_pems),
-            "client_key": issued.private_key_pem.bytes(),
+            "client_certificate": issued.public_bytes(Encoding.PEM),
+            "client_key": key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
         }
 
     def context(self, folder: Path, client: Any = None) -> ssl.SSLContext:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_a_quota_is_that_of_all_tokens_of_a_caller(tmp_path: Path) -> None:
 def test_without_a_file_a_certificate_names_the_caller_and_others_are_anonymous() -> None:
     access = Access()
     assert access.token_caller(ALICE) is None
-    assert access.certified_caller("") == Caller()
+    assert access.certified_caller(None) == Caller()
     certified = access.certified_caller("alice")
     assert (certified.name, certified.roles) == ("alice", {Role.GENERATE, Role.OBSERVE})
 
@@ -85,7 +86,7 @@ def test_a_caller_has_a_cache_salt_that_others_cannot_know(tmp_path: Path) -> No
     salts = [caller_of(access, SECRETS[name]).cache_salt for name in ("alice", "alice", "bob")]
     assert salts[0] == salts[1] != salts[2]
     assert caller_of(Access(tmp_path / "tokens.toml"), SECRETS["alice"]).cache_salt != salts[0]
-    assert access.certified_caller("").cache_salt == ""
+    assert access.certified_caller(None).cache_salt == ""
 
 
 def test_a_change_of_the_file_takes_effect_and_a_broken_one_is_logged_once(
@@ -112,10 +113,14 @@ def test_a_change_of_the_file_takes_effect_and_a_broken_one_is_logged_once(
     file.unlink()
     access.refresh()
     assert caller_of(access, "new").name == "alice"
-    *others, empty, missing = messages = [record.getMessage() for record in caplog.records]
+    os.mkfifo(file)
+    access.refresh()
+    assert caller_of(access, "new").name == "alice"
+    *others, empty, missing, pipe = messages = [record.getMessage() for record in caplog.records]
     assert [message.partition(" is not TOML: ")[0] for message in others] == 2 * [f"--tokens-file: {file}"]
     assert empty.startswith(f"--tokens-file: {file} is empty: ")
     assert missing.startswith(f"--tokens-file: cannot read {file}: No such file")
+    assert pipe.startswith(f"--tokens-file: {file} is not a regular file; ")
     assert all(message.endswith("the previous content stays in effect") for message in messages)
 
 

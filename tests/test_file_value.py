@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mpt_grpc.file_value import FileValue
+from mpt_grpc.errors import SettingsError
+from mpt_grpc.file_value import FileValue, read_file
 
 
 def test_a_file_that_cannot_be_read_for_whatever_reason_leaves_the_value(
@@ -24,6 +26,27 @@ def test_a_file_that_cannot_be_read_for_whatever_reason_leaves_the_value(
     assert first == second == f"{file} could not be read; the previous content stays in effect"
     file.write_text("-1", encoding="utf-8")
     assert value.refresh() == -1
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_not_a_regular_file_is_refused_at_the_start_and_leaves_the_value_later(
+    make: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "text"
+    make(file)
+
+    def value() -> FileValue[bytes]:
+        return FileValue([file], lambda: read_file(file, "--text"))
+
+    with pytest.raises(SettingsError, match=f"^--text: {file} is not a regular file$"):
+        value()
+    file.rename(tmp_path / "other")
+    file.write_text("old", encoding="utf-8")
+    read = value()
+    file.unlink()
+    make(file)
+    assert [read.refresh(), read.refresh()] == [b"old", b"old"]
+    assert caplog.messages == [f"--text: {file} is not a regular file; the previous content stays in effect"]
 
 
 def test_a_file_whose_permissions_change_is_read_again(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Callers:
             # Of what gRPC could not send, enough remains to be refused.
             sendable = re.sub(r"[^ -~]", "?", bearer(authorization))[:_MAX_AUTHORIZATION]
             metadata.append(("authorization", sendable))
-        if self._passes_certificates and (name := scope["state"].get("certified_name")):
+        if self._passes_certificates and (name := scope["state"].get("certified_name")) is not None:
             metadata.append((CERTIFIED_NAME, name.encode()))
         return tuple(metadata)
 

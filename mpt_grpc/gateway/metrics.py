@@ -43,5 +43,5 @@ class MetricsPage:
     def _check_caller(self, request: Request) -> None:
         authorization = request.headers.get("authorization")
         caller = self._access.token_caller(None if authorization is None else bearer(authorization))
-        caller = caller or self._access.certified_caller(request.scope["state"].get("certified_name", ""))
+        caller = caller or self._access.certified_caller(request.scope["state"].get("certified_name"))
         check_role(caller, (Role.OBSERVE,))

@@ -31,14 +31,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._read_timeout_s = read_timeout_s
         self._timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
-        self._certified_name = ""
+        self._certified_name: str | None = None
         self._num_unparsed = 0
         """The bytes since the last complete head or piece of a body: headers, trailers or chunk extensions."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if (tls := transport.get_extra_info("ssl_object")) is not None:
-            self._certified_name = subject_name(tls.getpeercert() or {})
+        if certificate := transport.get_extra_info("peercert"):
+            self._certified_name = subject_name(certificate)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:

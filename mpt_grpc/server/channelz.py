@@ -17,14 +17,14 @@ _SERVICE = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
 
 
 @asynccontextmanager
-async def serving_channelz(port: int) -> AsyncIterator[int]:
-    """Serves channelz inside the block and yields the port. Raises SettingsError if it cannot listen on it."""
+async def serving_channelz(port: int) -> AsyncIterator[tuple[grpc.aio.Server, int]]:
+    """Serves channelz inside the block; yields the server and its port. Raises SettingsError if it cannot listen."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     channelz.add_channelz_servicer(server)
     reflection.enable_server_reflection((_SERVICE, reflection.SERVICE_NAME), server)
     bound = bind(server, HOST, port, "--channelz-port")
     await server.start()
     try:
-        yield bound
+        yield server, bound
     finally:
         await server.stop(0)

@@ -52,6 +52,8 @@ _ROLES: Mapping[str, tuple[Role, ...]] = {
     "ServerReflectionInfo": tuple(Role),
 }
 """The roles of which a caller needs one, by method. No other method can be called, except health."""
+_NAMES = ("peer_dns", "peer_email", "peer_uri", "peer_ip")
+"""The kinds of alternative names in certificates by which callers are known."""
 
 # grpc.aio's types describe the messages of one method; an interceptor handles those of all methods.
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -243,7 +245,11 @@ def _refusal(serving: _Serving, why: str) -> Callable[..., Any]:
     return stream
 
 
-def _certified_name(identity: Mapping[str, Iterable[bytes]]) -> str:
-    """Returns the name in a client's certificate, as `mpt_grpc.tls.subject_name` does; empty without a certificate."""
-    names = (*identity.get("x509_common_name", ()), *identity.get("x509_subject_alternative_name", ()))
+def _certified_name(identity: Mapping[str, Iterable[bytes]]) -> str | None:
+    """Returns the name in a client's certificate, as `mpt_grpc.tls.subject_name` does; None without a certificate."""
+    if "x509_common_name" not in identity:
+        return None
+    known = {name for kind in _NAMES for name in identity.get(kind, ())}  # all others have the same text
+    alternatives = (name for name in identity.get("x509_subject_alternative_name", ()) if name in known)
+    names = (*identity["x509_common_name"], *alternatives)
     return next((name.decode(errors="replace") for name in names if name), "")

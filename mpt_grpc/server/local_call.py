@@ -119,8 +119,8 @@ class CallContext(grpc.aio.ServicerContext[Any, Any]):
 
     def auth_context(self) -> Mapping[str, Iterable[bytes]]:
         """Returns the name in the certificate of the HTTP caller, as grpc would that of its own caller."""
-        name = self._metadata.get(CERTIFIED_NAME, b"")
-        return {"x509_common_name": [name if isinstance(name, bytes) else name.encode()]}
+        name = self._metadata.get(CERTIFIED_NAME)
+        return {} if name is None else {"x509_common_name": [name if isinstance(name, bytes) else name.encode()]}
 
     def code(self) -> grpc.StatusCode:
         return self._own_status.code

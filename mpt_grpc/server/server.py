@@ -127,7 +127,9 @@ class RunningServer:
         self.channelz_port: int | None = None
         self.garbage: GarbageCollection | None = None
         """Set in a process of the server's own."""
-        self._server, self._servicer, self._access, self._writes = server, servicer, access, writes
+        self.grpc_servers = [server]
+        """All of gRPC's, of which none may end."""
+        self._servicer, self._access, self._writes = servicer, access, writes
         self._grpc_failure: UnavailableError | None = None
         self.has_failed = asyncio.Event()
         """Set when there is a `failure`."""
@@ -150,17 +152,24 @@ class RunningServer:
         """Updates health, reads access tokens again if their file has changed, ends streams that are not read, notices
         failures, and frees memory when idle. Runs until cancelled."""
         while True:
-            self._update_health()
-            await asyncio.to_thread(self._access.refresh)
-            self._writes.end_unread(self.settings.server.read_timeout_s)
-            self._grpc_failure = await _failure(self._server)
-            if self.failure is not None:
-                self.has_failed.set()
-            if not self.engine.num_in_flight:
-                if self.garbage is not None:
-                    self.garbage.collect_when_idle(self.engine.load.num_steps)
-                await asyncio.to_thread(trim)
+            try:
+                await self._check()
+            except Exception:  # such as that no thread can be started: the next time may be better
+                _log.exception("the server could not check itself")
             await asyncio.sleep(_WATCH_INTERVAL_S)
+
+    async def _check(self) -> None:
+        self._update_health()
+        await asyncio.to_thread(self._access.refresh)
+        self._writes.end_unread(self.settings.server.read_timeout_s)
+        for server in self.grpc_servers:
+            self._grpc_failure = self._grpc_failure or await _failure(server)
+        if self.failure is not None:
+            self.has_failed.set()
+        if not self.engine.num_in_flight:
+            if self.garbage is not None:
+                self.garbage.collect_when_idle(self.engine.load.num_steps)
+            await asyncio.to_thread(trim)
 
     def _update_health(self) -> None:
         """Sets the health of the process, and of the server and its service, which also stop serving in a drain."""
@@ -233,7 +242,8 @@ async def _serving(
                         from mpt_grpc.server.channelz import serving_channelz  # which few servers need
 
                         serving = serving_channelz(settings.telemetry.channelz_port)
-                        running.channelz_port = await stack.enter_async_context(serving)
+                        debug_server, running.channelz_port = await stack.enter_async_context(serving)
+                        running.grpc_servers.append(debug_server)
                     await stack.enter_async_context(channel)
                     running.http_port, running.metrics_port = await stack.enter_async_context(
                         serving_http(settings, target, channel, certificate, telemetry.tracer, page, http_metrics)

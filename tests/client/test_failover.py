@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import time
+
 import grpc
 import pytest
 
-from mpt_grpc_client import AsyncClient, Client, InvalidTargetError, OverloadedError, UnavailableError
+from mpt_grpc_client import (
+    AsyncClient,
+    Client,
+    InvalidTargetError,
+    OverloadedError,
+    QuotaExceededError,
+    UnavailableError,
+)
 from mpt_grpc_client.errors import MptGrpcError
 from mpt_grpc_client.failover import Attempts, Rotation, Server
 from mpt_grpc_client.targets import resolve_targets
@@ -15,7 +24,9 @@ BROKE = UnavailableError("Socket closed", code=grpc.StatusCode.UNAVAILABLE)
 STOPPED = UnavailableError("stopped", code=grpc.StatusCode.UNAVAILABLE, reason="ENGINE_STOPPED")
 DRAINING = UnavailableError("draining", code=grpc.StatusCode.UNAVAILABLE, reason="DRAINING")
 BUSY = OverloadedError("busy", reason="OVERLOADED", retry_after=0.25)
+QUOTA = QuotaExceededError("quota", reason="QUOTA_EXCEEDED", retry_after=0.25, quota="requests", limit=1)
 DIFFERS = MptGrpcError("differs", code=grpc.StatusCode.FAILED_PRECONDITION, reason="FINGERPRINT_MISMATCH")
+DUPLICATE = MptGrpcError("in progress", code=grpc.StatusCode.ALREADY_EXISTS, reason="DUPLICATE_REQUEST_ID")
 INVALID = MptGrpcError("invalid", code=grpc.StatusCode.INVALID_ARGUMENT, reason="INVALID_REQUEST")
 
 
@@ -80,6 +91,41 @@ def test_a_busy_server_is_given_the_time_that_it_asks_for_while_another_is_gone(
         pauses.append(pause)
     assert pauses == [0, 0.25, 0, 0.25, 0, 0.4, 0]
     assert str(pause) == f"all servers failed: a: {GONE}; b: {BUSY}"
+
+
+@pytest.mark.parametrize("failure", [BUSY, QUOTA])
+@pytest.mark.parametrize("timeout", [None, 3600])
+@pytest.mark.parametrize("retries", [True, False])
+def test_once_a_response_has_begun_busy_servers_are_waited_for(
+    failure: MptGrpcError, timeout: float | None, retries: bool
+):
+    attempts = Attempts(rotation("a", "b"), timeout, retries=retries)
+    attempts.succeeded()
+    assert attempts.after(BROKE) == 0
+    pauses = [attempts.after(failure if attempts.server.target == "b" else GONE) for _ in range(2000)]
+    assert {pause for pause in pauses if pause} == {0.25, 0.4, 0.8, 1.6}
+
+
+def test_a_server_that_has_not_noticed_that_the_connection_broke_is_waited_for():
+    attempts = Attempts(rotation("a", "b"), 3600, retries=False)
+    attempts.succeeded()
+    for _ in range(100):
+        assert isinstance(attempts.after(DUPLICATE if attempts.server.target == "b" else GONE), float)
+
+
+def test_a_wait_for_busy_servers_is_bounded_without_a_timeout(monkeypatch: pytest.MonkeyPatch):
+    attempts, now_s = Attempts(rotation("a", "b"), None, retries=True), time.monotonic()
+    attempts.succeeded()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    start_s = now_s
+    while not isinstance(pause := attempts.after(BUSY), MptGrpcError):
+        now_s += pause
+    assert isinstance(pause, OverloadedError)
+    assert 300 < now_s - start_s < 302
+
+
+def test_a_quota_is_not_evaded_by_other_servers():
+    assert tried(Attempts(rotation("a", "b"), None, retries=True), QUOTA) == ("a", [], QUOTA)
 
 
 @pytest.mark.parametrize("failure", [BROKE, STOPPED])

@@ -1,4 +1,4 @@
-"""The pause before all servers of a client are tried again: what ends it early."""
+"""The pause before all servers of a client are tried again: how often there is one, and what ends it early."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 from google.rpc import error_details_pb2
 
 from mpt_grpc_client import AsyncClient, Client, MptGrpcError
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from tools.relay import relaying
 
 
 @pytest.fixture
@@ -76,3 +78,33 @@ async def test_closing_an_async_client_ends_the_pauses_of_tasks(busy, target, ot
     await client.close()
     with pytest.raises(MptGrpcError, match="the client is closed"):
         await calling
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["asyncio", "threads"])
+async def test_a_stream_that_has_begun_waits_until_another_server_is_no_longer_busy(
+    scripted, other_service, target, other_target, is_async
+):
+    rest = pb.StreamGenerateResponse(request_id="r-1", output=scripted.response.outputs[0], fingerprint="same")
+    rest.summary.CopyFrom(scripted.response.summary)
+    other_service.chunks = [rest]
+    other_service.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", "OVERLOADED", times=4)
+    scripted.chunks[0].fingerprint = "same"
+    del scripted.chunks[2:]
+    scripted.hang()
+    async with relaying(target) as relay:
+        targets = [relay.target, other_target]
+        if is_async:
+            async with AsyncClient(targets, timeout=30) as async_client:
+                stream = async_client.stream("Once")
+                await anext(stream)
+                relay.cut()
+                async for _ in stream:
+                    pass
+        else:
+            with Client(targets, timeout=30) as client:
+                stream = client.stream("Once")
+                await asyncio.to_thread(next, stream)
+                relay.cut()
+                await asyncio.to_thread(list, stream)
+    assert len(other_service.requests) == 5
+    assert [resumption.target for resumption in stream.resumptions] == [other_target]

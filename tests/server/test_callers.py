@@ -9,14 +9,17 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import pytest
 from access_tokens import SECRETS, entry, write
 from certificates import Authority
 from conftest import demo_settings
+from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from http_calls import fetch, read_response, send
@@ -251,6 +254,23 @@ async def test_a_token_that_is_removed_is_refused_from_then_on(tmp_path: Path) -
             assert (await fetch(server, "POST", "/v1/completions", BODY, authorization="Bearer new"))[0] == 200
 
 
+async def test_a_token_that_is_removed_is_refused_even_if_the_server_fails_to_check_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("mpt_grpc.server.server.trim", fail)
+    file = write(tmp_path / "tokens.toml")
+    async with serving(tokens_file=file) as server:
+        async with AsyncClient(server.target, token=SECRETS["alice"]) as client:
+            while "the server could not check itself" not in caplog.messages:
+                await client.get_server_info()
+            write(file, entry("new", "alice"))
+            with pytest.raises(UnauthenticatedError, match="the access token is not valid"):
+                await generate_repeatedly(client)
+
+
 async def test_a_gateway_of_its_own_passes_on_the_token_of_each_caller(server: RunningServer) -> None:
     async with running_gateway(server.target, "127.0.0.1", HttpSettings(port=0)) as port:
         gateway: Any = type("Gateway", (), {"http_port": port})
@@ -325,15 +345,27 @@ async def test_a_line_warns_of_what_is_missing_for_other_machines(
     assert warnings == ([f"--host {host}: other machines can reach this server, {missing}"] if missing else [])
 
 
+USER_PRINCIPAL = x509.OtherName(x509.ObjectIdentifier("1.3.6.1.4.1.311.20.2.3"), b"\x0c\x05alice")
+DIRECTORY = x509.DirectoryName(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "alice")]))
+
+
 @pytest.mark.parametrize(
-    ("common_name", "name"), [("orders", "orders"), ("Müller", "Müller"), (None, "me@example.org")]
+    ("common_name", "alternatives", "name"),
+    [
+        ("orders", [x509.RFC822Name("me@example.org")], "orders"),
+        ("Müller", [], "Müller"),
+        (None, [x509.RFC822Name("me@example.org")], "me@example.org"),
+        (None, [USER_PRINCIPAL, x509.DNSName("orders")], "orders"),
+        (None, [DIRECTORY, x509.UniformResourceIdentifier("spiffe://orders")], "spiffe://orders"),
+        (None, [x509.IPAddress(ip_address("2001:db8::1")), x509.DNSName("orders")], "2001:db8::1"),
+    ],
 )
 async def test_without_tokens_the_name_in_the_certificate_is_that_of_the_caller(
-    common_name: str | None, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    common_name: str | None, alternatives: list[Any], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "mpt_grpc.access")
     authority, clients = Authority.new(), Authority.new()
-    mine = clients.client("me@example.org", common_name)
+    mine = clients.client(*alternatives, common_name=common_name)
     async with serving(tls=authority.write_server(tmp_path, client_ca=clients)) as server:
         async with AsyncClient(server.target, root_certificates=authority.pem, **mine) as client:
             await client.generate("The fox", **OPTIONS)
@@ -346,3 +378,23 @@ async def test_without_tokens_the_name_in_the_certificate_is_that_of_the_caller(
     over_grpc, over_http = [line for line in caplog.messages if line.startswith("Generate OK")]
     assert f"caller={name!r}" in over_grpc
     assert f"caller={name!r}" in over_http
+
+
+async def test_a_certificate_without_a_name_does_not_make_its_client_an_administrator(tmp_path: Path) -> None:
+    authority, clients = Authority.new(), Authority.new()
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(serving(tls=authority.write_server(tmp_path, client_ca=clients)))
+        named, nameless = [
+            await stack.enter_async_context(AsyncClient(server.target, root_certificates=authority.pem, **certificate))
+            for certificate in (clients.client("orders"), clients.client())
+        ]
+        async with named.stream("The fox", request_id="theirs", **LONG) as theirs:
+            await anext(theirs)
+            assert await nameless.cancel("theirs") == ()
+        async with nameless.stream("The fox", request_id="its-own", **LONG) as own:
+            await anext(own)
+            assert await nameless.cancel("its-own") == ("its-own",)
+        context = authority.context(tmp_path, clients.client())
+        url = f"https://localhost:{server.http_port}/debug/engine"
+        with await asyncio.to_thread(urlopen, url, context=context) as response:
+            assert response.status == 200

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
 import grpc
+import http2
 import pytest
 from conftest import demo_settings
 from grpc_channelz.v1 import channelz_pb2 as pb
@@ -31,3 +33,15 @@ async def test_channelz_counts_the_calls_of_the_server_and_listens_on_this_machi
         with pytest.raises(SettingsError, match=rf"--channelz-port: cannot listen on 127.0.0.1:{server.channelz_port}"):
             async with running_server(replace(everywhere, telemetry=taken)):
                 pass
+
+
+async def test_the_end_of_the_server_of_channelz_is_a_failure_of_the_process() -> None:
+    settings = replace(demo_settings(64), telemetry=TelemetrySettings(channelz_port=0))
+    path = "/grpc.channelz.v1.Channelz/GetServers"
+    call = http2.call(path, b"").replace(path.encode(), path.replace("GetServers", "\x80etServers").encode("latin-1"))
+    async with running_server(settings) as server:
+        _, writer = await asyncio.open_connection("127.0.0.1", server.channelz_port)
+        writer.write(http2.PREFACE + http2.settings() + call)
+        await server.has_failed.wait()
+        writer.close()
+        assert str(server.failure).startswith("gRPC's server has ended: ")

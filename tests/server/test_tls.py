@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import ssl
 import urllib.error
 import urllib.request
@@ -195,7 +196,7 @@ def models(port: int | None, token: str, context: ssl.SSLContext) -> bytes:
 
 async def test_only_clients_with_a_certificate_of_the_current_authority_are_served(tmp_path: Path) -> None:
     authority, old, new = Authority.new(), Authority.new(), Authority.new()
-    mine, other = old.client("me@example.org"), new.client("you@example.org")
+    mine, other = old.client("me.example.org"), new.client("you.example.org")
     async with serving(authority.write_server(tmp_path, client_ca=old)) as server:
         async with AsyncClient(server.target, root_certificates=authority.pem, **mine) as client:
             text = (await client.generate("The fox", **OPTIONS)).text
@@ -271,6 +272,20 @@ async def test_files_that_cannot_be_used_end_the_start(
     with pytest.raises(SettingsError, match=f"^{error}$"):
         async with serving(tls):
             pass
+
+
+@pytest.mark.parametrize(
+    ("file", "flag"), [("server.pem", "--tls-cert"), ("server.key", "--tls-key"), ("clients.pem", "--tls-client-ca")]
+)
+def test_a_pipe_ends_the_start_and_leaves_the_certificate_later(file: str, flag: str, tmp_path: Path) -> None:
+    authority, pipe = Authority.new(), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    certificate = server_certificate(tls := authority.write_server(tmp_path, client_ca=authority))
+    old = certificate.value
+    pipe.replace(tmp_path / file)
+    assert certificate.refresh() is old
+    with pytest.raises(SettingsError, match=f"^{flag}: {tmp_path / file} is not a regular file$"):
+        server_certificate(tls)
 
 
 async def test_a_certificate_with_the_key_of_another_ends_the_start(tmp_path: Path) -> None:

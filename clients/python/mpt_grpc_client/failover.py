@@ -26,9 +26,10 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.targets import proxy_variable
 
 _MAX_ROUNDS = 4
-_FIRST_PAUSE_S = 0.1
-_MAX_PAUSE_BESIDE_OTHERS_S = 2.0
-_MAX_ASIDE_S = 30.0
+_FIRST_PAUSE_S, _MAX_DOUBLINGS = 0.1, 4
+_MAX_PAUSE_BESIDE_OTHERS_S, _MAX_ASIDE_S = 2.0, 30.0
+_MAX_WAIT_S = 300.0
+"""How long a stream without a timeout that has begun waits for servers that are busy."""
 MAX_BREAKS, PROGRESS_TOKENS = 3, 16
 """A call fails when `MAX_BREAKS` servers in a row broke while they ran it, each with less than `PROGRESS_TOKENS`: a
 request that crashes servers must not go through all of them."""
@@ -133,15 +134,14 @@ class Attempts(Generic[_Connection]):
         generation: the request of one, which is routed by its prompt, and counts as load of its server until `end`.
         """
         self.rotation, self._timeout, self._owner = rotation, timeout, owner
-        self._start_s = time.monotonic()
-        self._max_rounds = _MAX_ROUNDS if retries else 1
-        self._num_rounds = 1
+        self._start_s, self._failure_s = time.monotonic(), 0.0
+        self._num_rounds, self._max_rounds, self._has_begun = 1, _MAX_ROUNDS if retries else 1, False
         self._beginning = b""
         if generation is not None and len(rotation.servers) > 1:
             self._beginning = routing.beginning(generation)
         self._remaining = rotation.order(self._beginning)
         self._failures: dict[str, MptGrpcError] = {}
-        """The last failure of each server since one responded."""
+        """The last failure of each server since one responded. `_failure_s` is the time of the first."""
         self._breaks: list[str] = []
         """The targets of the servers that broke while they ran the call, since one made progress."""
         self._num_tokens = 0
@@ -176,6 +176,7 @@ class Attempts(Generic[_Connection]):
     def succeeded(self, num_tokens: int = 0) -> None:
         """Notes that the server has responded, with `num_tokens`; if it fails later, all servers are tried anew."""
         self.rotation.put_back(self.server)
+        self._has_begun = True
         self._num_tokens += num_tokens
         if self._num_tokens >= PROGRESS_TOKENS:
             self._breaks.clear()
@@ -211,6 +212,7 @@ class Attempts(Generic[_Connection]):
         """Moves on to the next server; returns the seconds to wait before, or the error to raise if there is none."""
         if not (self.rotation.is_balanced and self._may_succeed_elsewhere(failure)):
             return failure
+        self._failure_s = self._failure_s if self._failures else time.monotonic()
         self._failures[self.server.target] = failure
         if failure.code in _BROKEN:
             self.rotation.set_aside(self.server)
@@ -222,16 +224,24 @@ class Attempts(Generic[_Connection]):
         pause = 0.0
         if not self._remaining:
             self._num_rounds += 1
-            if self._num_rounds > self._max_rounds or all(f.reason == _DIFFERS for f in self._failures.values()):
+            if self._is_over() or all(f.reason == _DIFFERS for f in self._failures.values()):
                 return self._summary(failure)
             self._remaining = self.rotation.order(self._beginning)
             pause = self._pause()
         self.server.generations.discard(self)
         self.server = self._remaining.pop(0)
         self._count()
-        return pause if self.timeout is None else min(pause, self.timeout)
+        return min(pause, _MAX_WAIT_S if self.timeout is None else self.timeout)
+
+    def _is_over(self) -> bool:
+        """Whether there are no more rounds. A call with a response to lose waits for busy servers."""
+        if not (self._has_begun and any(f.reason in _BUSY for f in self._failures.values())):
+            return self._num_rounds > self._max_rounds
+        return self._timeout is None and time.monotonic() > self._failure_s + _MAX_WAIT_S
 
     def _may_succeed_elsewhere(self, failure: MptGrpcError) -> bool:
+        if self._has_begun and failure.reason in _BUSY:
+            return True
         if failure.reason:
             is_own_request = failure.reason == "DUPLICATE_REQUEST_ID" and bool(self._failures)
             return failure.code is grpc.StatusCode.UNAVAILABLE or failure.reason in _ELSEWHERE or is_own_request
@@ -256,7 +266,7 @@ class Attempts(Generic[_Connection]):
         pause_s = min(asked_s, default=0.0)
         if len(asked_s) < len(self._failures):
             pause_s = min(pause_s, _MAX_PAUSE_BESIDE_OTHERS_S)
-        return float(max(pause_s, _FIRST_PAUSE_S * 2 ** (self._num_rounds - 2)))
+        return float(max(pause_s, _FIRST_PAUSE_S * 2 ** min(self._num_rounds - 2, _MAX_DOUBLINGS)))
 
     def _asked_pauses(self) -> list[float]:
         """Returns the times that busy servers ask for."""
@@ -277,6 +287,8 @@ _EARLY = 0.9
 """The part of the timeout before which a deadline that has passed is another one."""
 _DIFFERS = "FINGERPRINT_MISMATCH"
 _ELSEWHERE = ("OVERLOADED", _DIFFERS)
+_BUSY = ("OVERLOADED", "QUOTA_EXCEEDED", "DUPLICATE_REQUEST_ID")
+"""Why a server refuses a stream for now. With the last, it has not noticed that the stream's connection broke."""
 _BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """The codes of a connection that broke, unless the caller cancelled the call."""
 _UNSENT = (
