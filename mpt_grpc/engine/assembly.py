@@ -6,13 +6,12 @@ output has ended by its text. Runs on the reader's side: on the event loop, or i
 
 from __future__ import annotations
 
-import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from mpt_grpc.engine.pace import Pace
 from mpt_grpc.request import ChunkOptions
 from mpt_grpc.results import Finish, FinishReason, OutputDelta, TokenEvent, TokenLogprob
 from mpt_grpc.text.detokenizer import TextAssembler
@@ -58,7 +57,7 @@ class RequestAssembly:
         """Whether the next `advance` may be slow: it runs guard code, or reads many resumed tokens."""
         self._is_guarded, self._has_begun = is_guarded, False
         self.ended = False
-        self._outputs, self._pace = outputs, _Pace(chunks)
+        self._outputs, self._pace = outputs, Pace(chunks)
         self.num_tokens = 0
         """The number of tokens in the deltas so far."""
 
@@ -91,35 +90,6 @@ class RequestAssembly:
             stats = replace(stats, num_output_tokens=self.num_tokens, finishes=self.finishes)
             deltas[-1] = deltas[-1]._replace(stats=stats)
         return deltas
-
-
-class _Pace:
-    """Decides when the new tokens of each output are sent."""
-
-    def __init__(self, options: ChunkOptions) -> None:
-        self._interval_s = math.inf if options.interval_s is None else options.interval_s
-        self._num_tokens: float = options.num_tokens or (1 if options.interval_s is None else math.inf)
-        self._held: dict[int, float] = {}
-        """The number of events of an output since the last ones were sent; infinite at its end."""
-        self._sent_s: dict[int, float] = {}
-
-    def feed(self, event: TokenEvent) -> None:
-        self._held[event.index] = self._held.get(event.index, 0) + 1 if event.finish is None else math.inf
-
-    def due(self, *, has_failed: bool) -> list[int]:
-        """Returns the outputs whose new tokens are to be sent now, in the order in which these came."""
-        now_s = time.monotonic()
-        due = [
-            index
-            for index, num_events in self._held.items()
-            if has_failed
-            or num_events >= self._num_tokens
-            or now_s - self._sent_s.get(index, -math.inf) >= self._interval_s
-        ]
-        for index in due:
-            del self._held[index]
-            self._sent_s[index] = now_s
-        return due
 
 
 class PlainOutput:
