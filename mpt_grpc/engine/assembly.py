@@ -6,19 +6,20 @@ output has ended by its text. Runs on the reader's side: on the event loop, or i
 
 from __future__ import annotations
 
-import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from mpt_grpc.engine.pace import Pace
 from mpt_grpc.request import ChunkOptions
 from mpt_grpc.results import Finish, FinishReason, OutputDelta, TokenEvent, TokenLogprob
 from mpt_grpc.text.detokenizer import TextAssembler
 from mpt_grpc.text.guards import OutputWatch
 
 _TEXTLESS = (FinishReason.EOS_TOKEN, FinishReason.STOP_TOKEN)
+_QUICK_RESUMED = 64
+"""That many resumed tokens are read in less than a millisecond."""
 End = Callable[[Finish], None]
 """Tells the engine that an output has ended, so that it generates no more tokens for it."""
 
@@ -28,6 +29,10 @@ class OutputAssembly(Protocol):
 
     finish: Finish | None
     """Why the output ended; set when all of it has been fed."""
+
+    def resume(self) -> None:
+        """Reads the resumed tokens, of which the reader has the text; called once, before the first event."""
+        ...
 
     def feed(self, event: TokenEvent) -> None:
         """Adds the next event of the output; those after its end are ignored, except the last."""
@@ -44,12 +49,15 @@ class RequestAssembly:
     error: Exception | None = None
     """The error that ended the request, to be raised after all earlier deltas are delivered."""
 
-    def __init__(self, outputs: Mapping[int, OutputAssembly], chunks: ChunkOptions, *, is_guarded: bool) -> None:
-        """`outputs` are ordered by their indices."""
-        self.is_guarded = is_guarded
-        """Whether `advance` runs guard code, which may be slow."""
+    def __init__(
+        self, outputs: Mapping[int, OutputAssembly], chunks: ChunkOptions, *, is_guarded: bool, num_resumed: int = 0
+    ) -> None:
+        """`outputs` are ordered by their indices and have `num_resumed` resumed tokens together."""
+        self.is_slow = is_guarded or num_resumed > _QUICK_RESUMED
+        """Whether the next `advance` may be slow: it runs guard code, or reads many resumed tokens."""
+        self._is_guarded, self._has_begun = is_guarded, False
         self.ended = False
-        self._outputs, self._pace = outputs, _Pace(chunks)
+        self._outputs, self._pace = outputs, Pace(chunks)
         self.num_tokens = 0
         """The number of tokens in the deltas so far."""
 
@@ -60,6 +68,11 @@ class RequestAssembly:
 
     def advance(self, events: Iterable[TokenEvent]) -> list[OutputDelta]:
         """Processes events and returns the deltas to send, at most one per output; the last of all has `stats`."""
+        if not self._has_begun:
+            self._has_begun = True
+            for output in self._outputs.values():
+                output.resume()
+            self.is_slow = self._is_guarded
         stats = None
         for event in events:
             if event.error is not None:
@@ -79,39 +92,10 @@ class RequestAssembly:
         return deltas
 
 
-class _Pace:
-    """Decides when the new tokens of each output are sent."""
-
-    def __init__(self, options: ChunkOptions) -> None:
-        self._interval_s = math.inf if options.interval_s is None else options.interval_s
-        self._num_tokens: float = options.num_tokens or (1 if options.interval_s is None else math.inf)
-        self._held: dict[int, float] = {}
-        """The number of events of an output since the last ones were sent; infinite at its end."""
-        self._sent_s: dict[int, float] = {}
-
-    def feed(self, event: TokenEvent) -> None:
-        self._held[event.index] = self._held.get(event.index, 0) + 1 if event.finish is None else math.inf
-
-    def due(self, *, has_failed: bool) -> list[int]:
-        """Returns the outputs whose new tokens are to be sent now, in the order in which these came."""
-        now_s = time.monotonic()
-        due = [
-            index
-            for index, num_events in self._held.items()
-            if has_failed
-            or num_events >= self._num_tokens
-            or now_s - self._sent_s.get(index, -math.inf) >= self._interval_s
-        ]
-        for index in due:
-            del self._held[index]
-            self._sent_s[index] = now_s
-        return due
-
-
 class PlainOutput:
     """Assembles an output without a guard: sends each token at once, and its text unless a stop string may begin in it.
 
-    Fed `resume_token_ids` first, whose text the reader already has as far as it was not held back.
+    The reader already has the text of `resume_token_ids` as far as it was not held back.
     """
 
     def __init__(self, index: int, text: TextAssembler, end: End, resume_token_ids: Sequence[int] = ()) -> None:
@@ -125,12 +109,12 @@ class PlainOutput:
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
+    def resume(self) -> None:
+        for token_id in self._resume_token_ids:
+            self._assembler.feed(token_id)
+        self._find_stop()
+
     def feed(self, event: TokenEvent) -> None:
-        if self._resume_token_ids:
-            for resumed in self._resume_token_ids:
-                self._assembler.feed(resumed)
-            self._resume_token_ids = ()
-            self._find_stop()
         if event.prompt_logprobs:
             self._prompt_logprobs = event.prompt_logprobs
         token_id, finish = event.token_id, event.finish
@@ -199,13 +183,12 @@ class GuardedOutput:
         self._num_sent = 0
         """The number of characters that the reader has; of a resumed output, it has some from the beginning."""
 
+    def resume(self) -> None:
+        for token_id in self._resume_token_ids:
+            self._feed_token(token_id)
+        self._num_sent = self._num_assembled + self._assembler.num_held  # the guard had released all of it
+
     def feed(self, event: TokenEvent) -> None:
-        if self._resume_token_ids:
-            for resumed in self._resume_token_ids:
-                self._feed_token(resumed)
-            self._resume_token_ids = ()
-            self._held.clear()
-            self._num_sent = self._num_assembled + self._assembler.num_held  # the guard had released all of it
         self._prompt_logprobs = self._prompt_logprobs or event.prompt_logprobs
         token_id, finish = event.token_id, event.finish
         if token_id is not None and not self._is_over:

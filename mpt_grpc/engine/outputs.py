@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from mpt_grpc.conversation import ToolCalls
 from mpt_grpc.engine.assembly import GuardedOutput, OutputAssembly, PlainOutput, RequestAssembly
@@ -28,6 +28,12 @@ def request_assembly(
             stopping.min_new_tokens,
         )
 
+    def resumed_text(resumed: tuple[int, ...]) -> Iterator[str]:
+        text = assembler()
+        yield from map(text.feed, resumed)
+        if guards:  # text that a stop string may begin has been sent, too
+            yield text.finish()
+
     def output(index: int, resumed: tuple[int, ...]) -> OutputAssembly:
         def end_output(finish: Finish) -> None:
             end(finish, index)
@@ -39,10 +45,8 @@ def request_assembly(
             output = PlainOutput(index, assembler(), end_output, resumed)
         if not isinstance(request.constraint, ToolCalls):
             return output
-        text = assembler()
-        # Under a guard, text that a stop string may begin has been sent, too.
-        resumed_text = [*map(text.feed, resumed), text.finish() if guards else ""]
-        return ToolOutput(output, request.request_id, index, request.constraint, resumed_text)
+        return ToolOutput(output, request.request_id, index, request.constraint, resumed_text(resumed))
 
     outputs = {index: output(index, resumed) for index, resumed in request.outputs.items()}
-    return RequestAssembly(outputs, request.chunks, is_guarded=bool(guards))
+    num_resumed = sum(map(len, request.outputs.values()))
+    return RequestAssembly(outputs, request.chunks, is_guarded=bool(guards), num_resumed=num_resumed)

@@ -91,8 +91,8 @@ class AsyncStream(_Stream):
             await self._arrived.wait()
             self._arrived.clear()
             events, self._events = self._events, []
-            is_guarded = self._begun is not None and self._begun[1].is_guarded
-            for delta in await asyncio.to_thread(self._advance, events) if is_guarded else self._advance(events):
+            is_slow = self._begun is not None and self._begun[1].is_slow
+            for delta in await asyncio.to_thread(self._advance, events) if is_slow else self._advance(events):
                 yield delta
             assert self._begun is not None
             has_ended = self._begun[1].ended

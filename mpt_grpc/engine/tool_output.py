@@ -23,14 +23,17 @@ class ToolOutput:
     ) -> None:
         """resumed_text: the text that the reader already has of a resumed output."""
         self.finish: Finish | None = None
-        self._output = output
+        self._output, self._resumed_text = output, resumed_text
 
         def call_id(number: int) -> str:
             """Returns the same ID on every server that continues the request."""
             return f"call_{blake2b(f'{request_id}/{index}/{number}'.encode(), digest_size=12).hexdigest()}"
 
         self._reader = ToolCallReader(constraint, call_id)
-        for text in resumed_text:
+
+    def resume(self) -> None:
+        self._output.resume()
+        for text in self._resumed_text:
             self._reader.feed(text)
 
     def feed(self, event: TokenEvent) -> None:

@@ -161,7 +161,7 @@ async def _stream_prompt(
                 yield text_choice(first_index + index, echo, None, None)
         of_outputs: defaultdict[int, TextLogprobs] = defaultdict(lambda: TextLogprobs(body.logprobs or 0))
         async with client.stream(request) as stream:
-            async for delta in stream.deltas():
+            async for delta in stream.deltas(keep_logprobs=False):
                 logprobs = of_outputs[delta.index].add(delta.logprobs) if delta.logprobs else None
                 if delta.text or logprobs or delta.finish:
                     yield text_choice(first_index + delta.index, delta.text, logprobs, delta.finish)

@@ -105,7 +105,7 @@ class ModelResponse:
     async def chunks(self, begin: Callable[[], AsyncTextStream]) -> AsyncIterator[Json]:
         """Yields the events of the stream that `begin` returns. Raises MptGrpcError."""
         async with begin() as stream:
-            async for delta in stream.deltas():
+            async for delta in stream.deltas(keep_logprobs=False):
                 if not self._num_events:
                     yield self._event("response.created", response=self._response("in_progress"))
                     yield self.empty_chunk()

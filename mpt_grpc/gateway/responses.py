@@ -113,7 +113,7 @@ class ChatResponse(_Completion):
         """Yields the chunks of the stream that `begin` returns. Raises MptGrpcError."""
         started: set[int] = set()
         async with begin() as stream:
-            async for delta in stream.deltas():
+            async for delta in stream.deltas(keep_logprobs=False):
                 if delta.index not in started:
                     started.add(delta.index)
                     yield self._chunk(delta.index, {"role": "assistant", "content": ""}, None, None)

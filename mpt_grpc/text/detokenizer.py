@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import tokenizers
@@ -135,7 +136,7 @@ class StopStrings:
     """Finds the first stop string completed in a growing text, and the longest if several end at the same place.
 
     Holds back the longest suffix of the text that is a prefix of a stop string, and nothing else. The result does not
-    depend on how the text is split into pieces.
+    depend on how the text is split into pieces. Takes linear time, whatever the stop strings are.
     """
 
     found: str | None
@@ -144,9 +145,10 @@ class StopStrings:
     def __init__(self, stop_strings: Sequence[str], include_stop_string: bool = False) -> None:
         assert all(stop_strings), "requests with an empty stop string are refused"
         self.found = None
-        self._stop_strings = tuple(stop_strings)
+        self._prefixes = _prefixes(tuple(stop_strings))
         self._include = include_stop_string
-        self._held = ""
+        self._held, self._node = "", 0
+        """The text that is held back, and its node."""
 
     @property
     def num_held(self) -> int:
@@ -160,34 +162,77 @@ class StopStrings:
         """
         if self.found is not None:
             return ""
-        if not self._stop_strings:
+        node, prefixes, num_old = self._node, self._prefixes, len(self._held)
+        if not node and prefixes.starts.isdisjoint(text):
             return text
-        num_old = len(self._held)
+        for num_new, character in enumerate(text, start=1):
+            node = prefixes.next(node, character)
+            if (length := prefixes.stop_lengths[node]) and not ignores_stops:
+                text, end = self._held + text, num_old + num_new
+                self.found = text[end - length : end]
+                self._held = ""
+                return text[: end if self._include else end - length]
+        self._node = prefixes.incomplete(node)
         text = self._held + text
-        matches = [] if ignores_stops else self._find(text, num_old)
-        if matches:
-            end, start = min(matches)
-            self.found = text[start:end]
-            self._held = ""
-            return text[: end if self._include else start]
-        held_start = min((_possible_start(text, stop) for stop in self._stop_strings), default=len(text))
+        held_start = len(text) - prefixes.lengths[self._node]
         self._held = text[held_start:]
         return text[:held_start]
 
-    def _find(self, text: str, num_old: int) -> list[tuple[int, int]]:
-        """Returns the end and start of each match that ends after the first `num_old` characters."""
-        starts = ((text.find(stop, max(0, num_old - len(stop) + 1)), stop) for stop in self._stop_strings)
-        return [(start + len(stop), start) for start, stop in starts if start != -1]
-
     def flush(self) -> str:
         """Returns the text that was held back, after the last text was fed."""
-        text, self._held = self._held, ""
+        text, self._held, self._node = self._held, "", 0
         return text
 
 
-def _possible_start(text: str, stop: str) -> int:
-    """Returns where the longest suffix of `text` that is a prefix of `stop` starts, or the text's length."""
-    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
-    while start != -1 and not stop.startswith(text[start:]):
-        start = text.find(stop[0], start + 1)
-    return len(text) if start == -1 else start
+class _Prefixes:
+    """All prefixes of several strings, which are the nodes of a tree. Node 0 is the empty one.
+
+    Each node is linked to its longest suffix that is a node, too: the automaton of Aho and Corasick,
+    https://doi.org/10.1145/360825.360855.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._children: list[dict[str, int]] = [{}]
+        self.starts = self._children[0].keys()
+        """The characters with which the strings start."""
+        self.lengths = [0]
+        self.stop_lengths = [0]
+        """The length of the longest string that ends with the node; 0 without one."""
+        for string in strings:
+            self._add(string)
+        self._suffixes = [0] * len(self.lengths)
+        nodes = list(self._children[0].values())
+        for node in nodes:  # grows meanwhile, so that shorter nodes come first
+            for character, child in self._children[node].items():
+                suffix = self._suffixes[child] = self.next(self._suffixes[node], character)
+                self.stop_lengths[child] = self.stop_lengths[child] or self.stop_lengths[suffix]
+                nodes.append(child)
+
+    def _add(self, string: str) -> None:
+        node = 0
+        for length, character in enumerate(string, start=1):
+            child = self._children[node].setdefault(character, len(self.lengths))
+            if child == len(self.lengths):
+                self._children.append({})
+                self.lengths.append(length)
+                self.stop_lengths.append(0)
+            node = child
+        self.stop_lengths[node] = len(string)
+
+    def next(self, node: int, character: str) -> int:
+        """Returns the longest node with which a text ends, given that before its last character."""
+        while (child := self._children[node].get(character)) is None and node:
+            node = self._suffixes[node]
+        return child or 0
+
+    def incomplete(self, node: int) -> int:
+        """Returns the longest node with which a node ends and from which a string continues."""
+        while node and not self._children[node]:
+            node = self._suffixes[node]
+        return node
+
+
+@lru_cache(maxsize=16)
+def _prefixes(strings: tuple[str, ...]) -> _Prefixes:
+    """Returns the prefixes of strings, which all outputs of a request share."""
+    return _Prefixes(strings)

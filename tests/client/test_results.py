@@ -186,6 +186,12 @@ def test_logprobs_of_prompt_and_output_are_returned_whole_and_in_chunks(scripted
     assert whole.logprobs == whole.outputs[0].logprobs == (expected(7, 1, 7), expected(8, 9))
     stream = client.stream("Once")
     assert [delta.logprobs for delta in stream.deltas()] == [(expected(7, 1, 7),), (expected(8, 9),), ()]
+    unkept = client.stream("p")
+    assert [delta.logprobs for delta in unkept.deltas(keep_logprobs=False)][:2] == [
+        (expected(7, 1, 7),),
+        (expected(8, 9),),
+    ]
+    assert (unkept.result.logprobs, unkept.result.text) == ((), stream.result.text)
     assert stream.result == whole
 
 

@@ -65,6 +65,7 @@ class Reader:
             if guard is None
             else GuardedOutput(0, text, guard.watch(), self._end, resumed)
         )
+        self.output.resume()
         self.deltas: list[OutputDelta] = []
 
     def read(self, groups: Sequence[Sequence[int]]) -> None:

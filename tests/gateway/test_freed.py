@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc.settings import HttpSettings
+from mpt_grpc_client import TokenLogprob
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -87,3 +88,25 @@ async def test_a_request_whose_caller_leaves_is_freed(gateway: RunningServer, st
     assert num_messages() > before
     writer.close()
     await all_are_freed(before)
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        (TEXT, {"prompt": "Once", "max_tokens": 200, "logprobs": 1}),
+        (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 200, "logprobs": True}),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 200, "include": ["message.output_text.logprobs"]}),
+    ],
+)
+async def test_a_stream_does_not_keep_the_log_probabilities_that_it_has_sent(
+    gateway: RunningServer, path: str, options: dict[str, Any]
+) -> None:
+    reader, writer = await send(gateway, "POST", path, {**options, "stream": True, "ignore_eos": True})
+    num_events = most = 0
+    async with asyncio.timeout(60):
+        while line := await reader.readline():
+            num_events += line.startswith(b"data: ")
+            if num_events % 40 == 0:
+                most = max(most, sum(type(found) is TokenLogprob for found in gc.get_objects()))
+    writer.close()
+    assert most < 100

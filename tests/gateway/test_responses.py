@@ -124,7 +124,7 @@ async def test_an_item_ends_before_the_next_begins() -> None:
 
     @asynccontextmanager
     async def stream() -> AsyncIterator[Any]:
-        async def all_deltas() -> AsyncIterator[Delta]:
+        async def all_deltas(*, keep_logprobs: bool) -> AsyncIterator[Delta]:  # noqa: ARG001
             for delta in deltas:
                 yield delta
 

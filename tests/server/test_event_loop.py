@@ -26,12 +26,19 @@ MANY_TURNS = [{"role": number % 2 + 2, "content": "hello there " * 85} for numbe
 IDS = [5] * (1 << 18)
 TEXT_OF_IDS = json.dumps(IDS)
 LONG_LIST = list(range(150_000))
+STOPS = [f"{letter}{'~' * 200}" for letter in "abcdefghijklmnop"]
 MESSAGES = {
     "token IDs": pb.GenerateRequest(token_ids=pb.TokenIds(ids=IDS), truncate_prompt_tokens=10),
     "messages": pb.GenerateRequest(conversation=pb.Conversation(messages=MANY_TURNS, drop_oldest_turns=True)),
     "an ID that is too long": pb.GenerateRequest(text="Once", request_id="é" * 1_000_000),
     "biases that are not valid": pb.GenerateRequest(
         text="Once", decoding=pb.DecodingOptions(logit_bias={number + 10**6: 1e9 for number in range(1024)})
+    ),
+    "outputs that are resumed": pb.GenerateRequest(
+        text="Once",
+        sampling=pb.SamplingParameters(num_sequences=16, temperature=0),
+        resume_outputs=[pb.PartialOutput(index=index, token_ids=[300] * 2000) for index in range(16)],
+        stopping=pb.StoppingCriteria(max_new_tokens=2000, ignore_eos=True, stop_strings=STOPS),
     ),
 }
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
@@ -56,17 +63,20 @@ class Served:
 
     def _longest_turn_s(self, call: Callable[[], object]) -> float:
         times_s = [0.0]
-        is_over = threading.Event()
+        is_over, has_ended = threading.Event(), threading.Event()
 
         def turn(last_s: float) -> None:
             now_s = time.thread_time()
             times_s.append(now_s - last_s)
-            if not is_over.is_set():
+            if is_over.is_set():
+                has_ended.set()
+            else:
                 self.loop.call_later(0.0005, turn, time.thread_time())
 
         self.loop.call_soon_threadsafe(lambda: turn(time.thread_time()))
         call()
         is_over.set()
+        assert has_ended.wait(timeout=60)
         return max(times_s)
 
 

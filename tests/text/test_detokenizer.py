@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processor_time import processor_seconds
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpt_grpc.text.detokenizer import StopStrings, TextAssembler
@@ -250,6 +251,13 @@ class TestStopStrings:
         finder = StopStrings(["abcd", "bc"])
         assert finder.feed("xabcd") == "xa"
         assert finder.found == "bc"
+
+    def test_many_stop_strings_take_as_long_as_one_to_be_found(self) -> None:
+        def seconds(num_stops: int) -> float:
+            finder = StopStrings([f"the {letter}" for letter in "abcdefghijklmnop"[:num_stops]])
+            return min(processor_seconds(lambda: [finder.feed("the ") for _ in range(500)]) for _ in range(3))
+
+        assert seconds(16) < 4 * seconds(1)
 
     def test_no_text_is_returned_after_a_stop_string(self) -> None:
         finder = StopStrings(["."], include_stop_string=True)

@@ -88,8 +88,12 @@ class AsyncTextStream(responses.PartialGeneration):
                 return delta.text
         raise StopAsyncIteration
 
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """Yields the new parts of all outputs. Raises `MptGrpcError` if the call fails; ends when it is cancelled."""
+    async def deltas(self, *, keep_logprobs: bool = True) -> AsyncIterator[Delta]:
+        """Yields the new parts of all outputs. Raises `MptGrpcError` if the call fails; ends when it is cancelled.
+
+        keep_logprobs: whether `result` has the log probabilities of the outputs, too: freeing many at once takes long.
+        """
+        self._keeps_logprobs = keep_logprobs
         while (delta := await self._next_delta()) is not None:
             yield delta
 

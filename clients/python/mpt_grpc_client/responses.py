@@ -38,6 +38,7 @@ class PartialGeneration:
         self.request_id = ""
         """Empty until the first chunk has arrived."""
         self._deltas: defaultdict[int, list[Delta]] = defaultdict(list)
+        self._keeps_logprobs = True
         self._seeds: dict[int, int] = {}
         self._prompt_token_ids: tuple[int, ...] = ()
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -111,7 +112,8 @@ class PartialGeneration:
             finish=_finish(output.finish) if output.HasField("finish") else None,
             tool_calls=tuple(ToolCallDelta(c.index, c.id, c.name, c.arguments) for c in output.tool_calls),
         )
-        self._deltas[output.index].append(delta)
+        is_kept_whole = self._keeps_logprobs or not delta.logprobs
+        self._deltas[output.index].append(delta if is_kept_whole else replace(delta, logprobs=()))
         self._seeds[output.index] = output.seed
         return delta
 

@@ -83,8 +83,12 @@ class TextStream(responses.PartialGeneration):
                 return delta.text
         raise StopIteration
 
-    def deltas(self) -> Iterator[Delta]:
-        """Yields the new parts of all outputs. Raises `MptGrpcError` if the call fails; ends when it is cancelled."""
+    def deltas(self, *, keep_logprobs: bool = True) -> Iterator[Delta]:
+        """Yields the new parts of all outputs. Raises `MptGrpcError` if the call fails; ends when it is cancelled.
+
+        keep_logprobs: whether `result` has the log probabilities of the outputs, too: freeing many at once takes long.
+        """
+        self._keeps_logprobs = keep_logprobs
         while (delta := self._next_delta()) is not None:
             yield delta
 
