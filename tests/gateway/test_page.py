@@ -390,24 +390,45 @@ async def test_a_request_as_code_generates_the_same(
     assert shown.strip() in (printed if language == "Python" else json.loads('"' + _text(printed) + '"'))
 
 
-@pytest.mark.parametrize("language", ["curl", "grpcurl", "Python"])
-async def test_a_request_as_code_reads_the_access_token_from_the_environment(
-    browser: Browser, language: str, tmp_path: Path
-) -> None:
-    settings, secret = demo_settings(), access_tokens.SECRETS["alice"]
+@pytest.fixture
+async def protected(browser: Browser, tmp_path: Path) -> AsyncIterator[tuple[Page, RunningServer]]:
+    """The page of a server that requires access tokens, opened with alice's, and the server."""
+    settings = demo_settings()
     listening = replace(settings.server, tokens_file=access_tokens.write(tmp_path / "tokens.toml"))
     async with running_server(replace(settings, server=listening, http=HttpSettings(port=0))) as server:
-        page = await browser.new_page(http_credentials={"username": "alice", "password": secret})
+        credentials: Any = {"username": "alice", "password": access_tokens.SECRETS["alice"]}
+        page = await browser.new_page(http_credentials=credentials)
+        await page.clock.install()
         await page.goto(f"http://localhost:{server.http_port}/")
-        await page.get_by_text("Request as code").click()
-        await page.locator("#code select").select_option(language)
-        await expect(page.locator("#code pre")).to_contain_text("MPT_GRPC_TOKEN")
-        code = (await page.locator("#code pre").text_content() or "").replace("localhost:50051", server.target)
+        yield page, server
         await page.close()
-        assert secret not in code
-        printed = await run_code(language, code, MPT_GRPC_TOKEN=secret)
+
+
+@pytest.mark.parametrize("language", ["curl", "grpcurl", "Python"])
+async def test_a_request_as_code_reads_the_access_token_from_the_environment(
+    protected: tuple[Page, RunningServer], language: str
+) -> None:
+    page, server = protected
+    await page.get_by_text("Request as code").click()
+    await page.locator("#code select").select_option(language)
+    await expect(page.locator("#code pre")).to_contain_text("MPT_GRPC_TOKEN")
+    code = (await page.locator("#code pre").text_content() or "").replace("localhost:50051", server.target)
+    assert access_tokens.SECRETS["alice"] not in code
+    printed = await run_code(language, code, MPT_GRPC_TOKEN=access_tokens.SECRETS["alice"])
     assert printed.strip()
     assert '"error"' not in printed
+
+
+async def test_the_state_of_the_engine_is_not_fetched_again_by_a_caller_who_may_not_see_it(
+    protected: tuple[Page, RunningServer],
+) -> None:
+    page, _ = protected
+    await expect(page.locator("#engine-status")).to_have_text(re.compile("role"))
+    fetched: list[str] = []
+    page.on("request", lambda request: fetched.append(request.url))
+    await page.clock.run_for(5_000)
+    assert await page.evaluate("fetch('version').then((response) => response.status)") == 200
+    assert [url for url in fetched if url.endswith("/debug/engine")] == []
 
 
 async def run_code(language: str, code: str, **variables: str) -> str:
