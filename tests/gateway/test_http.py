@@ -238,7 +238,7 @@ async def test_an_unknown_path_is_no_endpoint(gateway: RunningServer, path: str,
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/health", "/ready", "/version", "/v1/models", "/v1/models/demo", "/debug/engine"]
+    "path", ["/", "/health", "/ready", "/version", "/v1/models", "/v1/models/demo", "/debug/engine", "/docs"]
 )
 async def test_head_returns_the_status_without_a_body(gateway: RunningServer, path: str) -> None:
     reader, writer = await send(gateway, "HEAD", path)
