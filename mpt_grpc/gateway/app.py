@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from pydantic import BaseModel
@@ -73,6 +74,9 @@ def make_app(
         redirect_slashes=False,
         responses={"default": openapi.response("An error, in OpenAI's format", {_JSON: schemas.ErrorResponse})},
     )
+    for route in app.routes:  # FastAPI's own
+        if isinstance(route, APIRoute):
+            route.methods.add("HEAD")
     gateway = _Gateway(callers, blocking_client, healths, strict_model_names)
     models: dict[str, type[BaseModel]] = {_JSON: schemas.ModelList}
     chat: dict[str, type[BaseModel]] = {_JSON: schemas.ChatCompletion, _EVENTS: schemas.ChatCompletionChunk}

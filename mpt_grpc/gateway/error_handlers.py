@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from difflib import get_close_matches
 
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Match
@@ -13,6 +15,9 @@ from starlette.routing import Match
 from mpt_grpc.gateway.access_log import note_refusal
 from mpt_grpc.gateway.errors import FIELD_NAMES, BadRequestError, error_response, shortened
 from mpt_grpc_client import MptGrpcError
+
+_MAX_COMPARED = 100
+"""The characters of a path that are compared with those of endpoints: a long path would take long."""
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -42,7 +47,10 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     status, why, headers = error.status_code, str(error.detail), dict(error.headers or {})
     if status == 404:
-        why = f"no such endpoint: {shortened(request.url.path)}; see /docs for the endpoints"
+        remedy = (
+            f"did you mean {closest[0]}?" if (closest := _closest_paths(request)) else "see /docs for the endpoints"
+        )
+        why = f"no such endpoint: {shortened(request.url.path)}; {remedy}"
     if status == 405:
         allowed = _allowed_methods(request)
         headers["allow"] = ", ".join(allowed)
@@ -52,6 +60,12 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     response = error_response(BadRequestError(why, status=status))
     response.headers.update(headers)
     return response
+
+
+def _closest_paths(request: Request) -> list[str]:
+    """Returns the path of an endpoint that a path is probably meant for, such as one without `/v1`, or none."""
+    paths = [route.path for route in request.app.routes if isinstance(route, APIRoute)]
+    return get_close_matches(request.url.path[:_MAX_COMPARED], paths, n=1, cutoff=0.8)
 
 
 def _allowed_methods(request: Request) -> list[str]:

@@ -75,8 +75,6 @@ def error_response(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> 
     """Returns the response for an error, with the headers from which SDKs read when to retry."""
     status, body = error_body(error, names)
     headers = {}
-    if status == 401:
-        headers = {"www-authenticate": 'Bearer, Basic realm="access token as the password"'}  # the latter for browsers
     if status == 408:
         headers = {"connection": "close"}  # the rest of the request may never arrive
     if isinstance(error, OverloadedError) and error.retry_after is not None:
@@ -90,7 +88,12 @@ def error_response(error: Exception, names: Mapping[str, str] = FIELD_NAMES) -> 
             f"x-ratelimit-remaining-{error.quota}": "0",
             f"x-ratelimit-reset-{error.quota}": f"{error.retry_after or 0:.3f}s",
         }
-    return JSONResponse(body, status, headers)
+    response = JSONResponse(body, status, headers)
+    if status == 401:
+        # Two headers, since Chromium reads only the first challenge of each, and asks for no password for Bearer.
+        response.headers.append("www-authenticate", 'Basic realm="access token as the password"')
+        response.headers.append("www-authenticate", "Bearer")
+    return response
 
 
 def shortened(text: str) -> str:

@@ -19,7 +19,7 @@ class FieldRules:
     expected: Mapping[str, str] = field(default_factory=dict)
     """The valid values of fields with several types, for each of which Pydantic would report its own error."""
     equivalents: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """The fields that do the same as one of another endpoint, the likeliest first."""
+    """The fields that do the same as one of another endpoint or of Anthropic's API, the likeliest first."""
 
 
 _IGNORED = "user store service_tier safety_identifier prompt_cache_key prompt_cache_options prompt_cache_retention"
@@ -70,6 +70,8 @@ COMPLETION_RULES = FieldRules(
         "max_new_tokens": ("max_tokens",),
         "messages": ("prompt",),
         "prompt": ("messages",),
+        "stop_sequences": ("stop",),
+        "system": ("messages", "prompt"),
         "text": ("response_format",),
     },
 )
@@ -106,6 +108,8 @@ RESPONSE_RULES = FieldRules(
         "messages": ("input",),
         "logprobs": ("include",),
         "response_format": ("text",),
+        "stop_sequences": ("stop",),
+        "system": ("instructions",),
     },
 )
 """The rules of responses."""

@@ -20,8 +20,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from mpt_grpc.conversation import OutputConstraint
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
 from mpt_grpc.text.grammar import constraint_field, make_grammar
-from mpt_grpc.text.probe import Probe
-from mpt_grpc.text.refusals import refusal_reason
+from mpt_grpc.text.probe import Probe, SlowConstraintError
+from mpt_grpc.text.refusals import TOO_COSTLY, refusal_reason
+from mpt_grpc.text.refused_places import with_place
 from mpt_grpc.text.tokenizer import Tokenizer
 
 CACHE_BYTES = 32 << 20
@@ -80,14 +81,32 @@ class ConstraintCompiler:
         return verdict
 
     def _verdict(self, constraint: OutputConstraint, may_be_slow: bool) -> str | FieldViolation:
-        field = constraint_field(constraint)
         try:
             grammar = make_grammar(constraint)
-            self._probe.check(grammar, field, may_be_slow=may_be_slow)
-            _try_two_steps(self._matcher(grammar, field, self._tokens))
         except InvalidRequestError as error:
             return error.violations[0]
+        try:
+            self._try(constraint, grammar, may_be_slow)
+        except InvalidRequestError as error:
+            if not may_be_slow:  # finding the place takes longer
+                raise SlowConstraintError from error
+            return with_place(error.violations[0], constraint, self._refusal)
         return grammar
+
+    def _refusal(self, constraint: OutputConstraint) -> str | None:
+        """Returns why llguidance refuses a constraint, if it does."""
+        try:
+            self._try(constraint, make_grammar(constraint), may_be_slow=False)
+        except InvalidRequestError as error:
+            return error.violations[0].description
+        except SlowConstraintError:
+            return TOO_COSTLY
+        return None
+
+    def _try(self, constraint: OutputConstraint, grammar: str, may_be_slow: bool) -> None:
+        field = constraint_field(constraint)
+        self._probe.check(grammar, field, may_be_slow=may_be_slow)
+        _try_two_steps(self._matcher(grammar, field, self._tokens))
 
     def _matcher(self, grammar: str, field: str, tokens: _Tokens) -> ConstraintMatcher:
         matcher = LLMatcher(self._shared_vocabulary(), grammar, limits=LLParserLimits(**_PARSER_LIMITS), log_level=0)

@@ -54,15 +54,20 @@ def reachable(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
             continue
         seen.add(id(schema))
         yield schema
-        for name, value in schema.items():
-            if name in MAPS and isinstance(value, dict):
-                found += value.values()
-            elif name in LISTS and isinstance(value, list):
-                found += value
-            elif name in SINGLE:
-                found.append(value)
-            elif name == "$ref":
-                found.append(resolved(root, value))
+        found += (part for part, _ in inner(root, schema, None))
+
+
+def inner(root: dict[str, Any], schema: dict[str, Any], place: Place) -> Iterator[tuple[Any, Place]]:
+    """Yields what should be schemas directly inside of one, and what its reference leads to, with their places."""
+    for name, value in schema.items():
+        if name in MAPS and isinstance(value, dict):
+            yield from ((part, Inside(Inside(place, name), key)) for key, part in value.items())
+        elif name in LISTS and isinstance(value, list):
+            yield from ((part, Inside(Inside(place, name), index)) for index, part in enumerate(value))
+        elif name in SINGLE:
+            yield value, Inside(place, name)
+        elif name == "$ref":
+            yield resolved(root, value), _target(value)
 
 
 def is_resource(schema: dict[str, Any], *keywords: str) -> bool:
@@ -75,6 +80,13 @@ def keys_of(reference: str) -> list[str]:
     """Returns the keys that lead from the whole schema to what a reference within it refers to."""
     parts = unquote(reference).removeprefix("#/").split("/")
     return [part.replace("~1", "/").replace("~0", "~") for part in parts]
+
+
+def _target(reference: Any) -> Place:
+    place: Place = None
+    for key in keys_of(reference) if isinstance(reference, str) else ():
+        place = Inside(place, key)
+    return place
 
 
 def resolved(root: Any, reference: Any) -> Any:

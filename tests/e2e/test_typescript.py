@@ -59,6 +59,20 @@ def test_leaving_a_stream_cancels_it_on_the_server(server: Any) -> None:
     assert 1 <= int(printed) < 1000
 
 
+def test_an_address_without_a_scheme_is_refused_with_the_remedy() -> None:
+    printed = node("""
+        import { Client } from "mpt-grpc-client";
+        for (const options of [{}, { token: "secret" }]) {
+            try {
+                new Client("localhost:50051", options);
+            } catch (error) {
+                console.log(error.name, error.message);
+            }
+        }
+    """)
+    assert printed == 2 * "TypeError url: 'localhost:50051' must begin with http://, or https:// with TLS\n"
+
+
 def test_a_token_is_not_sent_to_another_machine_without_tls_unless_that_is_allowed() -> None:
     printed = node("""
         import { Client } from "mpt-grpc-client";

@@ -134,6 +134,9 @@ def test_an_error_names_what_was_sent(name: str, server: Any) -> None:
         ("/chat/completions", {"input": "a"}, "unknown field 'input'; did you mean 'messages'?"),
         ("/chat/completions", {"temprature": 1, "prompt": "a"}, "unknown field 'prompt'; did you mean 'messages'?"),
         ("/chat/completions", {"temprature": 1}, "messages: must be a list of at least one message"),
+        ("/chat/completions", {"messages": MESSAGES, "system": ""}, "unknown field 'system'; did you mean 'messages'?"),
+        ("/responses", {"input": "a", "system": "a"}, "unknown field 'system'; did you mean 'instructions'?"),
+        ("/responses", {"input": "a", "stop_sequences": ["a"]}, "unknown field 'stop_sequences'; did you mean 'stop'?"),
         ("/completions", {"messages": MESSAGES}, "unknown field 'messages'; did you mean 'prompt'?"),
         ("/completions", {"input": "a"}, "unknown field 'input'; did you mean 'prompt'?"),
         (

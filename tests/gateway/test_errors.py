@@ -14,6 +14,9 @@ from mpt_grpc_client import OverloadedError
 
 USER = {"role": "user", "content": "Hi"}
 BAD_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}
+EMPTY = {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}
+IMPOSSIBLE = {"type": "json_schema", "json_schema": {"name": "x", "schema": EMPTY}}
+IMPOSSIBLE_ARGUMENTS = {"type": "function", "function": {"name": "g", "parameters": EMPTY}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 NAMED = {"type": "function", "function": {"name": "g"}}
 FUNCTION = {"type": "function", "function": {"name": "f"}}
@@ -99,6 +102,8 @@ def test_bad_input_names_the_field(path: str, body: Any, param: str, server: Any
         ({"top_logprobs": 2}, "top_logprobs: requires logprobs"),
         ({"response_format": {"type": "yaml"}}, "response_format.type: "),
         ({"response_format": BAD_SCHEMA}, "response_format.json_schema.schema: /type: "),
+        ({"response_format": IMPOSSIBLE}, "response_format.json_schema.schema: /properties/a: no output can"),
+        ({"tools": [FUNCTION, IMPOSSIBLE_ARGUMENTS]}, "tools[1].function.parameters: /properties/a: no output can"),
         ({"guided_json": {"type": "x"}}, "guided_json: "),
         ({"guided_choice": []}, "guided_choice: empty"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex: unclosed group"),

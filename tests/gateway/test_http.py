@@ -219,15 +219,26 @@ async def test_another_method_is_refused_with_the_allowed_ones(
     assert json.loads(content)["error"]["message"] == message
 
 
-@pytest.mark.parametrize("path", ["/v1/nothing", "/static/nothing"])
-async def test_an_unknown_path_is_no_endpoint(gateway: RunningServer, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("/v1/nothing", "see /docs for the endpoints"),
+        ("/v1/messages", "see /docs for the endpoints"),
+        ("/static/nothing", "see /docs for the endpoints"),
+        ("/models", "did you mean /v1/models?"),
+        ("/chat/completions", "did you mean /v1/chat/completions?"),
+        ("/v1/v1/responses", "did you mean /v1/responses?"),
+        ("/v1/model", "did you mean /v1/models?"),
+    ],
+)
+async def test_an_unknown_path_is_no_endpoint(gateway: RunningServer, path: str, remedy: str) -> None:
     status, response = await fetch(gateway, "GET", path)
     assert status == 404
-    assert response["error"]["message"].startswith(f"no such endpoint: {path}")
+    assert response["error"]["message"] == f"no such endpoint: {path}; {remedy}"
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/health", "/ready", "/version", "/v1/models", "/v1/models/demo", "/debug/engine"]
+    "path", ["/", "/health", "/ready", "/version", "/v1/models", "/v1/models/demo", "/debug/engine", "/docs"]
 )
 async def test_head_returns_the_status_without_a_body(gateway: RunningServer, path: str) -> None:
     reader, writer = await send(gateway, "HEAD", path)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import access_tokens
 import pytest
 from axe_playwright_python.async_playwright import Axe
 from conftest import demo_settings
@@ -385,13 +386,60 @@ async def test_a_request_as_code_generates_the_same(
     await page.get_by_text("Request as code").click()
     await page.locator("#code select").select_option(language)
     code = (await page.locator("#code pre").text_content() or "").replace("localhost:50051", served.target)
-    if shutil.which(language.lower(), path=f"{BIN}{os.pathsep}{os.environ['PATH']}") is None:
+    printed = await run_code(language, code)
+    assert shown.strip() in (printed if language == "Python" else json.loads('"' + _text(printed) + '"'))
+
+
+@pytest.fixture
+async def protected(browser: Browser, tmp_path: Path) -> AsyncIterator[tuple[Page, RunningServer]]:
+    """The page of a server that requires access tokens, opened with alice's, and the server."""
+    settings = demo_settings()
+    listening = replace(settings.server, tokens_file=access_tokens.write(tmp_path / "tokens.toml"))
+    async with running_server(replace(settings, server=listening, http=HttpSettings(port=0))) as server:
+        credentials: Any = {"username": "alice", "password": access_tokens.SECRETS["alice"]}
+        page = await browser.new_page(http_credentials=credentials)
+        await page.clock.install()
+        await page.goto(f"http://localhost:{server.http_port}/")
+        yield page, server
+        await page.close()
+
+
+@pytest.mark.parametrize("language", ["curl", "grpcurl", "Python"])
+async def test_a_request_as_code_reads_the_access_token_from_the_environment(
+    protected: tuple[Page, RunningServer], language: str
+) -> None:
+    page, server = protected
+    await page.get_by_text("Request as code").click()
+    await page.locator("#code select").select_option(language)
+    await expect(page.locator("#code pre")).to_contain_text("MPT_GRPC_TOKEN")
+    code = (await page.locator("#code pre").text_content() or "").replace("localhost:50051", server.target)
+    assert access_tokens.SECRETS["alice"] not in code
+    printed = await run_code(language, code, MPT_GRPC_TOKEN=access_tokens.SECRETS["alice"])
+    assert printed.strip()
+    assert '"error"' not in printed
+
+
+async def test_the_state_of_the_engine_is_not_fetched_again_by_a_caller_who_may_not_see_it(
+    protected: tuple[Page, RunningServer],
+) -> None:
+    page, _ = protected
+    await expect(page.locator("#engine-status")).to_have_text(re.compile("role"))
+    fetched: list[str] = []
+    page.on("request", lambda request: fetched.append(request.url))
+    await page.clock.run_for(5_000)
+    assert await page.evaluate("fetch('version').then((response) => response.status)") == 200
+    assert [url for url in fetched if url.endswith("/debug/engine")] == []
+
+
+async def run_code(language: str, code: str, **variables: str) -> str:
+    """Returns what a request as code prints."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    if shutil.which(language.lower(), path=path) is None:
         pytest.skip(f"{language} is not in this environment")
     command = ["python", "-c", code] if language == "Python" else ["sh", "-c", code]
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": path, **variables}
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment)
-    printed = (await process.communicate())[0].decode()
-    assert shown.strip() in (printed if language == "Python" else json.loads('"' + _text(printed) + '"'))
+    return (await process.communicate())[0].decode()
 
 
 def _text(response: str) -> str:

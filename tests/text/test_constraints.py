@@ -228,6 +228,44 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_its_tool(schema: str, 
     assert why in description
 
 
+def requiring(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+SHORT = {"type": "string", "minLength": 5, "maxLength": 2}
+WHY = "no output can satisfy it: minLength, 5, is greater than maxLength, 2: change it"
+
+
+@pytest.mark.parametrize(
+    ("schema", "description"),
+    [
+        (requiring(a={"type": "string"}, b=requiring(c=SHORT)), f"/properties/b/properties/c: {WHY}"),
+        (requiring(a={"type": "array", "minItems": 1, "items": SHORT}), f"/properties/a/items: {WHY}"),
+        (requiring(a={"$ref": "#/$defs/B"}) | {"$defs": {"B": requiring(c=SHORT)}}, f"/$defs/B/properties/c: {WHY}"),
+        (
+            requiring(a={"anyOf": [SHORT, {"type": "null"}]}, b={"type": "string", "pattern": "[z-a]"}),
+            '/properties/b: the range ends before it begins ("z-a"): change it',
+        ),
+        (
+            requiring(a={"type": "string", "pattern": "(a|b)*c(a|b){1000}", "maxLength": 40_000}),
+            "/properties/a: exceeds the server's limits on the cost of a constraint: simplify it",
+        ),
+        (SHORT, WHY),
+    ],
+)
+def test_a_schema_that_no_output_can_satisfy_is_refused_with_the_place(schema: Any, description: str) -> None:
+    constraint = JsonSchema(json.dumps(schema))
+    assert refusal(lambda: COMPILER.compile(constraint)) == ("decoding.json_schema", description)
+    with_tools = ToolCalls(RUN, False, 1, constraint)
+    assert refusal(lambda: COMPILER.compile(with_tools)) == ("decoding.json_schema", description)
+
+
+def test_arguments_that_cannot_be_satisfied_are_refused_with_their_tool_and_the_place() -> None:
+    tools = (*RUN, Tool("other", "", json.dumps(requiring(a=requiring(b=SHORT)))))
+    field, description = refusal(lambda: COMPILER.compile(ToolCalls(tools, False, 1, None)))
+    assert (field, description) == ("conversation.tools[1].parameters", f"/properties/a/properties/b: {WHY}")
+
+
 def test_special_tokens_that_stop_an_output_end_it_where_the_constraint_allows_an_end() -> None:
     backend = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     backend.add_special_tokens(["<|im_end|>"])

@@ -36,9 +36,10 @@ export class Client {
 
   /**
    * `url`: the server's gRPC address, such as `http://localhost:50051`, or `https://` with TLS.
-   * Throws a `TypeError` for one to which the token must not be sent.
+   * Throws a `TypeError` for one without a scheme, and for one to which the token must not be sent.
    */
   constructor(url: string, options: ClientOptions = {}) {
+    if (!/^https?:\/\//i.test(url)) throw new TypeError(`url: '${url}' must begin with http://, or https:// with TLS`);
     const { token, allowInsecureToken = false, timeoutMs, interceptors = [], nodeOptions } = options;
     if (token !== undefined && !allowInsecureToken && !isPrivate(new URL(url))) {
       const why = "use https://, or allowInsecureToken inside a trusted network";

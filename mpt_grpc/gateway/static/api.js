@@ -40,6 +40,11 @@ export async function renderedPrompt(messages) {
   return { text, tokens: textTokens(logprobs) };
 }
 
+// Returns whether the server requires an access token, which a request without the browser's shows.
+export async function needsToken() {
+  return (await fetch("version", { credentials: "omit" })).status === 401;
+}
+
 async function post(path, body, signal) {
   const headers = { "content-type": "application/json" };
   const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });

@@ -7,21 +7,24 @@ const GROUPS = {
 };
 const REPEATED = new Set(["stop_strings"]);
 const IS_SECURE = location.protocol === "https:";
+const AUTHORIZATION = ` -H "authorization: Bearer $MPT_GRPC_TOKEN"`;
 const GRPC_TARGET = `${location.hostname}:50051`; // the default port, since the page does not know the server's
 
-// Returns the code of a request whose body is that of the OpenAI-compatible API.
-export function asCode(form, kind, body) {
-  if (form === "curl") return curl(kind, body);
-  return form === "grpcurl" ? grpcurl(body) : python(body);
+// Returns the code of a request whose body is that of the OpenAI-compatible API. An access token is read from the
+// environment.
+export function asCode(form, kind, body, needsToken) {
+  if (form === "curl") return curl(kind, body, needsToken);
+  return form === "grpcurl" ? grpcurl(body, needsToken) : python(body, needsToken);
 }
 
-function curl(kind, body) {
+function curl(kind, body, needsToken) {
   const path = kind === "chat" ? "v1/chat/completions" : "v1/completions";
   const url = new URL(path, location.href);
-  return `curl ${quoted(url.href)} -H 'content-type: application/json' -d ${quoted(JSON.stringify(body))}`;
+  const headers = `-H 'content-type: application/json'${needsToken ? AUTHORIZATION : ""}`;
+  return `curl ${quoted(url.href)} ${headers} -d ${quoted(JSON.stringify(body))}`;
 }
 
-function grpcurl({ prompt, messages, drop_oldest_turns, ...settings }) {
+function grpcurl({ prompt, messages, drop_oldest_turns, ...settings }, needsToken) {
   const conversation = messages && {
     messages: messages.map(({ role, content }) => ({ role: `ROLE_${role.toUpperCase()}`, content })),
     drop_oldest_turns,
@@ -31,18 +34,19 @@ function grpcurl({ prompt, messages, drop_oldest_turns, ...settings }) {
     const fields = Object.entries(names).filter(([name]) => settings[name] !== undefined);
     if (fields.length) request[group] = Object.fromEntries(fields.map(([name, field]) => [field, REPEATED.has(field) ? [settings[name]] : settings[name]]));
   }
-  const command = IS_SECURE ? "grpcurl" : "grpcurl -plaintext";
+  const command = `grpcurl${IS_SECURE ? "" : " -plaintext"}${needsToken ? AUTHORIZATION : ""}`;
   return `${command} -d ${quoted(JSON.stringify(request))} ${GRPC_TARGET} mpt.v1.TextGenerationService/Generate`;
 }
 
-function python({ prompt, messages, ...settings }) {
+function python({ prompt, messages, ...settings }, needsToken) {
   const names = Object.assign({ drop_oldest_turns: "drop_oldest_turns" }, ...Object.values(GROUPS));
   const options = Object.entries(settings)
     .filter(([, value]) => value !== undefined)
     .map(([name, value]) => `, ${names[name]}=${literal(value)}`);
-  return `from mpt_grpc_client import Client
+  const token = needsToken ? ', token=os.environ["MPT_GRPC_TOKEN"]' : "";
+  return `${needsToken ? "import os\n\n" : ""}from mpt_grpc_client import Client
 
-with Client(${literal((IS_SECURE ? "grpcs://" : "") + GRPC_TARGET)}) as client:
+with Client(${literal((IS_SECURE ? "grpcs://" : "") + GRPC_TARGET)}${token}) as client:
     print(client.generate(${literal(messages ?? prompt)}${options.join("")}).text)
 `;
 }

@@ -1,10 +1,12 @@
-// The engine panel: fetches the state of the engine twice a second while the page is visible, and draws it.
+// The engine panel: fetches the state of the engine twice a second while the page is visible, and draws it, unless the server
+// refuses that.
 import { drawCache } from "./cache_map.js";
 import { Plot } from "./plot.js";
 import { drawWaterfall } from "./waterfall.js";
 
 const INTERVAL_MS = 500;
 const WINDOW_S = 120;
+const FINAL = new Set([401, 403, 404]); // the caller may not see the state, or there are several servers
 const numbers = Object.fromEntries(
   [...document.querySelectorAll("#numbers [data-of]")].map((element) => [element.dataset.of, element]),
 );
@@ -35,7 +37,8 @@ export async function pollEngine() {
       ttft.draw(state.time - WINDOW_S, state.time);
       previous = state;
     } catch (error) {
-      status.textContent = `not reachable: ${error.message}`;
+      status.textContent = error.isFinal ? error.message : `not reachable: ${error.message}`;
+      if (error.isFinal) return;
     }
     await new Promise((resolve) => setTimeout(resolve, INTERVAL_MS));
   }
@@ -50,7 +53,7 @@ async function pageVisible() {
 async function fetchState() {
   const response = await fetch("debug/engine");
   const body = await response.json();
-  if (!response.ok) throw new Error(body.error.message);
+  if (!response.ok) throw Object.assign(new Error(body.error.message), { isFinal: FINAL.has(response.status) });
   return body;
 }
 

@@ -1,5 +1,5 @@
 // The form and the requests that it starts, one for each stream: outputs of a text, or replies in a conversation.
-import { completion, renderedPrompt } from "./api.js";
+import { completion, needsToken, renderedPrompt } from "./api.js";
 import { asCode } from "./code.js";
 import { Conversation } from "./conversation.js";
 import { pollEngine } from "./engine.js";
@@ -33,6 +33,7 @@ const conversation = new Conversation(document.getElementById("turns"), {
     message.focus();
   },
 });
+let withToken = false; // whether requests as code have an access token
 let renderedMessages = ""; // those whose prompt is shown, or is about to be
 
 form.addEventListener("submit", (event) => {
@@ -56,6 +57,10 @@ message.addEventListener("keydown", (event) => {
 });
 form.addEventListener("input", refreshForm);
 for (const details of form.querySelectorAll("details")) details.addEventListener("toggle", refreshForm);
+code.addEventListener("toggle", async () => {
+  withToken = await needsToken().catch(() => false);
+  refreshForm();
+}, { once: true });
 code.querySelector("button").addEventListener("click", copyCode);
 stopAll.addEventListener("click", stop);
 document.addEventListener("keydown", (event) => {
@@ -151,7 +156,7 @@ function showCode(fields) {
 function codeOf(fields) {
   const [first] = variants(fields);
   const body = bodyOf(fields, conversation.messages, { ...settings(fields), ...first.settings });
-  return asCode(code.querySelector("select").value, fields.get("kind"), body);
+  return asCode(code.querySelector("select").value, fields.get("kind"), body, withToken);
 }
 
 // The clipboard needs TLS or localhost; elsewhere the code is selected, to be copied by hand.
