@@ -58,8 +58,8 @@ FAULTS = (
 
 async def run_round(
     servers: Sequence[ServerProcess], fault: Fault, expected: Sequence[Generation], tally: Tally
-) -> None:
-    """Has two servers fail while the streams are read, and compares these."""
+) -> Sequence[ServerProcess]:
+    """Has two servers fail while the streams are read, and compares these. Returns the servers to start again."""
     failing = random.sample(servers, NUM_FAILING)
     if fault.is_from_start:
         restart(failing, *fault.flags, **fault.variables)
@@ -94,8 +94,7 @@ async def run_round(
             print(f"{fault.name}: stream {number} with {KINDS[number % len(KINDS)]}: {result!r}", file=sys.stderr)
     tally.num_rounds += 1
     tally.num_calls += len(expected)
-    if fault.name != "reset":
-        restart(failing)
+    return () if fault.name == "reset" else failing
 
 
 def restart(servers: Sequence[ServerProcess], *flags: str, **variables: str) -> None:
@@ -117,9 +116,11 @@ async def run_faults(faults: Sequence[Fault], num_rounds: int, num_streams: int)
         async with AsyncClient(servers[0].target, timeout=TIMEOUT_S) as client:
             expected = await undisturbed(client, num_streams)
         tallies = {fault.description: Tally() for fault in faults}
+        failed: Sequence[ServerProcess] = ()
         for _ in range(num_rounds):
             for fault in faults:
-                await run_round(servers, fault, expected, tallies[fault.description])
+                restart(failed)
+                failed = await run_round(servers, fault, expected, tallies[fault.description])
         return tallies
     finally:
         for server in servers:

@@ -104,7 +104,7 @@ def test_a_large_file_is_not_read_into_memory(server: Any, tmp_path: Path) -> No
         " print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])"
     )
     peaks = []
-    for number in (1, 96):
+    for number in (1, 48):
         lines = (json.dumps({"custom_id": str(index), "body": {"prompt": "x" * (1 << 20)}}) for index in range(number))
         source = tmp_path / f"{number}.jsonl"
         source.write_text("\n".join(lines), encoding="utf-8")
@@ -194,8 +194,8 @@ def test_bytes_that_are_not_text_and_lines_of_any_length_have_their_own_error(se
 
 
 def test_killed_runs_continue_without_a_line_lost_or_twice(server: Any, tmp_path: Path) -> None:
-    # The last ones take so long that no run ends before it is killed.
-    lines = [line(f"request {number}", 60 + 10 * (number % 5) if number < 36 else 1500) for number in range(40)]
+    # The last one takes so long that no run ends before it is killed.
+    lines = [line(f"request {number}", 16 + 4 * (number % 5) if number < 39 else 600) for number in range(40)]
     output, before = tmp_path / "out.jsonl", b""
     for least in (3, 12, 21):
         with start(server, tmp_path, lines, "--concurrency", "4") as process:

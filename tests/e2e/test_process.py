@@ -169,26 +169,19 @@ def test_a_server_whose_scheduler_thread_dies_ends_its_streams_and_exits_with_an
     with running(cli=(sys.executable, "-c", FAULTY)) as faulty, Client(faulty.target, retries=False) as client:
         neighbour = client.stream("The fox", max_new_tokens=2000, ignore_eos=True)
         next(neighbour)
-        for stream in (client.stream("The fox", request_id="fatal"), neighbour):
-            with pytest.raises(UnavailableError, match="the engine has stopped") as caught:
-                list(stream)
-            assert caught.value.reason == "ENGINE_STOPPED"
-        assert faulty.wait() == 1
-    assert faulty.stderr.splitlines()[-1].startswith("mpt-grpc: the engine has stopped: RuntimeError")
-
-
-def test_a_server_whose_scheduler_thread_dies_ends_streams_over_http_with_an_error_event() -> None:
-    with running(cli=(sys.executable, "-c", FAULTY)) as faulty, Client(faulty.target, retries=False) as client:
         body = {"prompt": "The fox", "max_tokens": 2000, "ignore_eos": True, "stream": True}
         with urllib.request.urlopen(f"{faulty.openai_url}/completions", json.dumps(body).encode(), 60) as events:
             events.readline()
-            with pytest.raises(UnavailableError, match="the engine has stopped"):
-                client.generate("The fox", request_id="fatal")
+            for stream in (client.stream("The fox", request_id="fatal"), neighbour):
+                with pytest.raises(UnavailableError, match="the engine has stopped") as caught:
+                    list(stream)
+                assert caught.value.reason == "ENGINE_STOPPED"
             *_, last = (line for line in events if line.strip())
         error = json.loads(last.removeprefix(b"data: "))["error"]
         assert error["message"].startswith("the engine has stopped")
         assert error["code"] == "unavailable"
         assert faulty.wait() == 1
+    assert faulty.stderr.splitlines()[-1].startswith("mpt-grpc: the engine has stopped: RuntimeError")
 
 
 def is_refused(client: Client) -> bool:

@@ -46,11 +46,14 @@ def test_without_torch_serve_names_the_extra_and_generate_works(
     assert "the extra 'torch'" in line
 
 
-def test_with_torch_the_wheel_and_the_folder_serve(environment: Any, server_wheel: Path, source: Path) -> None:
-    with pytest.MonkeyPatch.context() as without_compiler:
-        for compiler in ("CC", "CXX"):
-            without_compiler.setenv(compiler, "/bin/false")
-        environment.install(f"{server_wheel}[torch]")
+def test_with_torch_the_wheel_and_the_folder_serve(
+    environment: Any, server_wheel: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for compiler in ("CC", "CXX"):
+        monkeypatch.setenv(
+            compiler, "/bin/false"
+        )  # the kernels of the wheel have been compiled, and the folder needs none
+    environment.install(f"{server_wheel}[torch]")
     assert_reports_one_version(environment)
     assert_serves_and_generates(environment)
 

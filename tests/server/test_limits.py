@@ -126,9 +126,8 @@ def bad_request(error: grpc.aio.AioRpcError) -> error_details_pb2.BadRequest:
 
 
 @pytest.mark.parametrize("field", COUNTED)
-async def test_the_largest_count_is_accepted_and_one_more_refused(make_service: Any, field: str) -> None:
+async def test_the_largest_count_is_accepted_and_one_more_refused(service: Any, field: str) -> None:
     most, make = COUNTED[field]
-    service = await make_service()
     assert field not in await violations(service.stub, make(most))
     assert await violations(service.stub, make(most + 1)) & {field, "decoding.choice.options"}
 
@@ -142,8 +141,8 @@ PLACES = {
 
 
 @pytest.mark.parametrize("field", SIZED)
-async def test_the_largest_size_is_accepted_and_one_more_refused(make_service: Any, field: str) -> None:
-    service, make, most = await make_service(), SIZED[field], MAX_BYTES[field]
+async def test_the_largest_size_is_accepted_and_one_more_refused(service: Any, field: str) -> None:
+    make, most = SIZED[field], MAX_BYTES[field]
     # A long constraint may cost too much, which is said in other words.
     for size, is_too_long in ((most, False), (most + 1, True)):
         try:
@@ -192,9 +191,8 @@ async def test_the_bounds_of_each_range_are_accepted_and_what_is_beyond_refused(
 
 
 @pytest.mark.parametrize("field", COUNTED)
-async def test_absurd_counts_are_refused_while_a_stream_goes_on(make_service: Any, field: str) -> None:
+async def test_absurd_counts_are_refused_while_a_stream_goes_on(service: Any, field: str) -> None:
     """The message is as large as the server takes at all; parsing it is all that it costs."""
-    service = await make_service()
     make = COUNTED[field][1]
     message = make(4096 if field in ("decoding.logit_bias", "conversation.messages.tool_calls") else 200_000)
 
@@ -210,8 +208,8 @@ async def test_absurd_counts_are_refused_while_a_stream_goes_on(make_service: An
     assert await stream == 300
 
 
-async def test_resumed_tokens_are_counted_over_all_outputs(make_service: Any) -> None:
-    service, half = await make_service(), [5] * (MAX_TOKEN_IDS // 2)
+async def test_resumed_tokens_are_counted_over_all_outputs(service: Any) -> None:
+    half = [5] * (MAX_TOKEN_IDS // 2)
     too_long = {"resume_outputs[0].token_ids", "resume_outputs[1].token_ids"}
     assert await violations(service.stub, resumed_outputs([half, [*half, 5]])) == {
         *too_long,
@@ -220,8 +218,7 @@ async def test_resumed_tokens_are_counted_over_all_outputs(make_service: Any) ->
     assert await violations(service.stub, resumed_outputs([half, half])) == too_long
 
 
-async def test_a_message_larger_than_any_legal_request_is_refused_before_it_is_parsed(make_service: Any) -> None:
-    service = await make_service()
+async def test_a_message_larger_than_any_legal_request_is_refused_before_it_is_parsed(service: Any) -> None:
     info = await service.stub.GetServerInfo(pb.GetServerInfoRequest())
     most = info.limits.max_message_bytes
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -256,8 +253,8 @@ MAX_ITEMS = {
 
 
 @pytest.mark.parametrize("field", MANY_FIELDS)
-async def test_messages_with_too_many_items_are_refused_before_they_are_parsed(make_service: Any, field: str) -> None:
-    service, message = await make_service(), MANY_FIELDS[field]
+async def test_messages_with_too_many_items_are_refused_before_they_are_parsed(service: Any, field: str) -> None:
+    message = MANY_FIELDS[field]
     send = service.channel.unary_unary("/mpt.v1.TextGenerationService/Generate")
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await send(message if isinstance(message, bytes) else message.SerializeToString())
@@ -267,15 +264,13 @@ async def test_messages_with_too_many_items_are_refused_before_they_are_parsed(m
 
 
 @pytest.mark.parametrize("data", [b"\x08" + b"\x80" * 200_000, b"\x0a\xff\xff\xff\x0f" * 50_000])
-async def test_large_messages_that_are_not_valid_are_refused(make_service: Any, data: bytes) -> None:
-    service = await make_service()
+async def test_large_messages_that_are_not_valid_are_refused(service: Any, data: bytes) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await service.channel.unary_unary("/mpt.v1.TextGenerationService/Generate")(data)
     assert bad_request(refused.value).field_violations[0].field == "request"
 
 
-async def test_the_largest_legal_message_is_served(make_service: Any) -> None:
-    service = await make_service()
+async def test_the_largest_legal_message_is_served(service: Any) -> None:
     message = decoding(
         choice=pb.Choice(options=[f"{number:015}" for number in range(MAX_COUNTS["decoding.choice.options"])]),
         logit_bias=dict.fromkeys(range(MAX_COUNTS["decoding.logit_bias"]), 0),
@@ -299,8 +294,7 @@ async def test_the_largest_legal_message_is_served(make_service: Any) -> None:
     ],
     ids=["model", "long model", "stop_strings", "logit_bias", "roles", "schema"],
 )
-async def test_errors_of_any_length_arrive(make_service: Any, message: pb.GenerateRequest) -> None:
-    service = await make_service()
+async def test_errors_of_any_length_arrive(service: Any, message: pb.GenerateRequest) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await service.stub.Generate(message)
     assert refused.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
@@ -308,16 +302,14 @@ async def test_errors_of_any_length_arrive(make_service: Any, message: pb.Genera
     assert size < 6000
 
 
-async def test_violations_that_do_not_fit_are_counted(make_service: Any) -> None:
-    service = await make_service()
+async def test_violations_that_do_not_fit_are_counted(service: Any) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await service.stub.Generate(decoding(logit_bias={VOCAB + i: 0 for i in range(1000)}))
     found = bad_request(refused.value).field_violations
     assert found[-1].description == f"and {1000 - len(found) + 1} more"
 
 
-async def test_a_violation_with_a_reason_is_kept_where_not_all_fit(make_service: Any) -> None:
-    service = await make_service()
+async def test_a_violation_with_a_reason_is_kept_where_not_all_fit(service: Any) -> None:
     too_long = decoding(logit_bias={VOCAB + i: 0 for i in range(1000)})
     too_long.text = "word " * 3000
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -349,8 +341,7 @@ async def test_lists_that_exceed_the_context_have_its_reason(
 @pytest.mark.parametrize(
     "limit", [Duration(seconds=1, nanos=-5), Duration(seconds=(1 << 63) - 1), Duration(nanos=1_000_000_000)]
 )
-async def test_invalid_durations_are_refused(make_service: Any, limit: Duration) -> None:
-    service = await make_service()
+async def test_invalid_durations_are_refused(service: Any, limit: Duration) -> None:
     assert await violations(service.stub, stopping(time_limit=limit)) == {"stopping.time_limit"}
 
 
@@ -366,8 +357,7 @@ OTHER_METHODS = {
 
 @pytest.mark.parametrize("data", [b"\x0a\x90\xbf\x05" + b"x" * 90_000, b"\xff\xff"], ids=["too long", "not a message"])
 @pytest.mark.parametrize("method", OTHER_METHODS)
-async def test_messages_of_every_method_are_bounded_and_checked(make_service: Any, method: str, data: bytes) -> None:
-    service = await make_service()
+async def test_messages_of_every_method_are_bounded_and_checked(service: Any, method: str, data: bytes) -> None:
     kind = OTHER_METHODS[method]
     call = getattr(service.channel, kind)(method)(iter([data]) if kind == "stream_stream" else data, timeout=10)
     with pytest.raises(grpc.aio.AioRpcError) as raised:
