@@ -76,7 +76,7 @@ def make_app(
     )
     for route in app.routes:  # FastAPI's own
         if isinstance(route, APIRoute):
-            route.methods.add("HEAD")
+            route.methods = {*(route.methods or ()), "HEAD"}
     gateway = _Gateway(callers, blocking_client, healths, strict_model_names)
     models: dict[str, type[BaseModel]] = {_JSON: schemas.ModelList}
     chat: dict[str, type[BaseModel]] = {_JSON: schemas.ChatCompletion, _EVENTS: schemas.ChatCompletionChunk}
