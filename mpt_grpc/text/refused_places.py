@@ -14,12 +14,14 @@ from mpt_grpc.conversation import OutputConstraint, ToolCalls
 from mpt_grpc.errors import FieldViolation
 from mpt_grpc.json_values import parse_json
 from mpt_grpc.text.grammar import constraint_field
-from mpt_grpc.text.refusals import IMPOSSIBLE
+from mpt_grpc.text.refusals import IMPOSSIBLE, TOO_COSTLY
 from mpt_grpc.text.schema_places import Place, inner, pointer
 from mpt_grpc.text.tools import parameters
 
 _MAX_TRIED = 128
 """The maximum number of schemas that are tried, each of which takes some milliseconds."""
+_COSTLY = 16
+"""As how many a schema counts that is too costly: it takes some 50 ms."""
 _IMPOSSIBLE = IMPOSSIBLE.partition(":")[0]
 
 
@@ -61,8 +63,8 @@ class _Search:
 
     def is_refused(self, part: OutputConstraint) -> bool:
         """Whether a part is refused by itself, for the same reason as all of it."""
-        self._num_left -= 1
-        reason = self._refusal(part) if self._num_left >= 0 else None
+        reason = self._refusal(part) if self._num_left > 0 else None
+        self._num_left -= _COSTLY if reason == TOO_COSTLY else 1
         if reason is None or _kind(reason) != _kind(self.reason):
             return False
         self.reason = reason
