@@ -161,7 +161,8 @@ sanitize: ## Run the kernels for CPUs with the sanitizers for addresses, undefin
 	for options in -march=native '-march=native $(NO_AMX)' '-march=native $(NO_AMX) -mno-avx512bf16' \
 			'-march=native $(NO_AMX) -mno-avx512f' '' ; do \
 		echo "$$sanitizers $$options"; \
-		$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-uninitialized -Wno-maybe-uninitialized $$options \
+		$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-unknown-warning-option -Wno-uninitialized \
+			-Wno-maybe-uninitialized $$options \
 			-fsanitize=$$sanitizers -fno-sanitize-recover=all \
 			native/exercise.cpp -pthread -o build/exercise && build/exercise || exit 1; \
 	done; done

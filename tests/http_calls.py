@@ -40,7 +40,7 @@ async def send(
     server: Any, method: str, path: str, body: Any = None, *, length: int | None = None, **headers: str
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Sends a request and returns the connection. `length` is the Content-Length if the body is not complete."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.http_port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.http_port, limit=1 << 24)
     content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     fields = {"host": "localhost", "content-length": str(length or len(content)), "connection": "close", **headers}
     lines = [f"{method} {path} HTTP/1.1", *(f"{name.replace('_', '-')}: {value}" for name, value in fields.items())]

@@ -30,14 +30,14 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def print_waterfall(console: Console, file: str | Path, trace_id: str | None = None) -> None:
-    """Prints the trace whose ID begins with `trace_id`, by default the last one of a request.
+    """Prints the last trace of a request, or of those whose ID begins with `trace_id`; of a step if there is no other.
 
     Raises SettingsError if the file has no such trace.
     """
     spans, found = _Spans(file), None
     for span in spans:
-        is_chosen = span.name != "step" if trace_id is None else span.trace_id.startswith(trace_id)
-        if is_chosen:
+        is_possible = span.name != "step" or (trace_id is not None and found is None)
+        if is_possible and span.trace_id.startswith(trace_id or ""):
             found = span.trace_id
     if spans.num_broken:
         print(f"mpt-grpc: {file}: broken lines that are left out: {spans.num_broken}", file=sys.stderr)

@@ -18,8 +18,6 @@ from mpt_grpc.text.detokenizer import TextAssembler
 from mpt_grpc.text.guards import OutputWatch
 
 _TEXTLESS = (FinishReason.EOS_TOKEN, FinishReason.STOP_TOKEN)
-_QUICK_RESUMED = 64
-"""That many resumed tokens are read in less than a millisecond."""
 End = Callable[[Finish], None]
 """Tells the engine that an output has ended, so that it generates no more tokens for it."""
 
@@ -50,11 +48,11 @@ class RequestAssembly:
     """The error that ended the request, to be raised after all earlier deltas are delivered."""
 
     def __init__(
-        self, outputs: Mapping[int, OutputAssembly], chunks: ChunkOptions, *, is_guarded: bool, num_resumed: int = 0
+        self, outputs: Mapping[int, OutputAssembly], chunks: ChunkOptions, *, is_guarded: bool, begins_slowly: bool
     ) -> None:
-        """`outputs` are ordered by their indices and have `num_resumed` resumed tokens together."""
-        self.is_slow = is_guarded or num_resumed > _QUICK_RESUMED
-        """Whether the next `advance` may be slow: it runs guard code, or reads many resumed tokens."""
+        """`outputs` are ordered by their indices. `begins_slowly` says whether the first `advance` may take long."""
+        self.is_slow = is_guarded or begins_slowly
+        """Whether the next `advance` may take long, as one that runs the code of guards."""
         self._is_guarded, self._has_begun = is_guarded, False
         self.ended = False
         self._outputs, self._pace = outputs, Pace(chunks)

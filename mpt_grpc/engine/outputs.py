@@ -12,6 +12,9 @@ from mpt_grpc.results import Finish
 from mpt_grpc.text.detokenizer import TextAssembler
 from mpt_grpc.text.guards import watch_all
 
+_QUICK_RESUMED, _QUICK_STOP_CHARACTERS = 64, 1024
+"""That many resumed tokens are read, and that many characters of stop strings prepared, in less than a millisecond."""
+
 
 def request_assembly(
     prepared: PreparedRequest, preparation: Preparation, end: Callable[[Finish, int], None]
@@ -48,5 +51,8 @@ def request_assembly(
         return ToolOutput(output, request.request_id, index, request.constraint, resumed_text(resumed))
 
     outputs = {index: output(index, resumed) for index, resumed in request.outputs.items()}
-    num_resumed = sum(map(len, request.outputs.values()))
-    return RequestAssembly(outputs, request.chunks, is_guarded=bool(guards), num_resumed=num_resumed)
+    begins_slowly = (
+        sum(map(len, request.outputs.values())) > _QUICK_RESUMED
+        or sum(map(len, stopping.stop_strings)) > _QUICK_STOP_CHARACTERS
+    )
+    return RequestAssembly(outputs, request.chunks, is_guarded=bool(guards), begins_slowly=begins_slowly)

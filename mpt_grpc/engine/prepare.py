@@ -203,5 +203,4 @@ class Preparation:
 def _has_short_lists(request: GenerationRequest) -> bool:
     decoding = request.decoding
     num_listed = sum(len(token_ids) for _, token_ids in resumed_lists(request)) + len(decoding.allowed_token_ids)
-    num_listed += sum(map(len, request.stopping.stop_strings))
     return num_listed + _BIAS_COST * len(decoding.logit_bias) <= QUICK_SIZE

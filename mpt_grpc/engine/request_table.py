@@ -171,7 +171,9 @@ class RequestTable:
             records = {id(r): r for s in plan.sequences if (r := self.by_sequence(s.sequence_id)) is not None}
             contexts = tuple(record.context for record in records.values() if record.context is not None)
         request_ids = {*plan.preempted, *plan.resumed, *(step.request_id for step in plan.sequences)}
-        ended = frozenset(request_id for request_id in request_ids if request_id not in self._by_request_id)
+        # A request that is being prepared is another one, with the ID of one that has ended.
+        records_left = {i for i in request_ids if (r := self._by_request_id.get(i)) is not None and r.sequences}
+        ended = frozenset(request_ids - records_left)
         report = StepReport(plan, num_new_tokens, start_time_s, duration_s, ended, contexts)
         # A reader of its own, as in `_report_end`: the outbox calls a reader for all its events at once, and the steps
         # of a later request with the same ID must come after an earlier one's end.

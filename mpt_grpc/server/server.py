@@ -160,12 +160,12 @@ class RunningServer:
 
     async def _check(self) -> None:
         self._update_health()
-        await asyncio.to_thread(self._access.refresh)
         self._writes.end_unread(self.settings.server.read_timeout_s)
         for server in self.grpc_servers:
             self._grpc_failure = self._grpc_failure or await _failure(server)
         if self.failure is not None:
             self.has_failed.set()
+        await asyncio.to_thread(self._access.refresh)
         if not self.engine.num_in_flight:
             if self.garbage is not None:
                 self.garbage.collect_when_idle(self.engine.load.num_steps)

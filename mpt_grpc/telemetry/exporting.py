@@ -30,7 +30,7 @@ from mpt_grpc import __version__
 from mpt_grpc.errors import SettingsError
 from mpt_grpc.telemetry.trace_file import TraceFile
 
-_EXPORT_TIMEOUT_S = 2.0
+EXPORT_TIMEOUT_S = 2.0
 """How long a process waits for collectors when it ends."""
 _Signal = Literal["TRACES", "METRICS"]
 
@@ -91,7 +91,7 @@ def make_meter_provider(registry: CollectorRegistry | None, *, service: str = "m
         return MeterProvider(readers, _resource(service), shutdown_on_exit=False) if readers else None
 
 
-def shut_down(*providers: TracerProvider | MeterProvider | None, timeout_s: float = _EXPORT_TIMEOUT_S) -> None:
+def shut_down(*providers: TracerProvider | MeterProvider | None, timeout_s: float = EXPORT_TIMEOUT_S) -> None:
     """Exports what remains, and gives up after `timeout_s`: a collector that is down must not delay the exit."""
     end_s = time.monotonic() + timeout_s
     shutdowns = [provider.shutdown for provider in providers if provider is not None]

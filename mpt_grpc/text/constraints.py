@@ -18,7 +18,7 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from mpt_grpc.conversation import OutputConstraint
-from mpt_grpc.errors import FieldViolation, InvalidRequestError
+from mpt_grpc.errors import FieldViolation, InvalidRequestError, OverloadedError
 from mpt_grpc.text.grammar import constraint_field, make_grammar
 from mpt_grpc.text.probe import Probe, SlowConstraintError
 from mpt_grpc.text.refusals import TOO_COSTLY, refusal_reason
@@ -88,19 +88,22 @@ class ConstraintCompiler:
         try:
             self._try(constraint, grammar, may_be_slow)
         except InvalidRequestError as error:
+            violation = error.violations[0]
+            if violation.description == TOO_COSTLY:  # it may be the whole that is, and no part
+                return violation
             if not may_be_slow:  # finding the place takes longer
                 raise SlowConstraintError from error
-            return with_place(error.violations[0], constraint, self._refusal)
+            return with_place(violation, constraint, self._refusal)
         return grammar
 
     def _refusal(self, constraint: OutputConstraint) -> str | None:
-        """Returns why llguidance refuses a constraint, if it does."""
+        """Returns why llguidance refuses a constraint; None if it does not, or if that takes long to find out."""
         try:
             self._try(constraint, make_grammar(constraint), may_be_slow=False)
         except InvalidRequestError as error:
             return error.violations[0].description
-        except SlowConstraintError:
-            return TOO_COSTLY
+        except (SlowConstraintError, OverloadedError):
+            return None
         return None
 
     def _try(self, constraint: OutputConstraint, grammar: str, may_be_slow: bool) -> None:

@@ -145,7 +145,9 @@ class StopStrings:
     def __init__(self, stop_strings: Sequence[str], include_stop_string: bool = False) -> None:
         assert all(stop_strings), "requests with an empty stop string are refused"
         self.found = None
-        self._prefixes = _prefixes(tuple(stop_strings))
+        self._stop_strings = tuple(stop_strings)
+        self._prefixes: _Prefixes | None = None
+        """Made when they are needed: they take a hundred times the memory of the strings."""
         self._include = include_stop_string
         self._held, self._node = "", 0
         """The text that is held back, and its node."""
@@ -162,7 +164,9 @@ class StopStrings:
         """
         if self.found is not None:
             return ""
-        node, prefixes, num_old = self._node, self._prefixes, len(self._held)
+        if (prefixes := self._prefixes) is None:
+            prefixes = self._prefixes = _prefixes(self._stop_strings)
+        node, num_old = self._node, len(self._held)
         if not node and prefixes.starts.isdisjoint(text):
             return text
         for num_new, character in enumerate(text, start=1):

@@ -6,6 +6,7 @@ It is the innermost schema that is refused for the same reason without what surr
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,14 +15,13 @@ from mpt_grpc.conversation import OutputConstraint, ToolCalls
 from mpt_grpc.errors import FieldViolation
 from mpt_grpc.json_values import parse_json
 from mpt_grpc.text.grammar import constraint_field
-from mpt_grpc.text.refusals import IMPOSSIBLE, TOO_COSTLY
+from mpt_grpc.text.refusals import IMPOSSIBLE
 from mpt_grpc.text.schema_places import Place, inner, pointer
 from mpt_grpc.text.tools import parameters
 
-_MAX_TRIED = 128
-"""The maximum number of schemas that are tried, each of which takes some milliseconds."""
-_COSTLY = 16
-"""As how many a schema counts that is too costly: it takes some 50 ms."""
+_MAX_TRIED, _MAX_S = 128, 0.5
+"""The maximum number of schemas that are tried, each of which takes some milliseconds, and the time for all."""
+_MAX_PLACE_CHARACTERS = 200
 _IMPOSSIBLE = IMPOSSIBLE.partition(":")[0]
 
 
@@ -41,8 +41,9 @@ def with_place(
         field, constraint = found
     if not isinstance(constraint, JsonSchema):
         return FieldViolation(field, search.reason)
-    place = search.innermost(parse_json(constraint.schema))
-    return FieldViolation(field, f"{pointer(place)}: {search.reason}" if place else search.reason)
+    place = pointer(search.innermost(parse_json(constraint.schema)))
+    is_shown = 0 < len(place) <= _MAX_PLACE_CHARACTERS  # errors are cut at their end, which has the reason
+    return FieldViolation(field, f"{place}: {search.reason}" if is_shown else search.reason)
 
 
 def _parts(constraint: ToolCalls) -> Iterator[tuple[str, OutputConstraint]]:
@@ -59,12 +60,12 @@ class _Search:
         self.reason = reason
         """Why the innermost part that has been found is refused."""
         self._refusal = refusal
-        self._num_left = _MAX_TRIED
+        self._num_left, self._end_s = _MAX_TRIED, time.monotonic() + _MAX_S
 
     def is_refused(self, part: OutputConstraint) -> bool:
         """Whether a part is refused by itself, for the same reason as all of it."""
-        reason = self._refusal(part) if self._num_left > 0 else None
-        self._num_left -= _COSTLY if reason == TOO_COSTLY else 1
+        self._num_left -= 1
+        reason = self._refusal(part) if self._num_left >= 0 and time.monotonic() < self._end_s else None
         if reason is None or _kind(reason) != _kind(self.reason):
             return False
         self.reason = reason

@@ -6,6 +6,7 @@ import time
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from mpt_grpc_client import (
     AsyncClient,
@@ -17,6 +18,7 @@ from mpt_grpc_client import (
 )
 from mpt_grpc_client.errors import MptGrpcError
 from mpt_grpc_client.failover import Attempts, Rotation, Server
+from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.targets import resolve_targets
 
 GONE = UnavailableError("failed to connect to all addresses", code=grpc.StatusCode.UNAVAILABLE)
@@ -121,7 +123,19 @@ def test_a_wait_for_busy_servers_is_bounded_without_a_timeout(monkeypatch: pytes
     while not isinstance(pause := attempts.after(BUSY), MptGrpcError):
         now_s += pause
     assert isinstance(pause, OverloadedError)
-    assert 300 < now_s - start_s < 302
+    assert now_s - start_s == pytest.approx(300, abs=1)
+
+
+def test_a_wait_for_busy_servers_ends_with_the_time_limit(monkeypatch: pytest.MonkeyPatch):
+    generation = pb.GenerateRequest(text="Once", stopping=pb.StoppingCriteria(time_limit=Duration(seconds=10)))
+    attempts, now_s = Attempts(rotation("a", "b"), 3600, retries=True, generation=generation), time.monotonic()
+    attempts.succeeded()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    start_s = now_s
+    while not isinstance(pause := attempts.after(BUSY), MptGrpcError):
+        now_s += pause
+    assert isinstance(pause, OverloadedError)
+    assert now_s - start_s == pytest.approx(10, abs=1)
 
 
 def test_a_quota_is_not_evaded_by_other_servers():

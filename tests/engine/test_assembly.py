@@ -178,7 +178,7 @@ def test_everything_is_sent_once_and_in_order_whatever_the_size_of_chunks(
     events = [TokenEvent(0, token, TokenLogprob(token, -1.0, rank=1)) for token in tokens]
     events.append(TokenEvent(0, error=RuntimeError()) if fails else TokenEvent(0, finish=END))
     output = PlainOutput(0, TextAssembler(tokenizer.detokenizer(), ()), lambda _: None)
-    assembly = RequestAssembly({0: output}, options, is_guarded=False)
+    assembly = RequestAssembly({0: output}, options, is_guarded=False, begins_slowly=False)
     deltas: list[OutputDelta] = []
     while events:
         size = data.draw(st.integers(1, 4))
@@ -210,7 +210,7 @@ PROMPT_LOGPROBS = (TokenLogprob(1, -1.0, 1),)
 
 def test_a_request_gives_one_delta_for_each_output_and_its_statistics_with_the_last(tokenizer: Tokenizer) -> None:
     outputs = [PlainOutput(index, TextAssembler(tokenizer.detokenizer()), lambda _: None) for index in range(3)]
-    assembly = RequestAssembly(dict(enumerate(outputs)), ChunkOptions(), is_guarded=False)
+    assembly = RequestAssembly(dict(enumerate(outputs)), ChunkOptions(), is_guarded=False, begins_slowly=False)
     one, two, *_ = tokenizer.encode("one two three")
     assert [delta.token_ids for delta in assembly.advance([TokenEvent(1, one), TokenEvent(0, two)])] == [(one,), (two,)]
     deltas = assembly.advance([TokenEvent(2, one), TokenEvent(1, one, finish=END), TokenEvent(2, two, finish=END)])
@@ -228,7 +228,7 @@ def test_a_request_gives_one_delta_for_each_output_and_its_statistics_with_the_l
 
 def test_outputs_that_end_together_have_the_statistics_in_the_last_delta(tokenizer: Tokenizer) -> None:
     outputs = [PlainOutput(index, TextAssembler(tokenizer.detokenizer()), lambda _: None) for index in range(2)]
-    assembly = RequestAssembly(dict(enumerate(outputs)), ChunkOptions(), is_guarded=False)
+    assembly = RequestAssembly(dict(enumerate(outputs)), ChunkOptions(), is_guarded=False, begins_slowly=False)
     deltas = assembly.advance([TokenEvent(0, 7, finish=END), TokenEvent(1, 8, finish=END, stats=STATS)])
     assert [(delta.index, delta.token_ids, delta.stats is None) for delta in deltas] == [
         (0, (7,), True),
@@ -238,16 +238,15 @@ def test_outputs_that_end_together_have_the_statistics_in_the_last_delta(tokeniz
 
 def test_tokens_are_sent_in_chunks_of_the_wanted_number(tokenizer: Tokenizer) -> None:
     output = PlainOutput(0, TextAssembler(tokenizer.detokenizer()), lambda _: None)
-    assembly = RequestAssembly({0: output}, ChunkOptions(num_tokens=3), is_guarded=False)
+    assembly = RequestAssembly({0: output}, ChunkOptions(num_tokens=3), is_guarded=False, begins_slowly=False)
     events = [*(TokenEvent(0, token_id) for token_id in range(20, 28)), TokenEvent(0, finish=END)]
     deltas = [delta for event in events for delta in assembly.advance([event])]
     assert [len(delta.token_ids) for delta in deltas] == [1, 3, 3, 1]
 
 
 def test_a_failed_request_gives_what_came_before_its_error(tokenizer: Tokenizer) -> None:
-    assembly = RequestAssembly(
-        {0: PlainOutput(0, TextAssembler(tokenizer.detokenizer()), lambda _: None)}, ChunkOptions(), is_guarded=False
-    )
+    output = PlainOutput(0, TextAssembler(tokenizer.detokenizer()), lambda _: None)
+    assembly = RequestAssembly({0: output}, ChunkOptions(), is_guarded=False, begins_slowly=False)
     error = InternalError("fault")
     assert not assembly.ended
     (delta,) = assembly.advance([TokenEvent(0, 7), TokenEvent(0, error=error)])

@@ -68,7 +68,8 @@ class AsyncClient:
             MPT_GRPC_TARGET, then to `localhost:50051`. Several are a list, or separated by commas; `dns:///host:port`
             stands for all addresses of the host.
         timeout: the default timeout of calls in seconds, including retries; None waits indefinitely.
-        retries: whether to retry calls up to three times while all servers are unavailable or overloaded.
+        retries: whether to retry calls up to three times while all servers are unavailable or overloaded. With several
+            servers, a stream that has begun waits for busy ones in any case, until its timeout or for five minutes.
         resume_inexact: whether a server with another fingerprint may continue a generation.
         channel: a channel to the target instead of the client's own. Its credentials, options and interceptors are its
             own, and `retries` have no effect. The client closes it.

@@ -135,6 +135,9 @@ class Attempts(Generic[_Connection]):
         """
         self.rotation, self._timeout, self._owner = rotation, timeout, owner
         self._start_s, self._failure_s = time.monotonic(), 0.0
+        self._time_limit: float | None = None
+        if generation is not None and generation.stopping.HasField("time_limit"):
+            self._time_limit = generation.stopping.time_limit.ToNanoseconds() / 1e9
         self._num_rounds, self._max_rounds, self._has_begun = 1, _MAX_ROUNDS if retries else 1, False
         self._beginning = b""
         if generation is not None and len(rotation.servers) > 1:
@@ -231,13 +234,18 @@ class Attempts(Generic[_Connection]):
         self.server.generations.discard(self)
         self.server = self._remaining.pop(0)
         self._count()
-        return min(pause, _MAX_WAIT_S if self.timeout is None else self.timeout)
+        return min(pause, self._wait_s())
 
     def _is_over(self) -> bool:
         """Whether there are no more rounds. A call with a response to lose waits for busy servers."""
         if not (self._has_begun and any(f.reason in _BUSY for f in self._failures.values())):
             return self._num_rounds > self._max_rounds
-        return self._timeout is None and time.monotonic() > self._failure_s + _MAX_WAIT_S
+        return self.timeout != 0 and not self._wait_s()  # the next attempt fails if the timeout has passed
+
+    def _wait_s(self) -> float:
+        """Returns the longest time to wait from now on."""
+        ends = [self._start_s + limit for limit in (self._timeout, self._time_limit) if limit is not None]
+        return max(0.0, min(ends, default=self._failure_s + _MAX_WAIT_S) - time.monotonic())
 
     def _may_succeed_elsewhere(self, failure: MptGrpcError) -> bool:
         if self._has_begun and failure.reason in _BUSY:
