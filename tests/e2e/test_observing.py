@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,17 @@ COLUMNS = ["age", "state", "output", "tokens/s", "first", "prompt", "cached", "p
 def test_in_a_narrow_terminal_ids_are_shortened_and_further_columns_left_out(
     traced: Any, width: int, shown: list[str]
 ) -> None:
-    request_id = "a2ab7df0-0fb6-4f43-b0a2-0e4f8f0f25ac"
+    request_id = str(uuid.uuid4())
     with (
         Client(traced.target) as client,
         client.stream("Once", max_new_tokens=1900, ignore_eos=True, request_id=request_id) as stream,
     ):
         next(stream)
         page = run("top", "--interval", "100ms", "--target", traced.target, COLUMNS=str(width)).stdout
-    assert max(map(len, page.splitlines())) <= width
-    head, row = next((head, row) for head, row in itertools.pairwise(page.splitlines()) if head.startswith("request "))
+    lines = page.splitlines()
+    assert max(map(len, lines)) <= width
+    head = next(line for line in lines if line.startswith("request "))
+    row = next(line for line in lines if line.startswith(request_id[:7]))
     assert head.split() == ["request", *shown]
     shortened, rest = row.split("… ")
     assert shortened == request_id[: len(shortened)]
