@@ -115,27 +115,21 @@ def test_a_server_that_has_not_noticed_that_the_connection_broke_is_waited_for()
         assert isinstance(attempts.after(DUPLICATE if attempts.server.target == "b" else GONE), float)
 
 
-def test_a_wait_for_busy_servers_is_bounded_without_a_timeout(monkeypatch: pytest.MonkeyPatch):
-    attempts, now_s = Attempts(rotation("a", "b"), None, retries=True), time.monotonic()
+@pytest.mark.parametrize(
+    ("stopping", "timeout", "longest_s"), [({}, None, 300), ({"time_limit": Duration(seconds=10)}, 3600, 10)]
+)
+def test_a_wait_for_busy_servers_is_bounded(
+    stopping: dict[str, Duration], timeout: float | None, longest_s: float, monkeypatch: pytest.MonkeyPatch
+):
+    generation = pb.GenerateRequest(text="Once", stopping=pb.StoppingCriteria(**stopping))
+    attempts, now_s = Attempts(rotation("a", "b"), timeout, retries=True, generation=generation), time.monotonic()
     attempts.succeeded()
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     start_s = now_s
     while not isinstance(pause := attempts.after(BUSY), MptGrpcError):
         now_s += pause
     assert isinstance(pause, OverloadedError)
-    assert now_s - start_s == pytest.approx(300, abs=1)
-
-
-def test_a_wait_for_busy_servers_ends_with_the_time_limit(monkeypatch: pytest.MonkeyPatch):
-    generation = pb.GenerateRequest(text="Once", stopping=pb.StoppingCriteria(time_limit=Duration(seconds=10)))
-    attempts, now_s = Attempts(rotation("a", "b"), 3600, retries=True, generation=generation), time.monotonic()
-    attempts.succeeded()
-    monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    start_s = now_s
-    while not isinstance(pause := attempts.after(BUSY), MptGrpcError):
-        now_s += pause
-    assert isinstance(pause, OverloadedError)
-    assert now_s - start_s == pytest.approx(10, abs=1)
+    assert now_s - start_s == pytest.approx(longest_s, abs=1)
 
 
 def test_a_quota_is_not_evaded_by_other_servers():

@@ -215,7 +215,8 @@ class Attempts(Generic[_Connection]):
         """Moves on to the next server; returns the seconds to wait before, or the error to raise if there is none."""
         if not (self.rotation.is_balanced and self._may_succeed_elsewhere(failure)):
             return failure
-        self._failure_s = self._failure_s if self._failures else time.monotonic()
+        if not self._failures:
+            self._failure_s = time.monotonic()
         self._failures[self.server.target] = failure
         if failure.code in _BROKEN:
             self.rotation.set_aside(self.server)
