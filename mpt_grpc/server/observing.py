@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from opentelemetry.metrics import MeterProvider, NoOpMeterProvider
 from opentelemetry.sdk.trace import TracerProvider
@@ -60,6 +61,8 @@ def _observe_load(metrics: Metrics, engine: Engine, model: LoadedModel) -> None:
     count(names.PREEMPTED, "{sequence}", "Preemptions of sequences", lambda: engine.load.num_preemptions)
     count(names.SPECULATION_DRAFTS, "{token}", "Drafts checked", lambda: engine.load.num_draft_tokens)
     count(names.SPECULATION_ACCEPTED, "{token}", "Drafts accepted", lambda: engine.load.num_accepted_tokens)
+    start_s = time.monotonic()
+    gauge(names.UPTIME, "s", "How long the server has been running", lambda: time.monotonic() - start_s)
     build = {
         names.BUILD_VERSION: __version__,
         names.REQUEST_MODEL: model.name,
