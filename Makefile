@@ -133,7 +133,7 @@ check: protos .venv/audit/ready ## Check format, lint, types, layers, protos, pr
 	-@$(MAKE) --no-print-directory audit # which depends on more than this repository, so it does not fail
 
 .PHONY: test
-test: .venv/dev $(CLIENTS) .venv/client-oldest/ready .venv/client-newest/ready $(if $(shell command -v npm),clients/typescript/dist $(VERCEL)) ## Run every test
+test: .venv/dev $(CLIENTS) .venv/client-oldest/ready .venv/client-newest/ready .venv/ray/ready $(if $(shell command -v npm),clients/typescript/dist $(VERCEL)) ## Run every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 .PHONY: mutate

@@ -24,7 +24,7 @@ FILE = Path(__file__).parents[2] / "deploy/ray/demo.yaml"
 
 
 SCALING = {
-    "max_replicas": 2,
+    "max_replicas": 3,
     "target_ongoing_requests": 4,
     "look_back_period_s": 2,
     "upscale_delay_s": 1,
