@@ -249,6 +249,8 @@ def _note_outputs(call: Call, stream: AsyncStream) -> None:
     """Adds what the caller has got to the call, however it ends."""
     call.finish_reasons = [finish.reason for finish in stream.finishes]
     prompt_tokens, output_tokens = stream.num_prompt_tokens, stream.num_output_tokens
+    if not prompt_tokens:  # it ended before it was tokenized
+        return
     call.logged |= {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
     if call.span is not None:
         call.span.set_attributes({names.USAGE_INPUT_TOKENS: prompt_tokens, names.USAGE_OUTPUT_TOKENS: output_tokens})

@@ -70,6 +70,7 @@ async def test_an_error_of_the_template_is_logged_without_what_it_quotes_and_sen
     (line,) = [record.getMessage() for record in log.records]
     assert logged in line
     assert "silver" not in line
+    assert "prompt_tokens" not in line
 
 
 async def test_a_cancelled_call_is_logged(make_service: Any, log: Any) -> None:
