@@ -11,6 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mpt_grpc.gateway.errors import BadRequestError, shortened
 
+STATUS = "status"
+"""The name, in the state of a request, of the status of its response."""
 _POLLED_PATHS = ("/debug/engine", "/health", "/metrics", "/ready")
 _MAX_LOGGED = 300
 _NOTED = {
@@ -33,18 +35,18 @@ class AccessLogMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status, start_s = 500, time.monotonic()  # uvicorn's own response, if the application sends none
+        start_s = time.monotonic()
 
         async def send_and_note(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                scope["state"][STATUS] = message["status"]
             await send(message)
 
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            _log_request(scope, status, time.monotonic() - start_s)
+            # If the application sends no response, uvicorn sends one.
+            _log_request(scope, scope["state"].get(STATUS, 500), time.monotonic() - start_s)
 
 
 def note_refusal(scope: Scope, error: BadRequestError) -> None:
