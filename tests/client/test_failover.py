@@ -17,8 +17,9 @@ from mpt_grpc_client import (
     UnavailableError,
 )
 from mpt_grpc_client.errors import MptGrpcError
-from mpt_grpc_client.failover import Attempts, Rotation, Server
+from mpt_grpc_client.failover import Attempts
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.rotation import Rotation, Server
 from mpt_grpc_client.targets import resolve_targets
 
 GONE = UnavailableError("failed to connect to all addresses", code=grpc.StatusCode.UNAVAILABLE)

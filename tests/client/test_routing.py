@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpt_grpc_client import Client, Message, MptGrpcError, Role
-from mpt_grpc_client.failover import Attempts, Rotation, Server
+from mpt_grpc_client.failover import Attempts
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.request import build_request
+from mpt_grpc_client.rotation import Rotation, Server
 from mpt_grpc_client.routing import BEGINNING_BYTES, beginning, order
 
 SYSTEM = Message(Role.SYSTEM, "You are the keeper of a lighthouse. " * 20)

@@ -12,8 +12,8 @@ import grpc
 from mpt_grpc_client.async_stream import AsyncConnection
 from mpt_grpc_client.channel import Endpoint, is_balanced
 from mpt_grpc_client.errors import closed_error
-from mpt_grpc_client.failover import Rotation, Server
 from mpt_grpc_client.purpose import Purpose
+from mpt_grpc_client.rotation import Rotation, Server
 
 
 class AsyncConnections:

@@ -23,7 +23,7 @@ from mpt_grpc_client.channel import (
 )
 from mpt_grpc_client.continuation import Continuation
 from mpt_grpc_client.errors import MptGrpcError, closed_error
-from mpt_grpc_client.failover import BEFORE_LOOKUP, Attempts, Rotation, Server
+from mpt_grpc_client.failover import BEFORE_LOOKUP, Attempts
 from mpt_grpc_client.options import GenerateOptions
 from mpt_grpc_client.prompts import Prompt
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
@@ -37,6 +37,7 @@ from mpt_grpc_client.request import (
     tokenize_request,
 )
 from mpt_grpc_client.results import Generation, Token
+from mpt_grpc_client.rotation import Rotation, Server
 from mpt_grpc_client.server_info import ModelInfo, ServerInfo
 from mpt_grpc_client.stream import Connection, StreamCall, TextStream
 from mpt_grpc_client.tracing import CallSpan

@@ -13,11 +13,12 @@ import grpc
 from mpt_grpc_client import responses
 from mpt_grpc_client.continuation import Continuation
 from mpt_grpc_client.errors import MptGrpcError, UnavailableError
-from mpt_grpc_client.failover import Attempts, Server
+from mpt_grpc_client.failover import Attempts
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1.text_generation_pb2_grpc import TextGenerationServiceStub
 from mpt_grpc_client.proto.v1alpha1.debug_pb2_grpc import DebugServiceStub
 from mpt_grpc_client.results import Delta
+from mpt_grpc_client.rotation import Server
 from mpt_grpc_client.tracing import CallSpan
 
 StreamCall: TypeAlias = "grpc._CallIterator[pb.StreamGenerateResponse]"
