@@ -122,7 +122,8 @@ async def watching(folder: Path) -> AsyncIterator[Watched]:
         patched.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
         patched.setattr(parts, "Runner", PoisonableRunner)
         log.addHandler(lines)
-        level, log.level = log.level, logging.INFO
+        level = log.level
+        log.setLevel(logging.INFO)
         try:
             async with running_server(settings) as server, grpc.aio.insecure_channel(server.target) as channel:
                 yield Watched(server, TextGenerationServiceStub(channel), collector, lines.fields)
