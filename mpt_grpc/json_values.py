@@ -45,20 +45,24 @@ def parse_object(text: str, max_depth: int) -> dict[str, Any]:
 
     max_depth: the most levels of arrays and objects.
     """
-    too_deep = f"nested more than {max_depth} levels deep: simplify it"
     try:
         value = parse_json(text)
     except RecursionError as error:
-        raise ValueError(too_deep) from error
+        raise ValueError(too_deep(max_depth)) from error
     except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError("must be a JSON object")
     if is_deeper_than(value, max_depth):
-        raise ValueError(too_deep)
+        raise ValueError(too_deep(max_depth))
     if not is_unicode(value):
         raise ValueError("not valid Unicode: remove lone surrogates")
     return value
+
+
+def too_deep(max_depth: int) -> str:
+    """Returns why a text with more levels of arrays and objects is refused."""
+    return f"nested more than {max_depth} levels deep: simplify it"
 
 
 def is_deeper_than(value: object, num_levels: int) -> bool:

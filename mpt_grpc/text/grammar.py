@@ -11,7 +11,7 @@ from llguidance import LLMatcher
 from mpt_grpc.constraint import Choice, JsonObject, JsonSchema, Regex
 from mpt_grpc.conversation import OutputConstraint, ToolCalls
 from mpt_grpc.errors import FieldViolation, InvalidRequestError
-from mpt_grpc.json_values import parse_object
+from mpt_grpc.json_values import parse_object, too_deep
 from mpt_grpc.limits import MAX_BYTES
 from mpt_grpc.text.json_schema import rewrite
 from mpt_grpc.text.refusals import IMPOSSIBLE
@@ -76,8 +76,10 @@ def _with_rewritten_schemas(grammar: str, field: str) -> str:
         if found["json"]:
             try:
                 end = _DECODER.raw_decode(grammar, start)[1]
-            except (ValueError, RecursionError):  # llguidance refuses it, too
+            except ValueError:  # llguidance refuses it, too
                 break
+            except RecursionError as error:  # from a depth on that depends on the version of Python
+                raise InvalidRequestError(FieldViolation(field, too_deep(_MAX_DEPTH))) from error
             (parsed,) = json.loads(_json_grammar(grammar[start:end], field))["grammars"]
         pieces.append(grammar[position:start] + (json.dumps(parsed["json_schema"]) if found["json"] else ""))
         position = end
