@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from mpt_grpc.errors import ModelError
 from mpt_grpc.model_files import (
@@ -82,18 +70,22 @@ def find_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         raise ModelError(f"--model {model}: not a folder; use the folder that contains config.json and the weights")
     if not is_folder and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise ModelError(f"--model {model}: no such folder, and not a Hub ID of the form OWNER/NAME")
-    folder = path if is_folder else _download(model, revision, *_FILES)
-    if not (has_config if is_folder else has_file(folder / "config.json")):
-        why = _remedy(folder) if is_folder else _remedy_on_hub(folder, _names(model, folder.name))
-        raise ModelError(f"--model {model}: no config.json; {why}")
     if is_folder:
-        return Checkpoint(path.resolve().name, folder)
+        if not has_config:
+            raise ModelError(f"--model {model}: no config.json; {_remedy(path)}")
+        return Checkpoint(path.resolve().name, path)
+    from mpt_grpc import hub  # imports the Hub's library, which other models do not need
+
+    folder = hub.download(model, revision, *_FILES)
     commit = folder.name
+    if not has_file(folder / "config.json"):
+        why = _remedy_on_hub(folder, hub.file_names(model, commit))
+        raise ModelError(f"--model {model}: no config.json; {why}")
     if not has_file(folder / "tokenizer.json"):
         tokenizer_files = (*SENTENCEPIECE_FILES, *BYTE_LEVEL_FILES)
-        _download(model, commit, *tokenizer_files)
+        hub.download(model, commit, *tokenizer_files)
         if not any(has_file(folder / name) for name in tokenizer_files):
-            _check_weights(model, _names(model, commit))
+            _check_weights(model, hub.file_names(model, commit))
     return Checkpoint(model, folder, commit)
 
 
@@ -101,15 +93,17 @@ def download_weights(checkpoint: Checkpoint) -> None:
     """Downloads the weights of a model of the Hub unless they are in its cache. Raises ModelError."""
     if checkpoint.commit is None:
         return
+    from mpt_grpc import hub
+
     folder = checkpoint.folder
     for single, index in WEIGHT_LAYOUTS:
-        _download(checkpoint.name, checkpoint.commit, single, index)
+        hub.download(checkpoint.name, checkpoint.commit, single, index)
         if has_file(folder / single):
             return
         if has_file(folder / index):
-            _download(checkpoint.name, checkpoint.commit, *shard_names(folder / index))
+            hub.download(checkpoint.name, checkpoint.commit, *shard_names(folder / index))
             return
-    _check_weights(checkpoint.name, _names(checkpoint.name, checkpoint.commit))
+    _check_weights(checkpoint.name, hub.file_names(checkpoint.name, checkpoint.commit))
 
 
 def _check_weights(model: str, names: Sequence[str]) -> None:
@@ -139,42 +133,3 @@ def _remedy_on_hub(folder: Path, names: Sequence[str]) -> str:
 def _needed(names: Sequence[str]) -> str:
     found = found_weights(names)
     return f"a model needs it, its tokenizer's files and the weights{f'; {found}' if found else ''}"
-
-
-def _names(model: str, commit: str) -> Sequence[str]:
-    """Returns the names of the files in a repository of the Hub; none if the Hub does not respond."""
-    try:
-        return HfApi().list_repo_files(model, revision=commit)
-    except Exception:  # also those of the Hub's HTTP library, which depends on its version
-        return ()
-
-
-def _download(model: str, revision: str | None, *names: str) -> Path:
-    """Downloads the files with these names, if there are any; returns the folder in the Hub's cache."""
-    if not sys.stderr.isatty():
-        disable_progress_bars()  # one of them would appear in the log
-    try:
-        # The Hub's library warns if nothing matches, so config.json, which is cached by then, is always among them.
-        return Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", *names]))
-    except Exception as error:  # also those of the Hub's HTTP library, which depends on its version
-        raise _unavailable(model, revision, error) from error
-
-
-def _unavailable(model: str, revision: str | None, error: Exception) -> ModelError:
-    """Returns the error to report, which names the flag to change."""
-    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-    if isinstance(cause, RevisionNotFoundError):
-        return ModelError(f"--revision {revision}: {model} has no such branch, tag or commit")
-    at = "" if revision is None else f" --revision {revision}"
-    if isinstance(cause, GatedRepoError):
-        why = "its owner restricts access; request it on the model's page, and set HF_TOKEN"
-    elif isinstance(cause, RepositoryNotFoundError):
-        why = "no such folder, and no such model on the Hub; if it is private, set HF_TOKEN"
-    elif isinstance(cause, OfflineModeIsEnabled):
-        where = "not completely in the Hub's cache while HF_HUB_OFFLINE is set"
-        why = f"no such folder, and {where}; download it once without"
-    elif isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
-        why = "the Hub refuses access; check HF_TOKEN"
-    else:
-        why = f"no such folder, and not available from the Hub: {' '.join(str(cause).split()) or repr(cause)}"
-    return ModelError(f"--model {model}{at}: {why}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,6 +26,16 @@ from mpt_grpc.step import StepPlan
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # an example may wait for a core
 hypothesis.settings.load_profile("any machine")
+
+# The processes that tests start would compile the code at every start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def pytest_collection_finish() -> None:
+    """Leaves out the libraries and the tests, which stay, from all later collections of garbage."""
+    gc.collect()
+    gc.freeze()
+
 
 DEMO_BLOCK_BYTES = 2 * 8 * 16 * 256 * 4
 """The size of one block of the demo model's cache in float32: keys and values, 8 layers, 16 tokens, width 256."""

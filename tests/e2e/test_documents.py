@@ -135,7 +135,7 @@ def test_a_shell_command_works(command: str, server: Any) -> None:
             folder = "." if "dist/" in folder else folder
             project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
             assert not extra or extra in project["optional-dependencies"]
-        case ".venv/bin/mpt-grpc" if arguments[0] in ("serve", "gateway"):
+        case ".venv/bin/mpt-grpc" if arguments[0] in ("serve", "gateway", "verify", "eval"):  # run by other tests
             flags = {argument for argument in arguments if argument.startswith("--")}
             help_text = run([sys.executable, "-m", "mpt_grpc.cli", arguments[0], "--help"], server)
             assert flags <= set(re.findall(r"--[a-z][a-z-]+", help_text))

@@ -107,9 +107,7 @@ def test_weights_that_are_not_finite_fail(tmp_path: Path) -> None:
     tensors = load_file(broken / "model.safetensors")
     tensors["transformer.blocks.3.ffn.up_proj.weight"][7, 7] = torch.nan
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    ended = verify(FLOAT32, "--model", str(broken))
-    assert re.search(r"^checkpoint +FAILED +the model's .* are not finite$", ended.stdout, re.MULTILINE)
-    assert ended.stderr == "mpt-grpc: the checkpoint fails: checkpoint\n"
+    assert re.fullmatch("the model's .* are not finite", failures(broken)["checkpoint"])
 
 
 @pytest.mark.parametrize(
@@ -213,8 +211,6 @@ def test_without_peft_the_comparison_with_it_is_skipped(adapter: Path, monkeypat
 def test_an_adapter_that_cannot_be_merged_fails(adapter: Path) -> None:
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
-    ended = verify(FLOAT32, "--adapter", str(adapter))
-    assert ended.returncode == 1
-    assert (
-        f"checkpoint         FAILED   {file}: use_dora: True: would need DoRA; supported: false or null" in ended.stdout
-    )
+    *_, failed = checks(ModelSettings(adapters=(adapter,), dtype="float32"))
+    assert (failed.name, failed.passed) == ("checkpoint", False)
+    assert failed.detail.startswith(f"{file}: use_dora: True: would need DoRA; supported: false or null")

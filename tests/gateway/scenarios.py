@@ -1,6 +1,6 @@
 """Uses of OpenAI's SDK and LangChain. Run by `test_sdks.py` in an environment where they are installed:
 
-python scenarios.py NAME URL
+python scenarios.py NAME,NAME... URL
 """
 
 from __future__ import annotations
@@ -258,5 +258,6 @@ def keys(url: str, key: str) -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])
-    print(json.dumps({"passed": sys.argv[1]}))
+    for name in sys.argv[1].split(","):
+        globals()[name](*sys.argv[2:])
+        print("passed", name)

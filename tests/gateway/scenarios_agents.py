@@ -7,7 +7,6 @@ The demo model understands no question: the first call is required, and what it 
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import Callable
 from typing import Any, Literal
@@ -149,5 +148,7 @@ def langchain_with_responses(url: str) -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](sys.argv[2])
-    print(json.dumps({"passed": sys.argv[1]}))
+    for name in sys.argv[1].split(","):
+        asked.clear()
+        globals()[name](*sys.argv[2:])
+        print("passed", name)

@@ -1,6 +1,6 @@
 """Uses of LiteLLM. Run by `test_sdks.py` in an environment where it is installed:
 
-python scenarios_litellm.py NAME URL
+python scenarios_litellm.py NAME,NAME... URL
 """
 
 from __future__ import annotations
@@ -70,5 +70,6 @@ def error_message(request: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](sys.argv[2])
-    print(json.dumps({"passed": sys.argv[1]}))
+    for name in sys.argv[1].split(","):
+        globals()[name](*sys.argv[2:])
+        print("passed", name)

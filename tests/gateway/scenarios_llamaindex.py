@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from typing import Any, Literal
 
@@ -70,5 +69,6 @@ def llamaindex_structured_output(url: str) -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](sys.argv[2])
-    print(json.dumps({"passed": sys.argv[1]}))
+    for name in sys.argv[1].split(","):
+        globals()[name](*sys.argv[2:])
+        print("passed", name)

@@ -1,4 +1,4 @@
-// Uses of Vercel's AI SDK and of OpenAI's SDK for JavaScript. Run by test_sdks.py: node scenarios.mjs NAME URL
+// Uses of Vercel's AI SDK and of OpenAI's SDK for JavaScript. Run by test_sdks.py: node scenarios.mjs NAME,NAME... URL
 import assert from "node:assert/strict";
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
@@ -6,7 +6,7 @@ import { generateText, Output, streamText, tool, ToolLoopAgent } from "ai";
 import OpenAI from "openai";
 import { z } from "zod";
 
-const [, , name, url] = process.argv;
+const [, , names, url] = process.argv;
 const QUESTION = "Is it sunny in Rome?";
 const city = z.enum(["Paris", "Rome"]);
 const options = { baseURL: url, apiKey: "random-string" };
@@ -77,5 +77,7 @@ const scenarios = {
   },
 };
 
-await scenarios[name]();
-console.log(JSON.stringify({ passed: name }));
+for (const name of names.split(",")) {
+  await scenarios[name]();
+  console.log("passed", name);
+}
