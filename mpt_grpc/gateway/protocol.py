@@ -32,6 +32,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
         self._certified_name: str | None = None
+        self._is_head_complete = False
         self._num_unparsed = 0
         """The bytes since the last complete head or piece of a body: headers, trailers or chunk extensions."""
 
@@ -74,9 +75,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._is_head_complete = False
         self.scope["state"]["certified_name"] = self._certified_name
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Ignores trailers, which uvicorn takes for headers: they come after what they would change."""
+        if not self._is_head_complete:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        self._is_head_complete = True
         self._num_unparsed = 0
         self._stop_timer()
         super().on_headers_complete()

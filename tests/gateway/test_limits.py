@@ -273,6 +273,18 @@ async def test_chunk_extensions_and_trailers_are_bounded(gateway: RunningServer,
     writer.close()
 
 
+async def test_trailers_are_no_headers(gateway: RunningServer) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+    )
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    trailers = b"host: evil.example\r\ncontent-encoding: gzip\r\n"
+    writer.write(head + b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(body), body, trailers))
+    status, _, _ = await read_response(reader, writer)
+    assert status == 200
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
