@@ -16,6 +16,8 @@ from mpt_grpc.tls import subject_name
 HEAD_TIMEOUT_S = 10
 """The time for the head of a request, and for the rest of a body whose response has already been sent."""
 MAX_HEAD_BYTES = 64 << 10
+_PIECE_BYTES = 4 << 10
+"""The most that is parsed ahead of a request being served: some hundred requests, which take a millisecond."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -35,6 +37,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_head_complete = False
         self._num_unparsed = 0
         """The bytes since the last complete head or piece of a body: headers, trailers or chunk extensions."""
+        self._waiting = memoryview(b"")
+        """What has been received and not been parsed yet."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -61,10 +65,20 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_idle:
             self._start_timer()
-        self._num_unparsed += len(data)
-        super().data_received(data)
-        if self._num_unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(BadRequestError(f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB; shorten them", status=431))
+        self._waiting = memoryview(b"%b%b" % (self._waiting, data) if self._waiting else data)
+        self._parse()
+
+    def _parse(self) -> None:
+        """Parses what has been received until a request waits for the one before it: each takes time and memory."""
+        while self._waiting and not self.pipeline and not self.transport.is_closing():
+            piece, self._waiting = self._waiting[:_PIECE_BYTES], self._waiting[_PIECE_BYTES:]
+            self._num_unparsed += len(piece)
+            super().data_received(piece)  # type: ignore[arg-type]  # httptools takes any buffer
+            if self._num_unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
+                why = f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB; shorten them"
+                self._refuse(BadRequestError(why, status=431))
+        if self._waiting:
+            self.flow.pause_reading()
 
     def send_400_response(self, msg: str) -> None:
         """Called when the parser refuses what has been received."""
@@ -105,6 +119,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.cycle.more_body:
             self._start_timer()
+        self._parse()
 
     @property
     def _is_idle(self) -> bool:

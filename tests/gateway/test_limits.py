@@ -273,6 +273,21 @@ async def test_chunk_extensions_and_trailers_are_bounded(gateway: RunningServer,
     writer.close()
 
 
+async def test_pipelined_requests_are_answered_in_turn(gateway: RunningServer) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port, limit=1 << 24)
+    bodies = [json.dumps({"prompt": "a b" * number}).encode() for number in range(1, 301)]
+    requests = [
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(b), b) for b in bodies
+    ]
+    writer.write(b"".join(requests))
+    counts = []
+    for _ in bodies:
+        await reader.readuntil(b'{"count":')
+        counts.append(int((await reader.readuntil(b",")).rstrip(b",")))
+    writer.close()
+    assert counts == sorted(set(counts))
+
+
 async def test_trailers_are_no_headers(gateway: RunningServer) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
     head = (
