@@ -8,7 +8,7 @@ import asyncio
 from typing import Any
 
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from mpt_grpc.gateway.errors import BadRequestError, error_response
 from mpt_grpc.tls import subject_name
@@ -39,6 +39,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """The bytes since the last complete head or piece of a body: headers, trailers or chunk extensions."""
         self._waiting = memoryview(b"")
         """What has been received and not been parsed yet."""
+        self._served: RequestResponseCycle | None = None
+        """The request that is being served; `cycle` is the last that has been parsed."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -50,6 +52,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._stop_unread_timer()
         super().connection_lost(exc)
+        if self._served is not None and not self._served.response_complete:
+            self._served.disconnected = True
+            self._served.message_event.set()
 
     def pause_writing(self) -> None:
         """Called when as much is unread as is buffered."""
@@ -102,6 +107,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_unparsed = 0
         self._stop_timer()
         super().on_headers_complete()
+        if not self.pipeline:
+            self._served = self.cycle
         if self.scope["http_version"] == "1.0":
             # Such a caller does not know chunks: the end of the connection is the end of a response without a length.
             self.cycle.chunked_encoding = False
@@ -116,6 +123,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._served, _ = self.pipeline[-1]
         super().on_response_complete()
         if self.cycle.more_body:
             self._start_timer()

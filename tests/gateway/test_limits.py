@@ -288,6 +288,19 @@ async def test_pipelined_requests_are_answered_in_turn(gateway: RunningServer) -
     assert counts == sorted(set(counts))
 
 
+async def test_a_caller_who_leaves_is_noticed_though_another_request_waits(gateway: RunningServer) -> None:
+    body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True}
+    _, writer = await send(gateway, "POST", TEXT, body, connection="keep-alive")
+    writer.write(b"GET /health HTTP/1.1\r\n\r\n")
+    while not gateway.engine.num_in_flight:
+        await fetch(gateway, "GET", "/health")
+    num_steps = gateway.engine.load.num_steps
+    writer.close()
+    while gateway.engine.num_in_flight:
+        await fetch(gateway, "GET", "/health")
+    assert gateway.engine.load.num_steps - num_steps < 1000
+
+
 async def test_trailers_are_no_headers(gateway: RunningServer) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
     head = (
