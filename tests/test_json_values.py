@@ -9,7 +9,7 @@ from mpt_grpc.json_values import is_deeper_than, parse_json
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [('{"a": [1, -2.5e3, "é", null, true]}', {"a": [1, -2500.0, "é", None, True]}), ("9" * 4300, int("9" * 4300))],
+    [('{"a": [1, -2.5e3, "é", null, true]}', {"a": [1, -2500.0, "é", None, True]}), ("9" * 640, int("9" * 640))],
 )
 def test_values_are_read_exactly(text: str, value: object) -> None:
     assert parse_json(text) == value
@@ -18,7 +18,7 @@ def test_values_are_read_exactly(text: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("1" * 4301, "an integer has more than 4300 digits"),
+        ("1" * 641, "an integer has more than 640 digits"),
         ("[1e400]", "1e400 is beyond the range of a double"),
         ("1" * 500 + ".0", "1" * 100 + "… is beyond the range of a double"),
         ("-Infinity", "-Infinity is not a number in JSON"),

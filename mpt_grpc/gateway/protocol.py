@@ -8,7 +8,7 @@ import asyncio
 from typing import Any
 
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from mpt_grpc.gateway.errors import BadRequestError, error_response
 from mpt_grpc.tls import subject_name
@@ -16,6 +16,8 @@ from mpt_grpc.tls import subject_name
 HEAD_TIMEOUT_S = 10
 """The time for the head of a request, and for the rest of a body whose response has already been sent."""
 MAX_HEAD_BYTES = 64 << 10
+_PIECE_BYTES = 4 << 10
+"""The most that is parsed ahead of a request being served: some hundred requests, which take a millisecond."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -32,8 +34,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
         self._certified_name: str | None = None
+        self._is_head_complete = False
         self._num_unparsed = 0
         """The bytes since the last complete head or piece of a body: headers, trailers or chunk extensions."""
+        self._waiting = memoryview(b"")
+        """What has been received and not been parsed yet."""
+        self._served: RequestResponseCycle | None = None
+        """The request that is being served; `cycle` is the last that has been parsed."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -45,6 +52,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._stop_unread_timer()
         super().connection_lost(exc)
+        if self._served is not None and not self._served.response_complete:
+            self._served.disconnected = True
+            self._served.message_event.set()
 
     def pause_writing(self) -> None:
         """Called when as much is unread as is buffered."""
@@ -60,10 +70,20 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_idle:
             self._start_timer()
-        self._num_unparsed += len(data)
-        super().data_received(data)
-        if self._num_unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(BadRequestError(f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB; shorten them", status=431))
+        self._waiting = memoryview(b"%b%b" % (self._waiting, data) if self._waiting else data)
+        self._parse()
+
+    def _parse(self) -> None:
+        """Parses what has been received until a request waits for the one before it: each takes time and memory."""
+        while self._waiting and not self.pipeline and not self.transport.is_closing():
+            piece, self._waiting = self._waiting[:_PIECE_BYTES], self._waiting[_PIECE_BYTES:]
+            self._num_unparsed += len(piece)
+            super().data_received(piece)  # type: ignore[arg-type]  # httptools takes any buffer
+            if self._num_unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
+                why = f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB; shorten them"
+                self._refuse(BadRequestError(why, status=431))
+        if self._waiting:
+            self.flow.pause_reading()
 
     def send_400_response(self, msg: str) -> None:
         """Called when the parser refuses what has been received."""
@@ -74,12 +94,21 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._is_head_complete = False
         self.scope["state"]["certified_name"] = self._certified_name
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Ignores trailers, which uvicorn takes for headers: they come after what they would change."""
+        if not self._is_head_complete:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        self._is_head_complete = True
         self._num_unparsed = 0
         self._stop_timer()
         super().on_headers_complete()
+        if not self.pipeline:
+            self._served = self.cycle
         if self.scope["http_version"] == "1.0":
             # Such a caller does not know chunks: the end of the connection is the end of a response without a length.
             self.cycle.chunked_encoding = False
@@ -94,9 +123,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._served, _ = self.pipeline[-1]
         super().on_response_complete()
         if self.cycle.more_body:
             self._start_timer()
+        self._parse()
 
     @property
     def _is_idle(self) -> bool:

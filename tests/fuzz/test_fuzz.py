@@ -9,17 +9,15 @@ import json
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
-import pytest
 from fuzz.values import frames, json_values, messages
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server_process import ServerProcess, running
+from server_process import ServerProcess
 
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 from mpt_grpc.gateway.response_request import ResponseRequest
@@ -47,22 +45,6 @@ MINIMAL = {
 }
 # The server is shared by all examples, which is what is tested.
 fuzzed = settings(suppress_health_check=list(HealthCheck))
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
-    """A server that must have logged no traceback by its end."""
-    with running() as server:
-        yield server
-        server.terminate()
-        assert server.wait() == 0
-        assert "Traceback" not in server.stderr
-
-
-@pytest.fixture(scope="module")
-def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(server.target) as channel:
-        yield channel
 
 
 def status(channel: grpc.Channel, method: str, data: bytes) -> grpc.StatusCode:

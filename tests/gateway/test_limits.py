@@ -273,6 +273,46 @@ async def test_chunk_extensions_and_trailers_are_bounded(gateway: RunningServer,
     writer.close()
 
 
+async def test_pipelined_requests_are_answered_in_turn(gateway: RunningServer) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port, limit=1 << 24)
+    bodies = [json.dumps({"prompt": "a b" * number}).encode() for number in range(1, 301)]
+    requests = [
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(b), b) for b in bodies
+    ]
+    writer.write(b"".join(requests))
+    counts = []
+    for _ in bodies:
+        await reader.readuntil(b'{"count":')
+        counts.append(int((await reader.readuntil(b",")).rstrip(b",")))
+    writer.close()
+    assert counts == sorted(set(counts))
+
+
+async def test_a_caller_who_leaves_is_noticed_though_another_request_waits(gateway: RunningServer) -> None:
+    body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True}
+    _, writer = await send(gateway, "POST", TEXT, body, connection="keep-alive")
+    writer.write(b"GET /health HTTP/1.1\r\n\r\n")
+    while not gateway.engine.num_in_flight:
+        await fetch(gateway, "GET", "/health")
+    num_steps = gateway.engine.load.num_steps
+    writer.close()
+    while gateway.engine.num_in_flight:
+        await fetch(gateway, "GET", "/health")
+    assert gateway.engine.load.num_steps - num_steps < 1000
+
+
+async def test_trailers_are_no_headers(gateway: RunningServer) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+    )
+    body = b'{"prompt": "a", "max_tokens": 1}'
+    trailers = b"host: evil.example\r\ncontent-encoding: gzip\r\n"
+    writer.write(head + b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(body), body, trailers))
+    status, _, _ = await read_response(reader, writer)
+    assert status == 200
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -305,7 +305,8 @@ async def test_the_metrics_of_a_gateway_are_for_those_whom_a_server_has_accepted
 
 
 async def test_a_server_that_hangs_does_not_hold_up_the_metrics_of_a_gateway() -> None:
-    async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0) as hanging:
+    held: list[object] = []  # connections without a reference are closed
+    async with await asyncio.start_server(lambda *streams: held.append(streams), "127.0.0.1", 0) as hanging:
         target = f"127.0.0.1:{hanging.sockets[0].getsockname()[1]}"
         page = MetricsPage(CollectorRegistry(), Access(None))
         async with running_gateway(target, "127.0.0.1", HttpSettings(port=0), metrics=page) as port:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 from server_process import ServerProcess, running
@@ -130,3 +132,17 @@ def test_hostile_calls_of_every_kind_leave_no_memory_behind() -> None:
         while (growth := resident_bytes(server) - start) > MAX_GROWTH_BYTES and time.monotonic() < end_s:
             stub.Generate(generate())
         assert growth < MAX_GROWTH_BYTES
+
+
+def test_pipelined_requests_take_little_memory_while_they_wait(server: ServerProcess) -> None:
+    start = resident_bytes(server)
+    with ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", urlsplit(server.openai_url).port)))
+            for _ in range(30)
+        ]
+        for connection in connections:
+            connection.sendall(b"GET /health HTTP/1.1\r\n\r\n" * 5000)
+        for connection in connections:
+            assert connection.recv(1)
+        assert resident_bytes(server) - start < MAX_GROWTH_BYTES
