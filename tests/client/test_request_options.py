@@ -83,7 +83,7 @@ OPTIONS = {
 }  # fmt: skip
 """Each option with a value, the field that it sets and the value expected there."""
 NESTED: list[Any] = []
-for _ in range(1000):
+for _ in range(100_000):  # deeper than any version of Python encodes
     NESTED = [NESTED]
 GROUPS = (
     pb.SamplingParameters,

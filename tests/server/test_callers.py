@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -305,9 +306,8 @@ async def test_the_metrics_of_a_gateway_are_for_those_whom_a_server_has_accepted
 
 
 async def test_a_server_that_hangs_does_not_hold_up_the_metrics_of_a_gateway() -> None:
-    held: list[object] = []  # connections without a reference are closed
-    async with await asyncio.start_server(lambda *streams: held.append(streams), "127.0.0.1", 0) as hanging:
-        target = f"127.0.0.1:{hanging.sockets[0].getsockname()[1]}"
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        target = f"127.0.0.1:{hanging.getsockname()[1]}"
         page = MetricsPage(CollectorRegistry(), Access(None))
         async with running_gateway(target, "127.0.0.1", HttpSettings(port=0), metrics=page) as port:
             gateway: Any = type("Gateway", (), {"http_port": port})
