@@ -238,6 +238,7 @@ def test_a_non_finite_row_fails_only_its_own_sequence(temperature: float, fault:
     assert result.token_ids == {row: sound[row] for row in (0, 1, 3)}
     assert list(result.errors) == [2]
     assert isinstance(result.errors[2], InternalError)
+    assert "not finite" in str(result.errors[2])
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}])
@@ -291,6 +292,9 @@ def test_a_fault_after_a_right_draft_waits_for_its_own_step() -> None:
     best = logits.argmax(dim=-1).tolist()
     logits[1] = torch.nan
     result = Sampler(50).sample(logits, [drafted(0, (best[0], 1), temperature=0)])
+    assert (result.token_ids, result.errors) == ({0: (best[0],)}, {})
+    masks = {0: [b"\xff" * 7, bytes(7), b"\xff" * 7]}
+    result = Sampler(50).sample(random_logits(3, 50), [drafted(0, (best[0], 1), temperature=0)], masks)
     assert (result.token_ids, result.errors) == ({0: (best[0],)}, {})
     logits[0] = torch.nan
     result = Sampler(50).sample(logits, [drafted(0, (best[0], 1), temperature=0)])
