@@ -227,6 +227,14 @@ def test_vocabulary_padding_is_never_chosen(temperature: float, padding: float) 
     assert max(result.token_ids.values()) < (10,)
 
 
+def test_a_batch_that_grows_or_shrinks_is_sampled_like_a_new_one() -> None:
+    logits, sampler = random_logits(4, 50), Sampler(50)
+    steps = [sequence(row, temperature=temperature) for row, temperature in enumerate((0.0, 1.0, 1.0, 1.0))]
+    for count in (2, 4, 1, 3):
+        expected = Sampler(50).sample(logits[:count], steps[:count]).token_ids
+        assert sampler.sample(logits[:count], steps[:count]).token_ids == expected
+
+
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_non_finite_row_fails_only_its_own_sequence(temperature: float, fault: float) -> None:
