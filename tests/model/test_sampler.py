@@ -127,12 +127,16 @@ def test_the_noise_is_that_of_the_documented_hash() -> None:
 @pytest.mark.parametrize("difference", [-0.01, 0.01])
 @pytest.mark.parametrize(
     ("seed", "extreme", "uniform"),
-    [(973995008045323301, 0, 2.0**-33), (2547881648330384964, (1 << 32) - 1, 1 - 2.0**-24)],
+    [
+        (973995008045323301, 0, 2.0**-33),
+        (15510417207562066079, 1, 1.5 * 2.0**-32),
+        (2547881648330384964, (1 << 32) - 1, 1 - 2.0**-24),
+    ],
 )
 def test_the_noise_is_exact_where_it_is_largest_and_smallest(
     seed: int, extreme: int, uniform: float, difference: float
 ) -> None:
-    """The smallest hash stands for the middle of its 2^-32, the largest for the float32 below 1."""
+    """The smallest hashes stand for the middle of their 2^-32, the largest for the float32 below 1."""
     stream = splitmix64((seed + splitmix64(1)) % (1 << 64))
     hashes = [splitmix64((stream + (token + 1) * 0x9E3779B97F4A7C15) % (1 << 64)) % (1 << 32) for token in range(2)]
     assert hashes[0] == extreme
