@@ -606,6 +606,16 @@ def test_right_drafts_save_steps() -> None:
     assert steps[1] < 100
 
 
+def test_nothing_follows_a_stop_token_among_right_drafts() -> None:
+    m = machine(speculates=True)
+    m.step_seconds = lambda _: 1.0
+    text = (15, *expected_output((3, 15), 9, 100))
+    stopping = replace(ENDLESS, max_new_tokens=20, stop_token_ids=(text[8],))
+    m.add(replace(request("r"), stopping=stopping), (3, *text, *text[:3]))
+    m.finish()
+    assert tuple(m.outputs["r"]) == text[3:9]
+
+
 def test_drafts_take_no_blocks_from_others() -> None:
     m = machine(num_blocks=12, max_context=48, speculates=True)
     m.step_seconds = lambda _: 1.0
