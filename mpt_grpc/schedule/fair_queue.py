@@ -41,7 +41,7 @@ class FairQueue:
         caller = sequence.request.caller.name
         if not any(caller in callers for callers in self._waiting.values()):
             level = self._level(sequence.request.priority) - self._cost_of_started(caller)
-            self._offsets[caller] = max(self._offsets.get(caller, 0.0), level)
+            self._offsets[caller] = max(self._offsets.get(caller, level), level)
         callers = self._waiting.setdefault(sequence.request.priority, {})
         insort(callers.setdefault(caller, []), sequence, key=_sequence_id)
 
@@ -93,7 +93,7 @@ class FairQueue:
         return self._served(caller.name)
 
     def _served(self, caller: str) -> float:
-        return self._offsets.get(caller, 0.0) + self._cost_of_started(caller)
+        return self._offsets[caller] + self._cost_of_started(caller)
 
     def _cost_of_started(self, caller: str) -> float:
         return sum(map(_cost, self._started.get(caller, ())))

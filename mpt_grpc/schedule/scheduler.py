@@ -266,9 +266,8 @@ class Scheduler:
             if not (count := num_tokens[sequence]):  # its last token is in flight
                 continue
             end = sequence.num_computed + count
-            if end > len(sequence.block_table) * block_size and not self._extend(sequence, end):
-                break
-            steps.append(sequence.step(count))
+            if end <= len(sequence.block_table) * block_size or self._extend(sequence, end):
+                steps.append(sequence.step(count))
         return steps
 
     def _add_drafts(self, steps: list[SequenceStep]) -> None:

@@ -65,15 +65,13 @@ class StepTimes:
 
     def num_tokens(self, seconds: float) -> int:
         """Returns the most tokens of a step that is expected to take at most `seconds`."""
-        most, lower = 0.0, _Mean(0, 0, 0)
+        lower = _Mean(0, 0, 0)
         for upper in self._means.values():
             if upper.seconds > seconds:
-                if upper.seconds > lower.seconds <= seconds:
-                    share = (seconds - lower.seconds) / (upper.seconds - lower.seconds)
-                    most = lower.num_tokens + share * (upper.num_tokens - lower.num_tokens)
-                return int(most)
-            most, lower = upper.num_tokens, upper
-        return int(most * seconds / lower.seconds) if lower.seconds else 0
+                share = (seconds - lower.seconds) / (upper.seconds - lower.seconds)
+                return int(lower.num_tokens + share * (upper.num_tokens - lower.num_tokens))
+            lower = upper
+        return int(lower.num_tokens * seconds / lower.seconds) if lower.seconds else 0
 
 
 def _size(num_tokens: int) -> int:

@@ -184,7 +184,7 @@ class StopStrings:
 
     def flush(self) -> str:
         """Returns the text that was held back, after the last text was fed."""
-        text, self._held, self._node = self._held, "", 0
+        text, self._held = self._held, ""
         return text
 
 

@@ -236,12 +236,23 @@ def test_outputs_that_end_together_have_the_statistics_in_the_last_delta(tokeniz
     ]
 
 
-def test_tokens_are_sent_in_chunks_of_the_wanted_number(tokenizer: Tokenizer) -> None:
-    output = PlainOutput(0, TextAssembler(tokenizer.detokenizer()), lambda _: None)
-    assembly = RequestAssembly({0: output}, ChunkOptions(num_tokens=3), is_guarded=False, begins_slowly=False)
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        (ChunkOptions(), [1] * 8 + [0]),
+        (ChunkOptions(num_tokens=3), [1, 3, 3, 1]),
+        (ChunkOptions(interval_s=1e9), [1, 7]),
+        (ChunkOptions(num_tokens=3, interval_s=1e9), [1, 3, 3, 1]),
+    ],
+)
+def test_tokens_are_sent_in_chunks_of_the_wanted_number_or_time(
+    tokenizer: Tokenizer, options: ChunkOptions, sizes: list[int]
+) -> None:
+    output = PlainOutput(0, TextAssembler(tokenizer.detokenizer(), ()), lambda _: None)
+    assembly = RequestAssembly({0: output}, options, is_guarded=False, begins_slowly=False)
     events = [*(TokenEvent(0, token_id) for token_id in range(20, 28)), TokenEvent(0, finish=END)]
     deltas = [delta for event in events for delta in assembly.advance([event])]
-    assert [len(delta.token_ids) for delta in deltas] == [1, 3, 3, 1]
+    assert [len(delta.token_ids) for delta in deltas] == sizes
 
 
 def test_a_failed_request_gives_what_came_before_its_error(tokenizer: Tokenizer) -> None:

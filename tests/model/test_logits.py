@@ -275,6 +275,7 @@ def test_a_row_with_no_allowed_token_fails_only_its_own_sequence(sampling: dict[
     result = sample(logits, one, replace(one, num_top_logprobs=2), one, masks={11: mask_of(())})
     assert result.token_ids == {10: alone[10], 12: alone[12]}
     assert isinstance(result.errors[11], InternalError)
+    assert "allows no token" in str(result.errors[11])
     assert not result.logprobs
 
 

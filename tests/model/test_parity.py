@@ -208,6 +208,14 @@ def test_any_chunking_gives_the_same_logits(tmp_path: Path, seed: int) -> None:
     torch.testing.assert_close(chunked, whole[ends], rtol=0, atol=1e-5)
 
 
+def test_a_prompt_whose_biases_do_not_fit_in_memory_at_once_has_the_same_logits(tmp_path: Path) -> None:
+    """With 64 heads the torch backend computes the biases of 600 tokens once per layer, and those of 60 once."""
+    make_checkpoint(tmp_path, tiny_config(n_heads=64))
+    model, tokens = load(tmp_path), random_tokens(600)
+    whole = run_prompt(model, tokens, [600], block_size=16)
+    torch.testing.assert_close(run_prompt(model, tokens, [60] * 10, block_size=16)[-1:], whole, rtol=0, atol=1e-4)
+
+
 def test_16_batched_sequences_have_the_same_logits_as_alone(tmp_path: Path) -> None:
     """The lengths differ and chunk sizes vary from step to step, so that prefill and decode share steps."""
     make_checkpoint(tmp_path, tiny_config({**GQA, "kv_n_heads": 2}))

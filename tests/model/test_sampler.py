@@ -127,12 +127,16 @@ def test_the_noise_is_that_of_the_documented_hash() -> None:
 @pytest.mark.parametrize("difference", [-0.01, 0.01])
 @pytest.mark.parametrize(
     ("seed", "extreme", "uniform"),
-    [(973995008045323301, 0, 2.0**-33), (2547881648330384964, (1 << 32) - 1, 1 - 2.0**-24)],
+    [
+        (973995008045323301, 0, 2.0**-33),
+        (15510417207562066079, 1, 1.5 * 2.0**-32),
+        (2547881648330384964, (1 << 32) - 1, 1 - 2.0**-24),
+    ],
 )
 def test_the_noise_is_exact_where_it_is_largest_and_smallest(
     seed: int, extreme: int, uniform: float, difference: float
 ) -> None:
-    """The smallest hash stands for the middle of its 2^-32, the largest for the float32 below 1."""
+    """The smallest hashes stand for the middle of their 2^-32, the largest for the float32 below 1."""
     stream = splitmix64((seed + splitmix64(1)) % (1 << 64))
     hashes = [splitmix64((stream + (token + 1) * 0x9E3779B97F4A7C15) % (1 << 64)) % (1 << 32) for token in range(2)]
     assert hashes[0] == extreme
@@ -227,6 +231,14 @@ def test_vocabulary_padding_is_never_chosen(temperature: float, padding: float) 
     assert max(result.token_ids.values()) < (10,)
 
 
+def test_a_batch_that_grows_or_shrinks_is_sampled_like_a_new_one() -> None:
+    logits, sampler = random_logits(4, 50), Sampler(50)
+    steps = [sequence(row, temperature=temperature) for row, temperature in enumerate((0.0, 1.0, 1.0, 1.0))]
+    for count in (2, 4, 1, 3):
+        expected = Sampler(50).sample(logits[:count], steps[:count]).token_ids
+        assert sampler.sample(logits[:count], steps[:count]).token_ids == expected
+
+
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_non_finite_row_fails_only_its_own_sequence(temperature: float, fault: float) -> None:
@@ -238,6 +250,7 @@ def test_a_non_finite_row_fails_only_its_own_sequence(temperature: float, fault:
     assert result.token_ids == {row: sound[row] for row in (0, 1, 3)}
     assert list(result.errors) == [2]
     assert isinstance(result.errors[2], InternalError)
+    assert "not finite" in str(result.errors[2])
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}])
@@ -291,6 +304,9 @@ def test_a_fault_after_a_right_draft_waits_for_its_own_step() -> None:
     best = logits.argmax(dim=-1).tolist()
     logits[1] = torch.nan
     result = Sampler(50).sample(logits, [drafted(0, (best[0], 1), temperature=0)])
+    assert (result.token_ids, result.errors) == ({0: (best[0],)}, {})
+    masks = {0: [b"\xff" * 7, bytes(7), b"\xff" * 7]}
+    result = Sampler(50).sample(random_logits(3, 50), [drafted(0, (best[0], 1), temperature=0)], masks)
     assert (result.token_ids, result.errors) == ({0: (best[0],)}, {})
     logits[0] = torch.nan
     result = Sampler(50).sample(logits, [drafted(0, (best[0], 1), temperature=0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,6 +59,14 @@ def _is_text(data: bytes) -> bool:
         return bool(data.decode())
     except UnicodeDecodeError:
         return False
+
+
+def test_a_block_cannot_be_freed_twice() -> None:
+    pool = BlockPool(2, 1)
+    blocks = pool.allocate(1)
+    pool.free(blocks)
+    with pytest.raises(AssertionError, match="freed twice"):
+        pool.free(blocks)
 
 
 def test_a_shared_block_is_free_once_its_last_owner_frees_it() -> None:

@@ -9,9 +9,10 @@ from mpt_grpc.schedule.step_times import StepTimes
 
 
 def times(*steps: tuple[int, float]) -> StepTimes:
+    """Returns the times after steps, each given as its number of tokens and its milliseconds."""
     measured = StepTimes()
-    for num_tokens, seconds in steps:
-        measured.record(num_tokens, seconds)
+    for num_tokens, milliseconds in steps:
+        measured.record(num_tokens, milliseconds / 1000)
     return measured
 
 

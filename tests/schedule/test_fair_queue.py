@@ -267,3 +267,20 @@ def test_callers_who_are_idle_are_forgotten() -> None:
         queue.start(sequence)
         queue.end(sequence)
     assert len(vars(queue)["_offsets"]) <= 1001
+
+
+def test_a_caller_who_is_idle_keeps_what_it_was_served() -> None:
+    def sequence_of(number: int, caller: str) -> Sequence:
+        return Sequence(number, replace(request(f"{number}"), caller=Caller(caller)), 0, (1,), max_context_tokens=100)
+
+    queue = FairQueue()
+    for number, caller in enumerate(("idle", "other")):
+        sequence = sequence_of(number, caller)
+        queue.add(sequence)
+        queue.start(sequence)
+        sequence.append(5)
+        queue.end(sequence)
+    new, again = sequence_of(3, "new"), sequence_of(2, "idle")
+    queue.add(new)
+    queue.add(again)
+    assert queue.first is new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scheduler_machine import request
 
@@ -50,7 +50,10 @@ def expected(running: list[Sequence], head: Sequence, waiting: FairQueue) -> lis
     return preemptible
 
 
-@given(Arrivals, st.sets(st.integers(0, 11)), st.sampled_from(CALLERS), st.integers(0, 2))
+@given(Arrivals, st.sets(st.integers(0, 11), max_size=4), st.sampled_from(CALLERS), st.integers(0, 2))
+@example([(CALLERS[0], 0, 5)] * 7, set(), CALLERS[1], 0)
+@example([(CALLERS[0], 0, 5)] * 4, set(), CALLERS[1], 0)  # exactly the share
+@example([(CALLERS[0], 1, 5)] * 7, set(), CALLERS[1], 0)  # those beyond the share have a higher priority
 def test_those_make_way_that_have_lower_priority_or_are_beyond_their_callers_share(
     arrivals: list[tuple[Caller, int, int]], left: set[int], caller: Caller, priority: int
 ) -> None:

@@ -598,11 +598,22 @@ def test_right_drafts_save_steps() -> None:
     steps = [0, 0]
     for number, m in enumerate((plain, speculating)):
         while m.scheduler.has_work:
-            m.step()
+            (sequence,) = m.step().sequences
+            assert sequence.num_known == 1 or steps[number] == 0, "a right draft is not computed again"
             steps[number] += 1
     assert plain.outputs == speculating.outputs
     assert steps[0] == 200
     assert steps[1] < 100
+
+
+def test_nothing_follows_a_stop_token_among_right_drafts() -> None:
+    m = machine(speculates=True)
+    m.step_seconds = lambda _: 1.0
+    text = (15, *expected_output((3, 15), 9, 100))
+    stopping = replace(ENDLESS, max_new_tokens=20, stop_token_ids=(text[8],))
+    m.add(replace(request("r"), stopping=stopping), (3, *text, *text[:3]))
+    m.finish()
+    assert tuple(m.outputs["r"]) == text[3:9]
 
 
 def test_drafts_take_no_blocks_from_others() -> None:

@@ -29,6 +29,12 @@ def test_times_of_unknown_sizes_are_in_proportion() -> None:
     assert (times.num_tokens(1.0), times.num_tokens(6.0)) == (4, 32)
 
 
+def test_sizes_that_differ_by_a_third_are_told_apart_and_by_an_eighth_are_not() -> None:
+    apart, together = measured(_8=1.0, _11=2.0), measured(_16=1.0, _18=2.0)
+    assert (apart.seconds(8), apart.seconds(11)) == (1.0, 2.0)
+    assert together.seconds(18) < 1.5
+
+
 def test_nothing_is_expected_before_the_first_step() -> None:
     assert (StepTimes().seconds(8), StepTimes().num_tokens(1.0), StepTimes().is_recent(8)) == (0.0, 0, False)
 
