@@ -146,7 +146,7 @@ def _tests(group: str, module: Path | None = None) -> list[str]:
     arguments = [
         str(path)
         for argument in shlex.split(GROUPS[group][1])
-        for path in sorted(Path(argument).glob("test_*.py")) or [argument]
+        for path in sorted(Path(argument).glob("test_*.py")) or [Path(argument)]
     ]
     return sorted(arguments, key=lambda path: module is None or Path(path).name != f"test_{module.name}")
 

@@ -70,7 +70,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_idle:
             self._start_timer()
-        self._waiting = memoryview(b"%b%b" % (self._waiting, data) if self._waiting else data)
+        self._waiting = memoryview(b"".join((self._waiting, data)) if self._waiting else data)
         self._parse()
 
     def _parse(self) -> None:
