@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from random import Random
 from statistics import median, quantiles
@@ -105,6 +106,8 @@ async def _beside(other: Callable[[], Awaitable[None]], measured: Awaitable[_Res
         return await measured
     finally:
         task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 def _gaps_s(generation: Generation) -> list[float]:

@@ -87,7 +87,7 @@ def is_unicode(value: Any) -> bool:
 
 def _short(number: str) -> int:
     """Returns an integer. Raises ValueError if it has too many digits."""
-    if len(number) > _MAX_DIGITS:
+    if len(number.removeprefix("-")) > _MAX_DIGITS:
         raise ValueError(f"an integer has more than {_MAX_DIGITS} digits")
     return int(number)
 

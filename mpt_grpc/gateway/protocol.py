@@ -8,6 +8,7 @@ import asyncio
 from typing import Any
 
 from starlette.responses import Response
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from mpt_grpc.gateway.errors import BadRequestError, error_response
@@ -44,6 +45,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _ReadingWhenParsed(transport, self)
         if certificate := transport.get_extra_info("peercert"):
             self._certified_name = subject_name(certificate)
         self._start_timer()
@@ -87,7 +89,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Called when the parser refuses what has been received."""
-        if self._is_idle or not self.cycle.response_started:
+        if self._is_idle or not (self._served is not None and self._served.response_started):
             error = BadRequestError(f"{msg} Send HTTP/1.1 with a length or chunks that are right.")
             self.transport.write(_message(error_response(error), error.status))
         self.transport.close()
@@ -126,9 +128,19 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.pipeline:
             self._served, _ = self.pipeline[-1]
         super().on_response_complete()
-        if self.cycle.more_body:
+        if self._is_idle and self.cycle.more_body:
             self._start_timer()
         self._parse()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        # What follows in the same piece is lost, so the rest could be taken for other requests.
+        super()._unsupported_upgrade_warning()
+        self._waiting = memoryview(b"")
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether something that has been received waits for the requests before it."""
+        return bool(self._waiting)
 
     @property
     def _is_idle(self) -> bool:
@@ -160,6 +172,18 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._is_idle:
             self.transport.write(_message(error_response(error), error.status))
         self.transport.close()
+
+
+class _ReadingWhenParsed(FlowControl):
+    """Reads no more from a connection while what has been read waits."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: BoundedProtocol) -> None:
+        super().__init__(transport)
+        self._protocol = protocol
+
+    def resume_reading(self) -> None:
+        if not self._protocol.has_waiting:
+            super().resume_reading()
 
 
 class _AnyLength(int):

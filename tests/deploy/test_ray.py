@@ -35,6 +35,7 @@ VARIABLES = {
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(
         not PYTHON.exists() and "CI" not in os.environ, reason="Ray is not installed: run make .venv/ray/ready"
     ),
@@ -218,12 +219,15 @@ async def test_scaling_by_the_requests_in_flight_cuts_no_stream(cluster: Cluster
     await cluster.command("deploy", FLAGS, 1)
     for num_replicas, num_streams in ((1, 2), (3, 20), (1, 2)):
         scaled = asyncio.create_task(cluster.targets_when(num_replicas, silent=before))
-        before = await load_until(scaled, cluster, whole, num_streams)
+        after = await load_until(scaled, cluster, whole, num_streams)
+        assert set(after) <= set(before) or set(before) <= set(after)
+        before = after
 
 
 async def test_a_new_version_cuts_no_stream(cluster: Cluster, server: ServerProcess) -> None:
     whole = await expected(server, 4, 300)
-    before = await cluster.targets()
+    while not (before := await cluster.targets()):  # noqa: ASYNC110
+        await asyncio.sleep(0.2)
     await cluster.command("deploy", f"{FLAGS} --max-context-tokens 1000", 2)
     replaced = asyncio.create_task(cluster.targets_when(2, without=before))
     async with AsyncClient(await load_until(replaced, cluster, whole, 4), timeout=240) as client:
@@ -234,9 +238,11 @@ async def load_until(
     changed: asyncio.Task[list[str]], cluster: Cluster, whole: list[tuple[int, ...]], num_streams: int
 ) -> list[str]:
     """Keeps streams running until the replicas have changed; none may be cut or differ."""
+    numbers = [index % len(whole) for index in range(num_streams)]
     while not changed.done():
-        async with AsyncClient(await cluster.targets(), timeout=240) as client:
-            numbers = [index % len(whole) for index in range(num_streams)]
+        if not (targets := await cluster.targets()):  # late on a busy machine
+            continue
+        async with AsyncClient(targets, timeout=240) as client:
             results = await asyncio.gather(*(client.generate(**options(number, 300)) for number in numbers))
         assert [tokens(result) for result in results] == [whole[number] for number in numbers]
         assert not any(result.resumptions for result in results)

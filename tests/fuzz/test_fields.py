@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from http.client import HTTPConnection
 from itertools import groupby, pairwise
@@ -18,23 +20,24 @@ from urllib.parse import urlsplit
 
 import grpc
 import pytest
-from fuzz.fields import BodyField, attacks, body_fields, paths
 from google.rpc import error_details_pb2
 from grpc_status.rpc_status import from_call
 from http_calls import call
 from server_process import ServerProcess
 
+from fuzz.fields import BodyField, attacks, body_fields, paths
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2
 
-TIMEOUT_S = 30
+TIMEOUT_S, PAUSE_S = 30, 0.5
 MAX_GAP_S = 0.25
-NUM_TRIES = 3
+NUM_TRIES = 10
 BASES = {"GenerateRequest": pb.GenerateRequest(text="Once", stopping=pb.StoppingCriteria(max_new_tokens=1))}
 UNLIMITED_NUMBERS = {"conversation.messages.tool_calls.index", "sampling.seed", "truncate_prompt_tokens"}
 """Fields of messages that may have every number of their type."""
 IGNORED_TEXTS = set("description id model name namespace phase refusal status tool_call_id verbosity".split())
 """Names of fields in bodies of which the text has no effect, at least in some places."""
+pytestmark = pytest.mark.timeout(1200)
 FIELDS = {
     f"{service.name}/{method.name} {field.name}": (service, method, field)
     for file in (pb.DESCRIPTOR, debug_pb2.DESCRIPTOR)
@@ -83,11 +86,12 @@ class Neighbour:
         request = pb.GenerateRequest(text="Once", stopping=stopping).SerializeToString()
         while not self._is_leaving:
             stream = self._channel.unary_stream("/mpt.v1.TextGenerationService/StreamGenerate")(request)
-            for _ in stream:
-                self._times_s.put(self._server.processor_s)
-                if self._is_leaving:
-                    stream.cancel()
-                    return
+            with suppress(grpc.RpcError):  # the next one fails as well, or the server was busy
+                for _ in stream:
+                    self._times_s.put(self._server.processor_s)
+                    if self._is_leaving:
+                        stream.cancel()
+                        return
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,7 @@ def refused_fields(send: Callable[..., Any], data: bytes) -> set[str] | None:
         list(response) if isinstance(response, grpc.Call) else None
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:  # the machine is too busy to check a constraint
+            time.sleep(PAUSE_S)
             return refused_fields(send, data)
         if error.code() is grpc.StatusCode.NOT_FOUND and error.details().startswith("model '"):
             return {"model"}
@@ -166,7 +171,10 @@ def post(connection: HTTPConnection, endpoint: str, body: bytes) -> tuple[int, b
     connection.request("POST", endpoint, body)
     response = connection.getresponse()
     content = response.read()
-    return post(connection, endpoint, body) if response.status == 429 else (response.status, content)
+    if response.status == 429:
+        time.sleep(PAUSE_S)
+        return post(connection, endpoint, body)
+    return response.status, content
 
 
 def without_indexes(path: str) -> str:

@@ -288,6 +288,22 @@ async def test_pipelined_requests_are_answered_in_turn(gateway: RunningServer) -
     assert counts == sorted(set(counts))
 
 
+async def test_a_pipelined_request_has_as_long_as_any_other(
+    gateway: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port, limit=1 << 24)
+    for prompt, max_tokens in (("a", 10), ("a" * 9000, 1000)):
+        fields = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+        body = json.dumps({**fields, "truncate_prompt_tokens": 8}).encode()
+        writer.write(
+            b"POST %b HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (TEXT.encode(), len(body), body)
+        )
+    for _ in range(2):
+        await reader.readuntil(b"data: [DONE]")
+    writer.close()
+
+
 async def test_a_caller_who_leaves_is_noticed_though_another_request_waits(gateway: RunningServer) -> None:
     body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True}
     _, writer = await send(gateway, "POST", TEXT, body, connection="keep-alive")

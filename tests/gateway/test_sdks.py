@@ -57,7 +57,7 @@ def run(file: str, names: list[str], *arguments: str) -> None:
 def check(command: list[str], names: list[str], *arguments: str) -> None:
     """All scenarios pass, in one process: to import the clients takes most of the time."""
     ended = subprocess.run(
-        [*command, ",".join(names), *arguments], capture_output=True, text=True, timeout=120, check=False
+        [*command, ",".join(names), *arguments], capture_output=True, text=True, timeout=280, check=False
     )
     assert ended.returncode == 0, ended.stderr
     assert [line for line in ended.stdout.splitlines() if line.startswith("passed ")] == [f"passed {n}" for n in names]
