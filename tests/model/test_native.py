@@ -29,7 +29,14 @@ from mpt_grpc.model.config import MPTConfig
 from mpt_grpc.model.kv_cache import KVCache
 from mpt_grpc.model.linear import Linear, Norm, WeightFormat
 from mpt_grpc.model.mpt import Attend, alibi_slopes
-from mpt_grpc.model.native import ACTIVATIONS, INSTRUCTION_SETS, Kernels, available_instruction_sets, load_kernels
+from mpt_grpc.model.native import (
+    ACTIVATIONS,
+    INSTRUCTION_SETS,
+    Kernels,
+    available_instruction_sets,
+    load_kernels,
+    supported_instruction_sets,
+)
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
 from mpt_grpc.step import SequenceStep, StepPlan
 
@@ -87,6 +94,25 @@ def test_8_bit_products_are_within_one_percent(kernels: Kernels) -> None:
     expected = x @ weight.T
     error = layer(weight, kernels, quantize=True)(x) - expected
     assert (error.norm(dim=1) <= 0.015 * expected.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "best", "names"),
+    [
+        ("AuthenticAMD", "avx512_bf16", ["avx512_bf16", "avx512", "avx2", "portable"]),
+        ("AuthenticAMD", "avx2", ["avx2", "portable"]),
+        ("GenuineIntel", "amx", ["amx", "avx512", "avx512_bf16", "avx2", "portable"]),
+        ("GenuineIntel", "avx512_bf16", ["avx512", "avx512_bf16", "avx2", "portable"]),
+        ("GenuineIntel", "avx512", ["avx512", "avx2", "portable"]),
+    ],
+)
+def test_pairs_of_bfloat16_are_multiplied_where_that_is_faster(vendor: str, best: str, names: list[str]) -> None:
+    core = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {' '.join(INSTRUCTION_SETS[best])}\n\n"
+    assert supported_instruction_sets(core * 2) == names
+
+
+def test_an_unknown_processor_has_portable_kernels() -> None:
+    assert supported_instruction_sets("") == ["portable"]
 
 
 @pytest.mark.skipif("amx" not in available_instruction_sets(), reason="the processor has no AMX")
@@ -294,7 +320,7 @@ def test_the_best_available_instruction_set_is_the_default(monkeypatch: pytest.M
     monkeypatch.delenv("MPT_GRPC_ISA", raising=False)
     kernels = load_kernels()
     assert kernels is not None
-    assert kernels.instruction_set == next(name for name in INSTRUCTION_SETS if name in available_instruction_sets())
+    assert kernels.instruction_set == available_instruction_sets()[0]
 
 
 def test_a_server_without_kernels_says_how_to_get_them(

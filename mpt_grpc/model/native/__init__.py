@@ -34,7 +34,7 @@ INSTRUCTION_SETS = {
     "avx2": _AVX2,
     "portable": frozenset[str](),
 }
-"""The instruction sets that the kernels are compiled for, best first, and the CPU flags that each needs."""
+"""The instruction sets that the kernels are compiled for, and the CPU flags that each needs."""
 _VARIABLE = "MPT_GRPC_ISA"
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
@@ -240,10 +240,28 @@ def available_instruction_sets() -> list[str]:
     return list(_available())
 
 
+def supported_instruction_sets(cpuinfo: str) -> list[str]:
+    """Returns the instruction sets that a processor has, best first.
+
+    cpuinfo: what Linux says of it in /proc/cpuinfo; other systems say nothing.
+    """
+    fields: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    flags = frozenset(fields.get("flags", "").split())
+    names = [name for name, needed in INSTRUCTION_SETS.items() if needed <= flags]
+    if fields.get("vendor_id") == "GenuineIntel" and "avx512_bf16" in names:
+        # On Intel's processors, products of pairs of bfloat16 take 1.7 times as long as those of float32.
+        names.remove("avx512_bf16")
+        names.insert(names.index("avx512") + 1, "avx512_bf16")
+    return names
+
+
 def _available() -> Iterator[str]:
-    flags = _cpu_flags()
-    for name, needed in INSTRUCTION_SETS.items():
-        if needed <= flags and _library(name) is not None and _load(name).is_permitted:
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
+    for name in supported_instruction_sets(cpuinfo):
+        if _library(name) is not None and _load(name).is_permitted:
             yield name
 
 
@@ -257,17 +275,6 @@ def _load(instruction_set: str) -> Kernels:
 def _library(instruction_set: str) -> Path | None:
     candidates = (Path(__file__).with_name(instruction_set + suffix) for suffix in EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.is_file()), None)
-
-
-def _cpu_flags() -> frozenset[str]:
-    """Returns the CPU features that the operating system reports; none where it is not Linux."""
-    if sys.platform != "linux":
-        return frozenset()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "flags":
-            return frozenset(value.split())
-    return frozenset()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
