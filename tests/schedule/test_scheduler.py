@@ -266,6 +266,17 @@ def test_a_preempted_request_reuses_its_cached_blocks_but_does_not_report_them_a
     assert m.sequences["low"].num_cached_tokens == 0
 
 
+def test_the_blocks_of_an_output_are_shared_with_the_next_turn() -> None:
+    m = machine()
+    prompt = tuple(range(5, 15))
+    m.add(request("first", 14), prompt)
+    m.finish()
+    m.add(request("second", 1), (*prompt, *m.outputs["first"], 1, 2))
+    assert len(m.outputs["first"]) == 14
+    assert m.step().sequences[0].start == 20  # the last token has not been computed
+    m.finish()
+
+
 def test_a_cancelled_prefill_frees_its_blocks_immediately() -> None:
     m = machine(max_step_tokens=8)
     m.add(request("long"), tuple(range(1, 60)))
