@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz.values import json_values, texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fuzz.values import json_values, texts
 from mpt_grpc.checkpoint import DEMO
 from mpt_grpc.errors import MptServerError
 from mpt_grpc.generation_config import generation_defaults

@@ -13,12 +13,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
-from fuzz.values import frames, json_values, messages
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server_process import ServerProcess
 
+from fuzz.values import frames, json_values, messages
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 from mpt_grpc.gateway.response_request import ResponseRequest
 from mpt_grpc_client import Client
