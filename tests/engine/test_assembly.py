@@ -226,6 +226,18 @@ def test_a_request_gives_one_delta_for_each_output_and_its_statistics_with_the_l
     assert (assembly.ended, assembly.error) == (True, None)
 
 
+def test_resumed_tokens_are_read_once_before_the_first_event(tokenizer: Tokenizer) -> None:
+    ends: list[Finish] = []
+    text = TextAssembler(tokenizer.detokenizer(), ["bad wolf"])
+    output = PlainOutput(0, text, ends.append, tuple(tokenizer.encode("the bad")))
+    assembly = RequestAssembly({0: output}, ChunkOptions(), is_guarded=False, begins_slowly=True)
+    assert assembly.is_slow
+    for character in " wolf":
+        assembly.advance([TokenEvent(0, token_id) for token_id in tokenizer.encode(character)])
+        assert not assembly.is_slow
+    assert [end.stop_string for end in ends] == ["bad wolf"]
+
+
 def test_outputs_that_end_together_have_the_statistics_in_the_last_delta(tokenizer: Tokenizer) -> None:
     outputs = [PlainOutput(index, TextAssembler(tokenizer.detokenizer()), lambda _: None) for index in range(2)]
     assembly = RequestAssembly(dict(enumerate(outputs)), ChunkOptions(), is_guarded=False, begins_slowly=False)

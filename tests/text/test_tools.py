@@ -172,6 +172,10 @@ def test_tools_that_are_not_valid_are_refused_by_name(fields: dict[str, Any], na
     assert [violation.field for violation in refused.value.violations] == [f"conversation.{named}"]
 
 
+def test_the_longest_name_of_a_tool_is_accepted() -> None:
+    assert "x" * 64 in prompt(ASK, tools=(Tool("x" * 64, "", ""),))
+
+
 def test_calls_and_results_in_the_wrong_place_are_refused_by_name() -> None:
     call = ToolCall("1", "<tool_call>", "{}")
     messages = (
