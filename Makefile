@@ -137,7 +137,7 @@ test: .venv/dev $(CLIENTS) .venv/client-oldest/ready .venv/client-newest/ready .
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 .PHONY: mutate
-mutate: .venv/mutate ## Show which small changes to the code no test notices, in 20 minutes; ARGS="schedule --all" for some
+mutate: .venv/mutate ## Show which small changes to the code no test notices, in 12 minutes; ARGS="schedule --all" for some
 	@$(BIN)/python tools/mutate.py $(ARGS)
 
 .PHONY: torture
