@@ -22,7 +22,7 @@ from time import perf_counter
 from typing import TypeVar
 
 from benchmarks.peers.drivers.ladder import Generation, decode_rate
-from benchmarks.peers.drivers.ours import served
+from benchmarks.peers.drivers.ours import served, streams
 from mpt_grpc_client import AsyncClient
 
 _Result = TypeVar("_Result")
@@ -82,15 +82,7 @@ async def _after_the_same_beginning(client: AsyncClient, shared_tokens: int = 15
 
 
 async def _streams(client: AsyncClient, number: int, new_tokens: int) -> Generation:
-    async def read() -> list[float]:
-        times_s: list[float] = []
-        async with client.stream(_tokens(64), temperature=0, max_new_tokens=new_tokens, ignore_eos=True) as stream:
-            async for delta in stream.deltas():
-                times_s += [perf_counter()] * delta.num_tokens
-        return times_s
-
-    start_s = perf_counter()
-    return Generation(start_s, await asyncio.gather(*(read() for _ in range(number))))
+    return await streams(client, [_tokens(64) for _ in range(number)], new_tokens)
 
 
 async def _first_token_s(client: AsyncClient, prompt: Sequence[int]) -> float:

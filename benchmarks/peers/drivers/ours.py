@@ -41,17 +41,22 @@ def served(*flags: str) -> Iterator[str]:
 
 async def _generate(target: str, prompts: Prompts, new_tokens: int) -> Generation:
     async with AsyncClient(target) as client:
-
-        async def read(prompt: Sequence[int]) -> list[float]:
-            times_s: list[float] = []
-            async with client.stream(prompt, temperature=0, max_new_tokens=new_tokens, ignore_eos=True) as stream:
-                async for delta in stream.deltas():
-                    times_s += [perf_counter()] * delta.num_tokens
-            return times_s
-
         await client.get_model_info()  # connects
-        start_s = perf_counter()
-        return Generation(start_s, await asyncio.gather(*map(read, prompts)))
+        return await streams(client, prompts, new_tokens)
+
+
+async def streams(client: AsyncClient, prompts: Prompts, new_tokens: int) -> Generation:
+    """Continues all prompts at once, greedily, by a number of tokens, whatever they are."""
+
+    async def read(prompt: Sequence[int]) -> list[float]:
+        times_s: list[float] = []
+        async with client.stream(prompt, temperature=0, max_new_tokens=new_tokens, ignore_eos=True) as stream:
+            async for delta in stream.deltas():
+                times_s += [perf_counter()] * delta.num_tokens
+        return times_s
+
+    start_s = perf_counter()
+    return Generation(start_s, await asyncio.gather(*map(read, prompts)))
 
 
 if __name__ == "__main__":
