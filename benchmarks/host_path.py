@@ -24,12 +24,16 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
+from torch import Tensor
 
 import mpt_grpc
 from mpt_grpc.engine.load import load_engine
 from mpt_grpc.engine.stream import AsyncStream
+from mpt_grpc.model.attention import AttentionMetadata
+from mpt_grpc.model.runner import Runner
 from mpt_grpc.request import GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.server import RunningServer, serve
 from mpt_grpc.settings import HttpSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
@@ -59,8 +63,27 @@ def _settings(folder: Path) -> Settings:
     )
 
 
-async def in_process(folder: Path, num_streams: int) -> tuple[float, float]:
-    """Returns tokens/s and milliseconds a step of the engine, read on the event loop of the same process."""
+@contextmanager
+def timed_model() -> Iterator[Callable[[], float]]:
+    """Yields what returns the seconds that steps have spent in the model so far."""
+    compute, spent_s = Runner.compute, 0.0
+
+    def timed(runner: Runner, metadata: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal spent_s
+        start_s = time.perf_counter()
+        result = compute(runner, metadata)
+        spent_s += time.perf_counter() - start_s
+        return result
+
+    with mock.patch.object(Runner, "compute", timed):
+        yield lambda: spent_s
+
+
+async def in_process(folder: Path, num_streams: int) -> tuple[float, float, float]:
+    """Returns tokens/s and milliseconds a step of the engine, with and without the model.
+
+    The streams are read on the event loop of the same process.
+    """
     engine, _ = load_engine(_settings(folder), loop=asyncio.get_running_loop())
 
     async def read(number: int, num_tokens: int) -> None:
@@ -70,12 +93,13 @@ async def in_process(folder: Path, num_streams: int) -> tuple[float, float]:
         async for _ in engine.submit(request, AsyncStream):
             pass
 
-    with engine:
+    with engine, timed_model() as model_s:
         await asyncio.gather(*(read(number, 20) for number in range(num_streams)))
-        num_steps, start_s = engine.load.num_steps, time.perf_counter()
+        num_steps, start_s, start_model_s = engine.load.num_steps, time.perf_counter(), model_s()
         await asyncio.gather(*(read(number, NUM_TOKENS) for number in range(num_streams)))
-        elapsed_s = time.perf_counter() - start_s
-        return num_streams * NUM_TOKENS / elapsed_s, 1e3 * elapsed_s / (engine.load.num_steps - num_steps)
+        elapsed_s, num_steps = time.perf_counter() - start_s, engine.load.num_steps - num_steps
+        own_s = elapsed_s - (model_s() - start_model_s)
+        return num_streams * NUM_TOKENS / elapsed_s, 1e3 * elapsed_s / num_steps, 1e3 * own_s / num_steps
 
 
 async def served(target: str, num_streams: int) -> tuple[float, float, float]:
@@ -224,8 +248,10 @@ def main() -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     print(
-        "| streams | engine, tokens/s | ms a step | gRPC, tokens/s | messages/s | ms between messages, median"
-        " | longest lag, ms | HTTP, tokens/s | longest lag, ms | bare, messages/s |\n|" + "---|" * 10
+        "| streams | engine, tokens/s | ms a step | without the model | gRPC, tokens/s | messages/s"
+        " | ms between messages, median | longest lag, ms | HTTP, tokens/s | longest lag, ms | bare, messages/s |\n|"
+        + "---|"
+        * 11
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -233,7 +259,7 @@ def main() -> None:
         with process("--serve", name) as ours, process("--serve-bare") as peer:
             (target, url), (peer_target,) = ours(None), peer(None)
             for num_streams in parsed.streams:
-                rate, step_ms = asyncio.run(in_process(folder, num_streams))
+                rate, step_ms, own_ms = asyncio.run(in_process(folder, num_streams))
                 ours(signal.SIGUSR1)
                 tokens, messages, gap_ms = asyncio.run(served(target, num_streams))
                 (lag_ms,) = ours(signal.SIGUSR1)
@@ -241,8 +267,9 @@ def main() -> None:
                 (http_lag_ms,) = ours(signal.SIGUSR1)
                 bare_messages = asyncio.run(bare(peer_target, num_streams))
                 print(
-                    f"| {num_streams} | {rate:,.0f} | {step_ms:.2f} | {tokens:,.0f} | {messages:,.0f} | {gap_ms:.1f}"
-                    f" | {float(lag_ms):.1f} | {http_tokens:,.0f} | {float(http_lag_ms):.1f} | {bare_messages:,.0f} |",
+                    f"| {num_streams} | {rate:,.0f} | {step_ms:.2f} | {own_ms:.2f} | {tokens:,.0f} | {messages:,.0f}"
+                    f" | {gap_ms:.1f} | {float(lag_ms):.1f} | {http_tokens:,.0f} | {float(http_lag_ms):.1f}"
+                    f" | {bare_messages:,.0f} |",
                     flush=True,
                 )
             elapsed_ms = asyncio.run(unary_ms(target))

@@ -15,8 +15,10 @@ from typing import Any
 Delivery = tuple[Callable[[Any], None], Any]
 """An event or a report, and the method of the reader's stream or of the observer that receives it."""
 
-_MAX_DELAY_S = 0.020
-"""How long an event waits at most while the loop could take it."""
+_MAX_INTERVAL_S = 0.020
+"""The most that may pass from one hand-over to the next, unless the readers take longer."""
+_REST = 2
+"""How many times as long as the readers took the next hand-over waits: they get a third of the interpreter's time."""
 _BUSY_S = 0.001
 """Readers that take less time than this for a hand-over do not delay the next one."""
 _READERS_A_TURN = 8
@@ -72,9 +74,10 @@ class Outbox:
             loop.call_soon(loop.call_soon, self._after_readers, loop, start_s)
 
     def _after_readers(self, loop: asyncio.AbstractEventLoop, start_s: float) -> None:
-        """Runs when the readers have processed a hand-over: leaves as much time as they took until the next one."""
+        """Runs when the readers have processed a hand-over: leaves the scheduler thread time until the next one."""
         busy_s = loop.time() - start_s
         if busy_s < _BUSY_S:
             self._hand_over(loop)
         else:
-            loop.call_later(min(busy_s, _MAX_DELAY_S), self._hand_over, loop)
+            rest_s = min(_REST * busy_s, _MAX_INTERVAL_S - busy_s)
+            loop.call_later(max(0.0, rest_s), self._hand_over, loop)

@@ -121,7 +121,8 @@ class Runner:
         """
         attend = self._attention.bind(self._cache, metadata)
         hidden = self._model(metadata.token_ids, metadata.positions, attend)
-        chosen = hidden[metadata.chosen]
+        # As many choices as tokens are one after each, as where all sequences decode.
+        chosen = hidden if len(metadata.chosen) == len(hidden) else hidden[metadata.chosen]
         logits = self._model.logits(chosen) if len(chosen) else chosen.new_empty(0, self._vocab_size).float()
         return hidden, logits, hidden.isfinite().all()
 

@@ -1,0 +1,64 @@
+"""The intervals at which a busy event loop gets events."""
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from mpt_grpc.engine.outbox import Outbox
+
+
+class _Loop:
+    """An event loop with a clock of its own, which only `time_s` and timers move."""
+
+    def __init__(self) -> None:
+        self.time_s = 0.0
+        self._order = itertools.count()
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+
+    def time(self) -> float:
+        return self.time_s
+
+    def is_closed(self) -> bool:
+        return False
+
+    def call_later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> None:
+        heapq.heappush(self._queue, (self.time_s + delay_s, next(self._order), lambda: callback(*args)))
+
+    def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
+        self.call_later(0, callback, *args)
+
+    call_soon_threadsafe = call_soon
+
+    def run(self) -> None:
+        while self._queue:
+            due_s, _, callback = heapq.heappop(self._queue)
+            self.time_s = max(self.time_s, due_s)
+            callback()
+
+
+@pytest.mark.parametrize(
+    ("reader_s", "next_s"), [(0.0005, 0.0005), (0.004, 0.012), (0.008, 0.020), (0.019, 0.020), (0.030, 0.030)]
+)
+def test_the_next_hand_over_waits_twice_as_long_as_the_readers_took_but_until_20_ms(
+    reader_s: float, next_s: float
+) -> None:
+    loop = _Loop()
+    outbox = Outbox(cast(asyncio.AbstractEventLoop, loop))
+    received: list[tuple[float, int]] = []
+
+    def receive(event: int) -> None:
+        received.append((loop.time_s, event))
+        if event == 0:  # two steps end while its readers work
+            loop.time_s += reader_s
+            outbox.put([(receive, 1)])
+            outbox.put([(receive, 2)])
+
+    outbox.put([(receive, 0)])
+    loop.run()
+    times_s, events = zip(*received, strict=True)
+    assert events == (0, 1, 2)
+    assert times_s == pytest.approx([0, next_s, next_s])
