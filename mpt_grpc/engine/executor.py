@@ -119,15 +119,14 @@ class StepExecutor:
             return self.repeat(plan, plan, error)
 
     def _launch(self, plan: StepPlan, start_s: float, previous: LaunchedStep | None) -> LaunchedStep:
-        self._masks.start(plan)
+        constrained = self._masks.start(plan)
         output = self._runner.run(plan, None if previous is None else previous.token_ids)
-        masks = self._masks.collect(plan)
-        choosing = [sequence for sequence in plan.sequences if sequence.choices]
-        ready = [sequence for sequence in choosing if masks.is_ready(sequence)]
-        logits = output.logits
-        if len(ready) < len(choosing):
-            logits = logits[[masks.is_ready(sequence) for sequence in choosing for _ in sequence.choices]]
-        chosen = self._sampler.choose(logits, ready, masks.bits, are_finite=output.are_finite)
+        masks = self._masks.collect(constrained)
+        choosing, logits = [sequence for sequence in plan.sequences if sequence.choices], output.logits
+        if missing := masks.missing:
+            logits = logits[[sequence.sequence_id not in missing for sequence in choosing for _ in sequence.choices]]
+            choosing = [sequence for sequence in choosing if sequence.sequence_id not in missing]
+        chosen = self._sampler.choose(logits, choosing, masks.bits, are_finite=output.are_finite)
         return LaunchedStep(plan, start_s, chosen, output.prompt_logprobs, masks.errors)
 
 

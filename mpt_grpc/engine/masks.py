@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 
 from mpt_grpc.errors import InvalidRequestError
-from mpt_grpc.step import SequenceStep, StepPlan
+from mpt_grpc.step import StepPlan
 from mpt_grpc.worker_threads import WorkerThreads
 
 _NUM_WORKERS = 2
@@ -23,10 +23,11 @@ class Masks:
     bits: Mapping[int, Sequence[bytes]]
     """The tokens that may come next, in the format of `Matcher.masks`."""
     errors: Mapping[int, Exception]
+    missing: Set[int]
+    """The sequences whose next token cannot be chosen now."""
 
-    def is_ready(self, sequence: SequenceStep) -> bool:
-        """Whether the sequence's next token may be chosen now."""
-        return not _has_matcher(sequence) or sequence.sequence_id in self.bits
+
+_NO_MASKS = Masks({}, {}, frozenset())
 
 
 class MaskWorkers:
@@ -38,18 +39,27 @@ class MaskWorkers:
         self._threads = WorkerThreads(_NUM_WORKERS, "mask")
         self._pending: dict[int, Future[list[bytes]]] = {}
 
-    def start(self, plan: StepPlan) -> None:
-        """Starts computing the masks that the plan's sequences need, unless they are already being computed."""
+    def start(self, plan: StepPlan) -> list[int]:
+        """Starts computing the masks that a plan's sequences need, unless they are already being computed.
+
+        Returns the IDs of these sequences.
+        """
+        constrained = []
         for sequence in plan.sequences:
-            matcher = sequence.choices[0].matcher if sequence.choices else None
-            if matcher is not None and sequence.sequence_id not in self._pending:
+            if not sequence.choices or (matcher := sequence.choices[0].matcher) is None:
+                continue
+            constrained.append(sequence.sequence_id)
+            if sequence.sequence_id not in self._pending:
                 future = self._threads.submit(partial(matcher.masks, sequence.drafts))
                 future.add_done_callback(lambda _: self._on_ready())
                 self._pending[sequence.sequence_id] = future
+        return constrained
 
-    def collect(self, plan: StepPlan) -> Masks:
-        """Returns the plan's masks that are ready, after waiting briefly for those that are not."""
-        wanted = {s.sequence_id: self._pending[s.sequence_id] for s in plan.sequences if _has_matcher(s)}
+    def collect(self, sequence_ids: Sequence[int]) -> Masks:
+        """Returns the masks of these sequences that are ready, after waiting briefly for those that are not."""
+        if not sequence_ids:
+            return _NO_MASKS
+        wanted = {sequence_id: self._pending[sequence_id] for sequence_id in sequence_ids}
         wait(wanted.values(), _MAX_WAIT_S)
         bits: dict[int, Sequence[bytes]] = {}
         errors: dict[int, Exception] = {}
@@ -60,7 +70,7 @@ class MaskWorkers:
                     bits[sequence_id] = future.result()
                 except InvalidRequestError as error:
                     errors[sequence_id] = error
-        return Masks(bits, errors)
+        return Masks(bits, errors, wanted.keys() - bits.keys())
 
     def forget(self, sequence_id: int) -> None:
         """Discards the pending mask of a sequence that has ended."""
@@ -70,7 +80,3 @@ class MaskWorkers:
     def close(self) -> None:
         """Shuts down the threads without waiting for them."""
         self._threads.close()
-
-
-def _has_matcher(sequence: SequenceStep) -> bool:
-    return bool(sequence.choices) and sequence.choices[0].matcher is not None
