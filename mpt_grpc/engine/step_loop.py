@@ -258,8 +258,8 @@ class StepLoop:
         )
 
     def _deliver(self) -> None:
-        self._measure_load()
         if events := self._requests.take_undelivered():
+            self._measure_load()
             self._outbox.put(events)
 
     def _state(self) -> EngineState:

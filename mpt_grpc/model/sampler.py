@@ -80,8 +80,7 @@ class Sampler:
         batch = self._batch(tuple([inputs for sequence in sequences for inputs in sequence.choices]), logits)
         row_masks = _by_row(sequences, masks) if masks else {}
         processed = adjust(logits, batch.inputs, row_masks) if batch.is_adjusted or row_masks else logits
-        positions = [s.output_position + choice for s in sequences for choice in range(len(s.choices))]
-        chosen = _choose(processed, batch, positions)
+        chosen = _choose(processed, batch, sequences)
         is_finite = logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite()  # both propagate NaN
         is_allowed = processed.gather(1, chosen[:, None])[:, 0] > -torch.inf
         # The only transfer to the host, unless log probabilities are requested.
@@ -197,12 +196,11 @@ def _logprobs(
     return {sequence_id: tuple(islice(logprobs, len(part))) for sequence_id, part in wanted.items()}
 
 
-def _choose(logits: Tensor, batch: _Batch, positions: Sequence[int]) -> Tensor:
-    """Returns a token for each row, [n] int64; the token is arbitrary where all logits are -inf.
-
-    `positions` are the output positions of the rows.
-    """
+def _choose(logits: Tensor, batch: _Batch, sequences: Sequence[SequenceStep]) -> Tensor:
+    """Returns a token for each row, [n] int64; the token is arbitrary where all logits are -inf."""
     chosen = _argmax(logits) if batch.has_greedy_rows else logits.new_empty(len(logits), dtype=torch.int64)
+    if batch.chunks:
+        positions = [s.output_position + choice for s in sequences for choice in range(len(s.choices))]
     for rows in batch.chunks:
         counters = send(torch.tensor([positions[row] for row in rows.numbers]), logits.device)
         chosen[rows.indices] = _sample(logits.index_select(0, rows.indices), rows, counters)
