@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -11,20 +10,17 @@ from functools import partial
 from opentelemetry.context import Context
 
 from mpt_grpc.engine.outbox import Delivery
+from mpt_grpc.engine.overload import num_new_tokens, queue_full, too_late_at_arrival, too_late_in_queue
 from mpt_grpc.engine.request_record import RequestRecord
-from mpt_grpc.engine.service_times import ServiceTimes, num_ahead
+from mpt_grpc.engine.service_times import ServiceTimes
 from mpt_grpc.engine.state import EngineLoad, RequestState
 from mpt_grpc.errors import DuplicateRequestError, OverloadedError
 from mpt_grpc.reports import Observer, RequestReport, StepReport
-from mpt_grpc.request import GenerationRequest
 from mpt_grpc.results import Finish, FinishReason, RequestStats, TokenEvent
 from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
 from mpt_grpc.step import StepPlan
 
 _NUM_ENDED = 64
-_CAUTION = 1.25
-"""How many times as long as expected a request may wait and end in time: one that ends too late costs others time."""
-_MIN_RETRY_AFTER_S, _MAX_RETRY_AFTER_S = 0.1, 30.0
 
 
 class RequestTable:
@@ -61,41 +57,27 @@ class RequestTable:
             if request.request_id in self._by_request_id:
                 raise DuplicateRequestError(f"request_id {request.request_id!r} is already in progress: use another ID")
             if self._num_sequences + request.sampling.num_sequences > self._max_sequences:
-                why = f"the queue is full, with {self._num_sequences} outputs in progress: retry later"
-                raise OverloadedError(why, _jittered(self._times.wait_s(1, load.num_running)))
-            if load.num_waiting and record.deadline_s is not None:
-                self._check_deadline(record, record.deadline_s, load)
+                raise queue_full(self._num_sequences, self._times, load)
+            if load.num_waiting:
+                others = (other.request for other in self._by_request_id.values())
+                if (refusal := too_late_at_arrival(record, others, self._times, load)) is not None:
+                    raise refusal
             self._by_request_id[request.request_id] = record
             self._num_sequences += request.sampling.num_sequences
             self.num_preparing += 1
             if (request.stopping.time_limit_s or 0) > 0:
                 self._time_limited[request.request_id] = record
 
-    def _check_deadline(self, record: RequestRecord, deadline_s: float, load: EngineLoad) -> None:
-        """Raises OverloadedError if a new request would probably end too late. The lock must be held."""
-        others = (other.request for other in self._by_request_id.values())
-        wait_s = self._times.wait_s(num_ahead(record.request, others) - load.num_running + 1, load.num_running)
-        run_s, left_s = self._times.run_s(_num_new_tokens(record.request)), deadline_s - record.arrival_time_s
-        if (needed_s := _CAUTION * wait_s + run_s) > left_s:
-            raise _too_late(f"{needed_s:.1f} s, {wait_s:.1f} s of them in the queue", left_s, needed_s - left_s)
-
     def late(self, now_s: float) -> list[tuple[RequestRecord, OverloadedError]]:
         """Returns the requests in the queue that would end too late even if they started now, with an error for each.
 
         The newest is none of them: nothing waits for its place, and how long requests run must be measured.
         """
-        found = []
         with self._lock:
             waiting = [one for one in self._by_request_id.values() if one.sequences and one.scheduled_time_s is None]
-            prefill_s, token_s = self._times.least_s()
-        for record in waiting[:-1]:
-            if record.deadline_s is not None:
-                run_s = prefill_s + token_s * (_num_new_tokens(record.request) or 0)  # as `ServiceTimes.run_s`, for all
-                if run_s > (left_s := max(0.0, record.deadline_s - now_s)):
-                    waited_s = now_s - record.arrival_time_s
-                    needed = f"{run_s:.1f} s, after {waited_s:.1f} s in the queue"
-                    found.append((record, _too_late(needed, left_s, waited_s)))
-        return found
+            run_time = self._times.run_time()
+        refusals = ((record, too_late_in_queue(record, run_time, now_s)) for record in waiting[:-1])
+        return [(record, refusal) for record, refusal in refusals if refusal is not None]
 
     def get(self, request_id: str) -> RequestRecord | None:
         with self._lock:
@@ -230,8 +212,8 @@ class RequestTable:
             self._forget(record)
             if record.prepared is not None:
                 was_cancelled = FinishReason.CANCELLED in record.finish_reasons.values()
-                num_new_tokens = _num_new_tokens(record.prepared.request) or 0
-                self._times.record(stats, len(record.sequences), num_new_tokens, was_cancelled=was_cancelled)
+                possible = num_new_tokens(record.prepared.request) or 0
+                self._times.record(stats, len(record.sequences), possible, was_cancelled=was_cancelled)
         return stats
 
     def _report_end(self, record: RequestRecord, stats: RequestStats, error: Exception | None = None) -> None:
@@ -248,22 +230,6 @@ class RequestTable:
         self._num_sequences -= record.request.sampling.num_sequences
         self.num_preparing -= not record.sequences
         record.turn.cancel()
-
-
-def _num_new_tokens(request: GenerationRequest) -> int | None:
-    """Returns how many tokens each output may get besides the resumed ones, or None if the request does not set it."""
-    most = request.stopping.max_new_tokens
-    return None if most is None else most - min(map(len, request.outputs.values()))
-
-
-def _too_late(needed: str, left_s: float, retry_after_s: float) -> OverloadedError:
-    why = f"the request would take about {needed}, and its timeout leaves {left_s:.1f} s: retry later"
-    return OverloadedError(why, _jittered(retry_after_s))
-
-
-def _jittered(wait_s: float) -> float:
-    """Returns about this time, never twice the same: callers that are refused together do not return together."""
-    return min(max(wait_s, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S) * random.uniform(1, 2)
 
 
 def _end_time_s(record: RequestRecord) -> float:

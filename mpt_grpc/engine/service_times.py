@@ -1,11 +1,11 @@
-"""How long requests run, as measured lately, and by that when a new one would start and end."""
+"""How long requests wait and run, as measured lately."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from mpt_grpc.request import GenerationRequest
 from mpt_grpc.results import RequestStats
 
 _WEIGHT = 0.05
@@ -15,6 +15,20 @@ _NUM_NEEDED = 8
 _NUM_KEPT = 64
 _MAX_FACTOR = 8.0
 """The most that a step counts, in units of the mean: it may have had to wait for a core, or for a long prompt."""
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """How long a request runs at least."""
+
+    prefill_s: float
+    """The time to its first token."""
+    token_s: float
+    """The time for each token that an output may get."""
+
+    def seconds(self, num_new_tokens: int | None) -> float:
+        """Returns the time of a request whose outputs may get `num_new_tokens` each; None is not known."""
+        return self.prefill_s + self.token_s * (num_new_tokens or 0)
 
 
 class ServiceTimes:
@@ -56,38 +70,15 @@ class ServiceTimes:
         self._num_steps += 1
         self._token_s += _weight(self._num_steps) * (token_s - self._token_s)
 
-    def least_s(self) -> tuple[float, float]:
-        """Returns how long a request takes at least to its first token, and then for each token that it may get."""
+    def run_time(self) -> RunTime:
+        """Returns how long a request runs at least; it sorts the last times."""
         if len(self._used) < _NUM_NEEDED:
-            return 0.0, 0.0
-        return _low(self._prefill_s), _low(self._used) * self._token_s
-
-    def run_s(self, num_new_tokens: int | None) -> float:
-        """Returns how long a request runs at least whose outputs may get `num_new_tokens` each; None is not known."""
-        prefill_s, token_s = self.least_s()
-        return prefill_s + token_s * (num_new_tokens or 0)
+            return RunTime(0.0, 0.0)
+        return RunTime(_low(self._prefill_s), _low(self._used) * self._token_s)
 
     def wait_s(self, num_ahead: float, num_running: int) -> float:
         """Returns how long it takes until `num_ahead` sequences have made way, of which `num_running` run at once."""
         return self._run_s * max(0, num_ahead) / max(1, num_running) if self._num_measured >= _NUM_NEEDED else 0.0
-
-
-def num_ahead(request: GenerationRequest, others: Iterable[GenerationRequest]) -> float:
-    """Returns how many sequences of the requests in flight run or start before those of a new one.
-
-    The callers of one priority take turns by weight, as `FairQueue` has it for sequences that are equally long.
-    """
-    caller = request.caller
-    num_urgent, num_of, weights = 0, Counter[str](), {caller.name: caller.quota.weight}
-    for other in others:
-        if other.priority > request.priority:
-            num_urgent += other.sampling.num_sequences
-        elif other.priority == request.priority:
-            num_of[other.caller.name] += other.sampling.num_sequences
-            weights[other.caller.name] = other.caller.quota.weight
-    num_own = num_of.pop(caller.name, 0)
-    num_turns = (num_own + 1) / caller.quota.weight
-    return num_urgent + num_own + sum(min(number, num_turns * weights[name]) for name, number in num_of.items())
 
 
 def _weight(num_measured: int) -> float:
