@@ -10,11 +10,19 @@ import asyncio
 import queue
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from mpt_grpc.conversation import ToolCall
 from mpt_grpc.engine.assembly import RequestAssembly
 from mpt_grpc.engine.prepare import PreparedRequest
 from mpt_grpc.results import Finish, Generation, Output, OutputDelta, TokenEvent, TokenLogprob
+
+
+class _Begun(NamedTuple):
+    """What a stream knows once its request has been prepared."""
+
+    prepared: PreparedRequest
+    assembly: RequestAssembly
 
 
 class _Stream:
@@ -23,43 +31,43 @@ class _Stream:
     def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
         self.request_id = request_id
         self._cancel = cancel
-        self._begun: tuple[PreparedRequest, RequestAssembly] | None = None
+        self._begun: _Begun | None = None
 
     def begin(self, prepared: PreparedRequest, assembly: RequestAssembly) -> None:
         """Sets what the events are assembled with."""
-        self._begun = prepared, assembly
+        self._begun = _Begun(prepared, assembly)
 
     @property
     def prepared(self) -> PreparedRequest:
         """The request as it is generated; available from the first delta on."""
         assert self._begun is not None, "the engine begins a stream before its first event"
-        return self._begun[0]
+        return self._begun.prepared
 
     @property
     def num_prompt_tokens(self) -> int:
         """The number of tokens of the prompt; 0 until the request has begun."""
-        return 0 if self._begun is None else len(self._begun[0].prompt_token_ids)
+        return 0 if self._begun is None else len(self._begun.prepared.prompt_token_ids)
 
     @property
     def num_input_tokens(self) -> int:
         """The number of tokens of the prompt and of the outputs that are resumed; 0 until the request has begun."""
         if self._begun is None:
             return 0
-        return self.num_prompt_tokens + sum(map(len, self._begun[0].request.outputs.values()))
+        return self.num_prompt_tokens + sum(map(len, self._begun.prepared.request.outputs.values()))
 
     @property
     def num_output_tokens(self) -> int:
         """The number of tokens of all outputs that the reader has got."""
-        return 0 if self._begun is None else self._begun[1].num_tokens
+        return 0 if self._begun is None else self._begun.assembly.num_tokens
 
     @property
     def finishes(self) -> tuple[Finish, ...]:
         """Why those outputs ended whose ends the reader has got."""
-        return () if self._begun is None else self._begun[1].finishes
+        return () if self._begun is None else self._begun.assembly.finishes
 
     def cancel(self) -> None:
         """Cancels the request; has no effect once it has ended. May be called from any thread."""
-        if self._begun is None or not self._begun[1].ended:
+        if self._begun is None or not self._begun.assembly.ended:
             self._cancel()
 
     def _advance(self, events: list[TokenEvent]) -> list[OutputDelta]:
@@ -70,7 +78,15 @@ class _Stream:
                 raise error
             finally:
                 del error  # a frame that an error's traceback holds must not hold the error
-        return self._begun[1].advance(events)
+        return self._begun.assembly.advance(events)
+
+    def _has_ended(self) -> bool:
+        """Whether the reader has got everything. Raises the error that ended the request."""
+        if self._begun is None:
+            return False
+        if self._begun.assembly.error is not None:
+            raise self._begun.assembly.error
+        return self._begun.assembly.ended
 
 
 class AsyncStream(_Stream):
@@ -86,18 +102,13 @@ class AsyncStream(_Stream):
         self._arrived.set()
 
     async def __aiter__(self) -> AsyncIterator[OutputDelta]:
-        has_ended = False
-        while not has_ended:
+        while not self._has_ended():
             await self._arrived.wait()
             self._arrived.clear()
             events, self._events = self._events, []
-            is_slow = self._begun is not None and self._begun[1].is_slow
+            is_slow = self._begun is not None and self._begun.assembly.is_slow
             for delta in await asyncio.to_thread(self._advance, events) if is_slow else self._advance(events):
                 yield delta
-            assert self._begun is not None
-            has_ended = self._begun[1].ended
-            if self._begun[1].error is not None:
-                raise self._begun[1].error
 
 
 class ThreadStream(_Stream):
@@ -111,13 +122,8 @@ class ThreadStream(_Stream):
         self._events.put(event)
 
     def __iter__(self) -> Iterator[OutputDelta]:
-        has_ended = False
-        while not has_ended:
+        while not self._has_ended():
             yield from self._advance([self._events.get()])
-            assert self._begun is not None
-            has_ended = self._begun[1].ended
-            if self._begun[1].error is not None:
-                raise self._begun[1].error
 
 
 def collect(deltas: Iterable[OutputDelta]) -> Generation:
