@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mpt_grpc.gateway import app, middleware, parsing, protocol, reading, serve, strict
+from mpt_grpc.gateway import endpoints, middleware, parsing, protocol, reading, serve, strict
 from mpt_grpc.gateway.field_rules import COMPLETION_RULES, RESPONSE_RULES
 from mpt_grpc.gateway.requests import ChatCompletionRequest, CompletionRequest
 from mpt_grpc.gateway.response_request import ResponseRequest
@@ -46,7 +46,7 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
     limits = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \| (?:4\d\d)? ?\|$", PAGE, re.MULTILINE))
     assert limits == {
         "outputs of a text completion, prompts times `n`": (
-            f"{app.MAX_OUTPUTS}, or fewer if the server's queue and batch hold fewer"
+            f"{endpoints.MAX_OUTPUTS}, or fewer if the server's queue and batch hold fewer"
         ),
         "items of a field, other than token IDs": f"{strict.MAX_ITEMS:,}",
         "values in a body, token IDs included": f"{parsing.MAX_VALUES:,}",
