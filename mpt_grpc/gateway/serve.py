@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import math
 import socket
 import ssl
@@ -16,6 +15,7 @@ from typing import Unpack
 
 import grpc
 import uvicorn
+from fastapi import FastAPI
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from opentelemetry.trace import Tracer
 from starlette.applications import Starlette
@@ -26,6 +26,7 @@ from mpt_grpc.gateway.access_log import AccessLogMiddleware
 from mpt_grpc.gateway.app import make_app
 from mpt_grpc.gateway.callers import Callers
 from mpt_grpc.gateway.errors import RATE_LIMIT_HEADERS
+from mpt_grpc.gateway.listeners import listening
 from mpt_grpc.gateway.measuring import MetricsMiddleware
 from mpt_grpc.gateway.metrics import MetricsPage
 from mpt_grpc.gateway.middleware import (
@@ -37,8 +38,7 @@ from mpt_grpc.gateway.middleware import (
 )
 from mpt_grpc.gateway.protocol import BoundedProtocol
 from mpt_grpc.gateway.tracing import TraceMiddleware
-from mpt_grpc.listening import port_error
-from mpt_grpc.settings import ALL_ADDRESSES, HttpSettings
+from mpt_grpc.settings import HttpSettings
 from mpt_grpc.telemetry.metrics import HttpMetrics
 from mpt_grpc.tls import ServerCertificate, http_context
 from mpt_grpc_client import AsyncClient, Client, ConnectionOptions
@@ -46,8 +46,6 @@ from mpt_grpc_client.channel import is_balanced, resolve
 from mpt_grpc_client.purpose import Purpose
 
 KEEP_ALIVE_TIMEOUT_S = 5
-_MAX_QUEUED_CONNECTIONS = 2048
-"""The connections that the system accepts ahead of this process."""
 _PAGE_TIMEOUT_S = 10
 """The time in which the caller of `/metrics` on its own port reads a part of the page."""
 _ERROR_TIMEOUT_S = 3
@@ -93,7 +91,7 @@ async def running_gateway(
         for one in channels:
             await stack.enter_async_context(one)
         client = await stack.enter_async_context(AsyncClient(target, channel=channel, retries=False, **connection))
-        with blocking as blocking_client, _listening(host, settings.port or 0, "--http-port") as listeners:
+        with blocking as blocking_client, listening(host, settings.port or 0, "--http-port") as listeners:
             passes_tokens = is_in_process or all(endpoint.may_send_tokens for endpoint in endpoints)
             callers = Callers(client, passes_tokens=passes_tokens, passes_certificates=is_in_process)
             app = make_app(
@@ -106,19 +104,11 @@ async def running_gateway(
             await asyncio.to_thread(app.openapi)  # made once, in 30 ms
             if metrics is not None:
                 metrics.add_to(app)
-            app.add_middleware(TraceMiddleware, tracer=tracer)
-            app.add_middleware(
-                CORSMiddleware,
-                allow_origins=settings.allow_origins,
-                allow_methods=["GET", "POST"],
-                allow_headers=["*"],
-                expose_headers=["retry-after", "retry-after-ms", "x-request-id", *RATE_LIMIT_HEADERS],
-            )
             hosts = _accepted_hosts(listeners, [host, *settings.allow_hosts])
-            bounded = BodyMemoryMiddleware(HeaderMiddleware(PathMiddleware(app), hosts, settings.allow_origins))
+            checked = _checked(app, tracer, hosts, settings.allow_origins)
             context = None if certificate is None else http_context(certificate)
             protocol = partial(BoundedProtocol, read_timeout_s=read_timeout_s)
-            async with _serving(ArrivalMiddleware(bounded), protocol, listeners, grace_s, context, http_metrics):
+            async with _serving(checked, protocol, listeners, grace_s, context, http_metrics):
                 yield listeners[0].getsockname()[1]
 
 
@@ -129,12 +119,25 @@ async def running_metrics(
     """Serves only `/metrics` inside the block and yields the port. Raises SettingsError if it cannot listen on it."""
     app = Starlette()
     page.add_to(app)
-    with _listening(host, port, "--metrics-port") as listeners:
+    with listening(host, port, "--metrics-port") as listeners:
         context = None if certificate is None else http_context(certificate)
         checked = HeaderMiddleware(app, _accepted_hosts(listeners, [host]), ())
         protocol = partial(BoundedProtocol, read_timeout_s=_PAGE_TIMEOUT_S)
         async with _serving(checked, protocol, listeners, 0, context):
             yield listeners[0].getsockname()[1]
+
+
+def _checked(app: FastAPI, tracer: Tracer | None, hosts: list[str] | None, origins: Sequence[str]) -> ASGIApp:
+    """Returns the application behind what checks and traces its requests."""
+    app.add_middleware(TraceMiddleware, tracer=tracer)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["retry-after", "retry-after-ms", "x-request-id", *RATE_LIMIT_HEADERS],
+    )
+    return ArrivalMiddleware(BodyMemoryMiddleware(HeaderMiddleware(PathMiddleware(app), hosts, origins)))
 
 
 def _accepted_hosts(listeners: list[socket.socket], hosts: list[str]) -> list[str] | None:
@@ -160,7 +163,7 @@ async def _serving(
         ws="none",
         log_config=None,
         access_log=False,
-        backlog=1,  # for asyncio; see _Listener
+        backlog=1,  # for asyncio; see `listeners.py`
         timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
         timeout_graceful_shutdown=math.ceil(grace_s) + _ERROR_TIMEOUT_S,
         ssl_context_factory=None if tls is None else lambda *_: tls,
@@ -179,64 +182,6 @@ async def _serving(
         await asyncio.wait({running}, timeout=grace_s)
         requests.end()
         await running
-
-
-@contextlib.contextmanager
-def _listening(host: str, port: int, flag: str) -> Iterator[list[socket.socket]]:
-    """Listens inside the block. Raises SettingsError, which names the flag of the port."""
-    listeners = _listen(host, port, flag)
-    try:
-        yield listeners
-    finally:
-        for listener in listeners:
-            listener.close()
-
-
-def _listen(host: str, port: int, flag: str) -> list[socket.socket]:
-    """Returns sockets on all addresses of the host, on one port, as gRPC listens on them."""
-    listeners: list[socket.socket] = []
-    try:
-        for family, address in _addresses(host):
-            # asyncio disables Nagle's algorithm, which delays a response of two packets by 40 ms, only for this
-            # protocol.
-            listener: socket.socket = _Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-            try:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                listener.bind((address, port))
-            except OSError as error:
-                listener.close()
-                if listeners and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    continue  # this machine has no IPv6
-                raise
-            listeners.append(listener)
-            port = listener.getsockname()[1]
-    except OSError as error:
-        for listener in listeners:
-            listener.close()
-        raise port_error(error, host, port, flag) from error
-    return listeners
-
-
-class _Listener(socket.socket):
-    """A socket with a queue of connections whose length is its own, instead of the one that asyncio passes.
-
-    asyncio accepts as many connections as that in one turn of its loop. While no file can be opened, each attempt logs
-    a traceback and plans another turn: thousands of them would stop all streams and fill the disk.
-    """
-
-    def listen(self, _backlog: int = 0) -> None:
-        super().listen(_MAX_QUEUED_CONNECTIONS)
-
-
-def _addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
-    if host in ALL_ADDRESSES:
-        return [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")]
-    if host == "localhost":
-        return [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found))
 
 
 class _Server(uvicorn.Server):
