@@ -17,14 +17,14 @@ from grpc_reflection.v1alpha import reflection
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import Tracer
 from prometheus_client import CollectorRegistry
 
 from mpt_grpc.access import Access
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.load import LoadedModel, load_engine
-from mpt_grpc.errors import DrainingError, ModelError, MptServerError, UnavailableError
+from mpt_grpc.errors import DrainingError, UnavailableError
 from mpt_grpc.listening import exposure
-from mpt_grpc.request import CacheOptions, GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.server.allocator import trim
 from mpt_grpc.server.channel_options import channel_options
 from mpt_grpc.server.garbage import GarbageCollection
@@ -36,12 +36,13 @@ from mpt_grpc.server.observing import make_telemetry, measure_lag
 from mpt_grpc.server.ports import listening
 from mpt_grpc.server.servicer import DebugServicer, TextGenerationServicer
 from mpt_grpc.server.sizes import MessageLimits
+from mpt_grpc.server.warm_up import warm_up
 from mpt_grpc.server.writes import PendingWrites
 from mpt_grpc.settings import Settings
 from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.exporting import make_meter_provider, make_tracer_provider, shut_down
 from mpt_grpc.telemetry.metrics import HttpMetrics
-from mpt_grpc.tls import server_certificate
+from mpt_grpc.tls import ServerCertificate, server_certificate
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
 
@@ -208,8 +209,7 @@ async def _serving(
     server = grpc.aio.server(interceptors=[interceptor], options=channel_options(settings))
     with listening(server, settings.server, certificate) as target:
         engine, model = await asyncio.to_thread(load_engine, settings, loop=asyncio.get_running_loop())
-        limits = engine.preparation.limits
-        interceptor.message_limits = MessageLimits(limits)
+        interceptor.message_limits = MessageLimits(engine.preparation.limits)
         interceptor.telemetry = telemetry = make_telemetry(
             engine, model, tracers, meters, settings.telemetry.trace_steps
         )
@@ -225,11 +225,7 @@ async def _serving(
             services = (SERVICE, DEBUG_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(services, server)
         with engine:
-            try:
-                await asyncio.to_thread(engine.generate, _warm_up(limits.max_context_tokens))
-            except MptServerError as error:
-                why = f"the model failed to generate its first tokens: {error.__cause__ or error}"
-                raise ModelError(why) from error
+            await asyncio.to_thread(warm_up, engine)
             engine.observe(telemetry)
             tasks = [asyncio.create_task(measure_lag(telemetry.metrics))]
             try:
@@ -237,17 +233,7 @@ async def _serving(
                 tasks.append(asyncio.create_task(running.watch()))
                 page = None if registry is None else (registry, access)
                 http_metrics = HttpMetrics((meters or NoOpMeterProvider()).get_meter(names.SCOPE))
-                async with AsyncExitStack() as stack:
-                    if settings.telemetry.channelz_port is not None:
-                        from mpt_grpc.server.channelz import serving_channelz  # which few servers need
-
-                        serving = serving_channelz(settings.telemetry.channelz_port)
-                        debug_server, running.channelz_port = await stack.enter_async_context(serving)
-                        running.grpc_servers.append(debug_server)
-                    await stack.enter_async_context(channel)
-                    running.http_port, running.metrics_port = await stack.enter_async_context(
-                        serving_http(settings, target, channel, certificate, telemetry.tracer, page, http_metrics)
-                    )
+                async with _other_ports(running, certificate, telemetry.tracer, page, http_metrics):
                     yield running
             finally:
                 for task in tasks:
@@ -256,6 +242,30 @@ async def _serving(
                 # The engine stops first, so that the remaining calls end with its error, which gives the reason.
                 await asyncio.to_thread(engine.close)
                 await server.stop(_STOP_GRACE_S)
+
+
+@asynccontextmanager
+async def _other_ports(
+    running: RunningServer,
+    certificate: ServerCertificate | None,
+    tracer: Tracer | None,
+    metrics: tuple[CollectorRegistry, Access] | None,
+    http_metrics: HttpMetrics,
+) -> AsyncIterator[None]:
+    """Serves channelz and HTTP inside the block, as far as the settings ask for them. Raises SettingsError."""
+    settings, channel = running.settings, running.channel
+    async with AsyncExitStack() as stack:
+        if settings.telemetry.channelz_port is not None:
+            from mpt_grpc.server.channelz import serving_channelz  # which few servers need
+
+            serving = serving_channelz(settings.telemetry.channelz_port)
+            debug_server, running.channelz_port = await stack.enter_async_context(serving)
+            running.grpc_servers.append(debug_server)
+        await stack.enter_async_context(channel)
+        running.http_port, running.metrics_port = await stack.enter_async_context(
+            serving_http(settings, running.target, channel, certificate, tracer, metrics, http_metrics)
+        )
+        yield
 
 
 async def _failure(server: grpc.aio.Server) -> UnavailableError | None:
@@ -282,14 +292,3 @@ def _add_services(callee: Any, servicer: TextGenerationServicer, debug: DebugSer
     pb_grpc.add_TextGenerationServiceServicer_to_server(servicer, callee)
     debug_pb2_grpc.add_DebugServiceServicer_to_server(debug, callee)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, callee)
-
-
-def _warm_up(max_context_tokens: int) -> GenerationRequest:
-    """Returns a request with a prefill and, if the context has room, a decode step."""
-    return GenerationRequest(
-        request_id="warm-up",
-        prompt=(0,),
-        sampling=SamplingParameters(temperature=0),
-        stopping=StoppingCriteria(max_new_tokens=min(2, max_context_tokens - 1), ignore_eos=True),
-        cache=CacheOptions(bypass=True),
-    )
