@@ -1,7 +1,7 @@
 """The limits of a request's fields, in one table, by the paths of the fields in the API.
 
-Admission checks requests against it, and tests hold the proto's comments and docs/generation.md to it. Limits that
-depend on the model, such as the context, are not here.
+HTTP bodies, messages and requests are checked against it, and tests hold the proto's comments and docs/generation.md to
+it. Limits that depend on the model, such as the context, are not here.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class Scheduler:
         """
         self._in_flight.look_ahead(self._sequences)
         budget = self._budget.num_tokens(self._running.sequences, has_waiting=bool(self._waiting))
-        self._admit(budget)
+        self._start_waiting(budget)
         steps = self._steps(max(budget, self.num_running))
         if self._limits.speculates:
             self._add_drafts(steps)
@@ -227,7 +227,7 @@ class Scheduler:
         while primary.siblings:
             self._waiting.add(primary.siblings.pop())
 
-    def _admit(self, budget: int) -> None:
+    def _start_waiting(self, budget: int) -> None:
         """Starts waiting sequences, strictly in their order, while budget, slots and blocks for their tokens last.
 
         A sequence preempts those that must make way for it if it fits once they are gone. Until the others leave it a
