@@ -30,7 +30,7 @@ MptServerError
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class MptServerError(Exception):
@@ -176,6 +176,10 @@ class UnreadResponseError(MptServerError):
 
 class UnavailableError(MptServerError):
     """The engine accepts no requests."""
+
+    def again(self) -> Self:
+        """Returns the same error for another request: one that is raised gets a traceback, and with it a request."""
+        return type(self)(str(self))
 
 
 class DrainingError(UnavailableError):

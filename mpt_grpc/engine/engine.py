@@ -132,7 +132,7 @@ class Engine:
         try:
             with self._lock:
                 if self._refusal is not None:
-                    raise type(self._refusal)(str(self._refusal))
+                    raise self._refusal.again()
                 self._requests.add(record, self.load)
         except OverloadedError:
             self.preparation.check_briefly(wanted)  # an invalid request would be refused later, too

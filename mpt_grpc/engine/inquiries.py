@@ -23,7 +23,7 @@ class StateInquiries:
         future: Future[EngineState] = Future()
         with self._lock:
             if self._refusal is not None:
-                raise type(self._refusal)(str(self._refusal))
+                raise self._refusal.again()
             self._futures.append(future)
         return future
 
@@ -39,7 +39,7 @@ class StateInquiries:
         with self._lock:
             self._refusal = why
         for future in self._taken():
-            future.set_exception(type(why)(str(why)))
+            future.set_exception(why.again())
 
     def _taken(self, number: int | None = None) -> list[Future[EngineState]]:
         """Removes a number of futures, the oldest, or all, and returns those that are still wanted."""

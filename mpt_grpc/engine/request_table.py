@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from opentelemetry.context import Context
@@ -14,7 +14,7 @@ from mpt_grpc.engine.overload import num_new_tokens, queue_full, too_late_at_arr
 from mpt_grpc.engine.request_record import RequestRecord
 from mpt_grpc.engine.service_times import ServiceTimes
 from mpt_grpc.engine.state import EngineLoad, RequestState
-from mpt_grpc.errors import DuplicateRequestError, OverloadedError
+from mpt_grpc.errors import DuplicateRequestError, OverloadedError, UnavailableError
 from mpt_grpc.reports import Observer, RequestReport, StepReport
 from mpt_grpc.results import Finish, FinishReason, RequestStats, TokenEvent
 from mpt_grpc.schedule.sequence import Sequence as ScheduledSequence
@@ -150,12 +150,13 @@ class RequestTable:
             return
         contexts: tuple[Context, ...] = ()
         if observer.trace_interval is not None and number % observer.trace_interval == 0:
-            records = {id(r): r for s in plan.sequences if (r := self.by_sequence(s.sequence_id)) is not None}
+            found = (self.by_sequence(step.sequence_id) for step in plan.sequences)
+            records = {id(record): record for record in found if record is not None}
             contexts = tuple(record.context for record in records.values() if record.context is not None)
         request_ids = {*plan.preempted, *plan.resumed, *(step.request_id for step in plan.sequences)}
         # A request that is being prepared is another one, with the ID of one that has ended.
-        records_left = {i for i in request_ids if (r := self._by_request_id.get(i)) is not None and r.sequences}
-        ended = frozenset(request_ids - records_left)
+        left = ((request_id, self._by_request_id.get(request_id)) for request_id in request_ids)
+        ended = frozenset(request_id for request_id, record in left if record is None or not record.sequences)
         report = StepReport(plan, num_new_tokens, start_time_s, duration_s, ended, contexts)
         # A reader of its own, as in `_report_end`: the outbox calls a reader for all its events at once, and the steps
         # of a later request with the same ID must come after an earlier one's end.
@@ -177,11 +178,11 @@ class RequestTable:
         stats = self._remove(record, now_s, error)
         self._undelivered.append((record.stream.receive, TokenEvent(0, error=error, stats=stats)))
 
-    def fail_all(self, make_error: Callable[[], Exception], now_s: float) -> None:
-        """Ends all requests with an error, including those not yet in the scheduler."""
+    def fail_all(self, why: UnavailableError, now_s: float) -> None:
+        """Ends all requests, including those not yet in the scheduler."""
         with self._lock:
             for record in self._by_request_id.values():
-                error, stats = make_error(), record.stats(now_s)
+                error, stats = why.again(), record.stats(now_s)
                 self._report_end(record, stats, error)
                 self._undelivered.append((record.stream.receive, TokenEvent(0, error=error, stats=stats)))
             self._by_request_id.clear()

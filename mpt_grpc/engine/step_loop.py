@@ -125,7 +125,7 @@ class StepLoop:
     def close(self, why: UnavailableError) -> None:
         """Ends all requests in flight with `why`, after `run`."""
         self.inquiries.refuse(why)
-        self._requests.fail_all(lambda: type(why)(str(why)), self.now_s())
+        self._requests.fail_all(why, self.now_s())
         self._executor.close()
         self._deliver()
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from bisect import insort
 from operator import attrgetter
 
-from mpt_grpc.caller import Caller
 from mpt_grpc.schedule.sequence import Sequence
 
 _MAX_IDLE_CALLERS = 1000
@@ -38,24 +37,12 @@ class FairQueue:
 
     def add(self, sequence: Sequence) -> None:
         """Adds a sequence that has arrived or was preempted."""
-        caller = sequence.request.caller.name
-        if not any(caller in callers for callers in self._waiting.values()):
-            level = self._level(sequence.request.priority) - self._cost_of_started(caller)
-            self._offsets[caller] = max(self._offsets.get(caller, level), level)
+        name = sequence.request.caller.name
+        if not any(name in callers for callers in self._waiting.values()):
+            level = self._level(sequence.request.priority) - self._cost_of_started(name)
+            self._offsets[name] = max(self._offsets.get(name, level), level)
         callers = self._waiting.setdefault(sequence.request.priority, {})
-        insort(callers.setdefault(caller, []), sequence, key=_sequence_id)
-
-    def remove(self, sequence: Sequence) -> None:
-        """Removes a sequence; has no effect if it does not wait."""
-        priority, caller = sequence.request.priority, sequence.request.caller.name
-        callers = self._waiting.get(priority, {})
-        if sequence not in (queue := callers.get(caller, [])):
-            return
-        queue.remove(sequence)
-        if not queue:
-            del callers[caller]
-        if not callers:
-            del self._waiting[priority]
+        insort(callers.setdefault(name, []), sequence, key=_sequence_id)
 
     @property
     def first(self) -> Sequence:
@@ -64,43 +51,52 @@ class FairQueue:
         return min((queue[0] for queue in callers.values()), key=self._order)
 
     def _order(self, sequence: Sequence) -> tuple[float, int, int]:
-        caller = sequence.request.caller.name
-        return self._served(caller), len(self._started.get(caller, ())), sequence.sequence_id
+        name = sequence.request.caller.name
+        return self.served(name), len(self._started.get(name, ())), sequence.sequence_id
 
     def start(self, sequence: Sequence) -> None:
         """Removes a sequence because it starts to run."""
-        caller = sequence.request.caller.name
-        self.remove(sequence)
-        self._now = max(self._now, self._served(caller))
-        self._started.setdefault(caller, set()).add(sequence)
+        name = sequence.request.caller.name
+        self._remove(sequence)
+        self._now = max(self._now, self.served(name))
+        self._started.setdefault(name, set()).add(sequence)
         if len(self._offsets) > _MAX_IDLE_CALLERS:
-            busy = {*self._started, *(name for callers in self._waiting.values() for name in callers)}
+            busy = set(self._started).union(*self._waiting.values())
             self._offsets = {name: self._offsets[name] for name in busy}
 
     def end(self, sequence: Sequence) -> None:
         """Removes a sequence that has ended."""
-        caller = sequence.request.caller.name
-        self.remove(sequence)
-        if sequence not in (started := self._started.get(caller, set())):
+        name = sequence.request.caller.name
+        self._remove(sequence)
+        if sequence not in (started := self._started.get(name, set())):
             return
         started.remove(sequence)
         if not started:
-            del self._started[caller]
-        self._offsets[caller] += _cost(sequence)
+            del self._started[name]
+        self._offsets[name] += _cost(sequence)
 
-    def served(self, caller: Caller) -> float:
-        """Returns the number of tokens that a caller has been served, divided by its weight."""
-        return self._served(caller.name)
+    def served(self, name: str) -> float:
+        """Returns the number of tokens that the caller of this name has been served, divided by its weight."""
+        return self._offsets[name] + self._cost_of_started(name)
 
-    def _served(self, caller: str) -> float:
-        return self._offsets[caller] + self._cost_of_started(caller)
+    def _remove(self, sequence: Sequence) -> None:
+        """Removes a sequence; has no effect if it does not wait."""
+        priority, name = sequence.request.priority, sequence.request.caller.name
+        callers = self._waiting.get(priority, {})
+        if sequence not in (queue := callers.get(name, [])):
+            return
+        queue.remove(sequence)
+        if not queue:
+            del callers[name]
+        if not callers:
+            del self._waiting[priority]
 
-    def _cost_of_started(self, caller: str) -> float:
-        return sum(map(_cost, self._started.get(caller, ())))
+    def _cost_of_started(self, name: str) -> float:
+        return sum(map(_cost, self._started.get(name, ())))
 
     def _level(self, priority: int) -> float:
         """Returns the number with which a caller that was idle begins."""
-        return min(map(self._served, self._waiting.get(priority, ())), default=self._now)
+        return min(map(self.served, self._waiting.get(priority, ())), default=self._now)
 
 
 def _cost(sequence: Sequence) -> float:

@@ -87,10 +87,10 @@ class Running:
         slots_per_weight = self._num_slots / sum(other.quota.weight for other in callers)
         if self._num_of[caller.name] + 1 > slots_per_weight * caller.quota.weight:
             return {}
-        served = waiting.served(caller)
+        served = waiting.served(caller.name)
         num_beyond = {
             other.name: self._num_of[other.name] - math.floor(slots_per_weight * other.quota.weight)
             for other in callers
-            if waiting.served(other) >= served
+            if waiting.served(other.name) >= served
         }
         return {name: number for name, number in num_beyond.items() if number > 0}

@@ -43,7 +43,7 @@ def expected(running: list[Sequence], head: Sequence, waiting: FairQueue) -> lis
         if s.request.priority < head.request.priority:
             preemptible.append(s)
         elif s.request.priority == head.request.priority and may_share:
-            was_served_as_much = waiting.served(caller) >= waiting.served(head.request.caller)
+            was_served_as_much = waiting.served(caller.name) >= waiting.served(head.request.caller.name)
             if was_served_as_much and runs_beyond_share(caller):
                 equal.append(s)
                 preemptible.append(s)
