@@ -458,6 +458,20 @@ def test_a_closed_engine_without_references_frees_its_model_at_once() -> None:
         gc.enable()
 
 
+def test_a_closed_engine_holds_none_of_the_requests_that_it_refuses(make_engine: Callable[..., Engine]) -> None:
+    engine, request = make_engine(), generation()
+    engine.close()
+    gc.disable()
+    try:
+        with pytest.raises(UnavailableError, match="the engine is closed"):
+            engine.generate(request)
+        freed = weakref.ref(request)
+        del request
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
 def test_outputs_are_resumed_beside_the_first_one_even_if_that_has_already_ended(shared_engine: Engine) -> None:
     request = generation(sampling=SamplingParameters(seed=5, num_sequences=3), max_new_tokens=8)
     whole = shared_engine.generate(request)
