@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import hypothesis
 import pytest
@@ -23,6 +23,8 @@ from mpt_grpc.model.runner import Runner, StepOutput
 from mpt_grpc.request import GenerationRequest, SamplingParameters, StoppingCriteria
 from mpt_grpc.settings import CacheSettings, HttpSettings, ModelSettings, SchedulerSettings, ServerSettings, Settings
 from mpt_grpc.step import StepPlan
+
+RunnerKind = TypeVar("RunnerKind", bound=Runner)
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # an example may wait for a core
 hypothesis.settings.load_profile("any machine")
@@ -70,6 +72,29 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
             return stack.enter_context(engine)
 
         yield make
+
+
+class UseRunner(Protocol):
+    def __call__(self, kind: Callable[..., RunnerKind]) -> list[RunnerKind]:
+        """Has `kind` make the runners of engines that are created from now on; returns the list of these runners."""
+        ...
+
+
+@pytest.fixture
+def use_runner(monkeypatch: pytest.MonkeyPatch) -> UseRunner:
+    """Gives engines another runner, such as one that fails."""
+
+    def use(kind: Callable[..., RunnerKind]) -> list[RunnerKind]:
+        runners: list[RunnerKind] = []
+
+        def make(*arguments: Any) -> RunnerKind:
+            runners.append(kind(*arguments))
+            return runners[-1]
+
+        monkeypatch.setattr(parts, "Runner", make)
+        return runners
+
+    return use
 
 
 @pytest.fixture
@@ -143,18 +168,12 @@ class SteppedRunner(Runner):
 
 
 @pytest.fixture
-def stepped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SteppedRunner]]:
+def stepped(use_runner: UseRunner) -> Iterator[list[SteppedRunner]]:
     """Gives each engine created in the test a SteppedRunner, and returns the list of these runners.
 
     A test must list it after the fixture that creates engines, so that runners are released before engines are closed.
     """
-    runners: list[SteppedRunner] = []
-
-    def make(*parts: Any) -> SteppedRunner:
-        runners.append(SteppedRunner(*parts))
-        return runners[-1]
-
-    monkeypatch.setattr(parts, "Runner", make)
+    runners = use_runner(SteppedRunner)
     yield runners
     for runner in runners:
         runner.run_free()

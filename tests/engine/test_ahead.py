@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from conftest import generation, submit
+from conftest import UseRunner, generation, submit
 from model.conftest import Repeating
 from torch import Tensor
 
 from mpt_grpc.constraint import Regex
-from mpt_grpc.engine import parts
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import InternalError, UnavailableError
@@ -88,14 +88,8 @@ class Observed(Runner):
 
 
 @pytest.fixture
-def observed(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]) -> tuple[Engine, Observed]:
-    runners: list[Observed] = []
-
-    def make(*arguments: Any) -> Observed:
-        runners.append(Observed(*arguments))
-        return runners[-1]
-
-    monkeypatch.setattr(parts, "Runner", make)
+def observed(use_runner: UseRunner, make_engine: Callable[..., Engine]) -> tuple[Engine, Observed]:
+    runners = use_runner(Observed)
     engine = make_engine()
     engine.observe(runners[0])
     return engine, runners[0]
@@ -193,14 +187,16 @@ def test_the_times_of_steps_do_not_overlap(observed: tuple[Engine, Observed]) ->
 class Failing(Runner):
     """Fails in every seventh step of several sequences: when it is launched, or only when it is read."""
 
-    is_late = False
-    num_failed = num_steps = 0
+    def __init__(self, *arguments: Any, is_late: bool) -> None:
+        super().__init__(*arguments)
+        self._is_late = is_late
+        self.num_failed = self._num_steps = 0
 
     def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
-        Failing.num_steps += 1
-        fails = Failing.num_steps % 7 == 0 and len(plan.sequences) > 1
-        Failing.num_failed += fails
-        if fails and not self.is_late:
+        self._num_steps += 1
+        fails = self._num_steps % 7 == 0 and len(plan.sequences) > 1
+        self.num_failed += fails
+        if fails and not self._is_late:
             raise MemoryError("no memory")
         output = super().run(plan, chosen)
         return replace(output, are_finite=torch.tensor(False)) if fails else output
@@ -208,14 +204,12 @@ class Failing(Runner):
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["at launch", "when read"])
 def test_a_step_that_fails_is_repeated_with_the_tokens_that_are_known_by_then(
-    is_late: bool, monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine], alone: dict[str, Generation]
+    is_late: bool, use_runner: UseRunner, make_engine: Callable[..., Engine], alone: dict[str, Generation]
 ) -> None:
-    monkeypatch.setattr(parts, "Runner", Failing)
-    monkeypatch.setattr(Failing, "is_late", is_late)
-    monkeypatch.setattr(Failing, "num_failed", 0)
+    runners = use_runner(partial(Failing, is_late=is_late))
     engine = make_engine(num_blocks=20)
     assert tokens(run(engine, crowd())) == tokens(alone)
-    assert Failing.num_failed > 3
+    assert runners[0].num_failed > 3
     assert engine.load.num_free_blocks == 20
 
 
@@ -229,9 +223,9 @@ class Sick(Runner):
 
 
 def test_a_sequence_that_fails_in_mid_output_fails_alone(
-    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine], alone: dict[str, Generation]
+    use_runner: UseRunner, make_engine: Callable[..., Engine], alone: dict[str, Generation]
 ) -> None:
-    monkeypatch.setattr(parts, "Runner", Sick)
+    use_runner(Sick)
     engine = make_engine()
     bad = submit(engine, generation("bad", (5,) * 10, max_new_tokens=30))
     assert tokens(run(engine, crowd())) == tokens(alone)
@@ -243,21 +237,22 @@ def test_a_sequence_that_fails_in_mid_output_fails_alone(
 class Calling(Runner):
     """Calls what a test wants just before a step is launched, by its number."""
 
-    calls: dict[int, Callable[[], object]]
+    def __init__(self, *arguments: Any, calls: dict[int, Callable[[], object]]) -> None:
+        super().__init__(*arguments)
+        self._calls, self._num_steps = calls, 0
 
     def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
-        self.num_steps = getattr(self, "num_steps", 0) + 1
-        if self.num_steps in self.calls:
-            self.calls[self.num_steps]()
+        self._num_steps += 1
+        if self._num_steps in self._calls:
+            self._calls[self._num_steps]()
         return super().run(plan, chosen)
 
 
 def test_requests_that_come_and_go_while_steps_are_in_flight(
-    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine], alone: dict[str, Generation]
+    use_runner: UseRunner, make_engine: Callable[..., Engine], alone: dict[str, Generation]
 ) -> None:
     calls: dict[int, Callable[[], object]] = {}
-    monkeypatch.setattr(Calling, "calls", calls, raising=False)
-    monkeypatch.setattr(parts, "Runner", Calling)
+    use_runner(partial(Calling, calls=calls))
     engine = make_engine(num_blocks=40)
     streams = {}
 
@@ -285,22 +280,22 @@ def test_requests_that_come_and_go_while_steps_are_in_flight(
 class FailingOnceEmpty(Runner):
     """Its fourth step fails, when its requests have been cancelled and another one has come."""
 
-    num_steps = 0
-    meanwhile: Callable[[], None]
+    def __init__(self, *arguments: Any, meanwhile: Callable[[], None]) -> None:
+        super().__init__(*arguments)
+        self._meanwhile, self._num_steps = meanwhile, 0
 
     def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
-        self.num_steps += 1
+        self._num_steps += 1
         output = super().run(plan, chosen)
-        if self.num_steps != 4:
+        if self._num_steps != 4:
             return output
-        FailingOnceEmpty.meanwhile()
+        self._meanwhile()
         return replace(output, are_finite=torch.tensor(False))
 
 
 def test_nothing_waits_after_a_failed_step_of_which_nothing_remains(
-    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]
+    use_runner: UseRunner, make_engine: Callable[..., Engine]
 ) -> None:
-    monkeypatch.setattr(parts, "Runner", FailingOnceEmpty)
     later = generation("later", max_new_tokens=5)
     later = replace(later, stopping=replace(later.stopping, time_limit_s=10))
     added = []
@@ -310,7 +305,7 @@ def test_nothing_waits_after_a_failed_step_of_which_nothing_remains(
         engine.cancel("b")
         added.append(submit(engine, later))
 
-    monkeypatch.setattr(FailingOnceEmpty, "meanwhile", meanwhile, raising=False)
+    use_runner(partial(FailingOnceEmpty, meanwhile=meanwhile))
     engine = make_engine()
     gone = [submit(engine, generation(name, max_new_tokens=1000)) for name in "ab"]
     assert [collect(stream).finish.reason for stream in gone] == [FinishReason.CANCELLED] * 2
@@ -320,20 +315,18 @@ def test_nothing_waits_after_a_failed_step_of_which_nothing_remains(
 class Recorded(Runner):
     """A runner whose decoding steps are replayed, as on a GPU."""
 
-    recorder = Repeating()
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments[:5], self.recorder)
+    def __init__(self, *arguments: Any, recorder: Repeating) -> None:
+        super().__init__(*arguments[:5], recorder)
         self.warm_up(8, 300)
 
 
 def test_recorded_steps_are_replayed_with_pending_tokens(
-    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine], alone: dict[str, Generation]
+    use_runner: UseRunner, make_engine: Callable[..., Engine], alone: dict[str, Generation]
 ) -> None:
-    monkeypatch.setattr(parts, "Runner", Recorded)
-    monkeypatch.setattr(Recorded, "recorder", Repeating())
+    recorder = Repeating()
+    use_runner(partial(Recorded, recorder=recorder))
     assert tokens(run(make_engine(), crowd())) == tokens(alone)
-    assert Recorded.recorder.num_replays > 10
+    assert recorder.num_replays > 10
 
 
 def test_closing_fails_requests_in_flight(make_engine: Callable[..., Engine]) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SteppedRunner, demo_settings, generation, submit
+from conftest import SteppedRunner, UseRunner, demo_settings, generation, submit
 from torch import Tensor
 
 from mpt_grpc.constraint import JsonObject
-from mpt_grpc.engine import load, parts
+from mpt_grpc.engine import load
 from mpt_grpc.engine.assembly import PlainOutput
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import AsyncStream, collect
@@ -355,9 +355,9 @@ class FaultyRunner(Runner):
 
 
 def test_failing_request_does_not_affect_others(
-    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine], alone: dict[str, Generation]
+    use_runner: UseRunner, make_engine: Callable[..., Engine], alone: dict[str, Generation]
 ) -> None:
-    monkeypatch.setattr(parts, "Runner", FaultyRunner)
+    use_runner(FaultyRunner)
     engine = make_engine()
     requests = mixed_requests(16)
     streams = [submit(engine, request) for request in requests[:8]]
@@ -375,8 +375,8 @@ class LostDevice(Runner):
         raise DeviceLostError("an illegal memory access was encountered")
 
 
-def test_lost_device_stops_the_engine(monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]) -> None:
-    monkeypatch.setattr(parts, "Runner", LostDevice)
+def test_lost_device_stops_the_engine(use_runner: UseRunner, make_engine: Callable[..., Engine]) -> None:
+    use_runner(LostDevice)
     engine = make_engine()
     stream = submit(engine, generation("a"))
     with pytest.raises(UnavailableError, match="illegal memory access"):

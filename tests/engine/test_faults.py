@@ -9,10 +9,9 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from conftest import demo_settings, generation, submit
+from conftest import UseRunner, demo_settings, generation, submit
 from torch import Tensor
 
-from mpt_grpc.engine import parts
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import collect
 from mpt_grpc.errors import InternalError
@@ -35,26 +34,26 @@ class SmallMemory(Runner):
 
     def run(self, plan: StepPlan, chosen: Tensor | None = None) -> StepOutput:
         if plan.num_tokens > 40:
-            SmallMemory.num_failed += 1
+            self.num_failed += 1
             raise MemoryError("no memory")
         return super().run(plan, chosen)
 
 
 def test_steps_that_do_not_fit_in_memory_are_computed_in_parts(
-    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine], shared_engine: Engine
+    use_runner: UseRunner, make_engine: Callable[..., Engine], shared_engine: Engine
 ) -> None:
     requests = [generation(f"r{number}", tuple(range(100, 130 + number))) for number in range(8)]
     expected = [shared_engine.generate(request).token_ids for request in requests]
-    monkeypatch.setattr(parts, "Runner", SmallMemory)
+    runners = use_runner(SmallMemory)
     engine = make_engine()
     streams = [submit(engine, request) for request in requests]
     assert [collect(stream).token_ids for stream in streams] == expected
-    assert SmallMemory.num_failed > 0
+    assert runners[0].num_failed > 0
     assert engine.load.num_free_blocks == 512
 
 
 def test_what_a_step_that_failed_held_is_free_when_it_is_computed_in_parts(
-    monkeypatch: pytest.MonkeyPatch, make_engine: Callable[..., Engine]
+    use_runner: UseRunner, make_engine: Callable[..., Engine]
 ) -> None:
     tensors: list[weakref.ref[Tensor]] = []
     num_held: list[int] = []
@@ -74,7 +73,7 @@ def test_what_a_step_that_failed_held_is_free_when_it_is_computed_in_parts(
                 raise torch.OutOfMemoryError("no memory")
             return super().run(plan, chosen)
 
-    monkeypatch.setattr(parts, "Runner", Holding)
+    use_runner(Holding)
     engine = make_engine()
     for stream in [submit(engine, generation(f"r{number}", tuple(range(100, 120)))) for number in range(8)]:
         collect(stream)

@@ -12,12 +12,11 @@ from random import Random
 from typing import Any
 
 import pytest
-from conftest import submit
+from conftest import UseRunner, submit
 from torch import Tensor
 
 from mpt_grpc.constraint import Choice, JsonObject, JsonSchema, LarkGrammar, Regex
 from mpt_grpc.conversation import Conversation, Message
-from mpt_grpc.engine import parts
 from mpt_grpc.engine.engine import Engine
 from mpt_grpc.engine.stream import ThreadStream, collect
 from mpt_grpc.model.runner import Runner, StepOutput
@@ -131,15 +130,8 @@ class ArrivingRunner(Runner):
 
 
 @pytest.fixture
-def runners(monkeypatch: pytest.MonkeyPatch) -> list[ArrivingRunner]:
-    made: list[ArrivingRunner] = []
-
-    def make(*parts: Any) -> ArrivingRunner:
-        made.append(ArrivingRunner(*parts))
-        return made[-1]
-
-    monkeypatch.setattr(parts, "Runner", make)
-    return made
+def runners(use_runner: UseRunner) -> list[ArrivingRunner]:
+    return use_runner(ArrivingRunner)
 
 
 def resumed_after(
