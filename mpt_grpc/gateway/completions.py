@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastapi import Request
 from starlette.responses import Response
@@ -16,7 +16,7 @@ from starlette.responses import Response
 from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.gateway.interleave import interleave
 from mpt_grpc.gateway.requests import CompletionRequest
-from mpt_grpc.gateway.responses import PartedResponse, TextResponse, built, encoded, text_choice
+from mpt_grpc.gateway.responses import Json, PartedResponse, TextResponse, built, encoded, text_choice
 from mpt_grpc.gateway.text_logprobs import TextLogprobs
 from mpt_grpc_client import (
     AsyncClient,
@@ -30,7 +30,6 @@ from mpt_grpc_client import (
     Usage,
 )
 
-Json = dict[str, Any]
 _PROMPT_FIELDS = re.compile(r"^(prompt|token_ids)\b")
 """The client library's names of a prompt that is continued, and of one that is turned into text."""
 

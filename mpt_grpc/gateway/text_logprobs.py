@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import Any
 
-from mpt_grpc.gateway.responses import token_label
+from mpt_grpc.gateway.responses import Json, token_label
 from mpt_grpc_client import TokenLogprob
-
-Json = dict[str, Any]
 
 
 class TextLogprobs:

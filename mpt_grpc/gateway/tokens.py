@@ -15,11 +15,11 @@ from starlette.responses import JSONResponse
 from mpt_grpc.gateway.errors import BadRequestError
 from mpt_grpc.gateway.messages import ChatMessage, message_fields
 from mpt_grpc.gateway.requests import Uint
+from mpt_grpc.gateway.responses import Json
 from mpt_grpc.gateway.strict import Many, Some
 from mpt_grpc.worker_threads import WorkerThreads
 from mpt_grpc_client import AsyncClient, Client, PreparedPrompt, Token
 
-Json = dict[str, Any]
 # Two threads, which bound the memory of texts and tokens.
 _tokenizers = WorkerThreads(2, "tokenize")
 DETOKENIZE_FIELD_NAMES = {"token_ids": "tokens"}
