@@ -1,10 +1,19 @@
-"""How long a request will run, by those before it."""
+"""How long a request will wait and run, by those before it, and which are refused because of that."""
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
+import pytest
+from conftest import generation
+
+from mpt_grpc.caller import Caller
+from mpt_grpc.engine.overload import too_late_at_arrival, too_late_in_queue
+from mpt_grpc.engine.request_record import RequestRecord
 from mpt_grpc.engine.service_times import ServiceTimes
+from mpt_grpc.engine.state import EngineLoad
+from mpt_grpc.engine.stream import ThreadStream
+from mpt_grpc.request import GenerationRequest
 from mpt_grpc.results import RequestStats
 
 
@@ -94,3 +103,49 @@ def test_requests_that_were_cancelled_show_how_long_others_wait_and_not_how_long
         times.record(stats(1.0, 2.0, num_tokens=100), 1, 100, was_cancelled=True)
     assert times.run_time().seconds(300) == 0
     assert times.wait_s(6, 2) == pytest.approx(9)
+
+
+@pytest.fixture
+def three_seconds() -> ServiceTimes:
+    """The times of a server whose requests run for 3 s if they get 100 tokens."""
+    times = with_steps(0.02)
+    for _ in range(8):
+        times.record(stats(1.0, 2.0, num_tokens=100), 1, 100, was_cancelled=False)
+    return times
+
+
+def record(request: GenerationRequest, timeout_s: float) -> RequestRecord:
+    """Returns the record of a request that arrives at 10 s."""
+    return RequestRecord(request, ThreadStream(request.request_id, lambda: None), None, 10.0, timeout_s)
+
+
+def test_a_request_is_refused_at_its_arrival_if_a_longer_wait_than_expected_would_be_too_long(
+    three_seconds: ServiceTimes,
+) -> None:
+    request, load = generation(max_new_tokens=100), EngineLoad(num_running=2, num_waiting=1)
+    others = [request] * 3  # one of the two running ones and the waiting one make way first
+    assert too_late_at_arrival(record(request, 6.75), others, three_seconds, load) is None
+    refusals = [too_late_at_arrival(record(request, 2.75), others, three_seconds, load) for _ in range(10)]
+    for refusal in refusals:
+        assert refusal is not None
+        assert "about 6.8 s, 3.0 s of them in the queue, and its timeout leaves 2.8 s" in str(refusal)
+        assert 4 <= refusal.retry_after_s <= 8
+    assert len({refusal.retry_after_s for refusal in refusals if refusal is not None}) == 10
+
+
+def test_of_another_caller_as_many_requests_run_before_as_the_caller_itself_has_turns(
+    three_seconds: ServiceTimes,
+) -> None:
+    request = generation(max_new_tokens=100)
+    others = [replace(request, caller=Caller("another"))] * 5
+    refusal = too_late_at_arrival(record(request, 1.0), others, three_seconds, EngineLoad(num_running=1))
+    assert "3.0 s of them in the queue" in str(refusal)
+
+
+def test_a_request_in_the_queue_is_refused_once_it_could_not_end_in_time(three_seconds: ServiceTimes) -> None:
+    waiting, run_time = record(generation(max_new_tokens=100), 5.0), three_seconds.run_time()
+    assert too_late_in_queue(waiting, run_time, 12.0) is None
+    refusal = too_late_in_queue(waiting, run_time, 12.5)
+    assert refusal is not None
+    assert "about 3.0 s, after 2.5 s in the queue, and its timeout leaves 2.5 s" in str(refusal)
+    assert 2.5 <= refusal.retry_after_s <= 5
