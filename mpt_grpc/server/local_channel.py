@@ -123,7 +123,8 @@ class LocalChannel(grpc.aio.Channel):
             context.end(Status(context.code(), context.details(), context.trailing_metadata()))
 
     async def _find(self, details: grpc.HandlerCallDetails) -> _Handler | None:
-        return next((handler for service in self._services if (handler := service.service(details))), None)
+        handler: Any = next((handler for service in self._services if (handler := service.service(details))), None)
+        return None if handler is None else handler._replace(response_serializer=None)
 
 
 def _coded(message: Any, codec: Callable[[Any], Any] | None) -> Any:
