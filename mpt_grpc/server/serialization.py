@@ -32,7 +32,7 @@ def in_pieces(message: Message, depth: int) -> bytes:
     """Serializes and empties a message without maps. The messages that are `depth` levels below are the pieces."""
     if not depth:
         return message.SerializeToString()
-    pieces = []
+    pieces = list[bytes]()
     for field, value in message.ListFields():
         if field.message_type is not None:
             tag = _varint(field.number << 3 | _LENGTH_DELIMITED)
