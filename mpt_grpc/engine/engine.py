@@ -233,6 +233,10 @@ class Engine:
         if self._thread.ident is not None:
             self._thread.join()
 
+    async def delivered(self) -> None:
+        """Waits until all events and reports so far have been received; to be called on the loop that receives them."""
+        await self._outbox.delivered()
+
     def is_stalled(self, timeout_s: float) -> bool:
         """Whether the thread has died, or requests wait or run but no step has completed for `timeout_s`."""
         return not self._thread.is_alive() or self._steps.is_stalled(timeout_s)

@@ -51,6 +51,11 @@ class Outbox:
             self._is_scheduled = True
         self._loop.call_soon_threadsafe(self._hand_over, self._loop)
 
+    async def delivered(self) -> None:
+        """Waits until nothing is left to hand over; to be called on the loop."""
+        while self._is_scheduled:  # noqa: ASYNC110  # an event of asyncio could not be cleared by the threads that put
+            await asyncio.sleep(_BUSY_S)
+
     def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
             events, self._deliveries = self._deliveries, []

@@ -53,6 +53,8 @@ class Call:
     """The time to its deadline when it began, or None without one."""
     num_bytes: int = 0
     """The size of its message."""
+    num_logprobs: int = 0
+    """The number of log probabilities in its latest response."""
     operation: str | None = None
     """What a generation does, by its name in GenAI's conventions; None until its message has been read."""
     logged: dict[str, Any] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from mpt_grpc.errors import FieldViolation, InternalError, InvalidRequestError, 
 from mpt_grpc.server import status
 from mpt_grpc.server.call import Call, begin_call, current_call
 from mpt_grpc.server.message_work import MessageWork
+from mpt_grpc.server.serialization import encoded
 from mpt_grpc.server.sizes import MessageLimits
 from mpt_grpc.server.writes import PendingWrites
 from mpt_grpc.telemetry import names
@@ -60,6 +61,7 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Serving: TypeAlias = Callable[[_CallContext], AbstractAsyncContextManager[None]]
 _Parse: TypeAlias = Callable[[bytes], Awaitable[Any]]
+_Encode: TypeAlias = Callable[[Any], Awaitable[Any]]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -102,12 +104,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             )
         if service == _REFLECTION:
             return _reflection(serving, parse, handler)
-        codecs = (None, handler.response_serializer)
+        encode = partial(encoded, handler.response_serializer)
         if handler.unary_stream is not None:
-            stream = _stream(serving, parse, handler.unary_stream, self.writes)
-            return grpc.unary_stream_rpc_method_handler(stream, *codecs)
+            stream = _stream(serving, parse, handler.unary_stream, encode, self.writes)
+            return grpc.unary_stream_rpc_method_handler(stream)
         assert handler.unary_unary is not None
-        return grpc.unary_unary_rpc_method_handler(_unary(serving, parse, handler.unary_unary), *codecs)
+        return grpc.unary_unary_rpc_method_handler(_unary(serving, parse, handler.unary_unary, encode))
 
     async def _parse(self, method: MethodDescriptor, parse: Callable[[bytes], Any], data: bytes) -> Any:
         """Returns the message. Raises InvalidRequestError."""
@@ -163,18 +165,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return span if span.is_recording() else None
 
 
-def _unary(serving: _Serving, parse: _Parse, serve: Callable[..., Any]) -> Callable[..., Any]:
+def _unary(serving: _Serving, parse: _Parse, serve: Callable[..., Any], encode: _Encode) -> Callable[..., Any]:
     async def unary(data: bytes, context: _CallContext) -> Any:
         async with serving(context):
             current_call().num_bytes = len(data)
             response = serve(await parse(data), context)
             del data  # this frame is part of a status that gRPC keeps
-            return await response
+            return await encode(await response)
 
     return unary
 
 
-def _stream(serving: _Serving, parse: _Parse, serve: Callable[..., Any], writes: PendingWrites) -> Callable[..., Any]:
+def _stream(
+    serving: _Serving, parse: _Parse, serve: Callable[..., Any], encode: _Encode, writes: PendingWrites
+) -> Callable[..., Any]:
     async def stream(data: bytes, context: _CallContext) -> AsyncIterator[Any]:
         task = asyncio.current_task()
         assert task is not None
@@ -186,7 +190,7 @@ def _stream(serving: _Serving, parse: _Parse, serve: Callable[..., Any], writes:
                 try:
                     async for response in responses:
                         writes.begin(task, context, call)
-                        yield response
+                        yield await encode(response)
                         writes.end(task)
                 finally:
                     writes.end(task)

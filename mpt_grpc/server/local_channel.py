@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -123,7 +123,9 @@ class LocalChannel(grpc.aio.Channel):
             context.end(Status(context.code(), context.details(), context.trailing_metadata()))
 
     async def _find(self, details: grpc.HandlerCallDetails) -> _Handler | None:
-        return next((handler for service in self._services if (handler := service.service(details))), None)
+        found: Iterator[Any] = (service.service(details) for service in self._services)
+        handler = next(filter(None, found), None)
+        return None if handler is None else handler._replace(response_serializer=None)
 
 
 def _coded(message: Any, codec: Callable[[Any], Any] | None) -> Any:

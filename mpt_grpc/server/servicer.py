@@ -79,8 +79,11 @@ class TextGenerationServicer(pb_grpc.TextGenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: _CallContext) -> pb.GenerateResponse:
         async with self._answer(request, context) as answer:
-            deltas = [delta async for delta in answer.deltas]
-            return await _built(lambda: answer.complete(deltas), sum(map(_num_logprobs, deltas)))
+            deltas, num_logprobs = list[OutputDelta](), 0
+            async for delta in answer.deltas:
+                deltas.append(delta)
+                num_logprobs += _num_logprobs(delta)
+            return await _built(partial(_complete, answer, deltas), num_logprobs)
 
     async def StreamGenerate(
         self,
@@ -236,8 +239,17 @@ class DebugServicer(debug_pb2_grpc.DebugServiceServicer):
                 self._last = None
 
 
+def _complete(answer: Answer, deltas: list[OutputDelta]) -> pb.GenerateResponse:
+    """Returns the response, and frees the deltas one by one: freeing all at once would stop all threads."""
+    response = answer.complete(deltas)
+    while deltas:
+        deltas.pop()
+    return response
+
+
 async def _built(build: Callable[[], _Message], num_logprobs: int) -> _Message:
     """Returns the message that `build` makes, in a thread if it has so many log probabilities that this takes long."""
+    current_call().num_logprobs = num_logprobs
     return await asyncio.to_thread(build) if num_logprobs > _MANY_LOGPROBS else build()
 
 

@@ -62,3 +62,21 @@ def test_the_next_hand_over_waits_twice_as_long_as_the_readers_took_but_until_20
     times_s, events = zip(*received, strict=True)
     assert events == (0, 1, 2)
     assert times_s == pytest.approx([0, next_s, next_s])
+
+
+async def test_what_is_yet_to_be_handed_over_is_waited_for() -> None:
+    loop = asyncio.get_running_loop()
+    outbox = Outbox(loop)
+    received: list[int] = []
+
+    def receive(event: int) -> None:
+        received.append(event)
+        if event == 0:
+            begin_s = loop.time()
+            while loop.time() < begin_s + 0.002:  # long enough for the next hand-over to wait
+                pass
+            outbox.put([(receive, 1)])
+
+    outbox.put([(receive, 0)])
+    await outbox.delivered()
+    assert received == [0, 1]

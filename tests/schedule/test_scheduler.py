@@ -637,6 +637,21 @@ def test_drafts_take_no_blocks_from_others() -> None:
     assert [len(output) for output in m.outputs.values()] == [20, 20]
 
 
+def test_blocks_that_a_sequence_keeps_for_drafts_are_not_given_to_others() -> None:
+    m = machine(num_blocks=25, speculates=True)
+    m.step_seconds = lambda _: 1.0
+    m.add(replace(request("a"), stopping=replace(ENDLESS, max_new_tokens=80)), (3, *(4, 5, 6) * 3))
+    while len((plan := m.plan()).sequences[0].drafts) < 2 * BLOCK_SIZE:
+        m.run(plan)
+    m.run(plan, deferred=frozenset({"a"}))
+    a = m.sequences["a"]
+    assert len(a.block_table) > -(-a.num_required // BLOCK_SIZE), "it has a block more than it needs"
+    num_free = m.scheduler.num_free_blocks
+    m.add(request("b", 1), tuple(range(1, (num_free + 1) * BLOCK_SIZE)))
+    assert m.planned(m.step()) == ["a"]
+    m.finish()
+
+
 def test_a_step_that_did_not_fit_in_memory_halves_the_next_ones_for_a_while() -> None:
     scheduler = Scheduler(SchedulerLimits(12, 40, 5000), BlockPool(1250, BLOCK_SIZE), frozenset())
     scheduler.add(request("r", 1), tuple(range(4900)))

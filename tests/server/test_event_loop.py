@@ -19,6 +19,7 @@ from processor_time import processor_seconds
 
 from mpt_grpc.server.server import RunningServer, running_server
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
+from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 
 NUM_TRIES = 5
 ONE_TOKEN = pb.StoppingCriteria(max_new_tokens=1)
@@ -123,6 +124,24 @@ def test_a_large_message_holds_up_the_event_loop_little_longer_than_a_small_one(
         call(large)
         small_s = served.longest_turn_s(lambda: call(pb.GenerateRequest(text="Once", stopping=ONE_TOKEN)))
         assert served.longest_turn_s(lambda: call(large)) < small_s + unnoticed_s
+
+
+def test_a_large_answer_holds_up_the_event_loop_for_less_time_than_it_takes_to_serialize(served: Served) -> None:
+    options = pb.OutputOptions(return_logprobs=True, top_logprobs=20)
+    large = pb.GenerateRequest(
+        text="Once",
+        sampling=pb.SamplingParameters(num_sequences=16, temperature=0),
+        stopping=pb.StoppingCriteria(max_new_tokens=250, ignore_eos=True),
+        output_options=options,
+    )
+    small = pb.GenerateRequest(text="Once", stopping=ONE_TOKEN, output_options=options)
+    with grpc.insecure_channel(served.server.target) as channel:
+        generate = pb_grpc.TextGenerationServiceStub(channel).Generate
+        answer = generate(large, timeout=60)
+        assert [len(output.logprobs) for output in answer.outputs] == [250] * 16
+        small_s = served.longest_turn_s(lambda: generate(small, timeout=60))
+        large_s = served.longest_turn_s(lambda: generate(large, timeout=60))
+    assert large_s < small_s + min(processor_seconds(answer.SerializeToString) for _ in range(NUM_TRIES)) / 2
 
 
 TRANSLATED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
