@@ -307,7 +307,7 @@ async def test_a_pipelined_request_has_as_long_as_any_other(
 async def test_a_caller_who_leaves_is_noticed_though_another_request_waits(gateway: RunningServer) -> None:
     body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True}
     _, writer = await send(gateway, "POST", TEXT, body, connection="keep-alive")
-    writer.write(b"GET /health HTTP/1.1\r\n\r\n")
+    writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
     while not gateway.engine.num_in_flight:
         await fetch(gateway, "GET", "/health")
     num_steps = gateway.engine.load.num_steps
