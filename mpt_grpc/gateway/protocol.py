@@ -5,6 +5,7 @@ the time in which it reads, and with the name in its certificate.
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 from starlette.responses import Response
@@ -38,6 +39,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread_timer: asyncio.TimerHandle | None = None
         self._certified_name: str | None = None
         self._is_head_complete = False
+        self._piece = memoryview(b"")
+        """What is being parsed."""
         self._num_unparsed = 0
         """The bytes since the last complete head or piece of a body: headers, trailers or chunk extensions."""
         self._served: RequestResponseCycle | None = None
@@ -83,9 +86,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def _parse(self) -> None:
         """Parses what has been received until a request waits for the one before it: each takes time and memory."""
         while (waiting := self.flow.waiting) and not self.pipeline and not self.transport.is_closing():
-            piece, self.flow.waiting = waiting[:_PIECE_BYTES], waiting[_PIECE_BYTES:]
-            self._num_unparsed += len(piece)
-            super().data_received(piece)  # type: ignore[arg-type]  # httptools takes any buffer
+            self._piece, self.flow.waiting = waiting[:_PIECE_BYTES], waiting[_PIECE_BYTES:]
+            self._num_unparsed += len(self._piece)
+            super().data_received(self._piece)  # type: ignore[arg-type]  # httptools takes any buffer
             if self._num_unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
                 why = f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB; shorten them"
                 self._refuse(BadRequestError(why, status=431))
@@ -110,6 +113,8 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._is_head_complete = True
         self._num_unparsed = 0
         self._stop_timer()
@@ -126,6 +131,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._num_unparsed = 0
         super().on_message_complete()
 
@@ -138,9 +145,21 @@ class BoundedProtocol(HttpToolsProtocol):
         self._parse()
 
     def _unsupported_upgrade_warning(self) -> None:
-        # What follows in the same piece is lost, so the rest could be taken for other requests.
-        super()._unsupported_upgrade_warning()
-        self.flow.waiting = memoryview(b"")
+        """Called when the parser has stopped at the end of a head that asks for another protocol, such as h2c.
+
+        Java's client asks so in each first request. A server may ignore it, so the head is parsed again without it.
+        """
+        if self.parser.get_method() == b"CONNECT":
+            self._refuse(BadRequestError("CONNECT is not allowed, since this is no proxy", status=405))
+            return
+        stopped = sys.exception()
+        assert stopped is not None
+        request = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        headers = (b"%b: %b" % header for header in self.headers if header[0] != b"upgrade")
+        head = b"\r\n".join((request, *headers, b"", b""))
+        self.parser = type(self.parser)(self)
+        self._num_unparsed = 0
+        self.flow.waiting = memoryview(b"".join((head, self._piece[stopped.args[0] :], self.flow.waiting)))
 
     @property
     def _is_idle(self) -> bool:

@@ -78,7 +78,7 @@ async def test_an_answered_request_is_freed(
 
 
 def num_connections() -> int:
-    return sum(isinstance(found, BoundedProtocol) for found in gc.get_objects())
+    return sum(type(found) is BoundedProtocol for found in gc.get_objects())
 
 
 STREAM = b'{"prompt": "Once", "max_tokens": 1900, "ignore_eos": true, "stream": true}'
