@@ -117,9 +117,8 @@ async def test_a_request_whose_caller_leaves_is_freed(gateway: RunningServer, st
     body = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True, "stream": stream}
     _, writer = await send(gateway, "POST", TEXT, body)
     async with asyncio.timeout(30):
-        while not gateway.engine.num_in_flight:  # noqa: ASYNC110
+        while not gateway.engine.num_in_flight or num_messages() <= before:  # noqa: ASYNC110
             await asyncio.sleep(0)
-    assert num_messages() > before
     writer.close()
     await all_are_freed(before)
 
