@@ -25,6 +25,8 @@ MAX_BODIES_BYTES = 128 << 20
 SMALL_BODY_BYTES = 64 << 10
 _CORRELATION_ID = re.compile(r"[!-~]{1,128}")
 _MAX_PREFIX = 64
+_HOST = re.compile(r"(\[[\w:.%~-]+]|[\w.~%!$&'()*+,;=-]*)(:\d*)?", re.ASCII)
+"""The form of `Host`: a name or an address, with or without a port."""
 _HEADERS = {
     # No external resources and no embedding in frames. The pages of `/docs` contain inline code.
     "content-security-policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none';"
@@ -81,19 +83,25 @@ class HeaderMiddleware:
                     own.setdefault(name, value)
             await send(message)
 
-        error = self._refusal(headers)
+        error = self._refusal(headers, scope["http_version"])
         if error is None:
             await self._app(scope, receive, send_with_headers)
             return
         note_refusal(scope, error)
         await error_response(error)(scope, receive, send_with_headers)
 
-    def _refusal(self, headers: Headers) -> BadRequestError | None:
+    def _refusal(self, headers: Headers, http_version: str) -> BadRequestError | None:
         size = sum(len(name) + len(value) for name, value in headers.raw)
         if size > MAX_HEAD_BYTES or len(headers.raw) > MAX_HEADERS:
             why = f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB or number more than {MAX_HEADERS}; send fewer"
             return BadRequestError(why, status=431)
-        for host in headers.getlist("host"):
+        hosts = headers.getlist("host")
+        if len(hosts) > 1 or (not hosts and http_version != "1.0"):
+            return BadRequestError(f"{len(hosts)} Host headers; send one")
+        for host in hosts:
+            if not _HOST.fullmatch(host):
+                why = f"the host {shortened(host)!r} is neither a name nor an address; add only a port to it"
+                return BadRequestError(why)
             if not self._is_host_allowed(host):
                 why = f"the host {shortened(host)!r} is not a name of this machine; allow it with --allow-host"
                 return BadRequestError(why, status=403)

@@ -5,6 +5,7 @@ the time in which it reads, and with the name in its certificate.
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 from starlette.responses import Response
@@ -29,6 +30,8 @@ class BoundedProtocol(HttpToolsProtocol):
     read.
     """
 
+    flow: _ReadingWhenParsed
+
     def __init__(self, *arguments: Any, read_timeout_s: float, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._read_timeout_s = read_timeout_s
@@ -36,16 +39,16 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread_timer: asyncio.TimerHandle | None = None
         self._certified_name: str | None = None
         self._is_head_complete = False
+        self._piece = memoryview(b"")
+        """What is being parsed."""
         self._num_unparsed = 0
         """The bytes since the last complete head or piece of a body: headers, trailers or chunk extensions."""
-        self._waiting = memoryview(b"")
-        """What has been received and not been parsed yet."""
         self._served: RequestResponseCycle | None = None
         """The request that is being served; `cycle` is the last that has been parsed."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.flow = _ReadingWhenParsed(transport, self)
+        self.flow = _ReadingWhenParsed(transport)
         if certificate := transport.get_extra_info("peercert"):
             self._certified_name = subject_name(certificate)
         self._start_timer()
@@ -53,10 +56,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_unread_timer()
+        self._unset_keepalive_if_required()
         super().connection_lost(exc)
-        if self._served is not None and not self._served.response_complete:
+        if self._served is None:
+            return
+        if not self._served.response_complete:
             self._served.disconnected = True
             self._served.message_event.set()
+        # The requests that wait refer to this connection, which would be kept until garbage is collected.
+        self.cycle = self._served
+        self.pipeline.clear()
 
     def pause_writing(self) -> None:
         """Called when as much is unread as is buffered."""
@@ -72,19 +81,20 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_idle:
             self._start_timer()
-        self._waiting = memoryview(b"".join((self._waiting, data)) if self._waiting else data)
+        waiting = self.flow.waiting
+        self.flow.waiting = memoryview(b"".join((waiting, data)) if waiting else data)
         self._parse()
 
     def _parse(self) -> None:
         """Parses what has been received until a request waits for the one before it: each takes time and memory."""
-        while self._waiting and not self.pipeline and not self.transport.is_closing():
-            piece, self._waiting = self._waiting[:_PIECE_BYTES], self._waiting[_PIECE_BYTES:]
-            self._num_unparsed += len(piece)
-            super().data_received(piece)  # type: ignore[arg-type]  # httptools takes any buffer
+        while (waiting := self.flow.waiting) and not self.pipeline and not self.transport.is_closing():
+            self._piece, self.flow.waiting = waiting[:_PIECE_BYTES], waiting[_PIECE_BYTES:]
+            self._num_unparsed += len(self._piece)
+            super().data_received(self._piece)  # type: ignore[arg-type]  # httptools takes any buffer
             if self._num_unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
                 why = f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB; shorten them"
                 self._refuse(BadRequestError(why, status=431))
-        if self._waiting:
+        if self.flow.waiting:
             self.flow.pause_reading()
 
     def send_400_response(self, msg: str) -> None:
@@ -105,6 +115,8 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._is_head_complete = True
         self._num_unparsed = 0
         self._stop_timer()
@@ -121,6 +133,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._num_unparsed = 0
         super().on_message_complete()
 
@@ -133,14 +147,21 @@ class BoundedProtocol(HttpToolsProtocol):
         self._parse()
 
     def _unsupported_upgrade_warning(self) -> None:
-        # What follows in the same piece is lost, so the rest could be taken for other requests.
-        super()._unsupported_upgrade_warning()
-        self._waiting = memoryview(b"")
+        """Called when the parser has stopped at the end of a head that asks for another protocol, such as h2c.
 
-    @property
-    def has_waiting(self) -> bool:
-        """Whether something that has been received waits for the requests before it."""
-        return bool(self._waiting)
+        Java's client asks so in each first request. A server may ignore it, so the head is parsed again without it.
+        """
+        if self.parser.get_method() == b"CONNECT":
+            self._refuse(BadRequestError("CONNECT is not allowed, since this is no proxy", status=405))
+            return
+        stopped = sys.exception()
+        assert stopped is not None
+        request = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        headers = (b"%b: %b" % header for header in self.headers if header[0] != b"upgrade")
+        head = b"\r\n".join((request, *headers, b"", b""))
+        self.parser = type(self.parser)(self)
+        self._num_unparsed = 0
+        self.flow.waiting = memoryview(b"".join((head, self._piece[stopped.args[0] :], self.flow.waiting)))
 
     @property
     def _is_idle(self) -> bool:
@@ -177,12 +198,13 @@ class BoundedProtocol(HttpToolsProtocol):
 class _ReadingWhenParsed(FlowControl):
     """Reads no more from a connection while what has been read waits."""
 
-    def __init__(self, transport: asyncio.Transport, protocol: BoundedProtocol) -> None:
+    def __init__(self, transport: asyncio.Transport) -> None:
         super().__init__(transport)
-        self._protocol = protocol
+        self.waiting = memoryview(b"")
+        """What has been received and not been parsed yet."""
 
     def resume_reading(self) -> None:
-        if not self._protocol.has_waiting:
+        if not self.waiting:
             super().resume_reading()
 
 

@@ -57,9 +57,11 @@ def conversation_token_ids(
         estimate = _Estimate(sizes, lambda num_dropped: prompt.rendered(num_dropped).encode(), num_droppable)
         token_ids = _first_fitting(tokens_without, estimate.num_tokens, num_droppable + 1, max_prompt_tokens)
     if len(token_ids) > max_prompt_tokens:
-        lengths = f"{len(token_ids)} + {num_new_tokens} tokens (prompt + output)"
-        why = f"{lengths} exceed the context of {max_context_tokens}: {_remedy(conversation)}"
-        raise InvalidRequestError(FieldViolation(_FIELD, why, CONTEXT_LENGTH_EXCEEDED))
+        why = f"{len(token_ids)} + {num_new_tokens} tokens (prompt + output) exceed the context of {max_context_tokens}"
+        if (num_left := max_context_tokens - len(token_ids)) > 0:
+            why += f": request at most {num_left} or shorten the prompt"
+            raise InvalidRequestError(FieldViolation("stopping.max_new_tokens", why, CONTEXT_LENGTH_EXCEEDED))
+        raise _too_long(conversation, why)
     return token_ids
 
 
@@ -117,8 +119,7 @@ class _Prompt:
             if size <= self._max_context_tokens * self._max_token_bytes:
                 return _Turns(turns.without(num_dropped)) if num_dropped else turns
         why = f"{sizes[-1]} characters are too many for the context of {self._max_context_tokens} tokens"
-        why += f": {_remedy(self._conversation)}"
-        raise InvalidRequestError(FieldViolation(_FIELD, why, CONTEXT_LENGTH_EXCEEDED))
+        raise _too_long(self._conversation, why)
 
 
 class _Estimate:
@@ -234,9 +235,26 @@ def _num_characters(message: Message) -> int:
     return len(message.content) + sum(len(call.arguments) for call in message.tool_calls)
 
 
-def _remedy(conversation: Conversation) -> str:
-    tools = "the tools or " if conversation.shown_tools else ""
-    messages = (
-        "the last message" if conversation.drop_oldest_turns else "the messages, or have the oldest turns dropped"
+def _too_long(conversation: Conversation, why: str) -> InvalidRequestError:
+    """Returns the error for a conversation that does not fit, which names a part that is longer than the rest."""
+    sizes = {f"{_FIELD}[{index}]": _num_characters(message) for index, message in _undroppable(conversation)}
+    sizes["conversation.tools"] = sum(
+        len(tool.name) + len(tool.description) + len(tool.parameters) for tool in conversation.shown_tools
     )
-    return f"shorten {tools}{messages}"
+    sizes["conversation.chat_template_kwargs"] = sum(map(len, strings(conversation.chat_template_kwargs)))
+    field, remedy = max(sizes, key=sizes.__getitem__), "shorten it"
+    if 2 * sizes[field] <= sum(sizes.values()):
+        dropping = "" if conversation.drop_oldest_turns else ", or have the oldest turns dropped"
+        tools = "the tools or " if conversation.shown_tools else ""
+        field, remedy = _FIELD, f"shorten {tools}the messages{dropping}"
+    return InvalidRequestError(FieldViolation(field, f"{why}: {remedy}", CONTEXT_LENGTH_EXCEEDED))
+
+
+def _undroppable(conversation: Conversation) -> list[tuple[int, Message]]:
+    """Returns the messages that are shown even if turns are dropped, with their indices."""
+    messages = list(enumerate(conversation.messages))
+    if not conversation.drop_oldest_turns:
+        return messages
+    rest = list(dropwhile(lambda item: item[1].role == "system", messages))
+    start = max((index for index, message in rest if message.role == "user"), default=0)
+    return [*messages[: len(messages) - len(rest)], *(item for item in rest if item[0] >= start)]

@@ -190,7 +190,7 @@ def errors(url: str) -> None:
 
     assert bad_request(temperature=-1).param == "temperature"
     assert bad_request(max_tokens=100_000).param == "max_tokens", "more than the context, whatever the messages are"
-    assert bad_request(max_tokens=2047).param == "messages", "with the messages, more than the context"
+    assert bad_request(max_tokens=2047).param == "max_tokens", "with the messages, more than the context"
     assert bad_request(messages=[]).param == "messages"
     assert bad_request(messages=[{"role": "robot", "content": "x"}]).param == "messages[0].role"
     tools = [{"type": "function", "function": {"name": "f"}}]

@@ -239,7 +239,8 @@ def test_a_message_may_have_the_type_that_evaluations_and_responses_give_it(kind
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/v1/chat/completions", {"messages": [{**USER, "content": "word " * 3000}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [{**USER, "content": "word " * 3000}]}, "messages[0]"),
+        ("/v1/chat/completions", {"messages": [{**USER, "content": "word " * 1000}] * 3}, "messages"),
         ("/v1/completions", {"prompt": "word " * 3000}, "prompt"),
         ("/v1/completions", {"prompt": ["a", "word " * 1000], "max_tokens": 2000}, "max_tokens"),
         ("/v1/completions", {"prompt": "a" * (1 << 20)}, "prompt"),
@@ -247,9 +248,12 @@ def test_a_message_may_have_the_type_that_evaluations_and_responses_give_it(kind
         ("/v1/completions", {"prompt": [[1], [1] * 3000]}, "prompt[1]"),
         ("/v1/completions", {"prompt": "a", "max_tokens": 5000}, "max_tokens"),
         ("/v1/chat/completions", {"messages": [USER], "max_tokens": 5000}, "max_tokens"),
-        ("/v1/chat/completions", {"messages": [USER], "max_tokens": 2040}, "messages"),
+        ("/v1/chat/completions", {"messages": [USER], "max_tokens": 2040}, "max_tokens"),
         ("/v1/responses", {"input": "a", "max_output_tokens": 5000}, "max_output_tokens"),
         ("/v1/responses", {"input": "word " * 3000}, "input"),
+        ("/v1/responses", {"input": "a", "instructions": "word " * 3000}, "instructions"),
+        ("/v1/responses", {"input": [USER, {**USER, "content": "word " * 3000}]}, "input[1]"),
+        ("/tokenize", {"messages": [USER, {**USER, "content": "word " * 3000}]}, "messages[1]"),
     ],
 )
 def test_a_prompt_that_is_too_long_has_openais_code(path: str, body: Any, param: str, server: Any) -> None:

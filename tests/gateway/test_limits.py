@@ -307,7 +307,7 @@ async def test_a_pipelined_request_has_as_long_as_any_other(
 async def test_a_caller_who_leaves_is_noticed_though_another_request_waits(gateway: RunningServer) -> None:
     body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True}
     _, writer = await send(gateway, "POST", TEXT, body, connection="keep-alive")
-    writer.write(b"GET /health HTTP/1.1\r\n\r\n")
+    writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
     while not gateway.engine.num_in_flight:
         await fetch(gateway, "GET", "/health")
     num_steps = gateway.engine.load.num_steps
@@ -315,6 +315,40 @@ async def test_a_caller_who_leaves_is_noticed_though_another_request_waits(gatew
     while gateway.engine.num_in_flight:
         await fetch(gateway, "GET", "/health")
     assert gateway.engine.load.num_steps - num_steps < 1000
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+async def test_a_request_that_asks_for_another_protocol_is_served_like_any_other(
+    gateway: RunningServer, protocol: bytes, framing: str
+) -> None:
+    """With its body and the request after it, however they are divided into pieces."""
+    body = json.dumps({"prompt": "a" * 9000}).encode()
+    length, content = b"content-length: %d" % len(body), body
+    if framing == "chunks":
+        length, content = b"transfer-encoding: chunked", b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    head = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\nconnection: Upgrade\r\nupgrade: %b\r\n%b\r\n\r\n"
+    sent = head % (protocol, length) + content
+    sent += b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    for size in (len(sent), 40, 1000):
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
+        for start in range(0, len(sent), size):
+            writer.write(sent[start : start + size])
+            await writer.drain()
+        async with asyncio.timeout(30):
+            received = await reader.read()
+        writer.close()
+        assert received.count(b"HTTP/1.1 200 OK") == 2
+        assert b'"count":' in received
+        assert received.endswith(b'{"status":"ok"}')
+
+
+async def test_the_gateway_is_no_proxy(gateway: RunningServer) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
+    writer.write(b"CONNECT localhost:80 HTTP/1.1\r\nhost: localhost:80\r\n\r\n")
+    async with asyncio.timeout(30):
+        assert (await reader.read()).startswith(b"HTTP/1.1 405 ")
+    writer.close()
 
 
 async def test_trailers_are_no_headers(gateway: RunningServer) -> None:

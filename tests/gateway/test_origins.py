@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -33,7 +34,7 @@ async def statuses(server: RunningServer, host: str, settings: HttpSettings, *re
 
 async def test_only_names_of_this_machine_are_accepted_on_a_loopback_address(server: RunningServer) -> None:
     own = ["localhost", "LOCALHOST:8451", "127.0.0.1:1", "127.9.9.9", "[::1]:8451", socket.gethostname()]
-    foreign = ["rebind.test", "rebind.test:8451", "localhost.rebind.test", "192.0.2.1", "[2001:db8::1]", "", "[", "a:b"]
+    foreign = ["rebind.test", "rebind.test:8451", "localhost.rebind.test", "192.0.2.1", "[2001:db8::1]", "", "[::]"]
     requests = [{"host": host} for host in own + foreign]
     assert await statuses(server, "localhost", HttpSettings(port=0), *requests) == [200] * len(own) + [403] * len(
         foreign
@@ -41,6 +42,28 @@ async def test_only_names_of_this_machine_are_accepted_on_a_loopback_address(ser
     assert await statuses(server, "0.0.0.0", HttpSettings(port=0), *requests[:8]) == [200] * 8
     allowed = [{"host": "chat.example"}, {"host": "CHAT.example:80"}, {"host": "localhost"}, {"host": "other.example"}]
     assert await statuses(server, "127.0.0.1", ALLOWED, *allowed) == [200, 200, 200, 403]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
+async def test_a_request_has_one_host_of_the_right_form(server: RunningServer, address: str) -> None:
+    """As RFC 9112 demands, since a proxy in front could otherwise take another host for the one that is meant."""
+    one, absolute = b"host: localhost\r\n", b"http://localhost/health"
+    requests = {
+        200: [(b"/health", b"1.1", one), (b"/health", b"1.0", b""), (absolute, b"1.1", one)],
+        400: [
+            (b"/health", b"1.1", b""),
+            (absolute, b"1.1", b""),
+            (b"/health", b"1.1", one * 2),
+            (b"/health", b"1.0", one + b"host: 127.0.0.1\r\n"),
+            *((b"/health", b"1.1", b"host: %b\r\n" % host) for host in (b"[", b"a:b", b"a b", b"a/b", b"u@a", b"\xe9")),
+        ],
+    }
+    async with running_gateway(server.target, address, HttpSettings(port=0)) as port:
+        for status, heads in requests.items():
+            for path, version, hosts in heads:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"GET %b HTTP/%b\r\nconnection: close\r\n%b\r\n" % (path, version, hosts))
+                assert (await read_response(reader, writer))[0] == status, (path, version, hosts)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])

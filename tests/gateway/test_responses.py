@@ -211,7 +211,7 @@ def test_items_are_the_messages_of_a_chat_completion(items: Any, messages: Any, 
 
 def test_the_oldest_items_are_dropped_with_truncation(server: Any) -> None:
     items = [ASK, {"role": "assistant", "content": "word " * 3000}, ASK]
-    assert error(server, body(*items))["param"] == "input"
+    assert error(server, body(*items))["param"] == "input[1]"
     assert call(server, PATH, body(*items, truncation="auto"))["usage"]["input_tokens"] < 150
 
 

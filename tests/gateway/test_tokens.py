@@ -50,7 +50,7 @@ def test_messages_become_the_tokens_of_the_rendered_prompt(server: Any) -> None:
             {"messages": [{"role": "user", "content": "b"}], "return_token_strs": True},
             "return_token_strs: requires prompt",
         ),
-        ({"messages": [{"role": "user", "content": "a " * 3000}]}, "messages: "),
+        ({"messages": [{"role": "user", "content": "a " * 3000}]}, "messages[0]: "),
         ({"messages": []}, "messages: must be a list of at least one message"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: must be text, or a list of parts"),
         (

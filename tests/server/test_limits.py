@@ -265,7 +265,8 @@ async def test_the_largest_legal_message_is_served(service: Any) -> None:
     turns.append(pb.Message(role=pb.ROLE_USER, content="x" * 200_000))
     message.conversation.MergeFrom(pb.Conversation(messages=turns[1:], drop_oldest_turns=True))
     assert message.ByteSize() > 256 << 10
-    assert await violations(service.stub, message) == {"conversation.messages"}  # not of its counts, but of its length
+    # Not of its counts, but of its length.
+    assert await violations(service.stub, message) == {"conversation.messages[1023]"}
 
 
 @pytest.mark.parametrize(

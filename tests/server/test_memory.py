@@ -142,7 +142,7 @@ def test_pipelined_requests_take_little_memory_while_they_wait(server: ServerPro
             for _ in range(30)
         ]
         for connection in connections:
-            connection.sendall(b"GET /health HTTP/1.1\r\n\r\n" * 5000)
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" * 5000)
         for connection in connections:
             assert connection.recv(1)
         assert resident_bytes(server) - start < MAX_GROWTH_BYTES

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpt_grpc.conversation import Conversation, Message, ToolCall
+from mpt_grpc.conversation import Conversation, Message, Tool, ToolCall
 from mpt_grpc.errors import InvalidRequestError
 from mpt_grpc.limits import MAX_COUNTS
 from mpt_grpc.text.chat import conversation_token_ids
@@ -118,15 +118,55 @@ def test_conversation_that_is_too_long_is_rejected_with_both_token_counts() -> N
     assert prompt_text(SYSTEM, HI, HELLO, WHO, context=len(prompt) + 5, new=5) == prompt
     assert prompt_text(SYSTEM, HI, HELLO, WHO, context=len(prompt) + 1) == prompt
     with pytest.raises(InvalidRequestError) as caught:
-        prompt_text(SYSTEM, HI, HELLO, WHO, context=len(prompt) + 4, new=5)
+        prompt_text(SYSTEM, HI, HELLO, WHO, context=len(prompt), new=5)
     (violation,) = caught.value.violations
     assert violation.field == "conversation.messages"
-    assert (
-        f"{len(prompt)} + 5 tokens (prompt + output) exceed the context of {len(prompt) + 4}" in violation.description
-    )
+    assert f"{len(prompt)} + 5 tokens (prompt + output) exceed the context of {len(prompt)}" in violation.description
     assert "have the oldest turns dropped" in violation.description
-    with pytest.raises(InvalidRequestError):
-        prompt_text(SYSTEM, HI, HELLO, WHO, context=len(prompt))
+
+
+def test_more_new_tokens_than_the_conversation_leaves_are_refused_as_such() -> None:
+    prompt = prompt_text(SYSTEM, HI, HELLO, WHO)
+    with pytest.raises(InvalidRequestError, match=r"stopping\.max_new_tokens: .*: request at most 4 or shorten"):
+        prompt_text(SYSTEM, HI, HELLO, WHO, context=len(prompt) + 4, new=5)
+
+
+LONG = "a" * 900
+
+
+@pytest.mark.parametrize("max_token_bytes", [1, 1000], ids=["by its characters", "by its tokens"])
+@pytest.mark.parametrize(
+    ("messages", "drop", "field"),
+    [
+        ((Message("system", LONG), HI), False, "messages[0]"),
+        ((Message("system", LONG), HI), True, "messages[0]"),
+        ((SYSTEM, Message("system", LONG), HI), True, "messages[1]"),
+        ((SYSTEM, Message("user", LONG), HELLO, WHO), False, "messages[1]"),
+        ((Message("user", LONG * 2), HELLO, Message("user", LONG)), True, "messages[2]"),
+        ((Message("user", LONG), HELLO, Message("user", LONG)), False, "messages"),
+        ((HI, Message("assistant", "", (ToolCall("c", "f", f'{{"a": "{LONG}"}}'),)), WHO), False, "messages[1]"),
+    ],
+)
+def test_a_message_that_is_longer_than_all_others_is_named(
+    messages: tuple[Message, ...], drop: bool, field: str, max_token_bytes: int
+) -> None:
+    template = find_chat_template("base", Path("none"), "demo")
+    with pytest.raises(InvalidRequestError) as caught:
+        conversation_token_ids(
+            Conversation(messages, drop), template, encode, token_bytes, 800, None, max_token_bytes=max_token_bytes
+        )
+    assert [violation.field for violation in caught.value.violations] == [f"conversation.{field}"]
+
+
+def test_tools_or_variables_that_are_longer_than_all_messages_are_named() -> None:
+    template = find_chat_template("{{ tools }}{{ style }}{{ messages }}", Path("none"), "demo")
+    for field, conversation in {
+        "tools": Conversation((HI,), tools=(Tool("f", LONG, ""),)),
+        "chat_template_kwargs": Conversation((HI,), chat_template_kwargs={"style": [LONG]}),
+    }.items():
+        with pytest.raises(InvalidRequestError) as caught:
+            conversation_token_ids(conversation, template, encode, token_bytes, 800, None)
+        assert [violation.field for violation in caught.value.violations] == [f"conversation.{field}"]
 
 
 @pytest.mark.parametrize("drop", [False, True])
@@ -144,7 +184,7 @@ def test_oldest_turns_are_dropped_on_request() -> None:
 def test_last_message_that_is_too_long_by_itself_is_rejected() -> None:
     shortest = prompt_text(SYSTEM, WHO)
     assert prompt_text(SYSTEM, HI, HELLO, WHO, context=len(shortest) + 1, drop=True) == shortest
-    with pytest.raises(InvalidRequestError, match=rf"{len(shortest)} \+ 1 tokens .*shorten the last message"):
+    with pytest.raises(InvalidRequestError, match=rf"messages\[3]: {len(shortest)} \+ 1 tokens .*shorten it"):
         prompt_text(SYSTEM, HI, HELLO, WHO, context=len(shortest), drop=True)
 
 
