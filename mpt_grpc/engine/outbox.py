@@ -15,10 +15,11 @@ from typing import Any
 Delivery = tuple[Callable[[Any], None], Any]
 """An event or a report, and the method of the reader's stream or of the observer that receives it."""
 
-_MAX_INTERVAL_S = 0.020
-"""The most that may pass from one hand-over to the next, unless the readers take longer."""
+_MAX_DELAY_S = 0.020
+"""How long an event waits at most while the loop could take it."""
 _REST = 2
-"""How many times as long as the readers took the next hand-over waits: they get a third of the interpreter's time."""
+"""How many times as long as the readers took the next hand-over waits: up to the longest delay, they get a third of the
+interpreter's time."""
 _BUSY_S = 0.001
 """Readers that take less time than this for a hand-over do not delay the next one."""
 _READERS_A_TURN = 8
@@ -84,5 +85,4 @@ class Outbox:
         if busy_s < _BUSY_S:
             self._hand_over(loop)
         else:
-            rest_s = min(_REST * busy_s, _MAX_INTERVAL_S - busy_s)
-            loop.call_later(max(0.0, rest_s), self._hand_over, loop)
+            loop.call_later(min(_REST * busy_s, _MAX_DELAY_S), self._hand_over, loop)

@@ -34,7 +34,7 @@ def too_late_at_arrival(
     if record.deadline_s is None:
         return None
     wait_s = times.wait_s(_num_ahead(record.request, others) - load.num_running + 1, load.num_running)
-    needed_s = _CAUTION * wait_s + times.run_time().seconds(num_new_tokens(record.request))
+    needed_s = _CAUTION * wait_s + times.run_time().seconds(max_new_tokens(record.request))
     left_s = record.deadline_s - record.arrival_time_s
     if needed_s <= left_s:
         return None
@@ -45,14 +45,14 @@ def too_late_in_queue(record: RequestRecord, run_time: RunTime, now_s: float) ->
     """Returns the refusal of a waiting request that would end too late even if it started now, or None."""
     if record.deadline_s is None:
         return None
-    run_s, left_s = run_time.seconds(num_new_tokens(record.request)), max(0.0, record.deadline_s - now_s)
+    run_s, left_s = run_time.seconds(max_new_tokens(record.request)), max(0.0, record.deadline_s - now_s)
     if run_s <= left_s:
         return None
     waited_s = now_s - record.arrival_time_s
     return _too_late(f"{run_s:.1f} s, after {waited_s:.1f} s in the queue", left_s, waited_s)
 
 
-def num_new_tokens(request: GenerationRequest) -> int | None:
+def max_new_tokens(request: GenerationRequest) -> int | None:
     """Returns how many tokens each output may get besides the resumed ones, or None if the request does not set it."""
     most = request.stopping.max_new_tokens
     return None if most is None else most - min(map(len, request.outputs.values()))

@@ -10,7 +10,7 @@ from functools import partial
 from opentelemetry.context import Context
 
 from mpt_grpc.engine.outbox import Delivery
-from mpt_grpc.engine.overload import num_new_tokens, queue_full, too_late_at_arrival, too_late_in_queue
+from mpt_grpc.engine.overload import max_new_tokens, queue_full, too_late_at_arrival, too_late_in_queue
 from mpt_grpc.engine.request_record import RequestRecord
 from mpt_grpc.engine.service_times import ServiceTimes
 from mpt_grpc.engine.state import EngineLoad, RequestState
@@ -213,8 +213,8 @@ class RequestTable:
             self._forget(record)
             if record.prepared is not None:
                 was_cancelled = FinishReason.CANCELLED in record.finish_reasons.values()
-                possible = num_new_tokens(record.prepared.request) or 0
-                self._times.record(stats, len(record.sequences), possible, was_cancelled=was_cancelled)
+                most = max_new_tokens(record.prepared.request) or 0
+                self._times.record(stats, len(record.sequences), most, was_cancelled=was_cancelled)
         return stats
 
     def _report_end(self, record: RequestRecord, stats: RequestStats, error: Exception | None = None) -> None:

@@ -100,7 +100,7 @@ class HeaderMiddleware:
             return BadRequestError(f"{len(hosts)} Host headers; send one")
         for host in hosts:
             if not _HOST.fullmatch(host):
-                why = f"the host {shortened(host)!r} is neither a name nor an address; add only a port to it"
+                why = f"the host {shortened(host)!r} is neither a name nor an address, with or without a port"
                 return BadRequestError(why)
             if not self._is_host_allowed(host):
                 why = f"the host {shortened(host)!r} is not a name of this machine; allow it with --allow-host"

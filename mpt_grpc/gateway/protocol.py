@@ -94,8 +94,11 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._num_unparsed > MAX_HEAD_BYTES and not self.transport.is_closing():
                 why = f"the headers exceed {MAX_HEAD_BYTES >> 10} KiB; shorten them"
                 self._refuse(BadRequestError(why, status=431))
+        self._piece = memoryview(b"")
         if self.flow.waiting:
             self.flow.pause_reading()
+        else:
+            self.flow.waiting = memoryview(b"")  # an empty part keeps all that was received with it
 
     def send_400_response(self, msg: str) -> None:
         """Called when the parser refuses what has been received."""
@@ -139,7 +142,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        if self.pipeline:
+        if self.pipeline and not self.transport.is_closing():
             self._served, _ = self.pipeline[-1]
         super().on_response_complete()
         if self._is_idle and self.cycle.more_body:
@@ -149,7 +152,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         """Called when the parser has stopped at the end of a head that asks for another protocol, such as h2c.
 
-        Java's client asks so in each first request. A server may ignore it, so the head is parsed again without it.
+        Java's client asks so in each request. A server may ignore it, so the head is parsed again without it.
         """
         if self.parser.get_method() == b"CONNECT":
             self._refuse(BadRequestError("CONNECT is not allowed, since this is no proxy", status=405))
@@ -160,6 +163,7 @@ class BoundedProtocol(HttpToolsProtocol):
         headers = (b"%b: %b" % header for header in self.headers if header[0] != b"upgrade")
         head = b"\r\n".join((request, *headers, b"", b""))
         self.parser = type(self.parser)(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
         self._num_unparsed = 0
         self.flow.waiting = memoryview(b"".join((head, self._piece[stopped.args[0] :], self.flow.waiting)))
 

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from mpt_grpc.server.call import current_call
 
-_MANY_LOGPROBS = 512
+_MANY_TO_SERIALIZE = 512
 """The number of log probabilities, with alternatives, that are serialized in half a millisecond."""
 _LOGPROB_DEPTH = 2
 """Log probabilities are in an output or a prompt, which is in the response."""
@@ -23,7 +23,7 @@ async def encoded(serialize: Callable[[Message], bytes] | None, response: Messag
     """Returns the bytes of the current call's response, which may empty it, or without a serializer the response."""
     if serialize is None:
         return response
-    if current_call().num_logprobs <= _MANY_LOGPROBS:
+    if current_call().num_logprobs <= _MANY_TO_SERIALIZE:
         return serialize(response)
     return await asyncio.to_thread(in_pieces, response, _LOGPROB_DEPTH)
 

@@ -49,7 +49,7 @@ from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2, debug_pb2_grpc
 
-_MANY_LOGPROBS = 32
+_MANY_TO_CONVERT = 32
 """The number of log probabilities, with alternatives, that are converted in a millisecond."""
 _Message = TypeVar("_Message")
 _CallContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -250,7 +250,7 @@ def _complete(answer: Answer, deltas: list[OutputDelta]) -> pb.GenerateResponse:
 async def _built(build: Callable[[], _Message], num_logprobs: int) -> _Message:
     """Returns the message that `build` makes, in a thread if it has so many log probabilities that this takes long."""
     current_call().num_logprobs = num_logprobs
-    return await asyncio.to_thread(build) if num_logprobs > _MANY_LOGPROBS else build()
+    return await asyncio.to_thread(build) if num_logprobs > _MANY_TO_CONVERT else build()
 
 
 def _num_logprobs(delta: OutputDelta) -> int:

@@ -237,24 +237,31 @@ def _num_characters(message: Message) -> int:
 
 def _too_long(conversation: Conversation, why: str) -> InvalidRequestError:
     """Returns the error for a conversation that does not fit, which names a part that is longer than the rest."""
-    sizes = {f"{_FIELD}[{index}]": _num_characters(message) for index, message in _undroppable(conversation)}
-    sizes["conversation.tools"] = sum(
-        len(tool.name) + len(tool.description) + len(tool.parameters) for tool in conversation.shown_tools
-    )
-    sizes["conversation.chat_template_kwargs"] = sum(map(len, strings(conversation.chat_template_kwargs)))
-    field, remedy = max(sizes, key=sizes.__getitem__), "shorten it"
-    if 2 * sizes[field] <= sum(sizes.values()):
-        dropping = "" if conversation.drop_oldest_turns else ", or have the oldest turns dropped"
-        tools = "the tools or " if conversation.shown_tools else ""
-        field, remedy = _FIELD, f"shorten {tools}the messages{dropping}"
-    return InvalidRequestError(FieldViolation(field, f"{why}: {remedy}", CONTEXT_LENGTH_EXCEEDED))
-
-
-def _undroppable(conversation: Conversation) -> list[tuple[int, Message]]:
-    """Returns the messages that are shown even if turns are dropped, with their indices."""
     messages = list(enumerate(conversation.messages))
-    if not conversation.drop_oldest_turns:
-        return messages
+    kept = _undroppable(messages)
+    sizes = {
+        "conversation.tools": sum(
+            len(tool.name) + len(tool.description) + len(tool.parameters) for tool in conversation.shown_tools
+        )
+    }
+    for index, message in kept if conversation.drop_oldest_turns else messages:
+        sizes[field := f"{_FIELD}[{index}]"] = len(message.content)
+        for number, call in enumerate(message.tool_calls):
+            sizes[f"{field}.tool_calls[{number}]"] = len(call.arguments)
+    # Not named, since only the template knows whether it shows them.
+    variables = sum(map(len, strings(conversation.chat_template_kwargs)))
+    field, what = max(sizes, key=sizes.__getitem__), "it"
+    if 2 * sizes[field] <= sum(sizes.values()) + variables:
+        parts = (conversation.shown_tools, "the tools or "), (variables, "what chat_template_kwargs add or ")
+        field, what = _FIELD, "".join(text for part, text in parts if part) + "the messages"
+    dropping = ", or have the oldest turns dropped"
+    if conversation.drop_oldest_turns or len(kept) == len(messages):
+        dropping = ""
+    return InvalidRequestError(FieldViolation(field, f"{why}: shorten {what}{dropping}", CONTEXT_LENGTH_EXCEEDED))
+
+
+def _undroppable(messages: list[tuple[int, Message]]) -> list[tuple[int, Message]]:
+    """Returns the messages, which have their indices, that are shown even if turns are dropped."""
     rest = list(dropwhile(lambda item: item[1].role == "system", messages))
     start = max((index for index, message in rest if message.role == "user"), default=0)
     return [*messages[: len(messages) - len(rest)], *(item for item in rest if item[0] >= start)]

@@ -19,6 +19,8 @@ from mpt_grpc.settings import HttpSettings
 from mpt_grpc_client import TokenLogprob
 from mpt_grpc_client.proto.v1 import text_generation_pb2 as pb
 
+PAUSE_S = 0.01
+"""Leaves the interpreter to other threads: a loop that asks without pauses would keep it."""
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 REFUSED: dict[str, dict[str, Any]] = {
     TEXT: {"prompt": "Once", "temperature": -1},
@@ -47,7 +49,7 @@ def num_messages() -> int:
 async def all_are_freed(before: int) -> None:
     async with asyncio.timeout(30):
         while num_messages() > before:  # noqa: ASYNC110
-            await asyncio.sleep(0)  # lets the tasks of the request end
+            await asyncio.sleep(PAUSE_S)
 
 
 @pytest.mark.parametrize("path", REFUSED)
@@ -90,24 +92,26 @@ STREAM = b'{"prompt": "Once", "max_tokens": 1900, "ignore_eos": true, "stream": 
         b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 60_000,
         b"nothing\r\n",
         b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" * 3,
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" * 10,
         b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 90000\r\n\r\n" + b" " * 70_000,
         b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(STREAM), STREAM)
         + b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" * 300,
     ],
-    ids=["part of a head", "no request", "requests", "part of a body", "requests behind a stream"],
+    ids=["part of a head", "no request", "requests", "many requests", "part of a body", "requests behind a stream"],
 )
 async def test_a_closed_connection_is_freed(gateway: RunningServer, sent: bytes) -> None:
+    gc.collect()
     before = num_connections()
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
     writer.write(sent)
     async with asyncio.timeout(30):
         while num_connections() == before:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+            await asyncio.sleep(PAUSE_S)
         if b"\r\n\r\n" in sent and b" " * 9 not in sent:
             await reader.readline()
         writer.close()
         while num_connections() > before or gateway.engine.num_in_flight:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+            await asyncio.sleep(PAUSE_S)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -118,12 +122,12 @@ async def test_a_request_whose_caller_leaves_is_freed(gateway: RunningServer, st
     _, writer = await send(gateway, "POST", TEXT, body)
     async with asyncio.timeout(30):
         while not gateway.engine.num_in_flight or num_messages() <= before:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+            await asyncio.sleep(PAUSE_S)
     writer.close()
     await all_are_freed(before)
     async with asyncio.timeout(30):
         while gateway.engine.num_in_flight:  # noqa: ASYNC110
-            await asyncio.sleep(0)  # the next test waits for its own request to begin
+            await asyncio.sleep(PAUSE_S)  # the next test waits for its own request to begin
 
 
 @pytest.mark.parametrize(

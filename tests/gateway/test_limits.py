@@ -343,6 +343,18 @@ async def test_a_request_that_asks_for_another_protocol_is_served_like_any_other
         assert received.endswith(b'{"status":"ok"}')
 
 
+async def test_what_comes_after_the_last_request_of_a_connection_does_not_cost_its_response(
+    gateway: RunningServer,
+) -> None:
+    head = b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: %b, close\r\nupgrade: h2c\r\n\r\n"
+    for connection in (b"Upgrade", b"keep-alive"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
+        writer.write(head % connection + b"more")
+        async with asyncio.timeout(30):
+            assert (await reader.read()).endswith(b'{"status":"ok"}')
+        writer.close()
+
+
 async def test_the_gateway_is_no_proxy(gateway: RunningServer) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.http_port)
     writer.write(b"CONNECT localhost:80 HTTP/1.1\r\nhost: localhost:80\r\n\r\n")

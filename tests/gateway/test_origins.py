@@ -46,7 +46,7 @@ async def test_only_names_of_this_machine_are_accepted_on_a_loopback_address(ser
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
 async def test_a_request_has_one_host_of_the_right_form(server: RunningServer, address: str) -> None:
-    """As RFC 9112 demands, since a proxy in front could otherwise take another host for the one that is meant."""
+    """As RFC 9112 demands, since a proxy in front could otherwise take another header for the one that counts."""
     one, absolute = b"host: localhost\r\n", b"http://localhost/health"
     requests = {
         200: [(b"/health", b"1.1", one), (b"/health", b"1.0", b""), (absolute, b"1.1", one)],

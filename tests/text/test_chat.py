@@ -132,6 +132,7 @@ def test_more_new_tokens_than_the_conversation_leaves_are_refused_as_such() -> N
 
 
 LONG = "a" * 900
+CALL, LONG_CALL = ToolCall("c", "f", "{}"), ToolCall("d", "f", f'{{"a": "{LONG}"}}')
 
 
 @pytest.mark.parametrize("max_token_bytes", [1, 1000], ids=["by its characters", "by its tokens"])
@@ -144,7 +145,7 @@ LONG = "a" * 900
         ((SYSTEM, Message("user", LONG), HELLO, WHO), False, "messages[1]"),
         ((Message("user", LONG * 2), HELLO, Message("user", LONG)), True, "messages[2]"),
         ((Message("user", LONG), HELLO, Message("user", LONG)), False, "messages"),
-        ((HI, Message("assistant", "", (ToolCall("c", "f", f'{{"a": "{LONG}"}}'),)), WHO), False, "messages[1]"),
+        ((HI, Message("assistant", "", (CALL, LONG_CALL)), WHO), False, "messages[1].tool_calls[1]"),
     ],
 )
 def test_a_message_that_is_longer_than_all_others_is_named(
@@ -158,15 +159,35 @@ def test_a_message_that_is_longer_than_all_others_is_named(
     assert [violation.field for violation in caught.value.violations] == [f"conversation.{field}"]
 
 
-def test_tools_or_variables_that_are_longer_than_all_messages_are_named() -> None:
-    template = find_chat_template("{{ tools }}{{ style }}{{ messages }}", Path("none"), "demo")
-    for field, conversation in {
-        "tools": Conversation((HI,), tools=(Tool("f", LONG, ""),)),
-        "chat_template_kwargs": Conversation((HI,), chat_template_kwargs={"style": [LONG]}),
-    }.items():
-        with pytest.raises(InvalidRequestError) as caught:
-            conversation_token_ids(conversation, template, encode, token_bytes, 800, None)
-        assert [violation.field for violation in caught.value.violations] == [f"conversation.{field}"]
+def test_tools_that_are_longer_than_all_messages_are_named() -> None:
+    template = find_chat_template("{{ tools }}{{ messages }}", Path("none"), "demo")
+    with pytest.raises(InvalidRequestError, match=r"conversation\.tools: .*: shorten it$"):
+        conversation_token_ids(
+            Conversation((HI,), tools=(Tool("f", LONG, ""),)), template, encode, token_bytes, 800, None
+        )
+
+
+@pytest.mark.parametrize("text", ["{{ style }}{{ messages }}", "{{ messages }}"], ids=["shown", "not shown"])
+def test_no_message_is_blamed_for_variables_that_are_longer(text: str) -> None:
+    template = find_chat_template(text, Path("none"), "demo")
+    conversation = Conversation((Message("user", LONG),), chat_template_kwargs={"style": [LONG * 2]})
+    with pytest.raises(
+        InvalidRequestError, match=r"messages: .*: shorten what chat_template_kwargs add or the messages$"
+    ):
+        conversation_token_ids(conversation, template, encode, token_bytes, 800, None)
+
+
+@pytest.mark.parametrize(
+    ("messages", "ending"),
+    [
+        ((Message("user", LONG), HELLO, HI), "shorten it, or have the oldest turns dropped"),
+        ((SYSTEM, Message("user", LONG)), "shorten it"),
+    ],
+)
+def test_turns_are_to_be_dropped_where_there_are_any(messages: tuple[Message, ...], ending: str) -> None:
+    template = find_chat_template("base", Path("none"), "demo")
+    with pytest.raises(InvalidRequestError, match=rf": {ending}$"):
+        conversation_token_ids(Conversation(messages), template, encode, token_bytes, 800, None)
 
 
 @pytest.mark.parametrize("drop", [False, True])
