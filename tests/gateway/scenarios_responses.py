@@ -107,7 +107,7 @@ def response_errors(url: str) -> None:
         return raised(openai.BadRequestError, lambda: sdk(url).responses.create(**request))
 
     assert bad_request(max_output_tokens=100_000).param == "max_output_tokens", "more than the context"
-    assert bad_request(max_output_tokens=2047).param == "input", "with the input, more than the context"
+    assert bad_request(max_output_tokens=2047).param == "max_output_tokens", "with the input, more than the context"
     assert bad_request(stream=True, temperature=-1).param == "temperature"
     assert bad_request(extra_body={"surprise": 1}).param == "surprise"
     missing = raised(openai.NotFoundError, lambda: sdk(url).responses.retrieve("resp_1"))
