@@ -28,6 +28,7 @@ async function agent(model, providerOptions) {
     instructions: "Be brief.",
     tools: { getWeather },
     maxOutputTokens: 150,
+    temperature: 0, // drawn at random, a text may be empty
     prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? "required" : "none" }),
   });
   const result = await reporter.generate({ prompt: QUESTION });
