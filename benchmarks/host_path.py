@@ -249,10 +249,9 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     print(
         "| streams | engine, tokens/s | ms a step | without the model | gRPC, tokens/s | messages/s"
-        " | ms between messages, median | longest lag, ms | HTTP, tokens/s | longest lag, ms | bare, messages/s |\n|"
-        + "---|"
-        * 11
+        " | ms between messages, median | longest lag, ms | HTTP, tokens/s | longest lag, ms | bare, messages/s |"
     )
+    print("|" + "---|" * 11)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder)
