@@ -49,6 +49,15 @@ static void exercise_attention(Type type, int64_t head_dim, int64_t n_kv_heads, 
     attend(&step, type);
 }
 
+static void exercise_greatest() {
+    for (const int64_t size : {1, 15, 16, 17, 50000}) {
+        const auto x = numbers(5 * size, 6);
+        std::vector<int64_t> indices(5);
+        bool are_finite[5];
+        greatest(x.data(), size, 5, size, indices.data(), are_finite);
+    }
+}
+
 // Two layers with everything that a layer may have, for one sequence of 20 tokens.
 static void exercise_layers(Type type) {
     const int64_t size = 64, hidden_size = 132, n_heads = 4, head_dim = 16, n_kv_heads = 2, block_size = 16, tokens = 20;
@@ -82,6 +91,7 @@ static void exercise_layers(Type type) {
 }
 
 static void exercise() {
+    exercise_greatest();
     for (const Type type : {Type::float32, Type::bfloat16, Type::int8})
         for (const int64_t outputs : {1, 16, 70})
             for (const int64_t inputs : {4, 132, 1300}) exercise_matrix(type, outputs, inputs);

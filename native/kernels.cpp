@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "layers.hpp"
+#include "maxima.hpp"
 #include "packing.hpp"
 
 // Never destroyed, because threads may still be computing when the process exits. Each function keeps the pool that it
@@ -90,6 +91,11 @@ void embedding(const Matrix *matrix, const int64_t *ids, int64_t count, float *y
 // Layer norm, or RMS norm, of each row of x [rows, size].
 void norm(const Norm *norm, const float *x, int64_t rows, int64_t size, float *y) {
     normalize(x, size, rows, size, *norm, y, size, *current_pool());
+}
+
+// See maxima.
+void greatest(const float *x, int64_t stride, int64_t rows, int64_t size, int64_t *indices, bool *are_finite) {
+    maxima(x, stride, rows, size, indices, are_finite, *current_pool());
 }
 
 // Attention over a cache of the type.

@@ -226,7 +226,7 @@ def _assemble(
             tokenizer.eos_token_ids,
         ),
         runner,
-        Sampler(tokenizer.vocab_size),
+        Sampler(tokenizer.vocab_size, parts.weight_format.kernels),
         max_in_flight=max_in_flight,
         # A CPU has computed a step once it is launched; drafts of the next tokens depend on the last ones.
         runs_ahead=parts.weight_format.device.type != "cpu" and limits.speculate != "ngram",

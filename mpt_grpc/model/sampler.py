@@ -29,6 +29,7 @@ from torch import Tensor
 from mpt_grpc.errors import InternalError
 from mpt_grpc.model.logits import adjust, apply_filters, is_adjusted, rows_per_chunk
 from mpt_grpc.model.logprobs import token_logprobs
+from mpt_grpc.model.native import Kernels
 from mpt_grpc.model.transfer import Receipt, device_errors, send
 from mpt_grpc.results import TokenLogprob
 from mpt_grpc.step import SamplingInputs, SequenceStep, StepResult
@@ -39,9 +40,12 @@ _NO_MASKS: Mapping[int, Sequence[bytes]] = MappingProxyType({})
 class Sampler:
     """Chooses the next tokens of each sequence of a step that is to get one, and so decides which drafts are right."""
 
-    def __init__(self, vocab_size: int) -> None:
-        """`vocab_size` is that of the tokenizer: token IDs beyond it are padding of the embedding and never chosen."""
-        self._vocab_size = vocab_size
+    def __init__(self, vocab_size: int, kernels: Kernels | None = None) -> None:
+        """`vocab_size` is that of the tokenizer: token IDs beyond it are padding of the embedding and never chosen.
+
+        kernels: the compiled kernels, where the logits are on a CPU.
+        """
+        self._vocab_size, self._kernels = vocab_size, kernels
         self._last: _Batch | None = None
         """What the inputs of the last step imply; those of the next are mostly the same objects."""
 
@@ -79,14 +83,26 @@ class Sampler:
         logits = logits[:, : self._vocab_size]
         batch = self._batch(tuple([inputs for sequence in sequences for inputs in sequence.choices]), logits)
         row_masks = _by_row(sequences, masks) if masks else {}
-        processed = adjust(logits, batch.inputs, row_masks) if batch.is_adjusted or row_masks else logits
-        chosen = _choose(processed, batch, sequences)
-        is_finite = logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite()  # both propagate NaN
-        is_allowed = processed.gather(1, chosen[:, None])[:, 0] > -torch.inf
+        chosen, is_finite = _greatest(logits, self._kernels)
+        processed, is_allowed = logits, is_finite
+        if batch.is_adjusted or row_masks:
+            processed = adjust(logits, batch.inputs, row_masks)
+            chosen = _argmax(processed, self._kernels)
+            is_allowed = processed.gather(1, chosen[:, None])[:, 0] > -torch.inf
+        self._draw(processed, batch, sequences, chosen)
         # The only transfer to the host, unless log probabilities are requested.
         results = [chosen, is_finite, is_allowed, *(() if are_finite is None else (are_finite[None],))]
         receipt = Receipt(torch.cat(results))
         return Chosen(chosen, sequences, masks, batch, receipt, logits if batch.num_top else None)
+
+    def _draw(self, logits: Tensor, batch: _Batch, sequences: Sequence[SequenceStep], chosen: Tensor) -> None:
+        """Writes the tokens of the sampled rows to `chosen`. A token is arbitrary where all logits are -inf."""
+        if batch.chunks:
+            positions = [s.output_position + choice for s in sequences for choice in range(len(s.choices))]
+        for rows in batch.chunks:
+            counters = send(torch.tensor([positions[row] for row in rows.numbers]), logits.device)
+            noisy = _with_noise(logits.index_select(0, rows.indices), rows, counters)
+            chosen[rows.indices] = _argmax(noisy, self._kernels)
 
     def _batch(self, inputs: tuple[SamplingInputs, ...], logits: Tensor) -> _Batch:
         last = self._last
@@ -157,7 +173,6 @@ class _Batch:
         self.chunks = [
             _SampledRows(sampled[start : start + size], inputs, logits.device) for start in range(0, len(sampled), size)
         ]
-        self.has_greedy_rows = len(sampled) < len(inputs)
 
 
 class _SampledRows:
@@ -196,29 +211,28 @@ def _logprobs(
     return {sequence_id: tuple(islice(logprobs, len(part))) for sequence_id, part in wanted.items()}
 
 
-def _choose(logits: Tensor, batch: _Batch, sequences: Sequence[SequenceStep]) -> Tensor:
-    """Returns a token for each row, [n] int64; the token is arbitrary where all logits are -inf."""
-    chosen = _argmax(logits) if batch.has_greedy_rows else logits.new_empty(len(logits), dtype=torch.int64)
-    if batch.chunks:
-        positions = [s.output_position + choice for s in sequences for choice in range(len(s.choices))]
-    for rows in batch.chunks:
-        counters = send(torch.tensor([positions[row] for row in rows.numbers]), logits.device)
-        chosen[rows.indices] = _sample(logits.index_select(0, rows.indices), rows, counters)
-    return chosen
+def _greatest(logits: Tensor, kernels: Kernels | None) -> tuple[Tensor, Tensor]:
+    """Returns the index of the first maximum of each row, int64 [n], and whether the row is finite, bool [n]."""
+    if kernels is not None:
+        return kernels.greatest(logits)
+    lowest, highest = logits.aminmax(dim=-1)  # both propagate NaN
+    return _argmax(logits, None), lowest.isfinite() & highest.isfinite()
 
 
-def _argmax(logits: Tensor) -> Tensor:
+def _argmax(logits: Tensor, kernels: Kernels | None) -> Tensor:
     """Returns the index of the first maximum of each row, [n] int64."""
+    if kernels is not None:
+        return kernels.greatest(logits)[0]
     # On a CPU, NumPy is four times as fast.
     return torch.from_numpy(logits.numpy().argmax(axis=-1)) if logits.is_cpu else logits.argmax(dim=-1)
 
 
-def _sample(logits: Tensor, rows: _SampledRows, positions: Tensor) -> Tensor:
-    """Returns a random token for each row, [n] int64; overwrites `logits`."""
+def _with_noise(logits: Tensor, rows: _SampledRows, positions: Tensor) -> Tensor:
+    """Returns logits whose maxima are tokens drawn at random; overwrites `logits`."""
     # Subtracting the maximum prevents overflow.
     logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(rows.temperatures[:, None])
     apply_filters(logits, rows.parameters)
-    return _argmax(logits.add_(_gumbel(rows.seeds, positions, logits.shape[1])))
+    return logits.add_(_gumbel(rows.seeds, positions, logits.shape[1]))
 
 
 def _gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

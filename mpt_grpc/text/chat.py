@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import accumulate, dropwhile
+from itertools import accumulate, takewhile
 
 from mpt_grpc.conversation import Conversation, Message
 from mpt_grpc.errors import CONTEXT_LENGTH_EXCEEDED, FieldViolation, InvalidRequestError
@@ -198,28 +198,36 @@ def _check(conversation: Conversation, template: ChatTemplate) -> None:
 
 def _with_one_leading_system_message(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """Merges the leading system messages, since most templates expect only one; later ones are left to the template."""
-    rest = list(dropwhile(lambda message: message.role == "system", messages))
-    leading = messages[: len(messages) - len(rest)]
-    if len(leading) < 2:
+    count = _num_leading_system_messages(messages)
+    if count < 2:
         return messages
-    return (Message("system", "\n\n".join(message.content for message in leading)), *rest)
+    return (Message("system", "\n\n".join(message.content for message in messages[:count])), *messages[count:])
+
+
+def _num_leading_system_messages(messages: Sequence[Message]) -> int:
+    return sum(1 for _ in takewhile(lambda message: message.role == "system", messages))
 
 
 class _Turns:
-    """A conversation whose oldest turns may be dropped; the system message at its beginning stays.
+    """A conversation whose oldest turns may be dropped; the system messages at its beginning stay.
 
     A turn is a user message and everything up to the next user message.
     """
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self._messages = messages
-        self._num_kept = int(messages[0].role == "system")
+        self._num_kept = _num_leading_system_messages(messages)
         starts = (i for i, message in enumerate(messages) if message.role == "user" and i > self._num_kept)
         self._starts = [self._num_kept, *starts]
 
     @property
     def num_droppable(self) -> int:
         return len(self._starts) - 1
+
+    @property
+    def undroppable(self) -> list[int]:
+        """The indices of the messages that are shown whatever is dropped."""
+        return [*range(self._num_kept), *range(self._starts[-1], len(self._messages))]
 
     def without(self, num_dropped: int) -> Sequence[Message]:
         """Returns the messages without those of a number of the oldest turns."""
@@ -237,14 +245,15 @@ def _num_characters(message: Message) -> int:
 
 def _too_long(conversation: Conversation, why: str) -> InvalidRequestError:
     """Returns the error for a conversation that does not fit, which names a part that is longer than the rest."""
-    messages = list(enumerate(conversation.messages))
-    kept = _undroppable(messages)
+    turns = _Turns(conversation.messages)
+    shown = turns.undroppable if conversation.drop_oldest_turns else range(len(conversation.messages))
     sizes = {
         "conversation.tools": sum(
             len(tool.name) + len(tool.description) + len(tool.parameters) for tool in conversation.shown_tools
         )
     }
-    for index, message in kept if conversation.drop_oldest_turns else messages:
+    for index in shown:
+        message = conversation.messages[index]
         sizes[field := f"{_FIELD}[{index}]"] = len(message.content)
         for number, call in enumerate(message.tool_calls):
             sizes[f"{field}.tool_calls[{number}]"] = len(call.arguments)
@@ -255,13 +264,6 @@ def _too_long(conversation: Conversation, why: str) -> InvalidRequestError:
         parts = (conversation.shown_tools, "the tools or "), (variables, "what chat_template_kwargs add or ")
         field, what = _FIELD, "".join(text for part, text in parts if part) + "the messages"
     dropping = ", or have the oldest turns dropped"
-    if conversation.drop_oldest_turns or len(kept) == len(messages):
+    if conversation.drop_oldest_turns or not turns.num_droppable:
         dropping = ""
     return InvalidRequestError(FieldViolation(field, f"{why}: shorten {what}{dropping}", CONTEXT_LENGTH_EXCEEDED))
-
-
-def _undroppable(messages: list[tuple[int, Message]]) -> list[tuple[int, Message]]:
-    """Returns the messages, which have their indices, that are shown even if turns are dropped."""
-    rest = list(dropwhile(lambda item: item[1].role == "system", messages))
-    start = max((index for index, message in rest if message.role == "user"), default=0)
-    return [*messages[: len(messages) - len(rest)], *(item for item in rest if item[0] >= start)]

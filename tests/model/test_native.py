@@ -257,6 +257,22 @@ def test_attention_is_that_of_float64(
     assert (error.norm(dim=(1, 2)) <= tolerance * expected.norm(dim=(1, 2))).all()
 
 
+@pytest.mark.parametrize("size", [1, 3, 16, 17, 50, 4096, 50277])
+def test_the_greatest_logit_is_the_first_of_its_row(kernels: Kernels, size: int) -> None:
+    logits = random(64, size + 3)[:, :size].round(decimals=1)  # so that there are equals; rows are not side by side
+    logits[0] = -torch.inf
+    logits[1] = 0.0
+    logits[1, size // 2] = -0.0
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf), start=2):
+        logits[row, -1] = value
+    indices, are_finite = kernels.greatest(logits)
+    assert torch.equal(are_finite, logits.isfinite().all(dim=1))
+    numbers = ~logits.isnan().any(dim=1)
+    # NumPy's is the first, too.
+    assert torch.equal(indices[numbers], torch.from_numpy(logits.numpy().argmax(axis=1))[numbers])
+    assert 0 <= indices.min() <= indices.max() < size
+
+
 class LayerByLayer:
     """The attention of the kernels, one layer at a time, so that the model's modules call each kernel."""
 

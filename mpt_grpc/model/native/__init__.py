@@ -1,4 +1,5 @@
-"""The compiled kernels for CPUs: products with packed weights, norms, and attention over the paged cache.
+"""The compiled kernels for CPUs: products with packed weights, norms, attention over the paged cache, and the greatest
+logits.
 
 `native/` holds their source, which is compiled once for each instruction set when the package is installed. They
 compute with their own threads in float32, in products with 8-bit weights in integers, and in products with weights or a
@@ -102,6 +103,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "layers": (c_int32, (POINTER(NativeLayer), c_int64, c_void_p, POINTER(AttentionStep), c_int32, c_int64)),
     "embedding": (None, (POINTER(_Matrix), c_void_p, c_int64, c_void_p)),
     "norm": (None, (POINTER(NativeNorm), c_void_p, c_int64, c_int64, c_void_p)),
+    "greatest": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "attend": (None, (POINTER(AttentionStep), c_int32)),
 }
 
@@ -130,6 +132,19 @@ class Kernels:
         rows, size = x.shape
         self._functions.norm(norm, x.data_ptr(), rows, size, y.data_ptr())
         return y
+
+    def greatest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the index of the first maximum of each row, int64 [n], and whether the row is finite, bool [n].
+
+        logits: float32 [n, size]. The index in a row that is not finite may be any.
+        """
+        rows, size = logits.shape
+        if logits.stride(1) != 1:
+            logits = logits.contiguous()
+        indices, are_finite = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
+        outputs = indices.data_ptr(), are_finite.data_ptr()
+        self._functions.greatest(logits.data_ptr(), logits.stride(0), rows, size, *outputs)
+        return indices, are_finite
 
     def attend(self, step: AttentionStep, cache_dtype: torch.dtype) -> None:
         """Writes the step's keys and values to the cache and attends."""
