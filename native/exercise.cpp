@@ -49,12 +49,21 @@ static void exercise_attention(Type type, int64_t head_dim, int64_t n_kv_heads, 
     attend(&step, type);
 }
 
-static void exercise_greatest() {
-    for (const int64_t size : {1, 15, 16, 17, 50000}) {
-        const auto x = numbers(5 * size, 6);
-        std::vector<int64_t> indices(5);
-        bool are_finite[5];
-        greatest(x.data(), size, 5, size, indices.data(), are_finite);
+// Choices from rows of many sizes, of which one has values that are not finite.
+static void exercise_choices() {
+    constexpr int64_t ROWS = 5;
+    for (const int64_t size : {1, 15, 16, 17, 5000}) {
+        auto x = numbers(ROWS * size, 6);
+        x[0] = NAN, x[size - 1] = INFINITY;
+        int64_t indices[ROWS];
+        bool are_finite[ROWS];
+        greatest(x.data(), size, ROWS, size, indices, are_finite);
+        std::vector<Draw> draws;
+        for (int64_t row = 0; row < ROWS; row++)
+            draws.push_back({x.data() + row * size, 7, uint64_t(row), std::min<int64_t>(size, 20), 0.9, 0.5f, 0.01f});
+        draw_tokens(draws.data(), ROWS, size, indices);
+        for (Draw &draw : draws) draw.top_k = size, draw.top_p = draw.position / 4., draw.temperature = 1e-30f;
+        draw_tokens(draws.data(), ROWS, size, indices);
     }
 }
 
@@ -91,7 +100,7 @@ static void exercise_layers(Type type) {
 }
 
 static void exercise() {
-    exercise_greatest();
+    exercise_choices();
     for (const Type type : {Type::float32, Type::bfloat16, Type::int8})
         for (const int64_t outputs : {1, 16, 70})
             for (const int64_t inputs : {4, 132, 1300}) exercise_matrix(type, outputs, inputs);

@@ -4,6 +4,7 @@
 #include <new>
 #include <type_traits>
 
+#include "draw.hpp"
 #include "layers.hpp"
 #include "maxima.hpp"
 #include "packing.hpp"
@@ -96,6 +97,11 @@ void norm(const Norm *norm, const float *x, int64_t rows, int64_t size, float *y
 // See maxima.
 void greatest(const float *x, int64_t stride, int64_t rows, int64_t size, int64_t *indices, bool *are_finite) {
     maxima(x, stride, rows, size, indices, are_finite, *current_pool());
+}
+
+// See draw. Returns whether there was memory for it.
+int32_t draw_tokens(const Draw *draws, int64_t rows, int64_t size, int64_t *tokens) {
+    return has_memory_for([&] { draw(draws, rows, size, tokens, *current_pool()); });
 }
 
 // Attention over a cache of the type.

@@ -140,6 +140,19 @@ inline float highest(Floats v) {
     return reduced(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+// Whether a lane of a comparison is true.
+inline bool any(Ints lanes) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#elif defined(__AVX__)
+    return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes);
+#else
+    uint64_t halves[2];
+    memcpy(halves, &lanes, sizeof halves);
+    return (halves[0] | halves[1]) != 0;
+#endif
+}
+
 inline Floats lane_numbers() {
     Floats v;
     for (int i = 0; i < LANES; i++) v[i] = float(i);

@@ -10,9 +10,7 @@ The logits are processed in this order:
 6. top-k, top-p, min-p and typical-p filtering
 7. random sampling
 
-Sampling uses the Gumbel-max trick with noise from a counter-based hash of (seed, output position, token ID), so that
-it depends only on the request itself (https://arxiv.org/abs/1611.01144; the mixing constants are those of splitmix64).
-Steps 1 to 4 and 6 are implemented in `logits.py`.
+Steps 1 to 4 and the filters are implemented in `logits.py`, and steps 5 to 7 of random choices in `draws.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +25,8 @@ import torch
 from torch import Tensor
 
 from mpt_grpc.errors import InternalError
-from mpt_grpc.model.logits import adjust, apply_filters, is_adjusted, rows_per_chunk
+from mpt_grpc.model.draws import draws
+from mpt_grpc.model.logits import adjust, argmax, is_adjusted
 from mpt_grpc.model.logprobs import token_logprobs
 from mpt_grpc.model.native import Kernels
 from mpt_grpc.model.transfer import Receipt, device_errors, send
@@ -87,28 +86,22 @@ class Sampler:
         processed, is_allowed = logits, is_finite
         if batch.is_adjusted or row_masks:
             processed = adjust(logits, batch.inputs, row_masks)
-            chosen = _argmax(processed, self._kernels)
+            chosen, _ = _greatest(processed, self._kernels)
             is_allowed = processed.gather(1, chosen[:, None])[:, 0] > -torch.inf
-        self._draw(processed, batch, sequences, chosen)
+        if batch.draws:
+            positions = [s.output_position + choice for s in sequences for choice in range(len(s.choices))]
+        for part in batch.draws:
+            chosen[part.indices] = part.tokens(processed, [positions[row] for row in part.rows])
         # The only transfer to the host, unless log probabilities are requested.
         results = [chosen, is_finite, is_allowed, *(() if are_finite is None else (are_finite[None],))]
         receipt = Receipt(torch.cat(results))
         return Chosen(chosen, sequences, masks, batch, receipt, logits if batch.num_top else None)
 
-    def _draw(self, logits: Tensor, batch: _Batch, sequences: Sequence[SequenceStep], chosen: Tensor) -> None:
-        """Writes the tokens of the sampled rows to `chosen`. A token is arbitrary where all logits are -inf."""
-        if batch.chunks:
-            positions = [s.output_position + choice for s in sequences for choice in range(len(s.choices))]
-        for rows in batch.chunks:
-            counters = send(torch.tensor([positions[row] for row in rows.numbers]), logits.device)
-            noisy = _with_noise(logits.index_select(0, rows.indices), rows, counters)
-            chosen[rows.indices] = _argmax(noisy, self._kernels)
-
     def _batch(self, inputs: tuple[SamplingInputs, ...], logits: Tensor) -> _Batch:
         last = self._last
         is_same = last is not None and len(inputs) == len(last.inputs) and all(map(is_, inputs, last.inputs))
         if last is None or not is_same:
-            last = self._last = _Batch(inputs, logits)
+            last = self._last = _Batch(inputs, logits, self._kernels)
         return last
 
 
@@ -163,29 +156,12 @@ class Chosen:
 class _Batch:
     """What the sampling inputs of a batch imply, of which `logits` is an example."""
 
-    def __init__(self, inputs: tuple[SamplingInputs, ...], logits: Tensor) -> None:
+    def __init__(self, inputs: tuple[SamplingInputs, ...], logits: Tensor, kernels: Kernels | None) -> None:
         self.inputs = inputs
         self.is_adjusted = any(map(is_adjusted, inputs))
         self.num_top = {row: one.num_top_logprobs for row, one in enumerate(inputs) if one.num_top_logprobs is not None}
         """The numbers of most likely tokens wanted, by row, for the rows whose log probabilities are."""
-        sampled = [row for row, one in enumerate(inputs) if one.parameters.temperature > 0]
-        size = rows_per_chunk(logits)
-        self.chunks = [
-            _SampledRows(sampled[start : start + size], inputs, logits.device) for start in range(0, len(sampled), size)
-        ]
-
-
-class _SampledRows:
-    """Some rows of a batch whose tokens are drawn at random, and their parameters as tensors [n]."""
-
-    def __init__(self, rows: list[int], inputs: Sequence[SamplingInputs], device: torch.device) -> None:
-        self.numbers = rows
-        self.parameters = [inputs[row].parameters for row in rows]
-        self.indices = send(torch.tensor(rows), device)
-        # Below the smallest normal float32 a temperature would round to 0.
-        tiny = torch.finfo(torch.float32).tiny
-        self.temperatures = send(torch.tensor([max(p.temperature, tiny) for p in self.parameters]), device)
-        self.seeds = send(torch.tensor([_signed(p.seed or 0) for p in self.parameters]), device)
+        self.draws = draws([one.parameters for one in inputs], logits, kernels)
 
 
 def _by_row(sequences: Sequence[SequenceStep], masks: Mapping[int, Sequence[bytes]]) -> dict[int, bytes]:
@@ -216,48 +192,4 @@ def _greatest(logits: Tensor, kernels: Kernels | None) -> tuple[Tensor, Tensor]:
     if kernels is not None:
         return kernels.greatest(logits)
     lowest, highest = logits.aminmax(dim=-1)  # both propagate NaN
-    return _argmax(logits, None), lowest.isfinite() & highest.isfinite()
-
-
-def _argmax(logits: Tensor, kernels: Kernels | None) -> Tensor:
-    """Returns the index of the first maximum of each row, [n] int64."""
-    if kernels is not None:
-        return kernels.greatest(logits)[0]
-    # On a CPU, NumPy is four times as fast.
-    return torch.from_numpy(logits.numpy().argmax(axis=-1)) if logits.is_cpu else logits.argmax(dim=-1)
-
-
-def _with_noise(logits: Tensor, rows: _SampledRows, positions: Tensor) -> Tensor:
-    """Returns logits whose maxima are tokens drawn at random; overwrites `logits`."""
-    # Subtracting the maximum prevents overflow.
-    logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(rows.temperatures[:, None])
-    apply_filters(logits, rows.parameters)
-    return logits.add_(_gumbel(rows.seeds, positions, logits.shape[1]))
-
-
-def _gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Returns standard Gumbel noise [n, vocab_size]: a pure function of seed, output position and token ID."""
-    stream = _mix(seeds + _mix(positions + 1))
-    tokens = torch.arange(1, vocab_size + 1, device=seeds.device) * _signed(0x9E3779B97F4A7C15)
-    bits = _mix(stream[:, None] + tokens[None, :]).bitwise_and_(0xFFFFFFFF)
-    uniform = bits.to(torch.float32).add_(0.5).mul_(2.0**-32)
-    # log1p keeps the exponential variate exact near 0, where the winners are. A value of 1 would give -inf, as if the
-    # token were filtered out, so it is clamped to the largest float32 below 1.
-    return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Applies splitmix64's finalizer to int64 values, whose products wrap like those of uint64; overwrites `x`."""
-    # In place throughout: on a CPU this is bound by memory bandwidth.
-    x.bitwise_xor_(_shift_right(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
-    x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(0x94D049BB133111EB))
-    return x.bitwise_xor_(_shift_right(x, 31))
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Returns the logical right shift; int64's own shift replicates the sign bit."""
-    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+    return argmax(logits), lowest.isfinite() & highest.isfinite()

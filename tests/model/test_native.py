@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,8 +38,10 @@ from mpt_grpc.model.native import (
     load_kernels,
     supported_instruction_sets,
 )
+from mpt_grpc.model.sampler import Sampler
+from mpt_grpc.request import SamplingParameters
 from mpt_grpc.settings import CacheSettings, ModelSettings, Settings
-from mpt_grpc.step import SequenceStep, StepPlan
+from mpt_grpc.step import SamplingInputs, SequenceStep, StepPlan
 
 CPU = torch.device("cpu")
 ROWS = (1, 2, 3, 5, 7, 12, 13, 24, 97, 200)
@@ -271,6 +274,29 @@ def test_the_greatest_logit_is_the_first_of_its_row(kernels: Kernels, size: int)
     # NumPy's is the first, too.
     assert torch.equal(indices[numbers], torch.from_numpy(logits.numpy().argmax(axis=1))[numbers])
     assert 0 <= indices.min() <= indices.max() < size
+
+
+@pytest.mark.parametrize("size", [7, 50, 300, 4096, 50277])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.8, "top_k": 50},
+        {"temperature": 1.3, "top_k": 6, "min_p": 0.01},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 1.5, "top_p": 0.999},
+        {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05},
+        {"typical_p": 0.7},
+    ],
+)
+def test_tokens_are_drawn_as_by_pytorch(kernels: Kernels, options: dict[str, Any], size: int) -> None:
+    logits = torch.cat([random(30, size), 3 * random(30, size).round(decimals=1), 10 * random(30, size)])
+    steps = []
+    for row in range(len(logits)):
+        inputs = SamplingInputs(SamplingParameters(seed=row * 0x123456789ABCDEF, **options))
+        steps.append(SequenceStep(row, "", (1,), 8, (1,), (inputs,), output_position=3 * row))
+    drawn, expected = (Sampler(size, one).sample(logits, steps).token_ids for one in (kernels, None))
+    assert drawn == expected
 
 
 class LayerByLayer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,9 +13,19 @@ import torch
 from torch import Tensor
 
 from mpt_grpc.errors import InternalError
+from mpt_grpc.model.native import load_kernels
 from mpt_grpc.model.sampler import Sampler
 from mpt_grpc.request import SamplingParameters
 from mpt_grpc.step import SamplingInputs, SequenceStep
+
+NewSampler = Callable[[int], Sampler]
+
+
+@pytest.fixture(params=["PyTorch", "kernels"])
+def new_sampler(request: pytest.FixtureRequest) -> NewSampler:
+    """Makes samplers for a vocabulary of some size."""
+    kernels = load_kernels() if request.param == "kernels" else None
+    return lambda vocab_size: Sampler(vocab_size, kernels)
 
 
 def sequence(sequence_id: int = 0, position: int = 0, **sampling: Any) -> SequenceStep:
@@ -27,10 +37,10 @@ def random_logits(rows: int, vocab_size: int, seed: int = 0, std: float = 1.0) -
     return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * std
 
 
-def samples(logits: Tensor, count: int, **sampling: Any) -> list[int]:
+def samples(new_sampler: NewSampler, logits: Tensor, count: int, **sampling: Any) -> list[int]:
     """Returns the tokens sampled from the same logits [vocab_size] at `count` output positions."""
     steps = [sequence(position, position, **sampling) for position in range(count)]
-    result = Sampler(len(logits)).sample(logits.expand(count, -1).clone(), steps)
+    result = new_sampler(len(logits)).sample(logits.expand(count, -1).clone(), steps)
     assert not result.errors
     return [token_id for position in range(count) for token_id in result.token_ids[position]]
 
@@ -58,10 +68,10 @@ CHI_SQUARE_15 = 37.7
 """The critical value for 15 degrees of freedom at p = 0.001; the samples, and so the tests, are deterministic."""
 
 
-def test_temperature_0_chooses_the_highest_logit_and_the_lowest_id_among_equals() -> None:
+def test_temperature_0_chooses_the_highest_logit_and_the_lowest_id_among_equals(new_sampler: NewSampler) -> None:
     logits = random_logits(8, 50)
     logits[7] = 0.0
-    result = Sampler(50).sample(logits, [sequence(row, temperature=0, seed=row) for row in range(8)])
+    result = new_sampler(50).sample(logits, [sequence(row, temperature=0, seed=row) for row in range(8)])
     assert [result.token_ids[row] for row in range(8)] == [(token,) for token in logits.argmax(dim=-1).tolist()]
     assert result.token_ids[7] == (0,)
 
@@ -69,13 +79,15 @@ def test_temperature_0_chooses_the_highest_logit_and_the_lowest_id_among_equals(
 @pytest.mark.parametrize("top_k", [0, 1, 3, 12, 40])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.0])
 @pytest.mark.parametrize("min_p", [0.0, 0.3, 1.0])
-def test_exactly_the_tokens_that_the_filters_keep_are_sampled(top_k: int, top_p: float, min_p: float) -> None:
+def test_exactly_the_tokens_that_the_filters_keep_are_sampled(
+    new_sampler: NewSampler, top_k: int, top_p: float, min_p: float
+) -> None:
     logits = random_logits(1, 12, seed=top_k)[0]
-    tokens = samples(logits, 3000, temperature=1.5, top_k=top_k, top_p=top_p, min_p=min_p)
+    tokens = samples(new_sampler, logits, 3000, temperature=1.5, top_k=top_k, top_p=top_p, min_p=min_p)
     assert set(tokens) == kept(logits.tolist(), 1.5, top_k, top_p, min_p)
 
 
-def test_each_row_of_a_batch_has_its_own_filters() -> None:
+def test_each_row_of_a_batch_has_its_own_filters(new_sampler: NewSampler) -> None:
     logits, rng = random_logits(1, 12, seed=5)[0], random.Random(0)
     settings = [
         (rng.choice([0.5, 1.0, 2.0]), rng.choice([0, 2, 5]), rng.choice([1.0, 0.8, 0.4]), rng.choice([0.0, 0.2]))
@@ -83,24 +95,24 @@ def test_each_row_of_a_batch_has_its_own_filters() -> None:
     ]
     names = ("temperature", "top_k", "top_p", "min_p")
     steps = [sequence(i, i, **dict(zip(names, values, strict=True))) for i, values in enumerate(settings)]
-    result = Sampler(12).sample(logits.expand(3000, -1).clone(), steps)
+    result = new_sampler(12).sample(logits.expand(3000, -1).clone(), steps)
     for i, values in enumerate(settings):
         assert result.token_ids[i][0] in kept(logits.tolist(), *values), values
 
 
-def test_top_p_keeps_no_more_tokens_than_reach_the_sum() -> None:
-    assert set(samples(torch.zeros(4), 2000, top_p=0.5)) == {0, 1}
+def test_top_p_keeps_no_more_tokens_than_reach_the_sum(new_sampler: NewSampler) -> None:
+    assert set(samples(new_sampler, torch.zeros(4), 2000, top_p=0.5)) == {0, 1}
 
 
-def test_top_k_keeps_k_of_several_equal_tokens() -> None:
-    assert set(samples(torch.zeros(12), 2000, top_k=3)) == {0, 1, 2}
+def test_top_k_keeps_k_of_several_equal_tokens(new_sampler: NewSampler) -> None:
+    assert set(samples(new_sampler, torch.zeros(12), 2000, top_k=3)) == {0, 1, 2}
 
 
-def test_top_k_1_is_greedy_even_where_the_hash_rounds_to_1() -> None:
+def test_top_k_1_is_greedy_even_where_the_hash_rounds_to_1(new_sampler: NewSampler) -> None:
     """At seed 0, position 4350, the hash gives token 3814 the largest 32-bit value, which rounds to 1 in float32."""
     logits = torch.zeros(1, 4096)
     logits[0, 3814] = 1.0
-    result = Sampler(4096).sample(logits, [sequence(0, 4350, top_k=1)])
+    result = new_sampler(4096).sample(logits, [sequence(0, 4350, top_k=1)])
     assert result.token_ids[0] == (3814,)
 
 
@@ -111,7 +123,7 @@ def splitmix64(x: int) -> int:
     return x ^ x >> 31
 
 
-def test_the_noise_is_that_of_the_documented_hash() -> None:
+def test_the_noise_is_that_of_the_documented_hash(new_sampler: NewSampler) -> None:
     """Resumed outputs rely on it. Of equal logits the one with the smallest hash wins."""
     for seed in (0, 1, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1):
         for position in (0, 1, 1000):
@@ -119,7 +131,7 @@ def test_the_noise_is_that_of_the_documented_hash() -> None:
             tokens = [(token + 1) * 0x9E3779B97F4A7C15 for token in range(300)]
             hashes = [splitmix64((stream + token) % (1 << 64)) % (1 << 32) for token in tokens]
             ((chosen,),) = (
-                Sampler(300).sample(torch.zeros(1, 300), [sequence(0, position, seed=seed)]).token_ids.values()
+                new_sampler(300).sample(torch.zeros(1, 300), [sequence(0, position, seed=seed)]).token_ids.values()
             )
             assert chosen == hashes.index(min(hashes))
 
@@ -134,7 +146,7 @@ def test_the_noise_is_that_of_the_documented_hash() -> None:
     ],
 )
 def test_the_noise_is_exact_where_it_is_largest_and_smallest(
-    seed: int, extreme: int, uniform: float, difference: float
+    new_sampler: NewSampler, seed: int, extreme: int, uniform: float, difference: float
 ) -> None:
     """The smallest hashes stand for the middle of their 2^-32, the largest for the float32 below 1."""
     stream = splitmix64((seed + splitmix64(1)) % (1 << 64))
@@ -142,42 +154,42 @@ def test_the_noise_is_exact_where_it_is_largest_and_smallest(
     assert hashes[0] == extreme
     first, second = (-math.log(-math.log1p(-value)) for value in (uniform, (hashes[1] + 0.5) / (1 << 32)))
     logits = torch.tensor([[0.0, first - second + difference]])
-    assert Sampler(2).sample(logits, [sequence(seed=seed)]).token_ids == {0: (int(difference > 0),)}
+    assert new_sampler(2).sample(logits, [sequence(seed=seed)]).token_ids == {0: (int(difference > 0),)}
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_token_frequencies_over_positions_match_softmax(temperature: float) -> None:
+def test_token_frequencies_over_positions_match_softmax(new_sampler: NewSampler, temperature: float) -> None:
     logits = random_logits(1, 16)[0]
     expected = (logits / temperature).softmax(-1).tolist()
-    assert chi_square(samples(logits, 20_000, temperature=temperature), expected) < CHI_SQUARE_15
+    assert chi_square(samples(new_sampler, logits, 20_000, temperature=temperature), expected) < CHI_SQUARE_15
 
 
 @pytest.mark.parametrize("first_seed", [0, 1 << 63, (1 << 64) - 20_000])
-def test_token_frequencies_over_seeds_match_softmax(first_seed: int) -> None:
+def test_token_frequencies_over_seeds_match_softmax(new_sampler: NewSampler, first_seed: int) -> None:
     logits = random_logits(1, 16)
     steps = [sequence(row, 7, seed=first_seed + row) for row in range(20_000)]
-    tokens = [token for (token,) in Sampler(16).sample(logits.repeat(20_000, 1), steps).token_ids.values()]
+    tokens = [token for (token,) in new_sampler(16).sample(logits.repeat(20_000, 1), steps).token_ids.values()]
     assert chi_square(tokens, logits[0].softmax(-1).tolist()) < CHI_SQUARE_15
 
 
-def test_token_frequencies_after_filtering_match_softmax_over_the_remaining_tokens() -> None:
+def test_token_frequencies_after_filtering_match_softmax_over_the_remaining_tokens(new_sampler: NewSampler) -> None:
     logits = random_logits(1, 40)[0]
     top = logits.topk(16).indices
-    tokens = samples(logits, 20_000, top_k=16)
+    tokens = samples(new_sampler, logits, 20_000, top_k=16)
     expected = logits[top].softmax(-1).tolist()
     assert chi_square([top.tolist().index(token) for token in tokens], expected) < CHI_SQUARE_15
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), (0, 1 << 32), (5, (1 << 64) - 1)])
-def test_different_seeds_and_positions_are_independent(seeds: tuple[int, int]) -> None:
+def test_different_seeds_and_positions_are_independent(new_sampler: NewSampler, seeds: tuple[int, int]) -> None:
     """Token pairs of two seeds, and of adjacent positions of one seed, are uniform over 4 x 4 cells."""
-    first, second = (samples(torch.zeros(4), 20_000, seed=seed) for seed in seeds)
+    first, second = (samples(new_sampler, torch.zeros(4), 20_000, seed=seed) for seed in seeds)
     even = [1 / 16] * 16
     assert chi_square([4 * a + b for a, b in zip(first, second, strict=True)], even) < CHI_SQUARE_15
     assert chi_square([4 * a + b for a, b in zip(first[::2], first[1::2], strict=True)], even) < CHI_SQUARE_15
 
 
-def test_a_sampled_token_depends_only_on_seed_position_and_logits() -> None:
+def test_a_sampled_token_depends_only_on_seed_position_and_logits(new_sampler: NewSampler) -> None:
     """It does not depend on the row or on the other rows, whether greedy or filtered."""
     rng = random.Random(0)
     logits = random_logits(16, 200, std=2.0)
@@ -193,7 +205,7 @@ def test_a_sampled_token_depends_only_on_seed_position_and_logits() -> None:
         )
         for row in range(16)
     ]
-    sampler = Sampler(200)
+    sampler = new_sampler(200)
     alone = {}
     for row, step in enumerate(steps):
         alone |= sampler.sample(logits[row : row + 1].clone(), [step]).token_ids
@@ -205,48 +217,50 @@ def test_a_sampled_token_depends_only_on_seed_position_and_logits() -> None:
 
 @pytest.mark.parametrize("position", [0, 1, 2**31, 2**40])
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
-def test_every_seed_and_position_is_accepted(seed: int, position: int) -> None:
+def test_every_seed_and_position_is_accepted(new_sampler: NewSampler, seed: int, position: int) -> None:
     step = sequence(0, position, seed=seed)
-    once, again = (Sampler(1000).sample(torch.zeros(1, 1000), [step]).token_ids for _ in range(2))
+    once, again = (new_sampler(1000).sample(torch.zeros(1, 1000), [step]).token_ids for _ in range(2))
     assert once.keys() == {0}
     assert once == again
 
 
-def test_all_64_bits_of_a_seed_matter() -> None:
+def test_all_64_bits_of_a_seed_matter(new_sampler: NewSampler) -> None:
     seeds = [0, *(1 << bit for bit in range(64)), (1 << 64) - 1]
     steps = [sequence(row, seed=seed) for row, seed in enumerate(seeds)]
-    tokens = Sampler(1 << 16).sample(torch.zeros(len(seeds), 1 << 16), steps).token_ids
+    tokens = new_sampler(1 << 16).sample(torch.zeros(len(seeds), 1 << 16), steps).token_ids
     assert len(set(tokens.values())) == len(seeds)
 
 
 @pytest.mark.parametrize("padding", [1e4, torch.inf, torch.nan])
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
-def test_vocabulary_padding_is_never_chosen(temperature: float, padding: float) -> None:
+def test_vocabulary_padding_is_never_chosen(new_sampler: NewSampler, temperature: float, padding: float) -> None:
     logits = random_logits(500, 16)
     logits[:, 10:] = padding
     steps = [sequence(row, row, temperature=temperature, top_k=row % 16, top_p=0.9) for row in range(500)]
-    result = Sampler(10).sample(logits, steps)
+    result = new_sampler(10).sample(logits, steps)
     assert not result.errors
     assert len(result.token_ids) == 500
     assert max(result.token_ids.values()) < (10,)
 
 
-def test_a_batch_that_grows_or_shrinks_is_sampled_like_a_new_one() -> None:
-    logits, sampler = random_logits(4, 50), Sampler(50)
+def test_a_batch_that_grows_or_shrinks_is_sampled_like_a_new_one(new_sampler: NewSampler) -> None:
+    logits, sampler = random_logits(4, 50), new_sampler(50)
     steps = [sequence(row, temperature=temperature) for row, temperature in enumerate((0.0, 1.0, 1.0, 1.0))]
     for count in (2, 4, 1, 3):
-        expected = Sampler(50).sample(logits[:count], steps[:count]).token_ids
+        expected = new_sampler(50).sample(logits[:count], steps[:count]).token_ids
         assert sampler.sample(logits[:count], steps[:count]).token_ids == expected
 
 
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_non_finite_row_fails_only_its_own_sequence(temperature: float, fault: float) -> None:
+def test_a_non_finite_row_fails_only_its_own_sequence(
+    new_sampler: NewSampler, temperature: float, fault: float
+) -> None:
     logits = random_logits(4, 50)
     steps = [sequence(row, temperature=temperature, top_p=0.9) for row in range(4)]
-    sound = Sampler(50).sample(logits.clone(), steps).token_ids
+    sound = new_sampler(50).sample(logits.clone(), steps).token_ids
     logits[2, 17] = fault
-    result = Sampler(50).sample(logits, steps)
+    result = new_sampler(50).sample(logits, steps)
     assert result.token_ids == {row: sound[row] for row in (0, 1, 3)}
     assert list(result.errors) == [2]
     assert isinstance(result.errors[2], InternalError)
@@ -255,19 +269,21 @@ def test_a_non_finite_row_fails_only_its_own_sequence(temperature: float, fault:
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}])
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-45, 1e-300])
-def test_at_a_tiny_temperature_the_highest_logit_is_chosen(temperature: float, filters: dict[str, Any]) -> None:
+def test_at_a_tiny_temperature_the_highest_logit_is_chosen(
+    new_sampler: NewSampler, temperature: float, filters: dict[str, Any]
+) -> None:
     logits = random_logits(1, 100, std=50.0)[0]
-    assert set(samples(logits, 200, temperature=temperature, **filters)) == {int(logits.argmax())}
+    assert set(samples(new_sampler, logits, 200, temperature=temperature, **filters)) == {int(logits.argmax())}
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-300])
-def test_at_a_tiny_temperature_equal_logits_stay_equally_likely(temperature: float) -> None:
-    assert set(samples(torch.tensor([3.0, 7.0, 7.0, 5.0]), 200, temperature=temperature)) == {1, 2}
+def test_at_a_tiny_temperature_equal_logits_stay_equally_likely(new_sampler: NewSampler, temperature: float) -> None:
+    assert set(samples(new_sampler, torch.tensor([3.0, 7.0, 7.0, 5.0]), 200, temperature=temperature)) == {1, 2}
 
 
-def test_at_temperature_100_sampling_is_almost_uniform() -> None:
+def test_at_temperature_100_sampling_is_almost_uniform(new_sampler: NewSampler) -> None:
     logits = random_logits(1, 16)[0]
-    tokens = samples(logits, 20_000, temperature=100.0)
+    tokens = samples(new_sampler, logits, 20_000, temperature=100.0)
     assert chi_square(tokens, (logits / 100).softmax(-1).tolist()) < CHI_SQUARE_15
     assert chi_square(tokens, [1 / 16] * 16) < CHI_SQUARE_15
 
@@ -279,44 +295,47 @@ def drafted(position: int, drafts: tuple[int, ...], **sampling: Any) -> Sequence
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_sequence_gets_its_right_drafts_and_the_token_after_them(temperature: float) -> None:
+def test_a_sequence_gets_its_right_drafts_and_the_token_after_them(new_sampler: NewSampler, temperature: float) -> None:
     logits = random_logits(5, 50)
     alone = [
-        Sampler(50).sample(logits[row : row + 1], [drafted(7 + row, (), temperature=temperature)]) for row in range(5)
+        new_sampler(50).sample(logits[row : row + 1], [drafted(7 + row, (), temperature=temperature)])
+        for row in range(5)
     ]
     right = [token_id for one in alone for token_id in one.token_ids[0]]
     for num_right in range(5):
         drafts = (*right[:num_right], *((right[i] + 1) % 50 for i in range(num_right, 4)))
-        result = Sampler(50).sample(logits, [drafted(7, drafts, temperature=temperature)])
+        result = new_sampler(50).sample(logits, [drafted(7, drafts, temperature=temperature)])
         assert result.token_ids == {0: tuple(right[: num_right + 1])}
         assert result.logprobs == {0: tuple(one.logprobs[0][0] for one in alone[: num_right + 1])}
 
 
-def test_drafts_of_one_sequence_do_not_disturb_the_next() -> None:
+def test_drafts_of_one_sequence_do_not_disturb_the_next(new_sampler: NewSampler) -> None:
     logits = random_logits(4, 50)
     best = logits.argmax(dim=-1).tolist()
     steps = [drafted(0, (best[0], 49), temperature=0), sequence(1, temperature=0)]
-    assert Sampler(50).sample(logits, steps).token_ids == {0: (best[0], best[1]), 1: (best[3],)}
+    assert new_sampler(50).sample(logits, steps).token_ids == {0: (best[0], best[1]), 1: (best[3],)}
 
 
-def test_a_fault_after_a_right_draft_waits_for_its_own_step() -> None:
+def test_a_fault_after_a_right_draft_waits_for_its_own_step(new_sampler: NewSampler) -> None:
     logits = random_logits(3, 50)
     best = logits.argmax(dim=-1).tolist()
     logits[1] = torch.nan
-    result = Sampler(50).sample(logits, [drafted(0, (best[0], 1), temperature=0)])
+    result = new_sampler(50).sample(logits, [drafted(0, (best[0], 1), temperature=0)])
     assert (result.token_ids, result.errors) == ({0: (best[0],)}, {})
     masks = {0: [b"\xff" * 7, bytes(7), b"\xff" * 7]}
-    result = Sampler(50).sample(random_logits(3, 50), [drafted(0, (best[0], 1), temperature=0)], masks)
+    result = new_sampler(50).sample(random_logits(3, 50), [drafted(0, (best[0], 1), temperature=0)], masks)
     assert (result.token_ids, result.errors) == ({0: (best[0],)}, {})
     logits[0] = torch.nan
-    result = Sampler(50).sample(logits, [drafted(0, (best[0], 1), temperature=0)])
+    result = new_sampler(50).sample(logits, [drafted(0, (best[0], 1), temperature=0)])
     assert (result.token_ids, list(result.errors)) == ({}, [0])
 
 
-def test_drafts_count_only_as_far_as_there_are_masks() -> None:
+def test_drafts_count_only_as_far_as_there_are_masks(new_sampler: NewSampler) -> None:
     logits = random_logits(3, 16)
     best = logits.argmax(dim=-1).tolist()
     step = drafted(0, (best[0], best[1]), temperature=0)
     everything, other = b"\xff\xff", (1 << (best[1] + 1) % 16).to_bytes(2, "little")
-    assert Sampler(16).sample(logits, [step], {0: [everything]}).token_ids == {0: (best[0],)}
-    assert Sampler(16).sample(logits, [step], {0: [everything, other]}).token_ids == {0: (best[0], (best[1] + 1) % 16)}
+    assert new_sampler(16).sample(logits, [step], {0: [everything]}).token_ids == {0: (best[0],)}
+    assert new_sampler(16).sample(logits, [step], {0: [everything, other]}).token_ids == {
+        0: (best[0], (best[1] + 1) % 16)
+    }

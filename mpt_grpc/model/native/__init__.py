@@ -1,5 +1,5 @@
-"""The compiled kernels for CPUs: products with packed weights, norms, attention over the paged cache, and the greatest
-logits.
+"""The compiled kernels for CPUs: products with packed weights, norms, attention over the paged cache, and choices of
+tokens.
 
 `native/` holds their source, which is compiled once for each instruction set when the package is installed. They
 compute with their own threads in float32, in products with 8-bit weights in integers, and in products with weights or a
@@ -19,7 +19,9 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mpt_grpc.errors import SettingsError
@@ -94,6 +96,15 @@ class AttentionStep(Structure):
     ]
 
 
+DRAW = np.dtype(
+    [
+        *(("logits", np.uint64), ("seed", np.uint64), ("position", np.uint64), ("top_k", np.int64)),
+        *(("top_p", np.float64), ("temperature", np.float32), ("min_p", np.float32)),
+    ]
+)
+"""How a token is drawn from a row of logits, described in native/draw.hpp."""
+
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "prepare": (c_int32, ()),
     "set_threads": (None, (c_int32,)),
@@ -103,6 +114,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "layers": (c_int32, (POINTER(NativeLayer), c_int64, c_void_p, POINTER(AttentionStep), c_int32, c_int64)),
     "embedding": (None, (POINTER(_Matrix), c_void_p, c_int64, c_void_p)),
     "norm": (None, (POINTER(NativeNorm), c_void_p, c_int64, c_int64, c_void_p)),
+    "draw_tokens": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
     "greatest": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "attend": (None, (POINTER(AttentionStep), c_int32)),
 }
@@ -136,15 +148,24 @@ class Kernels:
     def greatest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the index of the first maximum of each row, int64 [n], and whether the row is finite, bool [n].
 
-        logits: float32 [n, size]. The index in a row that is not finite may be any.
+        logits: float32 [n, size], whose rows are contiguous. The index in a row that is not finite may be any.
         """
         rows, size = logits.shape
-        if logits.stride(1) != 1:
-            logits = logits.contiguous()
         indices, are_finite = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
         outputs = indices.data_ptr(), are_finite.data_ptr()
         self._functions.greatest(logits.data_ptr(), logits.stride(0), rows, size, *outputs)
         return indices, are_finite
+
+    def draw(self, logits: Tensor, rows: NDArray[np.int64], draws: NDArray[np.void]) -> Tensor:
+        """Returns tokens drawn at random from some rows of the logits, int64 [n].
+
+        logits: float32, whose rows are contiguous. draws: a `DRAW` for each of the `rows`; `logits` of them is set.
+        """
+        draws["logits"] = logits.data_ptr() + rows * (logits.element_size() * logits.stride(0))
+        tokens = torch.empty(len(rows), dtype=torch.int64)
+        if not self._functions.draw_tokens(draws.ctypes.data, len(rows), logits.shape[1], tokens.data_ptr()):
+            raise MemoryError("no memory to draw tokens")
+        return tokens
 
     def attend(self, step: AttentionStep, cache_dtype: torch.dtype) -> None:
         """Writes the step's keys and values to the cache and attends."""
