@@ -40,7 +40,7 @@ GROUPS = {
     "schedule": ("mpt_grpc/schedule/*.py", "tests/schedule"),
     "logits": ("mpt_grpc/model/logits.py", "tests/model/test_logits.py tests/model/test_sampler.py"),
     "sampler": (
-        "mpt_grpc/model/sampler.py mpt_grpc/model/logprobs.py",
+        "mpt_grpc/model/sampler.py mpt_grpc/model/draws.py mpt_grpc/model/logprobs.py",
         "tests/model/test_sampler.py tests/model/test_logits.py tests/model/test_logprobs.py",
     ),
     "attention": ("mpt_grpc/model/attention/torch_backend.py", "tests/model/test_parity.py -k 'none and not 12000'"),

@@ -99,8 +99,7 @@ class Sampler:
 
     def _batch(self, inputs: tuple[SamplingInputs, ...], logits: Tensor) -> _Batch:
         last = self._last
-        is_same = last is not None and len(inputs) == len(last.inputs) and all(map(is_, inputs, last.inputs))
-        if last is None or not is_same:
+        if last is None or len(inputs) != len(last.inputs) or not all(map(is_, inputs, last.inputs)):
             last = self._last = _Batch(inputs, logits, self._kernels)
         return last
 

@@ -25,6 +25,7 @@ NewSampler = Callable[[int], Sampler]
 def new_sampler(request: pytest.FixtureRequest) -> NewSampler:
     """Makes samplers for a vocabulary of some size."""
     kernels = load_kernels() if request.param == "kernels" else None
+    assert kernels is not None or request.param == "PyTorch"
     return lambda vocab_size: Sampler(vocab_size, kernels)
 
 
@@ -102,6 +103,11 @@ def test_each_row_of_a_batch_has_its_own_filters(new_sampler: NewSampler) -> Non
 
 def test_top_p_keeps_no_more_tokens_than_reach_the_sum(new_sampler: NewSampler) -> None:
     assert set(samples(new_sampler, torch.zeros(4), 2000, top_p=0.5)) == {0, 1}
+
+
+def test_typical_p_0_keeps_the_token_whose_surprise_is_closest_to_the_expected_one(new_sampler: NewSampler) -> None:
+    probabilities = torch.tensor([0.6, 0.25, 0.1, 0.05])  # the expected surprise is 1.03
+    assert set(samples(new_sampler, probabilities.log(), 200, typical_p=0.0)) == {1}
 
 
 def test_top_k_keeps_k_of_several_equal_tokens(new_sampler: NewSampler) -> None:
@@ -309,6 +315,13 @@ def test_a_sequence_gets_its_right_drafts_and_the_token_after_them(new_sampler: 
         assert result.logprobs == {0: tuple(one.logprobs[0][0] for one in alone[: num_right + 1])}
 
 
+def test_no_draft_counts_after_a_wrong_one(new_sampler: NewSampler) -> None:
+    logits = random_logits(3, 50)
+    best = logits.argmax(dim=-1).tolist()
+    step = drafted(0, ((best[0] + 1) % 50, best[0]), temperature=0)
+    assert new_sampler(50).sample(logits, [step]).token_ids == {0: (best[0],)}
+
+
 def test_drafts_of_one_sequence_do_not_disturb_the_next(new_sampler: NewSampler) -> None:
     logits = random_logits(4, 50)
     best = logits.argmax(dim=-1).tolist()
@@ -324,6 +337,10 @@ def test_a_fault_after_a_right_draft_waits_for_its_own_step(new_sampler: NewSamp
     assert (result.token_ids, result.errors) == ({0: (best[0],)}, {})
     masks = {0: [b"\xff" * 7, bytes(7), b"\xff" * 7]}
     result = new_sampler(50).sample(random_logits(3, 50), [drafted(0, (best[0], 1), temperature=0)], masks)
+    assert (result.token_ids, result.errors) == ({0: (best[0],)}, {})
+    logits[1] = torch.inf
+    masks = {0: [b"\xff" * 7] * 3}
+    result = new_sampler(50).sample(logits, [drafted(0, (best[0], 1), temperature=0)], masks)
     assert (result.token_ids, result.errors) == ({0: (best[0],)}, {})
     logits[0] = torch.nan
     result = new_sampler(50).sample(logits, [drafted(0, (best[0], 1), temperature=0)])
