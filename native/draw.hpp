@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <vector>
 
 #include "pool.hpp"
@@ -13,7 +14,7 @@ typedef uint64_t Longs __attribute__((vector_size(4 * LANES)));  // half as many
 typedef uint32_t HalfWords __attribute__((vector_size(2 * LANES)));
 
 // How a token is drawn from a row.
-struct Draw {
+struct DrawOptions {
     const float *logits;
     uint64_t seed, position;
     int64_t top_k;  // the size of the row keeps all tokens
@@ -46,9 +47,9 @@ class Row {
 
     bool has_size(int64_t other) const { return size == other; }
 
-    int64_t draw(const Draw &draw) {
-        scale(draw.logits, draw.temperature);
-        return noisiest(draw, last_kept(draw));
+    int64_t draw(const DrawOptions &options) {
+        scale(options.logits, options.temperature);
+        return noisiest(options, last_kept(options));
     }
 
    private:
@@ -75,14 +76,14 @@ class Row {
             store(&scaled[i], (load_floats(i < whole ? logits + i : &scaled[i]) - greatest) / temperature);
     }
 
-    Rank last_kept(const Draw &draw) {
+    Rank last_kept(const DrawOptions &options) {
         uint64_t last = Rank(-std::numeric_limits<float>::infinity(), size - 1).key();
-        if (draw.top_k < size || draw.top_p < 1) {
+        if (options.top_k < size || options.top_p < 1) {
             fill_buckets();
-            if (draw.top_k < size) last = nth(draw.top_k);
-            if (draw.top_p < 1) last = reaching(draw.top_p, last);
+            if (options.top_k < size) last = nth(options.top_k);
+            if (options.top_p < 1) last = reaching(options.top_p, last);
         }
-        if (draw.min_p > 0) last = std::min(last, Rank(float(std::log(double(draw.min_p))), size - 1).key());
+        if (options.min_p > 0) last = std::min(last, Rank(float(std::log(double(options.min_p))), size - 1).key());
         return Rank(last);
     }
 
@@ -151,11 +152,11 @@ class Row {
     }
 
     // The token up to `last` that is highest with its noise; the first of the row if none is above -inf.
-    int64_t noisiest(const Draw &draw, const Rank last) {
+    int64_t noisiest(const DrawOptions &options, const Rank last) {
         constexpr float LOWEST = -std::numeric_limits<float>::infinity();
         constexpr uint64_t STEP = 0x9E3779B97F4A7C15u;
         const auto mixed_number = [](uint64_t x) { return mixed(Longs{} + x)[0]; };
-        Longs input = Longs{} + mixed_number(draw.seed + mixed_number(draw.position + 1));
+        Longs input = Longs{} + mixed_number(options.seed + mixed_number(options.position + 1));
         for (int lane = 0; lane < LANES / 2; lane++) input[lane] += STEP * (lane + 1);
         const Longs half_step = Longs{} + STEP * (LANES / 2);
         const float cut = last.scaled();
@@ -179,7 +180,7 @@ class Row {
         return chosen;
     }
 
-    static constexpr float HIGHEST_NOISE = 23;  // -ln 2^-33 and a little
+    static constexpr float HIGHEST_NOISE = 23;  // more than -ln 2^-33
 
     // Gumbel noise of a uniform number with these bits. The exponential variate is exact near 0, where the winners are.
     static float noise(uint32_t bits) {
@@ -188,15 +189,15 @@ class Row {
         return float(-std::log(-std::log1p(-uniform)));
     }
 
-    // At least the noise of these bits: -ln(-ln(1 - u)) <= -ln u <= ln 2 times the negative exponent of u.
+    // At least the noise of these bits: -ln(-ln(1 - u)) <= -ln u, and u is more than 2 to the power of the exponent - 32.
     static Floats noise_bound(Words bits) {
         const Ints exponents = ((Ints)__builtin_convertvector(bits, Floats) >> 23) - 127;
-        return __builtin_convertvector(33 - exponents, Floats) * 0.69315f;
+        return __builtin_convertvector(32 - exponents, Floats) * 0.69315f;
     }
 };
 
 // The token that is drawn from each of the rows, whose logits have this size.
-inline void draw(const Draw *draws, int64_t rows, int64_t size, int64_t *tokens, Pool &pool) {
+inline void draw(const DrawOptions *options, int64_t rows, int64_t size, int64_t *tokens, Pool &pool) {
     // The memory stays with the thread.
     static thread_local std::vector<Row> workspaces;
     const int64_t pieces = std::min<int64_t>(rows, pool.size());
@@ -205,6 +206,6 @@ inline void draw(const Draw *draws, int64_t rows, int64_t size, int64_t *tokens,
     std::atomic<int64_t> next{0};
     Row *const own = workspaces.data();  // of this thread, not of the one that takes the piece
     pool.run(pieces, [&](int64_t piece) {
-        for (int64_t row; (row = next++) < rows;) tokens[row] = own[piece].draw(draws[row]);
+        for (int64_t row; (row = next++) < rows;) tokens[row] = own[piece].draw(options[row]);
     });
 }

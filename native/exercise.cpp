@@ -49,21 +49,23 @@ static void exercise_attention(Type type, int64_t head_dim, int64_t n_kv_heads, 
     attend(&step, type);
 }
 
-// Choices from rows of many sizes, of which one has values that are not finite.
+// Choices from rows of many sizes, which are not side by side; one has values that are not finite, one only -inf.
 static void exercise_choices() {
     constexpr int64_t ROWS = 5;
     for (const int64_t size : {1, 15, 16, 17, 5000}) {
-        auto x = numbers(ROWS * size, 6);
+        const int64_t stride = size + 3;
+        auto x = numbers(ROWS * stride, 6);
         x[0] = NAN, x[size - 1] = INFINITY;
+        std::fill_n(&x[stride], size, -INFINITY);
         int64_t indices[ROWS];
         bool are_finite[ROWS];
-        greatest(x.data(), size, ROWS, size, indices, are_finite);
-        std::vector<Draw> draws;
+        argmax_rows(x.data(), stride, ROWS, size, indices, are_finite);
+        std::vector<DrawOptions> rows;
         for (int64_t row = 0; row < ROWS; row++)
-            draws.push_back({x.data() + row * size, 7, uint64_t(row), std::min<int64_t>(size, 20), 0.9, 0.5f, 0.01f});
-        draw_tokens(draws.data(), ROWS, size, indices);
-        for (Draw &draw : draws) draw.top_k = size, draw.top_p = draw.position / 4., draw.temperature = 1e-30f;
-        draw_tokens(draws.data(), ROWS, size, indices);
+            rows.push_back({&x[row * stride], 7, uint64_t(row), std::min<int64_t>(size, 20), 0.9, 0.5f, 0.01f});
+        draw_rows(rows.data(), ROWS, size, indices);
+        for (auto &options : rows) options.top_k = size, options.top_p = options.position / 4., options.temperature = 1e-30f;
+        draw_rows(rows.data(), ROWS, size, indices);
     }
 }
 

@@ -4,9 +4,9 @@
 #include <new>
 #include <type_traits>
 
+#include "argmax.hpp"
 #include "draw.hpp"
 #include "layers.hpp"
-#include "maxima.hpp"
 #include "packing.hpp"
 
 // Never destroyed, because threads may still be computing when the process exits. Each function keeps the pool that it
@@ -94,14 +94,14 @@ void norm(const Norm *norm, const float *x, int64_t rows, int64_t size, float *y
     normalize(x, size, rows, size, *norm, y, size, *current_pool());
 }
 
-// See maxima.
-void greatest(const float *x, int64_t stride, int64_t rows, int64_t size, int64_t *indices, bool *are_finite) {
-    maxima(x, stride, rows, size, indices, are_finite, *current_pool());
+// See argmax.
+void argmax_rows(const float *x, int64_t stride, int64_t rows, int64_t size, int64_t *indices, bool *are_finite) {
+    argmax(x, stride, rows, size, indices, are_finite, *current_pool());
 }
 
 // See draw. Returns whether there was memory for it.
-int32_t draw_tokens(const Draw *draws, int64_t rows, int64_t size, int64_t *tokens) {
-    return has_memory_for([&] { draw(draws, rows, size, tokens, *current_pool()); });
+int32_t draw_rows(const DrawOptions *options, int64_t rows, int64_t size, int64_t *tokens) {
+    return has_memory_for([&] { draw(options, rows, size, tokens, *current_pool()); });
 }
 
 // Attention over a cache of the type.

@@ -25,7 +25,7 @@ from mpt_grpc.model_files import BYTE_LEVEL_FILES
 from mpt_grpc.request import GenerationDefaults
 from mpt_grpc.settings import ModelSettings
 
-SAMPLER_VERSION = 1
+SAMPLER_VERSION = 2
 """Raised with every change of the code that may change a token."""
 _WHOLE_BYTES = 64 << 20
 """Files up to this size are covered whole."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mpt_grpc.model.logits import apply_filters, argmax, rows_per_chunk
-from mpt_grpc.model.native import DRAW, Kernels
+from mpt_grpc.model.native import DRAW_OPTIONS, Kernels
 from mpt_grpc.model.transfer import send
 from mpt_grpc.request import SamplingParameters
 
@@ -57,17 +57,17 @@ class _NativeDraws:
         self, rows: Sequence[int], parameters: Sequence[SamplingParameters], vocab_size: int, kernels: Kernels
     ) -> None:
         self.rows, self.indices, self._kernels = rows, torch.tensor(rows), kernels
-        self._numbers, self._draws = np.array(rows), np.zeros(len(rows), dtype=DRAW)
+        self._rows, self._options = np.array(rows), np.zeros(len(rows), dtype=DRAW_OPTIONS)
         own = [parameters[row] for row in rows]
-        self._draws["seed"] = [(one.seed or 0) % (1 << 64) for one in own]
-        self._draws["temperature"] = [max(one.temperature, _MIN_TEMPERATURE) for one in own]
-        self._draws["top_k"] = [one.top_k or vocab_size for one in own]
-        self._draws["top_p"] = [one.top_p for one in own]
-        self._draws["min_p"] = [one.min_p for one in own]
+        self._options["seed"] = [(one.seed or 0) % (1 << 64) for one in own]
+        self._options["temperature"] = [max(one.temperature, _MIN_TEMPERATURE) for one in own]
+        self._options["top_k"] = [one.top_k or vocab_size for one in own]
+        self._options["top_p"] = [one.top_p for one in own]
+        self._options["min_p"] = [one.min_p for one in own]
 
     def tokens(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
-        self._draws["position"] = positions
-        return self._kernels.draw(logits, self._numbers, self._draws)
+        self._options["position"] = positions
+        return self._kernels.draw(logits, self._rows, self._options)
 
 
 class _TorchDraws:

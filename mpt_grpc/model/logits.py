@@ -196,9 +196,14 @@ def _typical(logits: Tensor, parameters: Sequence[SamplingParameters]) -> Tensor
     """Keeps the tokens whose surprise is closest to the expected one: https://arxiv.org/abs/2202.00666."""
     logprobs = logits.log_softmax(dim=-1)
     terms = logprobs.exp() * logprobs.clamp(min=torch.finfo(torch.float32).min)  # 0 x -inf would be NaN
-    # On a CPU sum() splits a single row among threads, which rounds differently than in a batch; cumsum() does not.
-    entropy = -terms.cumsum(dim=-1, dtype=torch.float64)[:, -1:].to(torch.float32)
+    entropy = -_row_sums(terms)[:, None].to(torch.float32)
     return _keep_sum(logits, -(logprobs + entropy).abs_(), [p.typical_p for p in parameters])
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """Returns the sum of each row, [n] float64, which is the same in any batch."""
+    # On a CPU sum() splits a single row among threads, which rounds differently than in a batch; cumsum() does not.
+    return values.cumsum(dim=-1, dtype=torch.float64)[:, -1]
 
 
 def _keep_sum(logits: Tensor, order: Tensor, sums: Sequence[float]) -> Tensor:
@@ -217,12 +222,13 @@ def _keep_sum(logits: Tensor, order: Tensor, sums: Sequence[float]) -> Tensor:
 def _keep_sum_among(width: int, logits: Tensor, order: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Like `_keep_sum`, among the `width` highest of `order`; also returns their probability sums, [n] float64."""
     tokens = top_tokens(order, min(width, logits.shape[1]))
-    # In float64 the result does not depend on the order in which a device adds.
-    probabilities = logits.softmax(dim=-1).gather(1, tokens).to(torch.float64)
-    reached = probabilities.cumsum(dim=-1)
-    is_kept = reached - probabilities < targets[:, None]
+    # In float64 the result does not depend on the order in which a device adds, and sums of equal numbers are exact.
+    powers = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
+    own = powers.gather(1, tokens).to(torch.float64)
+    reached, total = own.cumsum(dim=-1), _row_sums(powers)
+    is_kept = reached - own < (targets * total)[:, None]
     is_kept[:, 0] = True
-    return _keep(logits, tokens, is_kept), reached[:, -1]
+    return _keep(logits, tokens, is_kept), reached[:, -1] / total
 
 
 def _keep(logits: Tensor, tokens: Tensor, is_kept: Tensor) -> Tensor:

@@ -82,20 +82,30 @@ class Sampler:
         logits = logits[:, : self._vocab_size]
         batch = self._batch(tuple([inputs for sequence in sequences for inputs in sequence.choices]), logits)
         row_masks = _by_row(sequences, masks) if masks else {}
-        chosen, is_finite = _greatest(logits, self._kernels)
-        processed, is_allowed = logits, is_finite
-        if batch.is_adjusted or row_masks:
-            processed = adjust(logits, batch.inputs, row_masks)
-            chosen, _ = _greatest(processed, self._kernels)
-            is_allowed = processed.gather(1, chosen[:, None])[:, 0] > -torch.inf
+        processed = adjust(logits, batch.inputs, row_masks) if batch.is_adjusted or row_masks else logits
+        chosen, is_finite = self._highest(processed, logits, batch)
         if batch.draws:
             positions = [s.output_position + choice for s in sequences for choice in range(len(s.choices))]
         for part in batch.draws:
             chosen[part.indices] = part.tokens(processed, [positions[row] for row in part.rows])
+        is_allowed = is_finite  # -inf is not finite
+        if processed is not logits:
+            is_allowed = processed.gather(1, chosen[:, None])[:, 0] > -torch.inf
         # The only transfer to the host, unless log probabilities are requested.
         results = [chosen, is_finite, is_allowed, *(() if are_finite is None else (are_finite[None],))]
         receipt = Receipt(torch.cat(results))
         return Chosen(chosen, sequences, masks, batch, receipt, logits if batch.num_top else None)
+
+    def _highest(self, logits: Tensor, raw: Tensor, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """Returns the highest token of each row, int64 [n], and whether its `raw` logits are finite, bool [n].
+
+        The tokens are undefined if all rows are drawn.
+        """
+        if self._kernels is not None:
+            tokens, is_finite = self._kernels.argmax(raw)
+            return tokens if logits is raw else self._kernels.argmax(logits)[0], is_finite
+        is_finite = raw.amax(dim=-1).isfinite() & raw.amin(dim=-1).isfinite()  # both propagate NaN
+        return argmax(logits) if batch.has_greedy_rows else raw.new_empty(len(raw), dtype=torch.int64), is_finite
 
     def _batch(self, inputs: tuple[SamplingInputs, ...], logits: Tensor) -> _Batch:
         last = self._last
@@ -160,6 +170,7 @@ class _Batch:
         self.is_adjusted = any(map(is_adjusted, inputs))
         self.num_top = {row: one.num_top_logprobs for row, one in enumerate(inputs) if one.num_top_logprobs is not None}
         """The numbers of most likely tokens wanted, by row, for the rows whose log probabilities are."""
+        self.has_greedy_rows = any(one.parameters.temperature == 0 for one in inputs)
         self.draws = draws([one.parameters for one in inputs], logits, kernels)
 
 
@@ -184,11 +195,3 @@ def _logprobs(
     num_top = [batch.num_top[row] for row in flat]
     logprobs = iter(token_logprobs(selected, [token_ids[row] for row in flat], num_top))
     return {sequence_id: tuple(islice(logprobs, len(part))) for sequence_id, part in wanted.items()}
-
-
-def _greatest(logits: Tensor, kernels: Kernels | None) -> tuple[Tensor, Tensor]:
-    """Returns the index of the first maximum of each row, int64 [n], and whether the row is finite, bool [n]."""
-    if kernels is not None:
-        return kernels.greatest(logits)
-    lowest, highest = logits.aminmax(dim=-1)  # both propagate NaN
-    return argmax(logits), lowest.isfinite() & highest.isfinite()

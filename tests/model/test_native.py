@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from random import Random
 
 import pytest
 import torch
@@ -261,14 +262,15 @@ def test_attention_is_that_of_float64(
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 17, 50, 4096, 50277])
-def test_the_greatest_logit_is_the_first_of_its_row(kernels: Kernels, size: int) -> None:
-    logits = random(64, size + 3)[:, :size].round(decimals=1)  # so that there are equals; rows are not side by side
+def test_the_highest_logit_is_the_first_of_its_row(kernels: Kernels, size: int) -> None:
+    logits = random(64, size + 3).round(decimals=1)[:, :size]  # there are equals, and rows are not side by side
+    assert logits.stride(0) == size + 3
     logits[0] = -torch.inf
     logits[1] = 0.0
     logits[1, size // 2] = -0.0
     for row, value in enumerate((torch.nan, torch.inf, -torch.inf), start=2):
         logits[row, -1] = value
-    indices, are_finite = kernels.greatest(logits)
+    indices, are_finite = kernels.argmax(logits)
     assert torch.equal(are_finite, logits.isfinite().all(dim=1))
     numbers = ~logits.isnan().any(dim=1)
     # NumPy's is the first, too.
@@ -276,27 +278,43 @@ def test_the_greatest_logit_is_the_first_of_its_row(kernels: Kernels, size: int)
     assert 0 <= indices.min() <= indices.max() < size
 
 
-@pytest.mark.parametrize("size", [7, 50, 300, 4096, 50277])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"temperature": 0.8, "top_k": 50},
-        {"temperature": 1.3, "top_k": 6, "min_p": 0.01},
-        {"temperature": 0.8, "top_p": 0.9},
-        {"temperature": 1.5, "top_p": 0.999},
-        {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05},
-        {"typical_p": 0.7},
-    ],
-)
-def test_tokens_are_drawn_as_by_pytorch(kernels: Kernels, options: dict[str, Any], size: int) -> None:
-    logits = torch.cat([random(30, size), 3 * random(30, size).round(decimals=1), 10 * random(30, size)])
-    steps = []
-    for row in range(len(logits)):
-        inputs = SamplingInputs(SamplingParameters(seed=row * 0x123456789ABCDEF, **options))
-        steps.append(SequenceStep(row, "", (1,), 8, (1,), (inputs,), output_position=3 * row))
-    drawn, expected = (Sampler(size, one).sample(logits, steps).token_ids for one in (kernels, None))
-    assert drawn == expected
+def random_draws(count: int, vocab_size: int) -> list[SequenceStep]:
+    """Returns steps with sampling options of all kinds, of which every fourth is greedy."""
+    rng, steps = Random(vocab_size), []
+    for row in range(count):
+        options = SamplingParameters(
+            temperature=rng.choice([0.7, 1.0, 1.5, 1e-30, 100.0]) if row % 4 else 0,
+            top_k=rng.choice([0, 0, 1, 6, 50, vocab_size]),
+            top_p=rng.choice([1.0, 1.0, 0.9, 0.999, 0.1, 0.0]),
+            min_p=rng.choice([0.0, 0.0, 0.01, 1.0]),
+            typical_p=rng.choice([1.0, 1.0, 1.0, 0.7]),
+            seed=rng.getrandbits(64),
+        )
+        steps.append(SequenceStep(row, "", (1,), 8, (1,), (SamplingInputs(options),), rng.randrange(1 << 40)))
+    return steps
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 300, 4096, 50277])
+def test_tokens_are_drawn_as_by_pytorch(kernels: Kernels, size: int) -> None:
+    usual = [random(60, size), 3 * random(60, size).round(decimals=1), 10 * random(60, size)]
+    odd = [torch.zeros(60, size), 3e38 * random(60, size).clamp(-1, 1)]
+    logits = torch.cat([*usual, *odd])
+    logits[1::3] = logits[1::3].masked_fill(random(100, size) > 0.5, -1e30)
+    padded = F.pad(logits, (0, 5), value=torch.nan)
+    steps = random_draws(len(logits), size)
+    drawn, expected = (Sampler(size, one).sample(padded, steps) for one in (kernels, None))
+    assert drawn.token_ids == expected.token_ids
+    assert len(drawn.token_ids) == len(logits)
+
+
+def test_threads_draw_at_once_from_vocabularies_of_several_sizes(kernels: Kernels) -> None:
+    def draw(number: int) -> bool:
+        logits, steps = 3 * random(8, 40 + number), random_draws(8, 40 + number)
+        drawn, expected = (Sampler(40 + number, one).sample(logits, steps) for one in (kernels, None))
+        return drawn.token_ids == expected.token_ids
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(draw, range(200)))
 
 
 class LayerByLayer:

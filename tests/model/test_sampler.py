@@ -103,6 +103,7 @@ def test_each_row_of_a_batch_has_its_own_filters(new_sampler: NewSampler) -> Non
 
 def test_top_p_keeps_no_more_tokens_than_reach_the_sum(new_sampler: NewSampler) -> None:
     assert set(samples(new_sampler, torch.zeros(4), 2000, top_p=0.5)) == {0, 1}
+    assert set(samples(new_sampler, torch.zeros(50), 2000, top_p=0.1)) == {0, 1, 2, 3, 4}
 
 
 def test_typical_p_0_keeps_the_token_whose_surprise_is_closest_to_the_expected_one(new_sampler: NewSampler) -> None:

@@ -96,7 +96,7 @@ class AttentionStep(Structure):
     ]
 
 
-DRAW = np.dtype(
+DRAW_OPTIONS = np.dtype(
     [
         *(("logits", np.uint64), ("seed", np.uint64), ("position", np.uint64), ("top_k", np.int64)),
         *(("top_p", np.float64), ("temperature", np.float32), ("min_p", np.float32)),
@@ -114,8 +114,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "layers": (c_int32, (POINTER(NativeLayer), c_int64, c_void_p, POINTER(AttentionStep), c_int32, c_int64)),
     "embedding": (None, (POINTER(_Matrix), c_void_p, c_int64, c_void_p)),
     "norm": (None, (POINTER(NativeNorm), c_void_p, c_int64, c_int64, c_void_p)),
-    "draw_tokens": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
-    "greatest": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
+    "draw_rows": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
+    "argmax_rows": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "attend": (None, (POINTER(AttentionStep), c_int32)),
 }
 
@@ -145,7 +145,7 @@ class Kernels:
         self._functions.norm(norm, x.data_ptr(), rows, size, y.data_ptr())
         return y
 
-    def greatest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the index of the first maximum of each row, int64 [n], and whether the row is finite, bool [n].
 
         logits: float32 [n, size], whose rows are contiguous. The index in a row that is not finite may be any.
@@ -153,17 +153,18 @@ class Kernels:
         rows, size = logits.shape
         indices, are_finite = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
         outputs = indices.data_ptr(), are_finite.data_ptr()
-        self._functions.greatest(logits.data_ptr(), logits.stride(0), rows, size, *outputs)
+        self._functions.argmax_rows(logits.data_ptr(), logits.stride(0), rows, size, *outputs)
         return indices, are_finite
 
-    def draw(self, logits: Tensor, rows: NDArray[np.int64], draws: NDArray[np.void]) -> Tensor:
+    def draw(self, logits: Tensor, rows: NDArray[np.int64], options: NDArray[np.void]) -> Tensor:
         """Returns tokens drawn at random from some rows of the logits, int64 [n].
 
-        logits: float32, whose rows are contiguous. draws: a `DRAW` for each of the `rows`; `logits` of them is set.
+        logits: float32, whose rows are contiguous.
+        options: those of each of the `rows`, of the type `DRAW_OPTIONS`; their `logits` are set here.
         """
-        draws["logits"] = logits.data_ptr() + rows * (logits.element_size() * logits.stride(0))
+        options["logits"] = logits.data_ptr() + rows * (logits.element_size() * logits.stride(0))
         tokens = torch.empty(len(rows), dtype=torch.int64)
-        if not self._functions.draw_tokens(draws.ctypes.data, len(rows), logits.shape[1], tokens.data_ptr()):
+        if not self._functions.draw_rows(options.ctypes.data, len(rows), logits.shape[1], tokens.data_ptr()):
             raise MemoryError("no memory to draw tokens")
         return tokens
 
