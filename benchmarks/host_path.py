@@ -79,7 +79,7 @@ def timed_model() -> Iterator[Callable[[], float]]:
         yield lambda: spent_s
 
 
-async def in_process(folder: Path, num_streams: int) -> tuple[float, float, float]:
+async def in_process(folder: Path, num_streams: int, temperature: float) -> tuple[float, float, float]:
     """Returns tokens/s and milliseconds a step of the engine, with and without the model.
 
     The streams are read on the event loop of the same process.
@@ -89,7 +89,7 @@ async def in_process(folder: Path, num_streams: int) -> tuple[float, float, floa
     async def read(number: int, num_tokens: int) -> None:
         stopping = StoppingCriteria(max_new_tokens=num_tokens, ignore_eos=True)
         name = f"{num_tokens} tokens, {number}"
-        request = GenerationRequest(name, PROMPT, SamplingParameters(temperature=0), stopping=stopping)
+        request = GenerationRequest(name, PROMPT, SamplingParameters(temperature=temperature), stopping=stopping)
         async for _ in engine.submit(request, AsyncStream):
             pass
 
@@ -102,13 +102,13 @@ async def in_process(folder: Path, num_streams: int) -> tuple[float, float, floa
         return num_streams * NUM_TOKENS / elapsed_s, 1e3 * elapsed_s / num_steps, 1e3 * own_s / num_steps
 
 
-async def served(target: str, num_streams: int) -> tuple[float, float, float]:
+async def served(target: str, num_streams: int, temperature: float) -> tuple[float, float, float]:
     """Returns tokens/s, messages/s and the median latency of a token in ms, of streams served over gRPC."""
     gaps: list[float] = []
 
     async def read(client: AsyncClient, num_tokens: int) -> None:
         last_s = time.perf_counter()
-        async with client.stream(PROMPT, temperature=0, max_new_tokens=num_tokens, ignore_eos=True) as stream:
+        async with client.stream(PROMPT, temperature=temperature, max_new_tokens=num_tokens, ignore_eos=True) as stream:
             async for _ in stream.deltas():
                 now_s = time.perf_counter()
                 gaps.append(now_s - last_s)
@@ -123,15 +123,15 @@ async def served(target: str, num_streams: int) -> tuple[float, float, float]:
     return num_streams * NUM_TOKENS / elapsed_s, len(gaps) / elapsed_s, 1e3 * statistics.median(gaps)
 
 
-async def served_http(address: str, num_streams: int) -> float:
+async def served_http(address: str, num_streams: int, temperature: float) -> float:
     """Returns the tokens/s of chat completions streamed over HTTP to a client that only looks for their end."""
     host, _, port = address.partition(":")
 
     async def read(num_tokens: int) -> None:
         reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 24)
         messages = [{"role": "user", "content": PROMPT}]
-        body = {"messages": messages, "temperature": 0, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
-        encoded = json.dumps(body).encode()
+        options = {"temperature": temperature, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+        encoded = json.dumps({"messages": messages, **options}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(encoded)}\r\n\r\n"
         writer.write(head.encode() + encoded)
         await reader.readuntil(b"data: [DONE]")
@@ -237,6 +237,7 @@ def process(*command: str) -> Iterator[Callable[[int | None], list[str]]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--serve-bare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args()
@@ -258,11 +259,11 @@ def main() -> None:
         with process("--serve", name) as ours, process("--serve-bare") as peer:
             (target, url), (peer_target,) = ours(None), peer(None)
             for num_streams in parsed.streams:
-                rate, step_ms, own_ms = asyncio.run(in_process(folder, num_streams))
+                rate, step_ms, own_ms = asyncio.run(in_process(folder, num_streams, parsed.temperature))
                 ours(signal.SIGUSR1)
-                tokens, messages, gap_ms = asyncio.run(served(target, num_streams))
+                tokens, messages, gap_ms = asyncio.run(served(target, num_streams, parsed.temperature))
                 (lag_ms,) = ours(signal.SIGUSR1)
-                http_tokens = asyncio.run(served_http(url, num_streams))
+                http_tokens = asyncio.run(served_http(url, num_streams, parsed.temperature))
                 (http_lag_ms,) = ours(signal.SIGUSR1)
                 bare_messages = asyncio.run(bare(peer_target, num_streams))
                 print(
