@@ -316,6 +316,13 @@ def test_a_sequence_gets_its_right_drafts_and_the_token_after_them(new_sampler: 
         assert result.logprobs == {0: tuple(one.logprobs[0][0] for one in alone[: num_right + 1])}
 
 
+def test_a_single_draft_counts(new_sampler: NewSampler) -> None:
+    logits = random_logits(2, 50)
+    best = logits.argmax(dim=-1).tolist()
+    step = drafted(0, (best[0],), temperature=0)
+    assert new_sampler(50).sample(logits, [step]).token_ids == {0: tuple(best)}
+
+
 def test_no_draft_counts_after_a_wrong_one(new_sampler: NewSampler) -> None:
     logits = random_logits(3, 50)
     best = logits.argmax(dim=-1).tolist()
