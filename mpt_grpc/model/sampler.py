@@ -103,7 +103,9 @@ class Sampler:
         """
         if self._kernels is not None:
             tokens, is_finite = self._kernels.argmax(raw)
-            return tokens if logits is raw else self._kernels.argmax(logits)[0], is_finite
+            if logits is not raw and batch.has_greedy_rows:
+                tokens, _ = self._kernels.argmax(logits)
+            return tokens, is_finite
         is_finite = raw.amax(dim=-1).isfinite() & raw.amin(dim=-1).isfinite()  # both propagate NaN
         return argmax(logits) if batch.has_greedy_rows else raw.new_empty(len(raw), dtype=torch.int64), is_finite
 
