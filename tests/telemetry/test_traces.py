@@ -75,6 +75,11 @@ def long_request() -> pb.GenerateRequest:
     return pb.GenerateRequest(text="Once", stopping=stopping, sampling=pb.SamplingParameters(seed=1, num_sequences=4))
 
 
+async def is_decoding(traced: Traced) -> bool:
+    state = await asyncio.wrap_future(traced.server.engine.state())
+    return any(one.num_output_tokens for request in state.in_flight for one in request.sequences)
+
+
 def has(*names: str) -> Callable[[dict[str, Any]], bool]:
     return lambda spans: set(names) <= spans.keys()
 
@@ -228,9 +233,9 @@ async def test_the_headers_of_a_caller_are_read_as_the_standard_says(
 async def test_the_span_of_an_http_request_whose_caller_leaves_ends_last(traced: Traced) -> None:
     trace_id = next(_trace_ids)
     ((_, parent),) = from_caller(trace_id)
-    body = {"prompt": "Once", "max_tokens": 200, "ignore_eos": True}
+    body = {"prompt": "Once", "max_tokens": 200, "ignore_eos": True, "n": 4, "seed": 1}
     _, writer = await send(traced.server, "POST", "/v1/completions", body, traceparent=parent)
-    while not (await asyncio.wrap_future(traced.server.engine.state())).in_flight:
+    while not await is_decoding(traced):
         pass
     writer.close()
     spans = await traced.trace(trace_id, has("POST /v1/completions", f"{RPC}Generate", *PHASES))
