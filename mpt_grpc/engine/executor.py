@@ -48,6 +48,8 @@ class LaunchedStep:
         if isinstance(self.chosen, Exception):
             raise self.chosen
         result = self.chosen.result()
+        if not (self.prompt_logprobs or self.errors):
+            return result
         return replace(result, prompt_logprobs=self.prompt_logprobs, errors={**result.errors, **self.errors})
 
 

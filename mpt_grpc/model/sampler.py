@@ -142,6 +142,7 @@ class Chosen:
         token_ids, finite, allowed = values[:num], values[num : 2 * num], values[2 * num : 3 * num]
         if not all(values[3 * num :]):
             raise FloatingPointError("the model's activations are not finite")
+        chosen_ids: dict[int, tuple[int, ...]] = {}
         rows: dict[int, range] = {}
         errors: dict[int, Exception] = {}
         first = 0
@@ -154,12 +155,13 @@ class Chosen:
                         break
                     last += 1
             if finite[first] and allowed[first]:
-                rows[sequence_id] = range(first, last + 1)
+                chosen_ids[sequence_id] = tuple(token_ids[first : last + 1])
+                if self._batch.num_top:
+                    rows[sequence_id] = range(first, last + 1)
             else:
                 why = "the constraint allows no token" if finite[first] else "the model's logits are not finite"
                 errors[sequence_id] = InternalError(why)
             first += len(sequence.choices)
-        chosen_ids = {sequence_id: tuple(token_ids[part.start : part.stop]) for sequence_id, part in rows.items()}
         logprobs = {} if self._logits is None else _logprobs(self._logits, self._batch, rows, token_ids)
         return StepResult(chosen_ids, logprobs, errors=errors)
 

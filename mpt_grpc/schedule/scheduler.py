@@ -219,8 +219,8 @@ class Scheduler:
             return TokenEvent(sequence.index, error=error)
         if finish is not None:
             self.end(sequence)
-        is_first = sequence.num_output_tokens == len(sequence.request.outputs[sequence.index]) + 1
-        prompt_logprobs = tuple(sequence.prompt_logprobs) if is_first else ()
+        scored = sequence.prompt_logprobs
+        prompt_logprobs = tuple(scored) if scored and sequence.is_at_first_token else ()
         return TokenEvent(sequence.index, token_id, logprob, prompt_logprobs, finish)
 
     def _release_siblings(self, primary: Sequence) -> None:

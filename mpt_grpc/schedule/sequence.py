@@ -50,6 +50,9 @@ class Sequence:
         self.siblings: list[Sequence] = []
         """The request's other sequences, while they wait for this one to compute the prompt."""
         self._matcher = matcher
+        self._max_new_tokens = request.stopping.max_new_tokens or 0
+        self._num_resumed = len(request.outputs[index])
+        self._scores_prompt = request.logprobs.prompt and primary is None
         self._penalizes_prompt = request.decoding.repetition_penalty != 1
         self._penalizes = request.decoding.penalizes
         self._choice = (_independent_choice(request, index, matcher),)
@@ -69,7 +72,7 @@ class Sequence:
     @property
     def num_remaining(self) -> int:
         """The number of tokens that the output may still get."""
-        return (self.request.stopping.max_new_tokens or 0) - self.num_output_tokens
+        return self._max_new_tokens - self.num_output_tokens
 
     @property
     def max_remaining(self) -> int:
@@ -90,12 +93,13 @@ class Sequence:
     def num_cacheable(self) -> int:
         """The number of leading tokens that may be cached: all but the last, and none that is yet to be scored."""
         last = len(self.token_ids) - 1
-        return min(last, len(self.prompt_logprobs)) if self._is_scoring else last
+        is_scoring = self._scores_prompt and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+        return min(last, len(self.prompt_logprobs)) if is_scoring else last
 
     @property
-    def _is_scoring(self) -> bool:
-        wanted = self.request.logprobs.prompt and self.primary is None
-        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+    def is_at_first_token(self) -> bool:
+        """Whether the last known token is the first that this request has added to the output."""
+        return self.num_output_tokens == self._num_resumed + 1
 
     def resume(self, token_ids: tuple[int, ...], *, is_complete: bool) -> Finish | None:
         """Adds the tokens of a partial output; returns why it has ended with them, or None if it goes on.
@@ -124,7 +128,7 @@ class Sequence:
             return Finish(FinishReason.STOP_TOKEN, stop_token_id=token_id)
         if is_complete:
             return Finish(FinishReason.EOS_TOKEN)
-        if self.num_output_tokens == stopping.max_new_tokens:
+        if len(self.token_ids) - self.num_prompt_tokens == self._max_new_tokens:
             return Finish(FinishReason.MAX_NEW_TOKENS)
         if len(self.token_ids) == self._max_context_tokens:
             return Finish(FinishReason.CONTEXT_LENGTH)
@@ -153,25 +157,25 @@ class Sequence:
 
     def step(self, num_tokens: int, drafts: tuple[int, ...] = ()) -> SequenceStep:
         """Returns the step that computes the next `num_tokens` tokens and, if these are all known ones, the drafts."""
-        start = self.num_computed
-        end = start + num_tokens
-        is_last = end == len(self.token_ids)
+        start, token_ids = self.num_computed, self.token_ids
+        end, num_output_tokens = start + num_tokens, len(token_ids) - self.num_prompt_tokens
+        chooses = end == len(token_ids) and num_output_tokens != self._max_new_tokens
         return SequenceStep(
             self.sequence_id,
             self.request.request_id,
-            tuple(self.token_ids[start:end]) + drafts,
+            (*token_ids[start:end], *drafts),
             start,
             self.block_table,
-            self._choices(drafts) if is_last and self.wants_token else (),
-            self.num_output_tokens,
-            self._scoring(end) if self._is_scoring else None,
+            self._choices(num_output_tokens, drafts) if chooses else (),
+            num_output_tokens,
+            self._scoring(end) if self._scores_prompt else None,
         )
 
-    def _choices(self, drafts: tuple[int, ...]) -> tuple[SamplingInputs, ...]:
-        if not (self._penalizes or self.num_output_tokens < self.request.stopping.min_new_tokens):
+    def _choices(self, first: int, drafts: tuple[int, ...]) -> tuple[SamplingInputs, ...]:
+        """Returns how the tokens at the output's positions from `first` on are chosen, one more than drafts."""
+        if not (self._penalizes or first < self.request.stopping.min_new_tokens):
             return self._choice * (1 + len(drafts)) if drafts else self._choice
         output = (*self.token_ids[self.num_prompt_tokens :], *drafts)
-        first = self.num_output_tokens
         return tuple(self._dependent_choice(output[:position]) for position in range(first, first + 1 + len(drafts)))
 
     def _dependent_choice(self, output: tuple[int, ...]) -> SamplingInputs:
