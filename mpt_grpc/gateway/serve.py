@@ -41,6 +41,7 @@ from mpt_grpc.gateway.tracing import TraceMiddleware
 from mpt_grpc.settings import HttpSettings
 from mpt_grpc.telemetry.metrics import HttpMetrics
 from mpt_grpc.tls import ServerCertificate, http_context
+from mpt_grpc.wake_ups import gathered_wake_ups
 from mpt_grpc_client import AsyncClient, Client, ConnectionOptions
 from mpt_grpc_client.channel import is_balanced, resolve
 from mpt_grpc_client.purpose import Purpose
@@ -87,7 +88,8 @@ async def running_gateway(
     blocking = nullcontext() if is_in_process else Client(target, retries=False, **connection)
     async with AsyncExitStack() as stack:
         # gRPC shares the connections between channels to the same server.
-        channels = [channel] if channel else [e.aio_channel(purpose) for e in endpoints]
+        with gathered_wake_ups(asyncio.get_running_loop()):
+            channels = [channel] if channel else [e.aio_channel(purpose) for e in endpoints]
         for one in channels:
             await stack.enter_async_context(one)
         client = await stack.enter_async_context(AsyncClient(target, channel=channel, retries=False, **connection))

@@ -43,6 +43,7 @@ from mpt_grpc.telemetry import names
 from mpt_grpc.telemetry.exporting import make_meter_provider, make_tracer_provider, shut_down
 from mpt_grpc.telemetry.metrics import HttpMetrics
 from mpt_grpc.tls import ServerCertificate, server_certificate
+from mpt_grpc.wake_ups import gathered_wake_ups
 from mpt_grpc_client.proto.v1 import text_generation_pb2_grpc as pb_grpc
 from mpt_grpc_client.proto.v1alpha1 import debug_pb2_grpc
 
@@ -206,7 +207,8 @@ async def _serving(
     interceptor = CallInterceptor(access)
     certificate = None if tls is None else server_certificate(tls)
     _warn_of_exposure(settings, access)
-    server = grpc.aio.server(interceptors=[interceptor], options=channel_options(settings))
+    with gathered_wake_ups(asyncio.get_running_loop()):
+        server = grpc.aio.server(interceptors=[interceptor], options=channel_options(settings))
     with listening(server, settings.server, certificate) as target:
         engine, model = await asyncio.to_thread(load_engine, settings, loop=asyncio.get_running_loop())
         interceptor.message_limits = MessageLimits(engine.preparation.limits)
