@@ -193,7 +193,7 @@ class Engine:
             self._steps.end(record, finish, index)
 
     def cancel(self, request_id: str) -> bool:
-        """Cancels a request and frees its blocks before the next step; returns False if it is not in flight."""
+        """Cancels a request and frees its blocks before one of the next steps; returns False if it is not in flight."""
         record = self._requests.get(request_id)
         if record is None:
             return False

@@ -332,6 +332,27 @@ def test_aborted_request_frees_its_blocks_within_one_step(
     assert engine.load.num_free_blocks == 64
 
 
+def test_steps_go_on_between_the_ends_of_many_requests(
+    make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
+) -> None:
+    engine = make_engine(max_running_requests=1, max_waiting_requests=3000)
+    runner = stepped[0]
+    running = submit(engine, generation("running", max_new_tokens=400))
+    streams = [submit(engine, generation(f"waiting {number}")) for number in range(3000)]
+    runner.wait_for_step()
+    while engine.load.num_waiting < 3000:
+        runner.allow()
+        runner.wait_for_step()
+    for number in range(3000):
+        engine.cancel(f"waiting {number}")
+    runner.allow()
+    runner.wait_for_step()
+    assert engine.num_in_flight > 1
+    runner.run_free()
+    assert all(collect(stream).finish.reason is FinishReason.CANCELLED for stream in streams)
+    assert len(collect(running).token_ids) == 400
+
+
 def test_closing_a_stream_early_cancels_the_request(
     make_engine: Callable[..., Engine], stepped: list[SteppedRunner]
 ) -> None:
