@@ -1,11 +1,11 @@
-"""A limit on how many requests begin in one turn of an event loop, so that a burst of them does not stop it for all."""
+"""A limit on how many requests begin, or end, in a turn of an event loop, so that a burst does not stop it for all."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 
-_ARRIVALS_A_TURN = 2
+_PASSING_A_TURN = 2
 """About a millisecond of work."""
 
 
@@ -24,7 +24,7 @@ class Turnstile:
         if not self._counts:
             self._counts = True
             loop.call_soon(self._next_turn, loop)
-        if self._num_passed < _ARRIVALS_A_TURN and not self._waiting:
+        if self._num_passed < _PASSING_A_TURN and not self._waiting:
             self._num_passed += 1
             return
         turn = loop.create_future()
@@ -33,7 +33,7 @@ class Turnstile:
 
     def _next_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         self._num_passed = 0
-        while self._waiting and self._num_passed < _ARRIVALS_A_TURN:
+        while self._waiting and self._num_passed < _PASSING_A_TURN:
             turn = self._waiting.popleft()
             if not turn.done():  # its caller may have left
                 turn.set_result(None)

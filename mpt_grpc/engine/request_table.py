@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 from opentelemetry.context import Context
 
@@ -43,7 +42,9 @@ class RequestTable:
         self.num_preparing = 0
         """The number of requests that are not yet in the scheduler."""
         self._time_limited: dict[str, RequestRecord] = {}
-        self._undelivered: list[Delivery] = []
+        self._tokens: list[Delivery] = []
+        self._ends: list[Delivery] = []
+        """What is yet to be delivered, as the outbox takes it."""
         self._ended: deque[RequestState] = deque(maxlen=_NUM_ENDED)
         self._times = ServiceTimes()
 
@@ -134,7 +135,9 @@ class RequestTable:
             record.finish_reasons[sequence.index] = event.finish.reason
             if len(record.finish_reasons) == len(record.sequences):
                 event = event._replace(stats=self._remove(record, now_s))
-        self._undelivered.append((record.stream.receive, event))
+            self._ends.append((record.stream.receive, event))
+        else:
+            self._tokens.append((record.stream.receive, event))
 
     def measure_step(self, num_new_tokens: Mapping[int, int], duration_s: float) -> None:
         """Measures a step that was computed at once."""
@@ -158,9 +161,7 @@ class RequestTable:
         left = ((request_id, self._by_request_id.get(request_id)) for request_id in request_ids)
         ended = frozenset(request_id for request_id, record in left if record is None or not record.sequences)
         report = StepReport(plan, num_new_tokens, start_time_s, duration_s, ended, contexts)
-        # A reader of its own, as in `_report_end`: the outbox calls a reader for all its events at once, and the steps
-        # of a later request with the same ID must come after an earlier one's end.
-        self._undelivered.append((partial(observer.observe_step), report))
+        self._ends.append((observer.observe_step, report))
 
     def report_unprepared(self, record: RequestRecord, finish: Finish, now_s: float) -> None:
         """Queues the end of a request that was removed while it was preparing: it has no output."""
@@ -169,14 +170,14 @@ class RequestTable:
         self._report_end(record, stats)
         for index in record.request.outputs:
             event = TokenEvent(index, finish=finish, stats=stats if index == last else None)
-            self._undelivered.append((record.stream.receive, event))
+            self._ends.append((record.stream.receive, event))
 
     def fail(self, record: RequestRecord, error: Exception, now_s: float) -> None:
         """Ends a request with an error, whatever the state of its sequences."""
         for sequence in record.sequences:
             self._by_sequence_id.pop(sequence.sequence_id, None)
         stats = self._remove(record, now_s, error)
-        self._undelivered.append((record.stream.receive, TokenEvent(0, error=error, stats=stats)))
+        self._ends.append((record.stream.receive, TokenEvent(0, error=error, stats=stats)))
 
     def fail_all(self, why: UnavailableError, now_s: float) -> None:
         """Ends all requests, including those not yet in the scheduler."""
@@ -184,7 +185,7 @@ class RequestTable:
             for record in self._by_request_id.values():
                 error, stats = why.again(), record.stats(now_s)
                 self._report_end(record, stats, error)
-                self._undelivered.append((record.stream.receive, TokenEvent(0, error=error, stats=stats)))
+                self._ends.append((record.stream.receive, TokenEvent(0, error=error, stats=stats)))
             self._by_request_id.clear()
             self._time_limited.clear()
 
@@ -199,10 +200,11 @@ class RequestTable:
             records = list(self._by_request_id.values())
         return tuple(record.state(record.stats(now_s)) for record in records)
 
-    def take_undelivered(self) -> list[Delivery]:
-        """Removes and returns the events that are yet to be delivered."""
-        batch, self._undelivered = self._undelivered, []
-        return batch
+    def take_undelivered(self) -> tuple[list[Delivery], list[Delivery]]:
+        """Removes and returns the tokens and the ends that are yet to be delivered, as `Outbox.put` takes them."""
+        taken = self._tokens, self._ends
+        self._tokens, self._ends = [], []
+        return taken
 
     def _remove(self, record: RequestRecord, now_s: float, error: Exception | None = None) -> RequestStats:
         """Removes an ended request and returns its statistics."""
@@ -221,8 +223,7 @@ class RequestTable:
         if (observer := self.observer) is not None:
             reasons = tuple(reason for _, reason in sorted(record.finish_reasons.items()))
             report = RequestReport(record.request, stats, reasons, error, record.context)
-            # The outbox takes each for a reader of its own, so that many that end at once do not hold up the loop.
-            self._undelivered.append((partial(observer.observe_request), report))
+            self._ends.append((observer.observe_request, report))
 
     def _forget(self, record: RequestRecord) -> None:
         """Gives the request's place up. The lock must be held."""

@@ -68,6 +68,7 @@ class Call:
     failure: MptServerError | None = None
     """Why the server cancels its handler."""
     _start_s: float = field(default_factory=time.monotonic)
+    _end_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.caller.name:
@@ -98,9 +99,13 @@ class Call:
         self._set_error(code, error.reason, error.logged)
         self._end(metrics, code, error.reason)
 
+    def end_early(self) -> None:
+        """Sets the time of an end that `cancel` records later."""
+        self._end_s = time.monotonic()
+
     @property
     def _duration_s(self) -> float:
-        return time.monotonic() - self._start_s
+        return (time.monotonic() if self._end_s is None else self._end_s) - self._start_s
 
     def _set_error(self, code: grpc.StatusCode, reason: str, description: str) -> None:
         self.logged |= {"reason": reason, "error": description}

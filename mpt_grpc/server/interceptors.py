@@ -75,7 +75,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     messages: MessageWork
 
     def __init__(self, access: Access) -> None:
-        self._arrivals, self.writes, self.messages = Turnstile(), PendingWrites(), MessageWork()
+        self._arrivals, self._departures = Turnstile(), Turnstile()
+        self.writes, self.messages = PendingWrites(), MessageWork()
         self._access = access
 
     async def intercept_service(
@@ -139,7 +140,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except MptServerError as error:
             failure = error
         except (asyncio.CancelledError, GeneratorExit):
-            call.cancel(metrics)
+            call.end_early()
+            try:
+                await self._departures.wait()  # a connection that closes cancels all of its calls at once
+            finally:
+                call.cancel(metrics)
             raise
         except Exception:
             _log.exception("%s failed", method)

@@ -80,3 +80,20 @@ async def test_what_is_yet_to_be_handed_over_is_waited_for() -> None:
     outbox.put([(receive, 0)])
     await outbox.delivered()
     assert received == [0, 1]
+
+
+def test_tokens_do_not_wait_for_the_ends_of_many_requests_which_keep_their_order() -> None:
+    loop = _Loop()
+    outbox = Outbox(cast(asyncio.AbstractEventLoop, loop))
+    received: list[str] = []
+
+    def end(number: int) -> None:
+        received.append(f"end {number}")
+        if number == 20:  # a step of the others
+            outbox.put([(received.append, "token 2")], [(end, 1000)])
+
+    outbox.put([(received.append, "token 1")], [(end, number) for number in range(1000)])
+    loop.run()
+    assert received[:2] == ["token 1", "end 0"]
+    assert received.index("token 2") < received.index("end 100")
+    assert [event for event in received if event.startswith("end")] == [f"end {number}" for number in range(1001)]
