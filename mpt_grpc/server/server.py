@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -54,6 +55,9 @@ _WATCH_INTERVAL_S = 1.0
 # After a drain only idle calls, such as Health.Watch, remain.
 _STOP_GRACE_S = 0.5
 _STOP_TIMEOUT_S = 5.0
+_SWITCH_INTERVAL_S = 0.001
+"""How long a thread may keep Python's global lock while others wait for it: a step needs it some 20 times, and each time
+waits for a thread that tokenizes a text or builds a message. Python's default is five times as long."""
 
 
 async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -> None:
@@ -77,6 +81,7 @@ async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, on_signal)
             server.garbage = GarbageCollection()
+            sys.setswitchinterval(_SWITCH_INTERVAL_S)
             on_ready(server)
             await _first(drain, server.has_failed)
             if server.engine.failure is None:
