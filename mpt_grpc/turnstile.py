@@ -17,9 +17,12 @@ class Turnstile:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._counts = False
         """Whether the next turn of the loop will reset the count."""
+        self._is_open = False
 
     async def wait(self) -> None:
         """Returns when it is the caller's turn."""
+        if self._is_open:
+            return
         loop = asyncio.get_running_loop()
         if not self._counts:
             self._counts = True
@@ -30,6 +33,13 @@ class Turnstile:
         turn = loop.create_future()
         self._waiting.append(turn)
         await turn
+
+    def open(self) -> None:
+        """Lets all through from now on, those who wait in the next turn of the loop."""
+        self._is_open = True
+        for turn in self._waiting:
+            if not turn.done():
+                turn.set_result(None)
 
     def _next_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         self._num_passed = 0

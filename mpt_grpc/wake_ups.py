@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _MAX_BYTES = 4096
@@ -20,16 +20,17 @@ _MAX_BYTES = 4096
 def gathered_wake_ups(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
     """Has all bytes read at once from a socket that gRPC registers with the loop inside the block.
 
-    It does so where the first server or channel of the process is made.
+    It does so where the loop's first server or channel is made.
     """
     add_reader = loop.add_reader
 
     def add_gathering_reader(wake_ups: socket.socket, handle_events: Callable[[], None]) -> None:
         def handle() -> None:
-            # The events of all bytes are there; grpc.aio reads the last one.
-            num_more = len(wake_ups.recv(_MAX_BYTES, socket.MSG_PEEK)) - 1
-            if num_more > 0:
-                wake_ups.recv(num_more)
+            # The events of all bytes are there; grpc.aio reads the last byte. Another thread's loop may be first.
+            with suppress(BlockingIOError):
+                num_more = len(wake_ups.recv(_MAX_BYTES, socket.MSG_PEEK)) - 1
+                if num_more > 0:
+                    wake_ups.recv(num_more)
             handle_events()
 
         add_reader(wake_ups, handle)

@@ -36,3 +36,16 @@ async def test_those_who_leave_hold_up_no_one() -> None:
     await asyncio.wait(arrivals)
     assert [arrival.cancelled() for arrival in arrivals] == [False] * 2 + [True] * 7 + [False]
     await turnstile.wait()
+
+
+async def test_once_it_is_open_all_pass_at_once() -> None:
+    turnstile = Turnstile()
+    arrivals = [asyncio.create_task(turnstile.wait()) for _ in range(10)]
+    await asyncio.sleep(0)
+    turnstile.open()
+    await asyncio.sleep(0)
+    assert all(arrival.done() for arrival in arrivals)
+    for _ in range(10):
+        late = asyncio.create_task(turnstile.wait())
+        await asyncio.sleep(0)
+        assert late.done()

@@ -49,6 +49,6 @@ asyncio.run(main())
 
 
 def test_a_connection_with_many_calls_is_closed_in_fewer_turns_of_the_loop_than_it_has_calls() -> None:
-    """In a process of its own: gRPC registers a socket once in a process."""
+    """In a process of its own, in which gRPC has registered no socket before."""
     run = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=60, check=True)
     assert 0 < int(run.stdout) < _NUM_CALLS / 4

@@ -46,7 +46,7 @@ class Outbox:
     def put(self, tokens: Iterable[Delivery], ends: Iterable[Delivery] = ()) -> None:
         """Delivers the tokens, those of each reader in order and readers by their first one, then the ends in order.
 
-        ends: all deliveries after which an output gets no more, and reports. Later tokens do not wait for them.
+        ends: the last event of each request that has ended, and reports. Later tokens do not wait for them.
         """
         if self._loop is None:
             for receive, event in (*tokens, *ends):
@@ -96,11 +96,13 @@ class Outbox:
         loop.call_soon(loop.call_soon, self._after_readers, loop, start_s)
 
     def _pass_on_ends(self, loop: asyncio.AbstractEventLoop) -> None:
-        for _ in range(min(_READERS_A_TURN, len(self._handed_over_ends))):
-            receive, event = self._handed_over_ends.popleft()
-            receive(event)
-        if self._handed_over_ends:
-            loop.call_soon(self._pass_on_ends, loop)
+        try:
+            for _ in range(min(_READERS_A_TURN, len(self._handed_over_ends))):
+                receive, event = self._handed_over_ends.popleft()
+                receive(event)
+        finally:  # also if an observer fails
+            if self._handed_over_ends:
+                loop.call_soon(self._pass_on_ends, loop)
 
     def _after_readers(self, loop: asyncio.AbstractEventLoop, start_s: float) -> None:
         """Runs when the readers have processed a hand-over: leaves the scheduler thread time until the next one."""

@@ -135,9 +135,9 @@ class RequestTable:
             record.finish_reasons[sequence.index] = event.finish.reason
             if len(record.finish_reasons) == len(record.sequences):
                 event = event._replace(stats=self._remove(record, now_s))
-            self._ends.append((record.stream.receive, event))
-        else:
-            self._tokens.append((record.stream.receive, event))
+        # All but the last event of a request are tokens to the outbox, so that they stay in order.
+        deliveries = self._tokens if event.stats is None else self._ends
+        deliveries.append((record.stream.receive, event))
 
     def measure_step(self, num_new_tokens: Mapping[int, int], duration_s: float) -> None:
         """Measures a step that was computed at once."""

@@ -6,7 +6,7 @@ import logging
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf.message import Message
@@ -39,6 +39,15 @@ _DEADLINE_TOLERANCE, _DEADLINE_TOLERANCE_S = 0.015, 0.010
 caller: gRPC rounds the time that it sends up by up to a hundredth."""
 
 
+class _Outcome(NamedTuple):
+    """How a call has ended."""
+
+    code: grpc.StatusCode
+    reason: str | None
+    """Why, if it was not served."""
+    duration_s: float
+
+
 @dataclass
 class Call:
     """The call being served."""
@@ -68,7 +77,7 @@ class Call:
     failure: MptServerError | None = None
     """Why the server cancels its handler."""
     _start_s: float = field(default_factory=time.monotonic)
-    _end_s: float | None = None
+    _outcome: _Outcome | None = None
 
     def __post_init__(self) -> None:
         if self.caller.name:
@@ -76,49 +85,34 @@ class Call:
         if self.span is not None:
             self.logged["trace_id"] = format_trace_id(self.span.get_span_context().trace_id)
 
-    def end(self, metrics: Metrics) -> None:
-        """Records that the call has succeeded."""
-        self._end(metrics, grpc.StatusCode.OK, None)
+    def end(self) -> None:
+        """Ends a call that has succeeded; `record` is to follow."""
+        self._end(grpc.StatusCode.OK, None)
 
-    def cancel(self, metrics: Metrics) -> None:
-        """Records that the call was cancelled, by its caller or by the server, or that its deadline has passed."""
+    def cancel(self) -> None:
+        """Ends a call that was cancelled, by its caller or by the server, or whose deadline has passed."""
         self.finish_reasons += [FinishReason.CANCELLED] * (self.num_outputs - len(self.finish_reasons))
         if self.failure is not None:
-            self.fail(metrics, self.failure)
+            self.fail(self.failure)
             return
         code, reason = grpc.StatusCode.CANCELLED, None
-        if self.timeout_s is not None and self._duration_s >= self.timeout_s - _tolerance_s(self.timeout_s):
+        if self.timeout_s is not None and self._age_s >= self.timeout_s - _tolerance_s(self.timeout_s):
             code = grpc.StatusCode.DEADLINE_EXCEEDED
             reason = code.name
             self._set_error(code, reason, "the deadline has passed")
-        self._end(metrics, code, reason)
+        self._end(code, reason)
 
-    def fail(self, metrics: Metrics, error: MptServerError) -> None:
-        """Records that the call has failed."""
+    def fail(self, error: MptServerError) -> None:
+        """Ends a call that has failed."""
         code = status.status_code(error)
         self._set_error(code, error.reason, error.logged)
-        self._end(metrics, code, error.reason)
+        self._end(code, error.reason)
 
-    def end_early(self) -> None:
-        """Sets the time of an end that `cancel` records later."""
-        self._end_s = time.monotonic()
-
-    @property
-    def _duration_s(self) -> float:
-        return (time.monotonic() if self._end_s is None else self._end_s) - self._start_s
-
-    def _set_error(self, code: grpc.StatusCode, reason: str, description: str) -> None:
-        self.logged |= {"reason": reason, "error": description}
-        if self.span is not None:
-            self.span.set_attribute(names.ERROR_TYPE, reason)
-            if code in _SERVER_FAILURES:
-                self.span.set_status(StatusCode.ERROR, description)
-
-    def _end(self, metrics: Metrics, code: grpc.StatusCode, reason: str | None) -> None:
-        duration_s, name = self._duration_s, self.method.rpartition("/")[2]
-        finishes = [finish_reason.name.lower() for finish_reason in self.finish_reasons]
-        if finishes:
-            self.logged["finish"] = ",".join(finishes)
+    def record(self, metrics: Metrics) -> None:
+        """Logs and counts the call, which has ended. Takes a tenth of a millisecond."""
+        assert self._outcome is not None
+        code, reason, duration_s = self._outcome
+        name = self.method.rpartition("/")[2]
         self._log(name, code, duration_s)
         metrics.record_call(
             self.method,
@@ -130,6 +124,23 @@ class Call:
             finish_reasons=self.finish_reasons,
             context=None if self.span is None else set_span_in_context(self.span),
         )
+
+    @property
+    def _age_s(self) -> float:
+        return time.monotonic() - self._start_s
+
+    def _set_error(self, code: grpc.StatusCode, reason: str, description: str) -> None:
+        self.logged |= {"reason": reason, "error": description}
+        if self.span is not None:
+            self.span.set_attribute(names.ERROR_TYPE, reason)
+            if code in _SERVER_FAILURES:
+                self.span.set_status(StatusCode.ERROR, description)
+
+    def _end(self, code: grpc.StatusCode, reason: str | None) -> None:
+        self._outcome = _Outcome(code, reason, self._age_s)
+        finishes = [finish_reason.name.lower() for finish_reason in self.finish_reasons]
+        if finishes:
+            self.logged["finish"] = ",".join(finishes)
         if self.span is not None:
             if finishes:
                 self.span.set_attribute(names.RESPONSE_FINISH_REASONS, finishes)

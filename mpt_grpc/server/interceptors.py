@@ -79,6 +79,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self.writes, self.messages = PendingWrites(), MessageWork()
         self._access = access
 
+    def hasten(self) -> None:
+        """Has calls that are cancelled recorded at once from now on, and those that wait for it in the next turn."""
+        self._departures.open()
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
@@ -140,21 +144,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except MptServerError as error:
             failure = error
         except (asyncio.CancelledError, GeneratorExit):
-            call.end_early()
+            call.cancel()
             try:
                 await self._departures.wait()  # a connection that closes cancels all of its calls at once
             finally:
-                call.cancel(metrics)
+                call.record(metrics)
             raise
         except Exception:
             _log.exception("%s failed", method)
             failure = InternalError("internal error; see the server's log for details")
         else:
-            call.end(metrics)
+            call.end()
+            call.record(metrics)
             return
         # gRPC keeps the exception of a status, and with it these frames and their messages, until garbage is collected.
         traceback.clear_frames(failure.__traceback__)
-        call.fail(metrics, failure)
+        call.fail(failure)
+        call.record(metrics)
         await status.abort(context, failure, call.error_details)
 
     def _start_span(self, method: str, caller: Caller, context: _CallContext) -> Span | None:

@@ -249,6 +249,7 @@ async def _serving(
                 # The engine stops first, so that the remaining calls end with its error, which gives the reason.
                 await asyncio.to_thread(engine.close)
                 await engine.delivered()  # before the spans and metrics of the last requests are exported
+                interceptor.hasten()
                 await server.stop(_STOP_GRACE_S)
 
 

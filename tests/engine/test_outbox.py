@@ -4,11 +4,16 @@ import asyncio
 import heapq
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
+from conftest import demo_settings, generation
 
+from mpt_grpc.engine import load
 from mpt_grpc.engine.outbox import Outbox
+from mpt_grpc.engine.stream import AsyncStream
+from mpt_grpc.request import LogprobOptions, SamplingParameters, StoppingCriteria
 
 
 class _Loop:
@@ -97,3 +102,17 @@ def test_tokens_do_not_wait_for_the_ends_of_many_requests_which_keep_their_order
     assert received[:2] == ["token 1", "end 0"]
     assert received.index("token 2") < received.index("end 100")
     assert [event for event in received if event.startswith("end")] == [f"end {number}" for number in range(1001)]
+
+
+async def test_an_output_that_ends_at_once_keeps_its_place_before_the_others_of_its_request() -> None:
+    engine, _ = load.load_engine(demo_settings(), loop=asyncio.get_running_loop())
+    request = generation(sampling=SamplingParameters(num_sequences=2, seed=1), logprobs=LogprobOptions(prompt=True))
+    with engine:
+        first, other = (output.token_ids[0] for output in (await asyncio.to_thread(engine.generate, request)).outputs)
+        assert first != other
+        stopping = StoppingCriteria(max_new_tokens=24, stop_token_ids=(first,), ignore_eos=True)
+        stream = engine.submit(replace(request, stopping=stopping), AsyncStream)
+        while engine.state().result(30).in_flight:  # while the loop is busy here, everything waits
+            pass
+        deltas = [delta async for delta in stream]
+    assert (deltas[0].index, len(deltas[0].prompt_logprobs)) == (0, 3)
