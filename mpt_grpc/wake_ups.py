@@ -2,7 +2,7 @@
 
 grpc.aio reads one byte in a turn of the loop, although it then takes all events: a burst of 1,000 costs 1,000 turns.
 Worse, the socket holds some 280 bytes. When it is full, gRPC passes on one event in each turn, and the next message of
-a stream waits for the events before its own: 0.3 s where a connection with 1,000 calls is closed.
+a stream waits for the events before its own: 0.3 s where connections with 1,000 calls are closed.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class Engine:
             # The frames of a traceback would hold the request, in a cycle.
             refusal.__traceback__ = refusal.__cause__ = refusal.__context__ = None
             if self._requests.remove_preparing(record):
-                self._outbox.put([(record.stream.receive, TokenEvent(0, error=refusal))])
+                self._outbox.put((), [(record.stream.receive, TokenEvent(0, error=refusal))])
         else:
             self._steps.add(record, ready, assembly)
 

@@ -37,8 +37,8 @@ _MAX_WAIT_S = 3600.0
 """How long the thread waits at once: a queue takes no timeout beyond a few centuries, but a time limit may be
 longer."""
 _SHORT_S = 0.005
-"""The processor time for commands, or for ends, between the shortest steps. A connection that closes may end 1,000
-requests at once, which takes 0.1 s."""
+"""The processor time for commands, or for ends, between the shortest steps. Connections that close may end 1,000
+requests at once, which takes some 50 ms."""
 _LATE_INTERVAL_S = 0.02
 """Looking through 300 requests takes 0.2 ms, a tenth of the shortest steps of a large batch."""
 

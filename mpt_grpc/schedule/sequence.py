@@ -128,7 +128,7 @@ class Sequence:
             return Finish(FinishReason.STOP_TOKEN, stop_token_id=token_id)
         if is_complete:
             return Finish(FinishReason.EOS_TOKEN)
-        if len(self.token_ids) - self.num_prompt_tokens == self._max_new_tokens:
+        if self.num_output_tokens == self._max_new_tokens:
             return Finish(FinishReason.MAX_NEW_TOKENS)
         if len(self.token_ids) == self._max_context_tokens:
             return Finish(FinishReason.CONTEXT_LENGTH)

@@ -56,8 +56,8 @@ _WATCH_INTERVAL_S = 1.0
 _STOP_GRACE_S = 0.5
 _STOP_TIMEOUT_S = 5.0
 _SWITCH_INTERVAL_S = 0.001
-"""How long a thread may keep Python's global lock while others wait: a step needs it some 20 times, and each time waits
-for a thread that tokenizes a text or builds a message. Python's default is five times as long."""
+"""How long a thread may keep Python's global lock while others wait, a fifth of Python's default. A step gives it up
+with each call of a kernel or of PyTorch, and then waits for a thread that tokenizes a text or builds a message."""
 
 
 async def serve(settings: Settings, on_ready: Callable[[RunningServer], None]) -> None:
